@@ -1,0 +1,48 @@
+"""What the package requires, and the tested set, agree with each other and with what the code imports."""
+
+import ast
+import importlib.metadata
+import pathlib
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted(path.name for path in REPO.glob('requirements*.txt'))
+
+
+def read(name: str) -> dict[str, Requirement]:
+  lines = (line.partition('#')[0].strip() for line in (REPO / name).read_text().splitlines())
+  requirements = [Requirement(line) for line in lines if line]
+  return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def test_files_are_those_expected():
+  assert FILES == ['requirements-cuda.txt', 'requirements-test.txt', 'requirements-tpu.txt', 'requirements.txt']
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_tested_set_is_within_the_ranges(file):
+  pins = read('constraints.txt')
+  for name, requirement in read(file).items():
+    (pin,) = pins[name].specifier
+    assert pin.operator == '=='
+    assert requirement.specifier and requirement.specifier.contains(pin.version), f'{requirement} against {pin}'
+
+
+@pytest.mark.parametrize('file', [*FILES, 'constraints.txt'])
+def test_no_other_framework(file):
+  assert not {'tensorflow', 'tensorflow-cpu', 'tf-nightly', 'torch', 'torchvision', 'clu'} & set(read(file))
+
+
+def test_all_that_the_code_imports_is_required():
+  distributions = importlib.metadata.packages_distributions()
+  required = read('requirements.txt')
+  for path in [*(REPO / 'paranet_jax').rglob('*.py'), *(REPO / 'configs').rglob('*.py')]:
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+      for name in {name.partition('.')[0] for name in names} - {'paranet_jax', 'configs'} - sys.stdlib_module_names:
+        assert {canonicalize_name(d) for d in distributions.get(name, [])} & set(required), f'{path} imports {name}'
