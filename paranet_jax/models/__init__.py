@@ -1,0 +1,1 @@
+"""Networks with the multi-exit interface (see `paranet.py`)."""

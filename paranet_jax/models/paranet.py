@@ -1,0 +1,143 @@
+"""ParaNet: P pipelines of dense blocks, one exit each, later pipelines reading earlier ones (paper, section 3).
+
+The interface of every multi-exit model here:
+  `num_exits`;
+  `model.apply(variables, images, exits=...)`: logits of the exits asked for, computing only what they need;
+  `model.apply(variables, images, carry, number, method='stage')`: exit `number` and what later stages need, so that
+  stopping early skips the rest. Both give the same logits.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from paranet_jax.models import geometry as geo
+from paranet_jax.models.dense import DenseBlock, Exit, Transition, average_pool, conv_init, norm_relu
+
+Carry = dict[geo.Block, Array]
+
+
+class ParaNet(nn.Module):
+  """A ParaNet (spec: Architecture). Images are normalized floats [B, image_side, image_side, channels].
+
+  Attributes:
+    num_pipelines: P.
+    num_classes: width of every exit.
+    layers_per_block: n, dense layers in every block (L = 6 n + 4 names the three-pipeline network).
+    growth_rate: k.
+    bn_size: bottleneck width in multiples of k.
+    blocks: dense blocks of each pipeline; None: pipeline p has p.
+    halvings: 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
+    cascade: True: every edge; False: none (`cut`); or the blocks (p, b) that also read block (p - 1, b - 1).
+    stem_norm: BN-ReLU after the stem's convolution.
+    entry_pool: 'max' or 'avg', how the entry halves.
+    entry_order: 'stem_first' (convolve the whole image, then pool) or 'pool_first'.
+    image_side: S, pixels.
+    dtype: of the computation; parameters, statistics and logits are float32.
+    axis_name: device axis over which batch statistics are shared in training.
+
+  Raises:
+    ValueError: the shapes do not fit (see `Geometry`), in one line.
+  """
+
+  num_pipelines: int = 3
+  num_classes: int = 100
+  layers_per_block: int = 16
+  growth_rate: int = 12
+  bn_size: int = 4
+  blocks: tuple[int, ...] | None = None
+  halvings: tuple[int, ...] | None = None
+  cascade: bool | tuple[geo.Block, ...] = True
+  stem_norm: bool = False
+  entry_pool: str = 'max'
+  entry_order: str = 'stem_first'
+  image_side: int = 32
+  channels: int = 3
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  @property
+  def geometry(self) -> geo.Geometry:
+    """Which block reads which, at which side."""
+    blocks = self.blocks or geo.default_blocks(self.num_pipelines)
+    halvings = geo.default_halvings(self.num_pipelines) if self.halvings is None else self.halvings
+    cascade = self.cascade if isinstance(self.cascade, tuple) else geo.full_cascade(blocks) if self.cascade else ()
+    return geo.Geometry(self.image_side, blocks, halvings, cascade)
+
+  @property
+  def num_exits(self) -> int:
+    """P, one exit a pipeline."""
+    return self.num_pipelines
+
+  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
+    """Logits of the exits asked for.
+
+    Args:
+      images: [B, S, S, channels], normalized.
+      train: normalize with the batch's statistics and update the running ones.
+      exits: 1-based; None: all.
+
+    Returns:
+      One float32 [B, num_classes] an exit; None for those not asked for.
+    """
+    numbers = range(1, self.num_exits + 1)
+    logits, _ = self._evaluate(images, {}, numbers if exits is None else tuple(exits), train)
+    return [logits.get(number) for number in numbers]
+
+  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
+    """Runs what exit `number` still needs.
+
+    Args:
+      images: [B, S, S, channels], normalized; the same at every stage.
+      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
+      number: 1-based exit.
+      train: as in `__call__`.
+
+    Returns:
+      float32 logits [B, num_classes] and the features that later exits still need, {(p, b): [B, H, W, C]}.
+    """
+    logits, features = self._evaluate(images, carry, (number,), train)
+    kept = self.geometry.kept(range(number + 1, self.num_exits + 1), features)
+    return logits[number], {block: features[block] for block in sorted(kept)}
+
+  @nn.compact
+  def _evaluate(self, images, carry, exits, train):
+    geometry = self.geometry
+    common = {'dtype': self.dtype, 'axis_name': self.axis_name}
+    features = dict(carry)
+    for pipeline, index in geometry.needed(exits, features):
+      if index == 1:
+        x = self._entry(images, pipeline, train)
+      else:
+        transition = Transition(**common, name=f'pipeline_{pipeline}_transition_{index - 1}')
+        x = transition(features[pipeline, index - 1], train)
+      if (pipeline, index) in geometry.cascade:
+        x = jnp.concatenate([x, features[pipeline - 1, index - 1]], axis=-1)
+      name = f'pipeline_{pipeline}_block_{index}'
+      block = DenseBlock(self.layers_per_block, self.growth_rate, self.bn_size, **common, name=name)
+      features[pipeline, index] = block(x, train)
+    logits = {
+      number: Exit(self.num_classes, **common, name=f'exit_{number}')(features[geometry.last_block(number)], train)
+      for number in exits
+    }
+    return logits, features
+
+  def _entry(self, images: Array, pipeline: int, train: bool) -> Array:
+    x = images.astype(self.dtype)
+    if self.entry_order == 'pool_first':
+      return self._stem(self._halve(x, pipeline), pipeline, train)
+    return self._halve(self._stem(x, pipeline, train), pipeline)
+
+  def _stem(self, x: Array, pipeline: int, train: bool) -> Array:
+    name = f'pipeline_{pipeline}_stem'
+    width = 2 * self.growth_rate
+    x = nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=conv_init, name=name)(x)
+    return norm_relu(x, train, f'{name}_norm', self.dtype, self.axis_name) if self.stem_norm else x
+
+  def _halve(self, x: Array, pipeline: int) -> Array:
+    for _ in range(self.geometry.halvings[pipeline - 1]):
+      x = nn.max_pool(x, (2, 2), strides=(2, 2)) if self.entry_pool == 'max' else average_pool(x)
+    return x

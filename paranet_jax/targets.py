@@ -1,0 +1,117 @@
+"""The name language: `PN3-x3d` says which network it is and what each of its exits learns from.
+
+`PN<P>[cut]-<suffix>`: P pipelines, with the cascade or (`cut`) without, and one character a pipeline:
+`d` = the true label, a digit q = the logits of pipeline q, `x` = nothing (paper, section 3.4).
+"""
+
+import dataclasses
+import re
+
+from paranet_jax.errors import UserError
+
+LABELS = 0
+"""What an exit with `d` learns from, where a matched exit has its teacher's number (1-based) and an `x` has None."""
+
+Targets = tuple[int | None, ...]
+
+_NAME = re.compile(r'PN([1-9])(cut)?-(.*)', re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelName:
+  """A parsed name: `num_pipelines` P, `cascade` (False for `cut`), `targets` with one entry a pipeline."""
+
+  num_pipelines: int
+  cascade: bool
+  targets: Targets
+
+
+def parse_name(name: str) -> ModelName:
+  """Parses `PN<P>[cut]-<suffix>`.
+
+  Args:
+    name: for example `PN3-ddd`, `PN3cut-33d`, `PN4-444d`; P is 1 to 9.
+
+  Returns:
+    The network and the target of each of its exits.
+
+  Raises:
+    UserError: the name has another form, or its suffix is refused (see `parse_suffix`).
+  """
+  match = _NAME.fullmatch(name)
+  if not match:
+    raise UserError(
+      f'name {name!r} is not of the form PN<P>[cut]-<suffix> with P from 1 to 9, such as PN3-ddd or PN3cut-33d; '
+      'set --config.name'
+    )
+  num_pipelines = int(match[1])
+  return ModelName(num_pipelines, match[2] is None, parse_suffix(match[3], num_pipelines, name))
+
+
+def parse_suffix(suffix: str, num_pipelines: int, name: str) -> Targets:
+  """Parses a suffix to one target a pipeline: `LABELS`, a teacher's number, or None.
+
+  Args:
+    suffix: one character a pipeline.
+    num_pipelines: P.
+    name: the whole name, for the messages.
+
+  Raises:
+    UserError: wrong length, an unknown character, a pipeline that matches itself, all `x`, or a teacher whose own exit
+      no true label reaches directly or through its teachers.
+  """
+  if len(suffix) != num_pipelines:
+    raise UserError(
+      f'name {name!r}: the suffix needs {num_pipelines} characters, one a pipeline, and {suffix!r} has {len(suffix)}; '
+      'set --config.name'
+    )
+  targets = tuple(
+    _parse_character(character, position, num_pipelines, name) for position, character in enumerate(suffix, 1)
+  )
+  if all(target is None for target in targets):
+    raise UserError(f"name {name!r}: every exit is 'x', so nothing would be trained; give one exit 'd'")
+  for position, teacher in enumerate(targets, 1):
+    if teacher and not _label_reaches(teacher, targets):
+      raise UserError(
+        f'name {name!r}: {suffix[position - 1]!r} at position {position} makes pipeline {position} match pipeline '
+        f"{teacher}, whose own exit no true label reaches; give pipeline {teacher} a 'd' or another teacher"
+      )
+  return targets
+
+
+def trained_exits(targets: Targets) -> tuple[int, ...]:
+  """The 1-based numbers of the exits that have a loss."""
+  return tuple(number for number, target in enumerate(targets, 1) if target is not None)
+
+
+def describe_target(target: int | None) -> str:
+  """What an exit learns from, in words: 'labels', 'exit 3' or 'nothing'."""
+  if target is None:
+    return 'nothing'
+  return 'labels' if target == LABELS else f'exit {target}'
+
+
+def _parse_character(character: str, position: int, num_pipelines: int, name: str) -> int | None:
+  if character == 'd':
+    return LABELS
+  if character == 'x':
+    return None
+  if character not in '123456789'[:num_pipelines]:
+    raise UserError(
+      f'name {name!r}: {character!r} at position {position} is none of d, x, 1 to {num_pipelines}; set --config.name'
+    )
+  if int(character) == position:
+    raise UserError(
+      f"name {name!r}: {character!r} at position {position} makes pipeline {position} match itself; give it 'd', 'x' "
+      'or another pipeline'
+    )
+  return int(character)
+
+
+def _label_reaches(exit_number: int, targets: Targets) -> bool:
+  seen = set()
+  target: int | None = exit_number
+  while target and target not in seen:
+    seen.add(target)
+    target = targets[target - 1]
+  return target == LABELS

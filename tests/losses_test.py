@@ -1,0 +1,100 @@
+"""Tests of the losses, against numbers worked out by hand."""
+
+from math import log
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paranet_jax.losses import cross_entropy, distillation, exit_losses, squared_error, total_loss
+
+# Softmax gives 1/8, 2/8, 5/8 and 1/4, 1/4, 1/2.
+LOGITS = jnp.log(jnp.array([[1.0, 2.0, 5.0], [3.0, 3.0, 6.0]]))
+
+
+@pytest.mark.parametrize(
+  'label_smoothing, expected',
+  [
+    (0.0, [log(8 / 5), log(4)]),
+    # Targets 0.1, 0.1, 0.8 and 0.8, 0.1, 0.1.
+    (0.3, [0.1 * log(8) + 0.1 * log(4) + 0.8 * log(8 / 5), 0.9 * log(4) + 0.1 * log(2)]),
+  ],
+)
+def test_cross_entropy(label_smoothing, expected):
+  np.testing.assert_allclose(cross_entropy(LOGITS, jnp.array([2, 0]), label_smoothing), expected, rtol=1e-6)
+
+
+def test_squared_error_is_a_mean_over_classes():
+  student, teacher = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]]), jnp.array([[0.0, 4.0, 2.0], [0.0, 0.0, 0.0]])
+  np.testing.assert_allclose(squared_error(student, teacher), [3.0, 3.0])
+
+
+def test_distillation_softens_both_and_is_scaled_by_the_temperature_squared():
+  # At T = 2 the teacher says 1/4, 3/4 and the student 1/2, 1/2.
+  student, teacher = jnp.zeros((1, 2)), jnp.array([[0.0, 2 * log(3)]])
+  np.testing.assert_allclose(distillation(student, teacher, 2.0), [4 * (0.25 * log(0.5) + 0.75 * log(1.5))], rtol=1e-6)
+  np.testing.assert_allclose(distillation(teacher, teacher, 2.0), [0.0], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  'loss, expected',
+  [
+    # 2 (student - teacher) / 2 classes.
+    (lambda student, teacher: squared_error(student, teacher), [[0.0, -2 * log(3)]]),
+    # T (softmax(student / T) - softmax(teacher / T)).
+    (lambda student, teacher: distillation(student, teacher, 2.0), [[0.5, -0.5]]),
+  ],
+  ids=['squared_error', 'kl'],
+)
+def test_the_gradient_goes_to_the_student_alone(loss, expected):
+  student, teacher = jnp.zeros((1, 2)), jnp.array([[0.0, 2 * log(3)]])
+  to_student, to_teacher = jax.grad(lambda *logits: jnp.sum(loss(*logits)), argnums=(0, 1))(student, teacher)
+  np.testing.assert_allclose(to_student, expected, rtol=1e-6)
+  np.testing.assert_array_equal(to_teacher, jnp.zeros((1, 2)))
+
+
+@pytest.mark.parametrize('loss', [squared_error, lambda *logits: distillation(*logits, 4.0)])
+def test_half_precision_logits_give_float32_losses(loss):
+  half = LOGITS.astype(jnp.bfloat16)
+  assert loss(half, half).dtype == cross_entropy(half, jnp.array([2, 0])).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  'options, matched',
+  [
+    # log 2 - log 1, log 2 - log 2, log 4 - log 5.
+    ({'matching': 'squared_error'}, (log(2) ** 2 + log(4 / 5) ** 2) / 3),
+    ({'matching': 'kl', 'temperature': 1.0}, 0.125 * log(0.5) + 0.625 * log(1.25)),
+    (
+      {'matching': 'kl', 'temperature': 1.0, 'hard_label_weight': 0.25},
+      0.75 * (0.125 * log(0.5) + 0.625 * log(1.25)) + 0.25 * log(2),
+    ),
+    (
+      {'matching': 'kl', 'temperature': 1.0, 'hard_label_weight': 1.0, 'label_smoothing': 0.3},
+      0.2 * log(4) + 0.8 * log(2),
+    ),
+  ],
+)
+def test_exit_losses(options, matched):
+  """Exit 1 matches exit 3, exit 2 is not trained, exit 3 learns from the label 2."""
+  labels = jnp.array([2])
+  # Softmax of the student: 1/4, 1/4, 1/2; of the teacher: 1/8, 2/8, 5/8.
+  student, teacher = jnp.log(jnp.array([[2.0, 2.0, 4.0]])), jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
+  losses = exit_losses([student, None, teacher], labels, (3, None, 0), **options)
+  smoothing = options.get('label_smoothing', 0.0)
+  assert losses.keys() == {1, 3}
+  np.testing.assert_allclose(losses[3], cross_entropy(teacher, labels, smoothing)[0], rtol=1e-6)
+  np.testing.assert_allclose(losses[1], matched, rtol=1e-5)
+
+
+def test_exit_losses_are_means_over_the_batch():
+  losses = exit_losses([LOGITS, LOGITS + 2], jnp.array([2, 0]), (2, 0))
+  np.testing.assert_allclose(losses[1], 4.0, rtol=1e-6)
+  np.testing.assert_allclose(losses[2], (log(8 / 5) + log(4)) / 2, rtol=1e-6)
+
+
+def test_total_loss_weighs_the_exits():
+  losses = {1: jnp.float32(2.0), 3: jnp.float32(5.0)}
+  assert total_loss(losses, (1.0, 1.0, 1.0)) == 7.0
+  assert total_loss(losses, (0.5, 100.0, 3.0)) == 16.0

@@ -1,0 +1,101 @@
+"""Tests of the name language."""
+
+import pytest
+
+from paranet_jax.errors import UserError
+from paranet_jax.targets import LABELS, ModelName, describe_target, parse_name, trained_exits
+
+
+@pytest.mark.parametrize(
+  'name, num_pipelines, cascade, targets',
+  [
+    ('PN3-ddd', 3, True, (LABELS, LABELS, LABELS)),
+    ('PN3cut-ddd', 3, False, (LABELS, LABELS, LABELS)),
+    ('PN3-dxx', 3, True, (LABELS, None, None)),
+    ('PN3-xdx', 3, True, (None, LABELS, None)),
+    ('PN3-xxd', 3, True, (None, None, LABELS)),
+    ('PN3-x3d', 3, True, (None, 3, LABELS)),
+    ('PN3-33d', 3, True, (3, 3, LABELS)),
+    ('PN3cut-33d', 3, False, (3, 3, LABELS)),
+    ('PN3-23d', 3, True, (2, 3, LABELS)),
+    ('PN3-xd2', 3, True, (None, LABELS, 2)),
+    ('PN3-d1d', 3, True, (LABELS, 1, LABELS)),
+    ('PN1-d', 1, True, (LABELS,)),
+    ('PN1cut-d', 1, False, (LABELS,)),
+    ('PN4-444d', 4, True, (4, 4, 4, LABELS)),
+    ('PN9-23456789d', 9, True, (2, 3, 4, 5, 6, 7, 8, 9, LABELS)),
+  ],
+)
+def test_names(name, num_pipelines, cascade, targets):
+  assert parse_name(name) == ModelName(num_pipelines, cascade, targets)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    '',
+    'PN3',
+    'PN3cut',
+    'ddd',
+    '-ddd',
+    'pn3-ddd',
+    'PN-ddd',
+    'PN0-',
+    'PN0-d',
+    'PN10-dddddddddd',
+    'PN3Cut-ddd',
+    ' PN3-ddd',
+  ],
+)
+def test_other_forms_are_refused(name):
+  with pytest.raises(UserError) as error:
+    parse_name(name)
+  assert str(error.value) == (
+    f"name '{name}' is not of the form PN<P>[cut]-<suffix> with P from 1 to 9, such as PN3-ddd or PN3cut-33d; "
+    'set --config.name'
+  )
+
+
+UNLABELLED = 'whose own exit no true label reaches'
+
+
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('PN3-', "the suffix needs 3 characters, one a pipeline, and '' has 0; set --config.name"),
+    ('PN3-dd', "the suffix needs 3 characters, one a pipeline, and 'dd' has 2"),
+    ('PN3cut-dddd', "the suffix needs 3 characters, one a pipeline, and 'dddd' has 4"),
+    ('PN3-ddd\n', r"the suffix needs 3 characters, one a pipeline, and 'ddd\n' has 4"),
+    ('PN3-dd\n', r"'\n' at position 3 is none of d, x, 1 to 3"),
+    ('PN3-dyd', "'y' at position 2 is none of d, x, 1 to 3; set --config.name"),
+    ('PN3-Ddd', "'D' at position 1 is none of d, x, 1 to 3"),
+    ('PN3-dd0', "'0' at position 3 is none of d, x, 1 to 3"),
+    ('PN3-4dd', "'4' at position 1 is none of d, x, 1 to 3"),
+    ('PN3-d٣d', "'٣' at position 2 is none of d, x, 1 to 3"),
+    ('PN2-d-', "'-' at position 2 is none of d, x, 1 to 2"),
+    ('PN3-1dd', "'1' at position 1 makes pipeline 1 match itself; give it 'd', 'x' or another pipeline"),
+    ('PN3-dd3', "'3' at position 3 makes pipeline 3 match itself"),
+    ('PN3-xxx', "every exit is 'x', so nothing would be trained; give one exit 'd'"),
+    ('PN1-x', "every exit is 'x', so nothing would be trained"),
+    ('PN3-23x', f"'2' at position 1 makes pipeline 1 match pipeline 2, {UNLABELLED}; give pipeline 2 a 'd' or another"),
+    ('PN3-x32', f"'3' at position 2 makes pipeline 2 match pipeline 3, {UNLABELLED}; give pipeline 3 a 'd'"),
+    ('PN3-2xd', f"'2' at position 1 makes pipeline 1 match pipeline 2, {UNLABELLED}"),
+    ('PN3-d32', f"'3' at position 2 makes pipeline 2 match pipeline 3, {UNLABELLED}"),
+    ('PN3-231', f"'2' at position 1 makes pipeline 1 match pipeline 2, {UNLABELLED}"),
+    ('PN3-dx2', f"'2' at position 3 makes pipeline 3 match pipeline 2, {UNLABELLED}"),
+  ],
+)
+def test_suffixes_are_refused(name, message):
+  with pytest.raises(UserError) as error:
+    parse_name(name)
+  text = str(error.value)
+  assert text.startswith(f'name {name!r}: {message}')
+  assert text.splitlines() == [text]
+
+
+def test_trained_exits():
+  assert trained_exits((None, LABELS, 2)) == (2, 3)
+
+
+def test_describe_target():
+  assert [describe_target(target) for target in (LABELS, 3, None)] == ['labels', 'exit 3', 'nothing']

@@ -1,0 +1,70 @@
+"""Networks and images small enough for tests, made without compiling anything."""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from paranet_jax.costs import abstract_variables
+from paranet_jax.models.paranet import ParaNet
+from paranet_jax.steps import Objective, Preprocessing, TrainState
+from paranet_jax.targets import parse_name
+
+NUM_CLASSES = 3
+SIDE = 8
+
+network = partial(ParaNet, num_classes=NUM_CLASSES, layers_per_block=1, growth_rate=2, bn_size=2, image_side=SIDE)
+
+
+def named(name: str, **fields) -> ParaNet:
+  """The small network of a name."""
+  parsed = parse_name(name)
+  return network(parsed.num_pipelines, cascade=parsed.cascade, **fields)
+
+
+def variables(model: ParaNet, seed: int = 0) -> dict:
+  """Random values for every parameter and statistic, so that none hides as a 0 or a 1."""
+  rng = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    if path[-1].key in ('var', 'scale'):
+      return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+    return rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)
+
+  shape = (model.image_side, model.image_side, model.channels)
+  return jax.tree_util.tree_map_with_path(fill, abstract_variables(model, shape))
+
+
+def state(model: ParaNet, optimizer, seed: int = 0, step: int = 0) -> TrainState:
+  """A train state with random parameters, the same for every seed."""
+  values = jax.tree.map(jax.numpy.asarray, variables(model))
+  params = values['params']
+  return TrainState(jax.numpy.int32(step), jax.numpy.int32(seed), params, values['batch_stats'], optimizer.init(params))
+
+
+def images(number: int, model: ParaNet, seed: int = 0) -> np.ndarray:
+  """uint8 noise [number, S, S, channels]."""
+  shape = (number, model.image_side, model.image_side, model.channels)
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def labels(number: int, seed: int = 0) -> np.ndarray:
+  """int32 [number]."""
+  return np.random.default_rng(seed).integers(0, NUM_CLASSES, number, dtype=np.int32)
+
+
+def objective(name: str, **options) -> Objective:
+  """The objective of a name, every exit with weight 1 unless said."""
+  targets = parse_name(name).targets
+  defaults = {
+    'exit_weights': (1.0,) * len(targets),
+    'matching': 'squared_error',
+    'temperature': 1.0,
+    'hard_label_weight': 0.0,
+    'label_smoothing': 0.0,
+  }
+  return Objective(targets, **(defaults | options))
+
+
+AUGMENTED = Preprocessing((0.5, 0.4, 0.6), (0.25, 0.2, 0.3), crop_padding=2, flip=True)
+PLAIN = AUGMENTED._replace(crop_padding=0, flip=False)
