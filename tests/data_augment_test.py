@@ -1,0 +1,109 @@
+import collections
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paranet_jax.data.augment import augment, image_keys, normalize
+
+augment = jax.jit(augment, static_argnames=('crop_padding', 'flip'))
+
+IMAGE = np.array([[1, 2], [3, 4]], np.float32)  # One channel.
+# Rows of the nine crops of IMAGE with a border of one pixel of zeros, by (row, column) offset.
+CROPS = {
+  (0, 0): [[0, 0], [0, 1]],
+  (0, 1): [[0, 0], [1, 2]],
+  (0, 2): [[0, 0], [2, 0]],
+  (1, 0): [[0, 1], [0, 3]],
+  (1, 1): [[1, 2], [3, 4]],
+  (1, 2): [[2, 0], [4, 0]],
+  (2, 0): [[0, 3], [0, 0]],
+  (2, 1): [[3, 4], [0, 0]],
+  (2, 2): [[4, 0], [0, 0]],
+}
+
+
+def keys(count, seed=0, epoch=0, step=0, first=0):
+  return image_keys(seed, epoch, step, jnp.arange(first, first + count))
+
+
+def counts_of(images):
+  return collections.Counter(tuple(image.ravel().tolist()) for image in np.asarray(images))
+
+
+def flat(rows, mirrored=False):
+  return tuple(float(value) for row in rows for value in (row[::-1] if mirrored else row))
+
+
+CASES = {
+  'neither': (0, False, [IMAGE.tolist()], []),
+  'flip': (0, True, [IMAGE.tolist()], [IMAGE.tolist()]),
+  'crop': (1, False, CROPS.values(), []),
+  'both': (1, True, CROPS.values(), CROPS.values()),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_all_outcomes_occur_equally_often_and_no_others(case):
+  crop_padding, flip, plain, mirrored = CASES[case]
+  expected = collections.Counter([flat(crop) for crop in plain] + [flat(crop, mirrored=True) for crop in mirrored])
+  per_outcome = 200
+  number = per_outcome * expected.total()
+  images = jnp.broadcast_to(IMAGE[None, :, :, None], (number, 2, 2, 1))
+  found = counts_of(augment(keys(number), images, crop_padding=crop_padding, flip=flip))
+  assert found.keys() == expected.keys()
+  for outcome, multiplicity in expected.items():
+    mean = per_outcome * multiplicity
+    assert abs(found[outcome] - mean) <= 5 * np.sqrt(mean)
+
+
+def test_channels_and_images_stay_apart():
+  images = np.random.RandomState(0).randint(1, 256, (16, 5, 4, 3)).astype(np.uint8)
+  augmented = augment(keys(16), images, crop_padding=2, flip=True)
+  chex.assert_shape(augmented, images.shape)
+  assert augmented.dtype == np.uint8
+  for image, result in zip(images, np.asarray(augmented), strict=True):
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+    crops = [padded[r : r + 5, c : c + 4] for r in range(5) for c in range(5)]
+    assert any(np.array_equal(result, crop) or np.array_equal(result, crop[:, ::-1]) for crop in crops)
+
+
+def test_halves_of_the_batch_equal_the_whole():
+  images = np.random.RandomState(0).rand(8, 6, 6, 3).astype(np.float32)
+
+  def augmented(images, first):
+    return augment(keys(len(images), seed=3, epoch=2, step=1, first=first), images, crop_padding=2, flip=True)
+
+  halves = np.concatenate([augmented(images[:4], 0), augmented(images[4:], 4)])
+  np.testing.assert_array_equal(halves, augmented(images, 0))
+
+
+def test_keys_depend_on_seed_epoch_step_and_place_alone():
+  jitted = jax.jit(image_keys)
+  data = {}
+  for seed, epoch, step in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+    plain = jax.random.key_data(keys(3, seed, epoch, step))
+    np.testing.assert_array_equal(plain, jax.random.key_data(jitted(seed, epoch, step, jnp.arange(3))))
+    data.update({(seed, epoch, step, place): key.tobytes() for place, key in enumerate(np.asarray(plain))})
+  assert len(set(data.values())) == 12
+
+
+def test_normalize():
+  images = np.array([[[[0, 255]], [[255, 51]]]], np.uint8)
+  with jax.numpy_dtype_promotion('strict'):
+    found = normalize(images, mean=(0.5, 0.2), std=(0.25, 0.4))
+    half = normalize(images, mean=(0.5, 0.2), std=(0.25, 0.4), dtype=jnp.bfloat16)
+  assert found.dtype == jnp.float32 and half.dtype == jnp.bfloat16
+  expected = [[[[-2, 2]], [[2, 0]]]]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=1e-2)
+
+
+def test_padding_is_the_mean_colour():
+  mean = (0.2, 0.4, 0.6)
+  images = normalize(np.full((64, 4, 4, 3), 255, np.uint8), mean, std=(1, 1, 1))
+  augmented = np.asarray(augment(keys(64), images, crop_padding=1, flip=False))
+  pixels = {tuple(pixel) for pixel in np.round(augmented.reshape(-1, 3) + mean, 6).tolist()}
+  assert pixels == {mean, (1.0, 1.0, 1.0)}

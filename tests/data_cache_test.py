@@ -1,0 +1,201 @@
+import dataclasses
+import os
+import resource
+import threading
+
+import numpy as np
+import pytest
+
+from paranet_jax.data import cache
+from paranet_jax.data.cache import channel_statistics, fingerprint, load_decoded
+from paranet_jax.data.dataset import Source
+
+SIDE, CHANNELS = 4, 3
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
+  return tmp_path / 'cache'
+
+
+@dataclasses.dataclass
+class CountingReader:
+  """Random images in two chunks a split; counts how often a split is read."""
+
+  reads: int = 0
+
+  def data(self, split):
+    random = np.random.RandomState(len(split))
+    count = {'train': 10, 'test': 6}[split]
+    images = random.randint(0, 256, (count, SIDE, SIDE, CHANNELS)).astype(np.uint8)
+    return images, np.arange(count, dtype=np.int32) % 2
+
+  def __call__(self, split):
+    self.reads += 1
+    images, labels = self.data(split)
+    yield images[:4], labels[:4]
+    yield images[4:], labels[4:]
+
+
+def make_source(read, **changes):
+  source = Source('shapes/big', '1.2.3', ('a', 'b'), {'train': 10, 'test': 6}, read, 'f00d')
+  return dataclasses.replace(source, **changes)
+
+
+def check(decoded, read):
+  for split in ('train', 'test'):
+    images, labels = read.data(split)
+    np.testing.assert_array_equal(getattr(decoded, split).images, images)
+    np.testing.assert_array_equal(getattr(decoded, split).labels, labels)
+    assert getattr(decoded, split).labels.dtype == np.int32
+  scaled = read.data('train')[0] / 255
+  np.testing.assert_allclose(decoded.mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-12)
+  np.testing.assert_allclose(decoded.std, scaled.std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_decodes_once_and_maps_the_file_after(cache_folder):
+  read = CountingReader()
+  for _ in range(2):
+    decoded = load_decoded(make_source(read), SIDE, CHANNELS)
+    check(decoded, read)
+    assert isinstance(decoded.train.images, np.memmap)
+  assert read.reads == 2  # train and test
+  (entry,) = cache_folder.iterdir()
+  assert entry.name == 'shapes_big-1.2.3-4x4x3-f00d-v1'
+  assert sorted(file.name for file in entry.iterdir()) == ['index.npz', 'test.npy', 'train.npy']
+
+
+@pytest.mark.parametrize('changes', [{'name': 'other'}, {'version': '1.2.4'}, {'fingerprint': 'beef'}])
+def test_another_data_set_has_an_entry_of_its_own(changes):
+  read = CountingReader()
+  load_decoded(make_source(read), SIDE, CHANNELS)
+  load_decoded(make_source(read, **changes), SIDE, CHANNELS)
+  assert read.reads == 4
+
+
+def test_side_and_channels_make_another_entry(cache_folder):
+  def read(split):
+    yield np.zeros((2, *shape), np.uint8), np.zeros(2, np.int32)
+
+  for shape in [(4, 4, 3), (8, 8, 3), (4, 4, 1)]:
+    decoded = load_decoded(make_source(read, counts={'train': 2, 'test': 2}), shape[0], shape[2])
+    assert decoded.train.images.shape == (2, *shape)
+  assert len(list(cache_folder.iterdir())) == 3
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip_byte(path):
+  content = bytearray(path.read_bytes())
+  content[-9] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize('damage', [truncate, flip_byte, os.unlink, lambda path: path.write_bytes(b'')])
+@pytest.mark.parametrize('file', ['train.npy', 'test.npy', 'index.npz'])
+def test_damaged_entry_is_written_again(cache_folder, file, damage):
+  read = CountingReader()
+  load_decoded(make_source(read), SIDE, CHANNELS)
+  damage(next(cache_folder.iterdir()) / file)
+  check(load_decoded(make_source(read), SIDE, CHANNELS), read)
+  assert read.reads == 4
+  check(load_decoded(make_source(read), SIDE, CHANNELS), read)
+  assert read.reads == 4
+
+
+def test_goes_on_without_a_folder_to_write_to(tmp_path, monkeypatch, caplog):
+  (tmp_path / 'file').write_text('not a folder')
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'file' / 'cache'))
+  read = CountingReader()
+  check(load_decoded(make_source(read), SIDE, CHANNELS), read)
+  (message,) = caplog.messages
+  assert message.startswith('Going on without a cache of decoded images in') and '\n' not in message
+
+
+def test_goes_on_when_the_disk_is_full(cache_folder, caplog):
+  read = CountingReader()
+  unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, unlimited[1]))  # Bytes; a write beyond raises OSError.
+  try:
+    decoded = load_decoded(make_source(read), SIDE, CHANNELS)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+  check(decoded, read)
+  assert any('Going on without a cache' in message for message in caplog.messages)
+  assert not list(next(cache_folder.iterdir()).iterdir())  # Nothing half written stays.
+
+
+def test_two_writers_at_once(cache_folder):
+  barrier = threading.Barrier(2, timeout=60)
+
+  class MeetingReader(CountingReader):
+    def __call__(self, split):
+      for chunk in super().__call__(split):
+        barrier.wait()
+        yield chunk
+
+  reads, results = [MeetingReader(), MeetingReader()], {}
+
+  def load(place):
+    results[place] = load_decoded(make_source(reads[place]), SIDE, CHANNELS)
+
+  threads = [threading.Thread(target=load, args=(place,)) for place in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  for place in range(2):
+    check(results[place], reads[place])
+    assert reads[place].reads == 2
+  assert len(list(next(cache_folder.iterdir()).iterdir())) == 3
+
+
+@pytest.mark.parametrize('fingerprint', ['f00d', None])
+def test_fewer_images_than_announced(fingerprint):
+  read = CountingReader()
+  for _ in range(2):
+    check(load_decoded(make_source(read, counts={'train': 13, 'test': 6}, fingerprint=fingerprint), 4, 3), read)
+
+
+def test_no_fingerprint_no_file(cache_folder):
+  read = CountingReader()
+  check(load_decoded(make_source(read, fingerprint=None), SIDE, CHANNELS), read)
+  assert not cache_folder.exists()
+
+
+def test_default_folder(tmp_path, monkeypatch):
+  monkeypatch.delenv('PARANET_CACHE_DIR')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  load_decoded(make_source(CountingReader()), SIDE, CHANNELS)
+  assert len(list((tmp_path / '.cache' / 'paranet_jax').iterdir())) == 1
+
+
+def test_fingerprint_changes_with_names_sizes_times_and_settings(tmp_path):
+  file = tmp_path / 'a.png'
+  file.write_bytes(b'12')
+  os.utime(file, (1, 1))
+  seen = [fingerprint(tmp_path, [file], 'x')]
+  assert fingerprint(tmp_path, [file], 'x') == seen[0]
+  seen.append(fingerprint(tmp_path, [file], 'y'))
+  seen.append(fingerprint(tmp_path.parent, [file], 'x'))
+  os.utime(file, (2, 2))
+  seen.append(fingerprint(tmp_path, [file], 'x'))
+  file.write_bytes(b'123')
+  os.utime(file, (2, 2))
+  seen.append(fingerprint(tmp_path, [file], 'x'))
+  file = file.rename(tmp_path / 'b.png')
+  seen.append(fingerprint(tmp_path, [file], 'x'))
+  assert len(set(seen)) == 6
+
+
+def test_channel_statistics_by_hand(monkeypatch):
+  monkeypatch.setattr(cache, '_CHUNK', 2)  # Three images: two chunks.
+  images = np.zeros((3, 1, 1, 2), np.uint8)
+  images[:, 0, 0, 0] = 0, 51, 102  # 0, 0.2 and 0.4
+  images[:, 0, 0, 1] = 255
+  mean, std = channel_statistics(images)
+  np.testing.assert_allclose(mean, [0.2, 1], rtol=1e-12)
+  np.testing.assert_allclose(std, [np.sqrt(0.08 / 3), 1], rtol=1e-12)  # A constant channel is divided by 1.
