@@ -1,0 +1,94 @@
+"""Parameters and multiply-adds of every exit, counted on abstract shapes: nothing is computed or compiled.
+
+Works for any model with the multi-exit interface. Multiply-adds are those of convolutions and matrix products, an
+image, in inference.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+Paths = dict[tuple[str, ...], int]
+
+
+def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, int]]:
+  """What each exit costs (spec: Reference counts).
+
+  Args:
+    model: a multi-exit model.
+    image_shape: (H, W, C).
+
+  Returns:
+    For each exit: `exit` (1-based); `own_macs`, `own_params`: what its stage adds; `macs`, `params`: cumulative over
+    the exits tried in turn; `macs_alone`: what the exit by itself needs.
+  """
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  variables = abstract_variables(model, image_shape)
+  costs, macs, params, carry = [], 0, {}, {}
+  for number in range(1, model.num_exits + 1):
+
+    def stage(variables, image, carry, number=number):
+      return model.apply(variables, image, carry, number, method='stage')
+
+    def alone(variables, image, number=number):
+      return model.apply(variables, image, exits=(number,))[number - 1]
+
+    own_macs, (_, carry) = multiply_adds(stage, variables, image, carry)
+    own = {path: size for path, size in parameter_sizes(model, image_shape, number).items() if path not in params}
+    macs, params = macs + own_macs, params | own
+    costs.append(
+      {
+        'exit': number,
+        'own_macs': own_macs,
+        'own_params': sum(own.values()),
+        'macs': macs,
+        'params': sum(params.values()),
+        'macs_alone': multiply_adds(alone, variables, image)[0],
+      }
+    )
+  return costs
+
+
+def abstract_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None = None) -> Any:
+  """Shapes of the variables that these exits (None: all) use, as a tree of ShapeDtypeStruct."""
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  return jax.eval_shape(lambda key, image: model.init(key, image, exits=exits), jax.random.key(0), image)
+
+
+def parameter_sizes(model: Any, image_shape: tuple[int, int, int], *exits: int) -> Paths:
+  """{path: number of elements} of the parameters that these exits use."""
+  params = abstract_variables(model, image_shape, exits)['params']
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return {tuple(key.key for key in path): leaf.size for path, leaf in leaves}
+
+
+def multiply_adds(function: Callable, *args: Any) -> tuple[int, Any]:
+  """Multiply-adds of the convolutions and matrix products in `function(*args)`, and the shapes it returns."""
+  jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+  return sum(_equation_macs(equation) * times for equation, times in _equations(jaxpr.jaxpr)), shapes
+
+
+def _equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:
+  for equation in jaxpr.eqns:
+    yield equation, times
+    inner = times * equation.params.get('length', 1) if equation.primitive.name == 'scan' else times
+    for value in equation.params.values():
+      if isinstance(value, core.ClosedJaxpr):
+        yield from _equations(value.jaxpr, inner)
+      elif isinstance(value, core.Jaxpr):
+        yield from _equations(value, inner)
+
+
+def _equation_macs(equation: core.JaxprEqn) -> int:
+  if equation.primitive.name == 'dot_general':
+    (contracted, _), _ = equation.params['dimension_numbers']
+    return equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+  if equation.primitive.name == 'conv_general_dilated':
+    out, kernel = equation.outvars[0].aval, equation.invars[1].aval
+    features_out = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
+    return out.size * kernel.size // features_out
+  return 0

@@ -1,0 +1,119 @@
+"""Learning rate schedules and optimisers, from plain values to optax."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[Any], Any]
+
+# The paper drops the learning rate at epochs 50 and 100 of 130.
+PAPER_DROPS = (50 / 130, 100 / 130)
+
+
+def make_schedule(
+  kind: str,
+  learning_rate: float,
+  *,
+  epochs: float,
+  updates_per_epoch: float,
+  drop_epochs: Sequence[float] | None = None,
+  drop_factor: float = 0.1,
+  warmup_epochs: float = 0.0,
+) -> Schedule:
+  """Learning rate as a function of the number of updates done.
+
+  Args:
+    kind: 'step' (times `drop_factor` at each of `drop_epochs`), 'cosine' (to 0), 'one_cycle' (from a 25th up for 30 %,
+      then down to a 250,000th; Smith and Topin 2018) or 'constant'.
+    learning_rate: the highest.
+    epochs: length of the run.
+    updates_per_epoch: optimiser updates an epoch.
+    drop_epochs: of 'step', in epochs; None: the paper's 50 and 100 of 130, scaled to `epochs`.
+    drop_factor: of 'step'.
+    warmup_epochs: linear up to the schedule's value, in epochs; not of 'one_cycle', which has its own.
+
+  Returns:
+    A function of the update count, usable inside jit.
+  """
+  updates = max(round(epochs * updates_per_epoch), 1)
+  drop_epochs = [epochs * part for part in PAPER_DROPS] if drop_epochs is None else drop_epochs
+  drops = [round(drop * updates_per_epoch) for drop in drop_epochs]
+  warmup = 0 if kind == 'one_cycle' else round(warmup_epochs * updates_per_epoch)
+  factor = {
+    'step': lambda count: math.prod(jnp.where(count < drop, 1.0, drop_factor) for drop in drops),
+    'cosine': lambda count: _cosine(1.0, 0.0, count / updates),
+    'one_cycle': lambda count: _one_cycle(count / updates),
+    'constant': jnp.ones_like,
+  }[kind]
+
+  def schedule(count):
+    count = jnp.asarray(count, jnp.float32)
+    return learning_rate * factor(count) * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
+
+  return schedule
+
+
+def _cosine(start: float, end: float, part: jax.Array) -> jax.Array:
+  return end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(part, 0.0, 1.0))) / 2
+
+
+def _one_cycle(part: jax.Array) -> jax.Array:
+  up, down = _cosine(1 / 25, 1.0, part / 0.3), _cosine(1.0, 1 / 250_000, (part - 0.3) / 0.7)
+  return jnp.where(part < 0.3, up, down)
+
+
+def make_optimizer(
+  kind: str,
+  schedule: Schedule,
+  *,
+  momentum: float = 0.9,
+  nesterov: bool = True,
+  weight_decay: float = 1e-4,
+  decay_mask: Any = None,
+  clip_norm: float = 0.0,
+  accumulate_steps: int = 1,
+) -> optax.GradientTransformation:
+  """An optimiser over the parameters.
+
+  Args:
+    kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code) or 'adamw' (decoupled).
+    schedule: learning rate by update.
+    momentum: of 'sgd'; b1 of 'adamw'.
+    nesterov: Nesterov momentum, of both.
+    weight_decay: coefficient.
+    decay_mask: tree of bool, which parameters decay; None: all.
+    clip_norm: largest global norm of the gradient; 0: no clipping.
+    accumulate_steps: steps whose gradients are averaged into one update.
+  """
+  if kind == 'sgd':
+    parts = [optax.add_decayed_weights(weight_decay, decay_mask), optax.sgd(schedule, momentum, nesterov)]
+  else:
+    parts = [optax.adamw(schedule, b1=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=decay_mask)]
+  if clip_norm:
+    parts.insert(0, optax.clip_by_global_norm(clip_norm))
+  optimizer = optax.chain(*parts)
+  if accumulate_steps > 1:
+    optimizer = optax.MultiSteps(optimizer, accumulate_steps).gradient_transformation()
+  return optimizer
+
+
+def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:
+  """Which parameters decay: of those that a loss reaches, 'all', or the 'kernels' alone.
+
+  What no loss reaches stays as it was initialised: decay would only wear it away.
+
+  Args:
+    params: the tree of parameters.
+    reached: paths of the parameters that the trained exits use.
+    which: 'all' or 'kernels'.
+  """
+
+  def decays(path, _):
+    keys = tuple(key.key for key in path)
+    return keys in reached and (which == 'all' or keys[-1] == 'kernel')
+
+  return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,0 +1,181 @@
+"""The train state, the training step and the evaluation of each exit: pure functions of their arguments."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from paranet_jax.data.augment import augment, image_keys, normalize
+from paranet_jax.losses import cross_entropy, exit_losses, total_loss
+from paranet_jax.targets import trained_exits
+
+AXIS = 'devices'
+
+
+@struct.dataclass
+class TrainState:
+  """All that a run needs to go on: `step` steps done and `seed`, both int32 scalars, and the trees."""
+
+  step: jax.Array
+  seed: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+class Preprocessing(NamedTuple):
+  """From uint8 images to the network's input: per-channel `mean` and `std` in 0..1, and the training augmentation."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  crop_padding: int
+  flip: bool
+
+
+class Objective(NamedTuple):
+  """The loss: see `losses.exit_losses`."""
+
+  targets: Sequence[int | None]
+  exit_weights: Sequence[float]
+  matching: str
+  temperature: float
+  hard_label_weight: float
+  label_smoothing: float
+
+
+def init_state(
+  model: Any, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, ...]
+) -> TrainState:
+  """A fresh state, compiled as one program.
+
+  Args:
+    image_shape: (H, W, C).
+  """
+
+  @jax.jit
+  def init(seed):
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+    params = variables['params']
+    return TrainState(jnp.int32(0), seed, params, variables['batch_stats'], optimizer.init(params))
+
+  return init(jnp.int32(seed))
+
+
+def make_train_step(
+  model: Any,
+  optimizer: optax.GradientTransformation,
+  objective: Objective,
+  preprocessing: Preprocessing,
+  axis_name: str | None = None,
+) -> Callable:
+  """The body of a training step, for one device, or for each device of `axis_name`.
+
+  Returns:
+    step(state, totals, images, labels, order) -> (state, totals):
+      images, labels: the whole training set, uint8 [N, H, W, C] and int32 [N], on the device;
+      order: int32 [steps an epoch, b], this device's share of each batch of this epoch;
+      totals: {metric: float32 scalar}, to which this step's metrics are added.
+    Gradients, statistics and metrics are those of the global batch.
+  """
+  model = model.clone(axis_name=axis_name)
+  exits = trained_exits(objective.targets)
+
+  def loss_fn(params, batch_stats, images, labels):
+    variables = {'params': params, 'batch_stats': batch_stats}
+    logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'])
+    losses = exit_losses(
+      logits,
+      labels,
+      objective.targets,
+      matching=objective.matching,
+      temperature=objective.temperature,
+      hard_label_weight=objective.hard_label_weight,
+      label_smoothing=objective.label_smoothing,
+    )
+    loss = total_loss(losses, objective.exit_weights)
+    return loss, (updated['batch_stats'], train_metrics(logits, labels, losses, loss))
+
+  def train_step(state, totals, images, labels, order):
+    steps_per_epoch, local_size = order.shape
+    epoch, step = state.step // steps_per_epoch, state.step % steps_per_epoch
+    first = jax.lax.axis_index(axis_name) * local_size if axis_name else 0
+    indices = order[step]
+    keys = image_keys(state.seed, epoch, step, first + jnp.arange(local_size))
+    batch = normalize(images[indices], preprocessing.mean, preprocessing.std)
+    batch = augment(keys, batch, crop_padding=preprocessing.crop_padding, flip=preprocessing.flip)
+    gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
+      state.params, state.batch_stats, batch, labels[indices]
+    )
+    if axis_name:
+      gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    totals = jax.tree.map(jnp.add, totals, metrics)
+    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), totals
+
+  return train_step
+
+
+def train_metrics(logits: Sequence, labels: jax.Array, losses: dict[int, jax.Array], loss: jax.Array) -> dict:
+  """What a training line shows: the total loss and, an exit, its own loss, its cross-entropy and its accuracy."""
+  metrics = {'loss': loss}
+  for number, own in losses.items():
+    exit_logits = logits[number - 1]
+    metrics[f'exit_{number}/loss'] = own
+    metrics[f'exit_{number}/nll'] = jnp.mean(cross_entropy(exit_logits, labels))
+    metrics[f'exit_{number}/accuracy'] = jnp.mean((jnp.argmax(exit_logits, -1) == labels).astype(jnp.float32))
+  return metrics
+
+
+def zero_totals(targets: Sequence[int | None]) -> dict[str, jax.Array]:
+  """Totals before the first step of a log interval."""
+  numbers = trained_exits(targets)
+  names = ['loss', *(f'exit_{number}/{what}' for number in numbers for what in ('loss', 'nll', 'accuracy'))]
+  return {name: jnp.float32(0) for name in names}
+
+
+def make_eval_step(model: Any, number: int, preprocessing: Preprocessing, label_smoothing: float) -> Callable:
+  """The evaluation of exit `number` on one batch, computing only what that exit needs.
+
+  Returns:
+    step(params, batch_stats, images, labels, indices, mask) -> {'count', 'accuracy', 'top5', 'loss', 'nll'}:
+      sums over the images whose mask is 1; indices int32 [B] into the whole set, mask float32 [B].
+    `loss` is the cross-entropy smoothed as in training, `nll` the plain one.
+  """
+
+  def eval_step(params, batch_stats, images, labels, indices, mask):
+    batch = normalize(images[indices], preprocessing.mean, preprocessing.std)
+    variables = {'params': params, 'batch_stats': batch_stats}
+    logits = model.apply(variables, batch, exits=(number,))[number - 1]
+    label = labels[indices]
+    rank = label_rank(logits, label)
+    values = {
+      'count': jnp.ones_like(mask),
+      'accuracy': rank < 1,
+      'top5': rank < 5,
+      'loss': cross_entropy(logits, label, label_smoothing),
+      'nll': cross_entropy(logits, label),
+    }
+    return {name: jnp.sum(mask * value.astype(mask.dtype)) for name, value in values.items()}
+
+  return eval_step
+
+
+def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """How many classes go before the label: those with a larger logit and, among equal ones, those of a lower number.
+
+  Rank 0 is what argmax predicts. A label whose logit is not a number ranks last.
+
+  Args:
+    logits: [B, classes].
+    labels: int32 [B].
+
+  Returns:
+    int32 [B].
+  """
+  own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+  itself_and_after = (logits == own) & (jnp.arange(logits.shape[-1]) >= labels[:, None])
+  return jnp.sum(~(logits < own) & ~itself_and_after, axis=-1)

@@ -1,0 +1,197 @@
+"""Tests of parameters and multiply-adds: the spec's numbers, an independent count, and every shipped configuration."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from paranet_jax.config import build_model
+from paranet_jax.costs import exit_costs, multiply_adds, parameter_sizes
+from paranet_jax.data.load import known_num_classes
+from paranet_jax.models.paranet import ParaNet
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+
+
+@functools.cache
+def costs_of(model: ParaNet) -> list[dict]:
+  return exit_costs(model, (model.image_side, model.image_side, model.channels))
+
+
+def column(model: ParaNet, name: str) -> list[int]:
+  return [exit_cost[name] for exit_cost in costs_of(model)]
+
+
+def listed(model: ParaNet, cascade: bool) -> list[dict]:
+  """The same costs, each layer listed: for pipelines of the default blocks and halvings."""
+  k, bottleneck, classes, pipelines = model.growth_rate, model.bn_size * model.growth_rate, model.num_classes, {}
+  costs, width, heads = [], {}, 0
+  for p in range(1, model.num_pipelines + 1):
+    area = model.image_side**2
+    own_params = 9 * model.channels * 2 * k + (4 * k if model.stem_norm else 0)
+    own_macs = area * 9 * model.channels * 2 * k
+    channels = 2 * k
+    for b in range(1, p + 1):
+      area = (model.image_side // 2 ** (model.num_pipelines + 1 - p + b - 1)) ** 2
+      if b > 1:
+        own_params += 2 * channels + channels * channels
+        own_macs += area * channels * channels
+        channels += width[p - 1, b - 1] if cascade else 0
+      for _ in range(model.layers_per_block):
+        own_params += 2 * channels + channels * bottleneck + 2 * bottleneck + 9 * bottleneck * k
+        own_macs += area * (channels * bottleneck + 9 * bottleneck * k)
+        channels += k
+      width[p, b] = channels
+    head = channels * classes
+    own_params += 2 * channels + head + classes
+    own_macs += head
+    pipelines[p] = {'own_macs': own_macs, 'own_params': own_params}
+    macs = sum(own['own_macs'] for own in pipelines.values())
+    params = sum(own['own_params'] for own in pipelines.values())
+    alone = macs - heads if cascade else own_macs
+    costs.append({'exit': p, **pipelines[p], 'macs': macs, 'params': params, 'macs_alone': alone})
+    heads += head
+  return costs
+
+
+@pytest.mark.parametrize(
+  'cascade, own_params, params, macs, last_alone',
+  [
+    (True, [198_460, 789_244, 2_417_980], 3_405_684, [3_413_088, 23_538_720, 125_943_456], None),
+    (False, [198_460, 594_412, 1_264_156], 2_057_028, [3_413_088, 20_862_912, 98_678_304], 77_815_392),
+  ],
+  ids=['PN3', 'PN3cut'],
+)
+def test_reference_counts_of_the_spec(cascade, own_params, params, macs, last_alone):
+  model = ParaNet(cascade=cascade, dtype=jnp.dtype('float32'))  # The dtype of a config, so that both are counted once.
+  assert column(model, 'own_params') == own_params
+  assert column(model, 'params')[-1] == params
+  assert column(model, 'macs') == macs
+  if last_alone:
+    assert column(model, 'macs_alone')[-1] == last_alone
+  assert costs_of(model) == listed(model, cascade)
+
+
+@pytest.mark.parametrize('cascade', [True, False])
+def test_another_network_costs_what_its_layers_do(cascade):
+  model = ParaNet(4, 7, 2, 5, bn_size=3, cascade=cascade, stem_norm=True, image_side=16, channels=1)
+  assert costs_of(model) == listed(model, cascade)
+
+
+def test_stem_norm_adds_a_scale_and_a_bias_a_channel():
+  plain, normed = (ParaNet(layers_per_block=1, stem_norm=stem_norm) for stem_norm in (False, True))
+  assert [b - a for a, b in zip(column(plain, 'own_params'), column(normed, 'own_params'), strict=True)] == [48] * 3
+  assert column(plain, 'macs') == column(normed, 'macs')
+
+
+@pytest.mark.parametrize(
+  'fields', [{}, {'cascade': False}, {'cascade': ((3, 3),)}, {'blocks': (2, 2, 2), 'halvings': (2, 1, 0)}]
+)
+def test_costs_are_those_of_the_passes_themselves(fields):
+  model = tiny.network(3, **fields)
+  variables, images = tiny.variables(model), jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
+
+  def macs(exits=None, train=False):
+    return multiply_adds(
+      lambda: model.apply(variables, images, train=train, exits=exits, mutable=['batch_stats'] if train else [])
+    )[0]
+
+  assert column(model, 'params')[-1] == sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+  # Trying the exits in turn computes nothing twice.
+  assert column(model, 'macs')[-1] == macs()
+  # Training computes what its exits need, no more.
+  assert column(model, 'macs_alone') == [macs((number,), train=True) for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+  'name, exits, unused',
+  [
+    ('PN3-ddd', (2,), ('pipeline_3_', 'exit_1', 'exit_3')),
+    ('PN3cut-ddd', (3,), ('pipeline_1_', 'pipeline_2_', 'exit_1', 'exit_2')),
+  ],
+)
+def test_parameter_sizes_are_those_that_the_exits_use(name, exits, unused):
+  model = tiny.named(name)
+  every = jax.tree_util.tree_leaves_with_path(tiny.variables(model)['params'])
+  every = {tuple(key.key for key in path): leaf.size for path, leaf in every}
+  used = {path: size for path, size in every.items() if not path[0].startswith(unused)}
+  assert parameter_sizes(model, (tiny.SIDE, tiny.SIDE, 3), *exits) == used
+
+
+def _convolution(groups=1):
+  def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x, kernel, (2, 2), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=groups
+    )
+
+  return convolve
+
+
+@pytest.mark.parametrize(
+  'function, shapes, macs',
+  [
+    (jnp.matmul, [(2, 3), (3, 5)], 2 * 3 * 5),
+    (jnp.matmul, [(7, 2, 3), (7, 3, 5)], 7 * 2 * 3 * 5),
+    (jnp.tensordot, [(2, 3, 4), (3, 4, 5)], 2 * 3 * 4 * 5),
+    (jnp.multiply, [(2, 3), (2, 3)], 0),
+    (_convolution(), [(1, 7, 7, 4), (3, 3, 4, 6)], 3 * 3 * 6 * 3 * 3 * 4),
+    (_convolution(groups=2), [(1, 7, 7, 4), (3, 3, 2, 6)], 3 * 3 * 6 * 3 * 3 * 2),
+    (jax.jit(jnp.matmul), [(2, 3), (3, 5)], 2 * 3 * 5),
+    (jax.checkpoint(jnp.matmul), [(2, 3), (3, 5)], 2 * 3 * 5),
+    (lambda x, y: jax.lax.scan(lambda carry, row: (carry @ y, row @ y), x, x), [(3, 3), (3, 3)], 3 * (27 + 9)),
+    (
+      lambda x, y: jax.lax.scan(
+        lambda c, _: (jax.lax.scan(lambda c, _: (c @ y, None), c, length=4)[0], None), x, length=5
+      ),
+      [(2, 3), (3, 3)],
+      5 * 4 * 2 * 3 * 3,
+    ),
+  ],
+)
+def test_multiply_adds(function, shapes, macs):
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  counted, result = multiply_adds(function, *arguments)
+  assert counted == macs
+  assert result == jax.eval_shape(function, *arguments)
+
+
+# Cumulative parameters and multiply-adds of every exit.
+PN3 = [(198_460, 3_413_088), (987_704, 23_538_720), (3_405_684, 125_943_456)]
+PN3CUT = [(198_460, 3_413_088), (792_872, 20_862_912), (2_057_028, 98_678_304)]
+SHIPPED = {
+  'pn3_ddd': ('PN3-ddd', PN3),
+  'pn3_dxx': ('PN3-dxx', PN3),
+  'pn3_xdx': ('PN3-xdx', PN3),
+  'pn3_xxd': ('PN3-xxd', PN3),
+  'pn3_x3d': ('PN3-x3d', PN3),
+  'pn3_33d': ('PN3-33d', PN3),
+  'pn3_23d': ('PN3-23d', PN3),
+  'pn3cut_ddd': ('PN3cut-ddd', PN3CUT),
+  'pn3cut_33d': ('PN3cut-33d', PN3CUT),
+  'paranet': ('PN3-ddd', PN3),
+  'paranet:PN3cut-33d': ('PN3cut-33d', PN3CUT),
+  'paranet:PN1-d': ('PN1-d', [(198_460, 44_332_128)]),
+  'paranet:PN2cut-2d': ('PN2cut-2d', [(198_460, 11_596_896), (792_872, 79_283_136)]),
+  'quickstart': ('PN3-ddd', [(22_618, 995_928), (85_748, 3_598_704), (240_270, 13_401_096)]),
+}
+
+
+@pytest.mark.parametrize('config', SHIPPED)
+def test_shipped_configurations(config):
+  stem, *argument = config.split(':')
+  spec = importlib.util.spec_from_file_location(stem, CONFIGS / f'{stem}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  found = module.get_config(*argument)
+  model = build_model(found, known_num_classes(found.data.name))
+  name, costs = SHIPPED[config]
+  assert found.name == name
+  assert list(zip(column(model, 'params'), column(model, 'macs'), strict=True)) == costs
+
+
+def test_every_shipped_configuration_is_in_the_table():
+  assert {path.stem for path in CONFIGS.glob('*.py')} == {config.split(':')[0] for config in SHIPPED}

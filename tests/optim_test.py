@@ -1,0 +1,159 @@
+"""Tests of schedules at points worked out by hand, and of optimisers against a loop in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paranet_jax.optim import decay_mask, make_optimizer, make_schedule
+
+PAPER = {'epochs': 130, 'updates_per_epoch': 781}
+SHORT = {'epochs': 10, 'updates_per_epoch': 10}
+
+
+@pytest.mark.parametrize(
+  'kind, options, expected',
+  [
+    ('step', PAPER, {0: 0.1, 39_049: 0.1, 39_050: 0.01, 78_099: 0.01, 78_100: 0.001, 101_530: 0.001}),
+    ('step', PAPER | {'epochs': 13}, {3_904: 0.1, 3_905: 0.01, 7_809: 0.01, 7_810: 0.001}),
+    # Two steps are averaged into an update: 390.5 updates an epoch.
+    ('step', {'epochs': 130, 'updates_per_epoch': 390.5}, {19_524: 0.1, 19_525: 0.01, 39_049: 0.01, 39_050: 0.001}),
+    ('step', SHORT | {'drop_epochs': (2, 2.5), 'drop_factor': 0.5}, {19: 0.1, 20: 0.05, 24: 0.05, 25: 0.025}),
+    ('step', SHORT | {'drop_epochs': (2, 2), 'drop_factor': 0.5}, {19: 0.1, 20: 0.025}),
+    ('step', SHORT | {'drop_epochs': ()}, {0: 0.1, 99: 0.1}),
+    ('cosine', SHORT, {0: 0.1, 25: 0.05 + 0.05 * 0.5**0.5, 50: 0.05, 100: 0.0, 120: 0.0}),
+    ('one_cycle', SHORT, {0: 0.004, 15: 0.052, 30: 0.1, 65: 0.05, 100: 0.0}),
+    ('one_cycle', SHORT | {'warmup_epochs': 5}, {0: 0.004, 30: 0.1}),
+    ('constant', SHORT, {0: 0.1, 99: 0.1}),
+    ('constant', SHORT | {'warmup_epochs': 0.5}, {0: 0.02, 1: 0.04, 4: 0.1, 5: 0.1, 99: 0.1}),
+    ('step', SHORT | {'warmup_epochs': 1, 'drop_epochs': (0.5,)}, {4: 0.05, 5: 0.006, 9: 0.01, 10: 0.01}),
+    ('cosine', {'epochs': 0.001, 'updates_per_epoch': 10}, {0: 0.1, 1: 0.0}),
+    ('one_cycle', {'epochs': 1, 'updates_per_epoch': 1}, {0: 0.004, 1: 0.0}),
+  ],
+)
+def test_schedules(kind, options, expected):
+  schedule = make_schedule(kind, 0.1, **options)
+  counts, rates = list(expected), list(expected.values())
+  np.testing.assert_allclose([schedule(count) for count in counts], rates, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(counts)), rates, rtol=1e-5, atol=1e-6)
+
+
+PARAMS = {'kernel': np.array([1.0, -2.0]), 'bias': np.array([0.5])}
+GRADIENTS = [
+  {'kernel': np.array([3.0, -1.0]) * scale, 'bias': np.array([4.0]) / scale} for scale in (1.0, 0.1, -2.0, 0.5)
+]
+RATES = [0.1, 0.1, 0.01, 0.01]
+
+
+def train(optimizer, gradients=GRADIENTS):
+  """Parameters after each gradient."""
+  params = jax.tree.map(jnp.float32, PARAMS)
+  state, every = optimizer.init(params), []
+  update = jax.jit(optimizer.update)
+  for gradient in gradients:
+    updates, state = update(jax.tree.map(jnp.float32, gradient), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    every.append(params)
+  return every
+
+
+def check(found, expected):
+  for ours, wanted in zip(found, expected, strict=True):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, wanted)
+
+
+def sgd(decay, momentum, nesterov, gradients=GRADIENTS):
+  """PyTorch's rule, which trained DenseNet: decay enters the gradient, momentum holds gradients, not updates."""
+  params, velocity, every = dict(PARAMS), dict.fromkeys(PARAMS, 0.0), []
+  for gradient, rate in zip(gradients, RATES, strict=False):
+    for name in params:
+      slope = gradient[name] + decay[name] * params[name]
+      velocity[name] = momentum * velocity[name] + slope
+      params[name] = params[name] - rate * (slope + momentum * velocity[name] if nesterov else velocity[name])
+    every.append(dict(params))
+  return every
+
+
+ALL = {'kernel': 0.01, 'bias': 0.01}
+SCHEDULE = {'epochs': 4, 'updates_per_epoch': 1, 'drop_epochs': (2,)}
+
+
+@pytest.mark.parametrize('momentum, nesterov', [(0.9, True), (0.9, False), (0.0, False)])
+def test_sgd(momentum, nesterov):
+  optimizer = make_optimizer(
+    'sgd', make_schedule('step', 0.1, **SCHEDULE), momentum=momentum, nesterov=nesterov, weight_decay=0.01
+  )
+  check(train(optimizer), sgd(ALL, momentum, nesterov))
+
+
+def test_sgd_by_hand():
+  """Slope 3 + 0.01 * 1 = 3.01, step 0.1 (3.01 + 0.9 * 3.01); then 0.3 + 0.01 * 0.4281 on a velocity of 0.9 * 3.01."""
+  optimizer = make_optimizer('sgd', make_schedule('constant', 0.1, **SCHEDULE), weight_decay=0.01)
+  first, second = train(optimizer, GRADIENTS[:2])
+  np.testing.assert_allclose(first['kernel'][0], 1 - 0.5719, rtol=1e-5)
+  np.testing.assert_allclose(second['kernel'][0], 0.4281 - 0.1 * (0.304281 + 0.9 * (0.304281 + 2.709)), rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['sgd', 'adamw'])
+def test_the_mask_says_what_decays(kind, standard_promotion):
+  """With no gradient, only decay moves a parameter: by the learning rate times the coefficient."""
+  optimizer = make_optimizer(
+    kind,
+    make_schedule('constant', 0.1, **SCHEDULE),
+    momentum=0.0,
+    nesterov=False,
+    weight_decay=0.01,
+    decay_mask={'kernel': True, 'bias': False},
+  )
+  (params,) = train(optimizer, [jax.tree.map(np.zeros_like, PARAMS)])
+  check([params], [{'kernel': PARAMS['kernel'] * 0.999, 'bias': PARAMS['bias']}])
+  assert params['bias'] == PARAMS['bias']
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_adamw(nesterov, standard_promotion):
+  """Loshchilov and Hutter (2019): decay is not part of the gradient; with Nesterov's look ahead, Dozat (2016)."""
+  b1, b2, params, every = 0.8, 0.999, dict(PARAMS), []
+  first, second = dict.fromkeys(PARAMS, 0.0), dict.fromkeys(PARAMS, 0.0)
+  for count, (gradient, rate) in enumerate(zip(GRADIENTS, RATES, strict=True), 1):
+    for name, slope in gradient.items():
+      first[name] = b1 * first[name] + (1 - b1) * slope
+      second[name] = b2 * second[name] + (1 - b2) * slope**2
+      mean = first[name] / (1 - b1**count)
+      if nesterov:
+        mean = b1 * first[name] / (1 - b1 ** (count + 1)) + (1 - b1) * slope / (1 - b1**count)
+      scaled = mean / (np.sqrt(second[name] / (1 - b2**count)) + 1e-8)
+      params[name] = params[name] - rate * (scaled + 0.01 * params[name])
+    every.append(dict(params))
+  schedule = make_schedule('step', 0.1, **SCHEDULE)
+  check(train(make_optimizer('adamw', schedule, momentum=b1, nesterov=nesterov, weight_decay=0.01)), every)
+
+
+def test_clipping_precedes_decay():
+  """The gradient (3, -1, 4) has norm sqrt(26)."""
+  options = {'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.01}
+  schedule = make_schedule('step', 0.1, **SCHEDULE)
+  clipped = [jax.tree.map(lambda slope: slope * 2 / 26**0.5, GRADIENTS[0])]
+  check(train(make_optimizer('sgd', schedule, clip_norm=2.0, **options), GRADIENTS[:1]), sgd(ALL, 0.0, False, clipped))
+  check(train(make_optimizer('sgd', schedule, clip_norm=6.0, **options), GRADIENTS[:1]), sgd(ALL, 0.0, False)[:1])
+
+
+def test_accumulation_averages_gradients_and_counts_updates(standard_promotion):
+  """Four steps of two are two updates with the mean gradients; the learning rate drops after the first."""
+  schedule = make_schedule('step', 0.1, epochs=2, updates_per_epoch=1, drop_epochs=(1,))
+  optimizer = make_optimizer('sgd', schedule, weight_decay=0.01, clip_norm=3.0, accumulate_steps=2)
+  means = [jax.tree.map(lambda a, b: (a + b) / 2, *GRADIENTS[start : start + 2]) for start in (0, 2)]
+  expected = train(make_optimizer('sgd', schedule, weight_decay=0.01, clip_norm=3.0), means)
+  found = train(optimizer)
+  check(found, [PARAMS, expected[0], expected[0], expected[1]])
+
+
+@pytest.mark.parametrize(
+  'which, decaying', [('all', {'a/kernel', 'a/scale', 'b/norm/bias'}), ('kernels', {'a/kernel'})]
+)
+def test_decay_mask(which, decaying):
+  params = {'a': {'kernel': 1, 'scale': 1}, 'b': {'norm': {'bias': 1}, 'conv': {'kernel': 1}}, 'c': {'kernel': 1}}
+  reached = {('a', 'kernel'), ('a', 'scale'), ('b', 'norm', 'bias')}
+  leaves = jax.tree_util.tree_leaves_with_path(decay_mask(params, reached, which))
+  assert {'/'.join(key.key for key in path) for path, decays in leaves if decays} == decaying
+  assert len(leaves) == 5
