@@ -1,0 +1,91 @@
+"""How far training is, on the terminal: one live line, or plain lines where there is no terminal."""
+
+import math
+import os
+import shutil
+import sys
+from typing import TextIO
+
+
+class Progress:
+  """Shows epoch, step, loss per exit, images/s and the time left.
+
+  On a terminal one line is rewritten in place and never wraps: where it does not fit, the step and then the speed are
+  left out. Elsewhere (a pipe, a log file) every update is a line of its own.
+
+  Args:
+    total_steps: steps of the whole training, those before a resume included.
+    steps_per_epoch: optimiser steps an epoch.
+    batch_size: images a step over all devices, to turn images/s into time left.
+    stream: standard output if None, where the tables go too, so that a log keeps their order.
+  """
+
+  def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream: TextIO | None = None):
+    self._total_steps = total_steps
+    self._steps_per_epoch = steps_per_epoch
+    self._batch_size = batch_size
+    self._stream = sys.stdout if stream is None else stream
+    self._live = self._stream.isatty() and os.environ.get('TERM') != 'dumb'
+    self._line = ''
+
+  def update(self, step: int, losses: dict[int, float], images_per_second: float) -> None:
+    """Shows the state after `step` steps.
+
+    Args:
+      step: optimiser steps taken so far.
+      losses: the loss of each trained exit, by the exit's number from 1.
+      images_per_second: training speed, without compilation; where it is not positive, speed and time are left out.
+    """
+    fields = self._fields(step, losses, images_per_second)
+    if self._live:
+      # One column stays free: a full line wraps on some terminals.
+      self._line = _fit(fields, shutil.get_terminal_size().columns - 1)
+      self._write(f'\r{self._line}\x1b[K')
+    else:
+      self._write('  '.join(fields.values()) + '\n')
+
+  def message(self, text: str) -> None:
+    """Prints text, one or more lines, above the live line."""
+    self._write(f'\r\x1b[K{text}\n{self._line}' if self._line else f'{text}\n')
+
+  def close(self) -> None:
+    """Ends the live line, which stays to be read."""
+    if self._line:
+      self._write('\n')
+    self._line = ''
+
+  def _write(self, text: str) -> None:
+    self._stream.write(text)
+    self._stream.flush()
+
+  def _fields(self, step: int, losses: dict[int, float], images_per_second: float) -> dict[str, str]:
+    fields = {
+      'epoch': f'epoch {step / self._steps_per_epoch:.2f}/{self._total_steps / self._steps_per_epoch:.4g}',
+      'step': f'step {step}/{self._total_steps}',
+      'loss': 'loss ' + ' '.join(f'{number}:{loss:.3f}' for number, loss in sorted(losses.items())),
+    }
+    if math.isfinite(images_per_second) and images_per_second > 0:
+      seconds = (self._total_steps - step) * self._batch_size / images_per_second
+      fields['speed'] = f'{images_per_second:.{0 if images_per_second >= 100 else 1}f} images/s'
+      fields['left'] = f'{human_duration(seconds)} left'
+    return fields
+
+
+def human_duration(seconds: float) -> str:
+  """Returns a duration in its two largest units: `42 s`, `5 min 07 s`, `1 h 05 min`, `2 d 03 h`."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f'{days} d {hours:02} h'
+  if hours:
+    return f'{hours} h {minutes:02} min'
+  return f'{minutes} min {seconds:02} s' if minutes else f'{seconds} s'
+
+
+def _fit(fields: dict[str, str], columns: int) -> str:
+  for dropped in ((), ('step',), ('step', 'speed')):
+    line = '  '.join(text for name, text in fields.items() if name not in dropped)
+    if len(line) <= columns:
+      break
+  return line[:columns]
