@@ -1,0 +1,7 @@
+"""PN3-ddd on CIFAR-100. The paper's network: every exit learns from the labels (paper, Table 1)."""
+
+from paranet_jax.base_config import base_config
+
+
+def get_config():
+  return base_config('PN3-ddd')

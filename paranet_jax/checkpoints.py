@@ -1,0 +1,94 @@
+"""Saving and restoring the train state: the only file that knows orbax."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from paranet_jax.errors import UserError
+
+FOLDER = 'checkpoints'
+
+
+class Checkpoints:
+  """The checkpoints of a run in `workdir/checkpoints`, one folder a step. A context manager.
+
+  Args:
+    workdir: absolute.
+    keep: latest checkpoints kept; None: all, and nothing is made or removed.
+  """
+
+  def __init__(self, workdir: Path, keep: int | None = None):
+    self._folder = workdir / FOLDER
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, read_only=keep is None)
+    self._manager = ocp.CheckpointManager(self._folder, options=options) if keep or self._folder.exists() else None
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *unused) -> None:
+    if self._manager is not None:
+      self._manager.close()
+
+  def latest_step(self) -> int | None:
+    """Step of the latest checkpoint."""
+    return self._manager.latest_step() if self._manager is not None else None
+
+  def choose(self, step: int | None = None) -> int:
+    """The step asked for, or the latest.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    steps = sorted(self._manager.all_steps()) if self._manager is not None else []
+    if not steps:
+      raise UserError(f'expected a checkpoint in {self._folder}, found none; train first, or set --workdir')
+    if step is not None and step not in steps:
+      raise UserError(f'no checkpoint of step {step} in {self._folder}, found {steps}; set --step')
+    return steps[-1] if step is None else step
+
+  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Saves a state, in the background, and returns when it has been copied to the host.
+
+    Args:
+      step: steps done.
+      state: a tree of arrays.
+      meta: JSON values kept beside it.
+    """
+    # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
+    host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+    meta = meta | {'shapes': _shapes(state)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(host_state), meta=ocp.args.JsonSave(meta))
+    self._manager.save(step, args=args)
+
+  def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Restores a state and its meta.
+
+    Args:
+      step: an existing one (see `choose`).
+      like: a state of the same structure; each array goes where the one here lies.
+
+    Raises:
+      UserError: the checkpoint is of another architecture or optimiser.
+    """
+    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    self._check_shapes(step, meta.pop('shapes'), _shapes(like))
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    return self._manager.restore(step, args=args).state, meta
+
+  def _check_shapes(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for path in [*wanted, *saved]:
+      if saved.get(path) != wanted.get(path):
+        raise UserError(
+          f'checkpoint {self._folder / str(step)} is of another architecture or optimizer: {path} is '
+          f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} in this configuration; '
+          'set --config to the one it was trained with, or --workdir'
+        )
+
+
+def _shapes(state: Any) -> dict[str, list[int]]:
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): list(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,124 @@
+"""From the command line to flags and a configuration. Whatever is mistyped is a `UserError`."""
+
+import difflib
+import re
+import runpy
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from paranet_jax.base_config import field_names
+from paranet_jax.errors import UserError
+
+MODES = ('train', 'eval', 'describe')
+
+_OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
+  """Reads the flags, and the configuration with what they override in it.
+
+  Args:
+    argv: the program's name, then its arguments.
+
+  Returns:
+    The flags, and the configuration of `--config`, or the one saved in `--workdir` where there is no `--config`.
+
+  Raises:
+    UserError: a flag, a field or a file is not what it must be.
+    SystemExit: `--help` has been answered.
+  """
+  values = _define_flags()
+  rest = _consume(values, argv, known_only=True)
+  if values.help:
+    print(f'usage: python -m paranet_jax.main --config=FILE [--config.section.field=value ...]{values.get_help()}')
+    raise SystemExit
+  _consume(values, [argv[0], *(a for a in rest if a.startswith('--') and not _OVERRIDE.match(a))])
+  if values.mode not in MODES:
+    raise UserError(f"unknown mode '{values.mode}', expected one of {', '.join(MODES)}; set --mode")
+  if values.step is not None and values.mode != 'eval':
+    raise UserError(f'--step chooses the checkpoint to evaluate, found --mode={values.mode}; set --mode=eval')
+  config = _load_config(values)
+  _check_overrides(config, rest)
+  # From here on `config` is the configuration itself, with a flag for each field that is overridden.
+  del values.config
+  config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=rest)
+  unexpected = _consume(values, rest)[1:]
+  if unexpected:
+    raise UserError(f"unexpected argument '{unexpected[0]}'; flags are written --name=value")
+  return values, config
+
+
+def _define_flags() -> flags.FlagValues:
+  values = flags.FlagValues()
+  values.set_gnu_getopt()
+  for define, name, default, text in (
+    (flags.DEFINE_bool, 'help', False, 'Show this help.'),
+    (flags.DEFINE_string, 'config', None, 'Configuration file; fields: paranet_jax/base_config.py.'),
+    (flags.DEFINE_string, 'workdir', None, 'Folder of the run (default: runs/<name>-<dataset>-s<seed>).'),
+    (flags.DEFINE_string, 'mode', 'train', f'One of {", ".join(MODES)}.'),
+    (flags.DEFINE_integer, 'step', None, 'Checkpoint for --mode=eval (default: the latest).'),
+    (flags.DEFINE_bool, 'json', False, 'Print one JSON object (--mode=describe and eval).'),
+    (flags.DEFINE_bool, 'accept_config_changes', False, 'Go on with a run although its saved configuration differs.'),
+  ):
+    define(name, default, text, flag_values=values)
+  return values
+
+
+def _consume(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
+  try:
+    return values(argv, known_only)
+  except (flags.Error, ValueError) as error:
+    reason = _one_line(error)
+    raise UserError(f'{reason}; see --help for the flags, paranet_jax/base_config.py for the fields') from error
+
+
+def _load_config(values: flags.FlagValues) -> ConfigDict:
+  if values.config is not None:
+    return _load_file(*values.config.split(':', 1))
+  if values.workdir is None:
+    raise UserError('expected a configuration, found none; set --config=configs/quickstart.py or another, or --workdir')
+  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.workdir import restore_config
+
+  return restore_config(Path(values.workdir).expanduser().absolute())
+
+
+def _load_file(path: str, *argument: str) -> ConfigDict:
+  """The configuration that `get_config` of a Python file returns, given what followed `:` in the flag."""
+  _check_exists(Path(path))
+  try:
+    config = runpy.run_path(path).get('get_config', lambda *_: None)(*argument)
+  except UserError:
+    raise
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    place = f'line {lines[-1]} of {path}' if lines else path
+    raise UserError(f'{place} raises {type(error).__name__}: {_one_line(error)}; mend it or set --config') from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(f'{path} must have a function get_config that returns a ConfigDict; see configs/quickstart.py')
+  return config
+
+
+def _check_exists(path: Path) -> None:
+  if not path.is_file():
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob('*.py')], 1)
+    hint = f'did you mean {path.parent / near[0]}?' if near else 'set --config, such as configs/quickstart.py'
+    raise UserError(f'expected a configuration file at {path}, found none; {hint}')
+
+
+def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
+  known = field_names(config)
+  for field in (match[1] for match in map(_OVERRIDE.match, argv) if match):
+    if field not in known:
+      near = difflib.get_close_matches(field, known, 1)
+      hint = f'did you mean {near[0]}? All are' if near else 'all are'
+      raise UserError(f'unknown configuration field {field}; {hint} in paranet_jax/base_config.py')
+
+
+def _one_line(error: Exception) -> str:
+  # ml_collections lists every field beside the misspelt one.
+  return ' '.join(re.sub(r'Other fields present: .*\}"\\n', '', str(error)).split())

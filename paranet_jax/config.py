@@ -1,0 +1,220 @@
+"""What a configuration must hold, and what is derived from it."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from paranet_jax.base_config import base_config, field_names
+from paranet_jax.errors import UserError
+from paranet_jax.models.paranet import ParaNet
+from paranet_jax.targets import Targets, parse_name
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*choices: Any) -> Rule:
+  return lambda value: value in choices, 'one of ' + ', '.join(map(str, choices))
+
+
+def _at_least(low: float) -> Rule:
+  return lambda value: low <= value < math.inf, f'{low} or more'
+
+
+def _tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
+  def holds(values):
+    return all(isinstance(v, kind) and not isinstance(v, bool) and low <= v < math.inf for v in values)
+
+  return holds, f'numbers of {low} or more, such as "(1,2,3)"'
+
+
+_POSITIVE: Rule = (lambda value: 0 < value < math.inf, 'more than 0 and finite')
+_SHARE: Rule = (lambda value: 0 <= value <= 1, 'from 0 to 1')
+
+RULES: dict[str, Rule] = {
+  'seed': (lambda value: -(2**31) <= value < 2**31, 'an integer of 32 bits'),
+  'model.layers_per_block': _at_least(1),
+  'model.growth_rate': _at_least(1),
+  'model.bn_size': _at_least(1),
+  'model.blocks': _tuple_of(int, 1),
+  'model.halvings': _tuple_of(int, 0),
+  'model.cascade': (
+    lambda value: re.fullmatch(r'(\d\.\d+(,\d\.\d+)*)?', value) is not None,
+    "receiving blocks 'pipeline.block' separated by commas, such as 2.2,3.3",
+  ),
+  'model.entry_pool': _one_of('max', 'avg'),
+  'model.entry_order': _one_of('stem_first', 'pool_first'),
+  'model.num_classes': _at_least(2),
+  'model.image_side': _at_least(1),
+  'model.channels': _one_of(1, 3),
+  'model.dtype': _one_of('float32', 'bfloat16'),
+  'data.held_out': _at_least(0),
+  'data.test_fraction': (lambda value: 0 < value < 1, 'between 0 and 1'),
+  'data.on_corrupt': _one_of('refuse', 'skip'),
+  'data.crop_padding': _at_least(0),
+  'loss.matching': _one_of('squared_error', 'kl'),
+  'loss.temperature': _POSITIVE,
+  'loss.hard_label_weight': _SHARE,
+  'loss.exit_weights': _tuple_of((int, float), 0),
+  'loss.label_smoothing': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
+  'train.epochs': _POSITIVE,
+  'train.max_steps': _at_least(0),
+  'train.batch_size': _at_least(1),
+  'train.learning_rate': _POSITIVE,
+  'train.schedule': _one_of('step', 'cosine', 'one_cycle', 'constant'),
+  'train.drop_epochs': _tuple_of((int, float), 0),
+  'train.drop_factor': _POSITIVE,
+  'train.warmup_epochs': _at_least(0),
+  'train.optimizer': _one_of('sgd', 'adamw'),
+  'train.momentum': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
+  'train.weight_decay': _at_least(0),
+  'train.decay': _one_of('all', 'kernels'),
+  'train.clip_norm': _at_least(0),
+  'train.accumulate_steps': _at_least(1),
+  'train.devices': _at_least(0),
+  'eval.every_epochs': _POSITIVE,
+  'eval.batch_size': _at_least(1),
+  'checkpoint.every_steps': _at_least(1),
+  'checkpoint.keep': _at_least(1),
+  'log.every_steps': _at_least(1),
+}
+"""What each field with a range must hold: a predicate and how to say it. A derived value (None) is not checked."""
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks every field by itself, and that the name, the shapes and the exits fit together.
+
+  Raises:
+    UserError: the first field that does not hold, with the flag that sets it.
+  """
+  _check_fields(config, base_config())
+  for field, (holds, expected) in RULES.items():
+    value = _get(config, field)
+    if value is not None and not holds(value):
+      raise UserError(f'{field} must be {expected}, found {value}; set --config.{field}')
+  exit_weights(config)
+  build_model(config, num_classes=2)
+
+
+def build_model(config: ConfigDict, num_classes: int) -> ParaNet:
+  """The model of a configuration.
+
+  Args:
+    num_classes: of the data set; `model.num_classes` goes before it.
+
+  Raises:
+    UserError: a refused name, or shapes that do not fit.
+  """
+  name = parse_name(config.name)
+  fields = config.model
+  model = ParaNet(
+    num_pipelines=name.num_pipelines,
+    num_classes=fields.num_classes or num_classes,
+    layers_per_block=fields.layers_per_block,
+    growth_rate=fields.growth_rate,
+    bn_size=fields.bn_size,
+    blocks=fields.blocks,
+    halvings=fields.halvings,
+    cascade=name.cascade if fields.cascade is None else _parse_cascade(fields.cascade),
+    stem_norm=fields.stem_norm,
+    entry_pool=fields.entry_pool,
+    entry_order=fields.entry_order,
+    image_side=fields.image_side,
+    channels=fields.channels,
+    dtype=jnp.dtype(fields.dtype),
+  )
+  try:
+    geometry = model.geometry
+  except ValueError as error:
+    raise UserError(f'{error}; set --config.model.image_side, .blocks, .halvings or .cascade') from error
+  if len(geometry.blocks) != name.num_pipelines:
+    raise UserError(
+      f'model.blocks and model.halvings must have {name.num_pipelines} entries, one a pipeline of {config.name}, '
+      f'found {geometry.blocks} and {geometry.halvings}; set --config.model.blocks and --config.model.halvings'
+    )
+  return model
+
+
+def targets(config: ConfigDict) -> Targets:
+  """What each exit learns from."""
+  return parse_name(config.name).targets
+
+
+def exit_weights(config: ConfigDict) -> tuple[float, ...]:
+  """One loss weight an exit."""
+  num_exits = len(targets(config))
+  weights = config.loss.exit_weights or (1.0,) * num_exits
+  if len(weights) != num_exits:
+    raise UserError(
+      f'loss.exit_weights must have {num_exits} entries, one an exit of {config.name}, found {weights}; '
+      'set --config.loss.exit_weights'
+    )
+  return tuple(weights)
+
+
+def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+  """Length of the run, in steps."""
+  steps = max(round(config.train.epochs * steps_per_epoch), 1)
+  return min(steps, config.train.max_steps) if config.train.max_steps else steps
+
+
+def default_workdir(config: ConfigDict) -> str:
+  """`runs/<name>-<dataset>-s<seed>`, in the current folder; a tfds name's config and version stay readable."""
+  return f'runs/{config.name}-{config.data.name.replace("/", "_").replace(":", "_")}-s{config.seed}'
+
+
+def check_devices(config: ConfigDict, num_devices: int) -> None:
+  """Refuses a batch that the devices cannot share evenly."""
+  if config.train.batch_size % num_devices:
+    raise UserError(
+      f'train.batch_size {config.train.batch_size} cannot be shared evenly by {num_devices} devices; '
+      'set --config.train.batch_size or --config.train.devices'
+    )
+
+
+def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
+  """The fields in which two configurations differ, as `field: saved -> current`.
+
+  The place of a prepared data set may change between starts; the place of a user's own images says which they are.
+  """
+  found = []
+  for key in sorted(saved.keys() | current.keys()):
+    field, old, new = prefix + key, saved.get(key), current.get(key)
+    if isinstance(old, dict) and isinstance(new, dict):
+      found += differences(old, new, f'{field}.')
+    elif old != new and not (field == 'data.data_dir' and current.get('name') != 'folder'):
+      found.append(f'{field}: {old} -> {new}')
+  return found
+
+
+def absolute_paths(config: ConfigDict) -> None:
+  """Makes the data folder absolute, so that a saved configuration does not depend on the folder it was started from."""
+  if config.data.data_dir:
+    config.data.data_dir = str(Path(config.data.data_dir).expanduser().absolute())
+
+
+def _check_fields(config: ConfigDict, base: ConfigDict) -> None:
+  known = field_names(base)
+  for field in sorted(set(known) ^ set(field_names(config))):
+    problem = 'lacks' if field in known else 'has an unknown'
+    raise UserError(
+      f'the configuration {problem} field {field}; start from base_config() as configs/quickstart.py does'
+    )
+  for field in known:
+    if _get(config, field) is None and _get(base, field) is not None:
+      raise UserError(f'{field} must have a value, found None; set --config.{field}')
+
+
+def _parse_cascade(text: str) -> tuple[tuple[int, int], ...]:
+  edges = [tuple(map(int, edge.split('.'))) for edge in text.split(',') if edge]
+  return tuple(sorted(edges))
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+  for key in field.split('.'):
+    config = config[key]
+  return config

@@ -1,0 +1,51 @@
+"""`python -m paranet_jax.main`: flags in, one run out. User errors are one line and exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from paranet_jax.command_line import parse
+from paranet_jax.errors import UserError
+
+
+def main() -> int:
+  """Runs the command in sys.argv; returns the exit code."""
+  logging.set_verbosity(logging.ERROR)  # orbax and tfds tell much that is not for the reader of a terminal.
+  try:
+    _run(*parse(sys.argv))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped at once', file=sys.stderr)
+    return 130
+  return 0
+
+
+def _run(values: flags.FlagValues, config: ConfigDict) -> None:
+  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax import config as config_lib
+  from paranet_jax.description import describe
+  from paranet_jax.tables import describe_table, evaluation_table
+  from paranet_jax.train import evaluate_checkpoint, train_and_evaluate
+
+  config_lib.validate(config)
+  config_lib.absolute_paths(config)
+  workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
+  if values.mode == 'train':
+    train_and_evaluate(config, workdir, values.accept_config_changes)
+    return
+  if values.mode == 'describe':
+    result = describe(config)
+    text = describe_table(result)
+  else:
+    result = evaluate_checkpoint(config, workdir, values.step)
+    text = f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}'
+  print(json.dumps(result) if values.json else text)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

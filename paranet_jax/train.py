@@ -1,0 +1,268 @@
+"""A run: build or restore, train, evaluate, log, save, stop cleanly."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from paranet_jax import devices as devices_lib
+from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.config import check_devices
+from paranet_jax.curves import draw_curves
+from paranet_jax.data.batches import epoch_order
+from paranet_jax.description import describe, environment
+from paranet_jax.errors import UserError
+from paranet_jax.evaluation import Evaluator, as_metrics
+from paranet_jax.metrics import MetricsWriter
+from paranet_jax.progress import Progress, human_duration
+from paranet_jax.signals import StopRequest
+from paranet_jax.steps import TrainState, zero_totals
+from paranet_jax.tables import describe_table, evaluation_table
+from paranet_jax.targets import trained_exits
+from paranet_jax.task import Task, build_task
+from paranet_jax.workdir import SUMMARY, prepare_workdir, save_config, write_json
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes: bool = False) -> dict | None:
+  """Trains, or goes on training, and evaluates every exit.
+
+  Args:
+    workdir: absolute.
+    accept_config_changes: go on with this configuration where the run's saved one differs.
+
+  Returns:
+    What summary.json holds, or None if a signal stopped the run before its end.
+
+  Raises:
+    UserError: the configuration, the data or the workdir does not fit, or the loss is no longer finite.
+  """
+  devices = devices_lib.pick_devices(config.train.devices)
+  check_devices(config, len(devices))
+  task = build_task(config)
+  prepare_workdir(workdir, config, accept_config_changes)
+  description = describe(config, len(task.dataset.class_names))
+  print(describe_table(description))
+  print(_facts(task, devices, workdir), flush=True)
+  with StopRequest() as stop, Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+    run = Run(task, devices, workdir, checkpoints, stop)
+    state = run.restore()
+    save_config(workdir, config)  # Not before: a checkpoint that does not fit leaves the saved one as it is.
+    evaluations = run.train(state)
+  if evaluations is None:
+    print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
+    return None
+  summary = _summary(description, task, evaluations, run.wall_time(), devices)
+  write_json(workdir / SUMMARY, summary)
+  print(f'finished in {human_duration(summary["wall_time_s"])}')
+  print(f'curves: {draw_curves(workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
+  return summary
+
+
+def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, Any]:
+  """Evaluates a checkpoint on every split.
+
+  Args:
+    workdir: absolute.
+    step: of the checkpoint; None: the latest.
+
+  Returns:
+    `name`, `dataset`, `seed`, `step`, and `splits` as `Evaluator.evaluate` gives them.
+  """
+  with Checkpoints(workdir) as checkpoints:
+    step = checkpoints.choose(step)
+    devices = devices_lib.pick_devices(config.train.devices)
+    task = build_task(config)
+    like = jax.tree.map(_placed_like(devices), jax.eval_shape(task.init_state))
+    state, _ = checkpoints.restore(step, like)
+  evaluations = Evaluator(task, devices).evaluate(state.params, state.batch_stats)
+  return {'name': config.name, 'dataset': config.data.name, 'seed': config.seed, 'step': step, 'splits': evaluations}
+
+
+class Run:
+  """The training loop and its state. Nothing waits for the device but a log line, an evaluation or a checkpoint.
+
+  Attributes:
+    saved_step: of the latest checkpoint; None: there is none.
+  """
+
+  def __init__(self, task: Task, devices: list, workdir: Path, checkpoints: Checkpoints, stop: StopRequest):
+    self._task = task
+    self._devices = devices
+    self._workdir = workdir
+    self._checkpoints = checkpoints
+    self._stop = stop
+    self._evaluator = Evaluator(task, devices)
+    self._started = time.monotonic()
+    self._earlier_wall_time = 0.0
+    self.saved_step = checkpoints.latest_step()
+
+  def wall_time(self) -> float:
+    """Seconds spent on this run, earlier starts that reached a checkpoint included."""
+    return self._earlier_wall_time + time.monotonic() - self._started
+
+  def restore(self) -> TrainState:
+    """The state of the latest checkpoint, or a fresh one.
+
+    Raises:
+      UserError: the checkpoint is of another architecture or optimizer, or of a step after the end of this run.
+    """
+    whole = devices_lib.replicated(self._devices)
+    step, total = self._checkpoints.latest_step(), self._task.total_steps
+    if step is None:
+      return jax.device_put(self._task.init_state(), whole)
+    if step > total:
+      raise UserError(
+        f'the run is at step {step} and this configuration ends at step {total}; '
+        'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
+      )
+    like = jax.tree.map(_placed_like(self._devices), jax.eval_shape(self._task.init_state))
+    state, meta = self._checkpoints.restore(step, like)
+    self._earlier_wall_time = meta['wall_time_s']
+    print(f'going on from the checkpoint of step {step} of {total}', flush=True)
+    # With accepted changes the seed may be another one; the order of the images follows the configuration's too.
+    return state.replace(seed=jax.device_put(np.int32(self._task.config.seed), whole))
+
+  def train(self, state: TrainState) -> dict | None:
+    """Trains from this state to the end; returns the last evaluation, or None if a signal came first."""
+    task = self._task
+    first_step = int(state.step)
+    batch_size = task.config.train.batch_size
+    with MetricsWriter(self._workdir, resume_step=first_step) as writer:
+      progress = Progress(task.total_steps, task.steps_per_epoch, batch_size)
+      self._writer, self._progress = writer, progress
+      try:
+        state, evaluations = self._loop(state, first_step)
+      finally:
+        progress.close()
+    step = int(state.step)
+    if evaluations is None and step == task.total_steps:
+      # Stopped after its last checkpoint and before its summary: the lines of this evaluation are written already.
+      evaluations = self._evaluator.evaluate(state.params, state.batch_stats)
+      print(evaluation_table(evaluations))
+    if evaluations is None:
+      self._save(step, state)
+    return evaluations
+
+  def _loop(self, state: TrainState, step: int) -> tuple[TrainState, dict | None]:
+    task, config = self._task, self._task.config
+    train_step = devices_lib.run_on(self._devices, task.train_step)
+    whole = devices_lib.replicated(self._devices)
+    train = task.dataset.train
+    images, labels = jax.device_put((train.images, train.labels), whole)
+    zeros = jax.device_put(zero_totals(task.targets), whole)
+    clock = _Clock(config.train.batch_size)
+    eval_every = max(round(config.eval.every_epochs * task.steps_per_epoch), 1)
+    totals, logged, order_epoch, order, evaluations = _copy(zeros), step, None, None, None
+    while step < task.total_steps and not self._stop.received:
+      if step // task.steps_per_epoch != order_epoch:
+        order_epoch = step // task.steps_per_epoch
+        order = self._order(order_epoch)
+      state, totals = train_step(state, totals, images, labels, order)
+      step += 1
+      clock.stepped(totals)
+      last = step == task.total_steps
+      if last or step % config.log.every_steps == 0:
+        self._log(step, totals, step - logged, clock)
+        totals, logged = _copy(zeros), step
+      if last or step % eval_every == 0:
+        evaluations = self._evaluate(step, state)
+        clock.restart()
+      if last or step % config.checkpoint.every_steps == 0:
+        self._save(step, state)
+        clock.restart()
+    return state, evaluations if step == task.total_steps else None
+
+  def _order(self, epoch: int) -> jax.Array:
+    config = self._task.config
+    order = epoch_order(config.seed, epoch, len(self._task.dataset.train), config.train.batch_size)
+    return devices_lib.place_order(order, self._devices)
+
+  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, clock: '_Clock') -> None:
+    means = {name: float(total) / steps for name, total in jax.device_get(totals).items()}
+    if not math.isfinite(means['loss']):
+      bad = [number for number in trained_exits(self._task.targets) if not math.isfinite(means[f'exit_{number}/loss'])]
+      raise self._not_finite(f'the loss (exits {bad or "together"})', step)
+    speed = clock.images_per_second()
+    means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
+    self._writer.write(step, step / self._task.steps_per_epoch, 'train', means)
+    losses = {number: means[f'exit_{number}/loss'] for number in trained_exits(self._task.targets)}
+    self._progress.update(step, losses, speed)
+
+  def _evaluate(self, step: int, state: TrainState) -> dict[str, list[dict]]:
+    evaluations = self._evaluator.evaluate(state.params, state.batch_stats)
+    for split, exits in evaluations.items():
+      self._writer.write(step, step / self._task.steps_per_epoch, split, as_metrics(exits))
+    self._progress.message(f'after step {step}:\n{evaluation_table(evaluations)}')
+    return evaluations
+
+  def _save(self, step: int, state: TrainState) -> None:
+    if step == self.saved_step:
+      return
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state))):
+      raise self._not_finite('the state', step)
+    self._checkpoints.save(step, state, {'seed': self._task.config.seed, 'wall_time_s': self.wall_time()})
+    self.saved_step = step
+
+  def _not_finite(self, what: str, step: int) -> UserError:
+    saved = 'nothing is saved' if self.saved_step is None else f'the last checkpoint is of step {self.saved_step}'
+    return UserError(
+      f'{what} is no longer finite at step {step}, and {saved}; '
+      'lower --config.train.learning_rate or set --config.train.clip_norm, in a new --workdir'
+    )
+
+
+class _Clock:
+  """Images a second since the last restart; compilation, evaluation and saving are left out."""
+
+  def __init__(self, batch_size: int):
+    self._batch_size = batch_size
+    self._started: float | None = None
+    self._steps = 0
+
+  def stepped(self, result: Any) -> None:
+    if self._started is None:
+      # The first step compiles: wait for it once, and count from there.
+      jax.block_until_ready(result)
+      self.restart()
+    else:
+      self._steps += 1
+
+  def restart(self) -> None:
+    self._started, self._steps = time.monotonic(), 0
+
+  def images_per_second(self) -> float:
+    elapsed = time.monotonic() - self._started
+    return self._steps * self._batch_size / elapsed if self._steps else math.nan
+
+
+def _copy(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  # The step is given its totals' buffers, so the zeros themselves are kept apart.
+  return jax.tree.map(lambda leaf: leaf.copy(), totals)
+
+
+def _placed_like(devices: list):
+  whole = devices_lib.replicated(devices)
+  return lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+
+
+def _facts(task: Task, devices: list, workdir: Path) -> str:
+  data = task.dataset
+  held_out = f' {len(data.held_out):,} held out,' if data.held_out is not None else ''
+  skipped = f' ({data.skipped:,} corrupt files skipped)' if data.skipped else ''
+  return (
+    f'images: {len(data.train):,} train,{held_out} {len(data.test):,} test{skipped}; '
+    f'{task.total_steps:,} steps of {task.config.train.batch_size} on {len(devices)} x {devices[0].device_kind}\n'
+    f'workdir: {workdir}'
+  )
+
+
+def _summary(description: dict, task: Task, evaluations: dict, wall_time: float, devices: list) -> dict[str, Any]:
+  exits = [cost | measured for cost, measured in zip(description['exits'], evaluations['test'], strict=True)]
+  summary = description | {'steps': task.total_steps, 'exits': exits}
+  if 'held_out' in evaluations:
+    summary['held_out'] = evaluations['held_out']
+  return summary | environment(devices) | {'wall_time_s': round(wall_time, 1)}

@@ -1,0 +1,96 @@
+"""A run's folder: its configuration, and JSON files written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from paranet_jax.base_config import base_config, field_names
+from paranet_jax.config import differences
+from paranet_jax.errors import UserError
+
+CONFIG = 'config.json'
+SUMMARY = 'summary.json'
+
+
+def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
+  """Makes the folder, or compares the configuration with the one saved in it.
+
+  Args:
+    workdir: absolute.
+    accept_changes: the configuration may differ from the saved one.
+
+  Raises:
+    UserError: the folder cannot be written, or holds a run with another configuration.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise UserError(f'workdir {workdir} must be a folder, and there is a file; set --workdir') from error
+  except OSError as error:
+    raise UserError(f'workdir {workdir} cannot be made: {error.strerror}; set --workdir') from error
+  if not os.access(workdir, os.W_OK | os.X_OK):
+    raise UserError(f'workdir {workdir} must be writable, and is not; set --workdir')
+  if (workdir / CONFIG).exists() and not accept_changes:
+    _check_same(workdir, config)
+
+
+def save_config(workdir: Path, config: ConfigDict) -> None:
+  """Saves the configuration in place of the one that may be there."""
+  write_json(workdir / CONFIG, _as_saved(config))
+
+
+def restore_config(workdir: Path) -> ConfigDict:
+  """The saved configuration; fields that it does not have yet take their defaults.
+
+  Raises:
+    UserError: there is none, or its fields are not those of this version.
+  """
+  config, saved, path = base_config(), _load_config(workdir), workdir / CONFIG
+  unknown = set(field_names(saved)) - set(field_names(config))
+  if unknown:
+    raise UserError(f'{path} has a field {min(unknown)} that this version does not know; set --config instead')
+  try:
+    config.update(saved)
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{path} does not fit ({error}); mend it, or set --config') from error
+  return config
+
+
+def _check_same(workdir: Path, config: ConfigDict) -> None:
+  changed = differences(_load_config(workdir), _as_saved(config))
+  if changed:
+    raise UserError(
+      f'workdir {workdir} holds a run with another configuration: {"; ".join(changed)} (saved -> now); '
+      'set --workdir for a new run, or --accept_config_changes to go on with the new one'
+    )
+
+
+def _as_saved(config: ConfigDict) -> dict:
+  return json.loads(config.to_json())
+
+
+def _load_config(workdir: Path) -> dict:
+  path = workdir / CONFIG
+  try:
+    saved = json.loads(path.read_text())
+    if not isinstance(saved, dict):
+      raise ValueError(f'it holds {saved!r:.40}')
+  except OSError as error:
+    raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir') from error
+  except ValueError as error:
+    raise UserError(f'{path} is not a JSON object ({error}); restore it, or set --workdir for a new run') from error
+  return saved
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON to a file, whole or not at all."""
+  text = json.dumps(value, indent=2) + '\n'
+  temporary = path.with_name(path.name + '.tmp')
+  with temporary.open('w') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)

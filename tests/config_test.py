@@ -1,0 +1,249 @@
+"""Tests of what a configuration must hold and of what is derived from it. What each field does: fields_test.py."""
+
+import inspect
+import math
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from paranet_jax import config as config_lib
+from paranet_jax.base_config import base_config, field_names
+from paranet_jax.config import RULES
+from paranet_jax.errors import UserError
+from paranet_jax.task import build_task
+
+# field: values that its rule refuses, values just within it
+BOUNDS = {
+  'seed': ((2**31, -(2**31) - 1), (2**31 - 1, -(2**31), 0)),
+  'model.layers_per_block': ((0, -1), (1,)),
+  'model.growth_rate': ((0, -1), (1,)),
+  'model.bn_size': ((0, -1), (1,)),
+  'model.blocks': (((0, 1), (1.0, 2), (True, 2), ('1', '2')), ((1,), (1, 3))),
+  'model.halvings': (((-1, 1), (1.5, 2), (False, 2)), ((0,), (0, 3))),
+  'model.cascade': (('2', '2.2,', '2.2;3.3', 'all', '2.2, 3.3'), ('', '2.2', '2.2,3.3,4.12')),
+  'model.entry_pool': (('mean', 'Max', ''), ('max', 'avg')),
+  'model.entry_order': (('pool', ''), ('stem_first', 'pool_first')),
+  'model.num_classes': ((1, 0, -3), (2,)),
+  'model.image_side': ((0, -8), (1,)),
+  'model.channels': ((0, 2, 4), (1, 3)),
+  'model.dtype': (('float16', 'int8', ''), ('float32', 'bfloat16')),
+  'data.held_out': ((-1,), (0,)),
+  'data.test_fraction': ((0.0, 1.0, -0.1, math.nan), (0.01, 0.99)),
+  'data.on_corrupt': (('ignore', ''), ('refuse', 'skip')),
+  'data.crop_padding': ((-1,), (0,)),
+  'loss.matching': (('mse', ''), ('squared_error', 'kl')),
+  'loss.temperature': ((0.0, -1.0, math.nan, math.inf), (0.1, 20.0)),
+  'loss.hard_label_weight': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
+  'loss.exit_weights': (((-1.0, 1), (math.nan, 1), (math.inf, 1), ('a', 'b')), ((0,), (0.5, 2))),
+  'loss.label_smoothing': ((1.0, -0.1, math.nan), (0.0, 0.99)),
+  'train.epochs': ((0.0, -1.0, math.nan, math.inf), (0.01, 300.0)),
+  'train.max_steps': ((-1,), (0,)),
+  'train.batch_size': ((0, -64), (1,)),
+  'train.learning_rate': ((0.0, -0.1, math.nan, math.inf), (1e-9, 10.0)),
+  'train.schedule': (('linear', ''), ('step', 'cosine', 'one_cycle', 'constant')),
+  'train.drop_epochs': (((-1, 2), (math.nan,), ('a',), (True,)), ((), (0,), (1.5, 2))),
+  'train.drop_factor': ((0.0, -0.1, math.nan), (0.5,)),
+  'train.warmup_epochs': ((-0.5, math.nan, math.inf), (0.0, 0.5)),
+  'train.optimizer': (('adam', ''), ('sgd', 'adamw')),
+  'train.momentum': ((1.0, -0.1, math.nan), (0.0, 0.99)),
+  'train.weight_decay': ((-1e-4, math.nan, math.inf), (0.0,)),
+  'train.decay': (('none', ''), ('all', 'kernels')),
+  'train.clip_norm': ((-1.0, math.nan, math.inf), (0.0,)),
+  'train.accumulate_steps': ((0, -1), (1,)),
+  'train.devices': ((-1,), (0,)),
+  'eval.every_epochs': ((0.0, -1.0, math.nan), (0.1,)),
+  'eval.batch_size': ((0, -1), (1,)),
+  'checkpoint.every_steps': ((0, -1), (1,)),
+  'checkpoint.keep': ((0, -1), (1,)),
+  'log.every_steps': ((0, -1), (1,)),
+}
+
+
+def changed(**fields):
+  """The base configuration with some `section__field` changed."""
+  config = base_config()
+  config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+  return config
+
+
+def refusal(check, *arguments) -> str:
+  with pytest.raises(UserError) as error:
+    check(*arguments)
+  return str(error.value)
+
+
+def test_every_rule_is_tested_and_is_of_a_field():
+  assert BOUNDS.keys() == RULES.keys()
+  assert RULES.keys() <= set(field_names(base_config()))
+
+
+@pytest.mark.parametrize(('field', 'value'), [(field, value) for field, (bad, _) in BOUNDS.items() for value in bad])
+def test_a_rule_refuses_in_one_line(field, value):
+  config = changed(**{field.replace('.', '__'): value})
+  message = refusal(config_lib.validate, config)
+  assert message == f'{field} must be {RULES[field][1]}, found {value}; set --config.{field}'
+
+
+@pytest.mark.parametrize(('field', 'value'), [(field, value) for field, (_, good) in BOUNDS.items() for value in good])
+def test_a_rule_allows(field, value):
+  assert RULES[field][0](value)
+
+
+DERIVED = {
+  *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes'),
+  *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs'),
+}
+
+
+def test_only_derived_fields_may_be_none():
+  config_lib.validate(base_config())
+  for field in field_names(base_config()):
+    config = changed(**{field.replace('.', '__'): None})
+    if field in DERIVED:
+      config_lib.validate(config)
+    else:
+      expected = f'{field} must have a value, found None; set --config.{field}'
+      assert refusal(config_lib.validate, config) == expected
+
+
+def test_a_configuration_with_other_fields():
+  config = base_config()
+  with config.unlocked():
+    config.train.patience = 3
+  message = (
+    'the configuration has an unknown field train.patience; start from base_config() as configs/quickstart.py does'
+  )
+  assert refusal(config_lib.validate, config) == message
+  with config.unlocked():
+    del config.train.patience, config.data
+  message = 'the configuration lacks field data.crop_padding; start from base_config() as configs/quickstart.py does'
+  assert refusal(config_lib.validate, config) == message
+
+
+def test_a_misspelt_field_is_an_error():
+  with pytest.raises(AttributeError, match='Did you mean "epochs"'):
+    base_config().train.epoch = 3
+
+
+def test_every_field_has_a_comment():
+  lines = [line.strip() for line in inspect.getsource(base_config).splitlines()]
+  places = [i for i, line in enumerate(lines) if re.match(r'\w+\.\w+ = (?!.*ConfigDict\(\))', line)]
+  assert len(places) == len(field_names(base_config()))
+  assert [lines[i] for i in places if '  # ' not in lines[i] and not lines[i - 1].startswith('# ')] == []
+
+
+def test_the_data_folder_of_the_environment(monkeypatch):
+  monkeypatch.setenv('PARANET_DATA_DIR', '/prepared')
+  assert base_config().data.data_dir == '/prepared'
+  monkeypatch.delenv('PARANET_DATA_DIR')
+  assert base_config().data.data_dir == ''
+
+
+@pytest.mark.parametrize(
+  ('data_dir', 'expected'), [('', ''), ('sets', '{here}/sets'), ('/sets', '/sets'), ('~/sets', '{home}/sets')]
+)
+def test_absolute_paths(tmp_path, monkeypatch, data_dir, expected):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('HOME', '/root/of/home')
+  config = changed(data__data_dir=data_dir)
+  config_lib.absolute_paths(config)
+  assert config.data.data_dir == expected.format(here=tmp_path, home='/root/of/home')
+
+
+@pytest.mark.parametrize(
+  ('name', 'data', 'seed', 'expected'),
+  [
+    ('PN3-ddd', 'cifar100', 0, 'runs/PN3-ddd-cifar100-s0'),
+    ('PN3cut-33d', 'digits', 7, 'runs/PN3cut-33d-digits-s7'),
+    ('PN2-dx', 'emnist/letters:3.1.0', -1, 'runs/PN2-dx-emnist_letters_3.1.0-s-1'),
+  ],
+)
+def test_default_workdir_follows(name, data, seed, expected):
+  assert config_lib.default_workdir(changed(name=name, data__name=data, seed=seed)) == expected
+
+
+@pytest.mark.parametrize(
+  ('epochs', 'max_steps', 'steps_per_epoch', 'expected'),
+  [(130, 0, 781, 101_530), (2, 0, 5, 10), (0.5, 0, 5, 2), (0.01, 0, 5, 1), (2, 7, 5, 7), (2, 70, 5, 10)],
+)
+def test_total_steps_follow(epochs, max_steps, steps_per_epoch, expected):
+  config = changed(train__epochs=epochs, train__max_steps=max_steps)
+  assert config_lib.total_steps(config, steps_per_epoch) == expected
+
+
+def test_targets_and_weights_follow_the_name():
+  config = changed(name='PN4-x44d')
+  assert config_lib.targets(config) == (None, 4, 4, 0)
+  assert config_lib.exit_weights(config) == (1.0, 1.0, 1.0, 1.0)
+  assert config_lib.exit_weights(changed(loss__exit_weights=(1, 2, 0.5))) == (1, 2, 0.5)
+  assert refusal(config_lib.exit_weights, changed(loss__exit_weights=(1, 2))) == (
+    'loss.exit_weights must have 3 entries, one an exit of PN3-ddd, found (1, 2); set --config.loss.exit_weights'
+  )
+
+
+@pytest.mark.parametrize(
+  ('fields', 'edges'),
+  [
+    ({'name': 'PN3-ddd'}, {(2, 2), (3, 2), (3, 3)}),
+    ({'name': 'PN3cut-ddd'}, set()),
+    ({'name': 'PN3-ddd', 'model__cascade': ''}, set()),
+    ({'name': 'PN3-ddd', 'model__cascade': '3.3,2.2'}, {(2, 2), (3, 3)}),
+    ({'name': 'PN3cut-ddd', 'model__cascade': '3.2'}, {(3, 2)}),
+  ],
+)
+def test_cascade_follows_name_and_field(fields, edges):
+  assert set(config_lib.build_model(changed(**fields), 10).geometry.cascade) == edges
+
+
+def test_classes_follow_the_data_unless_they_are_set():
+  assert config_lib.build_model(changed(), 10).num_classes == 10
+  assert config_lib.build_model(changed(model__num_classes=7), 10).num_classes == 7
+
+
+@pytest.mark.parametrize(('epochs', 'drops'), [(13.0, (15, 30)), (26.0, (30, 60))])
+def test_drops_follow_the_epochs(epochs, drops):
+  # Three steps an epoch; the paper's drops are after 5 and 10 of 13 epochs.
+  small = {'model__layers_per_block': 1, 'model__growth_rate': 2, 'model__image_side': 8}
+  task = build_task(changed(name='PN1-d', data__name='digits', train__batch_size=400, train__epochs=epochs, **small))
+  rates = [task.learning_rate(step) for drop in drops for step in (drop - 1, drop)]
+  assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(('batch_size', 'devices'), [(64, 3), (2, 4), (220, 8)])
+def test_a_batch_that_devices_cannot_share(batch_size, devices):
+  assert refusal(config_lib.check_devices, changed(train__batch_size=batch_size), devices) == (
+    f'train.batch_size {batch_size} cannot be shared evenly by {devices} devices; '
+    'set --config.train.batch_size or --config.train.devices'
+  )
+  config_lib.check_devices(changed(train__batch_size=batch_size * devices), devices)
+
+
+@pytest.mark.parametrize(
+  ('saved', 'current', 'expected'),
+  [
+    ({'seed': 0, 'train': {'epochs': 2}}, {'seed': 0, 'train': {'epochs': 2.0}}, []),
+    ({'seed': 0}, {'seed': 1}, ['seed: 0 -> 1']),
+    (
+      {'b': {'y': 1, 'x': [1]}, 'a': 1},
+      {'b': {'y': 2, 'x': None}, 'a': 2},
+      ['a: 1 -> 2', 'b.x: [1] -> None', 'b.y: 1 -> 2'],
+    ),
+    ({'old': 1}, {'new': 2}, ['new: None -> 2', 'old: 1 -> None']),
+    ({'data': {'name': 'cifar10', 'data_dir': 'a'}}, {'data': {'name': 'cifar10', 'data_dir': 'b'}}, []),
+    (
+      {'data': {'name': 'folder', 'data_dir': 'a'}},
+      {'data': {'name': 'folder', 'data_dir': 'b'}},
+      ['data.data_dir: a -> b'],
+    ),
+  ],
+)
+def test_differences(saved, current, expected):
+  assert config_lib.differences(saved, current) == expected
+
+
+def test_field_names():
+  config = ConfigDict({'name': 'a', 'train': {'epochs': 1, 'deep': {'er': None}}})
+  assert (
+    sorted(field_names(config)) == ['name', 'train.deep.er', 'train.epochs'] == sorted(field_names(config.to_dict()))
+  )

@@ -1,0 +1,208 @@
+"""Tests that every field of the configuration matters: setting it changes what it is said to change."""
+
+import zlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from PIL import Image
+
+from paranet_jax import config as config_lib
+from paranet_jax import devices as devices_lib
+from paranet_jax import evaluation, train
+from paranet_jax import task as task_lib
+from paranet_jax.base_config import base_config, field_names
+from paranet_jax.description import describe
+from paranet_jax.errors import UserError
+from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.metrics import read_metrics
+from paranet_jax.steps import TrainState
+from paranet_jax.task import build_task
+
+# 1,437 training images in batches of 400 are 3 steps an epoch, 6 in all.
+SMALL = {
+  'name': 'PN1-d',
+  'model.layers_per_block': 1,
+  'model.growth_rate': 2,
+  'model.image_side': 8,
+  'data.name': 'digits',
+  'train.batch_size': 400,
+  'train.epochs': 2.0,
+  'train.devices': 1,
+  'checkpoint.every_steps': 2,
+  'log.every_steps': 2,
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _folders_of_images(tmp_path_factory):
+  here = tmp_path_factory.mktemp('images')
+  for folder, shade in (('first', 50), ('second', 200)):
+    for label in ('cat', 'dog'):
+      (here / folder / label).mkdir(parents=True)
+      for number in range(6):
+        Image.new('RGB', (8, 8), (shade, 10 * number, 0)).save(here / folder / label / f'{number}.png')
+  (here / 'second' / 'cat' / '0.png').write_bytes(b'no picture')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.chdir(here)
+    yield
+
+
+def costs(config, _):
+  """Shapes and costs of the exits."""
+  description = describe(config)
+  return description['image_shape'], description['exits']
+
+
+def logits(config, _):
+  """Of random images and parameters."""
+  model = config_lib.build_model(config, 3)
+  images = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  return jax.jit(model.apply)(tiny.variables(model), images)[0].tolist()
+
+
+def start(config, _):
+  """The state before the first step."""
+  return jax.tree.map(np.ndarray.tolist, jax.device_get(build_task(config).init_state()))
+
+
+def dataset(config, _):
+  """What the splits hold and how they are augmented, or why there are none."""
+  try:
+    data = build_task(config).dataset
+  except UserError as error:
+    return str(error)
+  splits = [
+    split and (len(split), zlib.crc32(np.ascontiguousarray(split.images)))
+    for split in (data.train, data.held_out, data.test)
+  ]
+  return data.name, data.class_names, splits, data.crop_padding, data.flip, data.skipped
+
+
+def objective(config, _):
+  """The total loss of fixed logits."""
+  found = build_task(config).objective._asdict()
+  targets, weights = found.pop('targets'), found.pop('exit_weights')
+  values = np.random.default_rng(0).normal(size=(len(targets), 4, 10)).astype(np.float32)
+  return float(total_loss(exit_losses(values, np.arange(4), targets, **found), weights))
+
+
+def updates(config, _):
+  """The parameters after six updates with the same gradient."""
+  task = build_task(config)
+  params = tiny.variables(task.model)['params']
+  gradient = jax.tree.map(np.ones_like, params)
+
+  def update(carry, _):
+    params, state = carry
+    change, state = task.optimizer.update(gradient, state, params)
+    return (optax.apply_updates(params, change), state), None
+
+  (params, _), _ = jax.jit(lambda: jax.lax.scan(update, (params, task.optimizer.init(params)), None, 6))()
+  return jax.tree.map(np.ndarray.tolist, jax.device_get(params))
+
+
+def run(config, workdir):
+  """Which steps are logged, evaluated and saved, how many devices and how large batches, of a run without a network."""
+  seen = []
+
+  def run_on(devices, _):
+    seen.append(len(devices))
+    return lambda state, totals, *_: (state.replace(step=state.step + 1), totals)
+
+  def eval_batches(count, size):
+    seen.append(size)
+    return batches(count, size)
+
+  batches = evaluation.eval_batches
+  nothing = {'exit': 1, 'trained': True} | dict.fromkeys(evaluation.MEASURES, 0.0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(devices_lib, 'run_on', run_on)
+    patch.setattr(evaluation, 'eval_batches', eval_batches)
+    patch.setattr(evaluation.Evaluator, 'evaluate', lambda *_: {'test': [nothing]})
+    patch.setattr(task_lib, 'init_state', lambda *_: TrainState(np.int32(0), np.int32(0), np.zeros(1), {}, {}))
+    patch.setattr(train, 'draw_curves', lambda _: None)
+    train.train_and_evaluate(config, workdir)
+  lines = [(line['step'], line['split']) for line in read_metrics(workdir)]
+  return lines, sorted(path.name for path in (workdir / 'checkpoints').iterdir()), seen
+
+
+FOLDER = {'data.name': 'folder', 'data.data_dir': 'first', 'train.batch_size': 2}
+MATCHING = {'name': 'PN2-2d'}
+KL = MATCHING | {'loss.matching': 'kl'}
+
+# field: what it changes, its new value, what else is set
+FIELDS = {
+  'name': (costs, 'PN2-dd', {}),
+  'seed': (start, 1, {}),
+  'model.layers_per_block': (costs, 2, {}),
+  'model.growth_rate': (costs, 3, {}),
+  'model.bn_size': (costs, 2, {}),
+  'model.blocks': (costs, (2,), {}),
+  'model.halvings': (costs, (2,), {}),
+  'model.cascade': (costs, '', {'name': 'PN2-dd'}),
+  'model.stem_norm': (costs, True, {}),
+  'model.entry_pool': (logits, 'avg', {}),
+  'model.entry_order': (logits, 'pool_first', {}),
+  'model.num_classes': (costs, 12, {}),
+  'model.image_side': (costs, 16, {}),
+  'model.channels': (costs, 1, {}),
+  'model.dtype': (logits, 'bfloat16', {}),
+  'data.name': (dataset, 'folder', FOLDER | {'data.name': 'digits'}),
+  'data.data_dir': (dataset, 'second', FOLDER | {'data.on_corrupt': 'skip'}),
+  'data.held_out': (dataset, 100, {}),
+  'data.test_fraction': (dataset, 0.5, FOLDER),
+  'data.on_corrupt': (dataset, 'skip', FOLDER | {'data.data_dir': 'second'}),
+  'data.crop_padding': (dataset, 3, {}),
+  'data.flip': (dataset, True, {}),
+  'loss.matching': (objective, 'kl', MATCHING),
+  'loss.temperature': (objective, 2.0, KL),
+  'loss.hard_label_weight': (objective, 0.5, KL),
+  'loss.exit_weights': (objective, (2.0,), {}),
+  'loss.label_smoothing': (objective, 0.1, {}),
+  'train.epochs': (run, 3.0, {}),
+  'train.max_steps': (run, 5, {}),
+  'train.batch_size': (run, 700, {}),
+  'train.learning_rate': (updates, 0.2, {}),
+  'train.schedule': (updates, 'constant', {}),
+  'train.drop_epochs': (updates, (1,), {}),
+  'train.drop_factor': (updates, 0.5, {}),
+  'train.warmup_epochs': (updates, 1.0, {}),
+  'train.optimizer': (updates, 'adamw', {}),
+  'train.momentum': (updates, 0.5, {}),
+  'train.nesterov': (updates, False, {}),
+  'train.weight_decay': (updates, 0.1, {}),
+  'train.decay': (updates, 'kernels', {}),
+  'train.clip_norm': (updates, 0.1, {}),
+  'train.accumulate_steps': (updates, 2, {}),
+  'train.devices': (run, 2, {}),
+  'eval.every_epochs': (run, 2.0, {}),
+  'eval.batch_size': (run, 90, {}),
+  'checkpoint.every_steps': (run, 3, {}),
+  'checkpoint.keep': (run, 1, {}),
+  'log.every_steps': (run, 3, {}),
+}
+
+
+def test_every_field_is_in_the_table():
+  assert FIELDS.keys() == set(field_names(base_config()))
+
+
+def observed(observe, fields, folder):
+  config = base_config()
+  config.update_from_flattened_dict(fields)
+  return observe(config, folder)
+
+
+@pytest.mark.parametrize('observe', [costs, logits, start, dataset, objective, updates, run])
+def test_without_a_change_all_is_the_same(observe, tmp_path, standard_promotion):
+  assert observed(observe, SMALL, tmp_path / 'once') == observed(observe, SMALL, tmp_path / 'again')
+
+
+@pytest.mark.parametrize('field', FIELDS)
+def test_a_field_matters(field, tmp_path, standard_promotion):
+  observe, value, given = FIELDS[field]
+  before = observed(observe, SMALL | given, tmp_path / 'before')
+  assert before != observed(observe, SMALL | given | {field: value}, tmp_path / 'after')

@@ -1,0 +1,233 @@
+"""Tests of the program's exit code, of what it prints, and of what it refuses before a run starts."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from running import CONFIGS, QUICKSTART, TINY, contents, refusal
+
+SIDES = 'set --config.model.image_side, .blocks, .halvings or .cascade'
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'said'),
+  [
+    ('', 'not of the form PN<P>[cut]-<suffix>'),
+    ('PN3', 'not of the form PN<P>[cut]-<suffix>'),
+    ('ddd', 'not of the form PN<P>[cut]-<suffix>'),
+    ('pn3-ddd', 'not of the form PN<P>[cut]-<suffix>'),
+    ('PN0-', 'not of the form PN<P>[cut]-<suffix>'),
+    ('PN10-dddddddddd', 'not of the form PN<P>[cut]-<suffix>'),
+    ('PN3CUT-ddd', 'not of the form PN<P>[cut]-<suffix>'),
+    ('PN3-', "the suffix needs 3 characters, one a pipeline, and '' has 0"),
+    ('PN3-dd', "the suffix needs 3 characters, one a pipeline, and 'dd' has 2"),
+    ('PN3cut-dddd', "the suffix needs 3 characters, one a pipeline, and 'dddd' has 4"),
+    ('PN3-dzd', "'z' at position 2 is none of d, x, 1 to 3"),
+    ('PN3-ddD', "'D' at position 3 is none of d, x, 1 to 3"),
+    ('PN3-4dd', "'4' at position 1 is none of d, x, 1 to 3"),
+    ('PN3-0dd', "'0' at position 1 is none of d, x, 1 to 3"),
+    ('PN3-1dd', "'1' at position 1 makes pipeline 1 match itself"),
+    ('PN3cut-dd3', "'3' at position 3 makes pipeline 3 match itself"),
+    ('PN3-xxx', "every exit is 'x', so nothing would be trained"),
+    ('PN3-23x', "'2' at position 1 makes pipeline 1 match pipeline 2, whose own exit no true label reaches"),
+    ('PN3-x32', "'3' at position 2 makes pipeline 2 match pipeline 3, whose own exit no true label reaches"),
+    ('PN3-2xd', "'2' at position 1 makes pipeline 1 match pipeline 2, whose own exit no true label reaches"),
+  ],
+)
+def test_refused_names(tmp_path, name, said):
+  message = refusal(QUICKSTART, f'--config.name={name}')
+  assert message.startswith(f"name '{name}'") and said in message
+  assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('field', 'message'),
+  [
+    ('train.epochs=0', 'train.epochs must be more than 0 and finite, found 0.0; set --config.train.epochs'),
+    ('train.epochs=-1', 'train.epochs must be more than 0 and finite, found -1.0; set --config.train.epochs'),
+    ('train.epochs=nan', 'train.epochs must be more than 0 and finite, found nan; set --config.train.epochs'),
+    ('train.epochs=inf', 'train.epochs must be more than 0 and finite, found inf; set --config.train.epochs'),
+    (
+      'train.schedule=stp',
+      'train.schedule must be one of step, cosine, one_cycle, constant, found stp; set --config.train.schedule',
+    ),
+    (
+      'model.image_side=20',
+      f'image_side 20 cannot be halved 3 times, as pipeline 1 needs (3 at its entry, 0 between its blocks); {SIDES}',
+    ),
+    (
+      'model.halvings=(2,2,1)',
+      'cascade into block 2 of pipeline 2 joins different sides: it works at 4 x 4 and block 1 of pipeline 1 at 8 x 8; '
+      f'{SIDES}',
+    ),
+    (
+      'model.cascade=2.2,3.9',
+      'cascade into block 9 of pipeline 3: it needs a block 8 in pipeline 2, and the pipelines have (1, 2, 3) blocks; '
+      f'{SIDES}',
+    ),
+    ('model.blocks=1,2', f'blocks (1, 2) and halvings (3, 2, 1) must have one entry a pipeline each; {SIDES}'),
+    ('model.blocks=(2,)', f'blocks (2,) and halvings (3, 2, 1) must have one entry a pipeline each; {SIDES}'),
+    *(
+      (
+        f'model.blocks={typed}',
+        f'model.blocks must be numbers of 1 or more, such as "(1,2,3)", found {read}; set --config.model.blocks',
+      )
+      for typed, read in [
+        ('(1.5,2)', '(1.5, 2)'),
+        ('(True,)', '(True,)'),
+        ('a', "('a',)"),
+        ('None', '(None,)'),
+        ('(0,1,2)', '(0, 1, 2)'),
+      ]
+    ),
+    (
+      'loss.exit_weights=(1,2)',
+      'loss.exit_weights must have 3 entries, one an exit of PN3-ddd, found (1, 2); set --config.loss.exit_weights',
+    ),
+    (
+      'train.devices=9',
+      'train.devices asks for 9 devices and 8 are here; set --config.train.devices',
+    ),
+    (
+      'train.devices=3',
+      'train.batch_size 32 cannot be shared evenly by 3 devices; '
+      'set --config.train.batch_size or --config.train.devices',
+    ),
+    (
+      'train.batch_size=1144',
+      'expected at most 1137 images a batch (the training images there are), found 1144: '
+      'lower --config.train.batch_size',
+    ),
+  ],
+)
+def test_refused_fields(tmp_path, field, message):
+  assert refusal(QUICKSTART, f'--config.{field}') == message
+  assert not contents(tmp_path)
+
+
+def test_an_unknown_data_set(tmp_path):
+  message = refusal(QUICKSTART, '--config.data.name=cifar1000')
+  assert message.startswith("unknown data set 'cifar1000'; nearest: cifar100, ")
+  assert message.endswith('; set --config.data.name=...')
+  assert not contents(tmp_path)
+
+
+def test_labels_outside_the_classes(tmp_path):
+  message = refusal(QUICKSTART, '--config.model.num_classes=5')
+  assert message.startswith('expected labels 0 to 4 (5 classes), found label ')
+  assert message.endswith(' of digits: set --config.model.num_classes=10')
+  assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('made', 'message'),
+  [
+    ((), 'expected a folder of images, found no folder {0}: name it with --config.data.data_dir=...'),
+    (('train/cat', 'test/cat'), 'found no images there: name another folder with --config.data.data_dir=...'),
+    (
+      ('train/cat/1.png', 'train/dog', 'test/cat/1.png'),
+      "found no images of class 'dog': add some or remove {0}/train/dog",
+    ),
+  ],
+)
+def test_a_folder_without_images(tmp_path, made, message):
+  for path in (tmp_path / 'mine' / name for name in made):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b'') if path.suffix else path.mkdir()
+  before = contents(tmp_path)
+  said = refusal(QUICKSTART, '--config.data.name=folder', '--config.data.data_dir=mine')
+  assert said.startswith('expected ') and said.endswith(message.format(tmp_path / 'mine'))
+  assert contents(tmp_path) == before
+
+
+def test_blocks_for_another_number_of_pipelines(tmp_path):
+  message = refusal(QUICKSTART, '--config.model.blocks=1,2', '--config.model.halvings=2,1')
+  assert message == (
+    'model.blocks and model.halvings must have 3 entries, one a pipeline of PN3-ddd, found (1, 2) and (2, 1); '
+    'set --config.model.blocks and --config.model.halvings'
+  )
+  assert not contents(tmp_path)
+
+
+def test_describing_a_data_set_whose_classes_are_not_known():
+  assert refusal(QUICKSTART, '--mode=describe', '--config.data.name=folder') == (
+    "the number of classes of data set 'folder' is not known without reading it; set --config.model.num_classes"
+  )
+
+
+@pytest.mark.parametrize(
+  ('workdir', 'message'),
+  [
+    ('file', 'workdir {0} must be a folder, and there is a file; set --workdir'),
+    ('file/below', 'workdir {0} must be a folder, and there is a file; set --workdir'),
+    ('x' * 300, 'workdir {0} cannot be made: File name too long; set --workdir'),
+  ],
+)
+def test_a_workdir_that_cannot_be(tmp_path, workdir, message):
+  (tmp_path / 'file').write_text('mine')
+  assert refusal(*TINY, f'--workdir={workdir}') == message.format(tmp_path / workdir)
+  assert contents(tmp_path) == {'file': b'mine'}
+
+
+def test_a_workdir_that_is_not_writable(tmp_path, monkeypatch):
+  # Not by its permissions: root may write everywhere.
+  monkeypatch.setattr(os, 'access', lambda path, mode: False)
+  assert refusal(*TINY, f'--workdir={tmp_path}') == f'workdir {tmp_path} must be writable, and is not; set --workdir'
+  assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('saved', 'arguments', 'message'),
+  [
+    (None, TINY, 'expected a checkpoint in {0}/checkpoints, found none; train first, or set --workdir'),
+    (None, (), 'expected a run with a config.json in {0}, found none; set --workdir'),
+    ('{"seed"', (), '{0}/config.json is not a JSON object (Expecting'),
+    (
+      '[1, 2]',
+      (),
+      '{0}/config.json is not a JSON object (it holds [1, 2]); restore it, or set --workdir for a new run',
+    ),
+    ('{}', (), 'expected a checkpoint in {0}/checkpoints, found none; train first, or set --workdir'),
+    ('{"train": {"epoch": 1}}', (), '{0}/config.json has a field train.epoch that this version does not know; '),
+    ('{"train": {"epochs": "many"}}', (), '{0}/config.json does not fit (Could not override field'),
+    ('{"train": {"epochs": null}}', (), 'train.epochs must have a value, found None; set --config.train.epochs'),
+  ],
+)
+def test_evaluating_what_is_not_there(tmp_path, saved, arguments, message):
+  if saved:
+    (tmp_path / 'config.json').write_text(saved)
+  before = contents(tmp_path)
+  assert refusal(*arguments, '--mode=eval', f'--workdir={tmp_path}').startswith(message.format(tmp_path))
+  assert contents(tmp_path) == before
+
+
+def test_training_over_a_damaged_configuration(tmp_path):
+  (tmp_path / 'config.json').write_text('{"name": ')
+  message = refusal(*TINY, f'--workdir={tmp_path}')
+  assert message.startswith(f'{tmp_path}/config.json is not a JSON object (Expecting value')
+  assert message.endswith('restore it, or set --workdir for a new run')
+  assert contents(tmp_path) == {'config.json': b'{"name": '}
+
+
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
+    (
+      '--config=configs/quickstar.py',
+      'expected a configuration file at configs/quickstar.py, found none; did you mean',
+    ),
+    ('--config=configs/paranet.py:PN3-dzd', "name 'PN3-dzd': 'z' at position 2 is none of d, x, 1 to 3; "),
+  ],
+)
+def test_a_process_of_its_own(argument, message):
+  result = subprocess.run(
+    [sys.executable, '-m', 'paranet_jax.main', argument], cwd=CONFIGS.parent, capture_output=True, text=True
+  )
+  assert (result.returncode, result.stdout) == (2, '')
+  assert result.stderr.startswith(f'error: {message}') and result.stderr.count('\n') == 1

@@ -1,0 +1,79 @@
+"""Tests of stopping on request."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from paranet_jax.signals import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def outer():
+  """Stands for the handlers that are there before: what reaches them is listed."""
+  received = []
+  previous = {
+    number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name))
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  yield received
+  for number, handler in previous.items():
+    signal.signal(number, handler)
+
+
+def send(number):
+  os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_remembered(outer, number):
+  with StopRequest() as stop:
+    assert stop.received is None
+    send(number)
+    assert stop.received == number.name
+  assert not outer
+
+
+@pytest.mark.parametrize('second', [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_acts(outer, second):
+  with StopRequest() as stop:
+    send(signal.SIGTERM)
+    send(second)
+    assert outer == [second.name]
+    assert stop.received == 'SIGTERM'
+
+
+@pytest.mark.parametrize('sent', [(), (signal.SIGTERM,)])
+def test_afterwards_all_is_as_before(outer, sent):
+  before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+  with StopRequest():
+    assert signal.getsignal(signal.SIGINT) != before[0] and signal.getsignal(signal.SIGTERM) != before[1]
+    for number in sent:
+      send(number)
+  assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+  send(signal.SIGINT)
+  assert outer == ['SIGINT']
+
+
+def test_an_exception_restores_too(outer):
+  with pytest.raises(RuntimeError):
+    with StopRequest():
+      raise RuntimeError
+  send(signal.SIGTERM)
+  assert outer == ['SIGTERM']
+
+
+def test_outside_the_main_thread_nothing_is_received(outer):
+  found = []
+
+  def run():
+    with StopRequest() as stop:
+      send(signal.SIGTERM)
+      found.append(stop.received)
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  thread.join()
+  assert found == [None]
+  assert outer == ['SIGTERM']
