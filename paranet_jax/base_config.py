@@ -30,6 +30,9 @@ def base_config(name: str = 'PN3-ddd') -> ConfigDict:
   model.num_classes = placeholder(int)  # Width of an exit; None: the data set's number of classes.
   model.image_side = 32  # Pixels; images of another size are resized.
   model.channels = 3  # 3 (RGB) or 1 (grey).
+  # Dense layers compiled as one loop in training: speed, memory and compile time, not the function; None: measured
+  # default of the backend.
+  model.scan_layers = placeholder(int)
   model.dtype = 'float32'  # 'float32' or 'bfloat16', of the computation; parameters and statistics stay float32.
 
   config.data = data = ConfigDict()

@@ -22,7 +22,7 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, keep: int | None = None):
     self._folder = workdir / FOLDER
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, read_only=keep is None)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
     self._manager = ocp.CheckpointManager(self._folder, options=options) if keep or self._folder.exists() else None
 
   def __enter__(self) -> 'Checkpoints':

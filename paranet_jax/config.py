@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
   'model.image_side': _at_least(1),
   'model.channels': _one_of(1, 3),
   'model.dtype': _one_of('float32', 'bfloat16'),
+  'model.scan_layers': _at_least(1),
   'data.held_out': _at_least(0),
   'data.test_fraction': (lambda value: 0 < value < 1, 'between 0 and 1'),
   'data.on_corrupt': _one_of('refuse', 'skip'),
@@ -126,6 +127,7 @@ def build_model(config: ConfigDict, num_classes: int) -> ParaNet:
     image_side=fields.image_side,
     channels=fields.channels,
     dtype=jnp.dtype(fields.dtype),
+    scan_layers=fields.scan_layers,
   )
   try:
     geometry = model.geometry

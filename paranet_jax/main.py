@@ -13,7 +13,7 @@ from paranet_jax.errors import UserError
 
 def main() -> int:
   """Runs the command in sys.argv; returns the exit code."""
-  logging.set_verbosity(logging.ERROR)  # orbax and tfds tell much that is not for the reader of a terminal.
+  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
   try:
     _run(*parse(sys.argv))
   except UserError as error:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from paranet_jax.costs import abstract_variables
 from paranet_jax.data.augment import augment, image_keys, normalize
 from paranet_jax.losses import cross_entropy, exit_losses, total_loss
 from paranet_jax.targets import trained_exits
@@ -49,19 +50,21 @@ class Objective(NamedTuple):
 def init_state(
   model: Any, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, ...]
 ) -> TrainState:
-  """A fresh state, compiled as one program.
+  """A fresh state.
+
+  A model that draws its own variables (`model.initial_variables(shapes, seed)`) is not compiled for it; another one's
+  `init` is, as one program.
 
   Args:
     image_shape: (H, W, C).
   """
-
-  @jax.jit
-  def init(seed):
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)))
-    params = variables['params']
-    return TrainState(jnp.int32(0), seed, params, variables['batch_stats'], optimizer.init(params))
-
-  return init(jnp.int32(seed))
+  if hasattr(model, 'initial_variables'):
+    variables = jax.device_put(model.initial_variables(abstract_variables(model, image_shape), seed))
+  else:
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape)))
+  params = variables['params']
+  opt_state = jax.jit(optimizer.init)(params)
+  return TrainState(jnp.int32(0), jnp.int32(seed), params, variables['batch_stats'], opt_state)
 
 
 def make_train_step(

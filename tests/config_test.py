@@ -28,6 +28,7 @@ BOUNDS = {
   'model.image_side': ((0, -8), (1,)),
   'model.channels': ((0, 2, 4), (1, 3)),
   'model.dtype': (('float16', 'int8', ''), ('float32', 'bfloat16')),
+  'model.scan_layers': ((0, -1), (1, 16)),
   'data.held_out': ((-1,), (0,)),
   'data.test_fraction': ((0.0, 1.0, -0.1, math.nan), (0.01, 0.99)),
   'data.on_corrupt': (('ignore', ''), ('refuse', 'skip')),
@@ -91,7 +92,7 @@ def test_a_rule_allows(field, value):
 
 
 DERIVED = {
-  *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes'),
+  *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers'),
   *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs'),
 }
 

@@ -63,6 +63,14 @@ def logits(config, _):
   return jax.jit(model.apply)(tiny.variables(model), images)[0].tolist()
 
 
+def loops(config, _):
+  """Loops in the forward pass of training."""
+  model = config_lib.build_model(config, 3)
+  images = np.zeros((2, 8, 8, 3), np.float32)
+  program = jax.make_jaxpr(lambda: model.apply(tiny.variables(model), images, train=True, mutable=['batch_stats']))()
+  return str(program).count('scan[')
+
+
 def start(config, _):
   """The state before the first step."""
   return jax.tree.map(np.ndarray.tolist, jax.device_get(build_task(config).init_state()))
@@ -150,6 +158,7 @@ FIELDS = {
   'model.image_side': (costs, 16, {}),
   'model.channels': (costs, 1, {}),
   'model.dtype': (logits, 'bfloat16', {}),
+  'model.scan_layers': (loops, 1, {'model.layers_per_block': 2}),
   'data.name': (dataset, 'folder', FOLDER | {'data.name': 'digits'}),
   'data.data_dir': (dataset, 'second', FOLDER | {'data.on_corrupt': 'skip'}),
   'data.held_out': (dataset, 100, {}),

@@ -113,7 +113,7 @@ def test_half_precision(standard_promotion):
   chex.assert_trees_all_close(logits, wanted, atol=0.1 * np.abs(wanted).max())
   assert np.abs(np.subtract(logits, wanted)).max() > 1e-4
   _, carry = jax.eval_shape(lambda: model.apply(variables, images, {}, 1, method='stage'))
-  assert carry[1, 1].dtype == jnp.bfloat16
+  assert carry[1, 1].values.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def _find_source(data_config: ConfigDict, image_side: int, channels: int) -> Sou
   source = tfds_source(name, data_dir, image_side, channels)
   if source is None:
     known = ['cifar100', 'cifar10', 'digits', 'folder']
-    near = difflib.get_close_matches(name, [*known, *dataset_names()]) or known
+    near = difflib.get_close_matches(name, dict.fromkeys([*known, *dataset_names()])) or known
     raise UserError(f'unknown data set {name!r}; nearest: {", ".join(near)}; set --config.data.name=...')
   return source
 

@@ -1,31 +1,79 @@
-"""The parts of DenseNet-BC (Huang et al. 2017): dense layer, dense block, transition, and the exit.
+"""The parts of DenseNet-BC (Huang et al. 2017) as linen modules: dense block, transition, exit.
 
-All take and return features [B, H, W, C]. `train=True` normalizes with the batch's statistics and updates the running
-ones; otherwise the running ones are used. With `axis_name` the batch is the one of all devices of that axis.
+They pass `Features` to each other: raw channels in inference, normalized ones with their moments in training, so that
+every channel's batch statistics are computed once, where it is made (see `dense_block.py`). Parameters have the names
+and shapes of a plain DenseNet of `nn.BatchNorm` and `nn.Conv`, whatever computes with them.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from paranet_jax.models.dense_block import (
+  EPSILON,
+  SCAN_LAYERS,
+  Layer,
+  Moments,
+  affine_relu,
+  dense_block_inference,
+  dense_block_training,
+  normalize,
+)
 
 # He et al. (2015) by fan-out and a uniform classifier: what the DenseNet authors' code does.
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 classifier_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
+MOMENTUM = 0.9  # PyTorch's 0.1, with which DenseNet was trained.
 
-def norm_relu(x: Array, train: bool, name: str, dtype: Any, axis_name: str | None) -> Array:
-  """Batch normalization `name`, then ReLU: [B, H, W, C] -> [B, H, W, C]. Statistics are float32 whatever the dtype."""
-  norm = nn.BatchNorm(
-    use_running_average=not train,
-    momentum=0.9,  # PyTorch's 0.1, with which DenseNet was trained.
-    epsilon=1e-5,
-    dtype=dtype,
-    axis_name=axis_name,
-    name=name,
-  )
-  return nn.relu(norm(x))
+
+class Features(NamedTuple):
+  """Features [B, H, W, C]: raw with `moments` None in inference, normalized with their moments [C] in training."""
+
+  values: Array
+  moments: Moments | None = None
+
+
+def as_features(x: Array, train: bool, axis_name: str | None) -> Features:
+  """Raw features [B, H, W, C], normalized if training."""
+  return Features(*normalize(x, axis_name)) if train else Features(x)
+
+
+def concatenate(first: Features, second: Features) -> Features:
+  """Channels of both."""
+  values = jnp.concatenate([first.values, second.values], axis=-1)
+  if first.moments is None:
+    return Features(values)
+  pairs = zip(first.moments, second.moments, strict=True)
+  return Features(values, Moments(*(jnp.concatenate(pair) for pair in pairs)))
+
+
+class BatchNorm(nn.Module):
+  """Batch normalization as a scale and a shift [C]: of normalized features in training, of raw ones in inference."""
+
+  channels: int
+
+  def setup(self):
+    shape = (self.channels,)
+    self.scale = self.param('scale', nn.initializers.ones, shape)
+    self.bias = self.param('bias', nn.initializers.zeros, shape)
+    self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
+    self.var = self.variable('batch_stats', 'var', jnp.ones, shape)
+
+  def __call__(self, train: bool) -> tuple[Array, Array]:
+    """Scale and shift; in inference the running statistics are folded in."""
+    if train:
+      return self.scale, self.bias
+    scale = self.scale * lax.rsqrt(self.var.value + EPSILON)
+    return scale, self.bias - self.mean.value * scale
+
+  def update(self, moments: Moments) -> None:
+    """Moves the running statistics towards the batch's."""
+    self.mean.value = MOMENTUM * self.mean.value + (1 - MOMENTUM) * moments.mean
+    self.var.value = MOMENTUM * self.var.value + (1 - MOMENTUM) * moments.var
 
 
 def average_pool(x: Array) -> Array:
@@ -34,69 +82,114 @@ def average_pool(x: Array) -> Array:
   return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
 
-class DenseLayer(nn.Module):
-  """BN-ReLU-Conv1x1(bn_size k)-BN-ReLU-Conv3x3(k): [B, H, W, C] -> the k new features [B, H, W, k].
+def max_pool(x: Array) -> Array:
+  """2x2 max pooling: [B, H, W, C] -> [B, H / 2, W / 2, C]; equal maxima share the gradient."""
+  # The gradient of a window reduction is tens of times slower on a CPU.
+  rows = jnp.maximum(x[:, ::2], x[:, 1::2])
+  return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
 
-  Attributes:
-    growth_rate: k, new channels.
-    bn_size: bottleneck width, in multiples of k.
-  """
 
-  growth_rate: int
-  bn_size: int = 4
-  dtype: Any = jnp.float32
-  axis_name: str | None = None
+def norm_affine(x: Features, train: bool, name: str) -> tuple[Array, Array]:
+  """Scale and shift of a batch normalization that reads these features; call it inside a compact method."""
+  norm = BatchNorm(x.values.shape[-1], name=name)
+  if train:
+    norm.update(x.moments)
+  return norm(train)
+
+
+class Kernel(nn.Module):
+  """The kernel of a convolution without bias: [height, width, C, features]."""
+
+  shape: tuple[int, int, int, int]
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
+  def __call__(self) -> Array:
+    return self.param('kernel', conv_init, self.shape)
+
+
+class DenseLayer(nn.Module):
+  """The parameters of BN-ReLU-Conv1x1(bn_size k)-BN-ReLU-Conv3x3(k)."""
+
+  channels: int
+  growth_rate: int
+  bn_size: int
+
+  def setup(self):
     width = self.bn_size * self.growth_rate
-    x = norm_relu(x, train, 'norm1', self.dtype, self.axis_name)
-    x = nn.Conv(width, (1, 1), use_bias=False, dtype=self.dtype, kernel_init=conv_init, name='conv1')(x)
-    x = norm_relu(x, train, 'norm2', self.dtype, self.axis_name)
-    return nn.Conv(self.growth_rate, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=conv_init, name='conv2')(x)
+    self.norm1 = BatchNorm(self.channels)
+    self.conv1 = Kernel((1, 1, self.channels, width))
+    self.norm2 = BatchNorm(width)
+    self.conv2 = Kernel((3, 3, width, self.growth_rate))
+
+  def __call__(self, train: bool) -> Layer:
+    scale2, shift2 = self.norm2(train)
+    kernel1 = self.conv1()[0, 0]
+    # Nothing stands between the 1x1 convolution and a folded normalization.
+    return Layer(*self.norm1(train), kernel1 if train else kernel1 * scale2, scale2, shift2, self.conv2())
+
+  def update(self, features: Moments, bottleneck: Moments) -> None:
+    """Updates the running statistics of both normalizations."""
+    self.norm1.update(features)
+    self.norm2.update(bottleneck)
 
 
 class DenseBlock(nn.Module):
-  """`num_layers` dense layers, each reading all features before it: [B, H, W, C] -> [B, H, W, C + num_layers k]."""
+  """`num_layers` dense layers, each reading all features before it: C -> C + num_layers k channels.
+
+  Attributes:
+    growth_rate: k, channels that a layer adds.
+    bn_size: bottleneck width, in multiples of k.
+    scan_layers: layers of a segment (see `dense_block.py`): speed, memory and compile time, not the function;
+      None: the backend's default.
+  """
 
   num_layers: int
   growth_rate: int
   bn_size: int = 4
-  dtype: Any = jnp.float32
+  scan_layers: int | None = None
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    for index in range(1, self.num_layers + 1):
-      layer = DenseLayer(self.growth_rate, self.bn_size, self.dtype, self.axis_name, name=f'layer_{index}')
-      x = jnp.concatenate([x, layer(x, train)], axis=-1)
-    return x
+  def __call__(self, x: Features, train: bool) -> Features:
+    channels = [x.values.shape[-1] + i * self.growth_rate for i in range(self.num_layers)]
+    modules = [
+      DenseLayer(width, self.growth_rate, self.bn_size, name=f'layer_{i}') for i, width in enumerate(channels, 1)
+    ]
+    layers = [module(train) for module in modules]
+    if not train:
+      return Features(dense_block_inference(x.values, layers))
+    scan_layers = self.scan_layers or SCAN_LAYERS.get(jax.default_backend(), 1)
+    values, new, bottlenecks = dense_block_training(x.values, layers, scan_layers, self.axis_name)
+    moments = Moments(*(jnp.concatenate([old, added.ravel()]) for old, added in zip(x.moments, new, strict=True)))
+    for i, (module, width) in enumerate(zip(modules, channels, strict=True)):
+      module.update(
+        Moments(moments.mean[:width], moments.var[:width]), Moments(bottlenecks.mean[i], bottlenecks.var[i])
+      )
+    return Features(values, moments)
 
 
 class Transition(nn.Module):
-  """BN-ReLU-Conv1x1(C -> C)-AvgPool2x2: [B, H, W, C] -> [B, H / 2, W / 2, C]; no compression (paper, section 4)."""
+  """BN-ReLU-Conv1x1(C -> C)-AvgPool2x2 at half the side; no compression (paper, section 4)."""
 
-  dtype: Any = jnp.float32
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    channels = x.shape[-1]
-    x = norm_relu(x, train, 'norm', self.dtype, self.axis_name)
+  def __call__(self, x: Features, train: bool) -> Features:
+    channels = x.values.shape[-1]
+    values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
     # A 1x1 convolution and an average pool commute: pooling first is the same function at a quarter of the work.
-    x = average_pool(x)
-    return nn.Conv(channels, (1, 1), use_bias=False, dtype=self.dtype, kernel_init=conv_init, name='conv')(x)
+    values = average_pool(values)
+    values = values @ Kernel((1, 1, channels, channels), name='conv')()[0, 0].astype(values.dtype)
+    return as_features(values, train, self.axis_name)
 
 
 class Exit(nn.Module):
-  """BN-ReLU-global average pool-Linear: [B, H, W, C] -> float32 logits [B, num_classes]."""
+  """BN-ReLU-global average pool-Linear: float32 logits [B, num_classes]."""
 
   num_classes: int
-  dtype: Any = jnp.float32
-  axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    x = norm_relu(x, train, 'norm', self.dtype, self.axis_name)
-    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-    return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(x)
+  def __call__(self, x: Features, train: bool) -> Array:
+    values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
+    values = jnp.mean(values, axis=(1, 2), dtype=jnp.float32)
+    return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(values)

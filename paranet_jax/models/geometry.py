@@ -36,7 +36,7 @@ class Geometry:
       raise ValueError(f'blocks {self.blocks} must be 1 or more and halvings {self.halvings} 0 or more')
     for pipeline, num_blocks in enumerate(self.blocks, 1):
       times = self.halvings[pipeline - 1] + num_blocks - 1
-      if self.image_side < 1 or self.image_side % 2**times:
+      if self.image_side < 1 or times >= self.image_side.bit_length() or self.image_side % 2**times:
         raise ValueError(
           f'image_side {self.image_side} cannot be halved {times} times, as pipeline {pipeline} needs '
           f'({self.halvings[pipeline - 1]} at its entry, {num_blocks - 1} between its blocks)'

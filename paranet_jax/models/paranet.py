@@ -15,9 +15,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.models import geometry as geo
-from paranet_jax.models.dense import DenseBlock, Exit, Transition, average_pool, conv_init, norm_relu
+from paranet_jax.models.dense import (
+  DenseBlock,
+  Exit,
+  Features,
+  Kernel,
+  Transition,
+  as_features,
+  average_pool,
+  concatenate,
+  max_pool,
+  norm_affine,
+)
+from paranet_jax.models.dense_block import affine_relu, conv3x3
+from paranet_jax.models.initial import initial_variables
 
-Carry = dict[geo.Block, Array]
+Carry = dict[geo.Block, Features]
 
 
 class ParaNet(nn.Module):
@@ -37,6 +50,7 @@ class ParaNet(nn.Module):
     entry_order: 'stem_first' (convolve the whole image, then pool) or 'pool_first'.
     image_side: S, pixels.
     dtype: of the computation; parameters, statistics and logits are float32.
+    scan_layers: dense layers compiled as one loop in training (see `dense_block.py`); None: the backend's default.
     axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
@@ -57,7 +71,10 @@ class ParaNet(nn.Module):
   image_side: int = 32
   channels: int = 3
   dtype: Any = jnp.float32
+  scan_layers: int | None = None
   axis_name: str | None = None
+
+  initial_variables = staticmethod(initial_variables)
 
   @property
   def geometry(self) -> geo.Geometry:
@@ -106,38 +123,47 @@ class ParaNet(nn.Module):
   @nn.compact
   def _evaluate(self, images, carry, exits, train):
     geometry = self.geometry
-    common = {'dtype': self.dtype, 'axis_name': self.axis_name}
     features = dict(carry)
     for pipeline, index in geometry.needed(exits, features):
       if index == 1:
         x = self._entry(images, pipeline, train)
       else:
-        transition = Transition(**common, name=f'pipeline_{pipeline}_transition_{index - 1}')
+        transition = Transition(self.axis_name, name=f'pipeline_{pipeline}_transition_{index - 1}')
         x = transition(features[pipeline, index - 1], train)
       if (pipeline, index) in geometry.cascade:
-        x = jnp.concatenate([x, features[pipeline - 1, index - 1]], axis=-1)
-      name = f'pipeline_{pipeline}_block_{index}'
-      block = DenseBlock(self.layers_per_block, self.growth_rate, self.bn_size, **common, name=name)
+        x = concatenate(x, features[pipeline - 1, index - 1])
+      block = DenseBlock(
+        self.layers_per_block,
+        self.growth_rate,
+        self.bn_size,
+        self.scan_layers,
+        self.axis_name,
+        name=f'pipeline_{pipeline}_block_{index}',
+      )
       features[pipeline, index] = block(x, train)
     logits = {
-      number: Exit(self.num_classes, **common, name=f'exit_{number}')(features[geometry.last_block(number)], train)
+      number: Exit(self.num_classes, name=f'exit_{number}')(features[geometry.last_block(number)], train)
       for number in exits
     }
     return logits, features
 
-  def _entry(self, images: Array, pipeline: int, train: bool) -> Array:
+  def _entry(self, images: Array, pipeline: int, train: bool) -> Features:
     x = images.astype(self.dtype)
     if self.entry_order == 'pool_first':
-      return self._stem(self._halve(x, pipeline), pipeline, train)
-    return self._halve(self._stem(x, pipeline, train), pipeline)
+      x = self._stem(self._halve(x, pipeline), pipeline, train)
+    else:
+      x = self._halve(self._stem(x, pipeline, train), pipeline)
+    return as_features(x, train, self.axis_name)
 
   def _stem(self, x: Array, pipeline: int, train: bool) -> Array:
     name = f'pipeline_{pipeline}_stem'
-    width = 2 * self.growth_rate
-    x = nn.Conv(width, (3, 3), use_bias=False, dtype=self.dtype, kernel_init=conv_init, name=name)(x)
-    return norm_relu(x, train, f'{name}_norm', self.dtype, self.axis_name) if self.stem_norm else x
+    x = conv3x3(x, Kernel((3, 3, x.shape[-1], 2 * self.growth_rate), name=name)())
+    if not self.stem_norm:
+      return x
+    x = as_features(x, train, self.axis_name)
+    return affine_relu(x.values, *norm_affine(x, train, f'{name}_norm'))
 
   def _halve(self, x: Array, pipeline: int) -> Array:
     for _ in range(self.geometry.halvings[pipeline - 1]):
-      x = nn.max_pool(x, (2, 2), strides=(2, 2)) if self.entry_pool == 'max' else average_pool(x)
+      x = max_pool(x) if self.entry_pool == 'max' else average_pool(x)
     return x
