@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from paranet_jax.models.dense import DenseBlock, as_features
-from paranet_jax.models.dense_block import normalize
+from paranet_jax.models.dense_block import image_conv3x3, normalize
 from paranet_jax.models.initial import initial_variables
 
 SHAPES = {
@@ -210,3 +210,19 @@ def close(found, wanted, tolerance=1e-5):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(np.abs(wanted).max(), 1e-3))
 
   jax.tree.map(check, found, wanted)
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_image_convolution(backend, channels, monkeypatch):
+  """By matrix product on one backend and as a convolution on others: the same values and gradients."""
+  random = np.random.default_rng(0)
+  image = random.normal(size=(2, 6, 5, channels)).astype(np.float32)
+  kernel = random.normal(size=(3, 3, channels, 4)).astype(np.float32)
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  out, backward = jax.vjp(image_conv3x3, image, kernel)
+  padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+  close(out, np.einsum('bhwcij,ijck->bhwk', windows, kernel))
+  weights = random.normal(size=out.shape).astype(np.float32)
+  close(backward(weights)[1], np.einsum('bhwcij,bhwk->ijck', windows, weights))

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import chex
 import pytest
@@ -140,7 +141,11 @@ def test_the_second_signal_ends_at_once(tmp_path, whole):
   def act(step, state):
     if step == 5:
       os.kill(os.getpid(), signal.SIGTERM)
+      # Signals sent in one moment may be handled in any order, so the second waits for the first.
+      while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        time.sleep(0.001)
       os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(10)  # Cut short by the signal.
 
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, act)

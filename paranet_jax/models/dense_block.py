@@ -107,6 +107,14 @@ def conv3x3(x: Array, kernel: Array) -> Array:
   return lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
+def image_conv3x3(x: Array, kernel: Array) -> Array:
+  """`conv3x3` of an image, whose few channels XLA's CPU convolution is many times slower on than a matrix product."""
+  if jax.default_backend() != 'cpu':
+    return conv3x3(x, kernel)
+  features = kernel.shape[-1]
+  return (_shifts(x) @ kernel.astype(x.dtype).reshape(-1, features)).reshape(*x.shape[:-1], features)
+
+
 def dense_block_inference(x: Array, layers: Sequence[Layer]) -> Array:
   """The block with folded running statistics: raw features [B, H, W, C] -> [B, H, W, C + n k]."""
   channels = [layer.scale1.shape[0] for layer in layers]

@@ -27,7 +27,7 @@ from paranet_jax.models.dense import (
   max_pool,
   norm_affine,
 )
-from paranet_jax.models.dense_block import affine_relu, conv3x3
+from paranet_jax.models.dense_block import affine_relu, image_conv3x3
 from paranet_jax.models.initial import initial_variables
 
 Carry = dict[geo.Block, Features]
@@ -157,7 +157,7 @@ class ParaNet(nn.Module):
 
   def _stem(self, x: Array, pipeline: int, train: bool) -> Array:
     name = f'pipeline_{pipeline}_stem'
-    x = conv3x3(x, Kernel((3, 3, x.shape[-1], 2 * self.growth_rate), name=name)())
+    x = image_conv3x3(x, Kernel((3, 3, x.shape[-1], 2 * self.growth_rate), name=name)())
     if not self.stem_norm:
       return x
     x = as_features(x, train, self.axis_name)

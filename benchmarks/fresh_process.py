@@ -1,0 +1,129 @@
+"""What a process just started takes: each function is run in one of its own, and gives seconds or megabytes by name."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import network, peers
+from benchmarks.network import Size
+from paranet_jax.base_config import base_config
+from paranet_jax.costs import abstract_variables
+from paranet_jax.steps import init_state, make_eval_step
+
+V5E_2X2 = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'JAX_PLATFORMS': 'cpu',
+}
+"""What libtpu asks for where there is no TPU."""
+
+
+def in_fresh_process(task: str, size: Size, *, cache: Path | None = None, env: dict[str, str] | None = None) -> dict:
+  """Runs one of `TASKS` in a new process.
+
+  Args:
+    cache: folder of the persistent compilation cache; None: no such cache.
+    env: environment variables that differ.
+
+  Returns:
+    What the task returns, and `imports`: seconds from the start of the process until jax and the package are there.
+  """
+  command = [sys.executable, '-m', 'benchmarks.fresh_process', task, json.dumps(asdict(size)), str(time.time())]
+  settings = {'JAX_ENABLE_COMPILATION_CACHE': str(cache is not None)}
+  settings |= {'PARANET_CACHE_DIR': str(cache)} if cache else {}
+  root = Path(__file__).resolve().parents[1]
+  process = subprocess.run(
+    command, cwd=root, env=os.environ | settings | (env or {}), stdout=subprocess.PIPE, check=True, text=True
+  )
+  return json.loads(process.stdout)
+
+
+def first_step(make_network: Callable[[Size], Any], size: Size) -> dict[str, float]:
+  """Seconds to initialise, and to the end of the first training step, initialising included."""
+  start = time.perf_counter()
+  model = make_network(size)
+  state = jax.block_until_ready(init_state(model, network.optimizer(), 0, size.image_shape))
+  initialise = time.perf_counter() - start
+  network.our_training_step(model, size, state, jax.devices()[:1])()
+  return {'initialise': initialise, 'first_step': time.perf_counter() - start}
+
+
+def torch_first_step(compiled: bool, size: Size) -> dict[str, float]:
+  """The same of the peer."""
+  torch_paranet = peers.torch_peer()
+  start = time.perf_counter()
+  theirs = torch_paranet.TorchParaNet(3, network.NUM_CLASSES, size.layers, size.growth_rate)
+  images, labels = network.random_images(size, size.batch), network.random_labels(size.batch)
+  step = torch_paranet.training_step(theirs, images, labels, network.TORCH_SGD, compiled=compiled)
+  initialise = time.perf_counter() - start
+  step()
+  return {'initialise': initialise, 'first_step': time.perf_counter() - start}
+
+
+def evaluation(size: Size) -> dict[str, float]:
+  """Seconds to compile the evaluation functions of all exits."""
+  start = time.perf_counter()
+  model = network.our_network(size)
+  variables = abstract_variables(model, size.image_shape)
+  batch = base_config().eval.batch_size
+  images = jax.ShapeDtypeStruct((batch, *size.image_shape), jnp.uint8)
+  labels = indices = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  mask = jax.ShapeDtypeStruct((batch,), jnp.float32)
+  for number in range(1, model.num_exits + 1):
+    step = jax.jit(make_eval_step(model, number, network.CIFAR_100, 0.0))
+    step.lower(variables['params'], variables['batch_stats'], images, labels, indices, mask).compile()
+  return {'compile': time.perf_counter() - start}
+
+
+def tpu(size: Size) -> dict[str, float]:
+  """Seconds to compile the pmapped training step for v5e:2x2, and megabytes of the code, on a machine without a TPU."""
+  from jax.experimental import topologies
+
+  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+  state = jax.eval_shape(partial(network.random_state, size))
+  *whole, order = network.step_arguments(size, state)
+  order = np.stack(np.split(order, len(devices), axis=1))
+  start = time.perf_counter()
+  compiled = network.compiled_step(network.our_network(size), devices).lower(*whole, order).compile()
+  seconds = time.perf_counter() - start
+  return {'compile': seconds, 'code_mb': compiled.memory_analysis().generated_code_size_in_bytes / 1e6}
+
+
+TASKS: dict[str, Callable[[Size], dict[str, float]]] = {
+  'ours': partial(first_step, network.our_network),
+  'linen': partial(first_step, network.linen_network),
+  'eager': partial(torch_first_step, False),
+  'compile': partial(torch_first_step, True),
+  'evaluation': evaluation,
+  'tpu': tpu,
+}
+
+
+def use_compilation_cache() -> None:
+  """Turns the persistent compilation cache on where the caller named a folder for it."""
+  if os.environ['JAX_ENABLE_COMPILATION_CACHE'] == 'True':
+    jax.config.update('jax_compilation_cache_dir', os.environ['PARANET_CACHE_DIR'])
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def main() -> None:
+  """Runs the task of the command line and prints its result as JSON."""
+  imports = time.time() - float(sys.argv[3])
+  use_compilation_cache()
+  print(json.dumps({'imports': imports} | TASKS[sys.argv[1]](Size(**json.loads(sys.argv[2])))))
+
+
+if __name__ == '__main__':
+  main()
