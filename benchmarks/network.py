@@ -15,6 +15,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.config import build_model
 from paranet_jax.costs import abstract_variables
 from paranet_jax.devices import place_order, replicated, run_on
+from paranet_jax.inference import compile_forward
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.optim import make_optimizer, make_schedule
 from paranet_jax.steps import Objective, Preprocessing, TrainState, make_train_step, zero_totals
@@ -143,15 +144,18 @@ def our_training_step(model: Any, size: Size, state: Any, devices: Sequence[jax.
 
 def our_forward(model: ParaNet, variables: dict[str, Any], exits: Sequence[int]) -> Callable[[Any], list[jax.Array]]:
   """The package's forward pass in inference mode: normalized images [B, S, S, 3] to the logits of these exits."""
-  return applied_forward(model, variables, exits)
+  return _waiting(compile_forward(model, jax.device_put(variables), exits))
 
 
 def applied_forward(model: Any, variables: dict[str, Any], exits: Sequence[int]) -> Callable[[Any], list[jax.Array]]:
   """The same by the model's own `apply`, compiled."""
   apply = jax.jit(lambda variables, images: model.apply(variables, images, exits=tuple(exits)))
   variables = jax.device_put(variables)
+  return _waiting(lambda images: apply(variables, images))
 
+
+def _waiting(apply: Callable[[Any], list[Any]]) -> Callable[[Any], list[jax.Array]]:
   def forward(images):
-    return [logits for logits in jax.block_until_ready(apply(variables, images)) if logits is not None]
+    return [logits for logits in jax.block_until_ready(apply(images)) if logits is not None]
 
   return forward

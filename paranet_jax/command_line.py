@@ -61,6 +61,12 @@ def _define_flags() -> flags.FlagValues:
     (flags.DEFINE_string, 'workdir', None, 'Folder of the run (default: runs/<name>-<dataset>-s<seed>).'),
     (flags.DEFINE_string, 'mode', 'train', f'One of {", ".join(MODES)}.'),
     (flags.DEFINE_integer, 'step', None, 'Checkpoint for --mode=eval (default: the latest).'),
+    (
+      flags.DEFINE_string,
+      'compilation_cache',
+      None,
+      'Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.',
+    ),
     (flags.DEFINE_bool, 'json', False, 'Print one JSON object (--mode=describe and eval).'),
     (flags.DEFINE_bool, 'accept_config_changes', False, 'Go on with a run although its saved configuration differs.'),
   ):

@@ -28,12 +28,16 @@ def main() -> int:
 def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   # jax takes a second to import, and a mistyped flag should not wait for it.
   from paranet_jax import config as config_lib
+  from paranet_jax.allocator import keep_freed_memory
+  from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.description import describe
   from paranet_jax.tables import describe_table, evaluation_table
   from paranet_jax.train import evaluate_checkpoint, train_and_evaluate
 
   config_lib.validate(config)
   config_lib.absolute_paths(config)
+  keep_freed_memory()
+  use_compilation_cache(values.compilation_cache)
   workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
   if values.mode == 'train':
     train_and_evaluate(config, workdir, values.accept_config_changes)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paranet_jax.models import dense_block
 from paranet_jax.models.dense import DenseBlock, as_features
-from paranet_jax.models.dense_block import image_conv3x3, normalize
+from paranet_jax.models.dense_block import conv3x3, image_conv3x3, normalize
 from paranet_jax.models.initial import initial_variables
 
 SHAPES = {
@@ -212,15 +213,19 @@ def close(found, wanted, tolerance=1e-5):
   jax.tree.map(check, found, wanted)
 
 
+@pytest.mark.parametrize('convolve', [image_conv3x3, conv3x3])
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('channels', [1, 3])
-def test_image_convolution(backend, channels, monkeypatch):
+def test_convolutions(convolve, backend, channels, monkeypatch):
   """By matrix product on one backend and as a convolution on others: the same values and gradients."""
   random = np.random.default_rng(0)
   image = random.normal(size=(2, 6, 5, channels)).astype(np.float32)
   kernel = random.normal(size=(3, 3, channels, 4)).astype(np.float32)
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  out, backward = jax.vjp(image_conv3x3, image, kernel)
+  monkeypatch.setattr(dense_block, 'MANY_PIXELS', 60)
+  out, backward = jax.vjp(convolve, image, kernel)
+  program = str(jax.make_jaxpr(lambda *arguments: convolve(*arguments))(image, kernel))
+  assert ('conv_general_dilated' in program) == (backend == 'gpu')
   padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
   close(out, np.einsum('bhwcij,ijck->bhwk', windows, kernel))

@@ -31,6 +31,9 @@ from jax import Array, lax
 
 EPSILON = 1e-5
 
+MANY_PIXELS = 4096
+"""From how many pixels a batch on a CPU `conv3x3` is a matrix product (measured: faster at 4,096, not at 1,024)."""
+
 SCAN_LAYERS = {'cpu': 4, 'gpu': 1, 'tpu': 8}
 """Layers of a segment, by backend."""
 
@@ -104,6 +107,10 @@ def affine_relu(x: Array, scale: Array, shift: Array) -> Array:
 
 def conv3x3(x: Array, kernel: Array) -> Array:
   """3x3 convolution, same side: [B, H, W, C], [3, 3, C, K] -> [B, H, W, K]."""
+  # XLA's CPU convolution is half as fast to so few outputs as a product for all nine shifts and their sum; not on
+  # small batches.
+  if jax.default_backend() == 'cpu' and x[..., 0].size >= MANY_PIXELS:
+    return _conv3x3_by_product(x, kernel.astype(x.dtype))
   return lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
@@ -228,6 +235,19 @@ def _affine_relu_backward(activation, x, g):
   # Without the barrier the sums are fused with what makes u, and XLA's CPU compiler then makes neither fast.
   u = lax.optimization_barrier(jnp.where(activation > 0, g, 0))
   return u, jnp.sum(_wide(u) * _wide(x), 0), jnp.sum(_wide(u), 0)
+
+
+def _conv3x3_by_product(x, kernel):
+  _, height, width, channels = x.shape
+  growth = kernel.shape[-1]
+  products = x @ kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * growth)
+  products = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  parts = []
+  for index in range(9):
+    row, column = divmod(index, 3)
+    shifted = products[:, row : row + height, column : column + width]
+    parts.append(shifted[..., index * growth : (index + 1) * growth])
+  return sum(parts[1:], parts[0])
 
 
 def _conv3x3_backward(x, kernel, g):

@@ -1,0 +1,53 @@
+"""Compiled programs kept on disk, so that the second start of a run compiles nothing."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+import jaxlib
+
+OFF = 'off'
+
+
+def use_compilation_cache(folder: str | None = None) -> Path | None:
+  """Turns jax's persistent compilation cache on, before anything is compiled.
+
+  An entry that cannot be read is compiled again: jax warns and goes on.
+
+  Args:
+    folder: where; None: `compiled` in PARANET_CACHE_DIR (default ~/.cache/paranet_jax); 'off': no cache.
+
+  Returns:
+    The folder used, one below for each kind of machine; None if off or if it cannot be written.
+  """
+  if folder == OFF:
+    jax.config.update('jax_enable_compilation_cache', False)
+    return None
+  root = Path(folder or Path(os.environ.get('PARANET_CACHE_DIR') or '~/.cache/paranet_jax') / 'compiled').expanduser()
+  path = root.absolute() / machine_key()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return None  # A cache is no reason to stop.
+  jax.config.update('jax_compilation_cache_dir', str(path))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  return path
+
+
+def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+  """Names what compiled code depends on: the versions and the CPU with its instruction sets.
+
+  XLA compiles for the CPU it runs on. Another machine's program may use instructions that this one lacks, and would
+  end the process.
+  """
+  try:
+    lines = cpuinfo.read_text().splitlines()
+  except OSError:
+    lines = []
+  features = {line for line in lines if line.partition(':')[0].strip() in ('model name', 'flags', 'Features')}
+  described = '\n'.join(
+    [jax.__version__, jaxlib.__version__, platform.machine(), platform.processor(), *sorted(features)]
+  )
+  return hashlib.sha256(described.encode()).hexdigest()[:16]
