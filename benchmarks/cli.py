@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.network import Size
+from paranet_jax.allocator import keep_freed_memory
 from paranet_jax.errors import UserError
 
 
@@ -73,6 +74,7 @@ def positive(text: str) -> int:
 
 def run(parser: Parser, measure: Callable[[argparse.Namespace], dict[str, Any]], argv: Sequence[str] | None) -> int:
   """Measures what the flags say and prints it; returns the exit code."""
+  keep_freed_memory()  # As paranet_jax.main does; whoever shares the process has it too.
   try:
     options = parser.parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):

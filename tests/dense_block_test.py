@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from paranet_jax.models import dense_block
+from paranet_jax.models.backend import compiling_for
 from paranet_jax.models.dense import DenseBlock, as_features
 from paranet_jax.models.dense_block import conv3x3, image_conv3x3, normalize
 from paranet_jax.models.initial import initial_variables
@@ -110,11 +111,12 @@ def gradients(loss, variables, x, weights):
   return outputs, found
 
 
-@pytest.mark.parametrize('scan_layers', [1, 2, 3, 8])
+@pytest.mark.parametrize(('backend', 'scan_layers'), [('cpu', 1), ('cpu', 2), ('cpu', 3), ('cpu', 8), ('tpu', 2)])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_training_equals_the_plain_block(shape, scan_layers):
+def test_training_equals_the_plain_block(shape, backend, scan_layers):
   plain, variables, x, weights = problem(shape)
-  outputs, found = gradients(functools.partial(block_loss, block_of(plain, scan_layers)), variables, x, weights)
+  with compiling_for(backend):
+    outputs, found = gradients(functools.partial(block_loss, block_of(plain, scan_layers)), variables, x, weights)
   wanted_outputs, wanted = gradients(functools.partial(plain_loss, plain), variables, x, weights)
   close(outputs, wanted_outputs)
   close(found, wanted)
@@ -221,10 +223,10 @@ def test_convolutions(convolve, backend, channels, monkeypatch):
   random = np.random.default_rng(0)
   image = random.normal(size=(2, 6, 5, channels)).astype(np.float32)
   kernel = random.normal(size=(3, 3, channels, 4)).astype(np.float32)
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(dense_block, 'MANY_PIXELS', 60)
-  out, backward = jax.vjp(convolve, image, kernel)
-  program = str(jax.make_jaxpr(lambda *arguments: convolve(*arguments))(image, kernel))
+  with compiling_for(backend):
+    out, backward = jax.vjp(convolve, image, kernel)
+    program = str(jax.make_jaxpr(lambda *arguments: convolve(*arguments))(image, kernel))
   assert ('conv_general_dilated' in program) == (backend == 'gpu')
   padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))

@@ -8,10 +8,10 @@ and shapes of a plain DenseNet of `nn.BatchNorm` and `nn.Conv`, whatever compute
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from paranet_jax.models.backend import backend
 from paranet_jax.models.dense_block import (
   EPSILON,
   SCAN_LAYERS,
@@ -158,7 +158,7 @@ class DenseBlock(nn.Module):
     layers = [module(train) for module in modules]
     if not train:
       return Features(dense_block_inference(x.values, layers))
-    scan_layers = self.scan_layers or SCAN_LAYERS.get(jax.default_backend(), 1)
+    scan_layers = self.scan_layers or SCAN_LAYERS.get(backend(), 1)
     values, new, bottlenecks = dense_block_training(x.values, layers, scan_layers, self.axis_name)
     moments = Moments(*(jnp.concatenate([old, added.ravel()]) for old, added in zip(x.moments, new, strict=True)))
     for i, (module, width) in enumerate(zip(modules, channels, strict=True)):

@@ -1,0 +1,24 @@
+"""Which backend a program is traced for, where that decides how something is computed."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
+
+
+def backend() -> str:
+  """'cpu', 'gpu' or 'tpu': the one of `compiling_for`, or else jax's own."""
+  return _target.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+  """Within it, models are traced for a platform that is not here, to be compiled ahead of time."""
+  token = _target.set(platform)
+  try:
+    yield
+  finally:
+    _target.reset(token)
