@@ -71,13 +71,21 @@ class Checkpoints:
       like: a state of the same structure; each array goes where the one here lies.
 
     Raises:
-      UserError: the checkpoint is of another architecture or optimiser.
+      UserError: the checkpoint is damaged, or of another architecture or optimiser.
     """
-    meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    self._check_shapes(step, meta.pop('shapes'), _shapes(like))
+    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+    self._check_shapes(step, meta.pop('shapes', {}), _shapes(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    return self._manager.restore(step, args=args).state, meta
+    return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
+
+  def _read(self, step: int, **items: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (KeyError, ValueError, OSError) as error:
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} is damaged ({type(error).__name__}); '
+        'move that folder away to go on from the one before it'
+      ) from error
 
   def _check_shapes(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     for path in [*wanted, *saved]:

@@ -41,6 +41,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
     raise UserError(f"unknown mode '{values.mode}', expected one of {', '.join(MODES)}; set --mode")
   if values.step is not None and values.mode != 'eval':
     raise UserError(f'--step chooses the checkpoint to evaluate, found --mode={values.mode}; set --mode=eval')
+  if values.json and values.mode == 'train':
+    raise UserError('--json prints what describe or eval finds, found --mode=train; set --mode')
   config = _load_config(values)
   _check_overrides(config, rest)
   # From here on `config` is the configuration itself, with a flag for each field that is overridden.
@@ -100,7 +102,7 @@ def _load_file(path: str, *argument: str) -> ConfigDict:
     config = runpy.run_path(path).get('get_config', lambda *_: None)(*argument)
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     place = f'line {lines[-1]} of {path}' if lines else path
     raise UserError(f'{place} raises {type(error).__name__}: {_one_line(error)}; mend it or set --config') from error

@@ -1,12 +1,12 @@
 """Compiled programs kept on disk, so that the second start of a run compiles nothing."""
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 
 import jax
-import jaxlib
 
 OFF = 'off'
 
@@ -48,6 +48,6 @@ def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
     lines = []
   features = {line for line in lines if line.partition(':')[0].strip() in ('model name', 'flags', 'Features')}
   described = '\n'.join(
-    [jax.__version__, jaxlib.__version__, platform.machine(), platform.processor(), *sorted(features)]
+    [jax.__version__, importlib.metadata.version('jaxlib'), platform.machine(), platform.processor(), *sorted(features)]
   )
   return hashlib.sha256(described.encode()).hexdigest()[:16]

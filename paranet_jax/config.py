@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from paranet_jax.base_config import base_config, field_names
 from paranet_jax.errors import UserError
 from paranet_jax.models.paranet import ParaNet
-from paranet_jax.targets import Targets, parse_name
+from paranet_jax.targets import Targets, parse_name, trained_exits
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -33,6 +33,7 @@ def _tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
 
 
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, 'more than 0 and finite')
+_EPOCHS: Rule = (lambda value: 0 < value <= 1e6, 'more than 0 and at most 1,000,000')
 _SHARE: Rule = (lambda value: 0 <= value <= 1, 'from 0 to 1')
 
 RULES: dict[str, Rule] = {
@@ -62,7 +63,7 @@ RULES: dict[str, Rule] = {
   'loss.hard_label_weight': _SHARE,
   'loss.exit_weights': _tuple_of((int, float), 0),
   'loss.label_smoothing': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
-  'train.epochs': _POSITIVE,
+  'train.epochs': _EPOCHS,
   'train.max_steps': _at_least(0),
   'train.batch_size': _at_least(1),
   'train.learning_rate': _POSITIVE,
@@ -77,7 +78,7 @@ RULES: dict[str, Rule] = {
   'train.clip_norm': _at_least(0),
   'train.accumulate_steps': _at_least(1),
   'train.devices': _at_least(0),
-  'eval.every_epochs': _POSITIVE,
+  'eval.every_epochs': _EPOCHS,
   'eval.batch_size': _at_least(1),
   'checkpoint.every_steps': _at_least(1),
   'checkpoint.keep': _at_least(1),
@@ -155,6 +156,12 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
       f'loss.exit_weights must have {num_exits} entries, one an exit of {config.name}, found {weights}; '
       'set --config.loss.exit_weights'
     )
+  for number in trained_exits(targets(config)):
+    if not weights[number - 1]:
+      raise UserError(
+        f'loss.exit_weights must be more than 0 for exit {number}, which {config.name} trains, found {weights}; '
+        'set --config.loss.exit_weights, or give that exit an x in --config.name'
+      )
   return tuple(weights)
 
 

@@ -17,7 +17,7 @@ def main() -> int:
   try:
     _run(*parse(sys.argv))
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
+    print('error:', *str(error).split(), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)

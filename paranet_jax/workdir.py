@@ -13,6 +13,7 @@ from paranet_jax.errors import UserError
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
+FOLDERS = ('checkpoints', 'tensorboard')
 
 
 def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
@@ -25,16 +26,23 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> 
   Raises:
     UserError: the folder cannot be written, or holds a run with another configuration.
   """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError) as error:
-    raise UserError(f'workdir {workdir} must be a folder, and there is a file; set --workdir') from error
-  except OSError as error:
-    raise UserError(f'workdir {workdir} cannot be made: {error.strerror}; set --workdir') from error
-  if not os.access(workdir, os.W_OK | os.X_OK):
-    raise UserError(f'workdir {workdir} must be writable, and is not; set --workdir')
+  _make_writable_folder(workdir)
+  for name in FOLDERS:
+    if (workdir / name).exists():
+      _make_writable_folder(workdir / name)
   if (workdir / CONFIG).exists() and not accept_changes:
     _check_same(workdir, config)
+
+
+def _make_writable_folder(folder: Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise UserError(f'workdir {folder} must be a folder, and there is a file; set --workdir') from error
+  except OSError as error:
+    raise UserError(f'workdir {folder} cannot be made: {error.strerror}; set --workdir') from error
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f'workdir {folder} must be writable, and is not; set --workdir')
 
 
 def save_config(workdir: Path, config: ConfigDict) -> None:

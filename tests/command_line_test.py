@@ -5,6 +5,7 @@ from running import QUICKSTART, contents, refusal
 
 from paranet_jax.base_config import base_config
 from paranet_jax.command_line import parse
+from paranet_jax.errors import UserError
 
 FILES = {
   'good.py': 'from paranet_jax.base_config import base_config as get_config\n',
@@ -181,7 +182,7 @@ def test_flags_and_the_argument_of_a_configuration():
 
 
 def test_one_command_leaves_nothing_to_the_next():
-  parse(['main', QUICKSTART, '--config.train.epochs=2', '--json'])
+  parse(['main', QUICKSTART, '--config.train.epochs=2', '--json', '--mode=describe'])
   values, config = parse(['main', '--config=good.py'])
   assert config.train.epochs == base_config().train.epochs and not values.json
 
@@ -192,3 +193,10 @@ def test_help(capsys):
   assert not end.value.code
   out = capsys.readouterr().out
   assert all(f'{flag}: ' in out for flag in ('--config', '--workdir', '--mode', '--step', '--[no]json', '--[no]help'))
+
+
+def test_a_configuration_that_exits_is_named(tmp_path):
+  path = tmp_path / 'exits.py'
+  path.write_text('import sys\nsys.exit(3)\n')
+  with pytest.raises(UserError, match=f'^line 2 of {path} raises SystemExit: 3; mend it or set --config$'):
+    parse(['main', f'--config={path}'])

@@ -49,10 +49,19 @@ def test_refused_names(tmp_path, name, said):
 @pytest.mark.parametrize(
   ('field', 'message'),
   [
-    ('train.epochs=0', 'train.epochs must be more than 0 and finite, found 0.0; set --config.train.epochs'),
-    ('train.epochs=-1', 'train.epochs must be more than 0 and finite, found -1.0; set --config.train.epochs'),
-    ('train.epochs=nan', 'train.epochs must be more than 0 and finite, found nan; set --config.train.epochs'),
-    ('train.epochs=inf', 'train.epochs must be more than 0 and finite, found inf; set --config.train.epochs'),
+    ('train.epochs=0', 'train.epochs must be more than 0 and at most 1,000,000, found 0.0; set --config.train.epochs'),
+    (
+      'train.epochs=-1',
+      'train.epochs must be more than 0 and at most 1,000,000, found -1.0; set --config.train.epochs',
+    ),
+    (
+      'train.epochs=nan',
+      'train.epochs must be more than 0 and at most 1,000,000, found nan; set --config.train.epochs',
+    ),
+    (
+      'train.epochs=inf',
+      'train.epochs must be more than 0 and at most 1,000,000, found inf; set --config.train.epochs',
+    ),
     (
       'train.schedule=stp',
       'train.schedule must be one of step, cosine, one_cycle, constant, found stp; set --config.train.schedule',

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from PIL import UnidentifiedImageError
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
@@ -149,7 +150,8 @@ def _decode(file: Path, image_side: int, channels: int, *, skip_corrupt: bool) -
   try:
     return decode_image(encoded, image_side, channels)
   except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
-    reason = ' '.join(str(error).split()) or type(error).__name__
+    unknown = isinstance(error, UnidentifiedImageError)  # Whose message names an object in memory, not the file.
+    reason = 'no known image format' if unknown else ' '.join(str(error).split()) or type(error).__name__
     if skip_corrupt:
       logging.warning('Skipping corrupt image %s: %s', file, reason)
       return None

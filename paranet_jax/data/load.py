@@ -22,7 +22,7 @@ _HELD_OUT_SEED = 100
 
 def known_num_classes(name: str) -> int | None:
   """The number of classes of the data set `name`; None where it has to be read first."""
-  return _NUM_CLASSES.get(name)
+  return _NUM_CLASSES.get(re.split('[/:]', name)[0])
 
 
 def load_dataset(data_config: ConfigDict, *, image_side: int, channels: int, num_classes: int | None = None) -> Dataset:

@@ -1,5 +1,7 @@
 """Data sets of tensorflow-datasets in array_record form, without TensorFlow. The only file that knows tfds."""
 
+import contextlib
+import io
 import os
 import threading
 from collections.abc import Iterator
@@ -71,7 +73,8 @@ def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Sou
 
 def _open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
   try:
-    return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+    with contextlib.redirect_stdout(io.StringIO()):  # Some data sets' modules print about a missing TensorFlow.
+      return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
   except tfds.core.DatasetNotFoundError:
     return None
   except Exception as error:  # Names that do not parse, unknown versions, damaged metadata: each its own exception.

@@ -1,0 +1,48 @@
+"""What a user may find in the way of a run: each is one line, and loses nothing."""
+
+import shutil
+
+import pytest
+from running import TINY, refusal, run_main
+
+
+@pytest.mark.parametrize('name', ['checkpoints', 'tensorboard'])
+def test_a_file_in_place_of_a_folder(tmp_path, name):
+  (tmp_path / name).write_text('mine')
+  message = refusal(*TINY, f'--workdir={tmp_path}')
+  assert message == f'workdir {tmp_path / name} must be a folder, and there is a file; set --workdir'
+  assert (tmp_path / name).read_text() == 'mine'
+
+
+def test_a_damaged_checkpoint(tmp_path):
+  assert run_main(*TINY, '--config.train.max_steps=2', f'--workdir={tmp_path / "run"}').code == 0
+  (folder,) = (tmp_path / 'run' / 'checkpoints').iterdir()
+  for damage in (lambda: shutil.rmtree(folder / 'state'), lambda: shutil.rmtree(folder / 'meta')):
+    damage()
+    for mode in ('train', 'eval'):
+      message = refusal(f'--workdir={tmp_path / "run"}', f'--mode={mode}', started=mode == 'train')
+      assert message.startswith(f'checkpoint {folder} is damaged (')
+      assert message.endswith('); move that folder away to go on from the one before it')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (
+      ['--config.loss.exit_weights=(1,0,1)'],
+      'loss.exit_weights must be more than 0 for exit 2, which PN3-x3d trains, found (1, 0, 1); '
+      'set --config.loss.exit_weights, or give that exit an x in --config.name',
+    ),
+    (['--json'], '--json prints what describe or eval finds, found --mode=train; set --mode'),
+    (
+      ['--config.data.name=a\nb', '--mode=describe'],
+      "the number of classes of data set 'a b' is not known without reading it; set --config.model.num_classes",
+    ),
+  ],
+)
+def test_one_line(arguments, message):
+  assert refusal(*TINY, *arguments) == message
+
+
+def test_a_version_of_a_known_data_set_is_described():
+  assert run_main(*TINY, '--config.data.name=cifar100:3.0.2', '--mode=describe').code == 0
