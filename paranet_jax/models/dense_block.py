@@ -39,8 +39,8 @@ MANY_PIXELS = 4096
 SCAN_LAYERS = {'cpu': 4, 'gpu': 1, 'tpu': 16}
 """Layers of a segment, by backend.
 
-Of PN3-ddd's training step, one run each. CPU (2 cores of an AMD EPYC, batch 64): 4 and 8 layers compile in 11 and 8 s and
-train equally fast (154 and 153 images/s). TPU (ahead of time for v5e:2x2, batch 256): 8 and 16 layers compile to 80
+Of PN3-ddd's training step, one run each. CPU (2 cores of an AMD EPYC, batch 64): 4 and 8 layers compile in 11 and 8 s
+and train equally fast (154 and 153 images/s). TPU (ahead of time for v5e:2x2, batch 256): 8 and 16 layers compile to 80
 and 61 MB. GPU: not measured, so written out.
 """
 
