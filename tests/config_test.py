@@ -146,10 +146,10 @@ def test_the_data_folder_of_the_environment(monkeypatch):
 )
 def test_absolute_paths(tmp_path, monkeypatch, data_dir, expected):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv('HOME', '/root/of/home')
+  monkeypatch.setenv('HOME', '/home/of/user')
   config = changed(data__data_dir=data_dir)
   config_lib.absolute_paths(config)
-  assert config.data.data_dir == expected.format(here=tmp_path, home='/root/of/home')
+  assert config.data.data_dir == expected.format(here=tmp_path, home='/home/of/user')
 
 
 @pytest.mark.parametrize(
