@@ -39,7 +39,10 @@ class Parser(argparse.ArgumentParser):
   def add_peers(self) -> None:
     """Adds the flags of whom ours is compared with."""
     self.add_argument(
-      '--peer', choices=('eager', 'compile'), default='eager', help='compile: torch.compile too (minutes to compile)'
+      '--peer',
+      choices=('eager', 'compile'),
+      default='eager',
+      help='compile: torch.compile too (minutes to compile); each PyTorch peer runs in its own process',
     )
     self.add_argument(
       '--linen',
@@ -74,7 +77,7 @@ def positive(text: str) -> int:
 
 def run(parser: Parser, measure: Callable[[argparse.Namespace], dict[str, Any]], argv: Sequence[str] | None) -> int:
   """Measures what the flags say and prints it; returns the exit code."""
-  keep_freed_memory()  # As paranet_jax.main does; whoever shares the process has it too.
+  keep_freed_memory()  # As paranet_jax.main does. PyTorch is in processes of its own, which do not have it.
   try:
     options = parser.parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):

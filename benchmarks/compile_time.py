@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """The five times and sizes by name, and `rows` of what the first step of ours and of each peer is made of."""
   size = options.size
-  peers.torch_peer()
+  peers.require_torch()
   others = {peers.EAGER: 'eager'} | ({peers.COMPILED: 'compile'} if options.peer == 'compile' else {})
   others |= {peers.LINEN: 'linen'} if options.linen else {}
   with tempfile.TemporaryDirectory() as folder:

@@ -64,7 +64,7 @@ def first_step(make_network: Callable[[Size], Any], size: Size) -> dict[str, flo
 
 def torch_first_step(compiled: bool, size: Size) -> dict[str, float]:
   """The same of the peer."""
-  torch_paranet = peers.torch_peer()
+  torch_paranet = peers.torch_paranet()
   start = time.perf_counter()
   theirs = torch_paranet.TorchParaNet(3, network.NUM_CLASSES, size.layers, size.growth_rate)
   images, labels = network.random_images(size, size.batch), network.random_labels(size.batch)

@@ -1,13 +1,14 @@
 """Images a second of the forward pass in inference mode, and milliseconds for one image, ours and PyTorch's in turn.
 
 Both are given normalized images, and the same random weights and running statistics; that their logits agree is checked
-first. Every exit is computed alone, with what it needs and nothing else, and all of them together.
+first. Every exit is computed alone, with what it needs and nothing else, and all of them together. Each PyTorch peer
+runs in a process of its own with PyTorch's defaults, and only while it has its turn.
 """
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli, network, peers, report
 from benchmarks.network import Size
+from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
 
 EXITS = (1, 2, 3)
@@ -37,29 +39,31 @@ def main(argv: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """`ours`, `theirs` and `ratio` in images a second, all exits; `logit_difference`, the largest; and `rows`."""
   size = options.size
+  peers.require_torch()
   rows, differences = [], []
   for exit in (None, *EXITS):
     cli.progress(f'forward pass, {f"exit {exit} alone" if exit else "all exits"} ...')
-    forwards = make_forwards(size, (exit,) if exit else EXITS, options)
     batch = network.random_images(size, size.batch)
-    differences.append(check_logits(forwards, batch))
-    for what, images, unit in (('forward pass', batch, 'images/s'), ('one image', batch[:1], 'ms')):
-      seconds = in_turn({name: partial(f, images) for name, f in forwards.items()}, options.rounds, options.seconds)
-      rows += report.compare(what, seconds, unit=unit, batch=len(images), exit=exit)
+    with make_forwards(size, (exit,) if exit else EXITS, options) as forwards:
+      differences.append(check_logits(forwards, batch))
+      for what, images, unit in (('forward pass', batch, 'images/s'), ('one image', batch[:1], 'ms')):
+        seconds = in_turn(forwards, options.rounds, options.seconds, (images,))
+        rows += report.compare(what, seconds, unit=unit, batch=len(images), exit=exit)
   return report.headline(rows) | {'logit_difference': max(differences)}
 
 
-def make_forwards(size: Size, exits: tuple[int, ...], options: argparse.Namespace) -> dict[str, Forward]:
+@contextlib.contextmanager
+def make_forwards(size: Size, exits: tuple[int, ...], options: argparse.Namespace) -> Iterator[dict[str, Forward]]:
   """'ours' and every peer; the linen baseline for all exits only, since it is slow to compile."""
   variables = network.random_variables(size)
   forwards = {'ours': network.our_forward(network.our_network(size), variables, exits)}
-  torch_paranet = peers.torch_peer()
-  for name, (pool_first, compiled) in peers.torch_peers(options.peer).items():
-    theirs = torch_paranet.torch_network(variables, pool_first=pool_first)
-    forwards[name] = torch_paranet.forward(theirs, exits, compiled=compiled)
-  if options.linen and exits == EXITS:
-    forwards[peers.LINEN] = network.applied_forward(network.linen_network(size), variables, exits)
-  return forwards
+  with contextlib.ExitStack() as processes:
+    for name, peer in peers.torch_peers(options.peer).items():
+      process = own_process(name, peers.torch_forward, peer, variables, exits)
+      forwards[name] = processes.enter_context(process)
+    if options.linen and exits == EXITS:
+      forwards[peers.LINEN] = network.applied_forward(network.linen_network(size), variables, exits)
+    yield forwards
 
 
 def check_logits(forwards: Mapping[str, Forward], images: np.ndarray) -> float:

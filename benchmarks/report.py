@@ -68,10 +68,11 @@ def surroundings() -> dict[str, Any]:
 
 def text(result: Mapping[str, Any]) -> str:
   """The rows as an aligned table, then every other fact on a line of its own."""
-  cells = [COLUMNS, *([_cell(entry[column]) for column in COLUMNS] for entry in result['rows'])]
+  columns = list(result['rows'][0])
+  cells = [columns, *([_cell(entry[column]) for column in columns] for entry in result['rows'])]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   # Names left, numbers right.
-  sides = ['<' if column in ('what', 'peer', 'unit') else '>' for column in COLUMNS]
+  sides = ['<' if column in ('what', 'peer', 'unit') else '>' for column in columns]
   lines = ['  '.join(map(format, line, map('{}{}'.format, sides, widths))).rstrip() for line in cells]
   facts = [f'{name}: {_fact(value)}' for name, value in result.items() if name != 'rows']
   return '\n'.join([*lines, '', *facts])

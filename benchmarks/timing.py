@@ -3,19 +3,26 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
-Function = Callable[[], object]
+Function = Callable[..., object]
+"""Returns when its work is done. One that lives in another process times its calls there: see `RemoteFunction`."""
 
 
 def in_turn(
-  functions: Mapping[str, Function], rounds: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+  functions: Mapping[str, Function],
+  rounds: int,
+  seconds: float,
+  arguments: tuple = (),
+  clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
   """Warms every function up, then times them one after the other, `rounds` times.
 
   Args:
-    functions: each returns when its work is done.
+    functions: by name.
     rounds: times that each has its turn.
     seconds: length of a turn; a function that is faster is called several times.
+    arguments: of every call of each function.
     clock: in seconds.
 
   Returns:
@@ -23,17 +30,22 @@ def in_turn(
   """
   calls = {}
   for name, function in functions.items():
-    function()  # Compiles.
-    calls[name] = max(round(seconds / _seconds_per_call(function, 1, clock)), 1)
+    function(*arguments)  # Compiles.
+    calls[name] = max(round(seconds / seconds_of(function, 1, arguments, clock)), 1)
   turns = {name: [] for name in functions}
   for _ in range(rounds):
     for name, function in functions.items():
-      turns[name].append(_seconds_per_call(function, calls[name], clock))
+      turns[name].append(seconds_of(function, calls[name], arguments, clock) / calls[name])
   return {name: statistics.median(times) for name, times in turns.items()}
 
 
-def _seconds_per_call(function: Function, calls: int, clock: Callable[[], float]) -> float:
+def seconds_of(
+  function: Function, calls: int, arguments: tuple[Any, ...] = (), clock: Callable[[], float] = time.perf_counter
+) -> float:
+  """Seconds of so many calls, by the clock of the process in which the function lives."""
+  if hasattr(function, 'seconds'):
+    return function.seconds(calls, *arguments)
   start = clock()
   for _ in range(calls):
-    function()
-  return (clock() - start) / calls
+    function(*arguments)
+  return clock() - start

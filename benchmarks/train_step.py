@@ -2,10 +2,12 @@
 
 Ours is the package's own step on uint8 images: it takes the batch out of the data set, normalizes, crops and mirrors
 it, and counts the metrics. Theirs is given one batch, normalized and in place; it runs forward, the sum of the three
-cross-entropies, backward and SGD. What differs favours theirs.
+cross-entropies, backward and SGD. What differs favours theirs. Each PyTorch peer runs in a process of its own with
+PyTorch's defaults, and so does our step on two CPU devices; each works only while it has its turn.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
@@ -18,11 +20,14 @@ import jax
 
 from benchmarks import cli, network, peers, report
 from benchmarks.network import Size
+from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
-from benchmarks.two_devices import two_device_step
+from paranet_jax.allocator import keep_freed_memory
 
 SCALING = {'layers': (8, 32), 'growth_rate': (6, 24), 'side': (16, 64), 'batch': (16, 256)}
 """What `--scaling` changes, one at a time."""
+
+TWO_DEVICES = 'two devices'
 
 Step = Callable[[], None]
 
@@ -40,13 +45,16 @@ def main(argv: list[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """`ours`, `theirs` and `ratio` in images a second, and `rows`."""
   size = options.size
+  peers.require_torch()
   steps = {'ours': our_step(size)}
-  steps |= {name: torch_step(size, *made) for name, made in peers.torch_peers(options.peer).items()}
-  if options.linen:
-    steps[peers.LINEN] = our_step(size, network.linen_network)
-  with two_device_step(size) as two_devices:
-    seconds = timed('training step', steps | {'two devices': two_devices}, options)
-  two = {'ours': seconds.pop('two devices'), peers.EAGER: seconds[peers.EAGER]}
+  with contextlib.ExitStack() as processes:
+    for name in peers.torch_peers(options.peer):
+      steps[name] = processes.enter_context(torch_step(size, name))
+    if options.linen:
+      steps[peers.LINEN] = our_step(size, network.linen_network)
+    steps[TWO_DEVICES] = processes.enter_context(own_process(TWO_DEVICES, two_device_step, size))
+    seconds = timed('training step', steps, options)
+  two = {'ours': seconds.pop(TWO_DEVICES), peers.EAGER: seconds[peers.EAGER]}
   rows = report.compare('training step', seconds, unit='images/s', batch=size.batch)
   rows += report.compare('training step, two CPU devices', two, unit='images/s', batch=size.batch)
   if options.scaling:
@@ -62,7 +70,8 @@ def changed(size: Size, field: str, value: int, options: argparse.Namespace) -> 
   """The row of the time of a step where one field of the size has another value."""
   size = dataclasses.replace(size, **{field: value})
   what = f'time of a step, {field} {value}'
-  seconds = timed(what, {'ours': our_step(size), peers.EAGER: torch_step(size)}, options)
+  with torch_step(size, peers.EAGER) as theirs:
+    seconds = timed(what, {'ours': our_step(size), peers.EAGER: theirs}, options)
   return report.compare(what, seconds, unit='ms', batch=size.batch)
 
 
@@ -77,12 +86,19 @@ def our_step(size: Size, make_network: Callable[[Size], Any] = network.our_netwo
   return network.our_training_step(make_network(size), size, network.random_state(size), jax.devices()[:1])
 
 
-def torch_step(size: Size, pool_first: bool = False, compiled: bool = False) -> Step:
-  """The peer's step."""
-  torch_paranet = peers.torch_peer()
-  theirs = torch_paranet.torch_network(network.random_variables(size), pool_first=pool_first)
+def torch_step(size: Size, name: str) -> contextlib.AbstractContextManager[Step]:
+  """The step of a PyTorch peer, in its own process."""
   images, labels = network.random_images(size, size.batch), network.random_labels(size.batch)
-  return torch_paranet.training_step(theirs, images, labels, network.TORCH_SGD, compiled=compiled)
+  variables, peer = network.random_variables(size), peers.TORCH_PEERS[name]
+  return own_process(name, peers.torch_step, peer, variables, images, labels, network.TORCH_SGD)
+
+
+def two_device_step(size: Size) -> Step:
+  """The package's step on two CPU devices: for a process of its own, because devices are counted when jax starts."""
+  keep_freed_memory()
+  jax.config.update('jax_num_cpu_devices', 2)
+  devices = jax.devices()[:2]
+  return network.our_training_step(network.our_network(size), size, network.random_state(size), devices)
 
 
 if __name__ == '__main__':

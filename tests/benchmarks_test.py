@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli, compile_time, fresh_process, inference, memory, network, peers, report, train_step
 from benchmarks.network import Size
+from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
 from paranet_jax.errors import UserError
 from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.targets import parse_name
 
 TINY = Size(layers=2, growth_rate=2, side=8, batch=4)
 SMALLEST = Size(layers=1, growth_rate=2, side=8, batch=4)
@@ -38,14 +43,80 @@ def test_in_turn():
     'theirs': iter([9.0, 4.0, 8.0, 2.0, 6.0]),
   }
 
-  def call(name):
+  def call(name, number):
     nonlocal now
+    assert number == 7
     order.append(name)
     now += next(durations[name])
 
   functions = {name: partial(call, name) for name in durations}
-  assert in_turn(functions, rounds=3, seconds=1.0, clock=lambda: now) == {'ours': 1.0, 'theirs': 6.0}
+  assert in_turn(functions, rounds=3, seconds=1.0, arguments=(7,), clock=lambda: now) == {'ours': 1.0, 'theirs': 6.0}
   assert order == ['ours'] * 2 + ['theirs'] * 2 + ['ours', 'ours', 'theirs'] * 3
+
+
+class Remote:
+  """In the place of a `RemoteFunction`: a call of it takes 0.25 s there."""
+
+  def __init__(self):
+    self.calls = []
+
+  def __call__(self, image):
+    self.calls.append(('once', image))
+
+  def seconds(self, calls, image):
+    self.calls.append((calls, image))
+    return 0.25 * calls
+
+
+def test_in_turn_leaves_the_clock_to_another_process():
+  remote = Remote()
+  assert in_turn({'theirs': remote}, rounds=2, seconds=1.0, arguments=('image',)) == {'theirs': 0.25}
+  assert remote.calls == [('once', 'image'), (1, 'image'), (4, 'image'), (4, 'image')]
+
+
+def test_own_process(capfd):
+  numbers = [1, 2, 3, 4, 5]
+  with own_process('eager', getattr, numbers, 'pop') as pop:
+    assert len(multiprocessing.active_children()) == 1
+    assert pop(0) == 1
+    assert pop.seconds(2) > 0
+    assert (pop(), numbers) == (3, [1, 2, 3, 4, 5])
+    with pytest.raises(UserError, match='^expected eager to run in its own process, found TypeError: .* [(]traceback'):
+      pop('none')
+    with pytest.raises(UserError, match='^expected eager to run in its own process, found it ended with code 0$'):
+      pop()
+  assert not multiprocessing.active_children()
+  out, err = capfd.readouterr()
+  assert out == '' and err.startswith('Traceback')
+
+
+@pytest.mark.parametrize('write, arguments', [(print, ('a notice',)), (os.write, (1, b'a notice\n'))])
+def test_own_process_writes_to_standard_error(write, arguments, monkeypatch, capfd):
+  monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+  with own_process('eager', partial, write) as remote_write:
+    remote_write(*arguments)
+  assert capfd.readouterr() == ('', 'a notice\n')
+
+
+def test_own_process_leaves_control_c_to_ours(capfd):
+  with own_process('eager', partial, signal.raise_signal) as interrupt_itself:
+    interrupt_itself(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt), own_process('eager', partial, os.kill) as interrupt_ours:
+    interrupt_ours(os.getpid(), signal.SIGINT)
+  assert not multiprocessing.active_children()
+  assert capfd.readouterr() == ('', '')
+
+
+def test_own_process_that_cannot_make_its_function():
+  with pytest.raises(UserError) as here:
+    parse_name('PN')
+  with pytest.raises(UserError) as there, own_process('eager', parse_name, 'PN'):
+    pass
+  assert str(there.value) == str(here.value)
+  with pytest.raises(UserError, match='^expected eager to run in its own process, found it ended with code 3$'):
+    with own_process('eager', os._exit, 3):
+      pass
+  assert not multiprocessing.active_children()
 
 
 def test_rows_and_table():
@@ -117,7 +188,8 @@ def test_busy_machine(load, warning, capsys):
 def test_without_pytorch(main, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(UserError):
-    peers.torch_peer()
+    peers.require_torch()
+  monkeypatch.setattr(network, 'random_variables', None)  # Nothing slow has begun.
   assert main([*FLAGS, '--json']) == 2
   out, err = capsys.readouterr()
   assert out == ''
@@ -143,7 +215,35 @@ class FakeTorch:
 
 @pytest.fixture
 def fake_torch(monkeypatch):
-  monkeypatch.setattr(peers, 'torch_peer', FakeTorch)
+  """The fake in our process, where it can be put in place."""
+
+  def stand_in(name, make, *arguments):
+    if name == train_step.TWO_DEVICES:
+      return own_process(name, make, *arguments)
+    return contextlib.nullcontext(make(*arguments))
+
+  monkeypatch.setattr(peers, 'require_torch', lambda: None)
+  monkeypatch.setattr(peers, 'torch_paranet', FakeTorch)
+  monkeypatch.setattr(inference, 'own_process', stand_in)
+  monkeypatch.setattr(train_step, 'own_process', stand_in)
+
+
+@pytest.mark.parametrize('name', ['eager', 'eager_pool_first', 'eager_memory_kept', 'compile'])
+def test_what_a_peer_is(name, monkeypatch):
+  made = []
+
+  class Recorded:
+    torch_network = staticmethod(lambda variables, *, pool_first: made.append(('pool_first', pool_first)))
+    forward = staticmethod(lambda theirs, exits, *, compiled: made.append(('compiled', compiled)))
+    training_step = staticmethod(lambda theirs, *batch, compiled: made.append(('compiled', compiled)))
+
+  monkeypatch.setattr(peers, 'torch_paranet', lambda: Recorded)
+  monkeypatch.setattr(peers, 'keep_freed_memory', lambda: made.append('memory kept'))
+  expected = ['memory kept'] * (name == 'eager_memory_kept')
+  expected += [('pool_first', name == 'eager_pool_first'), ('compiled', name == 'compile')]
+  peers.torch_forward(peers.TORCH_PEERS[name], {}, (1,))
+  peers.torch_step(peers.TORCH_PEERS[name], {}, None, None, {})
+  assert made == expected * 2
 
 
 def run(main, flags, capsys):
@@ -168,27 +268,28 @@ def test_train_step(fake_torch, monkeypatch, capsys):
   assert named(result) == [
     ('training step', 'eager', 4, None, 'images/s'),
     ('training step', 'eager_pool_first', 4, None, 'images/s'),
+    ('training step', 'eager_memory_kept', 4, None, 'images/s'),
     ('training step, two CPU devices', 'eager', 4, None, 'images/s'),
   ]
   assert [result[name] for name in ('ours', 'theirs', 'ratio')] == list(result['rows'][0].values())[4:7]
   assert result['ratio'] == pytest.approx(result['ours'] / result['theirs'], rel=1e-3)
-  assert 0 < result['rows'][2]['ours'] < result['theirs']
+  assert 0 < result['rows'][3]['ours'] < result['theirs']
 
 
 def test_train_step_scaling(fake_torch, monkeypatch, capsys):
   # The time of a step is what it is made for: layers times growth rate times pixels times batch.
-  def fake_step(size, *_):
+  def step_time(size):
     return size.layers * size.growth_rate * size.side**2 * size.batch
 
-  monkeypatch.setattr(train_step, 'our_step', fake_step)
-  monkeypatch.setattr(train_step, 'torch_step', lambda size, *_: 2 * fake_step(size))
-  monkeypatch.setattr(train_step, 'two_device_step', lambda size: contextlib.nullcontext(fake_step(size) / 4))
+  monkeypatch.setattr(train_step, 'our_step', lambda size, *_: step_time(size))
+  monkeypatch.setattr(train_step, 'torch_step', lambda size, name: contextlib.nullcontext(2 * step_time(size)))
+  monkeypatch.setattr(train_step, 'own_process', lambda name, make, size: contextlib.nullcontext(step_time(size) / 4))
   monkeypatch.setattr(train_step, 'timed', lambda what, steps, options: steps)
   result = run(train_step.main, ['--layers=16', '--scaling', '--peer=compile'], capsys)
   step = 16 * 12 * 32**2 * 64
-  assert [row['peer'] for row in result['rows'][:4]] == ['eager', 'eager_pool_first', 'compile', 'linen']
-  assert result['ratio'] == 2.0 and result['rows'][4]['ratio'] == 8.0
-  assert [(row['what'], row['batch'], row['ours'] / (1000 * step), row['ratio']) for row in result['rows'][5:]] == [
+  assert [row['peer'] for row in result['rows'][:6]] == [*peers.TORCH_PEERS, 'linen', 'eager']
+  assert result['ratio'] == 2.0 and result['rows'][5]['ratio'] == 8.0
+  assert [(row['what'], row['batch'], row['ours'] / (1000 * step), row['ratio']) for row in result['rows'][6:]] == [
     ('time of a step', 64, pytest.approx(1, rel=1e-3), 0.5),
     ('time of a step, layers 8', 64, pytest.approx(1 / 2, rel=1e-3), 0.5),
     ('time of a step, layers 32', 64, pytest.approx(2, rel=1e-3), 0.5),
@@ -211,10 +312,8 @@ def test_inference(fake_torch, monkeypatch, capsys):
     row
     for exit in (None, 1, 2, 3)
     for row in (
-      ('forward pass', 'eager', 4, exit, 'images/s'),
-      ('forward pass', 'eager_pool_first', 4, exit, 'images/s'),
-      ('one image', 'eager', 1, exit, 'ms'),
-      ('one image', 'eager_pool_first', 1, exit, 'ms'),
+      *(('forward pass', peer, 4, exit, 'images/s') for peer in ('eager', 'eager_pool_first', 'eager_memory_kept')),
+      *(('one image', peer, 1, exit, 'ms') for peer in ('eager', 'eager_pool_first', 'eager_memory_kept')),
     )
   ]
 
@@ -318,7 +417,7 @@ def test_linen_baseline_is_the_same_function(standard_promotion):
 @pytest.fixture
 def torch_paranet():
   pytest.importorskip('torch', reason='PyTorch is not installed: pip install -r benchmarks/requirements.txt')
-  return peers.torch_peer()
+  return peers.torch_paranet()
 
 
 @pytest.mark.parametrize('pool_first', [False, True])
