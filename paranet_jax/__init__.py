@@ -1,3 +1,26 @@
-"""Early-exit image classifiers in JAX: ParaNet and the tools to train and evaluate every exit."""
+"""Early-exit image classifiers in JAX: ParaNet and the tools to train, calibrate and run every exit.
+
+`load(workdir)` gives a run's model, variables and exits; `EarlyExit.load(workdir)` predicts with it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from paranet_jax.early.load import load
+  from paranet_jax.early.runtime import EarlyExit
 
 __version__ = '0.1.0'
+__all__ = ['EarlyExit', 'load']
+
+
+def __getattr__(name: str) -> Any:
+  # jax takes a second to import, which the command line does not spend on a mistyped flag.
+  if name == 'load':
+    from paranet_jax.early.load import load
+
+    return load
+  if name == 'EarlyExit':
+    from paranet_jax.early.runtime import EarlyExit
+
+    return EarlyExit
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

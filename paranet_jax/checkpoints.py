@@ -78,6 +78,22 @@ class Checkpoints:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
+  def restore_variables(self, step: int, like: Any) -> Any:
+    """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
+
+    Args:
+      step: an existing one (see `choose`).
+      like: {'params', 'batch_stats'}, a tree of the same structure.
+
+    Raises:
+      UserError: the checkpoint is damaged, or of another architecture.
+    """
+    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+    saved = {path: shape for path, shape in meta['shapes'].items() if path.split('/')[0] in like}
+    self._check_shapes(step, saved, _shapes(like))
+    state = self._read(step, state=ocp.args.StandardRestore()).state
+    return jax.tree.map(np.asarray, {name: state[name] for name in like})
+
   def _read(self, step: int, **items: Any) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -142,6 +142,11 @@ def build_model(config: ConfigDict, num_classes: int) -> ParaNet:
   return model
 
 
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+  """(H, W, C) of the images that the model reads."""
+  return (config.model.image_side, config.model.image_side, config.model.channels)
+
+
 def targets(config: ConfigDict) -> Targets:
   """What each exit learns from."""
   return parse_name(config.name).targets

@@ -9,14 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from paranet_jax.metrics import read_metrics
+from paranet_jax.plots import bare, exit_colour, logarithmic, save_figure
 
 FILE_NAME = 'curves.png'
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow, which is lost on white.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 _STYLES = {
   'train': {'linestyle': '-', 'linewidth': 0.8, 'alpha': 0.5},
   'held_out': {'linestyle': '--', 'linewidth': 1.5, 'marker': 's', 'markersize': 4, 'markerfacecolor': 'white'},
@@ -36,9 +34,7 @@ def draw_curves(workdir: str | os.PathLike) -> Path:
     UserError: if the measurements cannot be read, as `read_metrics`.
   """
   path = Path(workdir) / FILE_NAME
-  temporary = path.with_name(path.name + '.tmp')
-  curves_figure(workdir).savefig(temporary, format='png')
-  os.replace(temporary, path)
+  save_figure(curves_figure(workdir), path)
   return path
 
 
@@ -82,15 +78,13 @@ def _series(records: list[dict], quantity: str) -> Series:
 def _draw_panel(axes: Axes, series: Series, label: str) -> None:
   axes.set_xlabel('epoch')
   axes.set_ylabel(label)
-  axes.grid(color='0.9')
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right']].set_visible(False)
+  bare(axes)
   # Test curves last, on top of the noisier ones.
   for (number, split), (x, y) in sorted(series.items(), key=lambda item: list(_STYLES).index(item[0][1])):
     if split == 'train':
       x, y = _thin(x), _thin(y)
     style = _STYLES[split] | ({} if len(x) <= _MAX_MARKED else {'marker': None})
-    axes.plot(x, y, color=_colour(number), **style)
+    axes.plot(x, y, color=exit_colour(number), **style)
   if series:
     axes.locator_params(axis='x', steps=(1, 2, 5, 10))
   else:
@@ -108,24 +102,17 @@ def _choose_scale(axes: Axes, series: Series) -> None:
   """A logarithmic axis where losses span more than a factor of ten, with ticks in plain numbers."""
   values = np.concatenate([y[np.isfinite(y)] for _, y in series.values()]) if series else np.ones(1)
   if 0 < 10 * values.min() < values.max():
-    axes.set_yscale('log')
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-    axes.yaxis.set_minor_locator(NullLocator())
+    logarithmic(axes.yaxis)
 
 
 def _draw_legend(figure: Figure, keys: set[tuple[int, str]]) -> None:
   """One legend below both panels: a colour for each exit, a line style for each split."""
   exits = sorted({number for number, _ in keys})
   splits = [split for split in _STYLES if split in {split for _, split in keys}]
-  handles = [Line2D([], [], color=_colour(number), linewidth=3, label=f'exit {number}') for number in exits]
+  handles = [Line2D([], [], color=exit_colour(number), linewidth=3, label=f'exit {number}') for number in exits]
   handles += [Line2D([], [], color='0.3', label=split.replace('_', ' '), **_STYLES[split]) for split in splits]
   if handles:
     figure.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), 8), frameon=False)
-
-
-def _colour(number: int) -> str:
-  return _COLOURS[(number - 1) % len(_COLOURS)]
 
 
 def _title(workdir: Path) -> str:

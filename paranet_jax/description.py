@@ -38,7 +38,7 @@ def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, An
       'set --config.model.num_classes'
     )
   model = config_lib.build_model(config, num_classes)
-  image_shape = (config.model.image_side, config.model.image_side, config.model.channels)
+  image_shape = config_lib.image_shape(config)
   targets = config_lib.targets(config)
   exits = [
     {'exit': cost['exit'], 'trained': target is not None, 'learns_from': describe_target(target), **cost}

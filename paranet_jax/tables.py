@@ -25,7 +25,7 @@ def describe_table(description: dict) -> str:
     f'{human_count(exits[-1]["macs"])} multiply-adds an image'
   )
   header = ('exit', 'learns from', *(key.replace('_', ' ') for key in counts))
-  return '\n'.join([title, *_align(header, rows, left=(1,)), _DESCRIBE_NOTE])
+  return '\n'.join([title, *align(header, rows, left=(1,)), _DESCRIBE_NOTE])
 
 
 def evaluation_table(evaluations: dict[str, Sequence[dict]]) -> str:
@@ -42,7 +42,7 @@ def evaluation_table(evaluations: dict[str, Sequence[dict]]) -> str:
     for entry in entries
   ]
   header = ('split', 'exit', 'accuracy (%)', 'top-5 (%)', 'loss', 'nll')
-  return '\n'.join(_align(header, rows, left=(0,)))
+  return '\n'.join(align(header, rows, left=(0,)))
 
 
 def human_count(count: int) -> str:
@@ -60,7 +60,7 @@ def _number(entry: dict, key: str, scale: float, digits: int) -> str:
   return f'{scale * entry[key]:.{digits}f}'
 
 
-def _align(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
   """Aligns the columns numbered in `left` left and all others right."""
   columns = zip(header, *rows, strict=True)
   formats = [f'{"<" if i in left else ">"}{max(map(len, column))}' for i, column in enumerate(columns)]

@@ -41,7 +41,7 @@ class Task:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
-    return (self.config.model.image_side, self.config.model.image_side, self.config.model.channels)
+    return config_lib.image_shape(self.config)
 
   def learning_rate(self, step: int) -> float:
     """Learning rate of the update that step number `step` (from 0) is part of."""
@@ -111,8 +111,7 @@ def _schedule(config: ConfigDict, steps: int) -> Schedule:
 
 def _optimizer(config: ConfigDict, schedule: Schedule, model: Any, targets: Targets) -> optax.GradientTransformation:
   train = config.train
-  image_shape = (config.model.image_side, config.model.image_side, config.model.channels)
-  reached = set(parameter_sizes(model, image_shape, *trained_exits(targets)))
+  reached = set(parameter_sizes(model, config_lib.image_shape(config), *trained_exits(targets)))
   return make_optimizer(
     train.optimizer,
     schedule,

@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.config import check_devices
 from paranet_jax.curves import draw_curves
 from paranet_jax.data.batches import epoch_order
+from paranet_jax.dataset_facts import save_dataset_facts
 from paranet_jax.description import describe, environment
 from paranet_jax.errors import UserError
 from paranet_jax.evaluation import Evaluator, as_metrics
@@ -51,6 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
     run = Run(task, devices, workdir, checkpoints, stop)
     state = run.restore()
     save_config(workdir, config)  # Not before: a checkpoint that does not fit leaves the saved one as it is.
+    save_dataset_facts(workdir, task.dataset)
     evaluations = run.train(state)
   if evaluations is None:
     print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
@@ -72,14 +74,43 @@ def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = No
   Returns:
     `name`, `dataset`, `seed`, `step`, and `splits` as `Evaluator.evaluate` gives them.
   """
+  devices = devices_lib.pick_devices(config.train.devices)
+  restored = restore_checkpoint(config, workdir, step, devices)
+  evaluations = Evaluator(restored.task, devices).evaluate(restored.state.params, restored.state.batch_stats)
+  return {
+    'name': config.name,
+    'dataset': config.data.name,
+    'seed': config.seed,
+    'step': restored.step,
+    'splits': evaluations,
+  }
+
+
+class Restored(NamedTuple):
+  """What a checkpoint belongs to, its step, and its state."""
+
+  task: Task
+  step: int
+  state: TrainState
+
+
+def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devices: list[jax.Device]) -> Restored:
+  """Restores a checkpoint and builds the task it was trained on.
+
+  Args:
+    workdir: absolute.
+    step: of the checkpoint; None: the latest.
+    devices: where the state goes, whole on each.
+
+  Raises:
+    UserError: there is no such checkpoint, it does not fit the configuration, or the data does not.
+  """
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.choose(step)
-    devices = devices_lib.pick_devices(config.train.devices)
     task = build_task(config)
     like = jax.tree.map(_placed_like(devices), jax.eval_shape(task.init_state))
     state, _ = checkpoints.restore(step, like)
-  evaluations = Evaluator(task, devices).evaluate(state.params, state.batch_stats)
-  return {'name': config.name, 'dataset': config.data.name, 'seed': config.seed, 'step': step, 'splits': evaluations}
+  return Restored(task, step, state)
 
 
 class Run:

@@ -1,0 +1,52 @@
+"""`python -m paranet_jax.calibrate`: when a trained run may stop early. User errors are one line and exit code 2."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from paranet_jax.early.calibrate_flags import Request, parse
+from paranet_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments (None: those of the process); returns the exit code."""
+  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
+  argv = sys.argv[1:] if argv is None else argv
+  try:
+    _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv]))
+  except UserError as error:
+    print('error:', *str(error).split(), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped at once', file=sys.stderr)
+    return 130
+  return 0
+
+
+def _run(request: Request, command: str) -> None:
+  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.allocator import keep_freed_memory
+  from paranet_jax.compilation_cache import use_compilation_cache
+  from paranet_jax.early.calibration import calibrate
+  from paranet_jax.early.exits_file import EXITS
+  from paranet_jax.early.report import report
+
+  keep_freed_memory()
+  use_compilation_cache(request.compilation_cache)
+  path = request.workdir / EXITS
+  replaced = ', in place of an earlier one' if path.exists() else ''
+  result = calibrate(request, command)
+  if result.problem:
+    raise UserError(result.problem)
+  print(report(result.plan))
+  print(f'\nexits: {path}{replaced}', flush=True)
+  if request.curves:
+    from paranet_jax.early.calibration_figures import draw  # matplotlib takes a second to import.
+
+    print('\n'.join(f'figure: {path}' for path in draw(request.workdir, result) if path.suffix == '.png'))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""Early exit: calibrated confidences, thresholds for a budget or a risk, and a runtime that stops early."""

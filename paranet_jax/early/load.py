@@ -1,0 +1,85 @@
+"""A finished run in one line: its model, its variables, its exits."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from paranet_jax import config as config_lib
+from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.costs import abstract_variables
+from paranet_jax.dataset_facts import DatasetFacts, restore_dataset_facts
+from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
+from paranet_jax.early.exits_file import EXITS, ExitPlan, load_plan, read_plan
+from paranet_jax.early.runtime import EarlyExit
+from paranet_jax.workdir import restore_config
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+  """A run, read from its folder.
+
+  Attributes:
+    model: with the multi-exit interface: `model.apply(variables, images)` gives one [B, classes] an exit.
+    variables: `params` and `batch_stats`.
+    exits: what `calibrate` chose; None: the run is not calibrated.
+    config: the run's configuration.
+    step: of the checkpoint.
+    dataset: class names, and the mean and std that uint8 images are normalized with.
+  """
+
+  model: Any
+  variables: Any
+  exits: ExitPlan | None
+  config: ConfigDict
+  step: int
+  dataset: DatasetFacts
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return config_lib.image_shape(self.config)
+
+
+def load(workdir: str | Path, step: int | None = None) -> LoadedRun:
+  """Reads a run: its data set is not needed.
+
+  Args:
+    workdir: of the run.
+    step: of the checkpoint; None: the one that exits.json was made for, or else the latest.
+
+  Raises:
+    UserError: there is no run, no such checkpoint, or exits.json is damaged or belongs to another checkpoint.
+  """
+  workdir = Path(workdir).expanduser().absolute()
+  config = restore_config(workdir)
+  calibrated = (workdir / EXITS).exists()
+  if step is None and calibrated:
+    step = read_plan(workdir).step
+  dataset = restore_dataset_facts(workdir)
+  model = config_lib.build_model(config, len(dataset.class_names))
+  step, variables = _variables(workdir, model, config_lib.image_shape(config), step)
+  checkpoint = CheckpointId(config.name, config.data.name, step, fingerprint(variables))
+  plan = load_plan(workdir, checkpoint) if calibrated else None
+  return LoadedRun(model, jax.device_put(variables), plan, config, step, dataset)
+
+
+def load_early_exit(workdir: str | Path, step: int | None = None) -> EarlyExit:
+  """What `EarlyExit.load` does.
+
+  Raises:
+    UserError: as `load`; or the run is not calibrated.
+  """
+  run = load(workdir, step)
+  plan = run.exits or read_plan(Path(workdir).expanduser().absolute())
+  return EarlyExit(
+    run.model, run.variables, plan, run.image_shape, run.dataset.mean, run.dataset.std, run.dataset.class_names
+  )
+
+
+def _variables(workdir: Path, model: Any, image_shape: tuple[int, ...], step: int | None) -> tuple[int, Any]:
+  with Checkpoints(workdir) as checkpoints:
+    step = checkpoints.choose(step)
+    return step, checkpoints.restore_variables(step, abstract_variables(model, image_shape))

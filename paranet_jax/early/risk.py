@@ -1,0 +1,119 @@
+"""One threshold for all exits whose risk against the full network is controlled (Jazbec et al. 2024).
+
+Samples leave at the first exit whose confidence reaches lambda. From lambda = +inf (the full network, no loss) down,
+the risk measured on N samples changes only where lambda passes a confidence, so the search visits those and no grid.
+"""
+
+import math
+
+import numpy as np
+from scipy.stats import binom
+
+from paranet_jax.early.thresholds import threshold_between
+
+
+def performance_gap(correct: np.ndarray) -> np.ndarray:
+  """1 where an exit is wrong and the last is right, else 0: bool [K, N] to float64 [K, N]; needs labels."""
+  return (correct[-1] & ~correct).astype(np.float64)
+
+
+def disagreement(predictions: np.ndarray) -> np.ndarray:
+  """1 where an exit predicts another class than the last, else 0: int [K, N] to float64 [K, N]; needs no labels."""
+  return (predictions != predictions[-1]).astype(np.float64)
+
+
+def hoeffding_bentkus(risk: float, n: int, epsilon: float) -> float:
+  """A p-value of 'the true risk is above epsilon' for losses in [0, 1] (Angelopoulos et al. 2021, proposition 6).
+
+  Args:
+    risk: mean loss of n samples.
+    n: how many.
+    epsilon: in (0, 1).
+  """
+  a = min(risk, epsilon)
+  divergence = a * math.log(a / epsilon) if a else 0.0
+  divergence += (1 - a) * math.log((1 - a) / (1 - epsilon))
+  # A whole number of losses, but for rounding, is not one more.
+  bentkus = math.e * binom.cdf(math.ceil(n * risk - 1e-9), n, epsilon)
+  return float(min(math.exp(-n * divergence), bentkus, 1.0))
+
+
+def binomial_tail(losses: int, n: int, epsilon: float) -> float:
+  """The exact p-value for 0/1 losses: the probability of so few among n when each has probability epsilon."""
+  return float(binom.cdf(losses, n, epsilon))
+
+
+def ltt(confidences: np.ndarray, losses: np.ndarray, epsilon: float, delta: float) -> float:
+  """Learn then test: with probability 1 - delta over the samples, the true risk at lambda is at most epsilon.
+
+  Every lambda from +inf down is tested in turn with the exact binomial tail, as both losses are 0 or 1. The first whose
+  p-value is above delta ends it, and the one before is returned. The p-value only depends on how many losses there
+  are, so testing between neighbouring confidences tests every real lambda. The sequence tested is thus the whole line,
+  which does not depend on the samples, although the points at which it is evaluated do: a lambda of too high a risk is
+  returned only if the largest such lambda was rejected, which has probability delta.
+
+  Args:
+    confidences: [K, N], of samples that fitted neither the network nor the temperatures.
+    losses: 0 or 1, [K, N], of leaving at each exit; 0 in the last row.
+    epsilon: risk, in (0, 1).
+    delta: in (0, 1).
+
+  Returns:
+    lambda on the confidence scale; +inf (the full network) if nothing qualifies, see `images_needed_ltt`.
+  """
+  n = confidences.shape[1]
+  counts = np.arange(n + 1)
+  qualifies = binom.cdf(counts, n, epsilon) <= delta
+  return _last_within(confidences, losses, int(np.sum(qualifies)) - 1)
+
+
+def crc(confidences: np.ndarray, losses: np.ndarray, epsilon: float) -> float:
+  """Conformal risk control: the expected risk at lambda is at most epsilon (Angelopoulos et al. 2024, theorem 1).
+
+  The smallest lambda at which the mean loss is at most ((N + 1) epsilon - 1) / N, after each sample's loss was replaced
+  by its largest over all lambdas above. The mean's running maximum would not do: the guarantee needs samples whose
+  losses are each monotone.
+
+  Args:
+    confidences: [K, N], of samples that fitted neither the network nor the temperatures.
+    losses: in [0, 1], [K, N], of leaving at each exit; 0 in the last row.
+    epsilon: risk, in (0, 1).
+
+  Returns:
+    lambda on the confidence scale; +inf (the full network) if nothing qualifies, see `images_needed_crc`.
+  """
+  n = confidences.shape[1]
+  peaks = np.maximum.accumulate(confidences[:-1], axis=0)
+  # No lambda lets a sample leave at an exit that is no surer than one before it.
+  reached = np.diff(peaks, axis=0, prepend=-np.inf) > 0
+  possible = np.vstack([np.where(reached, losses[:-1], 0.0), losses[-1:]])
+  monotone = np.maximum.accumulate(possible[::-1], axis=0)[::-1]
+  return _last_within(confidences, monotone, (n + 1) * epsilon - 1)
+
+
+def _last_within(confidences: np.ndarray, losses: np.ndarray, allowed: float) -> float:
+  """The lambda before the total loss first exceeds what is allowed, going down from +inf: a `threshold_between`."""
+  allowed += 1e-9  # rounding is no loss
+  if allowed < 0:
+    return np.inf
+  # A sample leaves at exit k while lambda is at most the largest of its first k confidences and above that of its first
+  # k - 1. Passing the former, going down, swaps the loss of exit k + 1 for that of exit k.
+  peaks = np.maximum.accumulate(confidences[:-1], axis=0).ravel()
+  changes = (losses[:-1] - losses[1:]).ravel()
+  levels, event = np.unique(-peaks, return_inverse=True)
+  totals = np.cumsum(np.bincount(event, changes, minlength=len(levels)))
+  excess = np.flatnonzero(totals > allowed)
+  return threshold_between(-levels, excess[0] if len(excess) else len(levels))
+
+
+def images_needed_ltt(epsilon: float, delta: float) -> int:
+  """The fewest samples with which `ltt` can qualify, none of them with a loss: (1 - epsilon)^n <= delta."""
+  n = max(1, math.floor(math.log(delta) / math.log1p(-epsilon)) - 1)
+  while binom.cdf(0, n, epsilon) > delta:
+    n += 1
+  return n
+
+
+def images_needed_crc(epsilon: float) -> int:
+  """The fewest samples with which `crc` can qualify, none of them with a loss: (n + 1) epsilon >= 1."""
+  return max(1, math.ceil(1 / epsilon - 1e-9) - 1)

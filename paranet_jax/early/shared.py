@@ -1,0 +1,36 @@
+"""One threshold for all exits."""
+
+import numpy as np
+
+from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point
+
+
+def shared_thresholds(confidence_threshold: float, num_exits: int) -> np.ndarray:
+  """The same threshold, on the confidence scale, at every exit but the last: float64 [num_exits]."""
+  return np.append(np.full(num_exits - 1, float(confidence_threshold)), -np.inf)
+
+
+def patience_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Costs, budget: float) -> OperatingPoint:
+  """The most accurate patience within a budget; of equals the cheapest.
+
+  Args:
+    confidences: [K, N] from `scores.patience`.
+    correct: bool [K, N].
+    costs: of the K exits, all of which are run up to where a sample leaves.
+    budget: mean cost of a sample. There are only K patiences, so up to a whole exit's cost may be left over.
+
+  Returns:
+    The point, whose thresholds are the patience t = 1..K: so many equal predictions in a row.
+
+  Raises:
+    ValueError: the budget is below the first exit's cost.
+  """
+  num_exits = len(confidences)
+  points = [
+    operating_point(shared_thresholds(t, num_exits), confidences, correct, costs, keep_all=True)
+    for t in range(1, num_exits + 1)
+  ]
+  within = [point for point in points if point.cost <= budget]
+  if not within:
+    raise ValueError(f'a budget of at least {points[0].cost} is needed, got {budget}')
+  return max(within, key=lambda point: (point.accuracy, -point.cost))
