@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.network import Size
-from paranet_jax.allocator import keep_freed_memory
+from paranet_jax.allocator import use_huge_pages
 from paranet_jax.errors import UserError
 
 
@@ -77,7 +77,8 @@ def positive(text: str) -> int:
 
 def run(parser: Parser, measure: Callable[[argparse.Namespace], dict[str, Any]], argv: Sequence[str] | None) -> int:
   """Measures what the flags say and prints it; returns the exit code."""
-  keep_freed_memory()  # As paranet_jax.main does. PyTorch is in processes of its own, which do not have it.
+  if argv is None:
+    use_huge_pages()  # As paranet_jax.main does. PyTorch is in processes of its own, which do not ask for them.
   try:
     options = parser.parse_args(argv)
     with contextlib.redirect_stdout(sys.stderr):

@@ -59,7 +59,7 @@ def make_forwards(size: Size, exits: tuple[int, ...], options: argparse.Namespac
   forwards = {'ours': network.our_forward(network.our_network(size), variables, exits)}
   with contextlib.ExitStack() as processes:
     for name, peer in peers.torch_peers(options.peer).items():
-      process = own_process(name, peers.torch_forward, peer, variables, exits)
+      process = own_process(name, peers.torch_forward, peer, variables, exits, huge_pages=peer.huge_pages)
       forwards[name] = processes.enter_context(process)
     if options.linen and exits == EXITS:
       forwards[peers.LINEN] = network.applied_forward(network.linen_network(size), variables, exits)

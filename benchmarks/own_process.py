@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from benchmarks.timing import seconds_of
+from paranet_jax.allocator import VARIABLE
 from paranet_jax.errors import UserError
 
 
@@ -52,12 +53,15 @@ class RemoteFunction:
 
 
 @contextlib.contextmanager
-def own_process(name: str, make: Callable[..., Callable], *arguments: Any) -> Iterator[RemoteFunction]:
+def own_process(
+  name: str, make: Callable[..., Callable], *arguments: Any, huge_pages: bool = True
+) -> Iterator[RemoteFunction]:
   """Starts a new Python, which makes a function and is ended with the context, whatever happens.
 
   Args:
     name: in messages.
     make: called there with the arguments, a function of a module; gives the function.
+    huge_pages: glibc asks for huge pages there too, if it does here.
 
   Raises:
     UserError: in the context, what making or calling raised or that the process has ended.
@@ -66,7 +70,8 @@ def own_process(name: str, make: Callable[..., Callable], *arguments: Any) -> It
   ours, theirs = context.Pipe()
   process = context.Process(target=_serve, args=(name, theirs, make, arguments), daemon=True)
   try:
-    process.start()
+    with contextlib.nullcontext() if huge_pages else _plain_glibc():
+      process.start()
     theirs.close()
     function = RemoteFunction(name, process, ours)
     function.answer()  # That it is made.
@@ -76,6 +81,17 @@ def own_process(name: str, make: Callable[..., Callable], *arguments: Any) -> It
       process.kill()
       process.join()
     ours.close()
+
+
+@contextlib.contextmanager
+def _plain_glibc() -> Iterator[None]:
+  """A process that is started in this context has glibc's defaults."""
+  settings = os.environ.pop(VARIABLE, None)
+  try:
+    yield
+  finally:
+    if settings is not None:
+      os.environ[VARIABLE] = settings
 
 
 def _serve(name: str, connection: Connection, make: Callable[..., Callable], arguments: tuple) -> None:

@@ -1,7 +1,7 @@
 """Whom the package is compared with.
 
 The functions that make a PyTorch peer are for a process of its own: no PyTorch user has what ours sets in its process,
-`keep_freed_memory` above all, so a peer runs as PyTorch comes. One peer has that too, to show what it is worth there.
+huge pages above all, so a peer runs as PyTorch comes. One peer has them too, to show what they are worth there.
 """
 
 import importlib.util
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.allocator import keep_freed_memory
 from paranet_jax.errors import UserError
 
 
@@ -21,12 +20,12 @@ class TorchPeer(NamedTuple):
 
   Attributes:
     pool_first: transitions pool, then convolve.
-    memory_kept: glibc keeps freed memory, as in our process.
+    huge_pages: glibc asks for huge pages, as in our process.
     compiled: by torch.compile.
   """
 
   pool_first: bool = False
-  memory_kept: bool = False
+  huge_pages: bool = False
   compiled: bool = False
 
 
@@ -37,7 +36,7 @@ LINEN = 'linen'
 TORCH_PEERS = {
   EAGER: TorchPeer(),
   'eager_pool_first': TorchPeer(pool_first=True),
-  'eager_memory_kept': TorchPeer(memory_kept=True),
+  'eager_huge_pages': TorchPeer(huge_pages=True),
   COMPILED: TorchPeer(compiled=True),
 }
 
@@ -80,8 +79,6 @@ def torch_step(
 
 
 def _torch_network(peer: TorchPeer, variables: dict[str, Any]) -> Any:
-  if peer.memory_kept:
-    keep_freed_memory()
   return torch_paranet().torch_network(variables, pool_first=peer.pool_first)
 
 

@@ -22,7 +22,6 @@ from benchmarks import cli, network, peers, report
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
-from paranet_jax.allocator import keep_freed_memory
 
 SCALING = {'layers': (8, 32), 'growth_rate': (6, 24), 'side': (16, 64), 'batch': (16, 256)}
 """What `--scaling` changes, one at a time."""
@@ -90,12 +89,12 @@ def torch_step(size: Size, name: str) -> contextlib.AbstractContextManager[Step]
   """The step of a PyTorch peer, in its own process."""
   images, labels = network.random_images(size, size.batch), network.random_labels(size.batch)
   variables, peer = network.random_variables(size), peers.TORCH_PEERS[name]
-  return own_process(name, peers.torch_step, peer, variables, images, labels, network.TORCH_SGD)
+  arguments = peer, variables, images, labels, network.TORCH_SGD
+  return own_process(name, peers.torch_step, *arguments, huge_pages=peer.huge_pages)
 
 
 def two_device_step(size: Size) -> Step:
   """The package's step on two CPU devices: for a process of its own, because devices are counted when jax starts."""
-  keep_freed_memory()
   jax.config.update('jax_num_cpu_devices', 2)
   devices = jax.devices()[:2]
   return network.our_training_step(network.our_network(size), size, network.random_state(size), devices)

@@ -1,21 +1,41 @@
-"""The C library's memory, kept by the process between steps."""
+"""Memory of the C library in huge pages, with which a CPU computes faster."""
 
-import ctypes
+import os
 import sys
+from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h.
+VARIABLE = 'GLIBC_TUNABLES'
+SETTING = 'glibc.malloc.hugetlb'
+_MODES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
-def keep_freed_memory() -> bool:
-  """Has glibc keep large freed blocks instead of giving them back to the system.
+def use_huge_pages() -> None:
+  """Starts this program anew with glibc asking for huge pages, unless it does so already or the system has none.
 
-  XLA's CPU backend allocates a program's temporary memory at every call; given back and taken again, each page is
-  cleared by the kernel anew: about a tenth of the time of an inference on a batch.
+  XLA's CPU backend takes a program's temporary memory anew at every call, and the kernel clears and maps it in pages of
+  4 KiB or of 2 MiB. PN3-ddd at batch 64 on 2 cores of an AMD EPYC, one process each, two runs: 136 and 209 images/s
+  in training, 846 and 971 in inference. glibc reads the setting only when a process starts.
 
-  Returns:
-    Whether it could be set: on Linux with glibc.
+  Call it first, from a program's main module: what runs so far is run again.
   """
-  if not sys.platform.startswith('linux'):
+  settings = os.environ.get(VARIABLE, '')
+  if SETTING in settings or not _on_request():
+    return
+  os.environ[VARIABLE] = with_setting(settings)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def with_setting(settings: str) -> str:
+  """The value of the environment variable with huge pages in it."""
+  return ':'.join(filter(None, [settings, f'{SETTING}=1']))
+
+
+def _on_request() -> bool:
+  """Whether the system gives huge pages to a process that asks for them."""
+  try:
+    linux = sys.platform == 'linux' and 'glibc' in os.confstr('CS_GNU_LIBC_VERSION')
+    return linux and '[madvise]' in _MODES.read_text()
+  except (OSError, ValueError):  # Another C library; another kernel.
     return False
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
+from paranet_jax.allocator import use_huge_pages
 from paranet_jax.early.calibrate_flags import Request, parse
 from paranet_jax.errors import UserError
 
@@ -27,13 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(request: Request, command: str) -> None:
   # jax takes a second to import, and a mistyped flag should not wait for it.
-  from paranet_jax.allocator import keep_freed_memory
   from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.early.calibration import calibrate
   from paranet_jax.early.exits_file import EXITS
   from paranet_jax.early.report import report
 
-  keep_freed_memory()
   use_compilation_cache(request.compilation_cache)
   path = request.workdir / EXITS
   replaced = ', in place of an earlier one' if path.exists() else ''
@@ -49,4 +48,5 @@ def _run(request: Request, command: str) -> None:
 
 
 if __name__ == '__main__':
+  use_huge_pages()
   sys.exit(main())

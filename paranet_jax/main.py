@@ -7,6 +7,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from paranet_jax.allocator import use_huge_pages
 from paranet_jax.command_line import parse
 from paranet_jax.errors import UserError
 
@@ -28,7 +29,6 @@ def main() -> int:
 def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   # jax takes a second to import, and a mistyped flag should not wait for it.
   from paranet_jax import config as config_lib
-  from paranet_jax.allocator import keep_freed_memory
   from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.description import describe
   from paranet_jax.tables import describe_table, evaluation_table
@@ -36,7 +36,6 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
 
   config_lib.validate(config)
   config_lib.absolute_paths(config)
-  keep_freed_memory()
   use_compilation_cache(values.compilation_cache)
   workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
   if values.mode == 'train':
@@ -52,4 +51,5 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
 
 
 if __name__ == '__main__':
+  use_huge_pages()
   sys.exit(main())

@@ -2,15 +2,18 @@
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import logging
 
+from paranet_jax.allocator import use_huge_pages
+from paranet_jax.arguments import Parser
 from paranet_jax.early.image_files import Batch, list_images, read_batches
 from paranet_jax.early.prediction_output import (
   FORMATS,
@@ -24,11 +27,6 @@ from paranet_jax.early.prediction_progress import LiveLine, Tally
 from paranet_jax.errors import UserError
 
 _BROKEN_PIPE = 141  # What the shell reports of a command that SIGPIPE ended.
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message}; see --help')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,14 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _path(text: str) -> Path:
-  return Path(text).expanduser()
+  return Path(os.path.expanduser(text))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = _Parser(
+  parser = Parser(
     prog='python -m paranet_jax.predict',
     description='Predicts the classes of image files, each at the exit that is sure enough, as RUN/exits.json says.',
-    allow_abbrev=False,
   )
   add = parser.add_argument
   add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; of a folder, all images below it.')
@@ -94,13 +91,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, files: list[str]) -> int:
   # jax takes a second to import, and a mistyped flag should not wait for it.
-  from paranet_jax.allocator import keep_freed_memory
   from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.early.runtime import EarlyExit
 
-  keep_freed_memory()
   use_compilation_cache(arguments.compilation_cache)
-  early_exit = EarlyExit.load(Path(arguments.workdir).expanduser().absolute(), step=arguments.step)
+  early_exit = EarlyExit.load(_path(arguments.workdir).absolute(), step=arguments.step)
   tally = Tally(early_exit.plan)
   # Where the rows themselves appear on the terminal, a live line would be in their way.
   in_the_way = arguments.output is None and sys.stdout.isatty()
@@ -146,4 +141,5 @@ def _tell(batch: Batch, tally: Tally, line: LiveLine) -> None:
 
 
 if __name__ == '__main__':
+  use_huge_pages()
   sys.exit(main())

@@ -1,6 +1,6 @@
-"""Freed memory that the process keeps."""
+"""Huge pages: a program that starts itself anew, once."""
 
-import platform
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,29 +9,79 @@ import pytest
 
 from paranet_jax import allocator
 
-FAULTS = """
-import resource, sys
-import numpy as np
-from paranet_jax.allocator import keep_freed_memory
-if sys.argv[1] == 'keep':
-  assert keep_freed_memory()
+PROGRAM = """
+import os, resource, sys
+from paranet_jax.allocator import use_huge_pages
+use_huge_pages()
 for _ in range(20):
-  np.ones(10_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+  b'x' * 80_000_000
+print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES'), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has this setting')
-def test_pages_are_not_taken_anew():
-  """Twenty times 80 MB: without the setting each time is some 20,000 pages of 4 KiB."""
+def run(tmp_path, variable):
+  """What the program prints: its arguments, the variable as it has it, and how many pages it was given."""
+  (tmp_path / 'program.py').write_text(PROGRAM)
   root = Path(__file__).resolve().parents[1]
-  faults = {
-    mode: int(subprocess.run([sys.executable, '-c', FAULTS, mode], cwd=root, capture_output=True, check=True).stdout)
-    for mode in ('keep', 'give back')
-  }
-  assert faults['keep'] < faults['give back'] / 3
+  env = os.environ | {'PYTHONPATH': str(root), 'GLIBC_TUNABLES': variable}
+  command = [sys.executable, tmp_path / 'program.py', 'one', '--two=3 4']
+  words = subprocess.run(command, env=env, capture_output=True, check=True, text=True).stdout.rsplit(maxsplit=2)
+  return words[0], words[1], int(words[2])
 
 
-def test_elsewhere_nothing_is_done(monkeypatch):
-  monkeypatch.setattr(sys, 'platform', 'darwin')
-  assert allocator.keep_freed_memory() is False
+@pytest.mark.skipif(not allocator._on_request(), reason='this system has no huge pages on request')
+def test_the_program_starts_anew_with_its_arguments(tmp_path):
+  arguments, variable, faults = run(tmp_path, '')
+  assert (arguments, variable) == ("['one', '--two=3 4']", 'glibc.malloc.hugetlb=1')
+  # Twenty times 80 MB are 400,000 pages of 4 KiB.
+  plain = run(tmp_path, 'glibc.malloc.hugetlb=0')
+  assert plain[:2] == (arguments, 'glibc.malloc.hugetlb=0')  # What the user has set is left alone.
+  assert faults < plain[2] / 3
+
+
+@pytest.mark.parametrize(
+  ('before', 'after'),
+  [('', 'glibc.malloc.hugetlb=1'), ('glibc.malloc.check=3', 'glibc.malloc.check=3:glibc.malloc.hugetlb=1')],
+)
+def test_other_settings_stay(before, after):
+  assert allocator.with_setting(before) == after
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+  """What is started anew, on a system that has huge pages on request."""
+  commands = []
+  monkeypatch.setattr(os, 'execv', lambda path, arguments: commands.append(arguments))
+  monkeypatch.setattr(os, 'confstr', lambda name: 'glibc 2.36')
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'paranet_jax.main', '--mode=eval'])
+  monkeypatch.setattr(allocator, '_MODES', tmp_path / 'enabled')
+  allocator._MODES.write_text('always [madvise] never\n')
+  monkeypatch.setenv('GLIBC_TUNABLES', '')
+  return commands
+
+
+def test_once(started):
+  allocator.use_huge_pages()
+  allocator.use_huge_pages()
+  assert started == [[sys.executable, '-m', 'paranet_jax.main', '--mode=eval']]
+
+
+def no_libc(name):
+  raise ValueError('unrecognized configuration name')
+
+
+@pytest.mark.parametrize(
+  'elsewhere',
+  [
+    lambda patch: patch.setattr(sys, 'platform', 'darwin'),
+    lambda patch: patch.setattr(os, 'confstr', no_libc),
+    lambda patch: allocator._MODES.unlink(),
+    lambda patch: allocator._MODES.write_text('[always] madvise never\n'),
+    lambda patch: allocator._MODES.write_text('always madvise [never]\n'),
+  ],
+)
+def test_elsewhere_nothing_is_started(started, monkeypatch, elsewhere):
+  elsewhere(monkeypatch)
+  allocator.use_huge_pages()
+  assert started == []

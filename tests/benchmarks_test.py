@@ -22,6 +22,7 @@ from benchmarks import cli, compile_time, fresh_process, inference, memory, netw
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
+from paranet_jax.allocator import VARIABLE
 from paranet_jax.errors import UserError
 from paranet_jax.losses import exit_losses, total_loss
 from paranet_jax.targets import parse_name
@@ -217,7 +218,7 @@ class FakeTorch:
 def fake_torch(monkeypatch):
   """The fake in our process, where it can be put in place."""
 
-  def stand_in(name, make, *arguments):
+  def stand_in(name, make, *arguments, huge_pages=True):
     if name == train_step.TWO_DEVICES:
       return own_process(name, make, *arguments)
     return contextlib.nullcontext(make(*arguments))
@@ -228,7 +229,15 @@ def fake_torch(monkeypatch):
   monkeypatch.setattr(train_step, 'own_process', stand_in)
 
 
-@pytest.mark.parametrize('name', ['eager', 'eager_pool_first', 'eager_memory_kept', 'compile'])
+@pytest.mark.parametrize('huge_pages', [True, False])
+def test_own_process_asks_for_huge_pages_if_ours_does(huge_pages, monkeypatch):
+  monkeypatch.setenv(VARIABLE, 'glibc.malloc.hugetlb=1')
+  with own_process('eager', partial, os.getenv, VARIABLE, huge_pages=huge_pages) as variable:
+    assert variable() == ('glibc.malloc.hugetlb=1' if huge_pages else None)
+  assert os.environ[VARIABLE] == 'glibc.malloc.hugetlb=1'
+
+
+@pytest.mark.parametrize('name', ['eager', 'eager_pool_first', 'eager_huge_pages', 'compile'])
 def test_what_a_peer_is(name, monkeypatch):
   made = []
 
@@ -238,9 +247,8 @@ def test_what_a_peer_is(name, monkeypatch):
     training_step = staticmethod(lambda theirs, *batch, compiled: made.append(('compiled', compiled)))
 
   monkeypatch.setattr(peers, 'torch_paranet', lambda: Recorded)
-  monkeypatch.setattr(peers, 'keep_freed_memory', lambda: made.append('memory kept'))
-  expected = ['memory kept'] * (name == 'eager_memory_kept')
-  expected += [('pool_first', name == 'eager_pool_first'), ('compiled', name == 'compile')]
+  expected = [('pool_first', name == 'eager_pool_first'), ('compiled', name == 'compile')]
+  assert peers.TORCH_PEERS[name].huge_pages == (name == 'eager_huge_pages')
   peers.torch_forward(peers.TORCH_PEERS[name], {}, (1,))
   peers.torch_step(peers.TORCH_PEERS[name], {}, None, None, {})
   assert made == expected * 2
@@ -268,7 +276,7 @@ def test_train_step(fake_torch, monkeypatch, capsys):
   assert named(result) == [
     ('training step', 'eager', 4, None, 'images/s'),
     ('training step', 'eager_pool_first', 4, None, 'images/s'),
-    ('training step', 'eager_memory_kept', 4, None, 'images/s'),
+    ('training step', 'eager_huge_pages', 4, None, 'images/s'),
     ('training step, two CPU devices', 'eager', 4, None, 'images/s'),
   ]
   assert [result[name] for name in ('ours', 'theirs', 'ratio')] == list(result['rows'][0].values())[4:7]
@@ -312,8 +320,8 @@ def test_inference(fake_torch, monkeypatch, capsys):
     row
     for exit in (None, 1, 2, 3)
     for row in (
-      *(('forward pass', peer, 4, exit, 'images/s') for peer in ('eager', 'eager_pool_first', 'eager_memory_kept')),
-      *(('one image', peer, 1, exit, 'ms') for peer in ('eager', 'eager_pool_first', 'eager_memory_kept')),
+      *(('forward pass', peer, 4, exit, 'images/s') for peer in ('eager', 'eager_pool_first', 'eager_huge_pages')),
+      *(('one image', peer, 1, exit, 'ms') for peer in ('eager', 'eager_pool_first', 'eager_huge_pages')),
     )
   ]
 
