@@ -162,6 +162,8 @@ def trained(workdir: Path) -> Subject:
   held_out, test = task.dataset.held_out, task.dataset.test
   if held_out is None:
     raise UserError(f'expected a run with held-out images, {workdir} has none; train one with --config.data.held_out=N')
+  if len(trained_exits(task.targets)) == 1:
+    raise UserError(f'expected a run with two trained exits or more, {workdir} has one; set --workdir')
   subject = Subject.of(task.model, load(workdir).variables, trained_exits(task.targets), task.image_shape)
   subject = dataclasses.replace(
     subject,
@@ -172,7 +174,7 @@ def trained(workdir: Path) -> Subject:
   logits = subject.logits(held_out.images)
   sure = confidences(logits, 'max_prob', np.ones(len(logits)))
   correct = logits.argmax(-1) == held_out.labels
-  budgets = np.linspace(min(subject.macs.alone()), subject.macs.alone()[-1], NUM_BUDGETS)
+  budgets = np.linspace(*subject.macs.alone()[[0, -1]], NUM_BUDGETS)
   curve = optimal_curve(sure, correct, subject.macs, budgets)
   equal = min((point for point in curve if point.accuracy >= correct[-1].mean()), key=lambda point: point.cost)
   points = {name: optimal_for_budget(sure, correct, subject.macs, budget) for name, budget in subject.budgets().items()}

@@ -1,5 +1,6 @@
 """`python -m paranet_jax.calibrate`: when a trained run may stop early. User errors are one line and exit code 2."""
 
+import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from paranet_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process); returns the exit code."""
   logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # For what its encoding does not have.
   argv = sys.argv[1:] if argv is None else argv
   try:
     _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv]))

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from paranet_jax.data.dataset import Dataset
@@ -42,6 +45,11 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
   )
 
 
+def output_names(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
+  """One name an output of a model, which may have more or fewer outputs than its data set has classes."""
+  return (*class_names[:num_outputs], *(f'class {number}' for number in range(len(class_names), num_outputs)))
+
+
 def save_dataset_facts(workdir: Path, dataset: Dataset) -> None:
   """Writes dataset.json, unless the same is there already."""
   saved = json.loads(json.dumps(dataclasses.asdict(dataset_facts(dataset))))
@@ -53,33 +61,38 @@ def save_dataset_facts(workdir: Path, dataset: Dataset) -> None:
     write_json(workdir / DATASET, saved)
 
 
-def restore_dataset_facts(workdir: Path) -> DatasetFacts:
+def restore_dataset_facts(workdir: Path, channels: int) -> DatasetFacts:
   """Reads dataset.json.
+
+  Args:
+    workdir: of the run.
+    channels: of its images.
 
   Raises:
     UserError: there is none, or it is damaged.
   """
   path = workdir / DATASET
-  mend = f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9 writes it anew'
+  mend = f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9 writes it anew'
   try:
     saved = json.loads(path.read_text())
   except FileNotFoundError as error:
     raise UserError(f'expected {path}, found none; {mend}') from error
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} is not a JSON object ({error}); {mend}') from error
-  if not _fits(saved):
+  if not _fits(saved, channels):
     raise UserError(f'{path} must hold name, version, class_names, mean, std and counts, found {saved!r:.60}; {mend}')
   return DatasetFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
 
 
-def _fits(saved: object) -> bool:
+def _fits(saved: object, channels: int) -> bool:
   fields = {field.name for field in dataclasses.fields(DatasetFacts)}
   if not isinstance(saved, dict) or saved.keys() != fields:
     return False
-  names, numbers = saved['class_names'], [saved['mean'], saved['std']]
+  names, mean, std = saved['class_names'], saved['mean'], saved['std']
   return (
     isinstance(names, list)
     and all(isinstance(name, str) for name in names)
-    and all(isinstance(values, list) and all(isinstance(value, int | float) for value in values) for values in numbers)
-    and len(saved['mean']) == len(saved['std'])
+    and all(isinstance(values, list) and len(values) == channels for values in (mean, std))
+    and all(isinstance(value, int | float) and math.isfinite(value) for value in mean + std)
+    and min(std) > 0
   )

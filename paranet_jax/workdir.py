@@ -26,15 +26,20 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> 
   Raises:
     UserError: the folder cannot be written, or holds a run with another configuration.
   """
-  _make_writable_folder(workdir)
+  prepare_folder(workdir)
   for name in FOLDERS:
     if (workdir / name).exists():
-      _make_writable_folder(workdir / name)
+      prepare_folder(workdir / name)
   if (workdir / CONFIG).exists() and not accept_changes:
     _check_same(workdir, config)
 
 
-def _make_writable_folder(folder: Path) -> None:
+def prepare_folder(folder: Path) -> None:
+  """Makes a folder that can be written.
+
+  Raises:
+    UserError: it cannot be.
+  """
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:

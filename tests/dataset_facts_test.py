@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from paranet_jax.data.dataset import Dataset, Split
-from paranet_jax.dataset_facts import DATASET, DatasetFacts, restore_dataset_facts, save_dataset_facts
+from paranet_jax.dataset_facts import DATASET, DatasetFacts, output_names, restore_dataset_facts, save_dataset_facts
 from paranet_jax.errors import UserError
 
 
@@ -32,7 +32,7 @@ DATA = Dataset(
 @pytest.mark.parametrize(('held_out', 'count'), [(split(2), 2), (None, 0)])
 def test_what_is_saved_is_restored(tmp_path, held_out, count):
   save_dataset_facts(tmp_path, dataclasses.replace(DATA, held_out=held_out))
-  assert restore_dataset_facts(tmp_path) == DatasetFacts(
+  assert restore_dataset_facts(tmp_path, channels=3) == DatasetFacts(
     name='shapes',
     version='1.0.0',
     class_names=('círculo', 'square'),
@@ -55,6 +55,11 @@ def test_an_equal_file_stays_and_another_is_replaced(tmp_path):
     assert json.loads(path.read_text()) == json.loads(kept)
 
 
+@pytest.mark.parametrize(('outputs', 'names'), [(1, ('a',)), (2, ('a', 'b')), (4, ('a', 'b', 'class 2', 'class 3'))])
+def test_every_output_has_a_name(outputs, names):
+  assert output_names(('a', 'b'), outputs) == names
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
@@ -68,6 +73,19 @@ def test_an_equal_file_stays_and_another_is_replaced(tmp_path):
       lambda path: _edit(path, mean=[0.5]),
       '{path} must hold name, version, class_names, mean, std and counts, found {{',
     ),
+    (
+      lambda path: _edit(path, mean=[0.5], std=[0.2]),  # As many, but not one a channel.
+      '{path} must hold name, version, class_names, mean, std and counts, found {{',
+    ),
+    (
+      lambda path: _edit(path, std=[0.2, 0, 0.4]),
+      '{path} must hold name, version, class_names, mean, std and counts, found {{',
+    ),
+    (
+      lambda path: _edit(path, mean=[0.5, float('nan'), 0.5]),
+      '{path} must hold name, version, class_names, mean, std and counts, found {{',
+    ),
+    (lambda path: path.write_text('[' * 100_000), '{path} is not a JSON object (maximum recursion depth'),
     (lambda path: _edit(path, std='1'), '{path} must hold name, version, class_names, mean, std and counts, found {{'),
     (lambda path: _edit(path, class_names=[1, 2]), '{path} must hold name, version, class_names, mean, std and counts'),
     (lambda path: _edit(path, more=1), '{path} must hold name, version, class_names, mean, std and counts, found {{'),
@@ -78,7 +96,7 @@ def test_no_file_or_a_damaged_one(tmp_path, change, message):
   path = tmp_path / DATASET
   change(path)
   with pytest.raises(UserError) as error:
-    restore_dataset_facts(tmp_path)
+    restore_dataset_facts(tmp_path, channels=3)
   mend = f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it anew'
   assert str(error.value).startswith(message.format(path=path, mend=mend))
 

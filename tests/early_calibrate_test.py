@@ -1,9 +1,11 @@
 """Tests of `python -m paranet_jax.calibrate`: its flags, what it writes and prints, and every refusal."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ import pytest
 from running import PROGRAMS, TINY, Result, run_main
 
 from paranet_jax.calibrate import main
-from paranet_jax.early import calibration, calibration_figures, latency
+from paranet_jax.early import calibration, calibration_figures, latency, report
 from paranet_jax.early.calibrate_flags import Budget, parse, parse_budget
 from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.choice import Ranked, choose
@@ -122,13 +124,16 @@ def walked(plan, logits, labels):
     ('2.5ms', (2.5, 'ms')),
     ('.5 MS', (0.5, 'ms')),
     ('2.5e-1ms', (0.25, 'ms')),
+    ('32.631277M', (32_631_277.0, 'macs')),  # 32.631277 times 10^6 is 32,631,276.999999996.
   ],
 )
 def test_budgets(text, budget):
   assert parse_budget(text) == Budget(*budget)
 
 
-@pytest.mark.parametrize('text', ['', '0', '-3M', '3 tons', '2.5s', 'inf', 'nan', '1e999', 'M', '3MM'])
+@pytest.mark.parametrize(
+  'text', ['', '0', '-3M', '3 tons', '2.5s', 'inf', 'nan', '1e999', '1e9999M', '1e-9999M', '1e99999', 'M', '3MM']
+)
 def test_what_is_no_budget(text):
   with pytest.raises(UserError) as error:
     parse_budget(text)
@@ -168,7 +173,7 @@ TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --thresh
     (['--threshold=nan'], 'threshold must be from 0 to 1, found nan; set --threshold'),
     (
       ['--threshold=0.9', '--score=patience'],
-      'threshold must be a whole number of 1 or more, found 0.9; set --threshold',
+      'threshold must be a whole number from 1 to 1,000,000,000, found 0.9; set --threshold',
     ),
     (
       ['--threshold=1', '--score=energy'],
@@ -177,8 +182,11 @@ TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --thresh
     (['--budget=3M', '--policy=best'], "unknown policy 'best', expected one of quota, optimal; set --policy"),
     (['--risk=0.1', '--guarantee=pac'], "unknown guarantee 'pac', expected one of ltt, crc; set --guarantee"),
     (['--risk=0.1', '--risk-loss=mse'], "unknown risk-loss 'mse', expected one of gap, disagreement; set --risk-loss"),
-    (['--budget=1ms', '--batch-size=0'], 'batch-size must be a whole number of 1 or more, found 0; set --batch-size'),
-    (['--threshold=1', '--step=last'], 'step must be a whole number of 0 or more, found last; set --step'),
+    (
+      ['--budget=1ms', '--batch-size=0'],
+      'batch-size must be a whole number from 1 to 1,000,000,000, found 0; set --batch-size',
+    ),
+    (['--threshold=1', '--step=last'], 'step must be a whole number from 0 to 1,000,000,000, found last; set --step'),
     (
       ['--threshold=1', '--policy=quota'],
       '--policy chooses the thresholds for a budget; set --budget, or leave it out',
@@ -197,8 +205,8 @@ TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --thresh
       ['--budget=3M', '--policy=quota', '--score=patience'],
       '--policy needs a score that ranks the images, found --score=patience; leave one of the two out',
     ),
-    (['--budget'], 'argument --budget: expected one argument; see --help for the flags'),
-    (['--budgt=3M'], 'unrecognized arguments: --budgt=3M; see --help for the flags'),
+    (['--budget'], 'argument --budget: expected one argument; see --help'),
+    (['--budgt=3M'], 'unrecognized arguments: --budgt=3M; see --help'),
   ],
 )
 def test_flags_that_are_refused(tmp_path, arguments, message):
@@ -206,7 +214,7 @@ def test_flags_that_are_refused(tmp_path, arguments, message):
 
 
 def test_flags_without_a_workdir():
-  message = 'the following arguments are required: --workdir; see --help for the flags'
+  message = 'the following arguments are required: --workdir; see --help'
   assert refused('--threshold=0.9') == message
 
 
@@ -227,9 +235,33 @@ def test_a_run_without_held_out_images(tmp_path, workdir):
 
 
 def test_a_folder_that_cannot_be_written(workdir, monkeypatch):
-  monkeypatch.setattr(calibration.os, 'access', lambda path, mode: path != workdir)
+  monkeypatch.setattr(os, 'access', lambda path, mode: path != workdir)
   message = f'workdir {workdir} must be writable, and is not; set --workdir'
   assert refused(f'--workdir={workdir}', '--threshold=0.9') == message
+
+
+def test_figures_that_could_not_be_written(workdir):
+  (workdir / 'exits').write_text('')
+  message = f'workdir {workdir}/exits must be a folder, and there is a file; set --workdir'
+  assert refused(f'--workdir={workdir}', '--threshold=0.9', '--curves') == message
+  (workdir / 'exits').unlink()
+
+
+def test_a_home_that_nobody_has():
+  message = f'expected a run with a config.json in {Path.cwd()}/~nobody-here/run, found none; set --workdir'
+  assert refused('--workdir=~nobody-here/run', '--threshold=0.9') == message
+
+
+def test_logits_that_are_not_finite(workdir, logits, monkeypatch):
+  given = logits['held_out'][0].astype(np.float32)
+  given[1, 7, 3] = np.nan
+  monkeypatch.setattr(calibration, 'split_logits', lambda *_: given)
+  (workdir / EXITS).unlink(missing_ok=True)
+  assert refused(f'--workdir={workdir}', '--threshold=0.9', started=True) == (
+    'expected finite logits, and those of exits [3] are not at step 60; set --step to an earlier checkpoint, '
+    'or train a new run'
+  )
+  assert not (workdir / EXITS).exists()
 
 
 def test_a_step_that_is_not_there(workdir):
@@ -265,7 +297,7 @@ def test_a_budget(workdir, logits, policy):
   budget = sum(alone) // 2
   result = calibrate(f'--workdir={workdir}', f'--budget={budget}', f'--policy={policy}')
   assert (result.code, result.err) == (0, ''), result
-  plan = load_plan(workdir, read_plan(workdir).checkpoint)
+  plan = load_plan(workdir, read_plan(workdir).checkpoint, (2, 3))
   assert (plan.name, plan.dataset, plan.step, plan.exits) == ('PN3-x3d', 'digits', 60, (2, 3))
   assert plan.target == {'budget': budget, 'unit': 'macs'} and plan.policy == policy
   assert plan.macs_alone == tuple(alone) and plan.ms is None and plan.latency is None
@@ -342,8 +374,8 @@ def test_risk_control_that_cannot_qualify_keeps_the_full_network(workdir, flags,
   risk = '0.01' if needed else '0.005'
   needed = needed or 199
   assert refused(f'--workdir={workdir}', f'--risk={risk}', *flags, started=True) == (
-    f'risk {risk} cannot be promised from 150 held-out images: it would need {needed}; the full network is kept; '
-    'raise --risk, or hold out more images in a new run'
+    f'risk {risk} cannot be promised from 150 held-out images: it would need {needed}; '
+    'exits.json keeps the full network; raise --risk, or hold out more images in a new run'
   )
   plan = read_plan(workdir)
   assert plan.thresholds == (None, 0.0) and plan.visited == (3,)
@@ -358,7 +390,34 @@ def test_risk_control_whose_surest_image_loses():
   # 0.75^9 <= 0.1: nine images without a loss would do, of ten.
   assert choice.problem == (
     'risk 0.25 cannot be promised from 10 held-out images: 9 would do if the surest images lost nothing, and they do; '
-    'the full network is kept; raise --risk, or hold out more images in a new run'
+    'exits.json keeps the full network; raise --risk, or hold out more images in a new run'
+  )
+
+
+def test_one_exit_keeps_every_risk():
+  correct = np.zeros((1, 10), bool)
+  ranked = Ranked(np.zeros((1, 10)), np.zeros((1, 10), int), correct)
+  for flags in (['--risk=0.25'], ['--risk=0.01', '--guarantee=crc']):
+    choice = choose(parse(['--workdir=a', *flags]), ranked, PathCosts(1, lambda before, index: 1.0))
+    assert choice.thresholds.tolist() == [-np.inf] and choice.problem is None
+
+
+@pytest.mark.parametrize('labels', [[0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [1, 1]])
+def test_halves_of_few_images(labels):
+  everybody = calibration.Outputs(np.arange(len(labels), dtype=np.float32).reshape(1, -1, 1), np.array(labels))
+  fitted, tested = calibration._halves(everybody)
+  assert len(tested.labels) == len(labels) // 2
+  assert sorted([*fitted.logits.ravel(), *tested.logits.ravel()]) == list(range(len(labels)))
+  if labels == [0, 0, 0, 1, 1, 1]:
+    assert set(fitted.labels) == set(tested.labels) == {0, 1}
+
+
+def test_risk_control_of_one_held_out_image(tmp_path, workdir):
+  text = (workdir / 'config.json').read_text()
+  (tmp_path / 'config.json').write_text(text.replace(f'"held_out": {HELD_OUT}', '"held_out": 1'))
+  assert refused(f'--workdir={tmp_path}', '--risk=0.1') == (
+    'risk control needs 2 held-out images or more, to fit the temperatures on some and to test on others, found 1; '
+    'train a new run with a larger --config.data.held_out and another --workdir'
   )
 
 
@@ -437,6 +496,37 @@ def test_a_time_out_of_range(workdir, monkeypatch):
   assert refused(f'--workdir={workdir}', '--budget=0.5ms') == (
     'budget must be from 1ms (exit 2 alone) to 3ms (exit 3 alone), found 0.5ms; set --budget'
   )
+
+
+def test_a_first_exit_that_takes_longer_than_the_last(workdir, monkeypatch):
+  monkeypatch.setattr(latency, 'median_seconds', lambda function, runs: 3e-3 if function.args[2] else 2e-3)
+  assert refused(f'--workdir={workdir}', '--budget=2.5ms') == (
+    'no budget is within reach: exit 2 alone takes 3ms, more than exit 3 alone with 2ms; set --batch-size, or a '
+    '--budget of multiply-adds'
+  )
+
+
+@pytest.mark.parametrize(('device', 'machine'), [('cpu', 'a processor'), ('NVIDIA H100', 'NVIDIA H100')])
+def test_the_figures_name_what_was_measured_on(device, machine):
+  assert calibration_figures._machine({'device': device, 'cpu': 'a processor'}) == machine
+
+
+@pytest.mark.parametrize(
+  ('threshold', 'shown'),
+  [(0.9, 'max_prob 0.9000'), (0.9999, 'max_prob 0.9999'), (1 - 2.5e-7, 'max_prob 1 - 2.5e-07'), (0.0, 'everybody')],
+)
+def test_a_threshold_is_told_from_1(threshold, shown):
+  plan = full_network_plan(CheckpointId('', '', 0, ''), (1, 2), (1, 2))
+  plan = dataclasses.replace(plan, thresholds=(threshold, 0.0), confidence_thresholds=(-math.log1p(-threshold), 0.0))
+  assert report._threshold(plan, 0) == shown
+
+
+def test_standard_output_without_our_letters(workdir):
+  out = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+  with contextlib.redirect_stdout(out):
+    assert main([f'--workdir={workdir}', '--threshold=1']) == 0
+  out.flush()
+  assert b'\\u2014' in out.buffer.getvalue()
 
 
 def test_curves_are_drawn_into_the_run(workdir, monkeypatch):

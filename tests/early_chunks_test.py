@@ -24,6 +24,8 @@ WHOLE = Sizes((1, 4, 16), split=False, wave=16, on_host=False)
     (60, SPLIT, (64,)),
     (150, SPLIT, (64, 64, 16, 4, 4)),
     (256, SPLIT, (64,) * 4),
+    (100_001, SPLIT, (64,) * 1562 + (16, 16, 1)),
+    (33, WHOLE, (16, 16, 1)),
     (2, WHOLE, (4,)),
     (5, WHOLE, (16,)),
     (16, WHOLE, (16,)),

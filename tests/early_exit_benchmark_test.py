@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import paranet_jax
 from benchmarks import early_exit
+from paranet_jax.base_config import base_config
 from paranet_jax.early import latency
 from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.costs import PathCosts
+from paranet_jax.early.costs import PathCosts, mac_costs
 from paranet_jax.early.exits_file import full_network_plan
 from paranet_jax.task import build_task
 
@@ -82,9 +84,21 @@ def test_a_run(tmp_path, capsys, monkeypatch):
   images = (test.images[:192] / np.float32(255) - np.float32(run.dataset.mean)) / np.float32(run.dataset.std)
   right = np.argmax(run.model.apply(run.variables, images, exits=(3,))[2], -1) == test.labels[:192]
   # 64 batches of one image, and of three.
-  assert {row['last_accuracy'] for row in result['rows'][:7]} == {pytest.approx(float(right[:64].mean()), rel=1e-4)}
-  assert {row['last_accuracy'] for row in result['rows'][7:]} == {pytest.approx(float(right.mean()), rel=1e-4)}
-  assert all(0 <= row['accuracy'] <= 1 and row['macs'] >= 1 for row in result['rows'])
+  accuracies = [float(right[:64].mean())] * 7 + [float(right.mean())] * 7
+  assert [row['last_accuracy'] for row in result['rows']] == pytest.approx(accuracies, rel=1e-4)
+  costs = mac_costs(run.model, run.image_shape, (2, 3))
+  # From all through both exits to all at the first.
+  least, most = costs.alone()[1] / costs.cumulative((0, 1))[1], costs.alone()[1] / costs.alone()[0]
+  assert all(least - 1e-4 < row['macs'] < most + 1e-4 and 0 <= row['accuracy'] <= 1 for row in result['rows'])
+
+
+def test_a_run_with_one_trained_exit(capsys, monkeypatch):
+  config = base_config('PN3-xxd')
+  config.data.update(name='digits', held_out=100)
+  monkeypatch.setattr(early_exit, 'load', lambda workdir: types.SimpleNamespace(config=config))
+  assert early_exit.main([*FLAGS, '--workdir=run']) == 2
+  message = 'error: expected a run with two trained exits or more, run has one; set --workdir'
+  assert capsys.readouterr().err.splitlines()[-1] == message
 
 
 def test_a_run_without_held_out_images(tmp_path, capsys):

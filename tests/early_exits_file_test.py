@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def edited(workdir, **changes):
 @pytest.mark.parametrize('plan', [PLAN, FULL, full_network_plan(CHECKPOINT, (2,), (20,))])
 def test_what_is_saved_is_loaded(tmp_path, plan):
   save_plan(tmp_path, plan)
-  assert load_plan(tmp_path, CHECKPOINT) == plan
+  assert load_plan(tmp_path, CHECKPOINT, plan.exits) == plan
   assert [path.name for path in tmp_path.iterdir()] == ['exits.json']
   assert json.loads((tmp_path / EXITS).read_text())['schema_version'] == 1
 
@@ -104,6 +105,25 @@ def test_the_full_network_runs_its_last_exit_alone():
       ': visited must be the exits that have macs, those with a threshold among them, found [1, 2, 3]; '
       '{mend} writes it anew',
     ),
+    (
+      {'macs': [2**63, None, 2**63]},
+      ': macs must be a number of 0 or more, or null, for each exit, found [9223372036854775808, null, '
+      '9223372036854775808]; {mend} writes it anew',
+    ),
+    (
+      {'temperatures': [10**400] * 3},
+      ': temperatures must be a number above 0 for each exit, found [1' + 55 * '0' + '...; {mend} writes it anew',
+    ),
+    (
+      {'thresholds': [0.8, None, 0.0]},  # Prediction would not see it.
+      ': thresholds must be confidence_thresholds on the scale of the score, found [0.8, null, 0.0]; '
+      '{mend} writes it anew',
+    ),
+    (
+      {'thresholds': [None, None, 0.0]},
+      ': thresholds must be confidence_thresholds on the scale of the score, found [null, null, 0.0]; '
+      '{mend} writes it anew',
+    ),
     ({'test': 1}, ': test must be an object or null, found 1; {mend} writes it anew'),
   ],
 )
@@ -130,6 +150,7 @@ def test_a_missing_field(tmp_path, field):
   [
     (None, 'expected {path}, found none; {mend} writes it'),
     ('{"name": ', '{path} is not a JSON object (Expecting value'),
+    ('[' * 100_000, '{path} is not a JSON object (maximum recursion depth'),
     ('[1, 2]', '{path} is not a JSON object (it holds [1, 2]); {mend} writes it anew'),
     ('\x00\ufffd', '{path} is not a JSON object (Expecting value'),
   ],
@@ -163,11 +184,26 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_a_file_of_another_checkpoint(tmp_path, here, difference, mend):
   save_plan(tmp_path, PLAN)
   with pytest.raises(UserError) as error:
-    load_plan(tmp_path, CHECKPOINT._replace(**here))
+    load_plan(tmp_path, CHECKPOINT._replace(**here), PLAN.exits)
   assert str(error.value) == (
     f'{tmp_path / EXITS} belongs to another checkpoint: {difference}; '
     f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it anew{mend}'
   )
+
+
+def test_exits_that_the_run_does_not_have(tmp_path):
+  save_plan(tmp_path, PLAN)
+  with pytest.raises(UserError) as error:
+    load_plan(tmp_path, CHECKPOINT, (2, 3))
+  assert str(error.value) == (
+    f'{tmp_path / EXITS}: exits must be the exits that were trained, [2, 3], found [1, 2, 3]; '
+    f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it anew'
+  )
+
+
+def test_the_command_that_mends_can_be_pasted(tmp_path):
+  with pytest.raises(UserError, match=r"calibrate --workdir='/no such/run' --threshold"):
+    read_plan(Path('/no such/run'))
 
 
 def test_a_fingerprint_changes_with_any_value():

@@ -10,19 +10,20 @@ from paranet_jax.early.costs import PathCosts
 from paranet_jax.early.exits_file import ExitPlan, full_network_plan
 from paranet_jax.early.figure_data import figure_data
 from paranet_jax.early.figure_types import SPLITS, FigureData
+from paranet_jax.early.logits import Outputs
 from paranet_jax.early.scores import confidences
 
 OWN = np.array([10.0, 20.0, 30.0])  # cost that each exit adds; all before it are needed
 CLASSES = 4
 
 
-def outputs(seed: int, images: int) -> tuple[np.ndarray, np.ndarray]:
+def outputs(seed: int, images: int) -> Outputs:
   """Three exits, each surer and more often right than the one before."""
   draw = np.random.default_rng(seed)
   labels = draw.integers(0, CLASSES, images)
   logits = draw.normal(size=(3, images, CLASSES)).astype(np.float32)
   logits[:, np.arange(images), labels] += np.array([[0.5], [1.0], [2.0]], np.float32)
-  return logits, labels
+  return Outputs(logits, labels)
 
 
 HELD_OUT, TEST = outputs(1, 300), outputs(2, 400)
@@ -172,7 +173,7 @@ def test_patience_has_a_family_of_its_own():
 def test_a_single_exit_has_figures_too():
   plan = full_network_plan(CheckpointId('one', 'toy', 7, 'abc'), (1,), (10,))
   costs = PathCosts(1, lambda before, index: 10.0)
-  held_out, test = ((logits[:1], labels) for logits, labels in (HELD_OUT, TEST))
+  held_out, test = (Outputs(logits[:1], labels) for logits, labels in (HELD_OUT, TEST))
   data = figure_data(plan, held_out, test, costs, IMAGES, 'abcd', ms=np.array([2.5]), measured='batch size 1')
   assert set(np.concatenate([curves['test'].cost for curves in data.families.values()])) == {10}
   assert data.risk.curves['test'].speed_up.tolist() == [1] and data.shares['test'].tolist() == [1]

@@ -32,7 +32,8 @@ def calibrated(workdir, tmp_path):
   alone = [cost['macs_alone'] for cost in exit_costs(run.model, run.image_shape)][1:]
   checkpoint = CheckpointId(run.config.name, run.config.data.name, 2, fingerprint(run.variables))
   plan = full_network_plan(checkpoint, (2, 3), alone)
-  plan = dataclasses.replace(plan, confidence_thresholds=(0.0, 0.0), visited=(2, 3), macs=(alone[0], alone[1]))
+  everybody = {'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0)}
+  plan = dataclasses.replace(plan, **everybody, visited=(2, 3), macs=(alone[0], alone[1]))
   save_plan(copy, plan)
   return copy
 
@@ -90,6 +91,31 @@ def test_a_checkpoint_of_another_architecture(workdir, tmp_path):
   (copy / 'config.json').write_text(text.replace('"growth_rate": 4', '"growth_rate": 5'))
   with pytest.raises(UserError, match='is of another architecture or optimizer: batch_stats/'):
     paranet_jax.load(copy)
+
+
+def test_a_calibrated_checkpoint_that_is_gone(calibrated):
+  shutil.rmtree(calibrated / 'checkpoints' / '2')
+  command = f'python -m paranet_jax.calibrate --workdir={calibrated} --threshold=0.9'
+  with pytest.raises(UserError) as error:
+    paranet_jax.load(calibrated)
+  assert str(error.value) == (
+    f'{calibrated}/exits.json is of the checkpoint of step 2, which is gone; {command} writes it anew'
+  )
+  shutil.rmtree(calibrated / 'checkpoints' / '4')
+  with pytest.raises(UserError, match='expected a checkpoint in .*, found none; train first'):
+    paranet_jax.load(calibrated)
+
+
+def test_a_home_that_nobody_has_is_no_run():
+  with pytest.raises(UserError, match=r'expected a run with a config\.json in .*/~nobody-here/run, found none'):
+    paranet_jax.load('~nobody-here/run')
+
+
+def test_exits_that_were_not_trained(calibrated):
+  path = calibrated / 'exits.json'
+  path.write_text(path.read_text().replace('"exits": [\n    2,', '"exits": [\n    1,').replace('    2,\n', '    1,\n'))
+  with pytest.raises(UserError, match=r'exits must be the exits that were trained, \[2, 3\], found \[1, 3\]'):
+    paranet_jax.load(calibrated)
 
 
 def test_public_names():

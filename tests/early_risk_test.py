@@ -1,17 +1,14 @@
 """Tests of risk control: by simulation, against a loop over thresholds, and on cases worked out by hand."""
 
 import functools
-from math import exp, log
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
 from paranet_jax.early.risk import (
-  binomial_tail,
   crc,
   disagreement,
-  hoeffding_bentkus,
   images_needed_crc,
   images_needed_ltt,
   ltt,
@@ -189,18 +186,3 @@ def test_images_needed_crc(epsilon, expected):
     if size:
       found = crc(np.ones((2, size)), np.zeros((2, size)), epsilon)
       assert (found == 0.0) == (size == expected)
-
-
-def test_hoeffding_bentkus_by_hand():
-  # No loss among 10 at epsilon 0.5: both tails are 2^-10, Bentkus times e.
-  assert hoeffding_bentkus(0.0, 10, 0.5) == pytest.approx(2**-10)
-  # One of 4 at 0.5: Hoeffding's exponent is h = 0.25 log(0.5) + 0.75 log(1.5); Bentkus gives e 5 / 16 = 0.849.
-  hoeffding = exp(-4 * (0.25 * log(0.5) + 0.75 * log(1.5)))
-  assert hoeffding_bentkus(0.25, 4, 0.5) == pytest.approx(min(hoeffding, exp(1) * 5 / 16))
-  assert hoeffding_bentkus(0.7, 10, 0.5) == 1.0
-
-
-def test_the_binomial_tail_is_exact_and_sharper():
-  assert binomial_tail(1, 4, 0.5) == pytest.approx(5 / 16)
-  for count in range(0, 30, 3):
-    assert binomial_tail(count, 100, 0.2) <= hoeffding_bentkus(count / 100, 100, 0.2)

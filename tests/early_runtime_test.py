@@ -246,6 +246,13 @@ def test_what_does_not_fit(shared, call, message):
   assert str(error.value) == message
 
 
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, np.float64])
+def test_images_of_any_floating_point(shared, dtype):
+  images = NORMALIZED.astype(dtype)
+  found = shared.predict(jnp.asarray(images))
+  np.testing.assert_array_equal(found.labels, shared.predict(images.astype(np.float32)).labels)
+
+
 def test_bfloat16():
   model = tiny.network(3, dtype=jnp.bfloat16)
   runtime = EarlyExit(model, VARIABLES, plan((0.75, 1.7, 0.0)), SHAPE, MEAN, STD, sizes=SPLIT)

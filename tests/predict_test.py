@@ -197,6 +197,10 @@ def test_pillow_warnings_do_not_leak(predict, monkeypatch):
     (['a.png', '--top=x'], "argument --top: invalid int value: 'x'; see --help"),
     (['a.png', '--batch-size=-1'], '--batch-size must be 1 or more, found -1; set --batch-size'),
     (['a.png', '--workdir='], 'expected the folder of a run, found none; set --workdir'),
+    (
+      ['a.png', '--output=~nobody-here/x'],
+      '--output must be in a folder, and there is no ~nobody-here; make it, or set --output',
+    ),
     (['a.png', '--tops=1'], 'unrecognized arguments: --tops=1; see --help'),
     ([], 'expected image files or folders of images, found none; name them after the flags'),
     (['a.png', '--output=b.png'], 'b.png is there already; set --output to another file, or --overwrite'),

@@ -3,11 +3,13 @@
 import argparse
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from paranet_jax.arguments import Parser
 from paranet_jax.early.scores import SCORES
 from paranet_jax.errors import UserError
 
@@ -15,9 +17,10 @@ POLICIES = ('quota', 'optimal')
 GUARANTEES = ('ltt', 'crc')
 RISK_LOSSES = ('gap', 'disagreement')
 
+_MOST = 10**9  # Of what is counted.
 _TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --threshold=0.9'
-_BUDGET = re.compile(r'(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*(k|m|g|ms)?', re.IGNORECASE)
-_SCALES = {'': 1.0, 'k': 1e3, 'm': 1e6, 'g': 1e9}
+_BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms)?', re.IGNORECASE)
+_POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9}
 
 
 class Budget(NamedTuple):
@@ -56,11 +59,6 @@ class Request:
   compilation_cache: str | None
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str):
-    raise UserError(f'{message}; see --help for the flags')
-
-
 def parse(argv: Sequence[str] | None) -> Request:
   """Reads the flags.
 
@@ -80,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> Request:
   if budget and budget.unit == 'ms' and batch_size is None:
     batch_size = 1
   return Request(
-    workdir=Path(given.workdir).expanduser().absolute(),
+    workdir=Path(os.path.expanduser(given.workdir)).absolute(),
     step=None if given.step is None else _whole('step', given.step, 0),
     budget=budget,
     batch_size=batch_size,
@@ -103,19 +101,19 @@ def parse_budget(text: str) -> Budget:
     UserError: it is something else, or not above 0.
   """
   match = _BUDGET.fullmatch(text.strip())
-  value = float(match[1]) if match else 0.0
+  suffix = (match[3] or '').lower() if match else ''
+  # Not 32.631277 times 10^6, which is less than the 32,631,277 that are shown as 32.631277M.
+  value = float(f'{match[1]}e{int(match[2] or 0) + _POWERS[suffix]}') if match else 0.0
   if not 0 < value < math.inf:
     raise UserError(f"budget must be multiply-adds such as 30M or a time such as 2.5ms, found '{text}'; set --budget")
-  suffix = (match[2] or '').lower()
-  return Budget(value, 'ms') if suffix == 'ms' else Budget(value * _SCALES[suffix], 'macs')
+  return Budget(value, 'ms' if suffix == 'ms' else 'macs')
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
+  parser = Parser(
     prog='python -m paranet_jax.calibrate',
     description='Chooses when a trained run may stop early, on its held-out images, and writes exits.json beside it.',
     epilog=f'One target is needed: {_TARGETS}.',
-    allow_abbrev=False,
   )
   for name, text in (
     ('workdir', 'folder of the run'),
@@ -179,9 +177,10 @@ def _fraction(flag: str, text: str) -> float:
 
 
 def _whole(flag: str, text: str, low: int) -> int:
-  if not text.isdecimal() or int(text) < low:
-    raise UserError(f'{flag} must be a whole number of {low} or more, found {text}; set --{flag}')
-  return int(text)
+  value = _number(text) if text.isdecimal() else -1
+  if not low <= value <= _MOST:
+    raise UserError(f'{flag} must be a whole number from {low} to {_MOST:,}, found {text:.20}; set --{flag}')
+  return int(value)
 
 
 def _threshold(text: str, score: str) -> float:

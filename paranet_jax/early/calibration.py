@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import os
 import time
 from typing import Any, NamedTuple
 
@@ -29,7 +28,10 @@ from paranet_jax.errors import UserError
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 from paranet_jax.train import restore_checkpoint
-from paranet_jax.workdir import restore_config
+from paranet_jax.workdir import prepare_folder, restore_config
+
+FIGURES = 'exits'
+"""Folder of a run's figures."""
 
 _HALVES_SEED = 200
 
@@ -88,12 +90,18 @@ def calibrate(request: Request, command: str) -> Calibrated:
 
 def _restore(request: Request) -> Subject:
   config = restore_config(request.workdir)
-  if not os.access(request.workdir, os.W_OK):
-    raise UserError(f'workdir {request.workdir} must be writable, and is not; set --workdir')
+  prepare_folder(request.workdir)
+  if request.curves:
+    prepare_folder(request.workdir / FIGURES)
   if not config.data.held_out:
     raise UserError(
       f'expected a run with held-out images, and {request.workdir} was trained on all of its images; '
       'train a new one with --config.data.held_out=N (a tenth of them is usual) and another --workdir'
+    )
+  if request.risk is not None and config.data.held_out < 2:
+    raise UserError(
+      'risk control needs 2 held-out images or more, to fit the temperatures on some and to test on others, found 1; '
+      'train a new run with a larger --config.data.held_out and another --workdir'
     )
   task, step, state = restore_checkpoint(config, request.workdir, request.step, jax.local_devices()[:1])
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
@@ -113,13 +121,20 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
   task = subject.task
   batch_size = task.config.eval.batch_size
   logits = split_logits(task.model, subject.variables, subject.exits, task.preprocessing, split, batch_size)
+  finite = np.isfinite(logits).all(axis=(1, 2))
+  if not finite.all():
+    raise UserError(
+      f'expected finite logits, and those of exits {np.array(subject.exits)[~finite].tolist()} are not at step '
+      f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
+    )
   return Outputs(logits, np.asarray(split.labels))
 
 
 def _halves(outputs: Outputs) -> tuple[Outputs, Outputs]:
   """Two disjoint halves, each class in both where it can be: the one that fits temperatures, the one that tests."""
-  count = min(len(outputs.labels) // 2, max_drawable(outputs.labels))
-  kept, drawn = stratified_indices(outputs.labels, count, _HALVES_SEED)
+  count = len(outputs.labels) // 2
+  classes = outputs.labels if count <= max_drawable(outputs.labels) else np.zeros_like(outputs.labels)
+  kept, drawn = stratified_indices(classes, count, _HALVES_SEED)
   return outputs.take(kept), outputs.take(drawn)
 
 

@@ -1,12 +1,12 @@
 """The figures of a calibrated run."""
 
 from pathlib import Path
+from typing import Any
 
-from paranet_jax.early.calibration import Calibrated
+from paranet_jax.dataset_facts import output_names
+from paranet_jax.early.calibration import FIGURES, Calibrated
 from paranet_jax.early.figure_data import figure_data
 from paranet_jax.early.figures import draw_figures
-
-FOLDER = 'exits'
 
 
 def draw(workdir: Path, calibrated: Calibrated) -> list[Path]:
@@ -19,8 +19,12 @@ def draw(workdir: Path, calibrated: Calibrated) -> list[Path]:
     calibrated.test,
     ms if plan.target.get('unit') == 'ms' else subject.macs,
     dataset.test.images,
-    dataset.class_names,
+    output_names(dataset.class_names, calibrated.test.logits.shape[-1]),
     ms=None if ms is None else ms.alone(),
-    measured='' if ms is None else f'batch size {ms.batch_size}, {plan.latency["cpu"]}',
+    measured='' if ms is None else f'batch size {ms.batch_size}, {_machine(plan.latency)}',
   )
-  return draw_figures(workdir / FOLDER, data)
+  return draw_figures(workdir / FIGURES, data)
+
+
+def _machine(latency: dict[str, Any]) -> str:
+  return latency['cpu'] if latency['device'] == 'cpu' else latency['device']

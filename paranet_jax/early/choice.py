@@ -53,12 +53,17 @@ def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> 
     exits: numbers of the usable exits, 1-based.
 
   Raises:
-    UserError: the budget is below the first exit's cost, or above the last one's.
+    UserError: the budget is below the first exit's cost, or above the last one's; or the first costs more.
   """
   if not request.budget:
     return
   value, unit = request.budget
   low, high = costs.alone()[[0, -1]]
+  if low > high:
+    raise UserError(
+      f'no budget is within reach: exit {exits[0]} alone takes {in_unit(low, unit)}, more than exit {exits[-1]} alone '
+      f'with {in_unit(high, unit)}; set --batch-size, or a --budget of multiply-adds'
+    )
   # Milliseconds are shown rounded, and what is shown must be accepted.
   slack = 1e-3 if unit == 'ms' else 0
   if not low * (1 - slack) <= value <= high * (1 + slack):
@@ -108,13 +113,13 @@ def _for_risk(request: Request, ranked: Ranked, num_exits: int) -> Choice:
     confidence = risk.crc(ranked.confidences, losses, epsilon)
     needed = risk.images_needed_crc(epsilon)
   thresholds = shared_thresholds(confidence, num_exits)
-  if confidence < math.inf:
+  if confidence < math.inf or num_exits == 1:
     return Choice(thresholds, request.guarantee)
   lost = 'would do if the surest images lost nothing, and they do'
   why = f'it would need {needed:,}' if images < needed else f'{needed:,} {lost}'
   return Choice(
     thresholds,
     request.guarantee,
-    f'risk {epsilon} cannot be promised from {images:,} held-out images: {why}; the full network is kept; '
+    f'risk {epsilon} cannot be promised from {images:,} held-out images: {why}; exits.json keeps the full network; '
     'raise --risk, or hold out more images in a new run',
   )

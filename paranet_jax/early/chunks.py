@@ -17,7 +17,8 @@ class Sizes(NamedTuple):
     sizes: increasing.
     split: rows may be spread over several batches; else one batch, padded to the next size, holds them all.
     wave: rows that go through the stages together; bounds the memory.
-    on_host: rows are packed by NumPy in the memory that the host shares with the device.
+    on_host: rows are packed by NumPy in the memory that the host shares with the device; else on the device, which
+      needs a wave that is one batch.
   """
 
   sizes: tuple[int, ...]
@@ -58,8 +59,9 @@ class Chunk(NamedTuple):
 def cover(count: int, sizes: Sizes) -> tuple[int, ...]:
   """Fixed sizes, largest first, that together hold `count` rows at the least cost."""
   largest = sizes.sizes[-1]
-  if count > largest:
-    return (largest, *cover(count - largest, sizes))
+  full = (count - 1) // largest
+  if full:
+    return (largest,) * full + cover(count - full * largest, sizes)
   fits = next(size for size in sizes.sizes if size >= count)
   smaller = [size for size in sizes.sizes if size < count] if sizes.split else []
   choices = [(fits,), *((size, *cover(count - size, sizes)) for size in smaller[-1:])]

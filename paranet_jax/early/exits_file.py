@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.scores import SCORES
+from paranet_jax.early.scores import SCORES, to_score
 from paranet_jax.errors import UserError
 from paranet_jax.workdir import write_json
 
@@ -93,15 +93,22 @@ def save_plan(workdir: Path, plan: ExitPlan) -> None:
   write_json(workdir / EXITS, {'schema_version': SCHEMA_VERSION, **dataclasses.asdict(plan)})
 
 
-def load_plan(workdir: Path, checkpoint: CheckpointId) -> ExitPlan:
+def calibrate_command(workdir: Path) -> str:
+  """A command that writes exits.json anew."""
+  return f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9'
+
+
+def load_plan(workdir: Path, checkpoint: CheckpointId, exits: tuple[int, ...]) -> ExitPlan:
   """Reads exits.json.
 
   Args:
     workdir: of the run.
     checkpoint: the one that predicts.
+    exits: numbers of its usable exits.
 
   Raises:
-    UserError: there is no exits.json, it is damaged, of a newer version, or belongs to another checkpoint.
+    UserError: there is no exits.json, it is damaged, of another version, belongs to another checkpoint, or has other
+      exits.
   """
   plan = read_plan(workdir)
   for field, found, expected in zip(CheckpointId._fields, plan.checkpoint, checkpoint, strict=True):
@@ -110,8 +117,10 @@ def load_plan(workdir: Path, checkpoint: CheckpointId) -> ExitPlan:
       mend = f', or set --step={found}' if field == 'step' else ''
       raise UserError(
         f'{workdir / EXITS} belongs to another checkpoint: {what} {found} there, {expected} here; '
-        f'{_calibrate(workdir)} writes it anew{mend}'
+        f'{calibrate_command(workdir)} writes it anew{mend}'
       )
+  if plan.exits != exits:
+    raise _wrong(workdir, 'exits', f'the exits that were trained, {list(exits)}', plan.exits)
   return plan
 
 
@@ -119,19 +128,19 @@ def read_plan(workdir: Path) -> ExitPlan:
   """Reads exits.json, whichever checkpoint it belongs to.
 
   Raises:
-    UserError: there is none, it is damaged, or of a newer version.
+    UserError: there is none, it is damaged, or of another version.
   """
   path = workdir / EXITS
   saved = _read_object(workdir)
   version = saved.get('schema_version')
   if version != SCHEMA_VERSION:
     raise UserError(
-      f'{path} must have schema_version {SCHEMA_VERSION}, found {version}; {_calibrate(workdir)} writes it anew'
+      f'{path} must have schema_version {SCHEMA_VERSION}, found {version}; {calibrate_command(workdir)} writes it anew'
     )
   fields = {}
   for field in dataclasses.fields(ExitPlan):
     if field.name not in saved:
-      raise UserError(f'{path} lacks the field {field.name}; {_calibrate(workdir)} writes it anew')
+      raise UserError(f'{path} lacks the field {field.name}; {calibrate_command(workdir)} writes it anew')
     value = saved[field.name]
     fields[field.name] = tuple(value) if isinstance(value, list) else value
   plan = ExitPlan(**fields)
@@ -146,21 +155,19 @@ def _read_object(workdir: Path) -> dict:
     if not isinstance(saved, dict):
       raise ValueError(f'it holds {saved!r:.40}')
   except FileNotFoundError as error:
-    raise UserError(f'expected {path}, found none; {_calibrate(workdir)} writes it') from error
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} is not a JSON object ({error}); {_calibrate(workdir)} writes it anew') from error
+    raise UserError(f'expected {path}, found none; {calibrate_command(workdir)} writes it') from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not a JSON object ({error}); {calibrate_command(workdir)} writes it anew') from error
   return saved
-
-
-def _calibrate(workdir: Path) -> str:
-  return f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9'
 
 
 Rule = tuple[Callable[[Any, int], bool], str]
 
+_TOO_LARGE = 2**63  # for the integers of NumPy
+
 
 def _number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
 
 
 def _integer(value: Any) -> bool:
@@ -226,15 +233,24 @@ def _check(plan: ExitPlan, workdir: Path) -> None:
     value = getattr(plan, field)
     if not holds(value, k):
       raise _wrong(workdir, field, expected, value)
+  pairs = zip(plan.thresholds, plan.confidence_thresholds, strict=True)
+  if not all(_agree(*pair, plan.score) for pair in pairs):
+    raise _wrong(workdir, 'thresholds', 'confidence_thresholds on the scale of the score', plan.thresholds)
   leaves = {number for number, at in zip(plan.exits, plan.confidence_thresholds, strict=True) if at is not None}
   runs = {number for number, cost in zip(plan.exits, plan.macs, strict=True) if cost is not None}
   if not leaves <= set(plan.visited) or runs != set(plan.visited):
     raise _wrong(workdir, 'visited', 'the exits that have macs, those with a threshold among them', plan.visited)
 
 
+def _agree(threshold: float | None, confidence: float | None, score: str) -> bool:
+  if threshold is None or confidence is None:
+    return threshold is confidence
+  return abs(to_score(confidence, score) - threshold) < 1e-9
+
+
 def _wrong(workdir: Path, field: str, expected: str, found: Any) -> UserError:
   shown = json.dumps(found)
   shown = shown if len(shown) <= 60 else shown[:57] + '...'
   return UserError(
-    f'{workdir / EXITS}: {field} must be {expected}, found {shown}; {_calibrate(workdir)} writes it anew'
+    f'{workdir / EXITS}: {field} must be {expected}, found {shown}; {calibrate_command(workdir)} writes it anew'
   )

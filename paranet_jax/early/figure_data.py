@@ -8,6 +8,7 @@ import numpy as np
 from paranet_jax.early.choice import Ranked, rank
 from paranet_jax.early.exits_file import ExitPlan
 from paranet_jax.early.figure_types import SPLITS, Bins, Curve, FigureData, Reliability, Risk, RiskCurve, Sheet
+from paranet_jax.early.logits import Outputs
 from paranet_jax.early.measures import ece, reliability
 from paranet_jax.early.optimal import optimal_curve, oracle_curve
 from paranet_jax.early.quota import QS, envelope, quota_thresholds
@@ -20,8 +21,6 @@ from paranet_jax.early.thresholds import Costs, OperatingPoint, exits_taken, ope
 BUDGETS = 25  # of the optimal curve
 SHARED = 100  # thresholds of the risk curve
 EACH = 5  # easiest images of an exit, and as many of the hardest
-
-Outputs = tuple[np.ndarray, np.ndarray]
 
 
 def figure_data(
@@ -38,8 +37,8 @@ def figure_data(
 
   Args:
     plan: temperatures, thresholds and score, for K exits.
-    held_out: logits [K, N, C] and labels int [N] of the images that the thresholds were chosen on.
-    test: the same of the test split.
+    held_out: of the images that the thresholds were chosen on.
+    test: of the test split.
     costs: in the plan's unit: ms where a time was budgeted, else multiply-adds.
     images: uint8 [N, H, W, C] of the test split.
     class_names: one a class.
@@ -66,7 +65,7 @@ def figure_data(
     families=_families(splits, costs),
     chosen={name: _curve([point]) for name, point in chosen.items()},
     risk=_risk(plan, splits, thresholds),
-    reliability=tuple(_reliability(*exit_, test[1]) for exit_ in zip(test[0], temperatures, strict=True)),
+    reliability=tuple(_reliability(*exit_, test.labels) for exit_ in zip(test.logits, temperatures, strict=True)),
     shares={name: point.shares for name, point in chosen.items()},
     accuracy_there={name: split.accuracy_there(thresholds) for name, split in splits.items()},
     sheet=_sheet(test, temperatures, splits['test'].taken(thresholds), images),
@@ -128,7 +127,7 @@ def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarra
   quota = [held_out.point(quota_thresholds(confidences, q)) for q in QS]
   alone = _alone(costs)
   # Denser where it is cheap, as there accuracy rises fastest.
-  budgets = np.unique(np.geomspace(alone[0], alone.max(), BUDGETS))
+  budgets = np.unique(np.maximum(np.geomspace(alone[0], alone.max(), BUDGETS), alone[0]))
   points = {
     'quota': quota,
     'envelope': envelope(quota),

@@ -1,6 +1,7 @@
 """A finished run in one line: its model, its variables, its exits."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.costs import abstract_variables
-from paranet_jax.dataset_facts import DatasetFacts, restore_dataset_facts
+from paranet_jax.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
 from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
-from paranet_jax.early.exits_file import EXITS, ExitPlan, load_plan, read_plan
+from paranet_jax.early.exits_file import EXITS, ExitPlan, calibrate_command, load_plan, read_plan
 from paranet_jax.early.runtime import EarlyExit
+from paranet_jax.errors import UserError
+from paranet_jax.targets import trained_exits
 from paranet_jax.workdir import restore_config
 
 
@@ -27,7 +30,7 @@ class LoadedRun:
     exits: what `calibrate` chose; None: the run is not calibrated.
     config: the run's configuration.
     step: of the checkpoint.
-    dataset: class names, and the mean and std that uint8 images are normalized with.
+    dataset: class names, one an output of the model, and the mean and std that uint8 images are normalized with.
   """
 
   model: Any
@@ -53,16 +56,18 @@ def load(workdir: str | Path, step: int | None = None) -> LoadedRun:
   Raises:
     UserError: there is no run, no such checkpoint, or exits.json is damaged or belongs to another checkpoint.
   """
-  workdir = Path(workdir).expanduser().absolute()
+  workdir = _absolute(workdir)
   config = restore_config(workdir)
-  calibrated = (workdir / EXITS).exists()
-  if step is None and calibrated:
-    step = read_plan(workdir).step
-  dataset = restore_dataset_facts(workdir)
+  image_shape, calibrated = config_lib.image_shape(config), (workdir / EXITS).exists()
+  dataset = restore_dataset_facts(workdir, channels=image_shape[-1])
   model = config_lib.build_model(config, len(dataset.class_names))
-  step, variables = _variables(workdir, model, config_lib.image_shape(config), step)
+  names = output_names(dataset.class_names, config.model.num_classes or len(dataset.class_names))
+  with Checkpoints(workdir) as checkpoints:
+    step = _calibrated_step(workdir, checkpoints) if step is None and calibrated else checkpoints.choose(step)
+    variables = checkpoints.restore_variables(step, abstract_variables(model, image_shape))
   checkpoint = CheckpointId(config.name, config.data.name, step, fingerprint(variables))
-  plan = load_plan(workdir, checkpoint) if calibrated else None
+  plan = load_plan(workdir, checkpoint, trained_exits(config_lib.targets(config))) if calibrated else None
+  dataset = dataclasses.replace(dataset, class_names=names)
   return LoadedRun(model, jax.device_put(variables), plan, config, step, dataset)
 
 
@@ -73,13 +78,23 @@ def load_early_exit(workdir: str | Path, step: int | None = None) -> EarlyExit:
     UserError: as `load`; or the run is not calibrated.
   """
   run = load(workdir, step)
-  plan = run.exits or read_plan(Path(workdir).expanduser().absolute())
+  plan = run.exits or read_plan(_absolute(workdir))
   return EarlyExit(
     run.model, run.variables, plan, run.image_shape, run.dataset.mean, run.dataset.std, run.dataset.class_names
   )
 
 
-def _variables(workdir: Path, model: Any, image_shape: tuple[int, ...], step: int | None) -> tuple[int, Any]:
-  with Checkpoints(workdir) as checkpoints:
-    step = checkpoints.choose(step)
-    return step, checkpoints.restore_variables(step, abstract_variables(model, image_shape))
+def _absolute(workdir: str | Path) -> Path:
+  return Path(os.path.expanduser(workdir)).absolute()
+
+
+def _calibrated_step(workdir: Path, checkpoints: Checkpoints) -> int:
+  step = read_plan(workdir).step
+  try:
+    return checkpoints.choose(step)
+  except UserError as error:
+    checkpoints.choose()  # Where there is none at all, that is what is amiss.
+    raise UserError(
+      f'{workdir / EXITS} is of the checkpoint of step {step}, which is gone; '
+      f'{calibrate_command(workdir)} writes it anew'
+    ) from error

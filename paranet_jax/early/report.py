@@ -1,5 +1,6 @@
 """What `calibrate` prints of a plan: plain tables, at most 100 columns wide."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,7 +72,11 @@ def _threshold(plan: ExitPlan, index: int) -> str:
     return 'nobody'
   if threshold == 0:
     return 'everybody'
-  return f'{threshold:g} equal' if plan.score == 'patience' else f'{plan.score} {threshold:.4f}'
+  if plan.score == 'patience':
+    return f'{threshold:g} equal'
+  # Near 1 the distance from it tells more.
+  near = threshold > 0.9999
+  return f'{plan.score} {f"1 - {math.exp(-plan.confidence_thresholds[index]):.1e}" if near else f"{threshold:.4f}"}'
 
 
 def _gains(plan: ExitPlan) -> str:

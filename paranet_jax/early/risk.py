@@ -22,35 +22,15 @@ def disagreement(predictions: np.ndarray) -> np.ndarray:
   return (predictions != predictions[-1]).astype(np.float64)
 
 
-def hoeffding_bentkus(risk: float, n: int, epsilon: float) -> float:
-  """A p-value of 'the true risk is above epsilon' for losses in [0, 1] (Angelopoulos et al. 2021, proposition 6).
-
-  Args:
-    risk: mean loss of n samples.
-    n: how many.
-    epsilon: in (0, 1).
-  """
-  a = min(risk, epsilon)
-  divergence = a * math.log(a / epsilon) if a else 0.0
-  divergence += (1 - a) * math.log((1 - a) / (1 - epsilon))
-  # A whole number of losses, but for rounding, is not one more.
-  bentkus = math.e * binom.cdf(math.ceil(n * risk - 1e-9), n, epsilon)
-  return float(min(math.exp(-n * divergence), bentkus, 1.0))
-
-
-def binomial_tail(losses: int, n: int, epsilon: float) -> float:
-  """The exact p-value for 0/1 losses: the probability of so few among n when each has probability epsilon."""
-  return float(binom.cdf(losses, n, epsilon))
-
-
 def ltt(confidences: np.ndarray, losses: np.ndarray, epsilon: float, delta: float) -> float:
   """Learn then test: with probability 1 - delta over the samples, the true risk at lambda is at most epsilon.
 
-  Every lambda from +inf down is tested in turn with the exact binomial tail, as both losses are 0 or 1. The first whose
-  p-value is above delta ends it, and the one before is returned. The p-value only depends on how many losses there
-  are, so testing between neighbouring confidences tests every real lambda. The sequence tested is thus the whole line,
-  which does not depend on the samples, although the points at which it is evaluated do: a lambda of too high a risk is
-  returned only if the largest such lambda was rejected, which has probability delta.
+  Every lambda from +inf down is tested in turn with the exact binomial tail (the probability of so few losses among N
+  if each had probability epsilon), as both losses are 0 or 1. The first whose p-value is above delta ends it, and the
+  one before is returned. The p-value only depends on how many losses there are, so testing between neighbouring
+  confidences tests every real lambda. The sequence tested is thus the whole line, which does not depend on the samples,
+  although the points at which it is evaluated do: a lambda of too high a risk is returned only if the largest such
+  lambda was rejected, which has probability delta.
 
   Args:
     confidences: [K, N], of samples that fitted neither the network nor the temperatures.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax.data.augment import normalize
@@ -294,7 +295,7 @@ class EarlyExit:
       raise ValueError(f'expected images [{"N, " if rank == 4 else ""}{wanted}], found {list(images.shape)}')
     if images.dtype == np.uint8:
       return images
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):
       raise ValueError(f'expected uint8 images, or normalized ones of floating point, found {images.dtype}')
     return images.astype(np.float32, copy=False)
 
