@@ -5,6 +5,7 @@ every channel's batch statistics are computed once, where it is made (see `dense
 and shapes of a plain DenseNet of `nn.BatchNorm` and `nn.Conv`, whatever computes with them.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,10 +19,12 @@ from paranet_jax.models.dense_block import (
   Layer,
   Moments,
   affine_relu,
+  conv3x3,
   dense_block_inference,
   dense_block_training,
   normalize,
 )
+from paranet_jax.models.dropout import dropout
 
 # He et al. (2015) by fan-out and a uniform classifier: what the DenseNet authors' code does.
 conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -141,6 +144,7 @@ class DenseBlock(nn.Module):
     bn_size: bottleneck width, in multiples of k.
     scan_layers: layers of a segment (see `dense_block.py`): speed, memory and compile time, not the function;
       None: the backend's default.
+    dropout: rate after each convolution in training (Huang et al. 2017, section 4.2), with a key `dropout`.
   """
 
   num_layers: int
@@ -148,6 +152,7 @@ class DenseBlock(nn.Module):
   bn_size: int = 4
   scan_layers: int | None = None
   axis_name: str | None = None
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(self, x: Features, train: bool) -> Features:
@@ -155,6 +160,8 @@ class DenseBlock(nn.Module):
     modules = [
       DenseLayer(width, self.growth_rate, self.bn_size, name=f'layer_{i}') for i, width in enumerate(channels, 1)
     ]
+    if train and self.dropout:
+      return self._train_with_dropout(x, modules)
     layers = [module(train) for module in modules]
     if not train:
       return Features(dense_block_inference(x.values, layers))
@@ -167,19 +174,44 @@ class DenseBlock(nn.Module):
       )
     return Features(values, moments)
 
+  def _train_with_dropout(self, x: Features, modules: list[DenseLayer]) -> Features:
+    """The same block one layer after the other, differentiated by jax."""
+    for module in modules:
+      layer = module(True)
+      values = affine_relu(x.values, layer.scale1, layer.shift1)
+      values = values @ layer.kernel1.astype(values.dtype)
+      values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
+      bottleneck = as_features(values, True, self.axis_name)
+      values = conv3x3(affine_relu(bottleneck.values, layer.scale2, layer.shift2), layer.kernel2)
+      values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
+      module.update(x.moments, bottleneck.moments)
+      x = concatenate(x, as_features(values, True, self.axis_name))
+    return x
+
 
 class Transition(nn.Module):
-  """BN-ReLU-Conv1x1(C -> C)-AvgPool2x2 at half the side; no compression (paper, section 4)."""
+  """BN-ReLU-Conv1x1-AvgPool2x2 at half the side: C -> floor(compression C) channels.
+
+  Attributes:
+    compression: theta of DenseNet-BC; a ParaNet has none (paper, section 4).
+    dropout: rate after the convolution in training, with a key `dropout`.
+  """
 
   axis_name: str | None = None
+  compression: float = 1.0
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(self, x: Features, train: bool) -> Features:
     channels = x.values.shape[-1]
     values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
-    # A 1x1 convolution and an average pool commute: pooling first is the same function at a quarter of the work.
-    values = average_pool(values)
-    values = values @ Kernel((1, 1, channels, channels), name='conv')()[0, 0].astype(values.dtype)
+    kept = math.floor(self.compression * channels)
+    kernel = Kernel((1, 1, channels, kept), name='conv')()[0, 0].astype(values.dtype)
+    if train and self.dropout:
+      values = average_pool(dropout(values @ kernel, self.dropout, self.make_rng('dropout'), self.axis_name))
+    else:
+      # A 1x1 convolution and an average pool commute: pooling first is the same function at a quarter of the work.
+      values = average_pool(values) @ kernel
     return as_features(values, train, self.axis_name)
 
 

@@ -4,7 +4,8 @@ The interface of every multi-exit model here:
   `num_exits`;
   `model.apply(variables, images, exits=...)`: logits of the exits asked for, computing only what they need;
   `model.apply(variables, images, carry, number, method='stage')`: exit `number` and what later stages need, so that
-  stopping early skips the rest. Both give the same logits.
+  stopping early skips the rest. Both give the same logits;
+  `rng_names`, where training draws random numbers: the keys it needs in `rngs`, the same ones on every device.
 """
 
 from collections.abc import Iterable
@@ -48,6 +49,7 @@ class ParaNet(nn.Module):
     stem_norm: BN-ReLU after the stem's convolution.
     entry_pool: 'max' or 'avg', how the entry halves.
     entry_order: 'stem_first' (convolve the whole image, then pool) or 'pool_first'.
+    dropout: rate after each convolution but a stem's in training, with a key `dropout`.
     image_side: S, pixels.
     dtype: of the computation; parameters, statistics and logits are float32.
     scan_layers: dense layers compiled as one loop in training (see `dense_block.py`); None: the backend's default.
@@ -68,6 +70,7 @@ class ParaNet(nn.Module):
   stem_norm: bool = False
   entry_pool: str = 'max'
   entry_order: str = 'stem_first'
+  dropout: float = 0.0
   image_side: int = 32
   channels: int = 3
   dtype: Any = jnp.float32
@@ -83,6 +86,11 @@ class ParaNet(nn.Module):
     halvings = geo.default_halvings(self.num_pipelines) if self.halvings is None else self.halvings
     cascade = self.cascade if isinstance(self.cascade, tuple) else geo.full_cascade(blocks) if self.cascade else ()
     return geo.Geometry(self.image_side, blocks, halvings, cascade)
+
+  @property
+  def rng_names(self) -> tuple[str, ...]:
+    """Keys that training needs."""
+    return ('dropout',) if self.dropout else ()
 
   @property
   def num_exits(self) -> int:
@@ -128,7 +136,8 @@ class ParaNet(nn.Module):
       if index == 1:
         x = self._entry(images, pipeline, train)
       else:
-        transition = Transition(self.axis_name, name=f'pipeline_{pipeline}_transition_{index - 1}')
+        name = f'pipeline_{pipeline}_transition_{index - 1}'
+        transition = Transition(self.axis_name, dropout=self.dropout, name=name)
         x = transition(features[pipeline, index - 1], train)
       if (pipeline, index) in geometry.cascade:
         x = concatenate(x, features[pipeline - 1, index - 1])
@@ -138,6 +147,7 @@ class ParaNet(nn.Module):
         self.bn_size,
         self.scan_layers,
         self.axis_name,
+        self.dropout,
         name=f'pipeline_{pipeline}_block_{index}',
       )
       features[pipeline, index] = block(x, train)

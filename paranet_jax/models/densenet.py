@@ -1,0 +1,123 @@
+"""DenseNet and DenseNet-BC for small images (Huang et al. 2017), with one exit or several.
+
+With exits along its blocks it is DenseNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+from jax import Array
+
+from paranet_jax.models.chain import Chain, check_halvings, positions_of
+from paranet_jax.models.dense import (
+  DenseBlock,
+  Exit,
+  Features,
+  Transition,
+  as_features,
+  concatenate,
+  norm_affine,
+)
+from paranet_jax.models.dense_block import affine_relu
+from paranet_jax.models.dropout import dropout
+from paranet_jax.models.layers import Conv
+
+NUM_BLOCKS = 3
+
+
+class DenseNet(Chain):
+  """Convolution, three dense blocks at sides S, S / 2 and S / 4 with transitions between, BN-ReLU-pool-linear exits.
+
+  Attributes:
+    depth: L, layers with weights: 6 n + 4 with bottlenecks, 3 n + 4 without, for n dense layers in each block.
+    growth_rate: k.
+    compression: theta, the share of the channels that a transition keeps, rounded down; 0.5 in DenseNet-BC.
+    bn_size: bottleneck width in multiples of k; None: no bottleneck, layers are BN-ReLU-Conv3x3(k).
+    exits: 'last', 'blocks' (after each block), or the layers of every block after which an exit hangs besides the one
+      at the end: (6, 12) for the DenseNet-MC of Huang et al. (2018).
+    dropout: rate after each convolution but the first in training (paper, section 4.2), with a key `dropout`.
+    scan_layers: dense layers compiled as one loop in training (see `dense_block.py`); None: the backend's default.
+
+  Raises:
+    ValueError: the shapes do not fit, in one line.
+  """
+
+  depth: int = 100
+  growth_rate: int = 12
+  compression: float = 0.5
+  bn_size: int | None = 4
+  exits: str | tuple[int, ...] = 'last'
+  dropout: float = 0.0
+  scan_layers: int | None = None
+
+  def __post_init__(self):
+    convolutions = NUM_BLOCKS * (1 if self.bn_size is None else 2)
+    if self.depth <= 4 or (self.depth - 4) % convolutions:
+      raise ValueError(f'depth must be {convolutions} n + 4 for n layers a block, found {self.depth}')
+    if not 0 < self.compression <= 1:
+      raise ValueError(f'compression must be above 0 and at most 1, found {self.compression}')
+    check_halvings(self.image_side, NUM_BLOCKS - 1)
+    positions_of(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
+    super().__post_init__()
+
+  @property
+  def rng_names(self) -> tuple[str, ...]:
+    """Keys that training needs."""
+    return ('dropout',) if self.dropout else ()
+
+  @property
+  def layers_per_block(self) -> int:
+    """n."""
+    return (self.depth - 4) // (NUM_BLOCKS * (1 if self.bn_size is None else 2))
+
+  @property
+  def exit_positions(self) -> tuple[int, ...]:
+    """The dense layers, counted over all blocks, after which the exits hang."""
+    return positions_of(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
+
+  def segment(self, x: Any, start: int, end: int, train: bool) -> Features:
+    """Dense layers start + 1 to end, with the stem and the transitions before them."""
+    size = self.layers_per_block
+    while start < end:
+      block, first = divmod(start, size)
+      if start == 0:
+        x = as_features(Conv(self._stem_channels, name='stem')(x), train, self.axis_name)
+      elif first == 0:
+        x = Transition(self.axis_name, self.compression, self.dropout, name=f'transition_{block}')(x, train)
+      last = min(size, first + end - start)
+      name = f'block_{block + 1}' if last - first == size else f'block_{block + 1}_layers_{first + 1}_to_{last}'
+      x = self._layers(last - first, name)(x, train)
+      start += last - first
+    return x
+
+  def exit_logits(self, x: Features, number: int, train: bool) -> Array:
+    """BN-ReLU-pool-linear."""
+    return Exit(self.num_classes, name=f'exit_{number}')(x, train)
+
+  @property
+  def _stem_channels(self):
+    return 16 if self.bn_size is None else 2 * self.growth_rate
+
+  def _layers(self, number, name):
+    if self.bn_size is None:
+      return PlainDenseBlock(number, self.growth_rate, self.axis_name, self.dropout, name=name)
+    return DenseBlock(number, self.growth_rate, self.bn_size, self.scan_layers, self.axis_name, self.dropout, name=name)
+
+
+class PlainDenseBlock(nn.Module):
+  """`num_layers` layers BN-ReLU-Conv3x3(k), each reading all features before it: C -> C + num_layers k channels."""
+
+  num_layers: int
+  growth_rate: int
+  axis_name: str | None = None
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: Features, train: bool) -> Features:
+    for i in range(1, self.num_layers + 1):
+      values = affine_relu(x.values, *norm_affine(x, train, f'layer_{i}_norm'))
+      values = Conv(self.growth_rate, name=f'layer_{i}_conv')(values)
+      if train and self.dropout:
+        values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
+      x = concatenate(x, as_features(values, train, self.axis_name))
+    return x

@@ -1,0 +1,144 @@
+"""Residual networks for small images (He et al. 2016a, section 4.2; pre-activation: He et al. 2016b).
+
+With exits along its stages it is ResNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from paranet_jax.models.chain import Chain, check_halvings, positions_of
+from paranet_jax.models.dense import Exit, as_features
+from paranet_jax.models.layers import Classifier, Conv, ConvNormRelu, batch_norm, batch_norm_relu
+
+WIDTHS = (16, 32, 64)
+"""Channels of the 3x3 convolutions of each stage, at sides S, S / 2 and S / 4."""
+
+
+class BasicBlock(nn.Module):
+  """relu(x + Conv3x3-BN-ReLU-Conv3x3-BN), with a shortcut without parameters where the shape changes (option A)."""
+
+  width: int
+  stride: int
+  first: bool  # Of its stage.
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    y = ConvNormRelu(self.width, 3, self.stride, self.axis_name, name='conv1')(x, train)
+    y = Conv(self.width, name='conv2')(y)
+    y = batch_norm(y, train, self.axis_name, 'norm2')
+    return jax.nn.relu(_subsample(x, self.stride, self.width) + y)
+
+
+class PreActivationBlock(nn.Module):
+  """x + BN-ReLU-Conv3x3-BN-ReLU-Conv3x3; in the first of a stage the shortcut too begins after BN-ReLU."""
+
+  width: int
+  stride: int
+  first: bool
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    y = batch_norm_relu(x, train, self.axis_name, 'norm1')
+    shortcut = _subsample(y if self.first else x, self.stride, self.width)
+    y = Conv(self.width, stride=self.stride, name='conv1')(y)
+    y = batch_norm_relu(y, train, self.axis_name, 'norm2')
+    return shortcut + Conv(self.width, name='conv2')(y)
+
+
+class BottleneckBlock(nn.Module):
+  """x + BN-ReLU-Conv1x1(width)-BN-ReLU-Conv3x3(width)-BN-ReLU-Conv1x1(4 width).
+
+  In the first of a stage a 1x1 projection after BN-ReLU takes the place of x.
+  """
+
+  width: int
+  stride: int
+  first: bool
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool) -> Array:
+    y = batch_norm_relu(x, train, self.axis_name, 'norm1')
+    shortcut = Conv(4 * self.width, 1, self.stride, name='shortcut')(y) if self.first else x
+    y = Conv(self.width, 1, self.stride, name='conv1')(y)
+    y = batch_norm_relu(y, train, self.axis_name, 'norm2')
+    y = Conv(self.width, name='conv2')(y)
+    y = batch_norm_relu(y, train, self.axis_name, 'norm3')
+    return shortcut + Conv(4 * self.width, 1, name='conv3')(y)
+
+
+BLOCKS = {'basic': (BasicBlock, 2), 'preactivation': (PreActivationBlock, 2), 'bottleneck': (BottleneckBlock, 3)}
+"""The kinds of block, with the layers of each."""
+
+
+class ResNet(Chain):
+  """Convolution, three stages of n residual blocks with 16, 32 and 64 channels, and exits.
+
+  Attributes:
+    depth: layers with weights: 6 n + 2, or 9 n + 2 of bottlenecks.
+    block: 'basic' (He et al. 2016a), 'preactivation' or 'bottleneck' (He et al. 2016b; 164 and 1001 layers, of
+      pre-activation too).
+    exits: 'last', 'stages' (after each stage), or the blocks of every stage after which an exit hangs besides the one
+      at the end: (4, 8) at depth 62 for the ResNet-MC of Huang et al. (2018). An exit is pool-linear, after BN-ReLU
+      where the blocks are of pre-activation.
+
+  Raises:
+    ValueError: the shapes do not fit, in one line.
+  """
+
+  depth: int = 110
+  block: str = 'basic'
+  exits: str | tuple[int, ...] = 'last'
+
+  def __post_init__(self):
+    if self.block not in BLOCKS:
+      raise ValueError(f'block must be one of {", ".join(BLOCKS)}, found {self.block!r}')
+    convolutions = len(WIDTHS) * BLOCKS[self.block][1]
+    if self.depth <= 2 or (self.depth - 2) % convolutions:
+      raise ValueError(f'depth must be {convolutions} n + 2 for n {self.block} blocks a stage, found {self.depth}')
+    check_halvings(self.image_side, len(WIDTHS) - 1)
+    positions_of(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
+    super().__post_init__()
+
+  @property
+  def blocks_per_stage(self) -> int:
+    """n."""
+    return (self.depth - 2) // (len(WIDTHS) * BLOCKS[self.block][1])
+
+  @property
+  def exit_positions(self) -> tuple[int, ...]:
+    """The residual blocks, counted over all stages, after which the exits hang."""
+    return positions_of(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
+
+  def segment(self, x: Array, start: int, end: int, train: bool) -> Array:
+    """Residual blocks start + 1 to end, [B, H, W, C], with the stem before the first."""
+    if start == 0:
+      x = self._stem(x, train)
+    block_class, _ = BLOCKS[self.block]
+    for index in range(start, end):
+      stage, place = divmod(index, self.blocks_per_stage)
+      first, name = place == 0, f'stage_{stage + 1}_block_{place + 1}'
+      stride = 2 if first and stage else 1
+      x = block_class(WIDTHS[stage], stride, first, self.axis_name, name=name)(x, train)
+    return x
+
+  def exit_logits(self, x: Array, number: int, train: bool) -> Array:
+    """Pool-linear, after BN-ReLU where the blocks are of pre-activation."""
+    name = f'exit_{number}'
+    if self.block == 'basic':
+      return Classifier(self.num_classes, name=name)(x)
+    return Exit(self.num_classes, name=name)(as_features(x, train, self.axis_name), train)
+
+  def _stem(self, x: Array, train: bool) -> Array:
+    if self.block == 'basic':
+      return ConvNormRelu(WIDTHS[0], axis_name=self.axis_name, name='stem')(x, train)
+    return Conv(WIDTHS[0], name='stem')(x)
+
+
+def _subsample(x, stride, channels):
+  """Every `stride`-th pixel, and zeros for the new channels."""
+  return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))

@@ -1,0 +1,130 @@
+"""A user's own Flax backbone as a multi-exit model, by listing its stages.
+
+For example, a small convolutional network with exits after its first and its last stage:
+
+    import flax.linen as nn
+    from paranet_jax.models.staged import StagedModel
+
+    class Stage(nn.Module):
+      features: int
+
+      @nn.compact
+      def __call__(self, x, train, axis_name=None):
+        x = nn.Conv(self.features, (3, 3), strides=2, use_bias=False)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name)(x)
+        return nn.relu(x)
+
+    model = StagedModel(
+      stages=[Stage(16), Stage(32), Stage(64)],
+      exits=(1, 3),
+      num_classes=10,
+    )
+    variables = model.init(jax.random.key(0), images)  # images [B, H, W, C]
+    early, late = model.apply(variables, images)  # logits [B, 10] each
+    early, carry = model.apply(variables, images, {}, 1, method='stage')
+    late, _ = model.apply(variables, images, carry, 2, method='stage')
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from paranet_jax.models.layers import Classifier
+
+Carry = dict[int, Any]
+"""The output of the last stage run, by its number; empty at first and after the last exit."""
+
+
+class StagedModel(nn.Module):
+  """Stages one after another, each from features to features, with exits after some of them.
+
+  A stage or a head is called with `train` if its `__call__` takes an argument of that name, and with `axis_name`, the
+  device axis over which batch statistics are to be shared, likewise. Features may be any tree of arrays; only a default
+  head needs [B, H, W, C]. Variables are drawn by the modules' own initializers.
+
+  Attributes:
+    stages: the backbone's modules, in order; the first reads the images.
+    exits: for each exit the number of the stage it follows, 1-based and rising, the last one being the last stage.
+    num_classes: width of every exit.
+    heads: one module an exit, features -> logits [B, num_classes]; None: global average pool and a linear layer each.
+    dtype: to which the images are cast; the modules have their own. Logits are float32.
+    axis_name: device axis over which batch statistics are shared in training.
+
+  Raises:
+    ValueError: exits or heads do not fit the stages, or batch statistics could not be shared, in one line.
+  """
+
+  stages: Sequence[nn.Module]
+  exits: Sequence[int]
+  num_classes: int
+  heads: Sequence[nn.Module] | None = None
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+
+  def setup(self):
+    rising = all(before < after for before, after in zip((0, *self.exits), self.exits, strict=False))
+    if not self.exits or not rising or self.exits[-1] != len(self.stages):
+      raise ValueError(
+        f'exits {tuple(self.exits)} must be stage numbers, rising from 1 or more to the last stage, {len(self.stages)}'
+      )
+    if self.heads is not None and len(self.heads) != len(self.exits):
+      raise ValueError(f'{len(self.heads)} heads do not fit {len(self.exits)} exits: give one for each, or None')
+    if self.heads is None:
+      self.default_heads = [Classifier(self.num_classes) for _ in self.exits]
+
+  @property
+  def num_exits(self) -> int:
+    """One for each entry of `exits`."""
+    return len(self.exits)
+
+  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
+    """Logits of the exits asked for.
+
+    Args:
+      images: [B, H, W, channels], normalized.
+      train: passed on to the stages and heads.
+      exits: 1-based; None: all.
+
+    Returns:
+      One float32 [B, num_classes] an exit; None for those not asked for.
+    """
+    asked = set(range(1, self.num_exits + 1) if exits is None else exits)
+    logits, carry = [], {}
+    for number in range(1, self.num_exits + 1):
+      found, carry = self.stage(images, carry, number, train) if number in asked else (None, carry)
+      logits.append(found)
+    return logits
+
+  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
+    """Runs the stages that exit `number` still needs, and its head.
+
+    Args:
+      images: [B, H, W, channels], normalized; the same at every stage.
+      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
+      number: 1-based exit.
+      train: as in `__call__`.
+
+    Returns:
+      float32 logits [B, num_classes] and {stage: features} for later exits.
+    """
+    ((done, x),) = carry.items() or {0: images.astype(self.dtype)}.items()
+    last = self.exits[number - 1]
+    for stage in self.stages[done:last]:
+      x = self._call(stage, x, train)
+    heads = self.default_heads if self.heads is None else self.heads
+    logits = self._call(heads[number - 1], x, train).astype(jnp.float32)
+    return logits, {last: x} if number < self.num_exits else {}
+
+  def _call(self, module: nn.Module, x: Any, train: bool) -> Any:
+    options = {'train': train, 'axis_name': self.axis_name}
+    taken = inspect.signature(type(module).__call__).parameters
+    if train and self.axis_name and 'axis_name' not in taken and 'batch_stats' in module.variables:
+      raise ValueError(
+        f'{type(module).__name__} has batch statistics: to train on several devices its __call__ must take axis_name '
+        'and give it to its nn.BatchNorm'
+      )
+    return module(x, **{name: value for name, value in options.items() if name in taken})

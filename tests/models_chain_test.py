@@ -1,0 +1,128 @@
+"""Tests of what DenseNet and ResNet share: stages, lazy exits, where exits hang, and that every exit learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain
+import pytest
+import tiny
+
+from paranet_jax.costs import exit_costs, multiply_adds
+from paranet_jax.models.chain import positions_of
+from paranet_jax.models.densenet import DenseNet
+from paranet_jax.models.resnet import ResNet
+
+SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE}
+CASES = {
+  'densenet': DenseNet(depth=16, growth_rate=2, exits=(1,), **SMALL),
+  'plain densenet': DenseNet(depth=10, growth_rate=2, bn_size=None, exits='blocks', **SMALL),
+  'resnet': ResNet(depth=8, exits='stages', **SMALL),
+  'preactivation': ResNet(depth=8, block='preactivation', exits='stages', **SMALL),
+}
+
+
+def noise(model, number=4):
+  shape = (number, model.image_side, model.image_side, model.channels)
+  return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_stages_also_skipped_give_the_logits_of_the_full_pass(case):
+  model = CASES[case]
+  variables, images = plain.variables_of(model), noise(model)
+  last = model.num_exits
+
+  @jax.jit
+  def all_ways(variables):
+    ways = []
+    for numbers in (range(1, last + 1), (2, last), (last,)):
+      carry, logits = {}, {}
+      for number in numbers:
+        logits[number], carry = model.apply(variables, images, carry, number, method='stage')
+        assert set(carry) == ({number} if number < last else set())
+      ways.append(logits)
+    return model.apply(variables, images), model.apply(variables, images, exits=(last, 2)), ways
+
+  full, asked, ways = all_ways(variables)
+  assert [number for number, logits in enumerate(asked, 1) if logits is not None] == [2, last]
+  for way in (*ways, {2: asked[1], last: asked[last - 1]}):
+    for number, logits in way.items():
+      np.testing.assert_allclose(logits, full[number - 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_nothing_is_computed_twice_or_for_nobody(case):
+  """An exit by itself costs what the stages up to it do, less the linear layers of the exits before."""
+  model = CASES[case]
+  costs = exit_costs(model, (tiny.SIDE, tiny.SIDE, 3))
+  classifiers = [channels * tiny.NUM_CLASSES for channels in features_of_the_exits(model)]
+  for number, cost in enumerate(costs):
+    assert cost['macs_alone'] == cost['macs'] - sum(classifiers[:number])
+  assert all(cost['own_macs'] > classifier for cost, classifier in zip(costs, classifiers, strict=True))
+  variables, images = plain.variables_of(model), noise(model, 1)
+  assert multiply_adds(lambda: model.apply(variables, images, exits=()))[0] == 0
+  assert multiply_adds(lambda: model.apply(variables, images))[0] == costs[-1]['macs']
+
+
+def features_of_the_exits(model):
+  """Channels at the exits of CASES, worked out by hand."""
+  if isinstance(model, ResNet):
+    return [16, 32, 64]
+  if model.bn_size is None:
+    return [20, 14, 11]  # 16 + 2 * 2, then 10 + 2 * 2, then 7 + 2 * 2.
+  return [6, 6, 6, 8]  # 4 + 2; (4 + 2 * 2) / 2 + 2, twice; and 4 + 2 * 2 at the end.
+
+
+@pytest.mark.parametrize(
+  'exits, positions',
+  [
+    ('last', (12,)),
+    ('blocks', (4, 8, 12)),
+    ((), (12,)),
+    ((4,), (4, 8, 12)),
+    ((1, 3), (1, 3, 5, 7, 9, 11, 12)),
+    ((2, 4), (2, 4, 6, 8, 10, 12)),
+  ],
+)
+def test_where_exits_hang(exits, positions):
+  assert positions_of(exits, 'blocks', 3, 4) == positions
+
+
+@pytest.mark.parametrize('exits', ['stages', (0,), (5,), (2, 1), (1, 1)])
+def test_exits_that_cannot_hang_are_refused(exits):
+  with pytest.raises(ValueError) as error:
+    positions_of(exits, 'blocks', 3, 4)
+  assert str(error.value) == f"exits must be 'last', 'blocks' or ascending numbers from 1 to 4, found {exits!r}"
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_few_steps_lower_the_loss_of_every_exit(case):
+  model = CASES[case]
+  variables, images, labels = plain.variables_of(model), noise(model, 12), tiny.labels(12)
+
+  @jax.jit
+  def step(params):
+    def loss(params):
+      tree = variables | {'params': params}
+      logits, _ = model.apply(tree, images, train=True, mutable=['batch_stats'])
+      losses = jnp.stack([-jnp.mean(jax.nn.log_softmax(own)[jnp.arange(12), labels]) for own in logits])
+      return losses.sum(), losses
+
+    gradients, losses = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(lambda value, gradient: value - 0.05 * gradient, params, gradients), losses
+
+  params, first = step(variables['params'])
+  for _ in range(8):
+    params, losses = step(params)
+  assert first.shape == (model.num_exits,)
+  assert np.all(losses < first), (first, losses)
+
+
+@pytest.mark.parametrize('case', ['densenet', 'preactivation'])
+def test_half_precision_keeps_float32_statistics_and_logits(case):
+  model = CASES[case].clone(dtype=jnp.bfloat16)
+  variables, images = plain.variables_of(model), noise(model)
+  logits, updated = jax.eval_shape(lambda: model.apply(variables, images, train=True, mutable=['batch_stats']))
+  assert {leaf.dtype for leaf in jax.tree.leaves((logits, updated))} == {jnp.dtype('float32')}
+  _, carry = jax.eval_shape(lambda: model.apply(variables, images, {}, 1, method='stage'))
+  assert {leaf.dtype for leaf in jax.tree.leaves(carry)} == {jnp.dtype('bfloat16')}

@@ -1,0 +1,79 @@
+"""Tests of ensembles: averaged probabilities, stages that run one member each, cumulative costs."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds
+from paranet_jax.models.ensemble import Ensemble, ensemble_variables
+from paranet_jax.models.staged import StagedModel
+
+SHAPE = (tiny.SIDE, tiny.SIDE, 3)
+IMAGES = np.random.default_rng(0).normal(size=(8, *SHAPE)).astype(np.float32)
+MEMBERS = (tiny.network(2), tiny.network(1), tiny.network(2, cascade=False))
+VARIABLES = tuple(tiny.variables(member, seed) for seed, member in enumerate(MEMBERS))
+MODEL = Ensemble(MEMBERS)
+
+
+def expected(number):
+  """The mean of the probabilities of the first members, in float64."""
+  probabilities = []
+  for member, variables in list(zip(MEMBERS, VARIABLES, strict=True))[:number]:
+    exponentials = np.exp(np.float64(member.apply(variables, IMAGES)[-1]))
+    probabilities.append(exponentials / exponentials.sum(axis=-1, keepdims=True))
+  return sum(probabilities) / number
+
+
+def test_exits_average_the_probabilities():
+  logits = jax.jit(MODEL.apply)(ensemble_variables(VARIABLES), IMAGES)
+  for number, found in enumerate(logits, 1):
+    np.testing.assert_allclose(np.exp(found), expected(number), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(nn.softmax(found), expected(number), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('numbers, kept', [((1, 2, 3), [[1], [2], []]), ((2, 3), [[2], []]), ((3,), [[]])])
+def test_stages_give_the_same_and_run_one_member_each(numbers, kept):
+  variables, carry = ensemble_variables(VARIABLES), {}
+  for number, members in zip(numbers, kept, strict=True):
+    logits, carry = MODEL.apply(variables, IMAGES, carry, number, method='stage')
+    np.testing.assert_allclose(np.exp(logits), expected(number), rtol=1e-4, atol=1e-7)
+    assert list(carry) == members
+
+
+def test_probabilities_far_apart_stay_finite():
+  """Twice the same module, with weights of its own each: no logarithm of 0 appears."""
+  ensemble = Ensemble([StagedModel([nn.Dense(3, use_bias=False)], (1,), 3)] * 2)
+  variables = jax.tree.map(np.zeros_like, ensemble.init(jax.random.key(0), IMAGES))
+  for index, value in enumerate((0.0, 1000.0)):
+    variables['params'][f'networks_{index}']['default_heads_0']['classifier']['bias'] = np.float32([value, 0, 0])
+  logits = ensemble.apply(variables, IMAGES)[1]
+  np.testing.assert_allclose(np.exp(logits[0]), [2 / 3, 1 / 6, 1 / 6], rtol=1e-5)
+
+
+def test_costs_add_up():
+  single = [exit_costs(member, SHAPE)[-1] for member in MEMBERS]
+  costs = exit_costs(MODEL, SHAPE)
+  assert [cost['own_macs'] for cost in costs] == [cost['macs_alone'] for cost in single]
+  assert [cost['macs'] for cost in costs] == list(np.cumsum([cost['macs_alone'] for cost in single]))
+  variables = abstract_variables(MODEL, SHAPE)
+  asked, _ = multiply_adds(lambda variables: MODEL.apply(variables, IMAGES[:1], exits=(2,)), variables)
+  assert asked == costs[1]['macs'] == costs[1]['macs_alone']
+
+
+def test_an_exit_by_itself_is_none_for_the_others():
+  first, second, third = MODEL.apply(ensemble_variables(VARIABLES), IMAGES, exits=(2,))
+  assert first is None and third is None
+  np.testing.assert_allclose(np.exp(second), expected(2), rtol=1e-4, atol=1e-7)
+
+
+def test_training_is_refused():
+  with pytest.raises(ValueError, match='an ensemble is not trained: train each member by itself'):
+    MODEL.apply(ensemble_variables(VARIABLES), IMAGES, train=True)
+
+
+def test_members_of_other_classes_are_refused():
+  members = [tiny.network(1), tiny.network(1, num_classes=5)]
+  with pytest.raises(ValueError, match=r'the members of an ensemble must have the same classes, not \[3, 5\] of them'):
+    abstract_variables(Ensemble(members), SHAPE)

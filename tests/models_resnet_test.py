@@ -1,0 +1,173 @@
+"""Tests of ResNet: counts against the papers', and the same function as a plain network of flax's layers."""
+
+import chex
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import plain
+import pytest
+import tiny
+
+from paranet_jax.costs import exit_costs, parameter_sizes
+from paranet_jax.models.resnet import ResNet
+
+SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE}
+CASES = {
+  'basic': ResNet(depth=14, exits=(1,), **SMALL),
+  'preactivation': ResNet(depth=14, block='preactivation', exits='stages', **SMALL),
+  'bottleneck': ResNet(depth=20, block='bottleneck', **SMALL),
+}
+
+
+def option_a(x, stride, channels):
+  """Every `stride`-th pixel and zeros for the channels that are new, pixel by pixel."""
+  batch, side, _, old = x.shape
+  rows = [[x[:, row, column] for column in range(0, side, stride)] for row in range(0, side, stride)]
+  zeros = jnp.zeros((batch, channels - old))
+  return jnp.stack([jnp.stack([jnp.hstack([pixel, zeros]) for pixel in row], 1) for row in rows], 1)
+
+
+def basic(net, x, name, width, stride, first):
+  y = net.norm_relu(net.conv(x, name, 'conv1', 'conv', stride=stride), name, 'conv1', 'norm')
+  y = net.norm(net.conv(y, name, 'conv2'), name, 'norm2')
+  return nn.relu(y + (option_a(x, stride, width) if first else x))
+
+
+def preactivation(net, x, name, width, stride, first):
+  a = net.norm_relu(x, name, 'norm1')
+  y = net.norm_relu(net.conv(a, name, 'conv1', stride=stride), name, 'norm2')
+  return net.conv(y, name, 'conv2') + (option_a(a, stride, width) if first else x)
+
+
+def bottleneck(net, x, name, width, stride, first):
+  a = net.norm_relu(x, name, 'norm1')
+  y = net.norm_relu(net.conv(a, name, 'conv1', stride=stride), name, 'norm2')
+  y = net.norm_relu(net.conv(y, name, 'conv2'), name, 'norm3')
+  return net.conv(y, name, 'conv3') + (net.conv(a, name, 'shortcut', stride=stride) if first else x)
+
+
+def reference(model):
+  """The network of the papers; exits after the places of `inner` in every stage, and at the end."""
+  size = model.blocks_per_stage
+  inner = {'last': (), 'stages': (size,)}.get(model.exits, model.exits)
+  block = {'basic': basic, 'preactivation': preactivation, 'bottleneck': bottleneck}[model.block]
+
+  def network(variables, images, train):
+    net = plain.Plain(variables, train)
+    if model.block == 'basic':
+      x = net.norm_relu(net.conv(images, 'stem', 'conv'), 'stem', 'norm')
+    else:
+      x = net.conv(images, 'stem')
+    logits = []
+    for stage, width in enumerate((16, 32, 64), 1):
+      for place in range(1, size + 1):
+        stride = 2 if place == 1 and stage > 1 else 1
+        x = block(net, x, f'stage_{stage}_block_{place}', width, stride, place == 1)
+        if place in inner or (stage, place) == (3, size):
+          name = f'exit_{len(logits) + 1}'
+          read = x if model.block == 'basic' else net.norm_relu(x, name, 'norm')
+          logits.append(net.pool_linear(read, name, 'classifier'))
+    return logits, net.statistics
+
+  return network
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_same_function_statistics_and_gradients_as_the_plain_network(case):
+  model = CASES[case]
+  variables, labels = plain.variables_of(model), tiny.labels(8)
+  images = np.random.default_rng(1).normal(size=(8, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
+  found = plain.outcome(plain.of_model(model), variables, images, labels)
+  wanted = plain.outcome(reference(model), variables, images, labels)
+  chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_resnet_110_has_the_parameters_of_the_paper():
+  """1.7 M in Table 6 of He et al. (2016a): summed by hand, 10 classes."""
+  stem = 3 * 3 * 3 * 16
+  stage_1 = 36 * 9 * 16 * 16
+  stage_2 = 9 * 16 * 32 + 35 * 9 * 32 * 32
+  stage_3 = 9 * 32 * 64 + 35 * 9 * 64 * 64
+  norms = 2 * (37 * 16 + 36 * 32 + 36 * 64)
+  total = stem + stage_1 + stage_2 + stage_3 + norms + 10 * 64 + 10
+  assert sum(parameter_sizes(ResNet(10), (32, 32, 3), 1).values()) == total == 1_727_962
+
+
+def paper_counts(depth, block, classes):
+  """Parameters and multiply-adds, layer by layer, for images of 32 x 32 x 3."""
+  params, macs = 0, 0
+
+  def convolution(size, inputs, outputs, side):
+    nonlocal params, macs
+    params += size * size * inputs * outputs
+    macs += size * size * inputs * outputs * side * side
+
+  def norm(channels):
+    nonlocal params
+    params += 2 * channels
+
+  convolution(3, 3, 16, 32)
+  channels = 16
+  if block == 'basic':
+    norm(16)
+  for width, side in ((16, 32), (32, 16), (64, 8)):
+    for place in range((depth - 2) // (9 if block == 'bottleneck' else 6)):
+      if block == 'bottleneck':
+        norm(channels)
+        convolution(1, channels, width, side)
+        norm(width)
+        convolution(3, width, width, side)
+        norm(width)
+        convolution(1, width, 4 * width, side)
+        if place == 0:
+          convolution(1, channels, 4 * width, side)
+        channels = 4 * width
+      else:
+        convolution(3, channels, width, side)
+        convolution(3, width, width, side)
+        norm(channels if block == 'preactivation' else width)
+        norm(width)
+        channels = width
+  if block != 'basic':
+    norm(channels)
+  params += channels * classes + classes
+  return params, macs + channels * classes
+
+
+@pytest.mark.parametrize('depth, block', [(20, 'basic'), (14, 'preactivation'), (20, 'bottleneck')])
+def test_counts(depth, block):
+  (cost,) = exit_costs(ResNet(10, depth=depth, block=block), (32, 32, 3))
+  assert (cost['params'], cost['macs']) == paper_counts(depth, block, 10)
+
+
+# In millions: Table 6 of He et al. (2016a), and of pre-activation Table 5 of Zagoruyko and Komodakis (2016).
+@pytest.mark.parametrize(
+  'depth, block, published',
+  [
+    (20, 'basic', 0.27),
+    (56, 'basic', 0.85),
+    (1202, 'basic', 19.4),
+    (110, 'preactivation', 1.7),
+    (164, 'bottleneck', 1.7),
+    (1001, 'bottleneck', 10.2),
+  ],
+)
+def test_the_count_above_is_the_papers(depth, block, published):
+  assert paper_counts(depth, block, 10)[0] == pytest.approx(published * 1e6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'depth': 111}, 'depth must be 6 n + 2 for n basic blocks a stage, found 111'),
+    ({'depth': 2}, 'depth must be 6 n + 2 for n basic blocks a stage, found 2'),
+    ({'depth': 111, 'block': 'bottleneck'}, 'depth must be 9 n + 2 for n bottleneck blocks a stage, found 111'),
+    ({'block': 'wide'}, "block must be one of basic, preactivation, bottleneck, found 'wide'"),
+    ({'image_side': 0}, 'image_side must be a multiple of 4, to be halved 2 times, found 0'),
+    ({'exits': 'blocks'}, "exits must be 'last', 'stages' or ascending numbers from 1 to 18, found 'blocks'"),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(fields, message):
+  with pytest.raises(ValueError) as error:
+    ResNet(**fields)
+  assert str(error.value) == message

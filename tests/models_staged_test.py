@@ -1,0 +1,194 @@
+"""Tests of a user's own backbone as a multi-exit model: the documented example, stages, heads and refusals."""
+
+import functools
+import textwrap
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.costs import exit_costs
+from paranet_jax.losses import cross_entropy
+from paranet_jax.models import staged
+from paranet_jax.models.staged import StagedModel
+
+IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
+
+
+class Scale(nn.Module):
+  """A stage that knows nothing of training."""
+
+  factor: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(x.shape[-1] * self.factor, use_bias=False)(x)
+
+
+class Norm(nn.Module):
+  """A stage with batch statistics, which it can share."""
+
+  @nn.compact
+  def __call__(self, x, train, axis_name=None):
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=axis_name)(x)
+
+
+class Lonely(nn.Module):
+  """A stage with batch statistics, which it cannot share."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.BatchNorm(use_running_average=not train)(x)
+
+
+class Head(nn.Module):
+  """A head of one's own."""
+
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Dense(3)(jnp.max(x, axis=(1, 2)) * (2 if train else 1))
+
+
+model = StagedModel([Norm(), Scale(2), Norm(), Scale(2)], (1, 3, 4), 3)
+
+
+def test_the_documented_example():
+  example = textwrap.dedent(staged.__doc__.split('stage:\n\n')[1])
+  assert len(example.splitlines()) <= 25
+  names = {'jax': jax, 'images': IMAGES}
+  exec(example, names)
+  assert [names['early'].shape, names['late'].shape] == [(16, 10), (16, 10)]
+  early, late = names['model'].apply(names['variables'], IMAGES)
+  chex.assert_trees_all_close((names['early'], names['late']), (early, late), rtol=1e-6)
+  convolutions = [4 * 4 * 9 * 3 * 16, 2 * 2 * 9 * 16 * 32 + 9 * 32 * 64]
+  expected = [convolutions[0] + 16 * 10, convolutions[1] + 64 * 10]
+  assert [cost['own_macs'] for cost in exit_costs(names['model'], (8, 8, 3))] == expected
+
+
+def plain(variables, train=False):
+  """The logits of `model`, written out."""
+  params, statistics = variables['params'], variables['batch_stats']
+
+  def norm(x, index):
+    name = f'stages_{index}'
+    mean, var = (statistics[name]['BatchNorm_0'][moment] for moment in ('mean', 'var'))
+    if train:
+      mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    affine = params[name]['BatchNorm_0']
+    return (x - mean) / np.sqrt(var + 1e-5) * affine['scale'] + affine['bias']
+
+  def head(x, index):
+    classifier = params[f'default_heads_{index}']['classifier']
+    return x.mean((1, 2)) @ classifier['kernel'] + classifier['bias']
+
+  first = norm(IMAGES, 0)
+  third = norm(first @ params['stages_1']['Dense_0']['kernel'], 2)
+  fourth = third @ params['stages_3']['Dense_0']['kernel']
+  return [head(x, index) for index, x in enumerate((first, third, fourth))]
+
+
+def variables_of(model):
+  sized = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), sized)
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_all_exits(train):
+  variables = variables_of(model)
+  apply = functools.partial(model.apply, train=train, mutable=['batch_stats'])
+  logits, updated = jax.jit(apply)(variables, IMAGES)
+  chex.assert_trees_all_close(logits, plain(variables, train), rtol=1e-4, atol=1e-4)
+  mean = variables['batch_stats']['stages_0']['BatchNorm_0']['mean']
+  expected = 0.9 * mean + 0.1 * IMAGES.mean((0, 1, 2)) if train else mean
+  np.testing.assert_allclose(updated['batch_stats']['stages_0']['BatchNorm_0']['mean'], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('numbers, kept', [((1, 2, 3), [[1], [3], []]), ((1, 3), [[1], []]), ((3,), [[]])])
+def test_stages_give_the_logits_of_the_full_pass_and_keep_the_last_features(numbers, kept):
+  variables, carry = variables_of(model), {}
+  for number, stages in zip(numbers, kept, strict=True):
+    logits, carry = model.apply(variables, IMAGES, carry, number, method='stage')
+    np.testing.assert_allclose(logits, plain(variables)[number - 1], rtol=1e-4)
+    assert list(carry) == stages
+
+
+def test_only_the_exits_asked_for():
+  variables = variables_of(model)
+  first, second, third = model.apply(variables, IMAGES, exits=(2,))
+  assert first is None and third is None
+  np.testing.assert_allclose(second, plain(variables)[1], rtol=1e-4)
+  costs = exit_costs(model, (8, 8, 3))
+  product, wider = 64 * 3 * 6, 64 * 6 * 12
+  assert [cost['own_macs'] for cost in costs] == [3 * 3, product + 6 * 3, wider + 12 * 3]
+  assert [cost['macs_alone'] for cost in costs] == [3 * 3, product + 6 * 3, product + wider + 12 * 3]
+
+
+def test_own_heads():
+  own = StagedModel([Scale(1), Scale(1)], (1, 2), 3, heads=[Head(), Head()])
+  variables = variables_of(own)
+  logits = own.apply(variables, IMAGES, exits=(1,))[0]
+  kernel, head = variables['params']['stages_0']['Dense_0']['kernel'], variables['params']['heads_0']['Dense_0']
+  np.testing.assert_allclose(logits, (IMAGES @ kernel).max((1, 2)) @ head['kernel'] + head['bias'], rtol=1e-4)
+  trained = own.apply(variables, IMAGES, train=True, exits=(1,))[0]
+  np.testing.assert_allclose(trained - head['bias'], 2 * (logits - head['bias']), rtol=1e-4)
+
+
+def test_statistics_are_shared_over_the_device_axis():
+  variables = variables_of(model)
+  logits, updated = model.apply(variables, IMAGES, train=True, mutable=['batch_stats'])
+  parallel = model.clone(axis_name='devices')
+  apply = functools.partial(parallel.apply, variables, train=True, mutable=['batch_stats'])
+  halves, statistics = jax.vmap(apply, axis_name='devices')(IMAGES.reshape(2, 8, 8, 8, 3))
+  chex.assert_trees_all_close([half.reshape(16, 3) for half in halves], logits, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], statistics), updated, rtol=1e-5)
+
+
+def test_the_loss_falls_at_every_exit():
+  labels = tiny.labels(16)
+  variables = model.init(jax.random.key(0), IMAGES)
+
+  @jax.jit
+  def step(variables):
+    def loss(params):
+      logits, updated = model.apply(variables | {'params': params}, IMAGES, train=True, mutable=['batch_stats'])
+      losses = jnp.stack([jnp.mean(cross_entropy(exit_logits, labels)) for exit_logits in logits])
+      return jnp.sum(losses), (losses, updated)
+
+    gradient, (losses, updated) = jax.grad(loss, has_aux=True)(variables['params'])
+    params = jax.tree.map(lambda value, slope: value - slope, variables['params'], gradient)
+    return {'params': params, **updated}, losses
+
+  losses = []
+  for _ in range(20):
+    variables, found = step(variables)
+    losses.append(found)
+  assert (losses[-1] < losses[0] - 0.02).all(), losses
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'exits': ()}, r'exits \(\) must be stage numbers, rising from 1 or more to the last stage, 2'),
+    ({'exits': (2, 1)}, r'exits \(2, 1\) must be stage numbers, rising from 1 or more to the last stage, 2'),
+    ({'exits': (0, 2)}, r'exits \(0, 2\) must be stage numbers'),
+    ({'exits': (1,)}, r'exits \(1,\) must be stage numbers'),
+    ({'exits': (1, 2), 'heads': [Head()]}, '1 heads do not fit 2 exits: give one for each, or None'),
+  ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    variables_of(StagedModel([Scale(1), Scale(1)], num_classes=3, **fields))
+
+
+def test_statistics_that_devices_could_not_share_are_refused():
+  own = StagedModel([Lonely()], (1,), 3)
+  variables = variables_of(own)
+  own.apply(variables, IMAGES, train=True, mutable=['batch_stats'])
+  message = 'Lonely has batch statistics: to train on several devices its __call__ must take axis_name'
+  with pytest.raises(ValueError, match=message):
+    own.clone(axis_name='devices').apply(variables, IMAGES, train=True, mutable=['batch_stats'])
