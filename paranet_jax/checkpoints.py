@@ -78,6 +78,18 @@ class Checkpoints:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
+  def read_variables(self, step: int) -> dict[str, Any]:
+    """The parameters and running statistics of whatever model was saved, as trees of NumPy arrays.
+
+    Args:
+      step: an existing one (see `choose`).
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    state = self._read(step, state=ocp.args.StandardRestore()).state
+    return jax.tree.map(np.asarray, {name: state.get(name) or {} for name in ('params', 'batch_stats')})
+
   def restore_variables(self, step: int, like: Any) -> Any:
     """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
 

@@ -54,6 +54,22 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
   return values, config
 
 
+def override(config: ConfigDict, arguments: Sequence[str]) -> None:
+  """Changes fields as the command line does.
+
+  Args:
+    config: changed in place.
+    arguments: each `--config.section.field=value`.
+
+  Raises:
+    UserError: a field is unknown, or its value is of another type.
+  """
+  _check_overrides(config, arguments)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=arguments)
+  _consume(values, ['', *arguments])
+
+
 def _define_flags() -> flags.FlagValues:
   values = flags.FlagValues()
   values.set_gnu_getopt()

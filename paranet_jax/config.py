@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from paranet_jax.base_config import base_config, field_names
+from paranet_jax.base_config import FAMILIES, base_config, family_of, field_names
 from paranet_jax.errors import UserError
-from paranet_jax.models.paranet import ParaNet
-from paranet_jax.targets import Targets, parse_name, trained_exits
+from paranet_jax.families import COMMON, build_model, targets
+from paranet_jax.regimes import REGIMES, check_regime
+from paranet_jax.targets import distill_teachers, trained_exits
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -34,10 +34,21 @@ def _tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
 
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, 'more than 0 and finite')
 _EPOCHS: Rule = (lambda value: 0 < value <= 1e6, 'more than 0 and at most 1,000,000')
+_PART: Rule = (lambda value: 0 < value <= 1, 'more than 0 and at most 1')
 _SHARE: Rule = (lambda value: 0 <= value <= 1, 'from 0 to 1')
+
+FAMILY_CONFIGS = {
+  'paranet': 'paranet',
+  'densenet': 'densenet_bc_100_12',
+  'resnet': 'resnet_110',
+  'msdnet': 'msdnet_anytime',
+  'fractalnet': 'fractalnet_20',
+}
+"""A file in `configs/` of each family."""
 
 RULES: dict[str, Rule] = {
   'seed': (lambda value: -(2**31) <= value < 2**31, 'an integer of 32 bits'),
+  'seeds': _at_least(1),
   'model.layers_per_block': _at_least(1),
   'model.growth_rate': _at_least(1),
   'model.bn_size': _at_least(1),
@@ -49,6 +60,26 @@ RULES: dict[str, Rule] = {
   ),
   'model.entry_pool': _one_of('max', 'avg'),
   'model.entry_order': _one_of('stem_first', 'pool_first'),
+  'model.depth': _at_least(1),
+  'model.compression': _PART,
+  'model.block': _one_of('basic', 'preactivation', 'bottleneck'),
+  'model.num_blocks': _at_least(1),
+  'model.base': _at_least(1),
+  'model.step_mode': _one_of('even', 'lin_grow'),
+  'model.step': _at_least(1),
+  'model.initial_channels': _at_least(1),
+  'model.growth_factors': _tuple_of(int, 1),
+  'model.bottleneck_factors': _tuple_of(int, 1),
+  'model.reduction': _PART,
+  'model.columns': _at_least(2),
+  'model.widths': _tuple_of(int, 1),
+  'model.dropout': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
+  'model.block_dropout': (
+    lambda values: all(isinstance(v, int | float) and 0 <= v < 1 for v in values),
+    'rates from 0 to less than 1, such as "(0.0,0.1)"',
+  ),
+  'model.local_drop_path': _SHARE,
+  'model.global_drop_path': _SHARE,
   'model.num_classes': _at_least(2),
   'model.image_side': _at_least(1),
   'model.channels': _one_of(1, 3),
@@ -61,10 +92,13 @@ RULES: dict[str, Rule] = {
   'loss.matching': _one_of('squared_error', 'kl'),
   'loss.temperature': _POSITIVE,
   'loss.hard_label_weight': _SHARE,
+  'loss.distill': _one_of('none', 'last', 'next', 'later'),
   'loss.exit_weights': _tuple_of((int, float), 0),
   'loss.label_smoothing': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
   'train.epochs': _EPOCHS,
   'train.max_steps': _at_least(0),
+  'train.regime': _one_of(*REGIMES),
+  'train.body_epochs': _EPOCHS,
   'train.batch_size': _at_least(1),
   'train.learning_rate': _POSITIVE,
   'train.schedule': _one_of('step', 'cosine', 'one_cycle', 'constant'),
@@ -77,6 +111,8 @@ RULES: dict[str, Rule] = {
   'train.decay': _one_of('all', 'kernels'),
   'train.clip_norm': _at_least(0),
   'train.accumulate_steps': _at_least(1),
+  'train.cutout': _at_least(0),
+  'train.mixup': _at_least(0),
   'train.devices': _at_least(0),
   'eval.every_epochs': _EPOCHS,
   'eval.batch_size': _at_least(1),
@@ -93,63 +129,22 @@ def validate(config: ConfigDict) -> None:
   Raises:
     UserError: the first field that does not hold, with the flag that sets it.
   """
-  _check_fields(config, base_config())
+  _check_family(config)
+  _check_fields(config, base_config(family=family_of(config)))
+  known = field_names(config)
   for field, (holds, expected) in RULES.items():
-    value = _get(config, field)
+    value = _get(config, field) if field in known else None
     if value is not None and not holds(value):
       raise UserError(f'{field} must be {expected}, found {value}; set --config.{field}')
   exit_weights(config)
+  teachers(config)
+  _check_training(config)
   build_model(config, num_classes=2)
-
-
-def build_model(config: ConfigDict, num_classes: int) -> ParaNet:
-  """The model of a configuration.
-
-  Args:
-    num_classes: of the data set; `model.num_classes` goes before it.
-
-  Raises:
-    UserError: a refused name, or shapes that do not fit.
-  """
-  name = parse_name(config.name)
-  fields = config.model
-  model = ParaNet(
-    num_pipelines=name.num_pipelines,
-    num_classes=fields.num_classes or num_classes,
-    layers_per_block=fields.layers_per_block,
-    growth_rate=fields.growth_rate,
-    bn_size=fields.bn_size,
-    blocks=fields.blocks,
-    halvings=fields.halvings,
-    cascade=name.cascade if fields.cascade is None else _parse_cascade(fields.cascade),
-    stem_norm=fields.stem_norm,
-    entry_pool=fields.entry_pool,
-    entry_order=fields.entry_order,
-    image_side=fields.image_side,
-    channels=fields.channels,
-    dtype=jnp.dtype(fields.dtype),
-    scan_layers=fields.scan_layers,
-  )
-  try:
-    geometry = model.geometry
-  except ValueError as error:
-    raise UserError(f'{error}; set --config.model.image_side, .blocks, .halvings or .cascade') from error
-  if len(geometry.blocks) != name.num_pipelines:
-    raise UserError(
-      f'model.blocks and model.halvings must have {name.num_pipelines} entries, one a pipeline of {config.name}, '
-      f'found {geometry.blocks} and {geometry.halvings}; set --config.model.blocks and --config.model.halvings'
-    )
-  return model
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
   """(H, W, C) of the images that the model reads."""
   return (config.model.image_side, config.model.image_side, config.model.channels)
-
-
-def targets(config: ConfigDict) -> Targets:
-  """What each exit learns from."""
-  return parse_name(config.name).targets
 
 
 def exit_weights(config: ConfigDict) -> tuple[float, ...]:
@@ -161,13 +156,29 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
       f'loss.exit_weights must have {num_exits} entries, one an exit of {config.name}, found {weights}; '
       'set --config.loss.exit_weights'
     )
+  or_name = ', or give that exit an x in --config.name' if config.model.family == 'paranet' else ''
   for number in trained_exits(targets(config)):
     if not weights[number - 1]:
       raise UserError(
         f'loss.exit_weights must be more than 0 for exit {number}, which {config.name} trains, found {weights}; '
-        'set --config.loss.exit_weights, or give that exit an x in --config.name'
+        f'set --config.loss.exit_weights{or_name}'
       )
   return tuple(weights)
+
+
+def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:
+  """The exits from which an exit that learns from labels learns besides (see `targets.distill_teachers`)."""
+  loss = config.loss
+  return distill_teachers(targets(config), loss.distill, loss.hard_label_weight, config.name)
+
+
+def body_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+  """Length of the first phase of a regime that has two, in steps."""
+  return max(round(_body_epochs(config) * steps_per_epoch), 1)
+
+
+def _body_epochs(config: ConfigDict) -> float:
+  return config.train.epochs / 2 if config.train.body_epochs is None else config.train.body_epochs
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
@@ -177,8 +188,13 @@ def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 
 
 def default_workdir(config: ConfigDict) -> str:
-  """`runs/<name>-<dataset>-s<seed>`, in the current folder; a tfds name's config and version stay readable."""
-  return f'runs/{config.name}-{config.data.name.replace("/", "_").replace(":", "_")}-s{config.seed}'
+  """`runs/<name>-<dataset>-s<seed>`, in the current folder; a tfds name's config and version stay readable.
+
+  Several seeds are `s<first>to<last>`.
+  """
+  dataset = config.data.name.replace('/', '_').replace(':', '_')
+  last = f'to{config.seed + config.seeds - 1}' if config.seeds > 1 else ''
+  return f'runs/{config.name}-{dataset}-s{config.seed}{last}'
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -206,9 +222,35 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
 
 
 def absolute_paths(config: ConfigDict) -> None:
-  """Makes the data folder absolute, so that a saved configuration does not depend on the folder it was started from."""
-  if config.data.data_dir:
-    config.data.data_dir = str(Path(config.data.data_dir).expanduser().absolute())
+  """Makes folders absolute, so that a saved configuration does not depend on the folder it was started from."""
+  for section, field in ((config.data, 'data_dir'), (config, 'init_from')):
+    if section[field]:
+      section[field] = str(Path(section[field]).expanduser().absolute())
+
+
+def _check_training(config: ConfigDict) -> None:
+  train = config.train
+  check_regime(train.regime, targets(config), config.name)
+  if train.regime != 'joint' and _body_epochs(config) >= train.epochs:
+    raise UserError(
+      f'train.body_epochs must be less than train.epochs {train.epochs}, found {train.body_epochs}; '
+      'set --config.train.body_epochs'
+    )
+  if train.cutout > config.model.image_side:
+    raise UserError(
+      f'train.cutout must be at most model.image_side {config.model.image_side}, found {train.cutout}; '
+      'set --config.train.cutout'
+    )
+
+
+def _check_family(config: ConfigDict) -> None:
+  own, found = set(config.get('model', {})) - set(COMMON), config.get('model', {}).get('family')
+  for family, fields in FAMILIES.items():
+    if found is not None and found != family and own == set(fields()):
+      raise UserError(
+        f'model.family must be {family}, whose fields the configuration has, found {found}; for another family set '
+        f'--config to one of {", ".join(f"configs/{name}.py" for name in FAMILY_CONFIGS.values())}'
+      )
 
 
 def _check_fields(config: ConfigDict, base: ConfigDict) -> None:
@@ -221,11 +263,6 @@ def _check_fields(config: ConfigDict, base: ConfigDict) -> None:
   for field in known:
     if _get(config, field) is None and _get(base, field) is not None:
       raise UserError(f'{field} must have a value, found None; set --config.{field}')
-
-
-def _parse_cascade(text: str) -> tuple[tuple[int, int], ...]:
-  edges = [tuple(map(int, edge.split('.'))) for edge in text.split(',') if edge]
-  return tuple(sorted(edges))
 
 
 def _get(config: ConfigDict, field: str) -> Any:

@@ -37,8 +37,9 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
     def alone(variables, image, number=number):
       return model.apply(variables, image, exits=(number,))[number - 1]
 
-    own_macs, (_, carry) = multiply_adds(stage, variables, image, carry)
-    own = {path: size for path, size in parameter_sizes(model, image_shape, number).items() if path not in params}
+    program, (_, carry) = jax.make_jaxpr(stage, return_shape=True)(variables, image, carry)
+    own_macs = _program_macs(program.jaxpr)
+    own = {path: size for path, size in _read_params(program.jaxpr, variables).items() if path not in params}
     macs, params = macs + own_macs, params | own
     costs.append(
       {
@@ -66,10 +67,31 @@ def parameter_sizes(model: Any, image_shape: tuple[int, int, int], *exits: int) 
   return {tuple(key.key for key in path): leaf.size for path, leaf in leaves}
 
 
+def variable_paths(model: Any, image_shape: tuple[int, int, int], *exits: int) -> frozenset[tuple[str, ...]]:
+  """Paths, from the collection on, of the parameters and running statistics that these exits use."""
+  leaves = jax.tree_util.tree_leaves_with_path(abstract_variables(model, image_shape, exits))
+  return frozenset(tuple(key.key for key in path) for path, _ in leaves)
+
+
 def multiply_adds(function: Callable, *args: Any) -> tuple[int, Any]:
   """Multiply-adds of the convolutions and matrix products in `function(*args)`, and the shapes it returns."""
   jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-  return sum(_equation_macs(equation) * times for equation, times in _equations(jaxpr.jaxpr)), shapes
+  return _program_macs(jaxpr.jaxpr), shapes
+
+
+def _program_macs(program: core.Jaxpr) -> int:
+  return sum(_equation_macs(equation) * times for equation, times in _equations(program))
+
+
+def _read_params(program: core.Jaxpr, variables: Any) -> Paths:
+  """Of a program whose first inputs are the variables: {path: number of elements} of the parameters that it reads."""
+  read = {value for equation in program.eqns for value in equation.invars if isinstance(value, core.Var)}
+  leaves = zip(jax.tree_util.tree_leaves_with_path(variables), program.invars, strict=False)
+  return {
+    tuple(key.key for key in path[1:]): leaf.size
+    for (path, leaf), value in leaves
+    if value in read and path[0].key == 'params'
+  }
 
 
 def _equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:

@@ -40,10 +40,11 @@ def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, An
   model = config_lib.build_model(config, num_classes)
   image_shape = config_lib.image_shape(config)
   targets = config_lib.targets(config)
-  exits = [
-    {'exit': cost['exit'], 'trained': target is not None, 'learns_from': describe_target(target), **cost}
-    for cost, target in zip(exit_costs(model, image_shape), targets, strict=True)
-  ]
+  teachers = config_lib.teachers(config)
+  exits = []
+  for cost, target in zip(exit_costs(model, image_shape), targets, strict=True):
+    learns_from = describe_target(target, teachers.get(cost['exit'], ()), config.loss.hard_label_weight)
+    exits.append({'exit': cost['exit'], 'trained': target is not None, 'learns_from': learns_from, **cost})
   return {
     'name': config.name,
     'dataset': config.data.name,

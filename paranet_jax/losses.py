@@ -1,12 +1,14 @@
 """Cross-entropy, logit matching and distillation: losses an image, in nats or squared logits."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import optax
 
 LABELS = 0
+NO_TEACHERS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -14,15 +16,15 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 
   Args:
     logits: [B, classes].
-    labels: int [B].
+    labels: int [B], or float [B, classes], the shares of blended labels.
     label_smoothing: share of the target spread evenly over all classes, 0 <= s < 1.
 
   Returns:
     float32 [B], nats.
   """
   logits = logits.astype(jnp.float32)
-  targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-  return optax.softmax_cross_entropy(logits, targets)
+  shares = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
+  return optax.softmax_cross_entropy(logits, optax.smooth_labels(shares, label_smoothing))
 
 
 def squared_error(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -65,17 +67,19 @@ def exit_losses(
   temperature: float = 1.0,
   hard_label_weight: float = 0.0,
   label_smoothing: float = 0.0,
+  teachers: Mapping[int, Sequence[int]] = NO_TEACHERS,
 ) -> dict[int, jax.Array]:
   """The loss of every trained exit, mean over the batch.
 
   Args:
     logits: one [B, classes] an exit; None where the exit was not computed.
-    labels: int [B].
+    labels: as for `cross_entropy`.
     targets: an exit each: 0 = the true label, q = match exit q's logits, None = no loss.
     matching: 'squared_error' or 'kl'.
-    temperature: T of 'kl'.
-    hard_label_weight: w in (1 - w) kl + w cross-entropy, of 'kl'.
+    temperature: T of 'kl' and of the teachers.
+    hard_label_weight: w in (1 - w) kl + w cross-entropy, of 'kl' and of exits with teachers.
     label_smoothing: of every cross-entropy.
+    teachers: of exits with target 0, the exits they also learn from: kl is the mean of their `distillation`.
 
   Returns:
     {1-based exit: scalar}, trained exits only.
@@ -85,14 +89,15 @@ def exit_losses(
     if target is None:
       continue
     student = logits[number - 1]
-    if target == LABELS:
+    own_teachers = teachers.get(number, ()) if target == LABELS else (target,)
+    if not own_teachers:
       loss = cross_entropy(student, labels, label_smoothing)
-    elif matching == 'squared_error':
+    elif target != LABELS and matching == 'squared_error':
       loss = squared_error(student, logits[target - 1])
     else:
-      soft = distillation(student, logits[target - 1], temperature)
+      soft = sum(distillation(student, logits[teacher - 1], temperature) for teacher in own_teachers)
       hard = cross_entropy(student, labels, label_smoothing)
-      loss = (1 - hard_label_weight) * soft + hard_label_weight * hard
+      loss = (1 - hard_label_weight) * soft / len(own_teachers) + hard_label_weight * hard
     losses[number] = jnp.mean(loss)
   return losses
 

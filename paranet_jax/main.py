@@ -31,6 +31,7 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   from paranet_jax import config as config_lib
   from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.description import describe
+  from paranet_jax.seeds import train_seeds
   from paranet_jax.tables import describe_table, evaluation_table
   from paranet_jax.train import evaluate_checkpoint, train_and_evaluate
 
@@ -39,12 +40,17 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   use_compilation_cache(values.compilation_cache)
   workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
   if values.mode == 'train':
-    train_and_evaluate(config, workdir, values.accept_config_changes)
+    train = train_seeds if config.seeds > 1 else train_and_evaluate
+    train(config, workdir, values.accept_config_changes)
     return
   if values.mode == 'describe':
     result = describe(config)
     text = describe_table(result)
   else:
+    if config.seeds > 1:
+      raise UserError(
+        f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed} alone'
+      )
     result = evaluate_checkpoint(config, workdir, values.step)
     text = f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}'
   print(json.dumps(result) if values.json else text)

@@ -1,6 +1,6 @@
 """The train state, the training step and the evaluation of each exit: pure functions of their arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,13 @@ import optax
 from flax import struct
 
 from paranet_jax.costs import abstract_variables
-from paranet_jax.data.augment import augment, image_keys, normalize
-from paranet_jax.losses import cross_entropy, exit_losses, total_loss
-from paranet_jax.targets import trained_exits
+from paranet_jax.data.augment import augment, image_keys, mixup, normalize
+from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, total_loss
+from paranet_jax.targets import LABELS, trained_exits
 
 AXIS = 'devices'
+
+_MODEL_STREAM = 3  # Keeps these random numbers apart from the shuffling's and the augmentation's.
 
 
 @struct.dataclass
@@ -28,12 +30,17 @@ class TrainState:
 
 
 class Preprocessing(NamedTuple):
-  """From uint8 images to the network's input: per-channel `mean` and `std` in 0..1, and the training augmentation."""
+  """From uint8 images to the network's input: per-channel `mean` and `std` in 0..1, and the training augmentation.
+
+  `crop_padding` and `cutout` are pixels, `mixup` is alpha; 0 is none.
+  """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
   crop_padding: int
   flip: bool
+  cutout: int = 0
+  mixup: float = 0.0
 
 
 class Objective(NamedTuple):
@@ -45,6 +52,7 @@ class Objective(NamedTuple):
   temperature: float
   hard_label_weight: float
   label_smoothing: float
+  teachers: Mapping[int, Sequence[int]] = NO_TEACHERS
 
 
 def init_state(
@@ -64,7 +72,7 @@ def init_state(
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape)))
   params = variables['params']
   opt_state = jax.jit(optimizer.init)(params)
-  return TrainState(jnp.int32(0), jnp.int32(seed), params, variables['batch_stats'], opt_state)
+  return TrainState(jnp.int32(0), jnp.int32(seed), params, variables.get('batch_stats', {}), opt_state)
 
 
 def make_train_step(
@@ -73,8 +81,18 @@ def make_train_step(
   objective: Objective,
   preprocessing: Preprocessing,
   axis_name: str | None = None,
+  *,
+  frozen: Collection[tuple[str, ...]] = (),
+  users: Any = None,
 ) -> Callable:
   """The body of a training step, for one device, or for each device of `axis_name`.
+
+  Args:
+    frozen: paths, from the collection on, of the parameters and running statistics that stay as they are. What they
+      compute is that of training, with the batch's statistics.
+    users: how many trained exits use each parameter, a tree like the parameters: gradients are means over them. It is
+      what scaling the gradient at every tensor that exits share would give (gradient equilibrium, Li et al. 2019): a
+      gradient is linear in what comes from each exit. None: their sum.
 
   Returns:
     step(state, totals, images, labels, order) -> (state, totals):
@@ -84,11 +102,13 @@ def make_train_step(
     Gradients, statistics and metrics are those of the global batch.
   """
   model = model.clone(axis_name=axis_name)
-  exits = trained_exits(objective.targets)
+  exits = _computed_exits(objective)
 
-  def loss_fn(params, batch_stats, images, labels):
+  def loss_fn(params, batch_stats, images, labels, rngs):
     variables = {'params': params, 'batch_stats': batch_stats}
-    logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'])
+    if frozen:
+      variables = _restored(variables, jax.lax.stop_gradient(variables), frozen)
+    logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'], rngs=rngs)
     losses = exit_losses(
       logits,
       labels,
@@ -97,9 +117,10 @@ def make_train_step(
       temperature=objective.temperature,
       hard_label_weight=objective.hard_label_weight,
       label_smoothing=objective.label_smoothing,
+      teachers=objective.teachers,
     )
     loss = total_loss(losses, objective.exit_weights)
-    return loss, (updated['batch_stats'], train_metrics(logits, labels, losses, loss))
+    return loss, (updated.get('batch_stats', {}), train_metrics(logits, labels, losses, loss))
 
   def train_step(state, totals, images, labels, order):
     steps_per_epoch, local_size = order.shape
@@ -107,29 +128,88 @@ def make_train_step(
     first = jax.lax.axis_index(axis_name) * local_size if axis_name else 0
     indices = order[step]
     keys = image_keys(state.seed, epoch, step, first + jnp.arange(local_size))
-    batch = normalize(images[indices], preprocessing.mean, preprocessing.std)
-    batch = augment(keys, batch, crop_padding=preprocessing.crop_padding, flip=preprocessing.flip)
+    batch = augmented(keys, images[indices], labels[indices], preprocessing, model.num_classes, axis_name)
     gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
-      state.params, state.batch_stats, batch, labels[indices]
+      state.params, state.batch_stats, *batch, model_rngs(model, state.seed, state.step)
     )
     if axis_name:
       gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
+    if users is not None:
+      gradients = jax.tree.map(lambda gradient, number: gradient / max(number, 1), gradients, users)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    variables = {'params': optax.apply_updates(state.params, updates), 'batch_stats': batch_stats}
+    before = {'params': state.params, 'batch_stats': state.batch_stats}
     totals = jax.tree.map(jnp.add, totals, metrics)
-    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), totals
+    return state.replace(step=state.step + 1, opt_state=opt_state, **_restored(variables, before, frozen)), totals
 
   return train_step
 
 
+def augmented(
+  keys: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  preprocessing: Preprocessing,
+  num_classes: int,
+  axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """A training batch, or a device's share of it.
+
+  Args:
+    keys: random keys [B], of `image_keys`.
+    images: uint8 [B, H, W, C].
+    labels: int32 [B].
+    axis_name: as in `make_train_step`.
+
+  Returns:
+    float32 [B, H, W, C], and the labels or, blended, their shares [B, num_classes].
+  """
+  images = normalize(images, preprocessing.mean, preprocessing.std)
+  images = augment(
+    keys, images, crop_padding=preprocessing.crop_padding, flip=preprocessing.flip, cutout=preprocessing.cutout
+  )
+  if not preprocessing.mixup:
+    return images, labels
+  one_hot = jax.nn.one_hot(labels, num_classes)
+  return mixup(keys, images, one_hot, alpha=preprocessing.mixup, axis_name=axis_name)
+
+
+def _computed_exits(objective: Objective) -> tuple[int, ...]:
+  """The trained exits and those that they learn from."""
+  trained = trained_exits(objective.targets)
+  sources = {source for number in trained for source in objective.teachers.get(number, ())}
+  return tuple(sorted({*trained, *sources, *(objective.targets[number - 1] for number in trained)} - {LABELS}))
+
+
+def _restored(variables: Any, before: Any, paths: Collection[tuple[str, ...]]) -> Any:
+  """The variables, those at `paths` as they were before."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, new, old: old if tuple(key.key for key in path) in paths else new, variables, before
+  )
+
+
+def model_rngs(model: Any, seed: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+  """The random keys of one training step that a model asks for by its `rng_names`, the same on every device."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _MODEL_STREAM), step)
+  return {name: jax.random.fold_in(key, number) for number, name in enumerate(getattr(model, 'rng_names', ()))}
+
+
 def train_metrics(logits: Sequence, labels: jax.Array, losses: dict[int, jax.Array], loss: jax.Array) -> dict:
-  """What a training line shows: the total loss and, an exit, its own loss, its cross-entropy and its accuracy."""
+  """What a training line shows: the total loss and, an exit, its own loss, its cross-entropy and its accuracy.
+
+  Of blended labels, float [B, classes], the accuracy is the share of the predicted class.
+  """
   metrics = {'loss': loss}
   for number, own in losses.items():
     exit_logits = logits[number - 1]
     metrics[f'exit_{number}/loss'] = own
     metrics[f'exit_{number}/nll'] = jnp.mean(cross_entropy(exit_logits, labels))
-    metrics[f'exit_{number}/accuracy'] = jnp.mean((jnp.argmax(exit_logits, -1) == labels).astype(jnp.float32))
+    predicted = jnp.argmax(exit_logits, -1)
+    if labels.ndim == 2:
+      right = jnp.take_along_axis(labels, predicted[:, None], axis=-1)
+    else:
+      right = (predicted == labels).astype(jnp.float32)
+    metrics[f'exit_{number}/accuracy'] = jnp.mean(right)
   return metrics
 
 

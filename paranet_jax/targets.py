@@ -84,11 +84,60 @@ def trained_exits(targets: Targets) -> tuple[int, ...]:
   return tuple(number for number, target in enumerate(targets, 1) if target is not None)
 
 
-def describe_target(target: int | None) -> str:
-  """What an exit learns from, in words: 'labels', 'exit 3' or 'nothing'."""
+def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, name: str) -> dict[int, tuple[int, ...]]:
+  """The exits from which an exit that learns from labels learns besides.
+
+  Args:
+    targets: one an exit.
+    distill: 'none', 'last' (the last trained exit), 'next' (the next one) or 'later' (all later ones).
+    hard_label_weight: share of the labels in the loss of an exit with teachers.
+    name: of the network, for the messages.
+
+  Returns:
+    {exit: its teachers}, both 1-based, the exits without any left out.
+
+  Raises:
+    UserError: no exit would have a teacher, or one would learn from no label, directly or through its teachers.
+  """
+  if distill == 'none':
+    return {}
+  teachers, trained = {}, trained_exits(targets)
+  for number in trained:
+    later = tuple(other for other in trained if other > number)
+    if targets[number - 1] == LABELS and later:
+      teachers[number] = {'last': later[-1:], 'next': later[:1], 'later': later}[distill]
+  if not teachers:
+    raise UserError(
+      f'loss.distill {distill!r} needs an exit that learns from labels and a trained exit after it, and {name} has '
+      'none; set --config.loss.distill'
+    )
+  sources = {number: teachers.get(number, (targets[number - 1],)) for number in trained}
+  taught = {LABELS} | (set(teachers) if hard_label_weight else set())
+  for _ in trained:
+    taught |= {number for number in trained if taught.intersection(sources[number])}
+  for number in trained:
+    if number not in taught:
+      raise UserError(
+        f'loss.distill {distill!r}: exit {number} of {name} would learn from no label, directly or through its '
+        'teachers; raise --config.loss.hard_label_weight, or set --config.loss.distill'
+      )
+  return teachers
+
+
+def describe_target(target: int | None, teachers: tuple[int, ...] = (), hard_label_weight: float = 0.0) -> str:
+  """What an exit learns from, in words: 'labels', 'exit 3', 'labels, exits 2 3' or 'nothing'.
+
+  Args:
+    target: of the exit.
+    teachers: of an exit with labels (see `distill_teachers`); with `hard_label_weight` 0 they stand in for the labels.
+  """
   if target is None:
     return 'nothing'
-  return 'labels' if target == LABELS else f'exit {target}'
+  if target != LABELS:
+    return f'exit {target}'
+  labels = ['labels'] if hard_label_weight or not teachers else []
+  exits = [f'exit{"s" * (len(teachers) > 1)} {" ".join(map(str, teachers))}'] if teachers else []
+  return ', '.join(labels + exits)
 
 
 def _parse_character(character: str, position: int, num_pipelines: int, name: str) -> int | None:

@@ -1,18 +1,22 @@
 """All that a configuration and its data set determine: built once, then only read."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
-from paranet_jax.costs import parameter_sizes
+from paranet_jax.costs import abstract_variables, parameter_sizes, variable_paths
 from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.load import load_dataset
+from paranet_jax.errors import UserError
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
+from paranet_jax.regimes import Phase, make_phases
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import Targets, trained_exits
 
@@ -43,6 +47,12 @@ class Task:
     """(H, W, C)."""
     return config_lib.image_shape(self.config)
 
+  @property
+  def phases(self) -> tuple[Phase, ...]:
+    """Which exits train when."""
+    body_steps = config_lib.body_steps(self.config, self.steps_per_epoch)
+    return make_phases(self.config.train.regime, self.targets, body_steps, self.total_steps)
+
   def learning_rate(self, step: int) -> float:
     """Learning rate of the update that step number `step` (from 0) is part of."""
     return float(self.schedule(step // self.config.train.accumulate_steps))
@@ -51,9 +61,24 @@ class Task:
     """The state at step 0."""
     return init_state(self.model, self.optimizer, self.config.seed, self.image_shape)
 
-  def train_step(self, axis_name: str | None = None) -> Callable:
-    """The body of the training step (see `steps.make_train_step`)."""
-    return make_train_step(self.model, self.optimizer, self.objective, self.preprocessing, axis_name)
+  def phase(self, step: int) -> Phase:
+    """The phase that step number `step` (from 0) is in; of the end of the run the last one."""
+    return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
+
+  def train_step(self, axis_name: str | None = None, phase: Phase | None = None) -> Callable:
+    """The body of the training step of a phase, of the last one unless said (see `steps.make_train_step`)."""
+    phase = phase or self.phases[-1]
+    whole = phase.targets == self.targets
+    return make_train_step(
+      self.model,
+      # The states of both are alike: they differ in which parameters decay.
+      self.optimizer if whole else _optimizer(self.config, self.schedule, self.model, phase.targets),
+      self.objective._replace(targets=phase.targets),
+      self.preprocessing,
+      axis_name,
+      frozen=variable_paths(self.model, self.image_shape, phase.frozen) if phase.frozen else (),
+      users=_users(self, phase) if self.config.loss.gradient_equilibrium else None,
+    )
 
 
 def build_task(config: ConfigDict) -> Task:
@@ -73,18 +98,25 @@ def build_task(config: ConfigDict) -> Task:
   targets = config_lib.targets(config)
   steps = steps_per_epoch(len(dataset.train), config.train.batch_size)
   schedule = _schedule(config, steps)
-  return Task(
+  task = Task(
     config=config,
     dataset=dataset,
     model=model,
     targets=targets,
-    objective=Objective(targets, config_lib.exit_weights(config), **_matching(config)),
-    preprocessing=Preprocessing(dataset.mean, dataset.std, dataset.crop_padding, dataset.flip),
+    objective=Objective(
+      targets, config_lib.exit_weights(config), **_matching(config), teachers=config_lib.teachers(config)
+    ),
+    preprocessing=Preprocessing(
+      dataset.mean, dataset.std, dataset.crop_padding, dataset.flip, config.train.cutout, config.train.mixup
+    ),
     optimizer=_optimizer(config, schedule, model, targets),
     schedule=schedule,
     steps_per_epoch=steps,
     total_steps=config_lib.total_steps(config, steps),
   )
+  for phase in task.phases:
+    _check_phase(task, phase)
+  return task
 
 
 def _matching(config: ConfigDict) -> dict[str, Any]:
@@ -122,3 +154,24 @@ def _optimizer(config: ConfigDict, schedule: Schedule, model: Any, targets: Targ
     clip_norm=train.clip_norm,
     accumulate_steps=train.accumulate_steps,
   )
+
+
+def _check_phase(task: Task, phase: Phase) -> None:
+  if phase.frozen is None:
+    return
+  frozen = variable_paths(task.model, task.image_shape, phase.frozen)
+  for number in trained_exits(phase.targets):
+    if variable_paths(task.model, task.image_shape, number) <= frozen:
+      raise UserError(
+        f"train.regime 'disjoint' would train nothing of exit {number} of {task.config.name}: exit {phase.frozen} uses "
+        'the same parameters; set --config.train.regime'
+      )
+
+
+def _users(task: Task, phase: Phase) -> Any:
+  """How many of the phase's exits use each parameter, as a tree."""
+  used = Counter(
+    path for number in trained_exits(phase.targets) for path in parameter_sizes(task.model, task.image_shape, number)
+  )
+  params = abstract_variables(task.model, task.image_shape)['params']
+  return jax.tree_util.tree_map_with_path(lambda path, _: used[tuple(key.key for key in path)], params)

@@ -1,7 +1,9 @@
 """A run: build or restore, train, evaluate, log, save, stop cleanly."""
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
+from paranet_jax.body import take_body
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.config import check_devices
 from paranet_jax.curves import draw_curves
@@ -20,6 +23,7 @@ from paranet_jax.errors import UserError
 from paranet_jax.evaluation import Evaluator, as_metrics
 from paranet_jax.metrics import MetricsWriter
 from paranet_jax.progress import Progress, human_duration
+from paranet_jax.regimes import Phase
 from paranet_jax.signals import StopRequest
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.tables import describe_table, evaluation_table
@@ -117,16 +121,25 @@ class Run:
   """The training loop and its state. Nothing waits for the device but a log line, an evaluation or a checkpoint.
 
   Attributes:
+    evaluator: of the exits, for runs that differ only in their seed the same.
     saved_step: of the latest checkpoint; None: there is none.
   """
 
-  def __init__(self, task: Task, devices: list, workdir: Path, checkpoints: Checkpoints, stop: StopRequest):
+  def __init__(
+    self,
+    task: Task,
+    devices: list,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    evaluator: Evaluator | None = None,
+  ):
     self._task = task
     self._devices = devices
     self._workdir = workdir
     self._checkpoints = checkpoints
     self._stop = stop
-    self._evaluator = Evaluator(task, devices)
+    self.evaluator = evaluator or Evaluator(task, devices)
     self._started = time.monotonic()
     self._earlier_wall_time = 0.0
     self.saved_step = checkpoints.latest_step()
@@ -139,12 +152,14 @@ class Run:
     """The state of the latest checkpoint, or a fresh one.
 
     Raises:
-      UserError: the checkpoint is of another architecture or optimizer, or of a step after the end of this run.
+      UserError: the checkpoint is of another architecture or optimizer, or of a step after the end of this run; or a
+        fresh state was to have the body of a run that does not fit.
     """
     whole = devices_lib.replicated(self._devices)
     step, total = self._checkpoints.latest_step(), self._task.total_steps
     if step is None:
-      return jax.device_put(self._task.init_state(), whole)
+      state, source = self._task.init_state(), self._task.config.init_from
+      return jax.device_put(take_body(state, Path(source)) if source else state, whole)
     if step > total:
       raise UserError(
         f'the run is at step {step} and this configuration ends at step {total}; '
@@ -172,7 +187,7 @@ class Run:
     step = int(state.step)
     if evaluations is None and step == task.total_steps:
       # Stopped after its last checkpoint and before its summary: the lines of this evaluation are written already.
-      evaluations = self._evaluator.evaluate(state.params, state.batch_stats)
+      evaluations = self.evaluator.evaluate(state.params, state.batch_stats)
       print(evaluation_table(evaluations))
     if evaluations is None:
       self._save(step, state)
@@ -180,11 +195,10 @@ class Run:
 
   def _loop(self, state: TrainState, step: int) -> tuple[TrainState, dict | None]:
     task, config = self._task, self._task.config
-    train_step = devices_lib.run_on(self._devices, task.train_step)
+    phase, train_step, zeros = self._enter_phase(step)
     whole = devices_lib.replicated(self._devices)
     train = task.dataset.train
     images, labels = jax.device_put((train.images, train.labels), whole)
-    zeros = jax.device_put(zero_totals(task.targets), whole)
     clock = _Clock(config.train.batch_size)
     eval_every = max(round(config.eval.every_epochs * task.steps_per_epoch), 1)
     totals, logged, order_epoch, order, evaluations = _copy(zeros), step, None, None, None
@@ -196,8 +210,8 @@ class Run:
       step += 1
       clock.stepped(totals)
       last = step == task.total_steps
-      if last or step % config.log.every_steps == 0:
-        self._log(step, totals, step - logged, clock)
+      if last or step == phase.end or step % config.log.every_steps == 0:
+        self._log(step, totals, step - logged, clock, phase)
         totals, logged = _copy(zeros), step
       if last or step % eval_every == 0:
         evaluations = self._evaluate(step, state)
@@ -205,26 +219,37 @@ class Run:
       if last or step % config.checkpoint.every_steps == 0:
         self._save(step, state)
         clock.restart()
+      if step == phase.end and not last:
+        phase, train_step, zeros = self._enter_phase(step)
+        totals, clock = _copy(zeros), _Clock(config.train.batch_size)
     return state, evaluations if step == task.total_steps else None
+
+  def _enter_phase(self, step: int) -> tuple[Phase, Callable, dict[str, jax.Array]]:
+    """The phase that a step is in, its training step, and totals of 0."""
+    phase = self._task.phase(step)
+    train_step = devices_lib.run_on(self._devices, functools.partial(self._task.train_step, phase=phase))
+    zeros = jax.device_put(zero_totals(phase.targets), devices_lib.replicated(self._devices))
+    return phase, train_step, zeros
 
   def _order(self, epoch: int) -> jax.Array:
     config = self._task.config
     order = epoch_order(config.seed, epoch, len(self._task.dataset.train), config.train.batch_size)
     return devices_lib.place_order(order, self._devices)
 
-  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, clock: '_Clock') -> None:
+  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, clock: '_Clock', phase: Phase) -> None:
+    trained = trained_exits(phase.targets)
     means = {name: float(total) / steps for name, total in jax.device_get(totals).items()}
     if not math.isfinite(means['loss']):
-      bad = [number for number in trained_exits(self._task.targets) if not math.isfinite(means[f'exit_{number}/loss'])]
+      bad = [number for number in trained if not math.isfinite(means[f'exit_{number}/loss'])]
       raise self._not_finite(f'the loss (exits {bad or "together"})', step)
     speed = clock.images_per_second()
     means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
     self._writer.write(step, step / self._task.steps_per_epoch, 'train', means)
-    losses = {number: means[f'exit_{number}/loss'] for number in trained_exits(self._task.targets)}
+    losses = {number: means[f'exit_{number}/loss'] for number in trained}
     self._progress.update(step, losses, speed)
 
   def _evaluate(self, step: int, state: TrainState) -> dict[str, list[dict]]:
-    evaluations = self._evaluator.evaluate(state.params, state.batch_stats)
+    evaluations = self.evaluator.evaluate(state.params, state.batch_stats)
     for split, exits in evaluations.items():
       self._writer.write(step, step / self._task.steps_per_epoch, split, as_metrics(exits))
     self._progress.message(f'after step {step}:\n{evaluation_table(evaluations)}')

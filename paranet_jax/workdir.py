@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from paranet_jax.base_config import base_config, field_names
+from paranet_jax.base_config import base_config, family_of, field_names
 from paranet_jax.config import differences
 from paranet_jax.errors import UserError
 
@@ -61,7 +61,8 @@ def restore_config(workdir: Path) -> ConfigDict:
   Raises:
     UserError: there is none, or its fields are not those of this version.
   """
-  config, saved, path = base_config(), _load_config(workdir), workdir / CONFIG
+  saved, path = _load_config(workdir), workdir / CONFIG
+  config = base_config(family=family_of(saved))
   unknown = set(field_names(saved)) - set(field_names(config))
   if unknown:
     raise UserError(f'{path} has a field {min(unknown)} that this version does not know; set --config instead')
@@ -72,13 +73,29 @@ def restore_config(workdir: Path) -> ConfigDict:
   return config
 
 
+def changes(workdir: Path, config: ConfigDict) -> list[str]:
+  """The fields in which the saved configuration differs from this one, as `field: saved -> now`.
+
+  Raises:
+    UserError: the saved configuration cannot be read.
+  """
+  saved = _load_config(workdir)
+  return differences(_with_defaults(saved, _as_saved(base_config(family=family_of(saved)))), _as_saved(config))
+
+
 def _check_same(workdir: Path, config: ConfigDict) -> None:
-  changed = differences(_load_config(workdir), _as_saved(config))
+  changed = changes(workdir, config)
   if changed:
     raise UserError(
       f'workdir {workdir} holds a run with another configuration: {"; ".join(changed)} (saved -> now); '
       'set --workdir for a new run, or --accept_config_changes to go on with the new one'
     )
+
+
+def _with_defaults(saved: dict, defaults: dict) -> dict:
+  """A saved configuration with the fields that came after it."""
+  sections = {key for key, value in saved.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)}
+  return defaults | saved | {key: _with_defaults(saved[key], defaults[key]) for key in sections}
 
 
 def _as_saved(config: ConfigDict) -> dict:
@@ -100,7 +117,11 @@ def _load_config(workdir: Path) -> dict:
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON to a file, whole or not at all."""
-  text = json.dumps(value, indent=2) + '\n'
+  write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a text file, whole or not at all."""
   temporary = path.with_name(path.name + '.tmp')
   with temporary.open('w') as file:
     file.write(text)

@@ -7,8 +7,9 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from paranet_jax import base_config as base_config_lib
 from paranet_jax import config as config_lib
-from paranet_jax.base_config import base_config, field_names
+from paranet_jax.base_config import FAMILIES, base_config, field_names
 from paranet_jax.config import RULES
 from paranet_jax.errors import UserError
 from paranet_jax.task import build_task
@@ -16,6 +17,7 @@ from paranet_jax.task import build_task
 # field: values that its rule refuses, values just within it
 BOUNDS = {
   'seed': ((2**31, -(2**31) - 1), (2**31 - 1, -(2**31), 0)),
+  'seeds': ((0, -1), (1, 5)),
   'model.layers_per_block': ((0, -1), (1,)),
   'model.growth_rate': ((0, -1), (1,)),
   'model.bn_size': ((0, -1), (1,)),
@@ -24,6 +26,23 @@ BOUNDS = {
   'model.cascade': (('2', '2.2,', '2.2;3.3', 'all', '2.2, 3.3'), ('', '2.2', '2.2,3.3,4.12')),
   'model.entry_pool': (('mean', 'Max', ''), ('max', 'avg')),
   'model.entry_order': (('pool', ''), ('stem_first', 'pool_first')),
+  'model.depth': ((0, -4), (1,)),
+  'model.compression': ((0.0, 1.1, math.nan), (0.5, 1.0)),
+  'model.block': (('wide', ''), ('basic', 'preactivation', 'bottleneck')),
+  'model.num_blocks': ((0, -1), (1,)),
+  'model.base': ((0, -1), (1,)),
+  'model.step_mode': (('odd', ''), ('even', 'lin_grow')),
+  'model.step': ((0, -1), (1,)),
+  'model.initial_channels': ((0, -1), (1,)),
+  'model.growth_factors': (((0, 1), (1.0, 2), (True, 2)), ((1,), (1, 2, 4))),
+  'model.bottleneck_factors': (((0, 1), (1.5, 2)), ((1,), (1, 2, 4))),
+  'model.reduction': ((0.0, 1.1, math.nan), (0.5, 1.0)),
+  'model.columns': ((1, 0), (2, 4)),
+  'model.widths': (((0, 1), (1.0,)), ((1,), (64, 128))),
+  'model.dropout': ((1.0, -0.1, math.nan), (0.0, 0.9)),
+  'model.block_dropout': (((1.0,), (-0.1, 0.0), (math.nan,), ('a',)), ((), (0.0, 0.4), (0,))),
+  'model.local_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
+  'model.global_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.num_classes': ((1, 0, -3), (2,)),
   'model.image_side': ((0, -8), (1,)),
   'model.channels': ((0, 2, 4), (1, 3)),
@@ -36,10 +55,13 @@ BOUNDS = {
   'loss.matching': (('mse', ''), ('squared_error', 'kl')),
   'loss.temperature': ((0.0, -1.0, math.nan, math.inf), (0.1, 20.0)),
   'loss.hard_label_weight': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
+  'loss.distill': (('first', ''), ('none', 'last', 'next', 'later')),
   'loss.exit_weights': (((-1.0, 1), (math.nan, 1), (math.inf, 1), ('a', 'b')), ((0,), (0.5, 2))),
   'loss.label_smoothing': ((1.0, -0.1, math.nan), (0.0, 0.99)),
   'train.epochs': ((0.0, -1.0, math.nan, math.inf, 1e30), (0.01, 300.0)),
   'train.max_steps': ((-1,), (0,)),
+  'train.regime': (('separate', ''), ('joint', 'disjoint', 'mixed')),
+  'train.body_epochs': ((0.0, -1.0, math.nan, 1e30), (0.5, 65.0)),
   'train.batch_size': ((0, -64), (1,)),
   'train.learning_rate': ((0.0, -0.1, math.nan, math.inf), (1e-9, 10.0)),
   'train.schedule': (('linear', ''), ('step', 'cosine', 'one_cycle', 'constant')),
@@ -52,6 +74,8 @@ BOUNDS = {
   'train.decay': (('none', ''), ('all', 'kernels')),
   'train.clip_norm': ((-1.0, math.nan, math.inf), (0.0,)),
   'train.accumulate_steps': ((0, -1), (1,)),
+  'train.cutout': ((-1,), (0, 16)),
+  'train.mixup': ((-0.1, math.nan, math.inf), (0.0, 0.2)),
   'train.devices': ((-1,), (0,)),
   'eval.every_epochs': ((0.0, -1.0, math.nan, 1e30), (0.1,)),
   'eval.batch_size': ((0, -1), (1,)),
@@ -61,9 +85,14 @@ BOUNDS = {
 }
 
 
-def changed(**fields):
-  """The base configuration with some `section__field` changed."""
-  config = base_config()
+FIELDS = {family: field_names(base_config(family=family)) for family in FAMILIES}
+ALL_FIELDS = {field: family for family in reversed(FIELDS) for field in FIELDS[family]}
+"""Every field, and the first family that has it."""
+
+
+def changed(family='paranet', **fields):
+  """The base configuration of a family with some `section__field` changed."""
+  config = base_config(family=family)
   config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
   return config
 
@@ -76,12 +105,12 @@ def refusal(check, *arguments) -> str:
 
 def test_every_rule_is_tested_and_is_of_a_field():
   assert BOUNDS.keys() == RULES.keys()
-  assert RULES.keys() <= set(field_names(base_config()))
+  assert RULES.keys() <= ALL_FIELDS.keys()
 
 
 @pytest.mark.parametrize(('field', 'value'), [(field, value) for field, (bad, _) in BOUNDS.items() for value in bad])
 def test_a_rule_refuses_in_one_line(field, value):
-  config = changed(**{field.replace('.', '__'): value})
+  config = changed(ALL_FIELDS[field], **{field.replace('.', '__'): value})
   message = refusal(config_lib.validate, config)
   assert message == f'{field} must be {RULES[field][1]}, found {value}; set --config.{field}'
 
@@ -93,14 +122,15 @@ def test_a_rule_allows(field, value):
 
 DERIVED = {
   *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers'),
-  *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs'),
+  *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs', 'train.body_epochs'),
 }
 
 
 def test_only_derived_fields_may_be_none():
-  config_lib.validate(base_config())
-  for field in field_names(base_config()):
-    config = changed(**{field.replace('.', '__'): None})
+  for family in FAMILIES:
+    config_lib.validate(base_config(family=family))
+  for field, family in ALL_FIELDS.items():
+    config = changed(family, **{field.replace('.', '__'): None})
     if field in DERIVED:
       config_lib.validate(config)
     else:
@@ -128,9 +158,10 @@ def test_a_misspelt_field_is_an_error():
 
 
 def test_every_field_has_a_comment():
-  lines = [line.strip() for line in inspect.getsource(base_config).splitlines()]
-  places = [i for i, line in enumerate(lines) if re.match(r'\w+\.\w+ = (?!.*ConfigDict\(\))', line)]
-  assert len(places) == len(field_names(base_config()))
+  lines = [line.strip() for line in inspect.getsource(base_config_lib).splitlines()]
+  places = [i for i, line in enumerate(lines) if re.match(r'\w+\.\w+ = (?!.*\(\)$)', line)]
+  of_families = [fields() for fields in FAMILIES.values()]
+  assert len(places) == len(field_names(base_config())) + sum(map(len, of_families[1:]))
   assert [lines[i] for i in places if '  # ' not in lines[i] and not lines[i - 1].startswith('# ')] == []
 
 
@@ -147,9 +178,9 @@ def test_the_data_folder_of_the_environment(monkeypatch):
 def test_absolute_paths(tmp_path, monkeypatch, data_dir, expected):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('HOME', '/home/of/user')
-  config = changed(data__data_dir=data_dir)
+  config = changed(data__data_dir=data_dir, init_from=data_dir)
   config_lib.absolute_paths(config)
-  assert config.data.data_dir == expected.format(here=tmp_path, home='/home/of/user')
+  assert config.data.data_dir == config.init_from == expected.format(here=tmp_path, home='/home/of/user')
 
 
 @pytest.mark.parametrize(

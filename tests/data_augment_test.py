@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paranet_jax.data.augment import augment, image_keys, normalize
+from paranet_jax.data.augment import augment, image_keys, mixup, normalize
 
-augment = jax.jit(augment, static_argnames=('crop_padding', 'flip'))
+augment = jax.jit(augment, static_argnames=('crop_padding', 'flip', 'cutout'))
+mixup = jax.jit(mixup, static_argnames=('alpha',))
 
 IMAGE = np.array([[1, 2], [3, 4]], np.float32)  # One channel.
 # Rows of the nine crops of IMAGE with a border of one pixel of zeros, by (row, column) offset.
@@ -107,3 +108,55 @@ def test_padding_is_the_mean_colour():
   augmented = np.asarray(augment(keys(64), images, crop_padding=1, flip=False))
   pixels = {tuple(pixel) for pixel in np.round(augmented.reshape(-1, 3) + mean, 6).tolist()}
   assert pixels == {mean, (1.0, 1.0, 1.0)}
+
+
+# Of 2 x 3 pixels of 1, the pixels that stay for a square of this side around each pixel.
+CUTOUTS = {
+  1: ['011 111', '101 111', '110 111', '111 011', '111 101', '111 110'],
+  # From one pixel up and left of the middle to the middle, as far as there are any.
+  2: ['011 111', '001 111', '100 111', '011 011', '001 001', '100 100'],
+  3: ['001 001', '000 000', '100 100'] * 2,
+}
+
+
+@pytest.mark.parametrize('side', CUTOUTS)
+def test_cutout(side):
+  expected = collections.Counter(tuple(float(pixel) for pixel in text if pixel != ' ') for text in CUTOUTS[side])
+  images = jnp.ones((1200, 2, 3, 1))
+  found = counts_of(augment(keys(1200), images, crop_padding=0, flip=False, cutout=side))
+  assert found.keys() == expected.keys()
+  for outcome, multiplicity in expected.items():
+    assert abs(found[outcome] - 200 * multiplicity) <= 5 * np.sqrt(200 * multiplicity)
+
+
+def test_cutout_leaves_the_crop_and_the_flip_as_they_are():
+  images = np.random.RandomState(0).rand(16, 6, 6, 3).astype(np.float32) + 1
+  plain, cut = (augment(keys(16), images, crop_padding=2, flip=True, cutout=side) for side in (0, 3))
+  kept = np.asarray(cut) != 0
+  np.testing.assert_array_equal(np.asarray(cut)[kept], np.asarray(plain)[kept])
+  assert not kept.all()
+
+
+@pytest.mark.parametrize('alpha', [0.2, 2.0])
+def test_mixup_shares(alpha):
+  """Labels show the shares: of Beta(alpha, alpha), whose mean is 1/2 and variance 1 / (8 alpha + 4)."""
+  number = 4000
+  images = jnp.arange(float(number)).reshape(-1, 1, 1, 1)
+  one_hot = jnp.eye(2)[np.arange(number) * 2 // number]  # The first half is class 0, its partners class 1.
+  mixed, labels = mixup(keys(number), images, one_hot, alpha=alpha)
+  share = np.where(np.arange(number) < number // 2, labels[:, 0], labels[:, 1]).astype(np.float64)
+  partner = np.arange(number)[::-1]
+  np.testing.assert_allclose(np.ravel(mixed), share * np.arange(number) + (1 - share) * partner, rtol=1e-4, atol=0.01)
+  np.testing.assert_allclose(np.sum(labels, axis=1), 1, rtol=1e-6)
+  variance = 1 / (8 * alpha + 4)
+  assert abs(share.mean() - 0.5) < 5 * np.sqrt(variance / number)
+  assert abs(share.var() - variance) < 0.1 * variance
+  # Each place has its own share, and a pair's two are not tied.
+  assert len(np.unique(share)) > 0.9 * number and abs(np.corrcoef(share, share[::-1])[0, 1]) < 0.1
+
+
+def test_mixup_leaves_the_middle_of_an_odd_batch():
+  images = jnp.arange(3.0).reshape(3, 1, 1, 1)
+  mixed, labels = mixup(keys(3), images, jnp.eye(3), alpha=1.0)
+  np.testing.assert_allclose(mixed[1], images[1], rtol=1e-6)
+  np.testing.assert_allclose(labels[1], [0, 1, 0], rtol=1e-6)

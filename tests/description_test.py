@@ -67,6 +67,13 @@ def test_a_table_for_people(tmp_path, monkeypatch):
   assert not contents(tmp_path)
 
 
+def test_what_distilled_exits_learn_from():
+  arguments = ('--config.name=PN3-ddd', '--config.loss.distill=later', '--config.loss.hard_label_weight=0.5')
+  result = run_main(QUICKSTART, *SMALL, *arguments, '--mode=describe', '--json')
+  learns_from = [row['learns_from'] for row in json.loads(result.out)['exits']]
+  assert learns_from == ['labels, exits 2 3', 'labels, exit 3', 'labels']
+
+
 @pytest.mark.parametrize(
   ('data_set', 'of_the_config', 'of_the_data', 'expected'),
   [

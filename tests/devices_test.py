@@ -16,6 +16,7 @@ from paranet_jax.steps import make_train_step, zero_totals
 
 STEPS, BATCH = 2, 16
 TARGETS = (2, 0)
+EVERYTHING = tiny.AUGMENTED._replace(cutout=3, mixup=0.5)
 
 
 class Unshared(ParaNet):
@@ -40,7 +41,7 @@ class Training:
     optimizer = optax.sgd(0.05, 0.9, True)
     self._step = run_on(
       self._devices,
-      lambda axis: self._counted(make_train_step(model, optimizer, tiny.objective('PN2-2d'), tiny.AUGMENTED, axis)),
+      lambda axis: self._counted(make_train_step(model, optimizer, tiny.objective('PN2-2d'), EVERYTHING, axis)),
     )
     self._data = jax.device_put((tiny.images(STEPS * BATCH, model), tiny.labels(STEPS * BATCH)), self._whole)
     self.state = jax.device_put(tiny.state(model, optimizer), self._whole)

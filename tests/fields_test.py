@@ -14,11 +14,14 @@ from paranet_jax import devices as devices_lib
 from paranet_jax import evaluation, train
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config, field_names
+from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.data.augment import image_keys
 from paranet_jax.description import describe
 from paranet_jax.errors import UserError
 from paranet_jax.losses import exit_losses, total_loss
 from paranet_jax.metrics import read_metrics
-from paranet_jax.steps import TrainState
+from paranet_jax.seeds import seed_configs
+from paranet_jax.steps import TrainState, augmented, zero_totals
 from paranet_jax.task import build_task
 
 # 1,437 training images in batches of 400 are 3 steps an epoch, 6 in all.
@@ -64,16 +67,54 @@ def logits(config, _):
 
 
 def loops(config, _):
-  """Loops in the forward pass of training."""
+  """Loops in the forward pass of training, and how often it draws random numbers."""
   model = config_lib.build_model(config, 3)
   images = np.zeros((2, 8, 8, 3), np.float32)
-  program = jax.make_jaxpr(lambda: model.apply(tiny.variables(model), images, train=True, mutable=['batch_stats']))()
-  return str(program).count('scan[')
+  options = {'train': True, 'mutable': ['batch_stats'], 'rngs': {'dropout': jax.random.key(0)}}
+  program = str(jax.make_jaxpr(lambda: model.apply(tiny.variables(model), images, **options))())
+  return program.count('scan['), program.count('random_bits[')
 
 
 def start(config, _):
   """The state before the first step."""
   return jax.tree.map(np.ndarray.tolist, jax.device_get(build_task(config).init_state()))
+
+
+def own_runs(config, _):
+  """The seeds that are trained."""
+  return [own.seed for own in seed_configs(config)]
+
+
+def beginning(config, workdir):
+  """The state that a run begins with, or why there is none."""
+  task, devices = build_task(config), jax.devices()[:1]
+  with Checkpoints(workdir, 1) as checkpoints:
+    try:
+      state = train.Run(task, devices, workdir, checkpoints, None).restore()
+    except UserError as error:
+      return str(error)
+  return jax.tree.map(np.ndarray.tolist, jax.device_get(state))
+
+
+def phases(config, _):
+  """What trains when."""
+  return build_task(config).phases
+
+
+def program(config, _):
+  """What a training step computes."""
+  task = build_task(config)
+  arguments = tiny.state(task.model, task.optimizer), zero_totals(task.targets), task.dataset.train.images
+  step = task.train_step()
+  return str(jax.make_jaxpr(step)(*arguments, task.dataset.train.labels, np.zeros((1, 4), np.int32)))
+
+
+def batch(config, _):
+  """Images and labels as a training step takes them."""
+  task = build_task(config)
+  train, keys = task.dataset.train, image_keys(0, 0, 0, np.arange(4))
+  found = augmented(keys, train.images[:4], train.labels[:4], task.preprocessing, 10)
+  return [values.tolist() for values in found]
 
 
 def dataset(config, _):
@@ -145,6 +186,8 @@ KL = MATCHING | {'loss.matching': 'kl'}
 FIELDS = {
   'name': (costs, 'PN2-dd', {}),
   'seed': (start, 1, {}),
+  'seeds': (own_runs, 2, {}),
+  'init_from': (beginning, 'no run', {}),
   'model.layers_per_block': (costs, 2, {}),
   'model.growth_rate': (costs, 3, {}),
   'model.bn_size': (costs, 2, {}),
@@ -154,6 +197,7 @@ FIELDS = {
   'model.stem_norm': (costs, True, {}),
   'model.entry_pool': (logits, 'avg', {}),
   'model.entry_order': (logits, 'pool_first', {}),
+  'model.dropout': (loops, 0.1, {'model.scan_layers': 1}),
   'model.num_classes': (costs, 12, {}),
   'model.image_side': (costs, 16, {}),
   'model.channels': (costs, 1, {}),
@@ -169,10 +213,14 @@ FIELDS = {
   'loss.matching': (objective, 'kl', MATCHING),
   'loss.temperature': (objective, 2.0, KL),
   'loss.hard_label_weight': (objective, 0.5, KL),
+  'loss.distill': (objective, 'last', {'name': 'PN2-dd'}),
+  'loss.gradient_equilibrium': (program, True, {'name': 'PN2-dd'}),
   'loss.exit_weights': (objective, (2.0,), {}),
   'loss.label_smoothing': (objective, 0.1, {}),
   'train.epochs': (run, 3.0, {}),
   'train.max_steps': (run, 5, {}),
+  'train.regime': (phases, 'mixed', {'name': 'PN2-dd'}),
+  'train.body_epochs': (phases, 0.5, {'name': 'PN2-dd', 'train.regime': 'mixed'}),
   'train.batch_size': (run, 700, {}),
   'train.learning_rate': (updates, 0.2, {}),
   'train.schedule': (updates, 'constant', {}),
@@ -186,6 +234,8 @@ FIELDS = {
   'train.decay': (updates, 'kernels', {}),
   'train.clip_norm': (updates, 0.1, {}),
   'train.accumulate_steps': (updates, 2, {}),
+  'train.cutout': (batch, 4, {}),
+  'train.mixup': (batch, 1.0, {}),
   'train.devices': (run, 2, {}),
   'eval.every_epochs': (run, 2.0, {}),
   'eval.batch_size': (run, 90, {}),
@@ -196,7 +246,8 @@ FIELDS = {
 
 
 def test_every_field_is_in_the_table():
-  assert FIELDS.keys() == set(field_names(base_config()))
+  # The family goes with the fields it has: families_test.py.
+  assert FIELDS.keys() == set(field_names(base_config())) - {'model.family'}
 
 
 def observed(observe, fields, folder):

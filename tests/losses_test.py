@@ -25,6 +25,15 @@ def test_cross_entropy(label_smoothing, expected):
   np.testing.assert_allclose(cross_entropy(LOGITS, jnp.array([2, 0]), label_smoothing), expected, rtol=1e-6)
 
 
+def test_cross_entropy_of_blended_labels_is_the_blend_of_theirs():
+  shares = jnp.array([[0.0, 0.25, 0.75], [0.5, 0.5, 0.0]])
+  expected = [0.25 * log(4) + 0.75 * log(8 / 5), log(4)]
+  np.testing.assert_allclose(cross_entropy(LOGITS, shares), expected, rtol=1e-6)
+  # 0.3 of each is spread: 0.1, 0.275, 0.625 and 0.45, 0.45, 0.1.
+  expected = [0.1 * log(8) + 0.275 * log(4) + 0.625 * log(8 / 5), 0.9 * log(4) + 0.1 * log(2)]
+  np.testing.assert_allclose(cross_entropy(LOGITS, shares, 0.3), expected, rtol=1e-6)
+
+
 def test_squared_error_is_a_mean_over_classes():
   student, teacher = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]]), jnp.array([[0.0, 4.0, 2.0], [0.0, 0.0, 0.0]])
   np.testing.assert_allclose(squared_error(student, teacher), [3.0, 3.0])
@@ -86,6 +95,51 @@ def test_exit_losses(options, matched):
   assert losses.keys() == {1, 3}
   np.testing.assert_allclose(losses[3], cross_entropy(teacher, labels, smoothing)[0], rtol=1e-6)
   np.testing.assert_allclose(losses[1], matched, rtol=1e-5)
+
+
+# Softmax of the student: 1/4, 1/4, 1/2; of teacher 2: 1/2, 1/4, 1/4; of teacher 3: 1/8, 2/8, 5/8.
+KL_2, KL_3 = 0.25 * log(2), 0.125 * log(0.5) + 0.625 * log(1.25)
+
+
+@pytest.mark.parametrize(
+  ('teachers', 'weight', 'expected'),
+  [
+    ((), 0.25, log(2)),
+    ((3,), 0.0, KL_3),
+    ((2,), 0.25, 0.75 * KL_2 + 0.25 * log(2)),
+    ((2, 3), 0.25, 0.75 * (KL_2 + KL_3) / 2 + 0.25 * log(2)),
+    ((2, 3), 1.0, log(2)),
+  ],
+)
+@pytest.mark.parametrize('temperature', [1.0, 2.0])
+def test_exits_with_teachers(teachers, weight, temperature, expected):
+  """The mean over the teachers and over two equal images, and over nothing else; T^2 times at temperature T."""
+  rows = [[2.0, 2.0, 4.0], [4.0, 2.0, 2.0], [1.0, 2.0, 5.0]]
+  logits = [temperature * jnp.log(jnp.array([row, row])) for row in rows]
+  losses = exit_losses(
+    logits,
+    jnp.array([2, 2]),
+    (0, 0, 0),
+    temperature=temperature,
+    hard_label_weight=weight,
+    teachers={1: teachers} if teachers else {},
+  )
+  # At temperature T the logits are T times as large: the soft part is as at 1, the labels' part is not.
+  hard = cross_entropy(logits[0], jnp.array([2, 2]))[0]
+  share = weight if teachers else 1.0
+  expected = temperature**2 * (expected - share * log(2)) + share * hard
+  np.testing.assert_allclose(losses[1], expected, rtol=1e-5, atol=1e-6)
+  for number in (2, 3):
+    np.testing.assert_allclose(losses[number], cross_entropy(logits[number - 1], jnp.array([2, 2]))[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize('teachers', [(3,), (2, 3)])
+def test_teachers_are_not_taught_by_their_students(teachers):
+  def student_loss(logits):
+    return exit_losses(logits, jnp.array([2, 0]), (0, 0, 0), teachers={1: teachers})[1]
+
+  gradients = jax.grad(student_loss)([LOGITS + 1, LOGITS[::-1], 2 * LOGITS])
+  assert np.any(gradients[0]) and not np.any(gradients[1]) and not np.any(gradients[2])
 
 
 def test_exit_losses_are_means_over_the_batch():

@@ -33,6 +33,10 @@ def test_a_damaged_checkpoint(tmp_path):
       'loss.exit_weights must be more than 0 for exit 2, which PN3-x3d trains, found (1, 0, 1); '
       'set --config.loss.exit_weights, or give that exit an x in --config.name',
     ),
+    (
+      ['--config.train.cutout=17'],
+      'train.cutout must be at most model.image_side 16, found 17; set --config.train.cutout',
+    ),
     (['--json'], '--json prints what describe or eval finds, found --mode=train; set --mode'),
     (
       ['--config.data.name=a\nb', '--mode=describe'],

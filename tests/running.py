@@ -113,12 +113,16 @@ class SharedPrograms:
     patch.setattr(train, 'build_task', self._task)
     patch.setattr(train, 'describe', lambda config, *rest: self._keep('description', config, config, *rest))
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
-    patch.setattr(devices_lib, 'run_on', lambda devices, step: self._keep('step', step.__self__.config, devices, step))
+    patch.setattr(devices_lib, 'run_on', self._step)
     patch.setattr(task_lib, 'init_state', self._state)
 
   def _task(self, config):
     task = self._keep('task', config, config)
     return dataclasses.replace(task, config=config, total_steps=config_lib.total_steps(config, task.steps_per_epoch))
+
+  def _step(self, devices, step):
+    task, phase = step.func.__self__, step.keywords['phase']
+    return self._keep('step', task.config, devices, step, phase=phase.targets)
 
   def _state(self, model, optimizer, seed, image_shape):
     key = 'state', model, optimizer, seed, image_shape
@@ -129,11 +133,13 @@ class SharedPrograms:
       self._kept[key] = jax.tree.map(np.asarray, state)
     return jax.tree.map(np.copy, self._kept[key])
 
-  def _keep(self, kind, config, *arguments):
+  def _keep(self, kind, config, *arguments, phase=None):
     same = config.copy_and_resolve_references()
     with same.unlocked():
-      del same.eval, same.checkpoint, same.log, same.train.max_steps
-    key = kind, same.to_json(), *(len(argument) for argument in arguments if isinstance(argument, list))
+      del same.eval, same.checkpoint, same.log, same.train.max_steps, same.init_from
+      if kind != 'description':  # Which tells it; the programs take it from the state.
+        del same.seed
+    key = kind, phase, same.to_json(), *(len(argument) for argument in arguments if isinstance(argument, list))
     if key not in self._kept:
       self._kept[key] = self._build[kind](*arguments)
     return self._kept[key]

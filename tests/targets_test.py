@@ -3,7 +3,7 @@
 import pytest
 
 from paranet_jax.errors import UserError
-from paranet_jax.targets import LABELS, ModelName, describe_target, parse_name, trained_exits
+from paranet_jax.targets import LABELS, ModelName, describe_target, distill_teachers, parse_name, trained_exits
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,52 @@ def test_trained_exits():
 
 def test_describe_target():
   assert [describe_target(target) for target in (LABELS, 3, None)] == ['labels', 'exit 3', 'nothing']
+  assert [describe_target(LABELS, teachers, 0.0) for teachers in ((3,), (2, 3))] == ['exit 3', 'exits 2 3']
+  assert describe_target(LABELS, (2, 3), 0.5) == 'labels, exits 2 3'
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'distill', 'teachers'),
+  [
+    ('ddd', 'none', {}),
+    ('dxx', 'none', {}),
+    ('dddd', 'last', {1: (4,), 2: (4,), 3: (4,)}),
+    ('dddd', 'next', {1: (2,), 2: (3,), 3: (4,)}),
+    ('dddd', 'later', {1: (2, 3, 4), 2: (3, 4), 3: (4,)}),
+    # Untrained exits teach nobody, and matched ones keep their own teacher.
+    ('xdxdx', 'last', {2: (4,)}),
+    ('d4xd', 'next', {1: (2,)}),
+    ('d4xd', 'later', {1: (2, 4)}),
+  ],
+)
+def test_distill_teachers(suffix, distill, teachers):
+  targets = parse_name(f'PN{len(suffix)}-{suffix}').targets
+  assert distill_teachers(targets, distill, 0.0, 'NET') == teachers
+
+
+NO_TEACHER = 'needs an exit that learns from labels and a trained exit after it, and NET has none; '
+NO_LABEL = (
+  'of NET would learn from no label, directly or through its teachers; raise --config.loss.hard_label_weight, or '
+)
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'distill', 'message'),
+  [
+    ('xdx', 'last', f"loss.distill 'last' {NO_TEACHER}set --config.loss.distill"),
+    ('3xd', 'next', f"loss.distill 'next' {NO_TEACHER}set --config.loss.distill"),
+    ('d1', 'next', f"loss.distill 'next': exit 1 {NO_LABEL}set --config.loss.distill"),
+    ('dd1', 'last', f"loss.distill 'last': exit 1 {NO_LABEL}set --config.loss.distill"),
+    ('d1d', 'next', f"loss.distill 'next': exit 1 {NO_LABEL}set --config.loss.distill"),
+  ],
+)
+def test_exits_that_cannot_be_distilled(suffix, distill, message):
+  targets = parse_name(f'PN{len(suffix)}-{suffix}').targets
+  with pytest.raises(UserError) as error:
+    distill_teachers(targets, distill, 0.0, 'NET')
+  assert str(error.value) == message
+  if 'no label' in message:
+    assert distill_teachers(targets, distill, 0.1, 'NET')
+  else:
+    with pytest.raises(UserError):
+      distill_teachers(targets, distill, 0.1, 'NET')

@@ -1,0 +1,60 @@
+"""Tests of gradient equilibrium: each parameter's gradient is the mean of the gradients of the exits that use it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.base_config import base_config
+from paranet_jax.steps import zero_totals
+from paranet_jax.task import build_task
+
+
+def gradients(equilibrium, name, family, fields):
+  """A function from the exits' weights to the gradient of a step, by path, and the targets."""
+  config = base_config(name, family)
+  config.model.update(fields, image_side=8)
+  config.data.update(name='digits', held_out=300)
+  config.train.update(batch_size=4, learning_rate=1.0, schedule='constant')
+  # The update is minus the gradient.
+  config.train.update(momentum=0.0, nesterov=False, weight_decay=0.0)
+  config.loss.gradient_equilibrium = equilibrium
+  task = build_task(config)
+  state, order = tiny.state(task.model, task.optimizer), jnp.arange(4, dtype=jnp.int32)[None]
+  images, labels = jnp.asarray(task.dataset.train.images[:4]), jnp.asarray(task.dataset.train.labels[:4])
+
+  @jax.jit
+  def gradient(weights):
+    weighted = dataclasses.replace(task, objective=task.objective._replace(exit_weights=weights))
+    after, _ = weighted.train_step()(state, zero_totals(task.targets), images, labels, order)
+    return jax.tree.map(jnp.subtract, state.params, after.params)
+
+  def by_path(*weights):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(gradient(jnp.float32(weights))))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+  return by_path, task.targets
+
+
+@pytest.mark.parametrize(
+  ('network', 'users'),
+  [
+    (('PN3-ddd', 'paranet', {'layers_per_block': 1, 'growth_rate': 2, 'bn_size': 2}), {1, 2, 3}),
+    (('PN2-dx', 'paranet', {'layers_per_block': 1, 'growth_rate': 2, 'bn_size': 2}), {0, 1}),
+    (('chain', 'resnet', {'depth': 8, 'exits': 'stages'}), {1, 2, 3}),
+  ],
+)
+def test_a_gradient_is_the_mean_of_those_that_reach_it(network, users):
+  mean, targets = gradients(True, *network)
+  alone, _ = gradients(False, *network)
+  # One exit at a time: the others weigh nothing.
+  each = [alone(*row) for row, target in zip(np.eye(len(targets)), targets, strict=True) if target is not None]
+  found = set()
+  for path, value in mean(*[1.0] * len(targets)).items():
+    reaching = [own[path] for own in each if own[path].any()]
+    found.add(len(reaching))
+    np.testing.assert_allclose(value, sum(reaching) / max(len(reaching), 1), rtol=1e-3, atol=2e-6, err_msg=path)
+  assert found == users

@@ -1,0 +1,218 @@
+"""Tests of several seeds of one configuration: each equals its own run, and the summary is of all."""
+
+import json
+import os
+import signal
+
+import chex
+import pytest
+from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_main, saved_state
+
+from paranet_jax.command_line import parse
+from paranet_jax.config import default_workdir
+from paranet_jax.metrics import read_metrics
+from paranet_jax.seeds import seeds_table, summarize, train_seeds
+from paranet_jax.side_by_side import _SideBySide
+from paranet_jax.train import train_and_evaluate
+
+SEEDS = (3, 4)
+SHORT = (
+  *TINY,
+  '--config.name=PN1-d',
+  '--config.train.learning_rate=0.01',
+  '--config.train.max_steps=3',
+  '--config.checkpoint.every_steps=1',
+  '--config.log.every_steps=1',
+)
+BOTH = (*SHORT, '--config.seed=3', '--config.seeds=2')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _programs():
+  with pytest.MonkeyPatch.context() as patch:
+    PROGRAMS.install(patch)
+    enter_phase, kept = _SideBySide._enter_phase, {}
+
+    def enter_phase_once(self, step):
+      devices = len(self._devices)
+      if devices not in kept:
+        kept[devices] = enter_phase(self, step)
+      return kept[devices]
+
+    patch.setattr(_SideBySide, '_enter_phase', enter_phase_once)
+    yield
+
+
+@pytest.fixture(scope='module')
+def together(_programs, tmp_path_factory):
+  """The folder of both seeds, and what was printed."""
+  workdir = tmp_path_factory.mktemp('both')
+  result = run_main(*BOTH, f'--workdir={workdir}')
+  assert (result.code, result.err) == (0, ''), result
+  return workdir, result.out
+
+
+@pytest.fixture(scope='module')
+def alone(_programs, tmp_path_factory):
+  """The folder in which each seed was trained by itself."""
+  folder = tmp_path_factory.mktemp('alone')
+  for seed in SEEDS:
+    assert run_main(*SHORT, f'--config.seed={seed}', f'--workdir={folder}/seed_{seed}').code == 0
+  return folder
+
+
+def summary_of(folder):
+  return json.loads((folder / 'summary.json').read_text())
+
+
+def test_each_seed_is_its_own_run_bit_for_bit(together, alone):
+  workdir, _ = together
+  assert {path.name for path in workdir.iterdir()} == {'config.json', 'summary.json', 'seed_3', 'seed_4'}
+  for seed in SEEDS:
+    own, expected = workdir / f'seed_{seed}', alone / f'seed_{seed}'
+    chex.assert_trees_all_equal(saved_state(own), saved_state(expected), strict=True)
+    assert summary_of(own) | {'wall_time_s': None} == summary_of(expected) | {'wall_time_s': None}
+    assert (own / 'config.json').read_text() == (expected / 'config.json').read_text()
+    assert {path.name for path in own.iterdir()} == {path.name for path in expected.iterdir()}
+  first, second = (saved_state(workdir / f'seed_{seed}').params for seed in SEEDS)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(first, second)
+
+
+def test_the_summary_is_of_both(together):
+  workdir, out = together
+  found = summary_of(workdir)
+  each = [summary_of(workdir / f'seed_{seed}') for seed in SEEDS]
+  assert found['seeds'] == list(SEEDS) and 'seed' not in found
+  for split in ('exits', 'held_out'):
+    for row, first, second in zip(found[split], each[0][split], each[1][split], strict=True):
+      for name in ('accuracy', 'top5', 'loss', 'nll'):
+        a, b = first[name], second[name]
+        assert row[name]['each'] == [a, b]
+        assert row[name]['mean'] == pytest.approx((a + b) / 2)
+        assert row[name]['std'] == pytest.approx(abs(a - b) / 2**0.5, abs=1e-12)
+  assert out.splitlines()[-1] == f'summary: {workdir}/summary.json'
+  assert 'PN1-d, seeds 3, 4: mean +- standard deviation' in out.splitlines()
+
+
+def test_finished_seeds_are_not_trained_again(together, monkeypatch):
+  workdir, _ = together
+
+  def fail(*unused):
+    raise AssertionError('a step was trained')
+
+  before_each_step(monkeypatch, fail)
+  before = contents(workdir)
+  assert run_main(*BOTH, f'--workdir={workdir}').code == 0
+  # The saved configuration says that there are two.
+  assert run_main(f'--workdir={workdir}').code == 0
+  assert contents(workdir) == before
+
+
+def test_stopped_at_every_step(together, tmp_path, monkeypatch):
+  workdir, _ = together
+  trained = []
+
+  def stop(step, state):
+    trained.append((int(state.seed), step))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  before_each_step(monkeypatch, stop)
+  for _ in range(10):
+    assert run_main(*BOTH, f'--workdir={tmp_path}').code == 0
+    if (tmp_path / 'summary.json').exists():
+      break
+  assert trained == [(seed, step) for seed in SEEDS for step in range(3)]
+  assert summary_of(tmp_path) | {'wall_time_s': None} == summary_of(workdir) | {'wall_time_s': None}
+  assert [line['step'] for line in read_metrics(tmp_path / 'seed_4')] == [1, 2, 3, 3, 3]
+
+
+def test_a_folder_of_other_runs(together, alone, tmp_path):
+  workdir, _ = together
+  before = contents(workdir)
+  assert refusal(*SHORT, '--config.seed=3', '--config.seeds=3', f'--workdir={workdir}') == (
+    f'workdir {workdir} holds a run with another configuration: seeds: 2 -> 3 (saved -> now); '
+    'set --workdir for a new run, or --accept_config_changes to go on with the new one'
+  )
+  assert refusal(*BOTH, f'--workdir={alone}/seed_3', '--accept_config_changes') == (
+    f'workdir {alone}/seed_3 holds a single run, found 2 seeds; set --workdir for new runs'
+  )
+  assert refusal(f'--workdir={workdir}', '--mode=eval') == (
+    f'--mode=eval evaluates one run, found 2 seeds; set --workdir={workdir}/seed_3 alone'
+  )
+  assert refusal(*TINY, f'--config.seed={2**31 - 1}', '--config.seeds=2', f'--workdir={tmp_path}/new') == (
+    'seed must be an integer of 32 bits, found 2147483648; set --config.seed'
+  )
+  assert contents(workdir) == before and not contents(tmp_path)
+
+
+def measured(seed, accuracy, wall_time):
+  values = {'accuracy': accuracy, 'top5': 1.0, 'loss': 0.5, 'nll': 0.5}
+  exits = [{'exit': 1, 'trained': False, **dict.fromkeys(values)}, {'exit': 2, 'trained': True, **values}]
+  return {'name': 'PN1-d', 'seed': seed, 'steps': 9, 'exits': exits, 'wall_time_s': wall_time}
+
+
+def test_mean_and_deviation_of_three():
+  # 0.2, 0.3, 0.7: mean 0.4, deviations -0.2, -0.1, 0.3, variance (0.04 + 0.01 + 0.09) / 2 = 0.07.
+  result = summarize([measured(seed, accuracy, 1.5) for seed, accuracy in enumerate((0.2, 0.3, 0.7))])
+  assert result['exits'][1]['accuracy'] == {
+    'mean': pytest.approx(0.4),
+    'std': pytest.approx(0.07**0.5),
+    'each': [0.2, 0.3, 0.7],
+  }
+  assert result['exits'][0]['accuracy'] is None
+  assert (result['name'], result['steps'], result['seeds'], result['wall_time_s']) == ('PN1-d', 9, [0, 1, 2], 4.5)
+  assert [line.split() for line in seeds_table(result).splitlines()[2:]] == [
+    ['test', '1', '—', '—', '—'],
+    ['test', '2', '40.00', '+-', '26.46', '100.00', '+-', '0.00', '0.5000', '+-', '0.0000'],
+  ]
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_at_once_is_the_same_to_rounding(alone, tmp_path, capsys, devices):
+  _, config = parse(['main', *BOTH, f'--config.train.devices={devices}'])
+  assert train_seeds(config, tmp_path, at_once=True)['seeds'] == list(SEEDS)
+  assert 'seeds 3, 4 at once' in capsys.readouterr().out.splitlines()
+  for seed in SEEDS:
+    own, expected = (folder / f'seed_{seed}' for folder in (tmp_path, alone))
+    state, wanted = saved_state(own), saved_state(expected)
+    chex.assert_trees_all_close(state.params, wanted.params, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(state.batch_stats, wanted.batch_stats, rtol=1e-5, atol=1e-5)
+    # Gradients, where a rounding may move one activation of a batch over the kink of its ReLU.
+    chex.assert_trees_all_close(state.opt_state, wanted.opt_state, rtol=1e-5, atol=1e-4)
+    lines, wanted = read_metrics(own), read_metrics(expected)
+    assert [(line['step'], line['split']) for line in lines] == [(line['step'], line['split']) for line in wanted]
+    assert [line['exit_1/loss'] for line in lines] == pytest.approx([line['exit_1/loss'] for line in wanted], rel=1e-4)
+
+
+def test_stopped_at_once_and_going_on(alone, tmp_path, monkeypatch):
+  _, config = parse(['main', *BOTH])
+  enter_phase = _SideBySide._enter_phase
+  steps = []
+
+  def stopping(self, step):
+    phase, train_step, zeros = enter_phase(self, step)
+
+    def stopping_step(state, *rest):
+      steps.append(state.step.tolist())
+      os.kill(os.getpid(), signal.SIGTERM)
+      return train_step(state, *rest)
+
+    return phase, stopping_step, zeros
+
+  monkeypatch.setattr(_SideBySide, '_enter_phase', stopping)
+  assert train_seeds(config, tmp_path, at_once=True) is None
+  assert train_seeds(config, tmp_path, at_once=True) is None
+  # One seed goes on by itself, and then they are no longer in step.
+  _, own = parse(['main', *SHORT, '--config.seed=4'])
+  assert train_and_evaluate(own, tmp_path / 'seed_4')['steps'] == 3
+  summary = train_seeds(config, tmp_path, at_once=True)
+  assert summary['seeds'] == list(SEEDS) and steps == [[0, 0], [1, 1]]
+  for seed in SEEDS:
+    state, wanted = (saved_state(folder / f'seed_{seed}') for folder in (tmp_path, alone))
+    chex.assert_trees_all_close(state.params, wanted.params, rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_folder_says_which_seeds():
+  _, config = parse(['main', *BOTH])
+  assert default_workdir(config) == 'runs/PN1-d-digits-s3to4'
