@@ -1,1 +1,1 @@
-"""Networks with the multi-exit interface (see `paranet.py`)."""
+"""Networks with the multi-exit interface (see `multi_exit.py`)."""

@@ -1,6 +1,5 @@
-"""The multi-exit interface (see `paranet.py`) of a network that is one chain of layers with exits along it."""
+"""The multi-exit interface of a network that is one chain of layers with exits along it."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -8,11 +7,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.models.initial import initial_variables
+from paranet_jax.models.multi_exit import MultiExit
 
 Carry = dict[int, Any]
+"""The features that the last exit run reads, by its number."""
 
 
-class Chain(nn.Module):
+class Chain(MultiExit):
   """Base of the networks that give `exit_positions`, `segment` and `exit_logits`.
 
   Attributes:
@@ -49,36 +50,6 @@ class Chain(nn.Module):
     """Exits along the chain, the one at its end included."""
     return len(self.exit_positions)
 
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
-    """Logits of the exits asked for.
-
-    Args:
-      images: [B, S, S, channels], normalized.
-      train: normalize with the batch's statistics and update the running ones.
-      exits: 1-based; None: all.
-
-    Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
-    """
-    numbers = range(1, self.num_exits + 1)
-    logits, _ = self._evaluate(images, {}, numbers if exits is None else tuple(exits), train)
-    return [logits.get(number) for number in numbers]
-
-  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
-    """Runs what exit `number` still needs.
-
-    Args:
-      images: [B, S, S, channels], normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
-      number: 1-based exit.
-      train: as in `__call__`.
-
-    Returns:
-      float32 logits [B, num_classes] and, before the last exit, {number: the features it reads}.
-    """
-    logits, x = self._evaluate(images, carry, (number,), train)
-    return logits[number], {number: x} if number < self.num_exits else {}
-
   @nn.compact
   def _evaluate(self, images, carry, exits, train):
     positions = (0, *self.exit_positions)
@@ -88,7 +59,7 @@ class Chain(nn.Module):
       x = self.segment(x, positions[number - 1], positions[number], train)
       if number in exits:
         logits[number] = self.exit_logits(x, number, train)
-    return logits, x
+    return logits, {max(exits, default=done): x}
 
 
 def check_halvings(image_side: int, times: int) -> None:

@@ -1,6 +1,6 @@
 """Independently trained networks as one anytime model (MSDNet: Huang et al. 2018, section 5): exit m averages m."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.models.initial import initial_variables
+from paranet_jax.models.multi_exit import MultiExit
 
 Carry = dict[int, Array]
 """The log of the summed probabilities [B, num_classes] of the members run so far, by their number."""
 
 
-class Ensemble(nn.Module):
+class Ensemble(MultiExit):
   """Exit m is the mean of the softmax probabilities of members 1..m, as logits: its logarithm.
 
   The members are trained by themselves; `ensemble_variables` puts what they learned together.
@@ -47,43 +48,17 @@ class Ensemble(nn.Module):
     """That of every member."""
     return self.members[0].num_classes
 
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
-    """Log-probabilities of the exits asked for.
-
-    Args:
-      images: [B, H, W, channels], normalized.
-      train: must be False.
-      exits: 1-based; None: all.
-
-    Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
-    """
-    asked = set(range(1, self.num_exits + 1) if exits is None else exits)
-    logits, carry = [], {}
-    for number in range(1, self.num_exits + 1):
-      found, carry = self.stage(images, carry, number, train) if number in asked else (None, carry)
-      logits.append(found)
-    return logits
-
-  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
-    """Runs the members up to `number` that have not run yet.
-
-    Args:
-      images: [B, H, W, channels], normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
-      number: 1-based exit.
-      train: must be False.
-
-    Returns:
-      float32 log-probabilities [B, num_classes] and {members run: log of their summed probabilities}.
-    """
+  def _evaluate(self, images, carry, exits, train):
     if train:
       raise ValueError('an ensemble is not trained: train each member by itself')
     ((done, total),) = carry.items() or {0: jnp.float32(-jnp.inf)}.items()
-    for member in self.networks[done:number]:
-      logits = member(images, exits=(member.num_exits,))[-1]
-      total = jnp.logaddexp(total, jax.nn.log_softmax(logits))
-    return total - jnp.log(jnp.float32(number)), {number: total} if number < self.num_exits else {}
+    logits = {}
+    for number in sorted(set(exits)):
+      for member in self.networks[done:number]:
+        total = jnp.logaddexp(total, jax.nn.log_softmax(member(images, exits=(member.num_exits,))[-1]))
+      done = number
+      logits[number] = total - jnp.log(jnp.float32(number))
+    return logits, {done: total}
 
 
 def ensemble_variables(members: Sequence[Any]) -> Any:

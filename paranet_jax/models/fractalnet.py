@@ -8,7 +8,7 @@ Column c alone is the plain network of its own convolutions, with the same weigh
 4.3). What it shares with the whole net is what comes before its first join, in the first block: that is computed once.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from paranet_jax.models.drop_path import DropPath, draw, join_weights
 from paranet_jax.models.dropout import dropout
 from paranet_jax.models.initial import initial_variables
 from paranet_jax.models.layers import Classifier, batch_norm_relu, convolve
+from paranet_jax.models.multi_exit import MultiExit
 
 Paths = dict[tuple[int, ...], Array]
 """Features [B, H, W, C] by the exits that they are of: one entry for several as long as they are the same."""
@@ -30,7 +31,7 @@ Carry = dict[int, Array]
 """Of each column in the first block, the features [B, S, S, widths[0]] that reach its first join."""
 
 
-class FractalNet(nn.Module):
+class FractalNet(MultiExit):
   """A FractalNet. Exits 1..C are the columns alone, exit C + 1 is the whole network.
 
   In training, the exits that are trained together share a convolution's batch statistics: they are those of all the
@@ -74,36 +75,6 @@ class FractalNet(nn.Module):
   def num_exits(self) -> int:
     """C + 1."""
     return self.columns + 1
-
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
-    """Logits of the exits asked for.
-
-    Args:
-      images: [B, S, S, channels], normalized.
-      train: normalize with the batch's statistics and update the running ones.
-      exits: 1-based; None: all.
-
-    Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
-    """
-    numbers = range(1, self.num_exits + 1)
-    logits, _ = self._evaluate(images, {}, numbers if exits is None else exits, train)
-    return [logits.get(number) for number in numbers]
-
-  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
-    """Runs what exit `number` still needs.
-
-    Args:
-      images: [B, S, S, channels], normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
-      number: 1-based exit.
-      train: as in `__call__`.
-
-    Returns:
-      float32 logits [B, num_classes] and what the whole network still needs of the columns so far.
-    """
-    logits, carry = self._evaluate(images, carry, (number,), train)
-    return logits[number], carry if number < self.num_exits else {}
 
   @nn.compact
   def _evaluate(self, images, carry, exits, train):

@@ -7,6 +7,8 @@ pipeline's entry when b = 1, and, where there is a cascade edge, block (p - 1, b
 import dataclasses
 from collections.abc import Collection, Iterable
 
+from paranet_jax.models import lazy
+
 Block = tuple[int, int]
 
 
@@ -84,20 +86,11 @@ class Geometry:
       exits: 1-based.
       given: blocks whose features are there already.
     """
-    missing = set()
-    pending = [self.last_block(pipeline) for pipeline in exits]
-    while pending:
-      block = pending.pop()
-      if block not in missing and block not in given:
-        missing.add(block)
-        pending.extend(self.inputs(block))
-    return sorted(missing)
+    return lazy.needed(map(self.last_block, exits), self.inputs, given)
 
   def kept(self, exits: Iterable[int], given: Collection[Block]) -> set[Block]:
     """Of the given blocks, those that these exits still read."""
-    exits = tuple(exits)
-    reads = {source for block in self.needed(exits, given) for source in self.inputs(block)}
-    return (reads | {self.last_block(pipeline) for pipeline in exits}) & set(given)
+    return set(lazy.kept([self.last_block(pipeline) for pipeline in exits], self.inputs, given))
 
 
 def default_blocks(num_pipelines: int) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ the layer before, and so on; a finer scale is computed by the first stage that n
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -16,13 +15,15 @@ from paranet_jax.models import lazy
 from paranet_jax.models import msdnet_geometry as geo
 from paranet_jax.models.initial import initial_variables
 from paranet_jax.models.layers import Classifier, ConvNormRelu
+from paranet_jax.models.multi_exit import MultiExit
 
 EXIT_CHANNELS = 128
 
 Carry = dict[geo.Node, Array]
+"""The features [B, H, W, C] of nodes (layer, scale) that later exits still read."""
 
 
-class MSDNet(nn.Module):
+class MSDNet(MultiExit):
   """An MSDNet. Images are normalized floats [B, image_side, image_side, channels].
 
   The defaults are the authors' network for CIFAR-100 with 7 exits for anytime prediction; theirs for budgeted batches
@@ -92,36 +93,9 @@ class MSDNet(nn.Module):
     """One a block."""
     return self.num_blocks
 
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
-    """Logits of the exits asked for.
-
-    Args:
-      images: [B, S, S, channels], normalized.
-      train: normalize with the batch's statistics and update the running ones.
-      exits: 1-based; None: all.
-
-    Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
-    """
-    numbers = range(1, self.num_exits + 1)
-    logits, _ = self._evaluate(images, {}, numbers if exits is None else tuple(exits), train)
-    return [logits.get(number) for number in numbers]
-
-  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
-    """Runs what exit `number` still needs.
-
-    Args:
-      images: [B, S, S, channels], normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
-      number: 1-based exit.
-      train: as in `__call__`.
-
-    Returns:
-      float32 logits [B, num_classes] and the features that later exits still need, {(layer, scale): [B, H, W, C]}.
-    """
-    logits, features = self._evaluate(images, carry, (number,), train)
+  def _carried(self, features: Carry, number: int) -> Carry:
     later = [self.geometry.last_node(other) for other in range(number + 1, self.num_exits + 1)]
-    return logits[number], {node: features[node] for node in lazy.kept(later, self.geometry.reads, features)}
+    return {node: features[node] for node in lazy.kept(later, self.geometry.reads, features)}
 
   @nn.compact
   def _evaluate(self, images, carry, exits, train):

@@ -1,14 +1,5 @@
-"""ParaNet: P pipelines of dense blocks, one exit each, later pipelines reading earlier ones (paper, section 3).
+"""ParaNet: P pipelines of dense blocks, one exit each, later pipelines reading earlier ones (paper, section 3)."""
 
-The interface of every multi-exit model here:
-  `num_exits`;
-  `model.apply(variables, images, exits=...)`: logits of the exits asked for, computing only what they need;
-  `model.apply(variables, images, carry, number, method='stage')`: exit `number` and what later stages need, so that
-  stopping early skips the rest. Both give the same logits;
-  `rng_names`, where training draws random numbers: the keys it needs in `rngs`, the same ones on every device.
-"""
-
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -30,11 +21,13 @@ from paranet_jax.models.dense import (
 )
 from paranet_jax.models.dense_block import affine_relu, image_conv3x3
 from paranet_jax.models.initial import initial_variables
+from paranet_jax.models.multi_exit import MultiExit
 
 Carry = dict[geo.Block, Features]
+"""The features [B, H, W, C] of blocks (p, b) that later exits still read."""
 
 
-class ParaNet(nn.Module):
+class ParaNet(MultiExit):
   """A ParaNet (spec: Architecture). Images are normalized floats [B, image_side, image_side, channels].
 
   Attributes:
@@ -97,36 +90,9 @@ class ParaNet(nn.Module):
     """P, one exit a pipeline."""
     return self.num_pipelines
 
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
-    """Logits of the exits asked for.
-
-    Args:
-      images: [B, S, S, channels], normalized.
-      train: normalize with the batch's statistics and update the running ones.
-      exits: 1-based; None: all.
-
-    Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
-    """
-    numbers = range(1, self.num_exits + 1)
-    logits, _ = self._evaluate(images, {}, numbers if exits is None else tuple(exits), train)
-    return [logits.get(number) for number in numbers]
-
-  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
-    """Runs what exit `number` still needs.
-
-    Args:
-      images: [B, S, S, channels], normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
-      number: 1-based exit.
-      train: as in `__call__`.
-
-    Returns:
-      float32 logits [B, num_classes] and the features that later exits still need, {(p, b): [B, H, W, C]}.
-    """
-    logits, features = self._evaluate(images, carry, (number,), train)
+  def _carried(self, features: Carry, number: int) -> Carry:
     kept = self.geometry.kept(range(number + 1, self.num_exits + 1), features)
-    return logits[number], {block: features[block] for block in sorted(kept)}
+    return {block: features[block] for block in sorted(kept)}
 
   @nn.compact
   def _evaluate(self, images, carry, exits, train):

@@ -26,20 +26,20 @@ For example, a small convolutional network with exits after its first and its la
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import Array
 
 from paranet_jax.models.layers import Classifier
+from paranet_jax.models.multi_exit import MultiExit
 
 Carry = dict[int, Any]
 """The output of the last stage run, by its number; empty at first and after the last exit."""
 
 
-class StagedModel(nn.Module):
+class StagedModel(MultiExit):
   """Stages one after another, each from features to features, with exits after some of them.
 
   A stage or a head is called with `train` if its `__call__` takes an argument of that name, and with `axis_name`, the
@@ -81,43 +81,17 @@ class StagedModel(nn.Module):
     """One for each entry of `exits`."""
     return len(self.exits)
 
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
-    """Logits of the exits asked for.
-
-    Args:
-      images: [B, H, W, channels], normalized.
-      train: passed on to the stages and heads.
-      exits: 1-based; None: all.
-
-    Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
-    """
-    asked = set(range(1, self.num_exits + 1) if exits is None else exits)
-    logits, carry = [], {}
-    for number in range(1, self.num_exits + 1):
-      found, carry = self.stage(images, carry, number, train) if number in asked else (None, carry)
-      logits.append(found)
-    return logits
-
-  def stage(self, images: Array, carry: Carry, number: int, train: bool = False) -> tuple[Array, Carry]:
-    """Runs the stages that exit `number` still needs, and its head.
-
-    Args:
-      images: [B, H, W, channels], normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
-      number: 1-based exit.
-      train: as in `__call__`.
-
-    Returns:
-      float32 logits [B, num_classes] and {stage: features} for later exits.
-    """
+  def _evaluate(self, images, carry, exits, train):
     ((done, x),) = carry.items() or {0: images.astype(self.dtype)}.items()
-    last = self.exits[number - 1]
-    for stage in self.stages[done:last]:
-      x = self._call(stage, x, train)
     heads = self.default_heads if self.heads is None else self.heads
-    logits = self._call(heads[number - 1], x, train).astype(jnp.float32)
-    return logits, {last: x} if number < self.num_exits else {}
+    logits = {}
+    for number in sorted(set(exits)):
+      last = self.exits[number - 1]
+      for stage in self.stages[done:last]:
+        x = self._call(stage, x, train)
+      done = last
+      logits[number] = self._call(heads[number - 1], x, train).astype(jnp.float32)
+    return logits, {done: x}
 
   def _call(self, module: nn.Module, x: Any, train: bool) -> Any:
     options = {'train': train, 'axis_name': self.axis_name}
