@@ -24,7 +24,7 @@ from benchmarks.timing import in_turn
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.costs import PathCosts, mac_costs
-from paranet_jax.early.exits_file import ExitPlan, full_network_plan
+from paranet_jax.early.exits_file import ExitPlan, full_network_plan, with_thresholds
 from paranet_jax.early.latency import LatencyCosts
 from paranet_jax.early.load import load
 from paranet_jax.early.logits import split_logits
@@ -32,7 +32,7 @@ from paranet_jax.early.optimal import optimal_curve, optimal_for_budget
 from paranet_jax.early.quota import quota_for_budget
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences
-from paranet_jax.early.thresholds import OperatingPoint, visited
+from paranet_jax.early.thresholds import OperatingPoint
 from paranet_jax.errors import UserError
 from paranet_jax.steps import Preprocessing
 from paranet_jax.targets import trained_exits
@@ -158,13 +158,15 @@ def break_even_share(latencies: PathCosts) -> float:
 
 def trained(workdir: Path) -> Subject:
   """A run and its test images; thresholds are chosen on its held-out ones."""
-  task = build_task(load(workdir).config)
+  loaded = load(workdir)
+  task = build_task(loaded.config)
   held_out, test = task.dataset.held_out, task.dataset.test
   if held_out is None:
     raise UserError(f'expected a run with held-out images, {workdir} has none; train one with --config.data.held_out=N')
-  if len(trained_exits(task.targets)) == 1:
+  exits = trained_exits(task.targets)
+  if len(exits) == 1:
     raise UserError(f'expected a run with two trained exits or more, {workdir} has one; set --workdir')
-  subject = Subject.of(task.model, load(workdir).variables, trained_exits(task.targets), task.image_shape)
+  subject = Subject.of(task.model, loaded.variables, exits, task.image_shape)
   subject = dataclasses.replace(
     subject,
     preprocessing=task.preprocessing,
@@ -191,18 +193,6 @@ def untrained(size: network.Size) -> Subject:
   correct = np.zeros(sure.shape, bool)
   points = {name: quota_for_budget(sure, correct, subject.macs, budget) for name, budget in subject.budgets().items()}
   return dataclasses.replace(subject, points=points)
-
-
-def with_thresholds(plan: ExitPlan, thresholds: np.ndarray, macs: PathCosts) -> ExitPlan:
-  """The plan by which images leave at these thresholds [K] on the confidence scale."""
-  path = visited(thresholds)
-  costs = dict(zip(path, macs.cumulative(path), strict=True))
-  return dataclasses.replace(
-    plan,
-    confidence_thresholds=tuple(None if np.isposinf(at) else max(float(at), 0.0) for at in thresholds),
-    visited=tuple(plan.exits[index] for index in path),
-    macs=tuple(int(costs[index]) if index in costs else None for index in range(len(plan.exits))),
-  )
 
 
 def mean_cost(costs: PathCosts, plan: ExitPlan, exits: np.ndarray) -> float:

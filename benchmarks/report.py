@@ -6,13 +6,12 @@ import importlib.util
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from benchmarks.peers import available_cores
-from paranet_jax.description import environment
+from paranet_jax.description import cpu_name, environment
 
 COLUMNS = ('what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit')
 
@@ -56,7 +55,7 @@ def surroundings() -> dict[str, Any]:
   facts = environment(jax.devices()[:1])
   extras = {name: importlib.metadata.version(name) for name in ('torch', 'libtpu') if importlib.util.find_spec(name)}
   machine = {
-    'cpu': _cpu_name(),
+    'cpu': cpu_name(),
     'cores': available_cores(),
     'system': platform.platform(),
     'device': facts['device'],
@@ -95,10 +94,3 @@ def _cell(value: Any) -> str:
 
 def _fact(value: Any) -> str:
   return ', '.join(f'{name} {_fact(part)}' for name, part in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _cpu_name() -> str:
-  info = Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-  return names[0] if names else platform.processor() or platform.machine()

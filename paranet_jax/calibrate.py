@@ -9,7 +9,7 @@ from absl import logging
 
 from paranet_jax.allocator import use_huge_pages
 from paranet_jax.early.calibrate_flags import Request, parse
-from paranet_jax.errors import UserError
+from paranet_jax.errors import UserError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,15 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # For what its encoding does not have.
   argv = sys.argv[1:] if argv is None else argv
-  try:
-    _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv]))
-  except UserError as error:
-    print('error:', *str(error).split(), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('stopped at once', file=sys.stderr)
-    return 130
-  return 0
+  return exit_code(lambda: _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv])))
 
 
 def _run(request: Request, command: str) -> None:

@@ -103,8 +103,8 @@ class Checkpoints:
     meta = self._read(step, meta=ocp.args.JsonRestore()).meta
     saved = {path: shape for path, shape in meta['shapes'].items() if path.split('/')[0] in like}
     self._check_shapes(step, saved, _shapes(like))
-    state = self._read(step, state=ocp.args.StandardRestore()).state
-    return jax.tree.map(np.asarray, {name: state[name] for name in like})
+    variables = self.read_variables(step)
+    return {name: variables[name] for name in like}
 
   def _read(self, step: int, **items: Any) -> Any:
     try:

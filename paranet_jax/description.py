@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,3 +63,13 @@ def environment(devices: list[jax.Device]) -> dict[str, Any]:
     'versions': {'paranet_jax': __version__, 'python': platform.python_version(), **versions},
     'device': {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices)},
   }
+
+
+def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+  """What this machine's processor calls itself."""
+  try:
+    lines = cpuinfo.read_text().splitlines()
+  except OSError:
+    lines = []
+  names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+  return names[0] if names else platform.processor() or platform.machine()

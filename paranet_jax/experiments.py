@@ -4,20 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from absl import logging
 
 from paranet_jax.allocator import use_huge_pages
+from paranet_jax.arguments import Parser
 from paranet_jax.errors import UserError
 
 ALL = 'all'
 STOPPED = 130  # What the shell reports of an interrupted command.
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message}; see --help')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  parser = _Parser(
+  parser = Parser(
     prog='python -m paranet_jax.experiments',
     description="Trains what is missing for the paper's tables and figure, and writes them beside the paper's numbers.",
-    allow_abbrev=False,
   )
   add = parser.add_argument
   add('experiment', help='table1, table2, figure2 or all.')

@@ -9,21 +9,13 @@ from ml_collections import ConfigDict
 
 from paranet_jax.allocator import use_huge_pages
 from paranet_jax.command_line import parse
-from paranet_jax.errors import UserError
+from paranet_jax.errors import UserError, exit_code
 
 
 def main() -> int:
   """Runs the command in sys.argv; returns the exit code."""
   logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
-  try:
-    _run(*parse(sys.argv))
-  except UserError as error:
-    print('error:', *str(error).split(), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('stopped at once', file=sys.stderr)
-    return 130
-  return 0
+  return exit_code(lambda: _run(*parse(sys.argv)))
 
 
 def _run(values: flags.FlagValues, config: ConfigDict) -> None:

@@ -1,7 +1,6 @@
 """How far a run is, from what is in its folder; changes nothing."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.errors import UserError
-from paranet_jax.workdir import CONFIG, SUMMARY, changes
+from paranet_jax.workdir import CONFIG, SUMMARY, changes, read_object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +53,8 @@ def run_status(workdir: Path, config: ConfigDict) -> RunStatus:
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
   try:
-    summary = json.loads(path.read_text())
-    if not isinstance(summary, dict) or 'steps' not in summary:
+    summary = read_object(path)
+    if 'steps' not in summary:
       raise ValueError(f'it holds {summary!r:.40}')
   except FileNotFoundError:
     return None

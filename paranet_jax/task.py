@@ -53,6 +53,11 @@ class Task:
     body_steps = config_lib.body_steps(self.config, self.steps_per_epoch)
     return make_phases(self.config.train.regime, self.targets, body_steps, self.total_steps)
 
+  @property
+  def evaluation_steps(self) -> int:
+    """Steps between evaluations."""
+    return max(round(self.config.eval.every_epochs * self.steps_per_epoch), 1)
+
   def learning_rate(self, step: int) -> float:
     """Learning rate of the update that step number `step` (from 0) is part of."""
     return float(self.schedule(step // self.config.train.accumulate_steps))

@@ -112,8 +112,7 @@ def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devi
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.choose(step)
     task = build_task(config)
-    like = jax.tree.map(_placed_like(devices), jax.eval_shape(task.init_state))
-    state, _ = checkpoints.restore(step, like)
+    state, _ = _restore_state(checkpoints, step, task, devices)
   return Restored(task, step, state)
 
 
@@ -165,8 +164,7 @@ class Run:
         f'the run is at step {step} and this configuration ends at step {total}; '
         'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
       )
-    like = jax.tree.map(_placed_like(self._devices), jax.eval_shape(self._task.init_state))
-    state, meta = self._checkpoints.restore(step, like)
+    state, meta = _restore_state(self._checkpoints, step, self._task, self._devices)
     self._earlier_wall_time = meta['wall_time_s']
     print(f'going on from the checkpoint of step {step} of {total}', flush=True)
     # With accepted changes the seed may be another one; the order of the images follows the configuration's too.
@@ -199,8 +197,7 @@ class Run:
     whole = devices_lib.replicated(self._devices)
     train = task.dataset.train
     images, labels = jax.device_put((train.images, train.labels), whole)
-    clock = _Clock(config.train.batch_size)
-    eval_every = max(round(config.eval.every_epochs * task.steps_per_epoch), 1)
+    clock, eval_every = _Clock(config.train.batch_size), task.evaluation_steps
     totals, logged, order_epoch, order, evaluations = _copy(zeros), step, None, None, None
     while step < task.total_steps and not self._stop.received:
       if step // task.steps_per_epoch != order_epoch:
@@ -300,9 +297,12 @@ def _copy(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return jax.tree.map(lambda leaf: leaf.copy(), totals)
 
 
-def _placed_like(devices: list):
+def _restore_state(checkpoints: Checkpoints, step: int, task: Task, devices: list) -> tuple[TrainState, dict]:
+  """The state of a checkpoint, whole on each device, and its meta."""
   whole = devices_lib.replicated(devices)
-  return lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+  shapes = jax.eval_shape(task.init_state)
+  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
+  return checkpoints.restore(step, like)
 
 
 def _facts(task: Task, devices: list, workdir: Path) -> str:

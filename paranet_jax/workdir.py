@@ -105,14 +105,24 @@ def _as_saved(config: ConfigDict) -> dict:
 def _load_config(workdir: Path) -> dict:
   path = workdir / CONFIG
   try:
-    saved = json.loads(path.read_text())
-    if not isinstance(saved, dict):
-      raise ValueError(f'it holds {saved!r:.40}')
+    return read_object(path)
   except OSError as error:
     raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir') from error
   except ValueError as error:
     raise UserError(f'{path} is not a JSON object ({error}); restore it, or set --workdir for a new run') from error
-  return saved
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it holds something else.
+  """
+  value = json.loads(path.read_text())
+  if not isinstance(value, dict):
+    raise ValueError(f'it holds {value!r:.40}')
+  return value
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
+from paranet_jax.description import cpu_name
 from paranet_jax.early import latency
 from paranet_jax.early.chunks import cover, default_sizes
-from paranet_jax.early.latency import LatencyCosts, cpu_name, latency_record, median_seconds
+from paranet_jax.early.latency import LatencyCosts, latency_record, median_seconds
 
 IMAGE = (tiny.SIDE, tiny.SIDE, 3)
 

@@ -1,32 +1,14 @@
 """Tests of the optimal thresholds, against all thresholds one by one and against the quotas."""
 
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from early_samples import path_costs, samples
 
 from paranet_jax.early.optimal import optimal_curve, optimal_for_budget, oracle_curve
 from paranet_jax.early.quota import quota_for_budget
 from paranet_jax.early.thresholds import exits_taken, operating_point, visited
-
-
-def path_costs(num_exits, cut):
-  """Exit k alone costs 10 (k + 1). After others it costs 10 k + 10 again if cut, else the difference and 1 a head."""
-
-  def cumulative(path):
-    alone = 10.0 * (np.array(path) + 1)
-    return np.cumsum(alone) if cut else alone + np.arange(len(path))
-
-  return SimpleNamespace(num_exits=num_exits, cumulative=cumulative)
-
-
-def samples(num_exits, n, seed, levels=None):
-  rng = np.random.default_rng(seed)
-  skill = rng.normal(size=n) + np.linspace(0, 1, num_exits)[:, None]
-  correct = rng.random((num_exits, n)) < 1 / (1 + np.exp(-skill))
-  confidences = np.exp(skill + 0.5 * rng.normal(size=skill.shape))
-  return (np.ceil(confidences * levels / 10) if levels else confidences), correct
 
 
 def all_points(confidences, correct, costs):

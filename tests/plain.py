@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tiny
 
 from paranet_jax.costs import abstract_variables
@@ -85,3 +86,10 @@ def of_model(model):
     return logits, updated['batch_stats']
 
   return network
+
+
+def outcomes(model, reference):
+  """Of a model and of such a function that stands for it, on the same variables and images."""
+  variables, labels = variables_of(model), tiny.labels(8)
+  images = np.random.default_rng(1).normal(size=(8, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
+  return tuple(outcome(network, variables, images, labels) for network in (of_model(model), reference))

@@ -11,16 +11,15 @@ import numpy as np
 from paranet_jax.data.dataset import Split
 from paranet_jax.data.splits import max_drawable, stratified_indices
 from paranet_jax.dataset_facts import save_dataset_facts
-from paranet_jax.description import environment
+from paranet_jax.description import cpu_name, environment
 from paranet_jax.early.calibrate_flags import Request
 from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
 from paranet_jax.early.choice import Choice, Ranked, check_budget, choose, rank
 from paranet_jax.early.costs import PathCosts, mac_costs
-from paranet_jax.early.exits_file import ExitPlan, save_plan
-from paranet_jax.early.latency import LatencyCosts, cpu_name, latency_record
+from paranet_jax.early.exits_file import ExitPlan, along, full_network_plan, save_plan, with_thresholds
+from paranet_jax.early.latency import LatencyCosts, latency_record
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.early.scores import to_score
 from paranet_jax.early.split_report import exit_rows, summarize
 from paranet_jax.early.temperature import fit_temperature
 from paranet_jax.early.thresholds import visited
@@ -143,22 +142,12 @@ def _target_costs(request: Request, subject: Subject) -> PathCosts:
 
 
 def _plan(request: Request, subject: Subject, temperatures: np.ndarray, choice: Choice, command: str) -> ExitPlan:
-  path = visited(choice.thresholds)  # Patience sets a number at every exit, so that each is run.
-  ms = None if subject.ms is None else _along(subject.ms, path)
-  confidences = np.maximum(choice.thresholds, 0)  # What every confidence reaches is 0 in the file.
-  return ExitPlan(
-    *subject.checkpoint,
+  plan = dataclasses.replace(
+    full_network_plan(subject.checkpoint, subject.exits, tuple(map(int, subject.macs.alone()))),
     score=request.score,
     policy=choice.policy,
     target=_target(request),
-    exits=subject.exits,
     temperatures=tuple(temperatures.tolist()),
-    thresholds=_nullable(to_score(confidences, request.score), np.isfinite(confidences)),
-    confidence_thresholds=_nullable(confidences, np.isfinite(confidences)),
-    visited=tuple(subject.exits[index] for index in path),
-    macs=tuple(None if np.isnan(cost) else int(cost) for cost in _along(subject.macs, path)),
-    ms=None if ms is None else _nullable(ms, ~np.isnan(ms)),
-    macs_alone=tuple(map(int, subject.macs.alone())),
     latency=None if subject.ms is None else latency_record([subject.ms]),
     provenance={
       'command': command,
@@ -167,6 +156,9 @@ def _plan(request: Request, subject: Subject, temperatures: np.ndarray, choice: 
       'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     },
   )
+  plan = with_thresholds(plan, choice.thresholds, subject.macs)
+  # Patience sets a number at every exit, so that each is on the path.
+  return plan if subject.ms is None else dataclasses.replace(plan, ms=along(subject.ms, visited(choice.thresholds)))
 
 
 def _target(request: Request) -> dict[str, Any]:
@@ -177,17 +169,6 @@ def _target(request: Request) -> dict[str, Any]:
     delta = {'delta': request.delta} if request.guarantee == 'ltt' else {}
     return {'risk': request.risk, **delta, 'guarantee': request.guarantee, 'loss': request.risk_loss}
   return {'threshold': request.threshold}
-
-
-def _along(costs: PathCosts, path: tuple[int, ...]) -> np.ndarray:
-  """The cost of leaving at each exit along a path: [K], NaN off the path."""
-  along = np.full(costs.num_exits, np.nan)
-  along[list(path)] = costs.cumulative(path)
-  return along
-
-
-def _nullable(values: np.ndarray, there: np.ndarray) -> tuple[float | None, ...]:
-  return tuple(float(value) if known else None for value, known in zip(values, there, strict=True))
 
 
 def _with_measurements(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax.costs import abstract_variables, multiply_adds
+from paranet_jax.early.thresholds import alone
 
 StepCost = Callable[[tuple[int, ...], int], float]
 
@@ -36,7 +37,7 @@ class PathCosts:
 
   def alone(self) -> np.ndarray:
     """The cost of each exit by itself: float64 [K]."""
-    return np.array([self.cumulative((index,))[0] for index in range(self.num_exits)])
+    return alone(self)
 
   def _step(self, path: tuple[int, ...]) -> float:
     if path not in self._steps:

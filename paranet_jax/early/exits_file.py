@@ -7,16 +7,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.scores import SCORES, to_score
+from paranet_jax.early.thresholds import Costs, visited
 from paranet_jax.errors import UserError
-from paranet_jax.workdir import write_json
+from paranet_jax.workdir import read_object, write_json
 
 EXITS = 'exits.json'
 SCHEMA_VERSION = 1
 POLICIES = ('quota', 'optimal', 'shared', 'ltt', 'crc', 'full')
 
-Costs = tuple[float | None, ...]
+PerExit = tuple[float | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +54,11 @@ class ExitPlan:
   target: dict[str, Any]
   exits: tuple[int, ...]
   temperatures: tuple[float, ...]
-  thresholds: Costs
-  confidence_thresholds: Costs
+  thresholds: PerExit
+  confidence_thresholds: PerExit
   visited: tuple[int, ...]
-  macs: Costs
-  ms: Costs | None
+  macs: PerExit
+  ms: PerExit | None
   macs_alone: tuple[int, ...]
   expected: dict[str, Any] | None = None
   test: dict[str, Any] | None = None
@@ -86,6 +89,34 @@ def full_network_plan(checkpoint: CheckpointId, exits: Sequence[int], macs_alone
     ms=None,
     macs_alone=tuple(macs_alone),
   )
+
+
+def with_thresholds(plan: ExitPlan, thresholds: np.ndarray, macs: Costs) -> ExitPlan:
+  """The plan by which samples leave at these thresholds [K] on the confidence scale.
+
+  Args:
+    macs: multiply-adds of the K exits.
+  """
+  path = visited(thresholds)
+  confidences = np.maximum(thresholds, 0)  # What every confidence reaches is 0 in the file.
+  leaves = np.isfinite(confidences)
+  return dataclasses.replace(
+    plan,
+    thresholds=_nullable(to_score(confidences, plan.score), leaves),
+    confidence_thresholds=_nullable(confidences, leaves),
+    visited=tuple(plan.exits[index] for index in path),
+    macs=tuple(None if cost is None else int(cost) for cost in along(macs, path)),
+  )
+
+
+def along(costs: Costs, path: tuple[int, ...]) -> PerExit:
+  """The cost of leaving at each exit along a path: [K], None off the path."""
+  found = dict(zip(path, costs.cumulative(path).tolist(), strict=True))
+  return tuple(found.get(index) for index in range(costs.num_exits))
+
+
+def _nullable(values: np.ndarray, there: np.ndarray) -> PerExit:
+  return tuple(float(value) if known else None for value, known in zip(values, there, strict=True))
 
 
 def save_plan(workdir: Path, plan: ExitPlan) -> None:
@@ -151,14 +182,11 @@ def read_plan(workdir: Path) -> ExitPlan:
 def _read_object(workdir: Path) -> dict:
   path = workdir / EXITS
   try:
-    saved = json.loads(path.read_text())
-    if not isinstance(saved, dict):
-      raise ValueError(f'it holds {saved!r:.40}')
+    return read_object(path)
   except FileNotFoundError as error:
     raise UserError(f'expected {path}, found none; {calibrate_command(workdir)} writes it') from error
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} is not a JSON object ({error}); {calibrate_command(workdir)} writes it anew') from error
-  return saved
 
 
 Rule = tuple[Callable[[Any, int], bool], str]

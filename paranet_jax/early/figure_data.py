@@ -16,7 +16,7 @@ from paranet_jax.early.risk import disagreement, performance_gap
 from paranet_jax.early.scores import confidence, to_score
 from paranet_jax.early.shared import shared_thresholds
 from paranet_jax.early.split_report import top_probability
-from paranet_jax.early.thresholds import Costs, OperatingPoint, exits_taken, operating_point
+from paranet_jax.early.thresholds import Costs, OperatingPoint, alone, exits_taken, operating_point
 
 BUDGETS = 25  # of the optimal curve
 SHARED = 100  # thresholds of the risk curve
@@ -61,7 +61,7 @@ def figure_data(
     ms=ms,
     measured=measured,
     accuracy={name: split.ranked.correct.mean(axis=1) for name, split in splits.items()},
-    alone=_alone(costs),
+    alone=alone(costs),
     families=_families(splits, costs),
     chosen={name: _curve([point]) for name, point in chosen.items()},
     risk=_risk(plan, splits, thresholds),
@@ -95,16 +95,12 @@ class _Split(NamedTuple):
     everyone = np.arange(losses.shape[1])
     cost = np.array([self.point(thresholds).cost for thresholds in family])
     risk = np.array([losses[self.taken(thresholds), everyone].mean() for thresholds in family])
-    return RiskCurve(_alone(self.costs)[-1] / cost, risk)
+    return RiskCurve(alone(self.costs)[-1] / cost, risk)
 
 
 def _plan_thresholds(plan: ExitPlan) -> np.ndarray:
   early = [np.inf if threshold is None else threshold for threshold in plan.confidence_thresholds[:-1]]
   return np.array([*early, -np.inf])
-
-
-def _alone(costs: Costs) -> np.ndarray:
-  return np.array([costs.cumulative((k,))[0] for k in range(costs.num_exits)])
 
 
 def _curve(points: Sequence[OperatingPoint]) -> Curve:
@@ -125,9 +121,9 @@ def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarra
     return {'patience': [shared_thresholds(times, costs.num_exits) for times in range(1, costs.num_exits + 1)]}
   confidences, _, correct = held_out.ranked
   quota = [held_out.point(quota_thresholds(confidences, q)) for q in QS]
-  alone = _alone(costs)
+  exit_costs = alone(costs)
   # Denser where it is cheap, as there accuracy rises fastest.
-  budgets = np.unique(np.maximum(np.geomspace(alone[0], alone.max(), BUDGETS), alone[0]))
+  budgets = np.unique(np.maximum(np.geomspace(exit_costs[0], exit_costs.max(), BUDGETS), exit_costs[0]))
   points = {
     'quota': quota,
     'envelope': envelope(quota),
@@ -181,7 +177,7 @@ def _sheet(test: Outputs, temperatures: np.ndarray, taken: np.ndarray, images: n
     exits += [k] * shown
     hard += [False] * (shown - shown // 2) + [True] * (shown // 2)
     numbers += there[order].tolist()
-    sure += (-np.expm1(-confidences[order])).tolist()
+    sure += to_score(confidences[order], 'max_prob').tolist()
   return Sheet(
     exits=np.array(exits),
     hard=np.array(hard),

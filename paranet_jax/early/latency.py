@@ -2,18 +2,17 @@
 
 import collections
 import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paranet_jax.description import cpu_name
 from paranet_jax.early.chunks import cover, default_sizes
 from paranet_jax.early.costs import PathCosts, Stages
 from paranet_jax.early.scores import confidence
@@ -121,13 +120,3 @@ def latency_record(costs: Sequence[LatencyCosts]) -> dict[str, Any]:
     'runs': costs[0].runs,
     'batch_sizes': rows,
   }
-
-
-def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
-  """What this machine's processor calls itself."""
-  try:
-    lines = cpuinfo.read_text().splitlines()
-  except OSError:
-    lines = []
-  names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-  return names[0] if names else platform.processor() or platform.machine()

@@ -7,7 +7,7 @@ import numpy as np
 
 from paranet_jax.early.quota import quota_for_budget
 from paranet_jax.early.sweep import Leaving, sweep_pair, tie_ends
-from paranet_jax.early.thresholds import Costs, OperatingPoint, exits_taken, operating_point, visited
+from paranet_jax.early.thresholds import Costs, OperatingPoint, alone, exits_taken, operating_point, visited
 
 _MOST_EXITS = 4  # of which all sets are tried
 _MOST_FIRST = 5000  # thresholds of a first exit that are tried: all of them on up to so many samples
@@ -68,12 +68,13 @@ def oracle_curve(correct: np.ndarray, costs: Costs) -> tuple[np.ndarray, np.ndar
   Returns:
     Mean cost [M] and accuracy [M], M <= K, both rising.
   """
-  alone = np.array([costs.cumulative((k,))[0] for k in range(len(correct))])
-  cheapest = np.min(np.where(correct, alone[:, None], np.inf), axis=0)
-  levels, counts = np.unique(np.append(alone.min(), cheapest[cheapest < np.inf]), return_counts=True)
+  exit_costs = alone(costs)
+  least = exit_costs.min()
+  cheapest = np.min(np.where(correct, exit_costs[:, None], np.inf), axis=0)
+  levels, counts = np.unique(np.append(least, cheapest[cheapest < np.inf]), return_counts=True)
   counts[0] -= 1
   n = correct.shape[1]
-  return alone.min() + np.cumsum((levels - alone.min()) * counts) / n, np.cumsum(counts) / n
+  return least + np.cumsum((levels - least) * counts) / n, np.cumsum(counts) / n
 
 
 class _Search:

@@ -7,7 +7,7 @@ from scipy.special import softmax
 
 from paranet_jax.early.choice import Ranked
 from paranet_jax.early.measures import auroc, brier, ece, nll
-from paranet_jax.early.scores import confidence
+from paranet_jax.early.scores import confidence, to_score
 from paranet_jax.early.thresholds import exits_taken
 
 
@@ -79,7 +79,7 @@ def exit_rows(
 
 def top_probability(logits: np.ndarray, temperature: float) -> np.ndarray:
   """The largest probability of each row: float64 [N]."""
-  return -np.expm1(-confidence(logits, 'max_prob', temperature))
+  return to_score(confidence(logits, 'max_prob', temperature), 'max_prob')
 
 
 def _calibration(

@@ -15,6 +15,11 @@ class Costs(Protocol):
     ...
 
 
+def alone(costs: Costs) -> np.ndarray:
+  """What each exit by itself costs: float64 [K]."""
+  return np.array([costs.cumulative((k,))[0] for k in range(costs.num_exits)])
+
+
 class OperatingPoint(NamedTuple):
   """Thresholds, and what they give on the samples they were evaluated on."""
 

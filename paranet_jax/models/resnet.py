@@ -16,13 +16,15 @@ WIDTHS = (16, 32, 64)
 """Channels of the 3x3 convolutions of each stage, at sides S, S / 2 and S / 4."""
 
 
-class BasicBlock(nn.Module):
-  """relu(x + Conv3x3-BN-ReLU-Conv3x3-BN), with a shortcut without parameters where the shape changes (option A)."""
-
+class _Block(nn.Module):
   width: int
   stride: int
   first: bool  # Of its stage.
   axis_name: str | None = None
+
+
+class BasicBlock(_Block):
+  """relu(x + Conv3x3-BN-ReLU-Conv3x3-BN), with a shortcut without parameters where the shape changes (option A)."""
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -32,13 +34,8 @@ class BasicBlock(nn.Module):
     return jax.nn.relu(_subsample(x, self.stride, self.width) + y)
 
 
-class PreActivationBlock(nn.Module):
+class PreActivationBlock(_Block):
   """x + BN-ReLU-Conv3x3-BN-ReLU-Conv3x3; in the first of a stage the shortcut too begins after BN-ReLU."""
-
-  width: int
-  stride: int
-  first: bool
-  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -49,16 +46,11 @@ class PreActivationBlock(nn.Module):
     return shortcut + Conv(self.width, name='conv2')(y)
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(_Block):
   """x + BN-ReLU-Conv1x1(width)-BN-ReLU-Conv3x3(width)-BN-ReLU-Conv1x1(4 width).
 
   In the first of a stage a 1x1 projection after BN-ReLU takes the place of x.
   """
-
-  width: int
-  stride: int
-  first: bool
-  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:

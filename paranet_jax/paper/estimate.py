@@ -59,7 +59,7 @@ def measure(config: ConfigDict) -> Speed:
     evaluation=evaluation,
     steps_per_epoch=task.steps_per_epoch,
     total_steps=task.total_steps,
-    evaluation_steps=max(round(config.eval.every_epochs * task.steps_per_epoch), 1),
+    evaluation_steps=task.evaluation_steps,
   )
 
 
