@@ -123,6 +123,29 @@ def test_nothing_is_traced_after_warm_up(shared):  # The first test: what others
   assert shared.num_traces == before + 1
 
 
+def test_nothing_is_compiled_after_warm_up():
+  # Restored variables are committed to a device, and packed rows are not: two programs, if the runtime let them be.
+  committed = jax.device_put(VARIABLES, jax.devices()[0])
+  runtime = EarlyExit(MODEL, committed, plan((0.75, 1.7, 0.0)), SHAPE, MEAN, STD, sizes=SPLIT)
+  runtime.warm_up()
+  events = []
+
+  def listen(event, seconds, **_):
+    events.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    for count in (1, 3, 6, 13):
+      runtime.predict(IMAGES[:count])
+    runtime.predict_one(IMAGES[0])
+    list(runtime.anytime(IMAGES[0], deadline_ms=1e6))
+    assert events == []
+    jax.jit(lambda number: number + 1)(np.float32(len(events)))
+    assert events
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.mark.parametrize(('score', 'thresholds'), list(_cases()))
 def test_equals_the_full_pass(shared, logits, score, thresholds):
   runtime = shared.with_plan(plan(thresholds, score))

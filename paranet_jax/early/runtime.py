@@ -82,7 +82,8 @@ class EarlyExit:
     self.class_names = tuple(class_names)
     self.image_shape = tuple(image_shape)
     self._model = model
-    self._variables = jax.device_put(variables)
+    # By way of the host: what is committed to a device compiles once for its own results and once for NumPy's arrays.
+    self._variables = jax.device_put(jax.device_get(variables))
     self._normalization = tuple(mean), tuple(std)
     self._sizes = sizes or default_sizes()
     self._lock = threading.RLock()
@@ -136,6 +137,7 @@ class EarlyExit:
     """
     dtype = np.dtype(dtype)
     self._stage_ms(dtype)
+    _ = self._num_classes, self._all_macs  # Each traces the model, and is kept.
     self._warm_up_size(np.zeros((1, *self.image_shape), dtype))
     for size in self._sizes.sizes if batches else ():
       self._warm_up_size(np.zeros((size, *self.image_shape), dtype))
