@@ -1,5 +1,6 @@
 """Saving and restoring the train state: the only file that knows orbax."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import orbax.checkpoint as ocp
 from paranet_jax.errors import UserError
 
 FOLDER = 'checkpoints'
+VARIABLES = ('params', 'batch_stats')
+"""What evaluation needs of a state."""
 
 
 class Checkpoints:
@@ -71,15 +74,17 @@ class Checkpoints:
       like: a state of the same structure; each array goes where the one here lies.
 
     Raises:
-      UserError: the checkpoint is damaged, or of another architecture or optimiser.
+      UserError: the checkpoint is damaged, of another architecture or optimiser, or of weights alone.
     """
     meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-    self._check_shapes(step, meta.pop('shapes', {}), _shapes(like))
+    saved = meta.pop('shapes', {})
+    self._check_whole(step, saved)
+    self._check_shapes(step, saved, _shapes(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
   def read_variables(self, step: int) -> dict[str, Any]:
-    """The parameters and running statistics of whatever model was saved, as trees of NumPy arrays.
+    """The parameters and running statistics of whatever model was saved, as trees of float32 NumPy arrays.
 
     Args:
       step: an existing one (see `choose`).
@@ -88,7 +93,8 @@ class Checkpoints:
       UserError: the checkpoint is damaged.
     """
     state = self._read(step, state=ocp.args.StandardRestore()).state
-    return jax.tree.map(np.asarray, {name: state.get(name) or {} for name in ('params', 'batch_stats')})
+    # What was packed is of half the precision.
+    return jax.tree.map(partial(np.asarray, dtype=np.float32), {name: state.get(name) or {} for name in VARIABLES})
 
   def restore_variables(self, step: int, like: Any) -> Any:
     """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
@@ -114,6 +120,13 @@ class Checkpoints:
         f'checkpoint {self._folder / str(step)} is damaged ({type(error).__name__}); '
         'move that folder away to go on from the one before it'
       ) from error
+
+  def _check_whole(self, step: int, saved: dict[str, list[int]]) -> None:
+    if all(path.split('/')[0] in VARIABLES for path in saved):
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} holds weights alone, which are not trained on; '
+        'start another run from them with --config.init_from, and another --workdir'
+      )
 
   def _check_shapes(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     for path in [*wanted, *saved]:

@@ -15,6 +15,7 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.body import take_body
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.config import check_devices
+from paranet_jax.costs import abstract_variables
 from paranet_jax.curves import draw_curves
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.dataset_facts import save_dataset_facts
@@ -80,7 +81,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = No
   """
   devices = devices_lib.pick_devices(config.train.devices)
   restored = restore_checkpoint(config, workdir, step, devices)
-  evaluations = Evaluator(restored.task, devices).evaluate(restored.state.params, restored.state.batch_stats)
+  evaluations = Evaluator(restored.task, devices).evaluate(**restored.variables)
   return {
     'name': config.name,
     'dataset': config.data.name,
@@ -91,20 +92,20 @@ def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = No
 
 
 class Restored(NamedTuple):
-  """What a checkpoint belongs to, its step, and its state."""
+  """What a checkpoint belongs to, its step, and its `params` and `batch_stats`."""
 
   task: Task
   step: int
-  state: TrainState
+  variables: dict[str, Any]
 
 
 def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devices: list[jax.Device]) -> Restored:
-  """Restores a checkpoint and builds the task it was trained on.
+  """Restores what a checkpoint has learned, and builds the task it was trained on.
 
   Args:
     workdir: absolute.
     step: of the checkpoint; None: the latest.
-    devices: where the state goes, whole on each.
+    devices: where the variables go, whole on each.
 
   Raises:
     UserError: there is no such checkpoint, it does not fit the configuration, or the data does not.
@@ -112,8 +113,8 @@ def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devi
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.choose(step)
     task = build_task(config)
-    state, _ = _restore_state(checkpoints, step, task, devices)
-  return Restored(task, step, state)
+    variables = checkpoints.restore_variables(step, abstract_variables(task.model, task.image_shape))
+  return Restored(task, step, jax.device_put(variables, devices_lib.replicated(devices)))
 
 
 class Run:

@@ -102,8 +102,7 @@ def _restore(request: Request) -> Subject:
       'risk control needs 2 held-out images or more, to fit the temperatures on some and to test on others, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir'
     )
-  task, step, state = restore_checkpoint(config, request.workdir, request.step, jax.local_devices()[:1])
-  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  task, step, variables = restore_checkpoint(config, request.workdir, request.step, jax.local_devices()[:1])
   exits = trained_exits(task.targets)
   batch_size = request.batch_size
   return Subject(
