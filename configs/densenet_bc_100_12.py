@@ -6,5 +6,5 @@ from paranet_jax.base_config import base_config
 def get_config():
   config = base_config('DenseNet-BC-100-12', family='densenet')
   config.train.epochs = 300.0
-  config.train.drop_epochs = (150, 225)
+  config.train.drops = (0.5, 0.75)
   return config

@@ -12,6 +12,6 @@ def get_config():
   config.train.epochs = 400.0
   config.train.batch_size = 100
   config.train.learning_rate = 0.02
-  config.train.drop_epochs = (200, 300, 350, 375)
+  config.train.drops = (0.5, 0.75, 0.875, 0.9375)
   config.train.nesterov = False
   return config

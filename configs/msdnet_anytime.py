@@ -10,5 +10,5 @@ def get_config():
   config = base_config('MSDNet-anytime', family='msdnet')
   config.model.num_blocks = 10
   config.train.epochs = 300.0
-  config.train.drop_epochs = (150, 225)
+  config.train.drops = (0.5, 0.75)
   return config

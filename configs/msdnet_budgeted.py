@@ -11,5 +11,5 @@ def get_config():
   config.model.step = 1
   config.data.held_out = 5000
   config.train.epochs = 300.0
-  config.train.drop_epochs = (150, 225)
+  config.train.drops = (0.5, 0.75)
   return config

@@ -10,7 +10,7 @@ def get_config():
   config = base_config('ResNet-110', family='resnet')
   config.train.epochs = 164.0
   config.train.batch_size = 128
-  config.train.drop_epochs = (82, 123)
+  config.train.drops = (0.5, 0.75)
   config.train.warmup_epochs = 1.0
   config.train.nesterov = False
   return config

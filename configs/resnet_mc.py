@@ -8,5 +8,5 @@ def get_config():
   config.model.depth = 62
   config.model.exits = '4,8'
   config.train.epochs = 300.0
-  config.train.drop_epochs = (150, 225)
+  config.train.drops = (0.5, 0.75)
   return config

@@ -32,6 +32,10 @@ def _tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
   return holds, f'numbers of {low} or more, such as "(1,2,3)"'
 
 
+def _shares(values: tuple) -> bool:
+  return all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values)
+
+
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, 'more than 0 and finite')
 _EPOCHS: Rule = (lambda value: 0 < value <= 1e6, 'more than 0 and at most 1,000,000')
 _PART: Rule = (lambda value: 0 < value <= 1, 'more than 0 and at most 1')
@@ -102,6 +106,7 @@ RULES: dict[str, Rule] = {
   'train.batch_size': _at_least(1),
   'train.learning_rate': _POSITIVE,
   'train.schedule': _one_of('step', 'cosine', 'one_cycle', 'constant'),
+  'train.drops': (_shares, 'shares from 0 to 1, such as "(0.5,0.75)"'),
   'train.drop_epochs': _tuple_of((int, float), 0),
   'train.drop_factor': _POSITIVE,
   'train.warmup_epochs': _at_least(0),
@@ -179,6 +184,12 @@ def body_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 
 def _body_epochs(config: ConfigDict) -> float:
   return config.train.epochs / 2 if config.train.body_epochs is None else config.train.body_epochs
+
+
+def drop_epochs(config: ConfigDict) -> list[float]:
+  """When the learning rate drops, in epochs."""
+  train = config.train
+  return [share * train.epochs for share in train.drops] if train.drop_epochs is None else list(train.drop_epochs)
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:

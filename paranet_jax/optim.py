@@ -11,7 +11,6 @@ import optax
 Schedule = Callable[[Any], Any]
 
 # The paper drops the learning rate at epochs 50 and 100 of 130.
-PAPER_DROPS = (50 / 130, 100 / 130)
 
 
 def make_schedule(
@@ -20,7 +19,7 @@ def make_schedule(
   *,
   epochs: float,
   updates_per_epoch: float,
-  drop_epochs: Sequence[float] | None = None,
+  drop_epochs: Sequence[float] = (),
   drop_factor: float = 0.1,
   warmup_epochs: float = 0.0,
 ) -> Schedule:
@@ -32,7 +31,7 @@ def make_schedule(
     learning_rate: the highest.
     epochs: length of the run.
     updates_per_epoch: optimiser updates an epoch.
-    drop_epochs: of 'step', in epochs; None: the paper's 50 and 100 of 130, scaled to `epochs`.
+    drop_epochs: of 'step', in epochs.
     drop_factor: of 'step'.
     warmup_epochs: linear up to the schedule's value, in epochs; not of 'one_cycle', which has its own.
 
@@ -40,7 +39,6 @@ def make_schedule(
     A function of the update count, usable inside jit.
   """
   updates = max(round(epochs * updates_per_epoch), 1)
-  drop_epochs = [epochs * part for part in PAPER_DROPS] if drop_epochs is None else drop_epochs
   drops = [round(drop * updates_per_epoch) for drop in drop_epochs]
   warmup = 0 if kind == 'one_cycle' else round(warmup_epochs * updates_per_epoch)
   factor = {

@@ -140,7 +140,7 @@ def _schedule(config: ConfigDict, steps: int) -> Schedule:
     train.learning_rate,
     epochs=train.epochs,
     updates_per_epoch=steps / train.accumulate_steps,
-    drop_epochs=train.drop_epochs,
+    drop_epochs=config_lib.drop_epochs(config),
     drop_factor=train.drop_factor,
     warmup_epochs=train.warmup_epochs,
   )

@@ -65,6 +65,7 @@ BOUNDS = {
   'train.batch_size': ((0, -64), (1,)),
   'train.learning_rate': ((0.0, -0.1, math.nan, math.inf), (1e-9, 10.0)),
   'train.schedule': (('linear', ''), ('step', 'cosine', 'one_cycle', 'constant')),
+  'train.drops': (((-0.1,), (0.5, 1.1), (math.nan,), ('a',)), ((), (0, 0.5, 1))),
   'train.drop_epochs': (((-1, 2), (math.nan,), ('a',), (True,)), ((), (0,), (1.5, 2))),
   'train.drop_factor': ((0.0, -0.1, math.nan), (0.5,)),
   'train.warmup_epochs': ((-0.5, math.nan, math.inf), (0.0, 0.5)),

@@ -224,6 +224,7 @@ FIELDS = {
   'train.batch_size': (run, 700, {}),
   'train.learning_rate': (updates, 0.2, {}),
   'train.schedule': (updates, 'constant', {}),
+  'train.drops': (updates, (0.5,), {}),
   'train.drop_epochs': (updates, (1,), {}),
   'train.drop_factor': (updates, 0.5, {}),
   'train.warmup_epochs': (updates, 1.0, {}),

@@ -7,7 +7,7 @@ import pytest
 
 from paranet_jax.optim import decay_mask, make_optimizer, make_schedule
 
-PAPER = {'epochs': 130, 'updates_per_epoch': 781}
+PAPER = {'epochs': 130, 'updates_per_epoch': 781, 'drop_epochs': (50, 100)}
 SHORT = {'epochs': 10, 'updates_per_epoch': 10}
 
 
@@ -15,9 +15,8 @@ SHORT = {'epochs': 10, 'updates_per_epoch': 10}
   'kind, options, expected',
   [
     ('step', PAPER, {0: 0.1, 39_049: 0.1, 39_050: 0.01, 78_099: 0.01, 78_100: 0.001, 101_530: 0.001}),
-    ('step', PAPER | {'epochs': 13}, {3_904: 0.1, 3_905: 0.01, 7_809: 0.01, 7_810: 0.001}),
     # Two steps are averaged into an update: 390.5 updates an epoch.
-    ('step', {'epochs': 130, 'updates_per_epoch': 390.5}, {19_524: 0.1, 19_525: 0.01, 39_049: 0.01, 39_050: 0.001}),
+    ('step', PAPER | {'updates_per_epoch': 390.5}, {19_524: 0.1, 19_525: 0.01, 39_049: 0.01, 39_050: 0.001}),
     ('step', SHORT | {'drop_epochs': (2, 2.5), 'drop_factor': 0.5}, {19: 0.1, 20: 0.05, 24: 0.05, 25: 0.025}),
     ('step', SHORT | {'drop_epochs': (2, 2), 'drop_factor': 0.5}, {19: 0.1, 20: 0.025}),
     ('step', SHORT | {'drop_epochs': ()}, {0: 0.1, 99: 0.1}),

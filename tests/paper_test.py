@@ -3,6 +3,7 @@
 import pytest
 from costs_test import PN3
 
+from paranet_jax.config import drop_epochs
 from paranet_jax.models.msdnet import MSDNet
 from paranet_jax.optim import make_schedule
 from paranet_jax.paper.figure import anytime_figure
@@ -147,10 +148,11 @@ def test_the_papers_figures():
   ('protocol', 'epochs', 'drops'), [('paper', 130, (50, 100)), ('tenth', 13, (5, 10))]
 )  # fmt: skip
 def test_epochs_and_drops(protocol, epochs, drops):
-  train = run_config(Protocol(protocol, {}), 'PN3-ddd', 0).train
+  config = run_config(Protocol(protocol, {}), 'PN3-ddd', 0)
+  train = config.train
   assert train.epochs == epochs
   rate = make_schedule(
-    train.schedule, train.learning_rate, epochs=train.epochs, updates_per_epoch=781, drop_epochs=train.drop_epochs
+    train.schedule, train.learning_rate, epochs=train.epochs, updates_per_epoch=781, drop_epochs=drop_epochs(config)
   )
   updates = [0] + [781 * drop + late for drop in drops for late in (-1, 0)] + [781 * epochs - 1]
   assert [float(rate(update)) for update in updates] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
