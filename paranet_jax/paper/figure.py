@@ -52,9 +52,8 @@ def _draw_ours(axes: Axes, section: dict[str, Any]) -> None:
   if len(section['seeds']) > 1:
     axes.errorbar(macs, accuracy, [row['std'] for row in rows], color=BLUE, fmt='none', capsize=4, zorder=3)
   for row, x in zip(rows, macs, strict=True):
-    axes.annotate(
-      f'exit {row["exit"]}', (x, row['ours']), (6, -12), textcoords='offset points', color=BLUE, fontsize='small'
-    )
+    place = {'xytext': (-6, 6), 'textcoords': 'offset points', 'ha': 'right', 'color': BLUE, 'fontsize': 'small'}
+    axes.annotate(f'exit {row["exit"]}', (x, row['ours']), **place)
 
 
 def _draw_others(axes: Axes, section: dict[str, Any]) -> None:
