@@ -47,6 +47,9 @@ def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
   data.on_corrupt = 'refuse'  # 'refuse' or 'skip' (and count) an image file that cannot be read.
   data.crop_padding = placeholder(int)  # Pixels, zero padding before the random crop; None: the data set's own.
   data.flip = placeholder(bool)  # Random horizontal flip; None: the data set's own (digits are not mirrored).
+  # Images stay in their files and are read a batch at a time; None: from 2 * 10^9 bytes of decoded images on.
+  data.streaming = placeholder(bool)
+  data.workers = placeholder(int)  # Processes that read them, 0: this one alone; None: one a core, at most 16.
 
   config.loss = loss = ConfigDict()
   loss.matching = 'squared_error'  # 'squared_error' or 'kl': what an exit that matches another minimises.

@@ -89,6 +89,7 @@ RULES: dict[str, Rule] = {
   'data.test_fraction': (lambda value: 0 < value < 1, 'between 0 and 1'),
   'data.on_corrupt': _one_of('refuse', 'skip'),
   'data.crop_padding': _at_least(0),
+  'data.workers': _at_least(0),
   'loss.matching': _one_of('squared_error', 'kl'),
   'loss.temperature': _POSITIVE,
   'loss.hard_label_weight': _SHARE,

@@ -12,7 +12,8 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def load(image_side=8, channels=1, num_classes=None, **changes):
-  config = {'name': 'digits', 'data_dir': '', 'held_out': 0, 'crop_padding': None, 'flip': None, **changes}
+  config = {'name': 'digits', 'data_dir': '', 'held_out': 0, 'crop_padding': None, 'flip': None}
+  config |= {'streaming': None, 'workers': 0, **changes}
   return load_dataset(ConfigDict(config), image_side=image_side, channels=channels, num_classes=num_classes)
 
 

@@ -30,7 +30,8 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def load(name, data_dir, image_side=32, channels=3, **changes):
-  config = {'name': name, 'data_dir': str(data_dir), 'held_out': 0, 'crop_padding': None, 'flip': None, **changes}
+  config = {'name': name, 'data_dir': str(data_dir), 'held_out': 0, 'crop_padding': None, 'flip': None}
+  config |= {'streaming': None, 'workers': 0, **changes}
   return load_dataset(ConfigDict(config), image_side=image_side, channels=channels)
 
 
