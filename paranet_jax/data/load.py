@@ -14,7 +14,7 @@ from paranet_jax.data.splits import max_drawable, stratified_indices
 from paranet_jax.data.tfds_source import dataset_names, tfds_source
 from paranet_jax.errors import UserError
 
-_NUM_CLASSES = {'cifar100': 100, 'cifar10': 10, 'digits': 10}
+_NUM_CLASSES = {'cifar100': 100, 'cifar10': 10, 'digits': 10, 'imagenet2012': 1000}
 # A mirrored character is another character, or none.
 _NOT_MIRRORED = ('digits', 'mnist', 'emnist', 'kmnist', 'svhn_cropped', 'omniglot', 'binary_alpha_digits')
 _HELD_OUT_SEED = 100

@@ -5,6 +5,7 @@ be read, and the mean and deviation of the training images. It is written to PAR
 ~/.cache/paranet_jax) and not repeated until the files or the size of the images change.
 """
 
+import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ def _restore(source: Source, image_shape: tuple[int, int, int]) -> dict[str, np.
     return None
   path = _path(source, image_shape)
   try:
-    with np.load(path) as archive:  # Its own checksums say whether it is whole.
+    # Read whole first: closing is then certain. The archive's own checksums say whether it is whole.
+    with np.load(io.BytesIO(path.read_bytes())) as archive:
       return dict(archive)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     if path.exists():

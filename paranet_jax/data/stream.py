@@ -115,6 +115,7 @@ class Stream:
     """
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags; a command of ours parses flags of its own.
+    grain.config.update('py_traceback_filtering', 'off')  # It would add lines to the message of what a worker raises.
     workers = min(num_workers(workers), len(batches))
     read = grain.ReadOptions(num_threads=_READ_AHEAD, prefetch_buffer_size=_READ_AHEAD)
     processes = grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=_READ_AHEAD)
