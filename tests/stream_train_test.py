@@ -19,7 +19,7 @@ from paranet_jax.errors import UserError
 from paranet_jax.metrics import read_metrics
 from paranet_jax.seeds import train_seeds
 
-RUN = (*TINY, '--config.name=PN2-dd')
+RUN = (*TINY, '--config.name=PN1-d')
 STREAMED = ('--config.data.streaming=True', '--config.data.workers=0')
 
 
