@@ -47,6 +47,9 @@ def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
   data.on_corrupt = 'refuse'  # 'refuse' or 'skip' (and count) an image file that cannot be read.
   data.crop_padding = placeholder(int)  # Pixels, zero padding before the random crop; None: the data set's own.
   data.flip = placeholder(bool)  # Random horizontal flip; None: the data set's own (digits are not mirrored).
+  # Images stay in their files and are read a batch at a time; None: from 2 * 10^9 bytes of decoded images on.
+  data.streaming = placeholder(bool)
+  data.workers = placeholder(int)  # Processes that read them, 0: this one alone; None: one a core, at most 16.
 
   config.loss = loss = ConfigDict()
   loss.matching = 'squared_error'  # 'squared_error' or 'kl': what an exit that matches another minimises.
@@ -105,7 +108,8 @@ def _paranet() -> ConfigDict:
   # Receiving blocks 'pipeline.block', separated by commas ('2.2,3.3'); None: all of them, or none if the name says cut.
   model.cascade = placeholder(str)
   model.stem_norm = False  # Batch normalization and ReLU after the stem's convolution.
-  model.entry_pool = 'max'  # 'max' or 'avg': how a pipeline's entry halves.
+  model.stem = '3x3'  # Convolution of the image: '3x3', or '7x7', which halves it once more by its stride.
+  model.entry_pool = 'max'  # 'max' or 'avg' (2x2) or 'max3x3' (overlapping): how a pipeline's entry halves.
   model.entry_order = 'stem_first'  # 'stem_first' or 'pool_first': convolve the image before or after halving it.
   model.dropout = 0.0  # Rate after each convolution but a stem's, 0 to less than 1.
   # Dense layers compiled as one loop in training: speed, memory and compile time, not the function; None: measured

@@ -42,16 +42,19 @@ def place_order(order: jax.Array, devices: list[jax.Device]) -> jax.Array:
   return jax.device_put(shares, shared(devices))
 
 
-def run_on(devices: list[jax.Device], make_step: Callable[[str | None], Callable]) -> Callable[..., Any]:
+def run_on(
+  devices: list[jax.Device], make_step: Callable[[str | None], Callable], images_axis: int | None = None
+) -> Callable[..., Any]:
   """The training step for these devices: jitted for one, pmapped for several, its state and totals donated.
 
   Args:
     make_step: from the name of the device axis (None for one device) to the step's body.
+    images_axis: None: every device is given all images and labels; 0: their first axis is of the devices.
   """
   if len(devices) == 1:
     return jax.jit(make_step(None), donate_argnums=(0, 1))
   # The state is passed whole (None), not stacked: every device holds and returns the same.
-  in_axes = (None, None, None, None, 0)
+  in_axes = (None, None, images_axis, images_axis, 0)
   return jax.pmap(
     make_step(AXIS), axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=(0, 1)
   )

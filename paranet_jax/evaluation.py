@@ -1,6 +1,7 @@
 """Accuracy and loss of every exit on a whole split, exact for any number of images."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,11 @@ from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
 MEASURES = ('accuracy', 'top5', 'loss', 'nll')
+
+_AHEAD = 2  # Batches that may wait for the device.
+
+Batch = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
+"""Images, labels, indices and mask (see `steps.make_eval_step`)."""
 
 
 class Evaluator:
@@ -36,27 +42,41 @@ class Evaluator:
       {'held_out' (if there is one), 'test': one dict an exit: `exit`, `trained`, and `accuracy`, `top5` (fractions),
       `loss`, `nll` (nats), None where the exit is not trained}.
     """
-    return {name: list(self._exits(params, batch_stats, split)) for name, split in self._splits.items()}
+    return {name: list(self._exits(params, batch_stats, batches)) for name, batches in self._splits.items()}
 
-  def _exits(self, params: Any, batch_stats: Any, split: tuple) -> Iterator[dict]:
+  def _exits(self, params: Any, batch_stats: Any, batches: Callable[[], Iterator[Batch]]) -> Iterator[dict]:
+    sums = {number: [] for number in self._steps}
+    for batch in batches():
+      for number, step in self._steps.items():
+        sums[number].append(step(params, batch_stats, *batch))
+      # A streamed batch takes up memory until its turn comes.
+      jax.block_until_ready([own[-_AHEAD] for own in sums.values() if len(own) >= _AHEAD])
     for number in range(1, self._task.model.num_exits + 1):
-      step = self._steps.get(number)
-      measured = dict.fromkeys(MEASURES) if step is None else _means(step, params, batch_stats, *split)
-      yield {'exit': number, 'trained': step is not None, **measured}
+      trained = number in sums
+      measured = _means(sums[number]) if trained else dict.fromkeys(MEASURES)
+      yield {'exit': number, 'trained': trained, **measured}
 
-  def _place(self, split: Split) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    whole = devices_lib.replicated(self._devices)
+  def _place(self, split: Split) -> Callable[[], Iterator[Batch]]:
     shared = devices_lib.shared(self._devices)
     each = len(self._devices)
     batch_size = -(-min(self._task.config.eval.batch_size, len(split)) // each) * each
+    if split.streamed:
+      return functools.partial(_streamed, split, batch_size, self._task.config.data.workers, shared)
     indices, mask = eval_batches(len(split), batch_size)
     batches = [jax.device_put(batch, shared) for batch in zip(indices, mask, strict=True)]
-    images, labels = np.asarray(split.images), np.asarray(split.labels)
-    return jax.device_put(images, whole), jax.device_put(labels, whole), batches
+    whole = jax.device_put((np.asarray(split.images), np.asarray(split.labels)), devices_lib.replicated(self._devices))
+    return lambda: ((*whole, *batch) for batch in batches)
 
 
-def _means(step: Any, params: Any, batch_stats: Any, images: Any, labels: Any, batches: list) -> dict[str, float]:
-  sums = [step(params, batch_stats, images, labels, indices, mask) for indices, mask in batches]
+def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sharding.Sharding) -> Iterator[Batch]:
+  from paranet_jax.data.stream import EvalBatches, Stream  # grain takes half a second to import.
+
+  with Stream(EvalBatches(split, batch_size), workers, place) as batches:
+    for batch in batches:
+      yield batch['images'], batch['labels'], None, batch['mask']
+
+
+def _means(sums: list[dict[str, jax.Array]]) -> dict[str, float]:
   # Summed on the host in float64: a count of images in float32 is exact only up to 2^24.
   totals = {name: float(sum(np.float64(batch[name]) for batch in jax.device_get(sums))) for name in sums[0]}
   return {name: totals[name] / totals['count'] for name in MEASURES}

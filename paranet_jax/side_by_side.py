@@ -13,6 +13,7 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.dataset_facts import save_dataset_facts
+from paranet_jax.feed import open_feed
 from paranet_jax.metrics import MetricsWriter
 from paranet_jax.progress import Progress
 from paranet_jax.regimes import Phase
@@ -28,8 +29,8 @@ def train_side_by_side(
 ) -> bool:
   """Trains runs that differ only in their seed, in step, to the checkpoint of their last step.
 
-  Each is what it would be by itself on one device, to rounding. Runs whose checkpoints are of different steps are left
-  as they are.
+  Each is what it would be by itself on one device, to rounding. Runs whose checkpoints are of different steps, or whose
+  images are streamed, are left as they are.
 
   Args:
     workdirs: of each run, absolute.
@@ -42,6 +43,8 @@ def train_side_by_side(
     UserError: as `train.train_and_evaluate`.
   """
   tasks = [build_task(config) for config in configs]
+  if tasks[0].dataset.train.streamed:
+    return True  # Each seed has its own order, and images are read for one at a time.
   for config, workdir in zip(configs, workdirs, strict=True):
     prepare_workdir(workdir, config, accept_config_changes)
   with contextlib.ExitStack() as stack:
@@ -85,7 +88,8 @@ class _SideBySide(Run):
       for run in self._runs:
         run._progress = progress
         run._writer = stack.enter_context(MetricsWriter(run._workdir, resume_step=first_step))
-      state, _ = self._loop(state, first_step)
+      feed = stack.enter_context(open_feed(task, self._devices, self._order, first_step))
+      state, _ = self._loop(state, first_step, feed)
     self._save(int(state.step[0]), state)
 
   def _stacked(self, trees: list) -> Any:

@@ -96,8 +96,8 @@ def make_train_step(
 
   Returns:
     step(state, totals, images, labels, order) -> (state, totals):
-      images, labels: the whole training set, uint8 [N, H, W, C] and int32 [N], on the device;
-      order: int32 [steps an epoch, b], this device's share of each batch of this epoch;
+      images, labels: the whole training set, uint8 [N, H, W, C] and int32 [N], or this device's share of the batch;
+      order: int32 [steps an epoch, b], of each batch of this epoch, which of them are this device's share;
       totals: {metric: float32 scalar}, to which this step's metrics are added.
     Gradients, statistics and metrics are those of the global batch.
   """
@@ -225,22 +225,24 @@ def make_eval_step(model: Any, number: int, preprocessing: Preprocessing, label_
 
   Returns:
     step(params, batch_stats, images, labels, indices, mask) -> {'count', 'accuracy', 'top5', 'loss', 'nll'}:
-      sums over the images whose mask is 1; indices int32 [B] into the whole set, mask float32 [B].
+      sums over the images whose mask is 1; indices int32 [B] into the whole set, None where images and labels are
+      the batch; mask float32 [B].
     `loss` is the cross-entropy smoothed as in training, `nll` the plain one.
   """
 
   def eval_step(params, batch_stats, images, labels, indices, mask):
-    batch = normalize(images[indices], preprocessing.mean, preprocessing.std)
+    if indices is not None:
+      images, labels = images[indices], labels[indices]
+    batch = normalize(images, preprocessing.mean, preprocessing.std)
     variables = {'params': params, 'batch_stats': batch_stats}
     logits = model.apply(variables, batch, exits=(number,))[number - 1]
-    label = labels[indices]
-    rank = label_rank(logits, label)
+    rank = label_rank(logits, labels)
     values = {
       'count': jnp.ones_like(mask),
       'accuracy': rank < 1,
       'top5': rank < 5,
-      'loss': cross_entropy(logits, label, label_smoothing),
-      'nll': cross_entropy(logits, label),
+      'loss': cross_entropy(logits, labels, label_smoothing),
+      'nll': cross_entropy(logits, labels),
     }
     return {name: jnp.sum(mask * value.astype(mask.dtype)) for name, value in values.items()}
 

@@ -22,6 +22,7 @@ from paranet_jax.dataset_facts import save_dataset_facts
 from paranet_jax.description import describe, environment
 from paranet_jax.errors import UserError
 from paranet_jax.evaluation import Evaluator, as_metrics
+from paranet_jax.feed import Feed, open_feed
 from paranet_jax.metrics import MetricsWriter
 from paranet_jax.progress import Progress, human_duration
 from paranet_jax.regimes import Phase
@@ -180,7 +181,8 @@ class Run:
       progress = Progress(task.total_steps, task.steps_per_epoch, batch_size)
       self._writer, self._progress = writer, progress
       try:
-        state, evaluations = self._loop(state, first_step)
+        with open_feed(task, self._devices, self._order, first_step) as feed:
+          state, evaluations = self._loop(state, first_step, feed)
       finally:
         progress.close()
     step = int(state.step)
@@ -192,19 +194,13 @@ class Run:
       self._save(step, state)
     return evaluations
 
-  def _loop(self, state: TrainState, step: int) -> tuple[TrainState, dict | None]:
+  def _loop(self, state: TrainState, step: int, feed: Feed) -> tuple[TrainState, dict | None]:
     task, config = self._task, self._task.config
     phase, train_step, zeros = self._enter_phase(step)
-    whole = devices_lib.replicated(self._devices)
-    train = task.dataset.train
-    images, labels = jax.device_put((train.images, train.labels), whole)
     clock, eval_every = _Clock(config.train.batch_size), task.evaluation_steps
-    totals, logged, order_epoch, order, evaluations = _copy(zeros), step, None, None, None
+    totals, logged, evaluations = _copy(zeros), step, None
     while step < task.total_steps and not self._stop.received:
-      if step // task.steps_per_epoch != order_epoch:
-        order_epoch = step // task.steps_per_epoch
-        order = self._order(order_epoch)
-      state, totals = train_step(state, totals, images, labels, order)
+      state, totals = train_step(state, totals, *feed(step))
       step += 1
       clock.stepped(totals)
       last = step == task.total_steps
@@ -225,7 +221,8 @@ class Run:
   def _enter_phase(self, step: int) -> tuple[Phase, Callable, dict[str, jax.Array]]:
     """The phase that a step is in, its training step, and totals of 0."""
     phase = self._task.phase(step)
-    train_step = devices_lib.run_on(self._devices, functools.partial(self._task.train_step, phase=phase))
+    axes = {'images_axis': 0} if self._task.dataset.train.streamed else {}
+    train_step = devices_lib.run_on(self._devices, functools.partial(self._task.train_step, phase=phase), **axes)
     zeros = jax.device_put(zero_totals(phase.targets), devices_lib.replicated(self._devices))
     return phase, train_step, zeros
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -18,11 +19,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cli, compile_time, fresh_process, inference, memory, network, peers, report, train_step
+from benchmarks import cli, compile_time, fresh_process, inference, loader, memory, network, peers, report, train_step
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
 from paranet_jax.allocator import VARIABLE
+from paranet_jax.data.dataset import Split
+from paranet_jax.data.records import StoredImages
 from paranet_jax.errors import UserError
 from paranet_jax.losses import exit_losses, total_loss
 from paranet_jax.targets import parse_name
@@ -402,6 +405,43 @@ def test_memory(monkeypatch, capsys):
     'ratio': 0.25,
     'rows': [report.row('temporary memory of the training step', 'linen', 3e6, 12e6, 'bytes an image', 64)],
   }
+
+
+def test_loader(monkeypatch, capsys):
+  used, read = [], []
+  monkeypatch.setattr(loader, 'rate', lambda split, batch, options, use: used.append((len(split), use(None))) or 300.0)
+  monkeypatch.setattr(loader, 'decoding_rate', lambda split, options: read.append(split.images[:2].shape) or 50.0)
+  monkeypatch.setattr(loader, 'in_turn', lambda functions, rounds, seconds: {'ours': 0.04})
+  monkeypatch.setattr(loader, 'streamed_step', lambda size, device: lambda batch: 'trained')
+  monkeypatch.setattr(network, 'our_training_step', lambda *_: None)
+  result = run(loader.main, [*FLAGS, '--workers=2', '--data_dir='], capsys)
+  assert [(row['what'], row['peer'], row['ours'], row['theirs'], row['ratio']) for row in result['rows']] == [
+    ('loader', 'training step', 300, 100, 3),
+    ('training, streamed', 'in memory', 300, 100, 3),
+    ('loader, 224 pixels', 'one thread', 300, 50, 6),
+  ]
+  assert (result['ratio'], result['workers'], result['images']) == (3, 2, 'generated')
+  assert used == [(115, None), (115, None), (115, 'trained')]  # A tenth of 128 is for testing.
+  assert read == [(2, 224, 224, 3)]
+
+
+def test_rate_of_a_loader(monkeypatch):
+  """Batches of four, of which the warm-up takes four and each round two, a second apart."""
+  clock = iter(range(100))
+  monkeypatch.setattr(loader.time, 'perf_counter', lambda: next(clock))
+  images = StoredImages(
+    SimpleNamespace(read=lambda numbers: ([np.zeros((8, 8, 3), np.uint8)] * len(numbers), None)),
+    np.arange(3),
+    (8, 8, 3),
+  )
+  taken = []
+  options = SimpleNamespace(workers=0, rounds=3, seconds=2)
+  rate = loader.rate(
+    Split(images, np.zeros(3, np.int32)), 4, options, lambda batch: taken.append(batch['images'].shape)
+  )
+  assert taken == [(4, 8, 8, 3)] * (4 + 3 * 2)
+  # Looked at before, once after each batch but the first, and at the end: 3 s for two batches.
+  assert rate == 4 / 1.5
 
 
 def test_linen_baseline_is_the_same_function(standard_promotion):

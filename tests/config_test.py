@@ -24,7 +24,8 @@ BOUNDS = {
   'model.blocks': (((0, 1), (1.0, 2), (True, 2), ('1', '2')), ((1,), (1, 3))),
   'model.halvings': (((-1, 1), (1.5, 2), (False, 2)), ((0,), (0, 3))),
   'model.cascade': (('2', '2.2,', '2.2;3.3', 'all', '2.2, 3.3'), ('', '2.2', '2.2,3.3,4.12')),
-  'model.entry_pool': (('mean', 'Max', ''), ('max', 'avg')),
+  'model.stem': (('5x5', ''), ('3x3', '7x7')),
+  'model.entry_pool': (('mean', 'Max', ''), ('max', 'avg', 'max3x3')),
   'model.entry_order': (('pool', ''), ('stem_first', 'pool_first')),
   'model.depth': ((0, -4), (1,)),
   'model.compression': ((0.0, 1.1, math.nan), (0.5, 1.0)),
@@ -52,6 +53,7 @@ BOUNDS = {
   'data.test_fraction': ((0.0, 1.0, -0.1, math.nan), (0.01, 0.99)),
   'data.on_corrupt': (('ignore', ''), ('refuse', 'skip')),
   'data.crop_padding': ((-1,), (0,)),
+  'data.workers': ((-1,), (0, 16)),
   'loss.matching': (('mse', ''), ('squared_error', 'kl')),
   'loss.temperature': ((0.0, -1.0, math.nan, math.inf), (0.1, 20.0)),
   'loss.hard_label_weight': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
@@ -123,6 +125,7 @@ def test_a_rule_allows(field, value):
 
 DERIVED = {
   *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers'),
+  *('data.streaming', 'data.workers'),
   *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs', 'train.body_epochs'),
 }
 

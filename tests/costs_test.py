@@ -180,6 +180,10 @@ SHIPPED = {
   'paranet:PN1-d': ('PN1-d', [(198_460, 44_332_128)]),
   'paranet:PN2cut-2d': ('PN2cut-2d', [(198_460, 11_596_896), (792_872, 79_283_136)]),
   'quickstart': ('PN3-ddd', [(22_618, 995_928), (85_748, 3_598_704), (240_270, 13_401_096)]),
+  'pn4_imagenet': (
+    'PN4-dddd',
+    [(602_088, 134_526_976), (2_403_600, 354_600_448), (6_983_288, 970_756_096), (18_702_880, 3_338_039_808)],
+  ),
   # Of the other families, layer by layer from the papers' descriptions (see the tests of the models).
   'densenet_bc_100_12': ('DenseNet-BC-100-12', [(800_032, 261_404_568)]),
   'resnet_110': ('ResNet-110', [(1_733_812, 252_893_440)]),

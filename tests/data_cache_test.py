@@ -39,7 +39,7 @@ class CountingReader:
 
 
 def make_source(read, **changes):
-  source = Source('shapes/big', '1.2.3', ('a', 'b'), {'train': 10, 'test': 6}, read, 'f00d')
+  source = Source('shapes/big', '1.2.3', ('a', 'b'), {'train': 10, 'test': 6}, read, None, 'f00d')
   return dataclasses.replace(source, **changes)
 
 

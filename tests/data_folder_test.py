@@ -36,6 +36,8 @@ def load(root, channels=3, **changes):
       'on_corrupt': 'refuse',
       'crop_padding': 0,
       'flip': False,
+      'streaming': None,
+      'workers': 0,
       **changes,
     }
   )

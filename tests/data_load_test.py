@@ -12,11 +12,14 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def load(image_side=8, channels=1, num_classes=None, **changes):
-  config = {'name': 'digits', 'data_dir': '', 'held_out': 0, 'crop_padding': None, 'flip': None, **changes}
+  config = {'name': 'digits', 'data_dir': '', 'held_out': 0, 'crop_padding': None, 'flip': None}
+  config |= {'streaming': None, 'workers': 0, **changes}
   return load_dataset(ConfigDict(config), image_side=image_side, channels=channels, num_classes=num_classes)
 
 
-@pytest.mark.parametrize('name, expected', [('cifar100', 100), ('cifar10', 10), ('digits', 10), ('folder', None)])
+@pytest.mark.parametrize(
+  'name, expected', [('cifar100', 100), ('cifar10', 10), ('digits', 10), ('imagenet2012', 1000), ('folder', None)]
+)
 def test_known_num_classes(name, expected):
   assert known_num_classes(name) == expected
 

@@ -30,7 +30,8 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def load(name, data_dir, image_side=32, channels=3, **changes):
-  config = {'name': name, 'data_dir': str(data_dir), 'held_out': 0, 'crop_padding': None, 'flip': None, **changes}
+  config = {'name': name, 'data_dir': str(data_dir), 'held_out': 0, 'crop_padding': None, 'flip': None}
+  config |= {'streaming': None, 'workers': 0, **changes}
   return load_dataset(ConfigDict(config), image_side=image_side, channels=channels)
 
 
@@ -280,6 +281,17 @@ def test_any_prepared_data_set_by_its_supervised_keys(tmp_path):
   assert (dataset.crop_padding, dataset.flip) == (4, True)
 
 
+def test_images_that_stay_in_their_files_are_the_same(tmp_path):
+  examples = [{'image': png(10 * number), 'label': number % 3} for number in range(7)]
+  prepare(tmp_path, 'tiny_shapes', image_and_label(), examples)
+  # Worker processes, because what they read has to be pickled.
+  stored, decoded = load('tiny_shapes', tmp_path, streaming=True, workers=1), load('tiny_shapes', tmp_path)
+  for found, expected in ((stored.train, decoded.train), (stored.test, decoded.test)):
+    np.testing.assert_array_equal(found.images[:], expected.images)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+  assert stored.train.streamed and (stored.mean, stored.std) == (decoded.mean, decoded.std)
+
+
 def test_characters_are_not_mirrored(tmp_path):
   version = str(tfds.builder_cls('mnist').VERSION)
   prepare(tmp_path, 'mnist', image_and_label(), [{'image': png(5), 'label': 1}] * 2, version=version)
@@ -393,4 +405,9 @@ def test_cifar100(cifar100_dir):
     np.testing.assert_array_equal(np.bincount(split.labels, minlength=100), per_class)
   np.testing.assert_allclose(dataset.mean, (0.50707516, 0.48654887, 0.44091784), atol=1e-8)
   np.testing.assert_allclose(dataset.std, (0.26733429, 0.25643846, 0.27615047), atol=1e-8)
+  stored, numbers = tfds_source.tfds_source('cifar100', cifar100_dir, 32, 3).records('train'), [49_999, 7, 7, 20_000]
+  images, labels = stored.read(numbers)
+  whole = load('cifar100', cifar100_dir).train
+  np.testing.assert_array_equal(images, whole.images[numbers])
+  np.testing.assert_array_equal(labels, whole.labels[numbers])
   assert dataset.class_names[:2] == ('apple', 'aquarium_fish') and dataset.class_names[-1] == 'worm'

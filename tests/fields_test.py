@@ -15,6 +15,7 @@ from paranet_jax import evaluation, train
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config, field_names
 from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.data import stream
 from paranet_jax.data.augment import image_keys
 from paranet_jax.description import describe
 from paranet_jax.errors import UserError
@@ -130,6 +131,14 @@ def dataset(config, _):
   return data.name, data.class_names, splits, data.crop_padding, data.flip, data.skipped
 
 
+def reading(config, _):
+  """Whether images stay in their files, and how many processes are asked to read them."""
+  seen = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stream, 'num_workers', lambda asked: seen.append(asked) or 0)
+    return build_task(config).dataset.train.streamed, seen
+
+
 def objective(config, _):
   """The total loss of fixed logits."""
   found = build_task(config).objective._asdict()
@@ -195,6 +204,7 @@ FIELDS = {
   'model.halvings': (costs, (2,), {}),
   'model.cascade': (costs, '', {'name': 'PN2-dd'}),
   'model.stem_norm': (costs, True, {}),
+  'model.stem': (costs, '7x7', {}),
   'model.entry_pool': (logits, 'avg', {}),
   'model.entry_order': (logits, 'pool_first', {}),
   'model.dropout': (loops, 0.1, {'model.scan_layers': 1}),
@@ -210,6 +220,8 @@ FIELDS = {
   'data.on_corrupt': (dataset, 'skip', FOLDER | {'data.data_dir': 'second'}),
   'data.crop_padding': (dataset, 3, {}),
   'data.flip': (dataset, True, {}),
+  'data.streaming': (reading, True, {}),
+  'data.workers': (reading, 1, {'data.streaming': True}),
   'loss.matching': (objective, 'kl', MATCHING),
   'loss.temperature': (objective, 2.0, KL),
   'loss.hard_label_weight': (objective, 0.5, KL),

@@ -20,6 +20,8 @@ CASES = {
   'PN3cut': tiny.network(3, cascade=False),
   'PN4': tiny.network(4, image_side=16, growth_rate=1),
   'stem_norm': tiny.network(2, stem_norm=True),
+  'imagenet': tiny.network(2, image_side=16, stem='7x7', stem_norm=True, entry_pool='max3x3'),
+  'strided_pool_first': tiny.network(1, stem='7x7', entry_order='pool_first'),
   'avg': tiny.network(2, entry_pool='avg'),
   'pool_first': tiny.network(2, entry_order='pool_first', stem_norm=True),
   'bn_size': tiny.network(2, bn_size=3, growth_rate=1),
@@ -39,7 +41,8 @@ def expected(model, variables, images, train=False):
     blocks=blocks,
     halvings=model.halvings or default_halvings(model.num_pipelines),
     cascade={True: full_cascade(blocks), False: ()}.get(model.cascade, model.cascade),
-    pool={'max': np.max, 'avg': np.mean}[model.entry_pool],
+    pool={'max': np.max, 'avg': np.mean, 'max3x3': reference.overlapping_max}[model.entry_pool],
+    stride={'3x3': 1, '7x7': 2}[model.stem],
     pool_first=model.entry_order == 'pool_first',
     train=train,
   )
@@ -120,6 +123,7 @@ def test_half_precision(standard_promotion):
   'fields, message',
   [
     ({'image_side': 12}, 'image_side 12 cannot be halved 3 times'),
+    ({'stem': '7x7'}, 'image_side 8 cannot be halved 4 times, as pipeline 1 needs .4 at its entry, 0 between'),
     ({'blocks': (1, 2)}, 'must have one entry a pipeline each'),
     ({'blocks': (1, 2, 3), 'halvings': (1, 1, 1)}, 'joins different sides'),
   ],

@@ -6,20 +6,22 @@ Takes the variables of `paranet_jax.models.paranet.ParaNet`.
 import numpy as np
 
 
-def paranet(variables, images, *, blocks, halvings, cascade, pool=np.max, pool_first=False, train=False):
+def paranet(variables, images, *, blocks, halvings, cascade, pool=np.max, pool_first=False, stride=1, train=False):
   """Logits of every exit and the updated batch statistics.
 
   Args:
     images: [B, S, S, C].
     blocks, halvings: one number a pipeline.
     cascade: the blocks (p, b) that also read block (p - 1, b - 1).
-    pool: np.max or np.mean, how the entry halves.
+    pool: np.max or np.mean, how the entry halves, or `overlapping_max`.
     pool_first: halve the image before the stem.
+    stride: of the stem.
   """
   norm = _Norm(variables, train)
   features, logits = {}, []
   for pipeline, num_blocks in enumerate(blocks, 1):
-    x = _entry(variables['params'], norm, images, f'pipeline_{pipeline}_stem', halvings[pipeline - 1], pool, pool_first)
+    name, times = f'pipeline_{pipeline}_stem', halvings[pipeline - 1]
+    x = _entry(variables['params'], norm, images, name, times, pool, pool_first, stride)
     for index in range(1, num_blocks + 1):
       if index > 1:
         x = _transition(variables['params'], norm, x, f'pipeline_{pipeline}_transition_{index - 1}')
@@ -49,11 +51,11 @@ class _Norm:
     return np.maximum((x - mean) / np.sqrt(var + 1e-5) * params['scale'] + params['bias'], 0)
 
 
-def _entry(params, norm, x, name, halvings, pool, pool_first):
+def _entry(params, norm, x, name, halvings, pool, pool_first, stride):
   x = np.float64(x)
   if pool_first:
     x = _halve(x, halvings, pool)
-  x = _convolve(x, params[name]['kernel'])
+  x = _convolve(x, params[name]['kernel'])[:, ::stride, ::stride]
   if f'{name}_norm' in params:
     x = norm(x, f'{name}_norm')
   return x if pool_first else _halve(x, halvings, pool)
@@ -85,8 +87,18 @@ def _convolve(x, kernel):
   )
 
 
+def overlapping_max(x):
+  """3x3 windows of stride 2, padded by one on every side: the form of `nn.MaxPool2d(3, 2, 1)`."""
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+  return windows[:, ::2, ::2].max(axis=(-2, -1))
+
+
 def _halve(x, times, pool):
   for _ in range(times):
+    if pool is overlapping_max:
+      x = overlapping_max(x)
+      continue
     batch, side, _, channels = x.shape
     x = pool(x.reshape(batch, side // 2, 2, side // 2, 2, channels), axis=(2, 4))
   return x

@@ -85,8 +85,8 @@ def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
   """Calls act(step, state) before each training step; what it returns, if anything, is the state to go on from."""
   run_on = devices_lib.run_on
 
-  def acting_run_on(devices, make_step):
-    train_step = run_on(devices, make_step)
+  def acting_run_on(devices, make_step, **axes):
+    train_step = run_on(devices, make_step, **axes)
     return lambda state, *rest: train_step(act(int(state.step), state) or state, *rest)
 
   monkeypatch.setattr(devices_lib, 'run_on', acting_run_on)
@@ -120,9 +120,9 @@ class SharedPrograms:
     task = self._keep('task', config, config)
     return dataclasses.replace(task, config=config, total_steps=config_lib.total_steps(config, task.steps_per_epoch))
 
-  def _step(self, devices, step):
+  def _step(self, devices, step, **axes):
     task, phase = step.func.__self__, step.keywords['phase']
-    return self._keep('step', task.config, devices, step, phase=phase.targets)
+    return self._keep('step', task.config, devices, step, *axes.values(), phase=phase.targets)
 
   def _state(self, model, optimizer, seed, image_shape):
     key = 'state', model, optimizer, seed, image_shape

@@ -46,7 +46,7 @@ def load_decoded(source: Source, image_side: int, channels: int) -> Decoded:
   image_shape = (image_side, image_side, channels)
   if source.fingerprint is None:
     return _decode_to_memory(source, image_shape)
-  entry = _entry_folder(source, image_shape)
+  entry = entry_folder(source, image_shape)
   found = _open_entry(entry, image_shape)
   if found is None:
     logging.info('Decoding %s into %s', source.name, entry)
@@ -76,13 +76,18 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     pixels = images[start : start + _CHUNK].reshape(-1, images.shape[-1]).astype(np.float64)
     total += pixels.sum(axis=0)
     squares += np.square(pixels).sum(axis=0)
-  count = images.size / images.shape[-1]
+  return statistics_of_sums(total, squares, images.size // images.shape[-1])
+
+
+def statistics_of_sums(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """`channel_statistics` from sums over `count` pixels in 0..255 and over their squares: float64 [C] each."""
   mean = total / count
   std = np.sqrt(np.maximum(squares / count - mean**2, 0))
   return mean / 255, np.where(std > 0, std / 255, 1.0)
 
 
-def _entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
+def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
+  """Where what is kept of a source lies."""
   root = os.environ.get('PARANET_CACHE_DIR') or Path.home() / '.cache' / 'paranet_jax'
   shape = 'x'.join(map(str, image_shape))
   name = f'{source.name}-{source.version}-{shape}-{source.fingerprint}-v{_FORMAT}'
@@ -94,10 +99,10 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
   entry.mkdir(parents=True, exist_ok=True)
   index = {}
   for split in ('train', 'test'):
-    with _replacing(entry / f'{split}.npy') as file:
+    with replacing(entry / f'{split}.npy') as file:
       index[f'{split}_labels'], index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
   index['mean'], index['std'] = channel_statistics(np.load(entry / 'train.npy', mmap_mode='r'))
-  with _replacing(entry / 'index.npz') as file:
+  with replacing(entry / 'index.npz') as file:
     np.savez(file, **index)
 
 
@@ -122,7 +127,7 @@ def _write_header(file: BinaryIO, count: int, image_shape: tuple[int, ...]) -> N
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
   """A file for writing that becomes `path` when it is complete, and leaves nothing behind when it is not."""
   descriptor, temporary = tempfile.mkstemp(prefix=f'{path.name}.', suffix='.tmp', dir=path.parent)
   try:

@@ -5,20 +5,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from paranet_jax.data.records import Records, StoredImages
+
 
 @dataclass(frozen=True)
 class Split:
   """Images and their labels.
 
-  images: uint8 [N, H, W, C], possibly a read-only memory map.
+  images: uint8 [N, H, W, C], possibly a read-only memory map, or read anew from their files whenever they are indexed.
   labels: int32 [N], indices into the data set's class names.
   """
 
-  images: np.ndarray
+  images: np.ndarray | StoredImages
   labels: np.ndarray
 
   def __len__(self) -> int:
     return len(self.labels)
+
+  @property
+  def streamed(self) -> bool:
+    """Whether the images stay in their files."""
+    return isinstance(self.images, StoredImages)
+
+  def take(self, indices: np.ndarray) -> 'Split':
+    """These of the images; stored ones are not read."""
+    images = self.images.subset(indices) if self.streamed else self.images[indices]
+    return Split(images, self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Source:
 
   counts: images in 'train' and in 'test', corrupt ones included.
   read: maps 'train' or 'test' to chunks of images (uint8 [n, H, W, C]) and labels (int32 [n]).
+  records: the same images for 'train' or 'test' in any order, one by one.
   fingerprint: changes with the files; None where decoding is too cheap to be worth a cache.
   """
 
@@ -57,4 +70,5 @@ class Source:
   class_names: tuple[str, ...]
   counts: dict[str, int]
   read: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]]
+  records: Callable[[str], Records]
   fingerprint: str | None

@@ -3,7 +3,8 @@
 Source: the test part of UCI's Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -26,8 +27,12 @@ def digits_source(image_side: int, channels: int) -> Source:
   indices = dict(zip(('train', 'test'), stratified_indices(labels, _TEST_COUNT, _TEST_SEED), strict=True))
 
   def read(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    images, split_labels = records(split).read(range(len(indices[split])))
+    yield np.stack(images), split_labels
+
+  def records(split: str) -> '_Digits':
     chosen = indices[split]
-    yield np.stack([fit_image(Image.fromarray(p), image_side, channels) for p in pixels[chosen]]), labels[chosen]
+    return _Digits(pixels[chosen], labels[chosen], image_side, channels)
 
   return Source(
     name='digits',
@@ -35,5 +40,21 @@ def digits_source(image_side: int, channels: int) -> Source:
     class_names=tuple(str(digit) for digit in range(10)),
     counts={split: len(chosen) for split, chosen in indices.items()},
     read=read,
+    records=records,
     fingerprint=None,
   )
+
+
+@dataclass(frozen=True)
+class _Digits:
+  pixels: np.ndarray
+  labels: np.ndarray
+  image_side: int
+  channels: int
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    images = [fit_image(Image.fromarray(self.pixels[number]), self.image_side, self.channels) for number in numbers]
+    return images, self.labels[list(numbers)]

@@ -1,7 +1,8 @@
 """A folder of the user's own images, one folder a class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,11 @@ def folder_source(data_dir: str, image_side: int, channels: int, *, test_fractio
     raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
   listed = {split: _flatten(by_class, class_names) for split, by_class in splits.items()}
 
-  def read(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    yield from _read(*listed[split], class_names, image_side, channels, skip_corrupt=on_corrupt == 'skip')
+  def records(split: str) -> '_FolderRecords':
+    files, labels = listed[split]
+    return _FolderRecords(
+      [str(file) for file in files], labels, image_side, channels, skip_corrupt=on_corrupt == 'skip'
+    )
 
   all_files = [file for files, _ in listed.values() for file in files]
   return Source(
@@ -54,7 +58,8 @@ def folder_source(data_dir: str, image_side: int, channels: int, *, test_fractio
     version='',
     class_names=class_names,
     counts={split: len(files) for split, (files, _) in listed.items()},
-    read=read,
+    read=lambda split: _read(records(split), class_names),
+    records=records,
     fingerprint=fingerprint(root, all_files, test_fraction, on_corrupt),
   )
 
@@ -114,22 +119,30 @@ def _flatten(by_class: dict[str, list[Path]], class_names: tuple[str, ...]) -> t
   return [file for files in by_label for file in files], labels
 
 
-def _read(
-  files: list[Path],
-  labels: np.ndarray,
-  class_names: tuple[str, ...],
-  image_side: int,
-  channels: int,
-  *,
-  skip_corrupt: bool,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  def decode(file: Path) -> np.ndarray | None:
-    return _decode(file, image_side, channels, skip_corrupt=skip_corrupt)
+@dataclass(frozen=True)
+class _FolderRecords:
+  files: list[str]  # Paths would be many times as large, in every worker.
+  labels: np.ndarray
+  image_side: int
+  channels: int
+  skip_corrupt: bool
 
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray | None], np.ndarray]:
+    return [self.decode(self.files[number]) for number in numbers], self.labels[list(numbers)]
+
+  def decode(self, file: str) -> np.ndarray | None:
+    return _decode(Path(file), self.image_side, self.channels, skip_corrupt=self.skip_corrupt)
+
+
+def _read(records: _FolderRecords, class_names: tuple[str, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  files, labels = records.files, records.labels
   readable = np.zeros(len(class_names), np.int64)
   with ThreadPoolExecutor() as pool:
     for start in range(0, len(files), _CHUNK):
-      images = list(pool.map(decode, files[start : start + _CHUNK]))
+      images = list(pool.map(records.decode, files[start : start + _CHUNK]))
       good = [place for place, image in enumerate(images) if image is not None]
       if good:
         good_labels = labels[start : start + _CHUNK][good]
@@ -137,7 +150,7 @@ def _read(
         yield np.stack([images[place] for place in good]), good_labels
   for label in np.unique(labels):
     if not readable[label]:
-      folder = files[int(np.argmax(labels == label))].parent
+      folder = Path(files[int(np.argmax(labels == label))]).parent
       raise UserError(f'expected images of class {class_names[label]!r}, found only corrupt files: mend {folder}')
 
 

@@ -14,10 +14,13 @@ from paranet_jax.data.splits import max_drawable, stratified_indices
 from paranet_jax.data.tfds_source import dataset_names, tfds_source
 from paranet_jax.errors import UserError
 
-_NUM_CLASSES = {'cifar100': 100, 'cifar10': 10, 'digits': 10}
+_NUM_CLASSES = {'cifar100': 100, 'cifar10': 10, 'digits': 10, 'imagenet2012': 1000}
 # A mirrored character is another character, or none.
 _NOT_MIRRORED = ('digits', 'mnist', 'emnist', 'kmnist', 'svhn_cropped', 'omniglot', 'binary_alpha_digits')
 _HELD_OUT_SEED = 100
+
+STREAM_ABOVE = 2 * 10**9
+"""Bytes of decoded images, of both splits, from which they are streamed: in memory they lie on every device."""
 
 
 def known_num_classes(name: str) -> int | None:
@@ -42,7 +45,12 @@ def load_dataset(data_config: ConfigDict, *, image_side: int, channels: int, num
   if channels not in (1, 3):
     raise UserError(f'expected 1 (grey) or 3 (RGB) channels, found {channels}: set --config.model.channels=3')
   source = _find_source(data_config, image_side, channels)
-  decoded = load_decoded(source, image_side, channels)
+  if _streams(data_config.streaming, source, image_side**2 * channels):
+    from paranet_jax.data.scan import load_stored  # grain takes half a second to import.
+
+    decoded = load_stored(source, image_side, channels, data_config.workers)
+  else:
+    decoded = load_decoded(source, image_side, channels)
   for split in (decoded.train, decoded.test):
     _check_labels(split, source, num_classes)
   train, held_out = _hold_out(decoded.train, data_config.held_out)
@@ -76,6 +84,10 @@ def _find_source(data_config: ConfigDict, image_side: int, channels: int) -> Sou
   return source
 
 
+def _streams(asked: bool | None, source: Source, image_size: int) -> bool:
+  return sum(source.counts.values()) * image_size > STREAM_ABOVE if asked is None else asked
+
+
 def _check_labels(split: Split, source: Source, num_classes: int | None) -> None:
   limit = len(source.class_names) if num_classes is None else num_classes
   outside = np.flatnonzero((split.labels < 0) | (split.labels >= limit))
@@ -96,7 +108,7 @@ def _hold_out(train: Split, count: int) -> tuple[Split, Split | None]:
       f'set --config.data.held_out=0'
     )
   kept, drawn = stratified_indices(train.labels, count, _HELD_OUT_SEED)
-  return tuple(Split(train.images[chosen], train.labels[chosen]) for chosen in (kept, drawn))
+  return train.take(kept), train.take(drawn)
 
 
 def _crop_padding(data_config: ConfigDict, image_side: int) -> int:

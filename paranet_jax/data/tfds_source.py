@@ -4,8 +4,10 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -57,8 +59,9 @@ def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Sou
       f'but {", ".join(builder.info.splits)}: choose another data set with --config.data.name=...'
     )
 
-  def read(split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return _read(builder, splits[split], keys, image_side, channels)
+  def records(split: str) -> '_TfdsRecords':
+    source = builder.as_data_source(splits[split], decoders={keys[0]: tfds.decode.SkipDecoding()})
+    return _TfdsRecords(source, str(builder.data_dir), keys, image_side, channels)
 
   folder = Path(builder.data_dir)
   return Source(
@@ -66,7 +69,8 @@ def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Sou
     version=str(builder.version),
     class_names=tuple(builder.info.features[keys[1]].names),
     counts={split: builder.info.splits[stored].num_examples for split, stored in splits.items()},
-    read=read,
+    read=lambda split: _read(records(split)),
+    records=records,
     fingerprint=fingerprint(folder, sorted(folder.iterdir())),
   )
 
@@ -119,21 +123,34 @@ def _feature_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
   )
 
 
-def _read(
-  builder: tfds.core.DatasetBuilder, split: str, keys: tuple[str, str], image_side: int, channels: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  image_key, label_key = keys
-  source = builder.as_data_source(split, decoders={image_key: tfds.decode.SkipDecoding()})
-  for start in range(0, len(source), _CHUNK):
+def _read(records: '_TfdsRecords') -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  for start in range(0, len(records), _CHUNK):
+    images, labels = records.read(range(start, min(start + _CHUNK, len(records))))
+    yield np.stack(images), labels
+
+
+@dataclass(frozen=True)
+class _TfdsRecords:
+  source: Any
+  folder: str
+  keys: tuple[str, str]
+  image_side: int
+  channels: int
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    image_key, label_key = self.keys
     try:
-      examples = source.__getitems__(list(range(start, min(start + _CHUNK, len(source)))))
-      images = np.stack([decode_image(example[image_key], image_side, channels) for example in examples])
+      examples = self.source.__getitems__(list(numbers))
+      images = [decode_image(example[image_key], self.image_side, self.channels) for example in examples]
     except (RuntimeError, OSError) as error:
       raise UserError(
-        f'expected whole files in {builder.data_dir}, found damage ({_one_line(error)}): remove that folder and '
-        f'prepare the data set again'
+        f'expected whole files in {self.folder}, found damage ({_one_line(error)}): remove that folder and prepare '
+        f'the data set again'
       ) from error
-    yield images, np.array([example[label_key] for example in examples], np.int32)
+    return images, np.array([example[label_key] for example in examples], np.int32)
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:

@@ -92,6 +92,17 @@ def max_pool(x: Array) -> Array:
   return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
 
 
+def overlapping_max_pool(x: Array) -> Array:
+  """3x3 max pooling of stride 2, padded by one: [B, H, W, C] of even H and W -> [B, H / 2, W / 2, C]."""
+  return _overlapping_max(_overlapping_max(x).swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _overlapping_max(x: Array) -> Array:
+  even, odd = x[:, ::2], x[:, 1::2]
+  before = jnp.concatenate([even[:, :1], odd[:, :-1]], axis=1)  # A row twice instead of padding: the same maximum.
+  return jnp.maximum(jnp.maximum(even, odd), before)
+
+
 def norm_affine(x: Features, train: bool, name: str) -> tuple[Array, Array]:
   """Scale and shift of a batch normalization that reads these features; call it inside a compact method."""
   norm = BatchNorm(x.values.shape[-1], name=name)

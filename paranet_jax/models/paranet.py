@@ -18,10 +18,14 @@ from paranet_jax.models.dense import (
   concatenate,
   max_pool,
   norm_affine,
+  overlapping_max_pool,
 )
 from paranet_jax.models.dense_block import affine_relu, image_conv3x3
 from paranet_jax.models.initial import initial_variables
+from paranet_jax.models.layers import convolve
 from paranet_jax.models.multi_exit import MultiExit
+
+_POOLS = {'max': max_pool, 'avg': average_pool, 'max3x3': overlapping_max_pool}
 
 Carry = dict[geo.Block, Features]
 """The features [B, H, W, C] of blocks (p, b) that later exits still read."""
@@ -40,7 +44,8 @@ class ParaNet(MultiExit):
     halvings: 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
     cascade: True: every edge; False: none (`cut`); or the blocks (p, b) that also read block (p - 1, b - 1).
     stem_norm: BN-ReLU after the stem's convolution.
-    entry_pool: 'max' or 'avg', how the entry halves.
+    stem: '3x3', or '7x7': of stride 2, which halves the image once more.
+    entry_pool: 'max' or 'avg' (2x2), or 'max3x3' (of stride 2, overlapping), how the entry halves.
     entry_order: 'stem_first' (convolve the whole image, then pool) or 'pool_first'.
     dropout: rate after each convolution but a stem's in training, with a key `dropout`.
     image_side: S, pixels.
@@ -61,6 +66,7 @@ class ParaNet(MultiExit):
   halvings: tuple[int, ...] | None = None
   cascade: bool | tuple[geo.Block, ...] = True
   stem_norm: bool = False
+  stem: str = '3x3'
   entry_pool: str = 'max'
   entry_order: str = 'stem_first'
   dropout: float = 0.0
@@ -78,7 +84,11 @@ class ParaNet(MultiExit):
     blocks = self.blocks or geo.default_blocks(self.num_pipelines)
     halvings = geo.default_halvings(self.num_pipelines) if self.halvings is None else self.halvings
     cascade = self.cascade if isinstance(self.cascade, tuple) else geo.full_cascade(blocks) if self.cascade else ()
-    return geo.Geometry(self.image_side, blocks, halvings, cascade)
+    return geo.Geometry(self.image_side, blocks, tuple(times + self._stem_halvings for times in halvings), cascade)
+
+  @property
+  def _stem_halvings(self) -> int:
+    return int(self.stem == '7x7')
 
   @property
   def rng_names(self) -> tuple[str, ...]:
@@ -133,13 +143,15 @@ class ParaNet(MultiExit):
 
   def _stem(self, x: Array, pipeline: int, train: bool) -> Array:
     name = f'pipeline_{pipeline}_stem'
-    x = image_conv3x3(x, Kernel((3, 3, x.shape[-1], 2 * self.growth_rate), name=name)())
+    size = int(self.stem[0])
+    kernel = Kernel((size, size, x.shape[-1], 2 * self.growth_rate), name=name)()
+    x = convolve(x, kernel, stride=2) if self._stem_halvings else image_conv3x3(x, kernel)
     if not self.stem_norm:
       return x
     x = as_features(x, train, self.axis_name)
     return affine_relu(x.values, *norm_affine(x, train, f'{name}_norm'))
 
   def _halve(self, x: Array, pipeline: int) -> Array:
-    for _ in range(self.geometry.halvings[pipeline - 1]):
-      x = max_pool(x) if self.entry_pool == 'max' else average_pool(x)
+    for _ in range(self.geometry.halvings[pipeline - 1] - self._stem_halvings):
+      x = _POOLS[self.entry_pool](x)
     return x

@@ -1,0 +1,119 @@
+"""Splits whose images stay in their files, after one pass over all of them.
+
+The pass reads every image once, in worker processes, and keeps what has to be known of all of them: labels, which can
+be read, and the mean and deviation of the training images. It is written to PARANET_CACHE_DIR (default
+~/.cache/paranet_jax) and not repeated until the files or the size of the images change.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from paranet_jax.data.cache import Decoded, entry_folder, replacing, statistics_of_sums
+from paranet_jax.data.dataset import Source, Split
+from paranet_jax.data.records import Records, StoredImages
+from paranet_jax.data.stream import Stream
+from paranet_jax.errors import UserError
+
+_CHUNK = 256  # Images read at a time.
+_FILE = 'stored.npz'
+
+
+def load_stored(source: Source, image_side: int, channels: int, workers: int | None) -> Decoded:
+  """The source's splits with stored images, in the order and with the statistics that they have when decoded.
+
+  Args:
+    workers: processes of the first pass, see `Stream`.
+
+  Raises:
+    UserError: an image is damaged and not to be skipped, or all of a class are.
+  """
+  image_shape = (image_side, image_side, channels)
+  facts = _restore(source, image_shape) or _scan(source, image_shape, workers)
+  splits = {}
+  for split in ('train', 'test'):
+    readable = np.flatnonzero(facts[f'{split}_readable'])
+    stored = StoredImages(source.records(split), readable, image_shape)
+    splits[split] = Split(stored, facts[f'{split}_labels'][readable])
+  return Decoded(**splits, mean=facts['mean'], std=facts['std'])
+
+
+@dataclass(frozen=True)
+class _Chunks:
+  """Facts of one chunk of images after another: labels, which are readable, sums of the pixels and their squares."""
+
+  records: Records
+  channels: int
+
+  def __len__(self) -> int:
+    return -(-len(self.records) // _CHUNK)
+
+  def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+    chosen = range(number * _CHUNK, min((number + 1) * _CHUNK, len(self.records)))
+    images, labels = self.records.read(chosen)
+    sums = np.zeros((2, self.channels), np.uint64)
+    for image in images:
+      if image is not None:
+        pixels = image.reshape(-1, self.channels).astype(np.uint64)
+        sums += np.stack([pixels.sum(axis=0), np.square(pixels).sum(axis=0)])
+    return {'labels': labels, 'readable': np.array([image is not None for image in images]), 'sums': sums}
+
+
+def _scan(source: Source, image_shape: tuple[int, int, int], workers: int | None) -> dict[str, Any]:
+  facts = {}
+  for split in ('train', 'test'):
+    logging.info('Reading the %d %s images of %s once', source.counts[split], split, source.name)
+    with Stream(_Chunks(source.records(split), image_shape[-1]), workers) as chunks:
+      found = list(chunks)
+    labels, readable = (np.concatenate([chunk[name] for chunk in found]) for name in ('labels', 'readable'))
+    _check_classes(source, split, labels, readable)
+    facts |= {f'{split}_labels': labels, f'{split}_readable': readable}
+    if split == 'train':
+      total, squares = np.sum([chunk['sums'] for chunk in found], axis=0).astype(np.float64)
+      pixels = int(readable.sum()) * image_shape[0] * image_shape[1]
+      facts['mean'], facts['std'] = statistics_of_sums(total, squares, pixels)
+  _save(source, image_shape, facts)
+  return facts
+
+
+def _check_classes(source: Source, split: str, labels: np.ndarray, readable: np.ndarray) -> None:
+  lost = np.setdiff1d(labels, labels[readable])
+  if len(lost):
+    raise UserError(
+      f'expected images of class {source.class_names[lost[0]]!r} in {split}, found only corrupt files: mend them'
+    )
+
+
+def _path(source: Source, image_shape: tuple[int, int, int]) -> Path:
+  return entry_folder(source, image_shape) / _FILE
+
+
+def _restore(source: Source, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray] | None:
+  if source.fingerprint is None:
+    return None
+  path = _path(source, image_shape)
+  try:
+    # Read whole first: closing is then certain. The archive's own checksums say whether it is whole.
+    with np.load(io.BytesIO(path.read_bytes())) as archive:
+      return dict(archive)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    if path.exists():
+      logging.warning('%s is damaged and will be written again: %s', path, error)
+    return None
+
+
+def _save(source: Source, image_shape: tuple[int, int, int], facts: dict[str, Any]) -> None:
+  if source.fingerprint is None:
+    return
+  path = _path(source, image_shape)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+      np.savez(file, **facts)
+  except OSError as error:
+    logging.warning('Going on without keeping what was found in %s: %s', path, error)

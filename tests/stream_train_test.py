@@ -1,0 +1,135 @@
+"""Tests that a run whose images stay in their files is the run that has them in memory, bit for bit."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+from running import CONFIGS, PROGRAMS, TINY, before_each_step, refusal, run_main, saved_state
+
+from paranet_jax import calibrate
+from paranet_jax.command_line import parse
+from paranet_jax.data.stream import TrainBatches
+from paranet_jax.errors import UserError
+from paranet_jax.metrics import read_metrics
+from paranet_jax.seeds import train_seeds
+
+RUN = (*TINY, '--config.name=PN1-d')
+STREAMED = ('--config.data.streaming=True', '--config.data.workers=0')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _programs():
+  with pytest.MonkeyPatch.context() as patch:
+    PROGRAMS.install(patch)
+    yield
+
+
+@pytest.fixture(scope='module')
+def in_memory(_programs, tmp_path_factory):
+  return trained(tmp_path_factory.mktemp('in_memory'))
+
+
+@pytest.fixture(scope='module')
+def streamed(_programs, tmp_path_factory):
+  return trained(tmp_path_factory.mktemp('streamed'), *STREAMED)
+
+
+def trained(workdir, *arguments):
+  result = run_main(*RUN, f'--workdir={workdir}', *arguments)
+  assert (result.code, result.err) == (0, '')
+  return workdir
+
+
+def measured(workdir):
+  """Every line of the metrics, but for its speed."""
+  return [{name: value for name, value in line.items() if 'per_second' not in name} for line in read_metrics(workdir)]
+
+
+def assert_alike(workdir, other):
+  chex.assert_trees_all_equal(saved_state(workdir), saved_state(other), strict=True)
+  assert measured(workdir) == measured(other)
+  summary, expected = (json.loads((folder / 'summary.json').read_text()) for folder in (workdir, other))
+  assert summary | {'wall_time_s': None} == expected | {'wall_time_s': None}
+  assert (workdir / 'dataset.json').read_text() == (other / 'dataset.json').read_text()
+
+
+def test_streamed_is_as_in_memory(streamed, in_memory):
+  assert_alike(streamed, in_memory)
+
+
+def test_on_two_devices(tmp_path):
+  two = '--config.train.devices=2'
+  assert_alike(trained(tmp_path / 'a', two, *STREAMED), trained(tmp_path / 'b', two))
+
+
+# Within the first epoch, at its end, within the second.
+@pytest.mark.parametrize('step', [2, 5, 8])
+def test_stopped_and_going_on(tmp_path, streamed, step):
+  with pytest.MonkeyPatch.context() as patch:
+    before_each_step(patch, lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done + 1 == step else None)
+    result = run_main(*RUN, f'--workdir={tmp_path}', *STREAMED)
+  assert result.out.splitlines()[-1] == f'stopped by SIGTERM after step {step}, saved; the same command goes on'
+  trained(tmp_path, *STREAMED)
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(streamed), strict=True)
+
+
+def test_evaluated(streamed, in_memory):
+  found, expected = (run_main('--mode=eval', '--json', f'--workdir={workdir}') for workdir in (streamed, in_memory))
+  assert found == expected and found.code == 0
+
+
+def test_calibrated(streamed, in_memory):
+  plans = []
+  for workdir in (streamed, in_memory):
+    with contextlib.redirect_stdout(io.StringIO()):
+      assert calibrate.main([f'--workdir={workdir}', '--threshold=0.2', '--curves']) == 0
+    plans.append(json.loads((workdir / 'exits.json').read_text()) | {'provenance': None})
+  assert plans[0] == plans[1]
+  assert (streamed / 'exits' / 'contact_sheet.png').exists()
+
+
+def test_an_image_that_cannot_be_read_ends_the_run_in_one_line(tmp_path, monkeypatch):
+  read = TrainBatches.__getitem__
+
+  def failing(self, number):
+    if number == 6:
+      raise UserError('expected an image, found none: put it back')
+    return read(self, number)
+
+  monkeypatch.setattr(TrainBatches, '__getitem__', failing)
+  message = refusal(*RUN, f'--workdir={tmp_path}', *STREAMED, started=True)
+  assert message == 'expected an image, found none: put it back'
+  assert saved_state(tmp_path).step == 4
+
+
+def test_several_seeds_are_trained_one_after_another(tmp_path, capsys, streamed):
+  _, config = parse(['main', *RUN, *STREAMED, '--config.seeds=2'])
+  assert train_seeds(config, tmp_path, at_once=True)['seeds'] == [0, 1]
+  chex.assert_trees_all_equal(saved_state(tmp_path / 'seed_0'), saved_state(streamed), strict=True)
+  assert [line for line in capsys.readouterr().out.splitlines() if line.startswith('seed')][1:3] == ['seed 0', 'seed 1']
+
+
+def test_the_network_for_imagenet_on_photographs(tmp_path):
+  """At its image side, with its stem and pooling, one layer deep and two channels wide."""
+  rng = np.random.default_rng(0)
+  for split, count in (('train', 4), ('test', 2)):
+    for label in ('cat', 'dog'):
+      (tmp_path / 'photos' / split / label).mkdir(parents=True)
+      for number in range(count):
+        pixels = rng.integers(0, 256, (230, 250, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / 'photos' / split / label / f'{number}.jpg')
+  result = run_main(
+    *(f'--config={CONFIGS}/pn4_imagenet.py', '--config.name=PN2-dd', f'--workdir={tmp_path}/run', *STREAMED),
+    *('--config.data.name=folder', f'--config.data.data_dir={tmp_path}/photos', '--config.train.devices=1'),
+    *('--config.model.layers_per_block=1', '--config.model.growth_rate=2', '--config.train.batch_size=4'),
+    *('--config.train.max_steps=3', '--config.eval.every_epochs=9'),
+  )
+  assert (result.code, result.err) == (0, '')
+  state = saved_state(tmp_path / 'run')
+  assert state.step == 3 and state.params['pipeline_2_stem']['kernel'].shape == (7, 7, 3, 4)
