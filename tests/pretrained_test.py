@@ -1,0 +1,57 @@
+"""The run that comes with the repository: small, whole, and as good as it says."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import paranet_jax
+from paranet_jax.base_config import base_config
+from paranet_jax.data.load import load_dataset
+
+FOLDER = Path(__file__).resolve().parents[1] / 'pretrained'
+IMAGES = 500
+
+
+@pytest.fixture(scope='module')
+def run():
+  return paranet_jax.load(FOLDER)
+
+
+def test_it_is_under_two_megabytes():
+  assert sum(path.stat().st_size for path in FOLDER.rglob('*') if path.is_file()) < 2e6
+
+
+def test_its_parameters_are_of_half_the_precision(run):
+  for leaf in jax.tree.leaves(run.variables['params']):
+    np.testing.assert_array_equal(leaf, np.asarray(leaf).astype(np.float16).astype(np.float32))
+
+
+def test_its_log_ends_with_what_its_summary_says(run):
+  lines = [json.loads(line) for line in (FOLDER / 'metrics.jsonl').read_text().splitlines()]
+  summary = json.loads((FOLDER / 'summary.json').read_text())
+  last = [line for line in lines if line['split'] == 'test'][-1]
+  assert (last['step'], run.step) == (summary['steps'], summary['steps'])
+  assert [last[f'exit_{row["exit"]}/accuracy'] for row in summary['exits']] == [
+    row['accuracy'] for row in summary['exits']
+  ]
+
+
+def test_no_path_of_the_machine_that_made_it():
+  for path in FOLDER.rglob('*.json*'):
+    assert '/work/' not in path.read_text() and '/tmp/' not in path.read_text(), path
+
+
+@pytest.mark.skipif('PARANET_DATA_DIR' not in os.environ, reason='PARANET_DATA_DIR names no folder of real CIFAR-100')
+def test_it_is_as_accurate_as_it_says(run):
+  config = base_config().data
+  test = load_dataset(config, image_side=32, channels=3).test
+  early = paranet_jax.EarlyExit.load(FOLDER)
+  found = early.predict(test.images[:IMAGES])
+  accuracy, told = (found.labels == test.labels[:IMAGES]).mean(), run.exits.test['accuracy']
+  # Three standard deviations of a sample of that size.
+  assert abs(accuracy - told) < 3 * np.sqrt(told * (1 - told) / IMAGES)
+  assert abs(found.macs.mean() / run.exits.test['cost_macs'] - 1) < 0.1
