@@ -1,5 +1,8 @@
 """Saving and restoring the train state: the only file that knows orbax."""
 
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,34 +10,92 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from paranet_jax.checksums import leaf_checksums, leaf_shapes
 from paranet_jax.errors import UserError
+from paranet_jax.finite import is_finite, not_finite
 
 FOLDER = 'checkpoints'
+DAMAGED = 'damaged_checkpoints'
+FORMAT = 1
+"""Of a checkpoint's meta: 0 had no checksums."""
+
+_UNFINISHED = '*.orbax-checkpoint-tmp*'
+_DELETED = 'deleted'
+
+
+class DamagedError(UserError):
+  """A checkpoint cannot be read, or holds something else than was saved; `what` says which and why."""
+
+  def __init__(self, folder: Path, reason: str):
+    self.what = f'checkpoint {folder} is damaged ({reason})'
+    super().__init__(f'{self.what}; move that folder away to do without it')
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Not asked here: asked of a step that is past, jax would agree on one that no process comes to."""
+    return False
 
 
 class Checkpoints:
   """The checkpoints of a run in `workdir/checkpoints`, one folder a step. A context manager.
 
   Args:
-    workdir: absolute.
+    workdir: absolute. Only one process at a time may open it to save in it.
     keep: latest checkpoints kept; None: all, and nothing is made or removed.
+
+  Attributes:
+    also_keep: of the steps it is given those whose checkpoints are kept besides the latest.
   """
 
   def __init__(self, workdir: Path, keep: int | None = None):
+    self.also_keep: Callable[[Sequence[int]], Iterable[int]] = lambda steps: ()
+    self._keep = keep
     self._folder = workdir / FOLDER
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-    self._manager = ocp.CheckpointManager(self._folder, options=options) if keep or self._folder.exists() else None
+    self._manager = self._open() if keep or self._folder.exists() else None
+    # Not orbax's own: before it returns it prepares every array, ten times as long as copying them takes.
+    self._background = ThreadPoolExecutor(1)
+    self._saving: Future | None = None
+    if keep:
+      self._tidy()
+
+  def _open(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+      create=self._keep is not None,
+      preservation_policy=self if self._keep else None,
+      todelete_subdir=_DELETED,  # A rename is whole: a kill while one is deleted leaves nothing that looks like one.
+      enable_async_checkpointing=False,
+    )
+    return _Manager(self._folder, options=options)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Which checkpoints stay: this is orbax's preservation policy."""
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self._keep :], *self.also_keep(steps)}
+    return [step in kept for step in steps]
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *unused) -> None:
-    if self._manager is not None:
-      self._manager.close()
+  def __exit__(self, kind: type | None, *unused) -> None:
+    try:
+      self.wait()
+    except UserError:
+      if kind is None:  # Else there is an earlier error to tell.
+        raise
+    finally:
+      self._background.shutdown()
+      if self._manager is not None:
+        self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints, the latest last."""
+    self.wait()
+    return sorted(self._manager.all_steps()) if self._manager is not None else []
 
   def latest_step(self) -> int | None:
     """Step of the latest checkpoint."""
-    return self._manager.latest_step() if self._manager is not None else None
+    return max(self.steps(), default=None)
 
   def choose(self, step: int | None = None) -> int:
     """The step asked for, or the latest.
@@ -42,7 +103,7 @@ class Checkpoints:
     Raises:
       UserError: there is no such checkpoint.
     """
-    steps = sorted(self._manager.all_steps()) if self._manager is not None else []
+    steps = self.steps()
     if not steps:
       raise UserError(f'expected a checkpoint in {self._folder}, found none; train first, or set --workdir')
     if step is not None and step not in steps:
@@ -52,16 +113,87 @@ class Checkpoints:
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Saves a state, in the background, and returns when it has been copied to the host.
 
+    A save that is still under way is waited for.
+
     Args:
       step: steps done.
       state: a tree of arrays.
       meta: JSON values kept beside it.
+
+    Raises:
+      UserError: the save before failed (see `wait`).
     """
+    self.wait()
     # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
-    host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
-    meta = meta | {'shapes': _shapes(state)}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(host_state), meta=ocp.args.JsonSave(meta))
-    self._manager.save(step, args=args)
+    host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(state))
+    self._saving = self._background.submit(self._write, step, host_state, meta)
+
+  def check(self) -> None:
+    """Raises what `wait` would, if the save has come to its end."""
+    if self._saving is not None and self._saving.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the save that is under way.
+
+    Raises:
+      UserError: the state was not finite, and is not saved; or there was no room for it.
+    """
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()
+
+  def _write(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    saved_step = self._manager.latest_step()
+    if not is_finite(state):
+      raise not_finite('the state', step, saved_step)
+    meta = meta | {'format': FORMAT, 'shapes': leaf_shapes(state), 'checksums': leaf_checksums(state)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    try:
+      self._manager.save(step, args=args)
+    except (OSError, ValueError) as error:
+      self._tidy()
+      last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is whole'
+      raise UserError(
+        f'the checkpoint of step {step} cannot be written to {self._folder} ({_reason(error)}), and {last}; '
+        'make room, and the same command goes on'
+      ) from error
+    self._tidy()
+
+  def _tidy(self) -> None:
+    """Removes what a kill or a full disk left half written or half deleted."""
+    for path in (*self._folder.glob(_UNFINISHED), self._folder / _DELETED):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
+    """Restores the latest checkpoint that is whole; damaged ones after it are named and moved away.
+
+    Args:
+      like: as of `restore`.
+
+    Returns:
+      Its step, its state and its meta.
+
+    Raises:
+      UserError: there is no whole one, or it is of another architecture or optimiser.
+    """
+    while True:
+      step = self.latest_step()
+      try:
+        return step, *self.restore(step, like)
+      except DamagedError as error:
+        if len(self.steps()) == 1:
+          raise
+        print(f'{error.what}; moved to {self._move_away(step)}', flush=True)
+
+  def _move_away(self, step: int) -> Path:
+    folder = self._folder.parent / DAMAGED
+    folder.mkdir(exist_ok=True)
+    number = sum(1 for path in folder.iterdir() if path.name.split('.')[0] == str(step))
+    target = folder / (f'{step}.{number}' if number else str(step))
+    (self._folder / str(step)).rename(target)
+    self._manager.reload()
+    return target
 
   def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     """Restores a state and its meta.
@@ -73,10 +205,12 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is damaged, or of another architecture or optimiser.
     """
-    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-    self._check_shapes(step, meta.pop('shapes', {}), _shapes(like))
+    meta = self._read_meta(step)
+    self._check_shapes(step, meta.pop('shapes'), leaf_shapes(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
+    state = self._read(step, state=ocp.args.StandardRestore(abstract)).state
+    self._check_sums(step, meta.pop('checksums'), state)
+    return state, meta
 
   def read_variables(self, step: int) -> dict[str, Any]:
     """The parameters and running statistics of whatever model was saved, as trees of NumPy arrays.
@@ -88,7 +222,9 @@ class Checkpoints:
       UserError: the checkpoint is damaged.
     """
     state = self._read(step, state=ocp.args.StandardRestore()).state
-    return jax.tree.map(np.asarray, {name: state.get(name) or {} for name in ('params', 'batch_stats')})
+    variables = jax.tree.map(np.asarray, {name: state.get(name) or {} for name in ('params', 'batch_stats')})
+    self._check_sums(step, self._read_meta(step)['checksums'], variables)
+    return variables
 
   def restore_variables(self, step: int, like: Any) -> Any:
     """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
@@ -100,20 +236,35 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is damaged, or of another architecture.
     """
-    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-    saved = {path: shape for path, shape in meta['shapes'].items() if path.split('/')[0] in like}
-    self._check_shapes(step, saved, _shapes(like))
+    shapes = self._read_meta(step)['shapes']
+    saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
+    self._check_shapes(step, saved, leaf_shapes(like))
     variables = self.read_variables(step)
     return {name: variables[name] for name in like}
+
+  def _read_meta(self, step: int) -> dict[str, Any]:
+    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+    found = meta.pop('format', 0)
+    if found > FORMAT:
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} is of format {found}, and this version reads up to {FORMAT}; '
+        'update paranet_jax, or set --workdir'
+      )
+    return {'checksums': {}} | meta
 
   def _read(self, step: int, **items: Any) -> Any:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**items))
     except (KeyError, ValueError, OSError) as error:
-      raise UserError(
-        f'checkpoint {self._folder / str(step)} is damaged ({type(error).__name__}); '
-        'move that folder away to go on from the one before it'
-      ) from error
+      raise self._damaged(step, type(error).__name__) from error
+
+  def _check_sums(self, step: int, saved: dict[str, int], state: Any) -> None:
+    for path, checksum in leaf_checksums(state).items():
+      if saved.get(path, checksum) != checksum:
+        raise self._damaged(step, f'{path} is not what was saved')
+
+  def _damaged(self, step: int, reason: str) -> DamagedError:
+    return DamagedError(self._folder / str(step), reason)
 
   def _check_shapes(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
     for path in [*wanted, *saved]:
@@ -125,6 +276,5 @@ class Checkpoints:
         )
 
 
-def _shapes(state: Any) -> dict[str, list[int]]:
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): list(leaf.shape) for path, leaf in leaves}
+def _reason(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200]
