@@ -1,7 +1,9 @@
 """Saving and restoring the train state: the only file that knows orbax."""
 
+import contextlib
+import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from paranet_jax.checksums import leaf_checksums, leaf_shapes
 from paranet_jax.errors import UserError
@@ -150,13 +153,14 @@ class Checkpoints:
     meta = meta | {'format': FORMAT, 'shapes': leaf_shapes(state), 'checksums': leaf_checksums(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
-      self._manager.save(step, args=args)
+      with _raised_not_logged():
+        self._manager.save(step, args=args)
     except (OSError, ValueError) as error:
       self._tidy()
       last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is whole'
       raise UserError(
         f'the checkpoint of step {step} cannot be written to {self._folder} ({_reason(error)}), and {last}; '
-        'make room, and the same command goes on'
+        'make room or mend that, and the same command goes on'
       ) from error
     self._tidy()
 
@@ -254,8 +258,11 @@ class Checkpoints:
 
   def _read(self, step: int, **items: Any) -> Any:
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**items))
-    except (KeyError, ValueError, OSError) as error:
+      with _raised_not_logged():
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:  # orbax raises errors of many kinds for damage, plain Exception among them.
       raise self._damaged(step, type(error).__name__) from error
 
   def _check_sums(self, step: int, saved: dict[str, int], state: Any) -> None:
@@ -276,5 +283,18 @@ class Checkpoints:
         )
 
 
+@contextlib.contextmanager
+def _raised_not_logged() -> Iterator[None]:
+  """Keeps orbax from telling its errors twice, with the tracebacks of its threads."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
 def _reason(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200]
+  """Such as `No space left on device`, in whichever of orbax's ways it is said."""
+  said = re.search(r'([^:]+) \[os_error_code', str(error))
+  return said[1].strip() if said else getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
