@@ -13,14 +13,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from paranet_jax.checksums import leaf_checksums, leaf_shapes
+from paranet_jax.checksums import damaged_file, file_checksums
 from paranet_jax.errors import UserError
 from paranet_jax.finite import is_finite, not_finite
+from paranet_jax.workdir import read_object, write_json
 
 FOLDER = 'checkpoints'
 DAMAGED = 'damaged_checkpoints'
+CHECKSUMS = 'checksums.json'
 FORMAT = 1
-"""Of a checkpoint's meta: 0 had no checksums."""
+"""0: without checksums."""
 
 _UNFINISHED = '*.orbax-checkpoint-tmp*'
 _DELETED = 'deleted'
@@ -150,11 +152,13 @@ class Checkpoints:
     saved_step = self._manager.latest_step()
     if not is_finite(state):
       raise not_finite('the state', step, saved_step)
-    meta = meta | {'format': FORMAT, 'shapes': leaf_shapes(state), 'checksums': leaf_checksums(state)}
+    meta = meta | {'format': FORMAT, 'shapes': _shapes(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _raised_not_logged():
         self._manager.save(step, args=args)
+      folder = self._folder / str(step)
+      write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
       self._tidy()
       last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is whole'
@@ -210,11 +214,9 @@ class Checkpoints:
       UserError: the checkpoint is damaged, or of another architecture or optimiser.
     """
     meta = self._read_meta(step)
-    self._check_shapes(step, meta.pop('shapes'), leaf_shapes(like))
+    self._check_shapes(step, meta.pop('shapes'), _shapes(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    state = self._read(step, state=ocp.args.StandardRestore(abstract)).state
-    self._check_sums(step, meta.pop('checksums'), state)
-    return state, meta
+    return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
   def read_variables(self, step: int) -> dict[str, Any]:
     """The parameters and running statistics of whatever model was saved, as trees of NumPy arrays.
@@ -225,10 +227,9 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is damaged.
     """
+    self._read_meta(step)
     state = self._read(step, state=ocp.args.StandardRestore()).state
-    variables = jax.tree.map(np.asarray, {name: state.get(name) or {} for name in ('params', 'batch_stats')})
-    self._check_sums(step, self._read_meta(step)['checksums'], variables)
-    return variables
+    return jax.tree.map(np.asarray, {name: state.get(name) or {} for name in ('params', 'batch_stats')})
 
   def restore_variables(self, step: int, like: Any) -> Any:
     """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
@@ -242,11 +243,13 @@ class Checkpoints:
     """
     shapes = self._read_meta(step)['shapes']
     saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
-    self._check_shapes(step, saved, leaf_shapes(like))
+    self._check_shapes(step, saved, _shapes(like))
     variables = self.read_variables(step)
     return {name: variables[name] for name in like}
 
   def _read_meta(self, step: int) -> dict[str, Any]:
+    """Reads it, once the files are found to be what was written: orbax does not see that everywhere."""
+    self._check_files(step)
     meta = self._read(step, meta=ocp.args.JsonRestore()).meta
     found = meta.pop('format', 0)
     if found > FORMAT:
@@ -254,7 +257,7 @@ class Checkpoints:
         f'checkpoint {self._folder / str(step)} is of format {found}, and this version reads up to {FORMAT}; '
         'update paranet_jax, or set --workdir'
       )
-    return {'checksums': {}} | meta
+    return meta
 
   def _read(self, step: int, **items: Any) -> Any:
     try:
@@ -263,12 +266,20 @@ class Checkpoints:
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # orbax raises errors of many kinds for damage, plain Exception among them.
-      raise self._damaged(step, type(error).__name__) from error
+      reason = type(error).__name__
+    raise self._damaged(step, reason)
 
-  def _check_sums(self, step: int, saved: dict[str, int], state: Any) -> None:
-    for path, checksum in leaf_checksums(state).items():
-      if saved.get(path, checksum) != checksum:
-        raise self._damaged(step, f'{path} is not what was saved')
+  def _check_files(self, step: int) -> None:
+    folder = self._folder / str(step)
+    try:
+      saved = read_object(folder / CHECKSUMS)
+    except FileNotFoundError:  # Of format 0, or of a run that was killed before they were written.
+      return
+    except ValueError:
+      raise self._damaged(step, CHECKSUMS) from None
+    damaged = damaged_file(folder, saved)
+    if damaged:
+      raise self._damaged(step, damaged)
 
   def _damaged(self, step: int, reason: str) -> DamagedError:
     return DamagedError(self._folder / str(step), reason)
@@ -281,6 +292,11 @@ class Checkpoints:
           f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} in this configuration; '
           'set --config to the one it was trained with, or --workdir'
         )
+
+
+def _shapes(state: Any) -> dict[str, list[int]]:
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): list(leaf.shape) for path, leaf in leaves}
 
 
 @contextlib.contextmanager

@@ -1,26 +1,16 @@
-"""What a tree of arrays is, without its values: the shape and the checksum of every leaf, by its path."""
+"""Whether the files of a folder are still what was written."""
 
 import zlib
-from typing import Any
-
-import jax
-import numpy as np
+from pathlib import Path
 
 
-def leaf_shapes(tree: Any) -> dict[str, list[int]]:
-  """The shape of every leaf, by its path `params/exit_1/...`."""
-  return {path: list(leaf.shape) for path, leaf in _leaves(tree)}
+def file_checksums(folder: Path) -> dict[str, int]:
+  """CRC-32 of every file below a folder, by its path in it."""
+  files = (path for path in sorted(folder.rglob('*')) if path.is_file())
+  return {path.relative_to(folder).as_posix(): zlib.crc32(path.read_bytes()) for path in files}
 
 
-def leaf_checksums(tree: Any) -> dict[str, int]:
-  """CRC-32 of the bytes of every leaf, by its path."""
-  return {path: _checksum(np.asarray(leaf)) for path, leaf in _leaves(tree)}
-
-
-def _checksum(leaf: np.ndarray) -> int:
-  return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-
-
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
+def damaged_file(folder: Path, saved: dict[str, int]) -> str | None:
+  """The first file that is gone or is not what `file_checksums` found; files that came after are not looked at."""
+  found = file_checksums(folder)
+  return next((path for path, checksum in saved.items() if found.get(path) != checksum), None)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -103,6 +104,24 @@ def test_killed_again_and_again(tmp_path, whole):
     assert not (tmp_path / 'summary.json').exists()
   assert run(*LONG, workdir=tmp_path) == (0, '')
   assert_ends_as(tmp_path, whole)
+
+
+def test_a_checkpoint_that_is_cut_off(tmp_path, whole):
+  workdir = tmp_path / 'copy'
+  shutil.copytree(whole, workdir)
+  (workdir / 'summary.json').unlink()
+  folder = workdir / 'checkpoints' / '330'
+  for values in folder.rglob('d/*'):
+    values.write_bytes(values.read_bytes()[:-1])
+  with start(*LONG, workdir=workdir) as process:
+    out, err = process.communicate()
+  assert (process.returncode, err) == (0, '')
+  named, going_on = (line for line in out.splitlines() if line.startswith(('checkpoint', 'going on')))
+  assert named.startswith(f'checkpoint {folder} is damaged (')
+  assert named.endswith(f'); moved to {workdir}/damaged_checkpoints/330')
+  assert going_on == 'going on from the checkpoint of step 300 of 330'
+  shutil.rmtree(workdir / 'damaged_checkpoints')
+  assert_ends_as(workdir, whole)
 
 
 def test_a_full_disk(tmp_path, whole):
