@@ -92,6 +92,10 @@ def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every_steps = 500  # Steps between checkpoints; the end of a run and a stop by signal are always saved.
   checkpoint.keep = 2  # Latest checkpoints kept.
+  checkpoint.keep_every_epochs = 0.0  # Epochs between checkpoints that are kept for good; 0: none.
+  # 'none', 'accuracy', 'top5', 'loss' or 'nll': of the last trained exit on the images held out, by which the best
+  # checkpoint is kept too; every evaluation ends with a checkpoint then.
+  checkpoint.keep_best = 'none'
 
   config.log = log = ConfigDict()
   log.every_steps = 20  # Steps between training lines in metrics.jsonl and on the terminal.

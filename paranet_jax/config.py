@@ -125,6 +125,8 @@ RULES: dict[str, Rule] = {
   'eval.batch_size': _at_least(1),
   'checkpoint.every_steps': _at_least(1),
   'checkpoint.keep': _at_least(1),
+  'checkpoint.keep_every_epochs': _at_least(0),
+  'checkpoint.keep_best': _one_of('none', 'accuracy', 'top5', 'loss', 'nll'),
   'log.every_steps': _at_least(1),
 }
 """What each field with a range must hold: a predicate and how to say it. A derived value (None) is not checked."""
@@ -146,6 +148,11 @@ def validate(config: ConfigDict) -> None:
   exit_weights(config)
   teachers(config)
   _check_training(config)
+  if config.checkpoint.keep_best != 'none' and not config.data.held_out:
+    raise UserError(
+      'checkpoint.keep_best chooses by the images held out, found data.held_out 0; '
+      'set --config.data.held_out, or --config.checkpoint.keep_best=none'
+    )
   build_model(config, num_classes=2)
 
 

@@ -1,7 +1,12 @@
 """The one exception for what a user can mend, and how a command answers it."""
 
+import contextlib
+import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -9,6 +14,20 @@ class UserError(Exception):
 
   A command prints the line and exits with code 2, without a traceback.
   """
+
+
+@contextlib.contextmanager
+def no_room_is_told(workdir: Path) -> Iterator[None]:
+  """Turns the error of a full disk, a quota or a limit into a `UserError`."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _NO_ROOM:
+      raise
+    raise UserError(
+      f'{workdir} cannot be written ({error.strerror}), and its checkpoints are whole; '
+      'make room, and the same command goes on'
+    ) from error
 
 
 def exit_code(run: Callable[[], object]) -> int:

@@ -105,7 +105,10 @@ def drop_after(workdir: str | os.PathLike, step: float) -> int:
 def _new_event_path(folder: Path) -> str:
   folder.mkdir(exist_ok=True)
   # TensorBoard looks for `tfevents` in the name, and reads the files of a folder in the order of their names.
-  return str(folder / f'events.out.tfevents.{time.time_ns()}')
+  # A clock that was set back does not put a new file before those that are there.
+  numbers = (path.suffix[1:] for path in folder.glob('events.out.tfevents.*'))
+  latest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+  return str(folder / f'events.out.tfevents.{max(time.time_ns(), latest + 1)}')
 
 
 def _read(path: Path) -> list[tuple[bytes, dict]]:

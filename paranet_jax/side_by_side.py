@@ -13,7 +13,9 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.dataset_facts import save_dataset_facts
+from paranet_jax.errors import no_room_is_told
 from paranet_jax.feed import open_feed
+from paranet_jax.lock import workdir_lock
 from paranet_jax.metrics import MetricsWriter
 from paranet_jax.progress import Progress
 from paranet_jax.regimes import Phase
@@ -48,6 +50,9 @@ def train_side_by_side(
   for config, workdir in zip(configs, workdirs, strict=True):
     prepare_workdir(workdir, config, accept_config_changes)
   with contextlib.ExitStack() as stack:
+    for workdir in workdirs:
+      stack.enter_context(no_room_is_told(workdir))
+      stack.enter_context(workdir_lock(workdir))
     stop = stack.enter_context(StopRequest())
     kept = [stack.enter_context(Checkpoints(workdir, configs[0].checkpoint.keep)) for workdir in workdirs]
     if len({checkpoints.latest_step() for checkpoints in kept}) > 1:
@@ -58,6 +63,8 @@ def train_side_by_side(
       runs.append(Run(task, devices[:1], workdir, checkpoints, stop, runs[0].evaluator if runs else None))
     group = _SideBySide(runs, devices, stop)
     state = group.restore()
+    if len(set(np.asarray(state.step).tolist())) > 1:  # The latest checkpoint of one was damaged.
+      return True
     for task, workdir in zip(tasks, workdirs, strict=True):
       save_config(workdir, task.config)
       save_dataset_facts(workdir, task.dataset)
@@ -75,6 +82,7 @@ class _SideBySide(Run):
     self._task = runs[0]._task
     self._devices = devices
     self._stop = stop
+    self._retention = runs[0]._retention  # They save at the same steps.
 
   def restore(self) -> TrainState:
     return self._stacked([run.restore() for run in self._runs])
@@ -91,6 +99,8 @@ class _SideBySide(Run):
       feed = stack.enter_context(open_feed(task, self._devices, self._order, first_step))
       state, _ = self._loop(state, first_step, feed)
     self._save(int(state.step[0]), state)
+    for run in self._runs:
+      run._checkpoints.wait()
 
   def _stacked(self, trees: list) -> Any:
     spread = devices_lib.replicated if len(self._devices) == 1 else devices_lib.shared

@@ -20,12 +20,15 @@ from paranet_jax.curves import draw_curves
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.dataset_facts import save_dataset_facts
 from paranet_jax.description import describe, environment
-from paranet_jax.errors import UserError
+from paranet_jax.errors import UserError, no_room_is_told
 from paranet_jax.evaluation import Evaluator, as_metrics
 from paranet_jax.feed import Feed, open_feed
+from paranet_jax.finite import not_finite
+from paranet_jax.lock import workdir_lock
 from paranet_jax.metrics import MetricsWriter
 from paranet_jax.progress import Progress, human_duration
 from paranet_jax.regimes import Phase
+from paranet_jax.retention import Retention
 from paranet_jax.signals import StopRequest
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.tables import describe_table, evaluation_table
@@ -54,19 +57,20 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
   description = describe(config, len(task.dataset.class_names))
   print(describe_table(description))
   print(_facts(task, devices, workdir), flush=True)
-  with StopRequest() as stop, Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
-    run = Run(task, devices, workdir, checkpoints, stop)
-    state = run.restore()
-    save_config(workdir, config)  # Not before: a checkpoint that does not fit leaves the saved one as it is.
-    save_dataset_facts(workdir, task.dataset)
-    evaluations = run.train(state)
-  if evaluations is None:
-    print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
-    return None
-  summary = _summary(description, task, evaluations, run.wall_time(), devices)
-  write_json(workdir / SUMMARY, summary)
-  print(f'finished in {human_duration(summary["wall_time_s"])}')
-  print(f'curves: {draw_curves(workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
+  with no_room_is_told(workdir), workdir_lock(workdir), StopRequest() as stop:
+    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+      run = Run(task, devices, workdir, checkpoints, stop)
+      state = run.restore()
+      save_config(workdir, config)  # Not before: a checkpoint that does not fit leaves the saved one as it is.
+      save_dataset_facts(workdir, task.dataset)
+      evaluations = run.train(state)
+    if evaluations is None:
+      print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
+      return None
+    summary = _summary(description, task, evaluations, run.wall_time(), devices)
+    write_json(workdir / SUMMARY, summary)
+    print(f'finished in {human_duration(summary["wall_time_s"])}{run.best()}')
+    print(f'curves: {draw_curves(workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
   return summary
 
 
@@ -143,6 +147,8 @@ class Run:
     self.evaluator = evaluator or Evaluator(task, devices)
     self._started = time.monotonic()
     self._earlier_wall_time = 0.0
+    self._retention = Retention(task, workdir)
+    checkpoints.also_keep = self._retention.kept
     self.saved_step = checkpoints.latest_step()
 
   def wall_time(self) -> float:
@@ -166,11 +172,17 @@ class Run:
         f'the run is at step {step} and this configuration ends at step {total}; '
         'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
       )
-    state, meta = _restore_state(self._checkpoints, step, self._task, self._devices)
+    step, state, meta = self._checkpoints.restore_latest(_like(self._task, self._devices))
+    self.saved_step = step
     self._earlier_wall_time = meta['wall_time_s']
     print(f'going on from the checkpoint of step {step} of {total}', flush=True)
     # With accepted changes the seed may be another one; the order of the images follows the configuration's too.
     return state.replace(seed=jax.device_put(np.int32(self._task.config.seed), whole))
+
+  def best(self) -> str:
+    """Says which checkpoint is kept for being the best, or nothing."""
+    step = self._retention.best(self._checkpoints.steps())
+    return '' if step is None else f'; best by {self._task.config.checkpoint.keep_best}: step {step}'
 
   def train(self, state: TrainState) -> dict | None:
     """Trains from this state to the end; returns the last evaluation, or None if a signal came first."""
@@ -192,6 +204,7 @@ class Run:
       print(evaluation_table(evaluations))
     if evaluations is None:
       self._save(step, state)
+    self._checkpoints.wait()
     return evaluations
 
   def _loop(self, state: TrainState, step: int, feed: Feed) -> tuple[TrainState, dict | None]:
@@ -199,7 +212,7 @@ class Run:
     phase, train_step, zeros = self._enter_phase(step)
     clock, eval_every = _Clock(config.train.batch_size), task.evaluation_steps
     totals, logged, evaluations = _copy(zeros), step, None
-    while step < task.total_steps and not self._stop.received:
+    while step < task.total_steps and not self._stop.requested(step):
       state, totals = train_step(state, totals, *feed(step))
       step += 1
       clock.stepped(totals)
@@ -210,7 +223,7 @@ class Run:
       if last or step % eval_every == 0:
         evaluations = self._evaluate(step, state)
         clock.restart()
-      if last or step % config.checkpoint.every_steps == 0:
+      if last or self._retention.saves_after(step):
         self._save(step, state)
         clock.restart()
       if step == phase.end and not last:
@@ -236,7 +249,8 @@ class Run:
     means = {name: float(total) / steps for name, total in jax.device_get(totals).items()}
     if not math.isfinite(means['loss']):
       bad = [number for number in trained if not math.isfinite(means[f'exit_{number}/loss'])]
-      raise self._not_finite(f'the loss (exits {bad or "together"})', step)
+      raise not_finite(f'the loss (exits {bad or "together"})', step, self._checkpoints.latest_step())
+    self._checkpoints.check()
     speed = clock.images_per_second()
     means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
     self._writer.write(step, step / self._task.steps_per_epoch, 'train', means)
@@ -247,23 +261,16 @@ class Run:
     evaluations = self.evaluator.evaluate(state.params, state.batch_stats)
     for split, exits in evaluations.items():
       self._writer.write(step, step / self._task.steps_per_epoch, split, as_metrics(exits))
+    if 'held_out' in evaluations:
+      self._retention.note(step, as_metrics(evaluations['held_out']))
     self._progress.message(f'after step {step}:\n{evaluation_table(evaluations)}')
     return evaluations
 
   def _save(self, step: int, state: TrainState) -> None:
     if step == self.saved_step:
       return
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state))):
-      raise self._not_finite('the state', step)
     self._checkpoints.save(step, state, {'seed': self._task.config.seed, 'wall_time_s': self.wall_time()})
     self.saved_step = step
-
-  def _not_finite(self, what: str, step: int) -> UserError:
-    saved = 'nothing is saved' if self.saved_step is None else f'the last checkpoint is of step {self.saved_step}'
-    return UserError(
-      f'{what} is no longer finite at step {step}, and {saved}; '
-      'lower --config.train.learning_rate or set --config.train.clip_norm, in a new --workdir'
-    )
 
 
 class _Clock:
@@ -295,12 +302,11 @@ def _copy(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
   return jax.tree.map(lambda leaf: leaf.copy(), totals)
 
 
-def _restore_state(checkpoints: Checkpoints, step: int, task: Task, devices: list) -> tuple[TrainState, dict]:
-  """The state of a checkpoint, whole on each device, and its meta."""
+def _like(task: Task, devices: list) -> TrainState:
+  """What a restored state is to be like: its shapes, whole on each device."""
   whole = devices_lib.replicated(devices)
   shapes = jax.eval_shape(task.init_state)
-  like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
-  return checkpoints.restore(step, like)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
 
 
 def _facts(task: Task, devices: list, workdir: Path) -> str:

@@ -1,5 +1,7 @@
 """Tests of saving and restoring. How a run uses them is tested in train_test.py and resume_test.py."""
 
+import shutil
+import threading
 from pathlib import Path
 
 import chex
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paranet_jax import checkpoints as checkpoints_lib
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.errors import UserError
 
@@ -71,15 +74,73 @@ def test_the_latest_are_kept(tmp_path, keep, kept):
   assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == kept
 
 
-def test_what_a_kill_left_half_written_is_not_a_checkpoint(tmp_path):
+def test_others_are_kept_besides(tmp_path):
+  with Checkpoints(tmp_path, 1) as checkpoints:
+    checkpoints.also_keep = lambda steps: {step for step in steps if step in (1, 3)}
+    for step in (1, 2, 3, 4, 5):
+      checkpoints.save(step, tree(), {})
+    assert checkpoints.steps() == [1, 3, 5]
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '3', '5']
+
+
+def test_what_a_kill_left_half_written_or_half_deleted_is_not_a_checkpoint(tmp_path):
   save(tmp_path, 4)
-  half = tmp_path / 'checkpoints' / '8.orbax-checkpoint-tmp-0'
-  (half / 'state').mkdir(parents=True)
+  folder = tmp_path / 'checkpoints'
+  for name in ('8.orbax-checkpoint-tmp', '12.orbax-checkpoint-tmp-0', 'deleted/3'):
+    (folder / name / 'state').mkdir(parents=True)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.choose() == 4
+  assert len(list(folder.iterdir())) == 4
+  with Checkpoints(tmp_path, 2):
+    assert [path.name for path in folder.iterdir()] == ['4']
   save(tmp_path, 8)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.choose() == 8
+
+
+@pytest.fixture
+def held(monkeypatch):
+  """Lets a save begin and not end before the event is set."""
+  write, event = Checkpoints._write, threading.Event()
+  monkeypatch.setattr(Checkpoints, '_write', lambda *arguments: event.wait(60) and write(*arguments))
+  yield event
+  event.set()
+
+
+def test_it_is_saved_in_the_background(tmp_path, held):
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save(4, tree(), {})
+    checkpoints.check()
+    assert not list((tmp_path / 'checkpoints').iterdir())
+    held.set()
+    assert checkpoints.latest_step() == 4
+    checkpoints.save(8, tree(), {})
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [4, 8]
+
+
+UNFIT = tree() | {'half': jnp.float32([1, np.nan])}
+
+
+@pytest.mark.parametrize('told', ['check', 'wait', 'steps', 'save', 'end'])
+def test_what_is_not_finite_is_not_saved(tmp_path, told):
+  save(tmp_path, 4)
+  with pytest.raises(UserError) as error, Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save(8, UNFIT, {})
+    if told == 'check':
+      while not checkpoints._saving.done():
+        pass
+    if told != 'end':
+      getattr(checkpoints, told)(*((12, tree(), {}) if told == 'save' else ()))
+      raise AssertionError('nothing was told')
+  assert str(error.value).startswith('the state is no longer finite at step 8, and the last checkpoint is of step 4; ')
+  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['4']
+
+
+def test_an_earlier_error_is_the_one_to_tell(tmp_path):
+  with pytest.raises(RuntimeError, match='earlier'), Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save(8, UNFIT, {})
+    raise RuntimeError('earlier')
 
 
 def test_reading_makes_nothing(tmp_path):
@@ -104,6 +165,107 @@ def test_there_is_none_of_this_step(tmp_path):
   with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
     checkpoints.choose(4)
   assert str(error.value) == f'no checkpoint of step 4 in {tmp_path}/checkpoints, found [3, 12]; set --step'
+
+
+def half(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  """One bit, of an array's values: orbax does not see it."""
+  data = path.read_bytes()
+  place = data.index(VALUES) + 40
+  path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+
+
+# Not compressible, so that they are in the file as they are.
+NOISE = np.random.default_rng(0).integers(0, 2**32, 500, np.uint32) & 0xBFFFFFFF
+VALUES = NOISE.tobytes()[400:500]
+
+
+def noise(step):
+  return {'params': {'kernel': jnp.asarray(NOISE.view(np.float32))}, 'batch_stats': {}, 'step': jnp.int32(step)}
+
+
+def largest(folder):
+  """The file with the values of the arrays."""
+  return max((path for path in (folder / 'state').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+DAMAGES = {
+  'a file of values is cut off': lambda folder: half(largest(folder)),
+  'a file of values is empty': lambda folder: largest(folder).write_bytes(b''),
+  'a file of values is gone': lambda folder: largest(folder).unlink(),
+  'a bit of a value is another': lambda folder: flip(largest(folder)),
+  'the manifest is cut off': lambda folder: half(folder / 'state' / 'manifest.ocdbt'),
+  'the tree is cut off': lambda folder: half(folder / 'state' / '_METADATA'),
+  'the meta is cut off': lambda folder: half(folder / 'meta' / 'metadata'),
+  'the meta is gone': lambda folder: shutil.rmtree(folder / 'meta'),
+  'the state is gone': lambda folder: shutil.rmtree(folder / 'state'),
+  'the checksums are cut off': lambda folder: half(folder / 'checksums.json'),
+  'it had no checksums': lambda folder: half(folder / 'meta' / 'metadata') or (folder / 'checksums.json').unlink(),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, damage):
+  save(tmp_path, 4, 8, value=noise)
+  folder, other = tmp_path / 'checkpoints', tmp_path / 'damaged_checkpoints'
+  for number in (0, 1):
+    DAMAGES[damage](folder / '8')
+    named = f'checkpoint {folder}/8 is damaged ('
+    with Checkpoints(tmp_path) as checkpoints:
+      for restore in (lambda: checkpoints.restore(8, noise(0)), lambda: checkpoints.read_variables(8)):
+        with pytest.raises(UserError) as error:
+          restore()
+        assert str(error.value).startswith(named)
+        assert str(error.value).endswith('); move that folder away to do without it')
+    with Checkpoints(tmp_path, 9) as checkpoints:
+      step, state, _ = checkpoints.restore_latest(noise(0))
+      assert (step, state['step']) == (4, 4)
+      np.testing.assert_array_equal(state['params']['kernel'].view(np.uint32), NOISE)
+      out = capsys.readouterr().out
+      assert out.startswith(named) and out.endswith(f'); moved to {other}/8{".1" if number else ""}\n')
+      assert checkpoints.steps() == [4]
+      checkpoints.save(8, noise(8), {})
+  assert sorted(path.name for path in other.iterdir()) == ['8', '8.1']
+
+
+def test_the_only_checkpoint_is_not_moved_away(tmp_path, capsys):
+  save(tmp_path, 4, 8, value=noise)
+  for step in (4, 8):
+    shutil.rmtree(tmp_path / 'checkpoints' / str(step) / 'state')
+  with (
+    pytest.raises(UserError, match='/4 is damaged .*; move that folder away'),
+    Checkpoints(tmp_path, 9) as checkpoints,
+  ):
+    checkpoints.restore_latest(noise(0))
+  assert 'checkpoints/8 is damaged' in capsys.readouterr().out
+  assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['4']
+
+
+def test_no_memory_is_not_damage(tmp_path, monkeypatch):
+  save(tmp_path, 4, 8)
+
+  def fail(*unused, **unused_too):
+    raise MemoryError
+
+  with pytest.raises(MemoryError), Checkpoints(tmp_path, 9) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, 'restore', fail)
+    checkpoints.restore_latest(tree())
+  assert len(list((tmp_path / 'checkpoints').iterdir())) == 2
+
+
+def test_a_later_format_is_refused(tmp_path):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoints_lib, 'FORMAT', 2)
+    save(tmp_path, 4)
+  with pytest.raises(UserError) as error, Checkpoints(tmp_path, 9) as checkpoints:
+    checkpoints.restore_latest(tree())
+  assert str(error.value) == (
+    f'checkpoint {tmp_path}/checkpoints/4 is of format 2, and this version reads up to 1; '
+    'update paranet_jax, or set --workdir'
+  )
 
 
 def without(state, key):

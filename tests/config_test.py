@@ -84,6 +84,8 @@ BOUNDS = {
   'eval.batch_size': ((0, -1), (1,)),
   'checkpoint.every_steps': ((0, -1), (1,)),
   'checkpoint.keep': ((0, -1), (1,)),
+  'checkpoint.keep_every_epochs': ((-1.0, math.nan, math.inf), (0.0, 0.5)),
+  'checkpoint.keep_best': (('best', ''), ('none',)),
   'log.every_steps': ((0, -1), (1,)),
 }
 

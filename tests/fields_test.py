@@ -254,6 +254,8 @@ FIELDS = {
   'eval.batch_size': (run, 90, {}),
   'checkpoint.every_steps': (run, 3, {}),
   'checkpoint.keep': (run, 1, {}),
+  'checkpoint.keep_every_epochs': (run, 0.5, {}),
+  'checkpoint.keep_best': (run, 'nll', {'data.held_out': 100}),
   'log.every_steps': (run, 3, {}),
 }
 

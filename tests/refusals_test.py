@@ -22,7 +22,7 @@ def test_a_damaged_checkpoint(tmp_path):
     for mode in ('train', 'eval'):
       message = refusal(f'--workdir={tmp_path / "run"}', f'--mode={mode}', started=mode == 'train')
       assert message.startswith(f'checkpoint {folder} is damaged (')
-      assert message.endswith('); move that folder away to go on from the one before it')
+      assert message.endswith('); move that folder away to do without it')
 
 
 @pytest.mark.parametrize(

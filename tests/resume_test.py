@@ -3,17 +3,22 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import chex
+import jax
+import numpy as np
 import pytest
 from running import CONFIGS, PROGRAMS, TINY, before_each_step, run_main, saved_state
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.evaluation import Evaluator
 from paranet_jax.metrics import read_metrics
 
 NUM_STEPS = 10
@@ -135,6 +140,106 @@ def test_killed_between_the_last_evaluation_and_its_checkpoint(tmp_path, whole):
       run_main(*TINY, f'--workdir={tmp_path}')
   assert [line['split'] for line in read_metrics(tmp_path) if line['step'] == 10] == ['train', 'held_out', 'test']
   assert_ends_as(tmp_path, whole)
+
+
+@pytest.mark.parametrize('act', [lambda: os.kill(os.getpid(), signal.SIGTERM), None], ids=['stopped', 'killed'])
+def test_in_the_middle_of_an_evaluation(tmp_path, whole, act):
+  evaluate = Evaluator.evaluate
+
+  def act_and_evaluate(self, *rest):
+    if act is None:
+      raise Killed
+    act()
+    return evaluate(self, *rest)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Evaluator, 'evaluate', act_and_evaluate)
+    if act is None:
+      with pytest.raises(Killed):
+        run_main(*TINY, f'--workdir={tmp_path}')
+    else:
+      assert_stopped(run_main(*TINY, f'--workdir={tmp_path}'), tmp_path, 'SIGTERM', 5)
+  assert_ends_as(tmp_path, whole)
+
+
+def stop_at(step, workdir, *arguments):
+  with pytest.MonkeyPatch.context() as patch:
+    before_each_step(patch, send(signal.SIGTERM, step))
+    assert_stopped(run_main(*TINY, *arguments, f'--workdir={workdir}'), workdir, 'SIGTERM', step)
+
+
+def evaluations(workdir):
+  return {(line['step'], line['split']): line for line in read_metrics(workdir) if line['split'] != 'train'}
+
+
+def test_another_cadence_of_evaluation_and_logging(tmp_path, whole):
+  stop_at(3, tmp_path, '--config.eval.every_epochs=0.2', '--config.log.every_steps=1')
+  other = '--config.eval.every_epochs=0.8', '--config.log.every_steps=3', '--config.checkpoint.every_steps=7'
+  assert run_main(*TINY, *other, f'--workdir={tmp_path}', '--accept_config_changes').code == 0
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(whole), strict=True)
+  found, expected = evaluations(tmp_path), evaluations(whole)
+  assert sorted({step for step, _ in found}) == [1, 2, 3, 4, 8, 10]
+  assert all(found[10, split] == expected[10, split] for split in ('held_out', 'test'))
+
+
+@pytest.mark.parametrize(('before', 'after'), [(1, 2), (4, 2)])
+def test_another_number_of_devices(tmp_path, before, after):
+  orders, batches, states = [], [], []
+  place_order = devices_lib.place_order
+  arguments = *TINY, '--config.name=PN1-d', '--config.model.growth_rate=2', '--config.model.image_side=8'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(devices_lib, 'place_order', lambda *rest: orders.append(place_order(*rest)) or orders[-1])
+    for count in (before, after):
+      own = *arguments, f'--workdir={tmp_path / str(count)}'
+      assert run_main(*own, '--config.train.max_steps=2', f'--config.train.devices={before}').code == 0
+      changed = '--config.train.max_steps=5', f'--config.train.devices={count}', '--accept_config_changes'
+      assert run_main(*own, *changed).code == 0
+      order = np.asarray(orders[-1])
+      # [devices, steps, B / devices] to [steps, B]: the images of each step, whoever has them.
+      batches.append(order if count == 1 else order.swapaxes(0, 1).reshape(order.shape[1], -1))
+      states.append(saved_state(tmp_path / str(count)))
+  np.testing.assert_array_equal(*batches)
+  for found, expected in zip(*map(jax.tree.leaves, reversed(states)), strict=True):
+    # Relative to the largest of an array: sums in another order move the small ones by as much as the large ones.
+    assert np.max(np.abs(found - expected), initial=0) <= 1e-5 * np.max(np.abs(expected), initial=0)
+
+
+def test_a_moved_and_renamed_workdir(tmp_path, whole):
+  stop_at(7, tmp_path / 'here')
+  shutil.move(tmp_path / 'here', tmp_path / 'elsewhere' / 'renamed')
+  assert_ends_as(tmp_path / 'elsewhere' / 'renamed', whole)
+  assert not (tmp_path / 'here').exists()
+
+
+def test_clock_and_time_zone_do_not_matter(tmp_path, whole, monkeypatch):
+  stop_at(7, tmp_path)
+  events = [path.name for path in (tmp_path / 'tensorboard').iterdir()]
+  last_year = time.time() - 365 * 24 * 3600
+  monkeypatch.setattr(time, 'time', lambda: last_year)
+  monkeypatch.setattr(time, 'time_ns', lambda: int(last_year * 1e9))
+  for name in ('config.json', 'metrics.jsonl', 'checkpoints/7', 'checkpoints/4'):
+    os.utime(tmp_path / name, (2e9, 2e9))
+  with monkeypatch.context() as patch:
+    patch.setenv('TZ', 'Pacific/Kiritimati')
+    time.tzset()
+    assert_ends_as(tmp_path, whole)
+  time.tzset()
+  # TensorBoard reads the files in the order of their names.
+  assert [path.name for path in sorted((tmp_path / 'tensorboard').iterdir())][:-1] == events
+
+
+def test_a_checkpoint_of_format_0(tmp_path):
+  # What was written before checkpoints had checksums.
+  shutil.unpack_archive(Path(__file__).with_name('run_of_format_0.tar.gz'), tmp_path)
+  expected = {line['split']: line for line in read_metrics(tmp_path)}
+  found = json.loads(run_main(f'--workdir={tmp_path}', '--mode=eval', '--json').out)
+  assert found['step'] == 3
+  for split in ('held_out', 'test'):
+    assert found['splits'][split][0]['nll'] == pytest.approx(expected[split]['exit_1/nll'], rel=1e-5)
+  longer = '--config.train.epochs=1', '--config.train.max_steps=0', '--accept_config_changes'
+  result = run_main(f'--workdir={tmp_path}', *longer)
+  assert result.code == 0 and 'going on from the checkpoint of step 3 of 5' in result.out.splitlines()
+  assert saved_state(tmp_path).step == 5
 
 
 def test_the_second_signal_ends_at_once(tmp_path, whole):

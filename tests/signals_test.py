@@ -2,7 +2,11 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +81,34 @@ def test_outside_the_main_thread_nothing_is_received(outer):
   thread.join()
   assert found == [None]
   assert outer == ['SIGTERM']
+
+
+TOGETHER = """
+import os, signal, sys, time
+import jax
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 1, 0)
+from paranet_jax.signals import StopRequest
+with StopRequest() as stop:
+  step = 0
+  while not stop.requested(step):
+    assert stop.received is None
+    step += 1
+    if step == 3:
+      os.kill(os.getpid(), int(sys.argv[2]))
+    time.sleep(0.02)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print(stop.received, step)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_under_jax_distributed_the_processes_agree_on_the_step(number):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, '-c', TOGETHER, str(port), str(int(number))]
+  done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
+  what, step = done.stdout.strip().rsplit(' ', 1)
+  assert what == 'a preemption notice' and int(step) > 3
