@@ -71,7 +71,8 @@ class Evaluator:
 def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sharding.Sharding) -> Iterator[Batch]:
   from paranet_jax.data.stream import EvalBatches, Stream  # grain takes half a second to import.
 
-  with Stream(EvalBatches(split, batch_size), workers, place) as batches:
+  share = EvalBatches(split, batch_size, jax.process_index(), jax.process_count())
+  with Stream(share, workers, place) as batches:
     for batch in batches:
       yield batch['images'], batch['labels'], None, batch['mask']
 

@@ -28,21 +28,22 @@ def open_feed(
   from paranet_jax.data.stream import Stream, TrainBatches  # grain takes half a second to import.
 
   config, processes = task.config, jax.process_count()
+  number = len(devices) * processes
+  place = devices_lib.replicated(devices) if number == 1 else devices_lib.shared(devices)
   batches = TrainBatches(
     task.dataset.train,
     seed=config.seed,
     batch_size=config.train.batch_size,
     total_steps=task.total_steps,
     first_step=first_step,
-    num_devices=len(devices),
+    num_devices=None if number == 1 else len(devices),
     process_index=jax.process_index(),
     process_count=processes,
   )
-  place = devices_lib.replicated(devices) if len(devices) == 1 else devices_lib.shared(devices)
   # A device's share of a batch is all that it is given, so its order is as it comes.
-  size = config.train.batch_size // (len(devices) * processes)
+  size = config.train.batch_size // number
   rows = np.broadcast_to(np.arange(size, dtype=np.int32), (task.steps_per_epoch, size))
-  counting = jax.device_put(rows if len(devices) == 1 else np.stack([rows] * len(devices)), place)
+  counting = jax.device_put(rows if number == 1 else np.stack([rows] * len(devices)), place)
   with Stream(batches, config.data.workers, place) as placed:
 
     def feed(_: int) -> tuple[jax.Array, jax.Array, jax.Array]:

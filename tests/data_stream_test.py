@@ -99,14 +99,14 @@ def test_batches_are_those_of_training_in_memory():
     assert (batch['images'].dtype, batch['labels'].dtype) == (np.uint8, np.int32)
 
 
-@pytest.mark.parametrize('processes, devices', [(1, 2), (2, 1), (2, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize('processes, devices', [(1, 2), (2, None), (2, 1), (2, 2), (4, 2), (8, None)])
 def test_processes_and_devices_share_every_batch_in_order(processes, devices):
   shares = [
     train_batches(num_devices=devices, process_index=index, process_count=processes)[7] for index in range(processes)
   ]
   for share in shares:
-    axes = (devices,) if devices > 1 else ()
-    assert share['images'].shape == (*axes, 8 // processes // devices, *SHAPE)
+    axes = () if devices is None else (devices,)
+    assert share['images'].shape == (*axes, 8 // processes // (devices or 1), *SHAPE)
     assert share['labels'].shape == share['images'].shape[:-3]
   together = np.concatenate([share['images'].reshape(-1, *SHAPE) for share in shares])
   assert filled(together) == (2 * order(1)[2]).tolist()
@@ -126,6 +126,16 @@ def test_evaluation_sees_every_image_once():
   with Stream(batches, 0) as items:
     found = [(filled(item['images']), item['labels'].tolist(), item['mask'].tolist()) for item in items]
   assert found == [([0, 2], [0, 2], [1, 1]), ([4, 6], [4, 6], [1, 1]), ([8, 0], [1, 0], [1, 0])]
+
+
+def test_processes_share_an_evaluation():
+  shares = [EvalBatches(split(5), 2, index, 2) for index in range(2)]
+  assert [[filled(share[number]['images']) for number in range(len(share))] for share in shares] == [
+    [[0, 2], [8, 0]],
+    [[4, 6]],
+  ]
+  with Stream(EvalBatches(split(2), 2, 1, 2), 2) as nothing:
+    assert list(nothing) == []
 
 
 def test_worker_processes_give_the_same_batches_and_end():

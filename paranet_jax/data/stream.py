@@ -36,7 +36,7 @@ class TrainBatches:
   """A process's share of the batches of a run, from a step on: the images and order of training in memory.
 
   Batch i is {'images': uint8 [b, H, W, C], 'labels': int32 [b]} of step `first_step + i`, with a first axis of
-  `num_devices` before b where it is not 1. Process p has the p-th part of every batch.
+  `num_devices` before b where that is given. Process p has the p-th part of every batch.
   """
 
   def __init__(
@@ -47,7 +47,7 @@ class TrainBatches:
     batch_size: int,
     total_steps: int,
     first_step: int = 0,
-    num_devices: int = 1,
+    num_devices: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
   ):
@@ -57,14 +57,14 @@ class TrainBatches:
       batch_size: over all devices of all processes together.
       total_steps: of the run.
       first_step: where the stream begins.
-      num_devices: of this process.
+      num_devices: of this process, to have an axis for them.
       process_index, process_count: which share.
     """
     self._split, self._seed, self._batch_size = split, seed, batch_size
     self._first_step, self._total_steps = first_step, total_steps
     self._steps_per_epoch = steps_per_epoch(len(split), batch_size)
     self._share = process_index, process_count
-    self._devices = (num_devices,) if num_devices > 1 else ()
+    self._devices = () if num_devices is None else (num_devices,)
 
   def __len__(self) -> int:
     return max(self._total_steps - self._first_step, 0)
@@ -85,11 +85,14 @@ def _order(seed: int, epoch: int, num_examples: int, batch_size: int) -> np.ndar
 
 
 class EvalBatches:
-  """Every image once, in order: {'images', 'labels', 'mask': float32 [b], 0 where the last batch is filled up}."""
+  """Every image once, in order: {'images', 'labels', 'mask': float32 [b], 0 where the last batch is filled up}.
 
-  def __init__(self, split: Split, batch_size: int):
+  Of P processes, process p has the batches p, p + P, ...
+  """
+
+  def __init__(self, split: Split, batch_size: int, process_index: int = 0, process_count: int = 1):
     self._split = split
-    self._indices, self._mask = eval_batches(len(split), batch_size)
+    self._indices, self._mask = (every[process_index::process_count] for every in eval_batches(len(split), batch_size))
 
   def __len__(self) -> int:
     return len(self._indices)
