@@ -34,7 +34,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--devices', type=_count, help='The first so many devices; on a CPU, it is divided into so many (default: all).')
   add('--json', action='store_true', help='Print one JSON object.')
   arguments, rest = parser.parse_known_args(argv)
-  unknown = [argument for argument in rest if argument.startswith('-') and not argument.startswith('--config.')]
+  unknown = [argument for argument in rest if not argument.startswith('--config.')]
   if unknown:
     parser.error(f'unrecognized arguments: {" ".join(unknown)}')
   return arguments, rest

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax.data.dataset import Dataset, Split
-from paranet_jax.data.load import known_num_classes, load_dataset
+from paranet_jax.data.load import crop_padding_of, flips, known_num_classes, load_dataset
 
 _SIZES = {'cifar100': (50_000, 10_000), 'cifar10': (50_000, 10_000), 'digits': (1437, 360)}
 """Images to train and to test on."""
@@ -35,8 +35,8 @@ def dataset_like(config: ConfigDict) -> Dataset:
     class_names=tuple(map(str, range(classes))),
     mean=(0.5,) * model.channels,
     std=(0.25,) * model.channels,
-    crop_padding=model.image_side // 8 if data.crop_padding is None else data.crop_padding,
-    flip=name != 'digits' if data.flip is None else data.flip,
+    crop_padding=crop_padding_of(data, model.image_side),
+    flip=flips(data),
   )
 
 

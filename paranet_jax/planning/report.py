@@ -107,10 +107,10 @@ def _whole(plan: Plan, what: str, seconds: float) -> tuple[str, str, str, str]:
 
 def _assumptions(plan: Plan) -> str:
   chip = plan.chip
-  links = '' if chip.links is None else f', {chip.links / 1e9:.0f} GB/s sent to other chips'
+  links = '' if chip.links is None else f', {chip.links / 1e9:.4g} GB/s sent to other chips'
   lines = [
     'assumed:',
-    f'- a device does {chip.flops / 1e12:.3g} TFLOP/s and moves {chip.bandwidth / 1e9:.0f} GB/s{links} ({chip.source})',
+    f'- a device does {chip.flops / 1e12:.3g} TFLOP/s and moves {chip.bandwidth / 1e9:.4g} GB/s{links} ({chip.source})',
     '- at best: arithmetic and main memory overlap, both at their peak; collectives are added',
     '- operations are those of convolutions and matrix products; a program is taken to read and write main memory',
     '  once for each operand and result of an instruction, nothing from caches',

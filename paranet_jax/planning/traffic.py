@@ -50,7 +50,7 @@ def _moved(program: Program, computation: dict[str, Instruction], instruction: I
     return 0
   operands = [computation[name].results for name in instruction.operands if name in computation]
   if opcode.endswith('-start'):
-    return _copied(instruction.results, operands)
+    return _copied(opcode, instruction.results, operands)
   if opcode in _PARTIAL_READS:
     return 2 * _stored(instruction.results)
   if opcode == 'dynamic-update-slice':
@@ -60,13 +60,11 @@ def _moved(program: Program, computation: dict[str, Instruction], instruction: I
   return _stored(instruction.results) + sum(map(_stored, operands))
 
 
-def _copied(results: tuple[Array, ...], operands: list[tuple[Array, ...]]) -> int:
-  """An asynchronous copy or slice: its result is the smallest array of the tuple that it gives, besides its state."""
-  arrays = [array for array in results if array.stored > 4] or list(results)
-  target = min(arrays, key=lambda array: array.stored)
-  source_off_chip = any(not array.on_chip for array in operands[0]) if operands else False
-  target_off_chip = any(not array.on_chip for array in arrays if array.stored == target.stored)
-  return target.stored * (source_off_chip + target_off_chip)
+def _copied(opcode: str, results: tuple[Array, ...], operands: list[tuple[Array, ...]]) -> int:
+  """An asynchronous copy, which gives (target, source, state), or another such move: (source, target, ...)."""
+  sources = [array for arrays in operands for array in arrays]
+  target = results[0 if opcode == 'copy-start' else min(len(sources), len(results) - 1)]
+  return target.stored * (any(not array.on_chip for array in sources) + (not target.on_chip))
 
 
 def _fusion(body: dict[str, Instruction], results: tuple[Array, ...], operands: list[tuple[Array, ...]]) -> int:
