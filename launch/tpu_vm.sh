@@ -103,18 +103,21 @@ setup() {
 }
 
 # Streams until the run ends by itself: a lost connection is taken up again and, by the action train, a lost VM made anew.
+# What fails is looked at after a while, because the workers of a slice that is being preempted do not end at once.
 run() {
   local code
   on_worker all bash "$WORKER" start "$@"
   while ! logs; do
     code="$(on_worker 0 bash "$WORKER" code 2>/dev/null || true)"
-    [[ -z "$code" || ("$code" = "$STOPPED" && "$action" = train) ]] || return "$code"
+    [[ -z "$code" || "$action" = train ]] || return "$code"
     sleep "$POLL"
     if ! is_there; then
       [[ "$action" = train ]] || fail "$NAME is gone; the action train makes it anew and goes on"
       echo "$NAME is gone: making it anew" >&2
       create
       setup
+    elif [[ -n "$code" && "$code" != "$STOPPED" ]]; then
+      return "$code"
     fi
     on_worker all bash "$WORKER" start "$@" || true # What is running is left alone.
   done

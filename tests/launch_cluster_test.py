@@ -180,9 +180,10 @@ def cloud(tmp_path):
   return make, asked
 
 
-def test_a_preempted_vm_is_made_anew(cloud):
+@pytest.mark.parametrize('kept', ['', 3, 75])
+def test_a_preempted_vm_is_made_anew(cloud, kept):
   make, asked = cloud
-  result = run('tpu_vm.sh', 'train', CONFIG, path=make(), ZONE='z', TIER='spot', RUNS='1.2.3.4:/s', POLL='0')
+  result = run('tpu_vm.sh', 'train', CONFIG, path=make(kept=kept), ZONE='z', TIER='spot', RUNS='1.2.3.4:/s', POLL='0')
   assert (result.returncode, result.stderr) == (0, 'paranet is gone: making it anew\n')
   once = ['create', 'install', 'start', 'follow']
   assert asked() == [*once, 'delete', *once]
