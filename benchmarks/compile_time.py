@@ -7,7 +7,6 @@ all exits compiled. Where libtpu is installed the step of four times the batch i
 
 import argparse
 import dataclasses
-import importlib.util
 import statistics
 import sys
 import tempfile
@@ -19,8 +18,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli, peers, report
-from benchmarks.fresh_process import V5E_2X2, in_fresh_process
+from benchmarks.fresh_process import in_fresh_process
 from benchmarks.network import Size
+from paranet_jax.planning.topology import has_libtpu
 
 TPU_CHIPS = 4
 
@@ -61,19 +61,14 @@ def tpu(size: Size) -> dict[str, float | None]:
   """`tpu_compile_s` and `tpu_code_mb` of the step for v5e:2x2, None without libtpu."""
   if not has_libtpu():
     return {'tpu_compile_s': None, 'tpu_code_mb': None}
-  found = started(dataclasses.replace(size, batch=TPU_CHIPS * size.batch), 'tpu', env=V5E_2X2)
+  found = started(dataclasses.replace(size, batch=TPU_CHIPS * size.batch), 'tpu')
   return {'tpu_compile_s': found['compile'], 'tpu_code_mb': found['code_mb']}
 
 
-def has_libtpu() -> bool:
-  """Whether the compiler for TPUs is installed."""
-  return importlib.util.find_spec('libtpu') is not None
-
-
-def started(size: Size, task: str, cache: Path | None = None, env: dict[str, str] | None = None) -> dict[str, float]:
+def started(size: Size, task: str, cache: Path | None = None) -> dict[str, float]:
   """What a fresh process measures, announced."""
   cli.progress(f'a fresh process: {task}{", with a compilation cache" if cache else ""} ...')
-  return in_fresh_process(task, size, cache=cache, env=env)
+  return in_fresh_process(task, size, cache=cache)
 
 
 def medians(runs: Mapping[str, Callable[[], dict[str, float]]], rounds: int) -> dict[str, dict[str, float]]:

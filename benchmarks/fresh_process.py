@@ -21,23 +21,15 @@ from paranet_jax.base_config import base_config
 from paranet_jax.compilation_cache import OFF, use_compilation_cache
 from paranet_jax.costs import abstract_variables
 from paranet_jax.models.backend import compiling_for
+from paranet_jax.planning.topology import topology_devices
 from paranet_jax.steps import init_state, make_eval_step
 
-V5E_2X2 = {
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-  'JAX_PLATFORMS': 'cpu',
-}
-"""What libtpu asks for where there is no TPU."""
 
-
-def in_fresh_process(task: str, size: Size, *, cache: Path | None = None, env: dict[str, str] | None = None) -> dict:
+def in_fresh_process(task: str, size: Size, *, cache: Path | None = None) -> dict:
   """Runs one of `TASKS` in a new process.
 
   Args:
     cache: folder of the persistent compilation cache; None: no such cache.
-    env: environment variables that differ.
 
   Returns:
     What the task returns, and `imports`: seconds from the start of the process until jax and the package are there.
@@ -46,9 +38,7 @@ def in_fresh_process(task: str, size: Size, *, cache: Path | None = None, env: d
   settings = {'JAX_ENABLE_COMPILATION_CACHE': str(cache is not None)}
   settings |= {'PARANET_CACHE_DIR': str(cache)} if cache else {}
   root = Path(__file__).resolve().parents[1]
-  process = subprocess.run(
-    command, cwd=root, env=os.environ | settings | (env or {}), stdout=subprocess.PIPE, check=True, text=True
-  )
+  process = subprocess.run(command, cwd=root, env=os.environ | settings, stdout=subprocess.PIPE, check=True, text=True)
   return json.loads(process.stdout)
 
 
@@ -91,9 +81,7 @@ def evaluation(size: Size) -> dict[str, float]:
 
 def tpu(size: Size) -> dict[str, float]:
   """Seconds to compile the pmapped training step for v5e:2x2, and megabytes of the code, on a machine without a TPU."""
-  from jax.experimental import topologies
-
-  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+  devices = topology_devices('v5e:2x2')
   state = jax.eval_shape(partial(network.random_state, size))
   *whole, order = network.step_arguments(size, state)
   order = np.stack(np.split(order, len(devices), axis=1))

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` makes .venv and installs the
 # requirement files into it, pinned by constraints.txt. A copy of what was installed stays in .venv, so a second run
 # installs nothing and needs no network, and an interrupted one is completed. Nothing is ever deleted.

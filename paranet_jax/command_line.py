@@ -102,7 +102,7 @@ def _consume(values: flags.FlagValues, argv: Sequence[str], known_only: bool = F
 
 def _load_config(values: flags.FlagValues) -> ConfigDict:
   if values.config is not None:
-    return _load_file(*values.config.split(':', 1))
+    return load_config(values.config)
   if values.workdir is None:
     raise UserError('expected a configuration, found none; set --config=configs/quickstart.py or another, or --workdir')
   # jax takes a second to import, and a mistyped flag should not wait for it.
@@ -111,8 +111,13 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
   return restore_config(Path(values.workdir).expanduser().absolute())
 
 
-def _load_file(path: str, *argument: str) -> ConfigDict:
-  """The configuration that `get_config` of a Python file returns, given what followed `:` in the flag."""
+def load_config(flag: str) -> ConfigDict:
+  """The configuration that `get_config` of a Python file returns, given what follows `:` in the flag.
+
+  Raises:
+    UserError: there is no such file, it fails, or it returns something else.
+  """
+  path, *argument = flag.split(':', 1)
   _check_exists(Path(path))
   try:
     config = runpy.run_path(path).get('get_config', lambda *_: None)(*argument)

@@ -86,14 +86,17 @@ class Task:
     )
 
 
-def build_task(config: ConfigDict) -> Task:
+def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
   """Reads the data set and builds everything that training and evaluation need.
+
+  Args:
+    dataset: in place of the one that the configuration names.
 
   Raises:
     UserError: whatever of the configuration or the data does not fit.
   """
   config_lib.validate(config)
-  dataset = load_dataset(
+  dataset = dataset or load_dataset(
     config.data,
     image_side=config.model.image_side,
     channels=config.model.channels,

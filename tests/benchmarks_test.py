@@ -344,8 +344,8 @@ def test_compile_time(fake_torch, monkeypatch, capsys):
     'linen': iter([100.0, 100.0, 100.0]),
   }
 
-  def fake(task, size, *, cache, env):
-    asked.append((task, cache is not None, size.batch, bool(env)))
+  def fake(task, size, *, cache):
+    asked.append((task, cache is not None, size.batch))
     if task == 'evaluation':
       return {'imports': 1.0, 'compile': 8.0}
     if task == 'tpu':
@@ -356,13 +356,13 @@ def test_compile_time(fake_torch, monkeypatch, capsys):
   monkeypatch.setattr(compile_time, 'has_libtpu', lambda: True)
   result = run(compile_time.main, ['--rounds=3'], capsys)
   turn = [
-    ('ours', False, 64, False),
-    ('ours', True, 64, False),
-    ('eager', False, 64, False),
-    ('linen', False, 64, False),
+    ('ours', False, 64),
+    ('ours', True, 64),
+    ('eager', False, 64),
+    ('linen', False, 64),
   ]
-  last = [('evaluation', False, 64, False), ('tpu', False, 256, True)]
-  assert asked == [('ours', True, 64, False), *turn * 3, *last]
+  last = [('evaluation', False, 64), ('tpu', False, 256)]
+  assert asked == [('ours', True, 64), *turn * 3, *last]
   assert {name: value for name, value in result.items() if name not in SURROUNDINGS | {'rows'}} == {
     'cold_first_step_s': 35.0,
     'warm_first_step_s': 5.0,

@@ -63,8 +63,8 @@ def load_dataset(data_config: ConfigDict, *, image_side: int, channels: int, num
     class_names=source.class_names,
     mean=tuple(decoded.mean.tolist()),
     std=tuple(decoded.std.tolist()),
-    crop_padding=_crop_padding(data_config, image_side),
-    flip=_flip(data_config),
+    crop_padding=crop_padding_of(data_config, image_side),
+    flip=flips(data_config),
     skipped=_count_skipped(source, decoded),
   )
 
@@ -111,7 +111,8 @@ def _hold_out(train: Split, count: int) -> tuple[Split, Split | None]:
   return train.take(kept), train.take(drawn)
 
 
-def _crop_padding(data_config: ConfigDict, image_side: int) -> int:
+def crop_padding_of(data_config: ConfigDict, image_side: int) -> int:
+  """Pixels of padding before the random crop, derived if the config does not say."""
   padding = data_config.crop_padding
   if padding is None:
     return image_side // (32 if data_config.name == 'digits' else 8)
@@ -120,7 +121,8 @@ def _crop_padding(data_config: ConfigDict, image_side: int) -> int:
   return padding
 
 
-def _flip(data_config: ConfigDict) -> bool:
+def flips(data_config: ConfigDict) -> bool:
+  """Whether images are mirrored at random, derived if the config does not say."""
   if data_config.flip is None:
     return re.split('[/:]', data_config.name)[0] not in _NOT_MIRRORED  # Without tfds's /config and :version.
   return data_config.flip

@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# Trains on a Google Cloud TPU VM or pod slice. Needs gcloud, logged in.
+#
+#   ZONE=us-west4-a launch/tpu_vm.sh [--dry-run] ACTION [ARGUMENTS]
+#
+#   create   makes the VM (or slice), or takes the one that is there
+#   setup    copies this folder to all workers and installs it there
+#   run      starts `python -m paranet_jax.main ARGUMENTS` on all workers, or finds it running, and streams worker 0's log
+#   train    all three; makes the VM anew and goes on from the last checkpoint whenever it has been preempted
+#   logs     streams the log of a run that was started before
+#   delete   deletes the VM, and its disk with it
+#
+# --dry-run prints what would run, a command a line, as if there were no VM yet, and runs nothing.
+#
+# Variables:
+#   ZONE      such as us-west4-a (no default)
+#   PROJECT   default: gcloud's own
+#   NAME      of the VM; default: paranet
+#   TYPE      accelerator type; default: v5litepod-4, which is v5e:2x2; v5litepod-16 is v5e:4x4
+#   RUNTIME   software version of the VM; default: the one for TYPE
+#   TIER      standard (default), spot or preemptible
+#   QUEUED    1: wait in a queue until there is room; default: fail if there is none now
+#   RUNS      NFS export (Filestore) that all workers mount as runs/, such as 10.0.0.2:/share. The disk of a VM goes with
+#             it, so what may be preempted needs one; default: runs/ is on the disk of each worker
+#   POLL      seconds between looks at what is waited for; default: 60
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+NAME="${NAME:-paranet}" TYPE="${TYPE:-v5litepod-4}" TIER="${TIER:-standard}" QUEUED="${QUEUED:-}" RUNS="${RUNS:-}"
+POLL="${POLL:-60}" dry_run=''
+WORKER=paranet_jax/launch/tpu_worker.sh
+STOPPED=75 # How tpu_worker.sh ends where the run was stopped before its end.
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Runs a command, or prints it as a shell reads it.
+run_or_print() {
+  if [[ -n "$dry_run" ]]; then
+    printf '%q' "$1" && printf ' %q' "${@:2}" && echo
+  else
+    "$@"
+  fi
+}
+
+tpus() {
+  run_or_print gcloud compute tpus "$@" "${where[@]}"
+}
+
+# Runs a command on worker $1, or on all.
+on_worker() {
+  local command
+  command="$(printf '%q ' "${@:2}")"
+  tpus tpu-vm ssh "$NAME" --worker="$1" --command="${command% }"
+}
+
+# Of the VM: READY, PREEMPTED, ...; of a request in the queue: ACTIVE, SUSPENDED, ...; nothing where there is none.
+state() {
+  [[ -z "$dry_run" ]] || return 0
+  if [[ -n "$QUEUED" ]]; then
+    tpus queued-resources describe "$NAME" --format='value(state.state)' 2>/dev/null || true
+  else
+    tpus tpu-vm describe "$NAME" --format='value(state)' 2>/dev/null || true
+  fi
+}
+
+is_there() {
+  [[ "$(state)" =~ ^(READY|ACTIVE)$ ]]
+}
+
+create() {
+  local found
+  found="$(state)"
+  if [[ "$found" =~ ^(PREEMPTED|TERMINATED|STOPPED|FAILED|SUSPENDING|SUSPENDED)$ ]]; then
+    delete
+    found=''
+  fi
+  if [[ -z "$found" && -n "$QUEUED" ]]; then
+    tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" \
+      "${tier[@]}"
+  elif [[ -z "$found" ]]; then
+    tpus tpu-vm create "$NAME" --accelerator-type="$TYPE" --version="$RUNTIME" "${tier[@]}"
+  fi
+  while [[ -z "$dry_run" ]] && ! is_there; do
+    found="$(state)"
+    echo "waiting for $NAME: $found" >&2
+    [[ "$found" != FAILED ]] || fail "the request for $TYPE has failed; set another ZONE or TYPE"
+    sleep "$POLL"
+  done
+}
+
+setup() {
+  local archive=/tmp/paranet_jax.tar.gz
+  [[ -n "$dry_run" ]] || archive="$(mktemp --suffix=.tar.gz)"
+  run_or_print tar --create --gzip --file="$archive" --exclude-vcs --exclude=./.venv --exclude=./runs .
+  tpus tpu-vm scp "$archive" "$NAME:paranet_jax.tar.gz" --worker=all
+  run_or_print rm "$archive"
+  on_worker all mkdir -p paranet_jax
+  on_worker all tar --extract --gzip --file=paranet_jax.tar.gz --directory=paranet_jax
+  on_worker all bash "$WORKER" install ${RUNS:+"$RUNS"}
+}
+
+# Streams until the run ends by itself: a lost connection is taken up again and, by the action train, a lost VM made anew.
+# What fails is looked at after a while, because the workers of a slice that is being preempted do not end at once.
+run() {
+  local code
+  on_worker all bash "$WORKER" start "$@"
+  while ! logs; do
+    code="$(on_worker 0 bash "$WORKER" code 2>/dev/null || true)"
+    [[ -z "$code" || "$action" = train ]] || return "$code"
+    sleep "$POLL"
+    if ! is_there; then
+      [[ "$action" = train ]] || fail "$NAME is gone; the action train makes it anew and goes on"
+      echo "$NAME is gone: making it anew" >&2
+      create
+      setup
+    elif [[ -n "$code" && "$code" != "$STOPPED" ]]; then
+      return "$code"
+    fi
+    on_worker all bash "$WORKER" start "$@" || true # What is running is left alone.
+  done
+}
+
+train() {
+  create
+  setup
+  run "$@"
+}
+
+logs() {
+  on_worker 0 bash "$WORKER" follow
+}
+
+delete() {
+  if [[ -n "$QUEUED" ]]; then
+    tpus queued-resources delete "$NAME" --force --quiet
+  else
+    tpus tpu-vm delete "$NAME" --quiet
+  fi
+}
+
+if [[ "${1:-}" = --dry-run ]]; then
+  dry_run=1
+  shift
+fi
+action="${1:-}"
+[[ "$action" =~ ^(create|setup|run|train|logs|delete)$ ]] ||
+  fail "expected create, setup, run, train, logs or delete, found '$action'; see the top of launch/tpu_vm.sh"
+[[ -n "${ZONE:-}" ]] || fail "ZONE must be set, such as ZONE=us-west4-a"
+where=(--zone="$ZONE" ${PROJECT:+"--project=$PROJECT"})
+case "$TYPE" in
+  v6e*) default=v2-alpha-tpuv6e ;;
+  v5p*) default=v2-alpha-tpuv5 ;;
+  v5litepod*) default=v2-alpha-tpuv5-lite ;;
+  *) default=tpu-ubuntu2204-base ;;
+esac
+RUNTIME="${RUNTIME:-$default}"
+case "$TIER" in
+  standard) tier=() ;;
+  spot | preemptible) tier=("--$TIER") ;;
+  *) fail "TIER must be standard, spot or preemptible, found '$TIER'" ;;
+esac
+[[ "$TIER" != preemptible || -z "$QUEUED" ]] || fail "what is queued can be spot and not preemptible; set TIER=spot"
+[[ "$TIER" = standard || "$action" != train || -n "$RUNS" ]] ||
+  fail "a VM that is preempted loses its disk, and the checkpoints with it; set RUNS to an NFS export"
+[[ -n "$dry_run" ]] || command -v gcloud >/dev/null || fail "gcloud is needed; see https://cloud.google.com/sdk/docs/install"
+"$action" "${@:2}"
