@@ -132,9 +132,7 @@ class Checkpoints:
       UserError: the save before failed (see `wait`).
     """
     self.wait()
-    # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
-    host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(state))
-    self._saving = self._background.submit(self._write, step, host_state, meta)
+    self._saving = self._background.submit(self._write, step, _host_copy(state), meta)
 
   def check(self) -> None:
     """Raises what `wait` would, if the save has come to its end."""
@@ -305,6 +303,14 @@ class Checkpoints:
           f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} in this configuration; '
           'set --config to the one it was trained with, or --workdir'
         )
+
+
+def _host_copy(state: Any) -> Any:
+  for leaf in jax.tree.leaves(state):
+    if isinstance(leaf, jax.Array):
+      leaf.copy_to_host_async()  # All on their way at once.
+  # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
+  return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 
 
 def _shapes(state: Any) -> dict[str, list[int]]:

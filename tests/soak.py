@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 from faults_test import LONG, assert_ends_as, start
@@ -56,6 +55,7 @@ def main() -> None:
   parser.add_argument('--kills', type=int, default=50, help='at least so many (default: 50)')
   parser.add_argument('--seed', type=int, default=0, help='of the kills (default: 0)')
   options = parser.parse_args()
+  jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu'))
   jax.config.update('jax_disable_most_optimizations', True)
   chance, started, kills, runs = random.Random(options.seed), time.monotonic(), 0, 0
   with tempfile.TemporaryDirectory() as folder:
