@@ -19,7 +19,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cli, compile_time, fresh_process, inference, loader, memory, network, peers, report, train_step
+from benchmarks import (
+  cli,
+  compile_time,
+  fresh_process,
+  inference,
+  loader,
+  memory,
+  network,
+  peers,
+  report,
+  saving,
+  train_step,
+)
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
@@ -391,6 +403,24 @@ def test_fresh_process_and_its_compilation_cache(monkeypatch, tmp_path):
   found = fresh_process.in_fresh_process('evaluation', SMALLEST, cache=cache)
   assert set(found) == {'imports', 'compile'} and min(found.values()) > 0
   assert len(list((cache / 'compiled').iterdir())) == 1
+
+
+def test_saving(monkeypatch, capsys):
+  steps = {'steps_ms': 3.0, 'bare_steps_ms': 2.0}
+  monkeypatch.setattr(saving, '_step_times', lambda *unused: steps)
+  result = run(saving.main, [*FLAGS, '--rounds=2'], capsys)
+  assert result.keys() == SURROUNDINGS | {'save_ms', 'copy_ms', 'ratio', 'whole_save_ms', 'megabytes', 'rows', *steps}
+  assert result['ratio'] == pytest.approx(result['save_ms'] / result['copy_ms'], rel=1e-3)
+  assert 0 < result['save_ms'] < result['whole_save_ms'] and result['steps_ms'] == 3.0
+  assert [row['peer'] for row in result['rows']] == ['copy', 'orbax async']
+
+
+def test_what_training_steps_take_with_a_save_in_them(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(network, 'our_training_step', lambda *unused: lambda: calls.append('step'))
+  monkeypatch.setattr(saving.Checkpoints, 'save', lambda *unused: calls.append('save'))
+  found = saving._step_times(SMALLEST, {}, tmp_path, rounds=1)
+  assert calls == ['step', 'save', *['step'] * 2 * saving.STEPS] and found.keys() == {'steps_ms', 'bare_steps_ms'}
 
 
 def test_memory(monkeypatch, capsys):

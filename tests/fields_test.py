@@ -255,7 +255,7 @@ FIELDS = {
   'checkpoint.every_steps': (run, 3, {}),
   'checkpoint.keep': (run, 1, {}),
   'checkpoint.keep_every_epochs': (run, 0.5, {}),
-  'checkpoint.keep_best': (run, 'nll', {'data.held_out': 100}),
+  'checkpoint.keep_best': (run, 'nll', {'data.held_out': 100, 'checkpoint.every_steps': 6}),
   'log.every_steps': (run, 3, {}),
 }
 

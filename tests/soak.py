@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 from faults_test import LONG, assert_ends_as, start
 
+RUN = *LONG, '--config.checkpoint.every_steps=15'
 LONGEST = 1.5
-"""Seconds from the first step, or from the start, to the kill, at most; a whole run takes a few."""
+"""Seconds from the first log line to the kill, at most; a whole run takes a few."""
 
 
 def killed(workdir: Path, chance: random.Random) -> bool:
   """Starts the run and kills it; False if it had come to its end before."""
-  with start(*LONG, workdir=workdir) as process:
+  with start(*RUN, workdir=workdir) as process:
     # Half of the kills come in the start (imports, restoring, compiling), half while it trains, saves and evaluates.
     training = chance.random() < 0.5
     if training:
@@ -43,7 +44,7 @@ def killed(workdir: Path, chance: random.Random) -> bool:
 
 def finish(workdir: Path) -> None:
   """Lets the run come to its end."""
-  with start(*LONG, workdir=workdir) as process:
+  with start(*RUN, workdir=workdir) as process:
     _, err = process.communicate()
   assert (process.returncode, err) == (0, ''), err
 
