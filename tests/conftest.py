@@ -1,6 +1,7 @@
 """How every test runs jax: on eight pretended CPU devices, quick to compile, with strict promotion."""
 
 import os
+import signal
 
 import jax
 import pytest
@@ -9,6 +10,8 @@ jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Processes of pytest-xdist ignore Control-C.
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -85,8 +85,7 @@ def logits(workdir):
   """Of the usable exits, on the held-out and on the test images, and their labels, without our batches."""
   restored = calibration.restore_checkpoint(calibration.restore_config(workdir), workdir, None, jax.local_devices()[:1])
   data, found = restored.task.dataset, {}
-  variables = {'params': restored.state.params, 'batch_stats': restored.state.batch_stats}
-  forward = jax.jit(lambda images: restored.task.model.apply(variables, images))
+  forward = jax.jit(lambda images: restored.task.model.apply(restored.variables, images))
   for name, split in (('held_out', data.held_out), ('test', data.test)):
     images = (split.images / 255.0 - np.array(data.mean)) / np.array(data.std)
     found[name] = np.stack(forward(images.astype(np.float32))[1:]).astype(np.float64), split.labels

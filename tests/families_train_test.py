@@ -25,7 +25,14 @@ from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_tota
 # One epoch of 1,337 training images in batches of 32 is 41 steps.
 SHORT = (
   *('data.name=digits', 'data.held_out=100', 'model.image_side=8', 'train.epochs=1', 'train.batch_size=32'),
-  *('train.learning_rate=0.2', 'train.warmup_epochs=0', 'train.devices=1', 'eval.batch_size=180', 'log.every_steps=8'),
+  *(
+    'train.learning_rate=0.2',
+    'train.warmup_epochs=0',
+    'train.drops=()',
+    'train.devices=1',
+    'eval.batch_size=180',
+    'log.every_steps=8',
+  ),
 )
 RUNS = {
   'densenet_bc_100_12': ('model.depth=10', 'model.growth_rate=8', 'model.exits=blocks'),

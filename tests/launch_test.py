@@ -13,7 +13,7 @@ SCRIPTS = ('launch/venv.sh', 'launch/quickstart.sh', 'launch/test.sh', '.ci/run'
 INSTALL_RUN_TIME = 'pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt'
 INSTALL_TEST = 'pip install --quiet --disable-pip-version-check -r requirements-test.txt -c constraints.txt'
 QUICKSTART = 'paranet_jax.main --config=configs/quickstart.py'
-PYTEST = 'pytest -q --durations=10'
+PYTEST = 'pytest -q --durations=10 --numprocesses=2 --dist=loadfile'
 
 # Answers `-c CODE` as a Python of the version VERSION would, makes a .venv that holds itself, and logs every other
 # module it is asked to run. A file named broken-MODULE beside the log makes that module fail.
