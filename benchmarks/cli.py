@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.network import Size
 from paranet_jax.allocator import use_huge_pages
+from paranet_jax.arguments import positive
 from paranet_jax.errors import UserError
 
 
@@ -66,13 +67,6 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> None:
     raise UserError(f'{message}; see --help')
-
-
-def positive(text: str) -> int:
-  """An integer of 1 or more."""
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text}')
-  return int(text)
 
 
 def run(parser: Parser, measure: Callable[[argparse.Namespace], dict[str, Any]], argv: Sequence[str] | None) -> int:

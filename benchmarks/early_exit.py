@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli, network, report
 from benchmarks.timing import in_turn
+from paranet_jax.arguments import positive
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.costs import PathCosts, mac_costs
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _batches(text: str) -> tuple[int, ...]:
-  return tuple(map(cli.positive, text.split(',')))
+  return tuple(map(positive, text.split(',')))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from PIL import Image
 from benchmarks import cli, network, report
 from benchmarks.network import Size
 from benchmarks.timing import in_turn
+from paranet_jax.arguments import positive
 from paranet_jax.data.dataset import Source, Split
 from paranet_jax.data.image_folder import folder_source
 from paranet_jax.data.records import StoredImages
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_rounds(3)
   parser.add_seconds()
   parser.add_argument('--data_dir', default=os.environ.get('PARANET_DATA_DIR', ''), help='of a prepared CIFAR-100')
-  parser.add_argument('--workers', type=cli.positive, help='processes that read (default: one a core, at most 16)')
+  parser.add_argument('--workers', type=positive, help='processes that read (default: one a core, at most 16)')
   return cli.run(parser, measure, argv)
 
 

@@ -70,7 +70,7 @@ def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
   train.batch_size = 64  # Images a step, over all devices together.
   train.learning_rate = 0.1  # The highest of the schedule.
   train.schedule = 'step'  # 'step', 'cosine', 'one_cycle' or 'constant'.
-  train.drops = (50 / 130, 100 / 130)  # Of 'step', as shares of `epochs`.
+  train.drops = (50 / 130, 100 / 130)  # Of 'step', as shares of `epochs`; the paper's, 50 and 100 of 130.
   train.drop_epochs = placeholder(tuple)  # Of 'step', in epochs; None: `drops`.
   train.drop_factor = 0.1  # Of 'step': what each drop multiplies the learning rate with.
   train.warmup_epochs = 0.0  # Linear warm-up, in epochs.

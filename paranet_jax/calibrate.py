@@ -5,8 +5,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from absl import logging
-
 from paranet_jax.allocator import use_huge_pages
 from paranet_jax.early.calibrate_flags import Request, parse
 from paranet_jax.errors import UserError, exit_code
@@ -14,7 +12,6 @@ from paranet_jax.errors import UserError, exit_code
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process); returns the exit code."""
-  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # For what its encoding does not have.
   argv = sys.argv[1:] if argv is None else argv

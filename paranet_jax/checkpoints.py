@@ -29,6 +29,7 @@ FORMAT = 1
 
 _UNFINISHED = '*.orbax-checkpoint-tmp*'
 _DELETED = 'deleted'
+_COMMITTED = 'commit_success.txt'
 
 
 class DamagedError(UserError):
@@ -159,6 +160,8 @@ class Checkpoints:
       with _raised_not_logged():
         self._manager.save(step, args=args)
       folder = self._folder / str(step)
+      for marker in folder.rglob(_COMMITTED):
+        marker.write_text('')  # That it is there counts; it named a folder of this machine.
       write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
       self._tidy()
@@ -231,9 +234,7 @@ class Checkpoints:
       UserError: the checkpoint is damaged.
     """
     self._read_meta(step)
-    state = self._read(step, state=ocp.args.StandardRestore()).state
-    # What was packed is of half the precision.
-    return jax.tree.map(partial(np.asarray, dtype=np.float32), {name: state.get(name) or {} for name in VARIABLES})
+    return self._read_variables(step)
 
   def restore_variables(self, step: int, like: Any) -> Any:
     """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
@@ -248,8 +249,13 @@ class Checkpoints:
     shapes = self._read_meta(step)['shapes']
     saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
     self._check_shapes(step, saved, _shapes(like))
-    variables = self.read_variables(step)
+    variables = self._read_variables(step)
     return {name: variables[name] for name in like}
+
+  def _read_variables(self, step: int) -> dict[str, Any]:
+    state = self._read(step, state=ocp.args.StandardRestore()).state
+    # What was packed is of half the precision.
+    return jax.tree.map(partial(np.asarray, dtype=np.float32), {name: state.get(name) or {} for name in VARIABLES})
 
   def _read_meta(self, step: int) -> dict[str, Any]:
     """Reads it, once the files are found to be what was written: orbax does not see that everywhere."""

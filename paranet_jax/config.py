@@ -32,14 +32,11 @@ def _tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
   return holds, f'numbers of {low} or more, such as "(1,2,3)"'
 
 
-def _shares(values: tuple) -> bool:
-  return all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values)
-
-
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, 'more than 0 and finite')
 _EPOCHS: Rule = (lambda value: 0 < value <= 1e6, 'more than 0 and at most 1,000,000')
 _PART: Rule = (lambda value: 0 < value <= 1, 'more than 0 and at most 1')
 _SHARE: Rule = (lambda value: 0 <= value <= 1, 'from 0 to 1')
+_TIMES: Rule = _tuple_of((int, float), 0)
 
 FAMILY_CONFIGS = {
   'paranet': 'paranet',
@@ -108,8 +105,11 @@ RULES: dict[str, Rule] = {
   'train.batch_size': _at_least(1),
   'train.learning_rate': _POSITIVE,
   'train.schedule': _one_of('step', 'cosine', 'one_cycle', 'constant'),
-  'train.drops': (_shares, 'shares from 0 to 1, such as "(0.5,0.75)"'),
-  'train.drop_epochs': _tuple_of((int, float), 0),
+  'train.drops': (
+    lambda values: _TIMES[0](values) and max(values, default=0) <= 1,
+    'shares from 0 to 1, such as "(0.5,0.75)"',
+  ),
+  'train.drop_epochs': _TIMES,
   'train.drop_factor': _POSITIVE,
   'train.warmup_epochs': _at_least(0),
   'train.optimizer': _one_of('sgd', 'adamw'),

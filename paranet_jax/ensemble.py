@@ -5,8 +5,6 @@ import json
 import sys
 from collections.abc import Sequence
 
-from absl import logging
-
 from paranet_jax.allocator import use_huge_pages
 from paranet_jax.arguments import Parser
 from paranet_jax.errors import UserError, exit_code
@@ -15,7 +13,6 @@ from paranet_jax.tables import align
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments, those of sys.argv if None; returns the exit code."""
-  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
   return exit_code(lambda: _run(_parse(argv)))
 
 

@@ -35,8 +35,9 @@ def load_ensemble(workdirs: Sequence[str | Path]) -> LoadedEnsemble:
     UserError: a run cannot be read, or does not go with the first.
   """
   runs = tuple(map(load, workdirs))
+  first = _reads(runs[0])
   for workdir, run in zip(workdirs, runs, strict=True):
-    there, first = _reads(run), _reads(runs[0])
+    there = _reads(run)
     for what in first:
       if there[what] != first[what]:
         raise UserError(

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from absl import logging
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,6 +34,7 @@ def no_room_is_told(workdir: Path) -> Iterator[None]:
 
 def exit_code(run: Callable[[], object]) -> int:
   """Runs a command: 0; 2 after a `UserError`, whose line it prints; 130 if it was interrupted."""
+  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
   try:
     run()
   except UserError as error:

@@ -1,6 +1,7 @@
 """What each training step reads: the whole training set on the devices, or one batch after another."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -56,13 +57,9 @@ def open_feed(
 def _whole_set(task: Task, devices: list[jax.Device], order: Callable[[int], jax.Array]) -> Feed:
   train = task.dataset.train
   images, labels = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
-  kept = {}
+  order = functools.lru_cache(maxsize=1)(order)
 
   def feed(step: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    epoch = step // task.steps_per_epoch
-    if epoch not in kept:
-      kept.clear()
-      kept[epoch] = order(epoch)
-    return images, labels, kept[epoch]
+    return images, labels, order(step // task.steps_per_epoch)
 
   return feed

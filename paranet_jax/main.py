@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from paranet_jax.allocator import use_huge_pages
@@ -14,7 +14,6 @@ from paranet_jax.errors import UserError, exit_code
 
 def main() -> int:
   """Runs the command in sys.argv; returns the exit code."""
-  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
   return exit_code(lambda: _run(*parse(sys.argv)))
 
 

@@ -10,8 +10,6 @@ import optax
 
 Schedule = Callable[[Any], Any]
 
-# The paper drops the learning rate at epochs 50 and 100 of 130.
-
 
 def make_schedule(
   kind: str,

@@ -1,20 +1,15 @@
 """`python -m paranet_jax.pack`: a run to share, in a tenth of its size. User errors are one line and exit code 2."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from absl import logging
-
-from paranet_jax.arguments import Parser
+from paranet_jax.arguments import Parser, absolute
 from paranet_jax.errors import UserError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments, those of sys.argv if None; returns the exit code."""
-  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
   return exit_code(lambda: _run(_parse(argv)))
 
 
@@ -23,18 +18,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog='python -m paranet_jax.pack',
     description='Writes what a run learned (parameters in float16), its log and its configuration to another folder.',
   )
-  parser.add_argument('--workdir', type=_folder, help='Folder of a finished run.')
-  parser.add_argument('--out', type=_folder, help='Folder to write; it must not be there, or be empty.')
+  parser.add_argument('--workdir', type=absolute, help='Folder of a finished run.')
+  parser.add_argument('--out', type=absolute, help='Folder to write; it must not be there, or be empty.')
   parser.add_argument('--step', type=int, help='Checkpoint (default: the latest).')
   given = parser.parse_args(argv)
   for flag in ('workdir', 'out'):
     if getattr(given, flag) is None:
       raise UserError(f'expected a folder, found none; set --{flag}')
   return given
-
-
-def _folder(text: str) -> Path:
-  return Path(os.path.expanduser(text)).absolute()
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -8,17 +8,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from absl import logging
-
 from paranet_jax.allocator import use_huge_pages
-from paranet_jax.arguments import Parser
+from paranet_jax.arguments import Parser, positive
 from paranet_jax.command_line import load_config, override
 from paranet_jax.errors import UserError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process); returns the exit code."""
-  logging.set_verbosity(logging.WARNING)
   return exit_code(lambda: _run(*_parse(argv)))
 
 
@@ -31,19 +28,15 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add = parser.add_argument
   add('--config', required=True, help='Configuration file.')
   add('--topology', help='TPU slice to compile for, such as v5e:2x2 or v4:2x2x2 (default: the devices that are here).')
-  add('--devices', type=_count, help='The first so many devices; on a CPU, it is divided into so many (default: all).')
+  add(
+    '--devices', type=positive, help='The first so many devices; on a CPU, it is divided into so many (default: all).'
+  )
   add('--json', action='store_true', help='Print one JSON object.')
   arguments, rest = parser.parse_known_args(argv)
   unknown = [argument for argument in rest if not argument.startswith('--config.')]
   if unknown:
     parser.error(f'unrecognized arguments: {" ".join(unknown)}')
   return arguments, rest
-
-
-def _count(text: str) -> int:
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text}')
-  return int(text)
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

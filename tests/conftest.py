@@ -22,6 +22,16 @@ def cache_dir(tmp_path_factory):
     yield
 
 
+@pytest.fixture(scope='module')
+def programs():
+  """What is built for a run is shared by all runs that it serves (see `running.SharedPrograms`)."""
+  from running import PROGRAMS  # It imports the whole program, which most tests do without.
+
+  with pytest.MonkeyPatch.context() as patch:
+    PROGRAMS.install(patch)
+    yield
+
+
 @pytest.fixture
 def standard_promotion():
   """For what does not run under strict promotion: optax's AdamW and accumulation, flax's normalization in bfloat16."""

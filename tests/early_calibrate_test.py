@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from running import PROGRAMS, TINY, Result, run_main
+from running import PROGRAMS, TINY, run_command, run_main
 
 from paranet_jax.calibrate import main
 from paranet_jax.early import calibration, calibration_figures, latency, report
@@ -28,10 +28,7 @@ READING = f'reading {HELD_OUT} held-out and {TEST} test images\n'
 
 def calibrate(*arguments):
   """The command with these arguments, in this process."""
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = main(list(map(str, arguments)))
-  return Result(code, out.getvalue(), err.getvalue())
+  return run_command(main, *arguments)
 
 
 def refused(*arguments, started=False):

@@ -1,7 +1,5 @@
 """Tests of `python -m paranet_jax.experiments` on the smoke protocol: reuse, resume, the files and the refusals."""
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -10,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from running import CONFIGS, PROGRAMS, Result, before_each_step, contents
+from running import CONFIGS, PROGRAMS, Result, before_each_step, contents, run_command
 
 from paranet_jax import experiments
 from paranet_jax.command_line import parse
@@ -38,10 +36,7 @@ def _programs():
 
 
 def run_experiments(*arguments) -> Result:
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = experiments.main(list(map(str, arguments)))
-  return Result(code, out.getvalue(), err.getvalue())
+  return run_command(experiments.main, *arguments)
 
 
 def refusal(*arguments, started=False) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from running import CONFIGS, PROGRAMS, run_main, saved_state
+from running import CONFIGS, run_main, saved_state
 
 from paranet_jax import calibrate
 from paranet_jax.devices import pick_devices, place_order, replicated, run_on
@@ -21,6 +21,8 @@ from paranet_jax.metrics import read_metrics
 from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.staged import StagedModel
 from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_totals
+
+pytestmark = pytest.mark.usefixtures('programs')
 
 # One epoch of 1,337 training images in batches of 32 is 41 steps.
 SHORT = (
@@ -51,15 +53,8 @@ def arguments(file, workdir, *fields):
   return f'--config={CONFIGS}/{file}.py', *flags, f'--workdir={workdir}'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _programs():
-  with pytest.MonkeyPatch.context() as patch:
-    PROGRAMS.install(patch)
-    yield
-
-
 @pytest.fixture(scope='module')
-def finished(_programs, tmp_path_factory):
+def finished(programs, tmp_path_factory):
   """From a configuration's file to the folder of its run of one epoch."""
 
   @functools.cache

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import PROGRAMS, TINY, contents, refusal, run_main
+from running import TINY, contents, refusal, run_main
 
 from paranet_jax.errors import UserError
 from paranet_jax.lock import workdir_lock
+
+pytestmark = pytest.mark.usefixtures('programs')
 
 HOLD = """
 import multiprocessing, pathlib, sys, time
@@ -23,13 +25,6 @@ with workdir_lock(pathlib.Path(sys.argv[1])):
   print('held', flush=True)
   sys.stdin.read()
 """
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _programs():
-  with pytest.MonkeyPatch.context() as patch:
-    PROGRAMS.install(patch)
-    yield
 
 
 def holder(workdir, *arguments):

@@ -54,6 +54,12 @@ def test_what_is_in_it(workdir, packed):
   assert size[packed] < size[workdir] / 2
 
 
+def test_where_it_was_made_is_not_told(workdir, packed):
+  for path in packed.rglob('*'):
+    if path.is_file():
+      assert not any(str(folder).encode() in path.read_bytes() for folder in (workdir, packed)), path
+
+
 def test_where_the_data_lies_is_not_told(workdir, packed):
   assert 'mine' in (workdir / 'config.json').read_text()
   assert 'data_dir' not in (packed / 'config.json').read_text()

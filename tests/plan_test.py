@@ -1,16 +1,14 @@
 """Tests of `python -m paranet_jax.plan`, on CPU devices; where libtpu is installed, for TPUs that are not here too."""
 
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
 import os
 from types import SimpleNamespace
 
 import jax
 import pytest
-from running import QUICKSTART, Result
+from running import QUICKSTART, Result, run_command
 
 from paranet_jax import config as config_lib
 from paranet_jax import plan
@@ -55,10 +53,7 @@ FACTS = StepFacts(
 
 
 def run_plan(*arguments) -> Result:
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    code = plan.main(arguments)
-  return Result(code, out.getvalue(), err.getvalue())
+  return run_command(plan.main, *arguments)
 
 
 def refusal(*arguments) -> str:

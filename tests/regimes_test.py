@@ -1,14 +1,13 @@
 """Tests of which exits train when, and of what stays as it is meanwhile."""
 
 import dataclasses
-import os
 import signal
 
 import chex
 import jax
 import numpy as np
 import pytest
-from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_state
+from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_state, send
 
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
@@ -181,7 +180,7 @@ def test_lines_say_what_trained(disjoint):
 @pytest.mark.parametrize('step', [2, 3, 4])
 def test_a_run_that_was_stopped_ends_as_the_other(disjoint, tmp_path, step):
   with pytest.MonkeyPatch.context() as patch:
-    before_each_step(patch, lambda now, _: os.kill(os.getpid(), signal.SIGTERM) if now + 1 == step else None)
+    before_each_step(patch, send(signal.SIGTERM, step))
     result = run_main(*DISJOINT, f'--workdir={tmp_path}')
   assert result.code == 0 and f'stopped by SIGTERM after step {step}, saved' in result.out
   assert run_main(*DISJOINT, f'--workdir={tmp_path}').code == 0

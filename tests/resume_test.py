@@ -14,12 +14,14 @@ import chex
 import jax
 import numpy as np
 import pytest
-from running import CONFIGS, PROGRAMS, TINY, before_each_step, run_main, saved_state
+from running import CONFIGS, TINY, before_each_step, run_main, saved_state, send, summary_of
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures('programs')
 
 NUM_STEPS = 10
 
@@ -28,15 +30,8 @@ class Killed(BaseException):
   """The end of the process, as far as one can have it in a test."""
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _programs():
-  with pytest.MonkeyPatch.context() as patch:
-    PROGRAMS.install(patch)
-    yield
-
-
 @pytest.fixture(scope='module')
-def whole(_programs, tmp_path_factory):
+def whole(programs, tmp_path_factory):
   """The folder of a run that was not stopped."""
   workdir = tmp_path_factory.mktemp('whole')
   assert run_main(*TINY, f'--workdir={workdir}').code == 0
@@ -50,13 +45,7 @@ def assert_ends_as(workdir, whole):
   lines, expected = read_metrics(workdir), read_metrics(whole)
   assert [(line['step'], line['split']) for line in lines] == [(line['step'], line['split']) for line in expected]
   assert [line for line in lines if line['split'] != 'train'] == [line for line in expected if line['split'] != 'train']
-  summary, expected = (json.loads((folder / 'summary.json').read_text()) for folder in (workdir, whole))
-  assert summary | {'wall_time_s': None} == expected | {'wall_time_s': None}
-
-
-def send(number, at_step):
-  """An act for `before_each_step`: a signal while this step, counted from 1, is under way."""
-  return lambda step, state: os.kill(os.getpid(), number) if step + 1 == at_step else None
+  assert summary_of(workdir) == summary_of(whole)
 
 
 def kill(at_step):

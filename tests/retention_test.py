@@ -1,27 +1,21 @@
 """Tests of which checkpoints a run makes and keeps."""
 
 import math
-import os
 import signal
 from types import SimpleNamespace
 
 import pytest
-from running import PROGRAMS, TINY, before_each_step, refusal, run_main
+from running import TINY, before_each_step, refusal, run_main, send
 
 from paranet_jax.base_config import base_config
 from paranet_jax.evaluation import MEASURES
 from paranet_jax.retention import HIGHER_IS_BETTER, Retention
 from paranet_jax.targets import parse_name
 
+pytestmark = pytest.mark.usefixtures('programs')
+
 # 5 steps an epoch, 10 in all; evaluated after every step, saved after every 4 and at the end, the last 2 kept.
 RUN = *TINY, '--config.eval.every_epochs=0.2'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _programs():
-  with pytest.MonkeyPatch.context() as patch:
-    PROGRAMS.install(patch)
-    yield
 
 
 def retention(workdir, **fields):
@@ -83,7 +77,7 @@ def test_a_run_keeps_its_best_although_it_is_stopped(tmp_path, monkeypatch):
   monkeypatch.setattr(Retention, 'note', lambda self, step, _: note(self, step, {'exit_3/nll': abs(step - 3)}))
   arguments = *RUN, '--config.checkpoint.keep_best=nll', f'--workdir={tmp_path}'
   with pytest.MonkeyPatch.context() as patch:
-    before_each_step(patch, lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    before_each_step(patch, send(signal.SIGTERM, 7))
     assert run_main(*arguments).code == 0
   assert steps(tmp_path) == [3, 6, 7]
   out = run_main(*arguments).out.splitlines()

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +51,15 @@ class Result(NamedTuple):
 
 def run_main(*arguments: Any) -> Result:
   """`python -m paranet_jax.main` with these arguments, in this process."""
-  out, err = io.StringIO(), io.StringIO()
   with mock.patch.object(sys, 'argv', ['main', *map(str, arguments)]):
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      code = main()
+    return run_command(lambda _: main())
+
+
+def run_command(command: Callable[..., int], *arguments: Any) -> Result:
+  """A command that is given these arguments, in this process."""
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code = command(list(map(str, arguments)))
   return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -73,6 +80,11 @@ def _read(path: Path) -> bytes | None:
   return path.read_bytes() if path.is_file() else None
 
 
+def summary_of(workdir: Path) -> dict[str, Any]:
+  """What summary.json says, but for the time that the run took."""
+  return json.loads((workdir / 'summary.json').read_text()) | {'wall_time_s': None}
+
+
 def saved_state(workdir: Path) -> Any:
   """The state of the latest checkpoint, as NumPy arrays."""
   like = train.build_task(restore_config(workdir)).init_state()
@@ -90,6 +102,11 @@ def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
     return lambda state, *rest: train_step(act(int(state.step), state) or state, *rest)
 
   monkeypatch.setattr(devices_lib, 'run_on', acting_run_on)
+
+
+def send(number: int, at_step: int) -> Callable[[int, Any], None]:
+  """An act for `before_each_step`: a signal while this step, counted from 1, is under way."""
+  return lambda step, _: os.kill(os.getpid(), number) if step + 1 == at_step else None
 
 
 class SharedPrograms:

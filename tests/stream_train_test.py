@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
-import os
 import signal
 
 import chex
 import numpy as np
 import pytest
 from PIL import Image
-from running import CONFIGS, PROGRAMS, TINY, before_each_step, refusal, run_main, saved_state
+from running import CONFIGS, TINY, before_each_step, refusal, run_main, saved_state, send, summary_of
 
 from paranet_jax import calibrate
 from paranet_jax.command_line import parse
@@ -19,24 +18,19 @@ from paranet_jax.errors import UserError
 from paranet_jax.metrics import read_metrics
 from paranet_jax.seeds import train_seeds
 
+pytestmark = pytest.mark.usefixtures('programs')
+
 RUN = (*TINY, '--config.name=PN1-d')
 STREAMED = ('--config.data.streaming=True', '--config.data.workers=0')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _programs():
-  with pytest.MonkeyPatch.context() as patch:
-    PROGRAMS.install(patch)
-    yield
-
-
 @pytest.fixture(scope='module')
-def in_memory(_programs, tmp_path_factory):
+def in_memory(programs, tmp_path_factory):
   return trained(tmp_path_factory.mktemp('in_memory'))
 
 
 @pytest.fixture(scope='module')
-def streamed(_programs, tmp_path_factory):
+def streamed(programs, tmp_path_factory):
   return trained(tmp_path_factory.mktemp('streamed'), *STREAMED)
 
 
@@ -54,8 +48,7 @@ def measured(workdir):
 def assert_alike(workdir, other):
   chex.assert_trees_all_equal(saved_state(workdir), saved_state(other), strict=True)
   assert measured(workdir) == measured(other)
-  summary, expected = (json.loads((folder / 'summary.json').read_text()) for folder in (workdir, other))
-  assert summary | {'wall_time_s': None} == expected | {'wall_time_s': None}
+  assert summary_of(workdir) == summary_of(other)
   assert (workdir / 'dataset.json').read_text() == (other / 'dataset.json').read_text()
 
 
@@ -72,7 +65,7 @@ def test_on_two_devices(tmp_path):
 @pytest.mark.parametrize('step', [2, 5, 8])
 def test_stopped_and_going_on(tmp_path, streamed, step):
   with pytest.MonkeyPatch.context() as patch:
-    before_each_step(patch, lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done + 1 == step else None)
+    before_each_step(patch, send(signal.SIGTERM, step))
     result = run_main(*RUN, f'--workdir={tmp_path}', *STREAMED)
   assert result.out.splitlines()[-1] == f'stopped by SIGTERM after step {step}, saved; the same command goes on'
   trained(tmp_path, *STREAMED)

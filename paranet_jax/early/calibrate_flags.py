@@ -3,13 +3,12 @@
 import argparse
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from paranet_jax.arguments import Parser
+from paranet_jax.arguments import Parser, absolute
 from paranet_jax.early.scores import SCORES
 from paranet_jax.errors import UserError
 
@@ -78,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> Request:
   if budget and budget.unit == 'ms' and batch_size is None:
     batch_size = 1
   return Request(
-    workdir=Path(os.path.expanduser(given.workdir)).absolute(),
+    workdir=absolute(given.workdir),
     step=None if given.step is None else _whole('step', given.step, 0),
     budget=budget,
     batch_size=batch_size,

@@ -1,7 +1,6 @@
 """A finished run in one line: its model, its variables, its exits."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
+from paranet_jax.arguments import absolute
 from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.costs import abstract_variables
 from paranet_jax.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
@@ -56,7 +56,7 @@ def load(workdir: str | Path, step: int | None = None) -> LoadedRun:
   Raises:
     UserError: there is no run, no such checkpoint, or exits.json is damaged or belongs to another checkpoint.
   """
-  workdir = _absolute(workdir)
+  workdir = absolute(workdir)
   config = restore_config(workdir)
   image_shape, calibrated = config_lib.image_shape(config), (workdir / EXITS).exists()
   dataset = restore_dataset_facts(workdir, channels=image_shape[-1])
@@ -78,14 +78,10 @@ def load_early_exit(workdir: str | Path, step: int | None = None) -> EarlyExit:
     UserError: as `load`; or the run is not calibrated.
   """
   run = load(workdir, step)
-  plan = run.exits or read_plan(_absolute(workdir))
+  plan = run.exits or read_plan(absolute(workdir))
   return EarlyExit(
     run.model, run.variables, plan, run.image_shape, run.dataset.mean, run.dataset.std, run.dataset.class_names
   )
-
-
-def _absolute(workdir: str | Path) -> Path:
-  return Path(os.path.expanduser(workdir)).absolute()
 
 
 def _calibrated_step(workdir: Path, checkpoints: Checkpoints) -> int:

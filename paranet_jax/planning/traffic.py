@@ -79,7 +79,7 @@ def _fusion(body: dict[str, Instruction], results: tuple[Array, ...], operands: 
 
 
 def _read(body: dict, users: dict, parameter: Instruction, arrays: tuple[Array, ...]) -> int:
-  if not any(not array.on_chip for array in arrays):
+  if all(array.on_chip for array in arrays):
     return 0
   taken, waiting = 0, [parameter]
   while waiting:
