@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
+OURS_OR_ASKED_FOR = {'paranet_jax', 'configs', 'openvino'}
+"""OpenVINO is imported where a user asks for it by name."""
 FILES = sorted(path.name for path in REPO.glob('requirements*.txt'))
 
 
@@ -20,7 +22,11 @@ def read(name: str) -> dict[str, Requirement]:
 
 
 def test_files_are_those_expected():
-  assert FILES == ['requirements-cuda.txt', 'requirements-test.txt', 'requirements-tpu.txt', 'requirements.txt']
+  assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-export', '-test', '-tpu', '')]
+
+
+def test_tests_need_what_exporting_needs():
+  assert read('requirements-export.txt').items() <= read('requirements-test.txt').items()
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -39,10 +45,10 @@ def test_no_other_framework(file):
 
 def test_all_that_the_code_imports_is_required():
   distributions = importlib.metadata.packages_distributions()
-  required = read('requirements.txt')
+  required = read('requirements.txt') | read('requirements-export.txt')
   for path in [*(REPO / 'paranet_jax').rglob('*.py'), *(REPO / 'configs').rglob('*.py')]:
     for node in ast.walk(ast.parse(path.read_text())):
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-      for name in {name.partition('.')[0] for name in names} - {'paranet_jax', 'configs'} - sys.stdlib_module_names:
+      for name in {name.partition('.')[0] for name in names} - OURS_OR_ASKED_FOR - sys.stdlib_module_names:
         assert {canonicalize_name(d) for d in distributions.get(name, [])} & set(required), f'{path} imports {name}'
