@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import jax
 
 PLAIN = 'plain'
-"""The platform of `compiling_for` under which a network is made of the operations that exporters and other runtimes know:
-convolutions, pools and concatenations, each one operation."""
+"""The platform of `compiling_for` for exporters: convolutions, pools and concatenations are one operation each."""
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
 
