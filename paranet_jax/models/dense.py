@@ -88,6 +88,13 @@ def average_pool(x: Array) -> Array:
   return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
 
+def global_average(x: Array) -> Array:
+  """Mean over the sides, in float32: [B, H, W, C] -> [B, C]."""
+  if backend() == PLAIN:
+    return jnp.squeeze(nn.avg_pool(x.astype(jnp.float32), window_shape=x.shape[1:3]), (1, 2))
+  return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
 def max_pool(x: Array) -> Array:
   """2x2 max pooling: [B, H, W, C] -> [B, H / 2, W / 2, C]; equal maxima share the gradient."""
   if backend() == PLAIN:
@@ -241,5 +248,5 @@ class Exit(nn.Module):
   @nn.compact
   def __call__(self, x: Features, train: bool) -> Array:
     values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
-    values = jnp.mean(values, axis=(1, 2), dtype=jnp.float32)
+    values = global_average(values)
     return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(values)

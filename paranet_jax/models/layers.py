@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paranet_jax.models.backend import PLAIN, backend
-from paranet_jax.models.dense import as_features, classifier_init, conv_init, norm_affine
+from paranet_jax.models.dense import as_features, classifier_init, conv_init, global_average, norm_affine
 from paranet_jax.models.dense_block import affine_relu
 
 
@@ -78,5 +78,5 @@ class Classifier(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    x = global_average(x)
     return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(x)

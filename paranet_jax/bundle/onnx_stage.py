@@ -1,0 +1,53 @@
+"""A stage as an ONNX model: features in NCHW, batch norms folded or one operation each, nothing transposed but images."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from paranet_jax.bundle.onnx_graph import clean
+from paranet_jax.bundle.stages import IMAGES, StageSpec, Tensor, tracing
+
+OPSET = 18
+LOGITS = 'logits'
+
+
+def onnx_stage(spec: StageSpec) -> Any:
+  """The ONNX model of a stage.
+
+  Its inputs are `takes`: images [batch, H, W, C], normalized, features [batch, C, H, W]. Its outputs are the logits
+  [batch, classes] and `gives`.
+  """
+  with _quiet(), tracing():
+    from jax2onnx import to_onnx
+
+    model = to_onnx(
+      spec.function,
+      [('batch', *tensor.shape) for tensor in spec.takes],
+      model_name=spec.name,
+      opset=OPSET,
+      inputs_as_nchw=[place for place, tensor in enumerate(spec.takes) if is_nchw(tensor)],
+      outputs_as_nchw=[place for place, tensor in enumerate(spec.gives, 1) if is_nchw(tensor)],
+      input_names=[tensor.name for tensor in spec.takes],
+      output_names=[LOGITS, *(tensor.name for tensor in spec.gives)],
+    )
+  return clean(model)
+
+
+def is_nchw(tensor: Tensor) -> bool:
+  """Whether a stage has it channels first: features are, images and what has no sides are not."""
+  return tensor.name != IMAGES and len(tensor.shape) == 3
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """jax2onnx warns of plugins for packages that are of no use here."""
+  level = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logging.disable(level)
