@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.export`: a calibrated run as a folder that needs no JAX. User errors: one line, exit code 2."""
+"""`python -m paranet_jax.export`: a run as a folder that needs no JAX. User errors are one line and exit code 2."""
 
 import argparse
 import sys

@@ -29,12 +29,13 @@ def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], 
 
 
 def _metadata(run: LoadedRun, plan: ExitPlan) -> str:
+  name = json.dumps(run.dataset.name)
   lines = [
     'library_name: onnxruntime',
     'pipeline_tag: image-classification',
     'license: other',
     f'license_name: {json.dumps("data: " + _licence(run))}',
-    f'datasets:\n- {json.dumps(run.dataset.name)}',
+    f'datasets:\n- {name}',
     'tags:\n- onnx\n- early-exit\n- image-classification',
     'metrics:\n- accuracy',
     f'model-index:\n- name: {json.dumps(run.config.name)}',
@@ -42,7 +43,7 @@ def _metadata(run: LoadedRun, plan: ExitPlan) -> str:
   if plan.test:
     lines += [
       '  results:\n  - task:\n      type: image-classification',
-      f'    dataset:\n      type: {json.dumps(run.dataset.name)}\n      name: {json.dumps(run.dataset.name)}\n      split: test',
+      f'    dataset:\n      type: {name}\n      name: {name}\n      split: test',
       f'    metrics:\n    - type: accuracy\n      value: {plan.test["accuracy"]:.4f}',
     ]
   return '\n'.join(['---', *lines, '---'])
@@ -52,8 +53,8 @@ def _what(run: LoadedRun, bundle: dict[str, Any]) -> str:
   height, width, channels = run.image_shape
   return f"""# {run.config.name} on {run.dataset.name}, with early exits
 
-An image classifier that stops as soon as it is sure: {len(run.dataset.class_names)} classes, images of {height} x {width}
-pixels and {channels} channel{'s' * (channels > 1)}, {bundle['dtype']}.
+An image classifier that stops as soon as it is sure: {len(run.dataset.class_names)} classes, images of
+{height} x {width} pixels and {channels} channel{'s' * (channels > 1)}, {bundle['dtype']}.
 
 ```bash
 pip install numpy onnxruntime pillow
@@ -67,8 +68,9 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
   test = plan.test or {}
   accuracy = test.get('exit_accuracy') or [None] * len(plan.exits)
   shares = test.get('shares') or [None] * len(plan.exits)
+  params = {cost['exit']: cost['params'] for cost in costs}
   rows = [
-    f'| {number} | {_percent(right)} | {_percent(share)} | {human_count(alone)} | {human_count(costs[number - 1]["params"])} |'
+    f'| {number} | {_percent(right)} | {_percent(share)} | {human_count(alone)} | {human_count(params[number])} |'
     for number, right, share, alone in zip(plan.exits, accuracy, shares, plan.macs_alone, strict=True)
   ]
   if test:
@@ -83,8 +85,8 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
       '|---|---|---|---|---|',
       *rows,
       '',
-      f'Calibrated for {asked}, by policy `{plan.policy}` and score `{plan.score}`. Accuracies are of the network in JAX,',
-      'in the precision it was trained in, measured when it was calibrated.',
+      f'Calibrated for {asked}, by policy `{plan.policy}` and score `{plan.score}`. Accuracies are of the network in',
+      'JAX, in the precision it was trained in, measured when it was calibrated.',
     ]
   )
 
@@ -93,26 +95,28 @@ def _files(bundle: dict[str, Any]) -> str:
   lines = [
     '## Files',
     '',
-    '`exits.json`: temperatures, thresholds, costs, what was measured. `classes.json`: a name a class, in the order of the',
-    'outputs. `preprocessing.json`: how a picture becomes the input. `weights.safetensors`: what was learned, by path.',
-    '`config.json`: how it was trained. `bundle.json`: every stage with its inputs and outputs, and the checksums of all',
-    'files but this one.',
+    '`exits.json`: temperatures, thresholds, costs, what was measured. `classes.json`: a name a class, in the order of',
+    'the outputs. `preprocessing.json`: how a picture becomes the input. `weights.safetensors`: what was learned, by',
+    'path. `config.json`: how it was trained. `bundle.json`: every stage with its inputs and outputs, and the',
+    'checksums of all files but this one.',
   ]
   if 'onnx' in bundle['formats']:
     lines += [
       '',
-      'ONNX, batch first and of any size; images [batch, height, width, channel], features [batch, channel, height, width]:',
+      'ONNX, any batch; images [batch, height, width, channel], features [batch, channel, height, width]:',
       '',
       '| file | takes | gives |',
       '|---|---|---|',
-      *(
-        f'| {spec["file"]} | {_names(spec["takes"])} | logits, {_names(spec["gives"])} |'
-        for spec in bundle['stages'].values()
-      ),
+      *(_stage_row(spec) for spec in bundle['stages'].values()),
     ]
   if 'stablehlo' in bundle['formats']:
     lines += ['', '`*.stablehlo` are read by `jax.export.deserialize(bytes).call`; `bundle.json` has their signatures.']
-  return '\n'.join(lines).replace('logits,  |', 'logits |')
+  return '\n'.join(lines)
+
+
+def _stage_row(spec: dict[str, Any]) -> str:
+  gives = ', '.join(['logits', *filter(None, [_names(spec['gives'])])])
+  return f'| {spec["file"]} | {_names(spec["takes"])} | {gives} |'
 
 
 def _names(tensors: Sequence[dict[str, Any]]) -> str:
@@ -141,8 +145,8 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     lines.append('Weights are float16; ONNX Runtime casts them to float32 when it loads, and computes in float32.')
   if found:
     lines.append(
-      f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_percent(found["labels"])} % the same '
-      f'labels, {_percent(found["exits"])} % the same exits.'
+      f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_percent(found["labels"])} % '
+      f'the same labels, {_percent(found["exits"])} % the same exits.'
     )
   return '\n'.join(lines)
 

@@ -1,4 +1,4 @@
-"""Cleans what an exporter leaves: constants folded, transposes cancelled, a scale and a shift one batch normalization."""
+"""Cleans what an exporter leaves: constants folded, transposes cancelled, scales with shifts made one operation."""
 
 import collections
 import tempfile

@@ -1,4 +1,4 @@
-"""A stage as an ONNX model: features in NCHW, batch norms folded or one operation each, nothing transposed but images."""
+"""A stage as an ONNX model: features channels first, batch norms folded or one operation, only images transposed."""
 
 import contextlib
 import logging

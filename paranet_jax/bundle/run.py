@@ -679,6 +679,8 @@ def _choose(given: argparse.Namespace) -> Adaptive:
     raise BundleError(f'expected 0 threads or more, found {given.threads}; set --threads')
   if given.deadline_ms is not None and not given.deadline_ms > 0:
     raise BundleError(f'expected a deadline of more than 0 ms, found {given.deadline_ms}; set --deadline-ms')
+  if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
+    raise BundleError('--deadline-ms goes on as far as the time does; leave out --threshold and --budget, or it')
   bundle = load(given.bundle, given.provider, given.threads)
   bundle = bundle if given.threshold is None else bundle.with_threshold(given.threshold)
   return bundle if given.budget is None else bundle.with_budget(given.budget)

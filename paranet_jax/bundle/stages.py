@@ -72,12 +72,14 @@ def cut(
   paths[tuple(visited)] = paths.get(tuple(visited)) or _walk(model, variables, image_shape, exits, visited)
   specs, read_later = {}, {}
   for path in paths.values():
+    carried = {IMAGES}
     for index, spec in enumerate(path):
       specs[spec.name] = spec
       later = {tensor.name for following in path[index + 1 :] for tensor in following.takes}
-      read_later[spec.name] = read_later.get(spec.name, set()) | later
+      read_later[spec.name] = read_later.get(spec.name, set()) | carried & later
+      carried |= {tensor.name for tensor in spec.gives}
   for name, spec in specs.items():
-    specs[name] = dataclasses.replace(spec, keeps=tuple(sorted(read_later[name] - {t.name for t in spec.gives})))
+    specs[name] = dataclasses.replace(spec, keeps=tuple(sorted(read_later[name])))
   names = [tuple(spec.name for spec in paths[tuple(path)]) for path in (visited, exits)]
   return Stages(specs, *names)
 
