@@ -107,7 +107,8 @@ def max_pool(x: Array) -> Array:
 def overlapping_max_pool(x: Array) -> Array:
   """3x3 max pooling of stride 2, padded by one: [B, H, W, C] of even H and W -> [B, H / 2, W / 2, C]."""
   if backend() == PLAIN:
-    return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    padded = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
+    return nn.max_pool(padded, window_shape=(3, 3), strides=(2, 2))
   return _overlapping_max(_overlapping_max(x).swapaxes(1, 2)).swapaxes(1, 2)
 
 
