@@ -85,7 +85,7 @@ def export_run(request: Request) -> dict[str, Any]:
   run = load(request.workdir)
   plan = run.exits or read_plan(request.workdir)
   plan = _without_place(plan, request.workdir)
-  return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else _held_out(run))
+  return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else held_out_images(run))
 
 
 def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
@@ -125,7 +125,12 @@ def _noise(run: LoadedRun) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *run.image_shape), np.uint8)
 
 
-def _held_out(run: LoadedRun) -> np.ndarray:
+def held_out_images(run: LoadedRun) -> np.ndarray:
+  """As many of the run's held-out images as are needed: uint8 [N, H, W, C].
+
+  Raises:
+    UserError: the data set cannot be read.
+  """
   fields = run.config.model
   dataset = load_dataset(
     run.config.data, image_side=fields.image_side, channels=fields.channels, num_classes=fields.num_classes
