@@ -80,6 +80,7 @@ def test_what_is_printed(here, capsys):
   assert set(result) == {'rows', 'runtimes', 'agreement', 'machine', 'versions', 'date'}
 
 
+@pytest.mark.filterwarnings('ignore:os.fork')  # Importing PyTorch or OpenVINO starts a process.
 def test_the_same_answers(subject, folder):
   kinds = ['onnxruntime', 'ours', *(kind for kind in ('openvino', 'eager') if _is_installed(deploy.NEEDS[kind]))]
   answers = [deploy_runtimes.make(kind, str(folder)) for kind in kinds]
