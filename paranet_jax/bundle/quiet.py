@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """jax2onnx warns of plugins of no use here and prints for itself, ONNX Runtime warns of a preparation that is done."""
+  """jax2onnx warns of plugins of no use here and prints for itself, ONNX Runtime of a preparation that is done."""
   level = logging.root.manager.disable
   logging.disable(logging.ERROR)
   try:
