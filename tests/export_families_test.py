@@ -53,7 +53,7 @@ def of_family(family, **fields):
 
 
 MODELS = {
-  'paranet': lambda: tiny.network(3, num_classes=CLASSES, layers_per_block=2),
+  'paranet': lambda: tiny.network(3, num_classes=CLASSES),
   'paranet cut': lambda: tiny.network(2, num_classes=CLASSES, cascade=False, dtype=jnp.bfloat16),
   'paranet of ImageNet': lambda: tiny.network(
     2, num_classes=CLASSES, stem='7x7', stem_norm=True, entry_pool='max3x3', halvings=(1, 0)
