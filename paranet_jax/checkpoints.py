@@ -312,9 +312,11 @@ class Checkpoints:
 
 
 def _host_copy(state: Any) -> Any:
-  for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()  # All on their way at once.
+  arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+  # All on their way at once; on a CPU there is no way to go, and asking takes as long as the copy.
+  if any(device.platform != 'cpu' for array in arrays[:1] for device in array.devices()):
+    for array in arrays:
+      array.copy_to_host_async()
   # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
   return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 
