@@ -48,7 +48,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
     accept_config_changes: go on with this configuration where the run's saved one differs.
 
   Returns:
-    What summary.json holds, or None if a signal stopped the run before its end.
+    What summary.json holds, or None if a signal stopped the run before its end, or where another process writes it.
 
   Raises:
     UserError: the configuration, the data or the workdir does not fit, or the loss is no longer finite.
@@ -57,8 +57,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
   check_devices(config, len(devices))
   task = processes.first_then_others(lambda: build_task(config))
   processes.once(prepare_workdir, workdir, config, accept_config_changes)
-  description = describe(config, len(task.dataset.class_names))
-  print(describe_table(description))
+  description = processes.once(describe, config, len(task.dataset.class_names))
+  processes.once(lambda: print(describe_table(description)))
   print(_facts(task, devices, workdir), flush=True)
   with no_room_is_told(workdir), processes.once_within(workdir_lock, workdir), StopRequest() as stop:
     with Checkpoints(workdir, config.checkpoint.keep) if processes.is_first() else SavedElsewhere() as checkpoints:
@@ -71,10 +71,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
     if evaluations is None:
       print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
       return None
+    if not processes.is_first():
+      return None
     summary = _summary(description, task, evaluations, run.wall_time(), devices)
-    processes.once(write_json, workdir / SUMMARY, summary)
+    write_json(workdir / SUMMARY, summary)
     print(f'finished in {human_duration(summary["wall_time_s"])}{run.best()}')
-    print(f'curves: {processes.once(draw_curves, workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
+    print(f'curves: {draw_curves(workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
   return summary
 
 

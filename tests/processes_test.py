@@ -20,7 +20,7 @@ TESTS = Path(__file__).resolve().parent
 # 1,137 training images in batches of 100 are 11 steps an epoch.
 RUN = (
   QUICKSTART,
-  '--config.name=PN2-2d',
+  '--config.name=PN1-d',
   '--config.model.layers_per_block=1',
   '--config.model.growth_rate=2',
   '--config.model.image_side=8',
@@ -104,8 +104,6 @@ def assert_alike(workdir, other, processes):
   assert [line[:2] for line in found] == [line[:2] for line in expected]
   for (*_, values), (*_, others) in zip(found, expected, strict=True):
     assert values == pytest.approx(others, rel=1e-5)
-  for ours, others in zip(summary_of(workdir)['exits'], summary_of(other)['exits'], strict=True):
-    assert ours == pytest.approx(others, rel=1e-5)
   assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['3']
   assert len(list((workdir / 'tensorboard').iterdir())) == 1
   assert summary_of(workdir)['device']['count'] == 4
