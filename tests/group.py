@@ -1,11 +1,13 @@
-"""Trainings in one of several processes: `python tests/group.py ARGUMENTS`, a JSON list of one list of flags a training.
+"""Trainings in one of several processes: `python tests/group.py ARGUMENTS`, JSON: one list of flags a training.
 
 The first one's flags say which process this is. What every step was given, uint8 [steps, b, H, W, C] of this process's
-share of the batches, is kept in the workdir as `batches_<process>.npy`.
+share of the batches, is kept in the workdir as `batches_<process>.npy`. With `--slow` among the flags of a training its
+steps take 50 ms or more, so that a signal comes before its end.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,17 +19,18 @@ from paranet_jax.processes import joined
 from paranet_jax.train import train_and_evaluate
 
 
-def recorded(run_on, batches):
-  """In the place of `devices.run_on`: keeps what each step is given."""
+def recorded(run_on, batches, pause):
+  """In the place of `devices.run_on`: keeps what each step is given, after a pause of so many seconds."""
 
   def recording_run_on(devices, make_step, **axes):
     train_step = run_on(devices, make_step, **axes)
 
     def step(state, totals, images, labels, order):
+      time.sleep(pause)
       rows = np.asarray(order)
       rows = rows[..., int(state.step) % rows.shape[-2], :]
       images_ = np.asarray(images)
-      if axes and len(devices) > 1:  # A share for each device, in order.
+      if axes.get('images_axis') == 0 and len(devices) > 1:  # A share for each device, in order.
         chosen = [share[row] for share, row in zip(images_, rows, strict=True)]
       else:
         chosen = images_[rows]
@@ -41,9 +44,10 @@ def recorded(run_on, batches):
 
 def train(arguments):
   """One training, its batches recorded."""
-  values, config = parse(['group', *arguments])
+  pause = 0.05 if '--slow' in arguments else 0
+  values, config = parse(['group', *(argument for argument in arguments if argument != '--slow')])
   batches, run_on = [], devices_lib.run_on
-  devices_lib.run_on = recorded(run_on, batches)
+  devices_lib.run_on = recorded(run_on, batches, pause)
   try:
     train_and_evaluate(config, Path(values.workdir))
   finally:

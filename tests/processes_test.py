@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import group
 import jax
 import numpy as np
@@ -16,61 +18,76 @@ from running import QUICKSTART, saved_state, summary_of
 from paranet_jax.metrics import read_metrics
 
 TESTS = Path(__file__).resolve().parent
+ENV = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': str(TESTS.parent)}
 
-# 1,137 training images in batches of 100 are 11 steps an epoch.
+# 1,437 training images in batches of 100 are 14 steps an epoch.
 RUN = (
   QUICKSTART,
   '--config.name=PN1-d',
   '--config.model.layers_per_block=1',
   '--config.model.growth_rate=2',
   '--config.model.image_side=8',
+  '--config.data.held_out=0',
   '--config.train.batch_size=100',
+  '--config.train.epochs=40',
   '--config.log.every_steps=1',
 )
 THREE = (*RUN, '--config.train.max_steps=3')
 STREAMED = ('--config.data.streaming=True', '--config.data.workers=0')
+LONGER = (*RUN, '--config.train.max_steps=40')
+"""Two seconds of slow steps: jax looks for a signal once a second."""
 
 
-def free_port():
+def start(processes, devices, *trainings):
+  """Starts the processes of a group, which trains so often (see group.py)."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
-    return free.getsockname()[1]
+    port = free.getsockname()[1]
+  return [start_one(devices, trainings, port, processes, index) for index in range(processes)]
 
 
-def start(program, processes, devices, arguments_of):
-  """Starts several processes of a program; arguments_of(place) are those of one, `place` the flags that say which."""
-  port = free_port()
-  env = os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_NUM_CPU_DEVICES': str(devices),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'PYTHONPATH': str(TESTS.parent),
-  }
-  places = [
-    (f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={index}')
-    for index in range(processes)
-  ]
-  return [
-    subprocess.Popen(
-      [sys.executable, *program, *arguments_of(place)],
-      cwd=TESTS.parent,
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for place in places
-  ]
+def start_one(devices, trainings, port, processes, index):
+  place = f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={index}'
+  arguments = [[*map(str, training)] for training in trainings]
+  arguments[0] += place
+  return popen([sys.executable, TESTS / 'group.py', json.dumps(arguments)], JAX_NUM_CPU_DEVICES=str(devices))
 
 
-def results(group_of):
-  """Exit codes, outputs and errors; none may hang."""
+def popen(command, **env):
+  return subprocess.Popen(
+    command, cwd=TESTS.parent, env=ENV | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def read_until(process, *beginnings):
+  """Reads what a process prints up to a line that begins so, then on to the next one; returns it all."""
+  lines = []
+  for beginning in beginnings:
+    for line in process.stdout:
+      lines.append(line)
+      if line.startswith(beginning):
+        break
+    else:
+      raise AssertionError(f'no line begins with {beginning!r} in {"".join(lines)}{process.stderr.read()}')
+  return ''.join(lines)
+
+
+def ended(processes):
+  """Exit codes, and the rest of the outputs and errors; none may hang."""
   try:
-    told = [process.communicate(timeout=240) for process in group_of]
+    told = [process.communicate(timeout=240) for process in processes]
   finally:
-    for process in group_of:
+    for process in processes:
       process.kill()
-  return [process.returncode for process in group_of], [out for out, _ in told], [err for _, err in told]
+  return [process.returncode for process in processes], [out for out, _ in told], [err for _, err in told]
+
+
+def is_gone(process, index, count):
+  """The line that says so."""
+  return (
+    f'error: process {index} of {count} (host {socket.gethostname()}, pid {process.pid}) is gone, and so all end; '
+    'start all of them again: the run goes on from its last checkpoint'
+  )
 
 
 @pytest.fixture(scope='module')
@@ -109,17 +126,67 @@ def assert_alike(workdir, other, processes):
   assert summary_of(workdir)['device']['count'] == 4
 
 
-@pytest.mark.parametrize('processes, devices', [(2, 2), (4, 1)])
-def test_several_processes_are_one(tmp_path, alone, processes, devices):
-  kinds = {'in memory': (), 'streamed': STREAMED}
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+  """The folder with the runs of two processes of two devices each, the last of which a signal to one has stopped."""
+  folder = tmp_path_factory.mktemp('group')
+  processes = start(
+    *(2, 2),
+    [*THREE, f'--workdir={folder}/memory'],
+    [*THREE, *STREAMED, f'--workdir={folder}/streamed'],
+    [*LONGER, f'--workdir={folder}/whole'],
+    [*LONGER, f'--workdir={folder}/stopped', '--slow'],
+  )
+  out = read_until(processes[0], f'workdir: {folder}/stopped', 'epoch')
+  assert '3 steps of 100 on 4 x cpu in 2 processes\n' in out and 'Gloo' not in out
+  processes[1].send_signal(signal.SIGTERM)
+  codes, outs, errs = ended(processes)
+  assert codes == [0, 0], errs
+  *_, last = outs[0].splitlines()
+  assert last.startswith('stopped by a preemption notice after step ') and last.endswith('; the same command goes on')
+  assert outs[1] == '' and errs[0] == ''
+  assert 1 < saved_state(folder / 'stopped').step < 40
+  return folder
 
-  def arguments_of(place):
-    own = [[*THREE, *kind, f'--workdir={tmp_path / name}'] for name, kind in kinds.items()]
-    return [json.dumps([[*own[0], *place], *own[1:]])]
 
-  codes, outs, errs = results(start([str(TESTS / 'group.py')], processes, devices, arguments_of))
-  assert (codes, errs) == ([0] * processes, [''] * processes)
-  assert f'3 steps of 100 on 4 x cpu in {processes} processes\n' in outs[0] and 'Gloo' not in outs[0]
-  assert outs[1:] == [''] * (processes - 1)
-  for name in kinds:
-    assert_alike(tmp_path / name, alone, processes)
+@pytest.mark.parametrize('kind', ['memory', 'streamed'])
+def test_two_processes_of_two_devices_are_one(stopped, alone, kind):
+  assert_alike(stopped / kind, alone, 2)
+
+
+def test_stopped_and_going_on(stopped):
+  step = int(saved_state(stopped / 'stopped').step)
+  command = [TESTS.parent / 'launch' / 'local.sh', *LONGER, f'--workdir={stopped}/stopped']
+  process = popen(command, DEVICES='2', PYTHON=sys.executable)
+  (code,), (out,), (err,) = ended([process])
+  assert (code, err) == (0, '')
+  assert f'going on from the checkpoint of step {step} of 40\n' in out
+  chex.assert_trees_all_equal(saved_state(stopped / 'stopped'), saved_state(stopped / 'whole'), strict=True)
+  assert measured(stopped / 'stopped') == measured(stopped / 'whole')
+  assert summary_of(stopped / 'stopped') == summary_of(stopped / 'whole')
+
+
+def test_four_processes_are_one_and_end_with_one_of_them(tmp_path, alone):
+  processes = start(
+    *(4, 1),
+    [*THREE, f'--workdir={tmp_path}/memory', '--heartbeat_timeout=10'],
+    [*THREE, *STREAMED, f'--workdir={tmp_path}/streamed'],
+    [*RUN, f'--workdir={tmp_path}/killed'],
+  )
+  read_until(processes[0], f'workdir: {tmp_path}/killed', 'epoch')
+  processes[2].kill()
+  codes, _, errs = ended(processes)
+  assert codes == [1, 1, -signal.SIGKILL, 1], errs
+  for err in (*errs[:2], errs[3]):
+    assert err.splitlines() == [is_gone(processes[2], 2, 4)]
+  for kind in ('memory', 'streamed'):
+    assert_alike(tmp_path / kind, alone, 4)
+
+
+def test_without_the_first_one_the_others_end(tmp_path):
+  processes = start(2, 1, [*RUN, f'--workdir={tmp_path}'])
+  read_until(processes[0], 'epoch')
+  processes[0].kill()
+  codes, _, errs = ended(processes)
+  assert codes == [-signal.SIGKILL, 1], errs
+  assert errs[1].splitlines()[-1] == is_gone(processes[0], 0, 2)  # Above it is jax's own.
