@@ -39,7 +39,7 @@ def train_seeds(
   if processes.count() > 1:
     raise UserError(
       f'several seeds are trained in one process, found {processes.count()} processes; set --config.seeds=1, or '
-      '--num_processes=1 in one of them'
+      'start one process'
     )
   configs = seed_configs(config)
   config_lib.validate(configs[-1])

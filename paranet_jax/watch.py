@@ -75,10 +75,10 @@ class Watch:
       self._send('done')
 
   def _accept(self, server: socket.socket) -> None:
-    for _ in range(self._count - 1):
+    while True:
       connection, _ = server.accept()
-      self._add(connection)
-    server.close()
+      with contextlib.suppress(OSError):
+        self._add(connection)
 
   def _add(self, connection: socket.socket) -> None:
     connection.settimeout(self._timeout)
@@ -101,7 +101,8 @@ class Watch:
 
   def _read(self, connection: socket.socket) -> None:
     member = None
-    with contextlib.suppress(OSError), connection.makefile(encoding='utf-8') as lines:
+    # Of what is no process of ours (ValueError) nothing is expected.
+    with contextlib.suppress(OSError, ValueError), connection.makefile(encoding='utf-8') as lines:
       index, host, pid = lines.readline().split()
       member = Member(int(index), host, int(pid))
       for line in lines:
