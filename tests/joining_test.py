@@ -217,6 +217,8 @@ def members():
   port = int(first.stdout.readline())
   others = [python_with_input(MEMBER, index, port) for index in (1, 2)]
   assert [process.stdout.readline() for process in others] == ['connected\n'] * 2
+  with socket.create_connection(('localhost', port)) as stranger:
+    stranger.sendall(b'GET / HTTP/1.1\n')
   yield [first, *others]
   for process in (first, *others):
     process.kill()
