@@ -311,7 +311,8 @@ def test_slurm_submits_what_the_dry_run_prints(tmp_path):
 
 LOCAL = (
   'env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={devices} .venv/bin/python -m paranet_jax.main '
-  "--config=configs/pn3_ddd.py '--workdir=a b' --coordinator=localhost:{port} --num_processes={processes} --process_id={index} &"
+  "--config=configs/pn3_ddd.py '--workdir=a b' "
+  '--coordinator=localhost:{port} --num_processes={processes} --process_id={index} &'
 )
 
 
