@@ -71,10 +71,11 @@ def joined(place: Place, heartbeat_timeout: int) -> Iterator[None]:
   watch = _watch(place.coordinator, heartbeat_timeout)
   try:
     yield
+    from_first(None)  # However long the first one still saves: what comes next waits for minutes alone.
+    jax.distributed.shutdown()
   except BaseException as error:
     _end(error, watch)
-  jax.distributed.shutdown()  # All wait for each other here, so the watch goes on.
-  watch.leave(done=True)
+  watch.leave(done=True)  # Not before: until here the others are waited for.
 
 
 def _initialize(place: Place, heartbeat_timeout: int) -> None:
@@ -136,13 +137,12 @@ def _watch(coordinator: str | None, heartbeat_timeout: int) -> Watch:
 def _end(error: BaseException, watch: Watch) -> NoReturn:
   """Ends this process at once: leaving in good order would wait for the others, which wait for this one."""
   if isinstance(error, UserError | KeyboardInterrupt):
-    watch.leave(done=False)
     code = exit_code(lambda: _raise(error))
   else:
     watch.wait()  # A collective fails where another process dies, and the watch says so better.
-    watch.leave(done=False)
     traceback.print_exception(error)
     code = 1
+  watch.leave(done=False)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -25,6 +25,10 @@ class Member(NamedTuple):
   host: str
   pid: int
 
+  def gone(self, count: int) -> str:
+    """Says that it is."""
+    return f'process {self.index} of {count} (host {self.host}, pid {self.pid}) is gone'
+
 
 class Watch:
   """The connections of this process, each read by a thread; the first process has one to every other.
@@ -68,11 +72,12 @@ class Watch:
     """What becomes of the others no longer ends this process.
 
     Args:
-      done: the run is at its end, so that the others miss nothing here.
+      done: the run is at its end, so that the others miss nothing here; else they are told, and given the time to end.
     """
     self._leaving = True
-    if done:
-      self._send('done')
+    self._send('done' if done else 'failed')
+    if not done:
+      time.sleep(1.5 * _GRACE)  # jax would end them with a long log as soon as the first process is gone.
 
   def _accept(self, server: socket.socket) -> None:
     while True:
@@ -111,9 +116,11 @@ class Watch:
           return
         if what == 'gone':
           self._end(rest)
+        if what == 'failed':
+          break
     if member is not None:
       time.sleep(_GRACE)
-      self._end(f'process {member.index} of {self._count} (host {member.host}, pid {member.pid}) is gone')
+      self._end(member.gone(self._count))
 
   def _end(self, reason: str) -> NoReturn | None:
     with self._ending:

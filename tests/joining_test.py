@@ -203,8 +203,9 @@ if index == 0:
 else:
   assert watch.connect(['nowhere.invalid', 'localhost'], port)
   print('connected', flush=True)
-if sys.stdin.readline() == 'done\\n':
-  watch.leave(done=True)
+how = sys.stdin.readline().strip()
+if how:
+  watch.leave(done=how == 'done')
 else:
   time.sleep(100)
 """
@@ -252,8 +253,23 @@ def test_the_watch_names_who_is_gone(members, victim, number):
     )
 
 
+def tell(process, how):
+  process.stdin.write(f'{how}\n')
+  process.stdin.flush()
+
+
 def test_who_is_done_is_not_missed(members):
   for process in members:
-    process.stdin.write('done\n')
-    process.stdin.flush()
+    tell(process, 'done')
     assert (process.wait(timeout=60), process.stderr.read()) == (0, '')
+
+
+def test_who_fails_with_all_ends_as_it_does_and_the_rest_with_a_line(members):
+  tell(members[0], 'failed')
+  tell(members[1], 'failed')
+  assert [process.wait(timeout=60) for process in members] == [0, 0, 1]
+  assert [process.stderr.read().partition(' is gone')[0] for process in members] == [
+    '',
+    '',
+    f'error: process 0 of 3 (host {socket.gethostname()}, pid {members[0].pid})',
+  ]
