@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from running import PROGRAMS
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.command_line import parse, place
@@ -57,6 +59,7 @@ def train(arguments):
 
 def main(arguments):
   values, _ = parse(['group', *arguments[0]])
+  PROGRAMS.install(pytest.MonkeyPatch())
   with joined(place(values), values.heartbeat_timeout):
     for own in arguments:
       train([argument for argument in own if not argument.startswith(('--coordinator', '--num_', '--process_'))])
