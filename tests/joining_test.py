@@ -163,6 +163,7 @@ def python(program, *arguments):
     [sys.executable, '-c', program, *map(str, arguments)],
     cwd=REPO,
     env=os.environ | {'PYTHONPATH': str(REPO)},
+    stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -214,9 +215,9 @@ else:
 @pytest.fixture
 def members():
   """Three processes with a watch and nothing else."""
-  first = python_with_input(MEMBER, 0, 0)
+  first = python(MEMBER, 0, 0)
   port = int(first.stdout.readline())
-  others = [python_with_input(MEMBER, index, port) for index in (1, 2)]
+  others = [python(MEMBER, index, port) for index in (1, 2)]
   assert [process.stdout.readline() for process in others] == ['connected\n'] * 2
   with socket.create_connection(('localhost', port)) as stranger:
     stranger.sendall(b'GET / HTTP/1.1\n')
@@ -224,18 +225,6 @@ def members():
   for process in (first, *others):
     process.kill()
     process.communicate()
-
-
-def python_with_input(program, *arguments):
-  return subprocess.Popen(
-    [sys.executable, '-c', program, *map(str, arguments)],
-    cwd=REPO,
-    env=os.environ | {'PYTHONPATH': str(REPO)},
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
 
 
 # A process that is stopped stands for a machine that is gone: its connections stay open, and it says nothing more.
@@ -251,6 +240,14 @@ def test_the_watch_names_who_is_gone(members, victim, number):
       f'error: process {victim} of 3 (host {socket.gethostname()}, pid {members[victim].pid}) is gone, and so all end; '
       'start all of them again: the run goes on from its last checkpoint\n'
     )
+
+
+def test_where_the_first_one_cannot_be_reached():
+  program = f"""
+from paranet_jax.watch import Watch
+print(Watch(1, 2, 5).connect(['nowhere.invalid', 'localhost'], {free_port()}))
+"""
+  assert python(program).communicate(timeout=60) == ('False\n', '')
 
 
 def tell(process, how):
