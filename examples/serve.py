@@ -81,16 +81,17 @@ def _count(text: str) -> int:
 def _serve(given: argparse.Namespace) -> None:
   try:
     import onnxruntime  # noqa: F401
-    import PIL  # noqa: F401
     import python_multipart  # noqa: F401
     import uvicorn
     from batching import Scheduler, measure
+    from PIL import Image
     from service import Predictor, make_app
     from uploads import Uploads
   except ImportError as error:
     needs = Path(__file__).with_name('requirements.txt')
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
   warnings.filterwarnings('ignore', module='PIL')  # Of odd but readable files.
+  Image.init()  # Which the first image would wait for.
   runtime = _load_runtime(given.bundle)
   try:
     bundle = runtime.load(given.bundle, given.provider, given.threads)
@@ -133,7 +134,7 @@ def _listen(host: str, port: int) -> socket.socket:
   try:
     return socket.create_server((host, port), family=family)
   except OSError as error:
-    reason = error.strerror or error
+    reason = str(error.strerror).partition(' (while')[0]
     raise UserError(f'cannot listen at {host} port {port} ({reason}); set --host or --port') from error
 
 

@@ -45,16 +45,17 @@ class Uploads:
 
     Raises:
       Refused: 400, 413 or 503.
-      HTTPException: 400, a multipart body cannot be parsed.
+      HTTPException: 400, a form cannot be parsed.
     """
     declared = request.headers.get('content-length', '')
     if declared.isdecimal() and int(declared) > self._max_bytes:
       raise self._too_large()
-    body = _Body(request.receive)
+    is_form = request.headers.get('content-type', '').lower().startswith('multipart/form-data')
+    body = _Body(request.receive, is_form)
     request = Request(request.scope, lambda: self._receive(body))
     try:
-      if request.headers.get('content-type', '').lower().startswith('multipart/form-data'):
-        upload = await self._multipart(request, body)
+      if is_form:
+        upload = await self._read_form(request)
       else:
         encoded = await request.body()
         upload = Upload([encoded] if encoded else [], read_fields(request.query_params.multi_items()))
@@ -66,19 +67,22 @@ class Uploads:
 
   async def _receive(self, body: '_Body') -> Message:
     message = await body.receive()
+    if message['type'] != 'http.request':
+      return message
     chunk = message.get('body', b'')
     body.size, self._held = body.size + len(chunk), self._held + len(chunk)
-    body.tail = (body.tail + chunk)[-256:]
+    body.tail = (body.tail + chunk)[-64:]
     if body.size > self._max_bytes:
       raise self._too_large()
     if self._held > _HELD * self._max_bytes:
       raise Refused(503, 'too many bytes are being sent at once; try again')
+    if body.is_form and not message.get('more_body') and not body.tail.rstrip().endswith(b'--'):
+      # The parser would leave out the file that was cut, without a word.
+      raise Refused(400, 'expected a whole form, found no boundary that closes it; send it again')
     return message
 
-  async def _multipart(self, request: Request, body: '_Body') -> Upload:
+  async def _read_form(self, request: Request) -> Upload:
     async with request.form(max_files=self._max_images, max_fields=len(FIELDS) + 1, max_part_size=1024) as form:
-      if not body.tail.rstrip().endswith(b'--'):  # Its last file would be missing, without a word.
-        raise Refused(400, 'expected a whole multipart body, found no closing boundary; send it again')
       parts = form.multi_items()
       images = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
       texts = [(name, part) for name, part in parts if isinstance(part, str)]
@@ -89,8 +93,8 @@ class Uploads:
 
 
 class _Body:
-  def __init__(self, receive: Receive):
-    self.receive, self.size, self.tail = receive, 0, b''
+  def __init__(self, receive: Receive, is_form: bool):
+    self.receive, self.is_form, self.size, self.tail = receive, is_form, 0, b''
 
 
 def read_fields(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:

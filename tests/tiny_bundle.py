@@ -19,14 +19,14 @@ def write(folder: Path, probability: float = 0.6, work: int = 0) -> Path:
   """Writes the bundle.
 
   Args:
-    probability: from which images leave.
+    probability: from which images leave; 1: none does before the last exit.
     work: side of a square matrix that every stage multiplies by itself for each image, so that it takes longer.
   """
   folder.mkdir()
   rng = np.random.default_rng(5)
   for number in EXITS:
     onnx.save(_stage(number, rng, work), folder / f'stage_{number}.onnx')
-  threshold = float(run.to_confidence(probability, 'max_prob'))
+  threshold = float(run.to_confidence(probability, 'max_prob')) if probability < 1 else None
   _write_json(
     folder / run.EXITS,
     {
