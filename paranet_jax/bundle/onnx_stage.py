@@ -1,12 +1,9 @@
 """A stage as an ONNX model: features channels first, batch norms folded or one operation, only images transposed."""
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from paranet_jax.bundle.onnx_graph import clean
+from paranet_jax.bundle.quiet import quiet
 from paranet_jax.bundle.stages import IMAGES, StageSpec, Tensor, tracing
 
 OPSET = 18
@@ -19,7 +16,7 @@ def onnx_stage(spec: StageSpec) -> Any:
   Its inputs are `takes`: images [batch, H, W, C], normalized, features [batch, C, H, W]. Its outputs are the logits
   [batch, classes] and `gives`.
   """
-  with _quiet(), tracing():
+  with quiet(), tracing():
     from jax2onnx import to_onnx
 
     model = to_onnx(
@@ -38,16 +35,3 @@ def onnx_stage(spec: StageSpec) -> Any:
 def is_nchw(tensor: Tensor) -> bool:
   """Whether a stage has it channels first: features are, images and what has no sides are not."""
   return tensor.name != IMAGES and len(tensor.shape) == 3
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """jax2onnx warns of plugins for packages that are of no use here."""
-  level = logging.root.manager.disable
-  logging.disable(logging.ERROR)
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')
-      yield
-  finally:
-    logging.disable(level)

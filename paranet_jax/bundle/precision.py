@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-DTYPES = ('float32', 'float16', 'int8')
+from paranet_jax.bundle.quiet import quiet
+
 _BATCH = 64
 
 
@@ -52,7 +53,7 @@ def quantized(model: Any, inputs: dict[str, np.ndarray]) -> Any:
     def get_next(self):
       return next(self._batches, None)
 
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, quiet():
     source, target = Path(folder) / 'float32.onnx', Path(folder) / 'int8.onnx'
     onnx.save(model, source)
     quantization.quantize_static(

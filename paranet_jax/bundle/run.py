@@ -400,7 +400,7 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     BundleError: the bundle, or what is installed, does not fit.
   """
   folder = Path(folder)
-  bundle = _object(folder / BUNDLE)
+  bundle = _json(folder / BUNDLE, dict)
   if bundle.get('schema_version') != SCHEMA_VERSION:
     found = bundle.get('schema_version')
     raise BundleError(
@@ -412,8 +412,8 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     )
   files = [EXITS, CLASSES, PREPROCESSING, *(stage['file'] for stage in bundle['stages'].values())]
   _check_files(folder, bundle['checksums'], files)
-  plan, images = _object(folder / EXITS), _object(folder / PREPROCESSING)
-  names = json.loads((folder / CLASSES).read_text(encoding='utf-8'))
+  plan, images = _json(folder / EXITS, dict), _json(folder / PREPROCESSING, dict)
+  names = _json(folder / CLASSES, list)
   if len(names) != bundle['num_classes']:
     raise BundleError(
       f'expected {bundle["num_classes"]} class names in {folder / CLASSES}, found {len(names)}; export the run again'
@@ -432,15 +432,16 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
   )
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _json(path: Path, kind: type) -> Any:
+  what = {dict: 'object', list: 'list'}[kind]
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError as error:
     raise BundleError(f'expected a bundle with a {path.name} in {path.parent}, found none; set --bundle') from error
   except (OSError, ValueError, RecursionError) as error:
-    raise BundleError(f'{path} is not a JSON object ({error}); copy or export the bundle again') from error
-  if not isinstance(value, dict):
-    raise BundleError(f'{path} is not a JSON object (it holds {value!r:.40}); copy or export the bundle again')
+    raise BundleError(f'{path} is not a JSON {what} ({error}); copy or export the bundle again') from error
+  if not isinstance(value, kind):
+    raise BundleError(f'{path} is not a JSON {what} (it holds {value!r:.40}); copy or export the bundle again')
   return value
 
 
@@ -662,8 +663,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _count(text: str) -> float:
-  scale = {'K': 1e3, 'M': 1e6, 'G': 1e9}.get(text[-1:].upper())
-  return float(text[:-1]) * scale if scale else float(text)
+  scale = {'K': 1e3, 'M': 1e6, 'G': 1e9}.get(text[-1:].upper(), 1)
+  try:
+    return float(text if scale == 1 else text[:-1]) * scale
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f'expected multiply-adds such as 5M, found {text}') from error
 
 
 def _checked_threshold(threshold: float, score: str) -> float:

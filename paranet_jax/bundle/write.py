@@ -84,7 +84,8 @@ def export_run(request: Request) -> dict[str, Any]:
   check_request(request)
   run = load(request.workdir)
   plan = run.exits or read_plan(request.workdir)
-  return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else _held_out(run))
+  plan = _without_place(plan, request.workdir)
+  return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else held_out_images(run))
 
 
 def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.nd
   stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
   with _whole_or_not_at_all(request.out) as folder:
     bundle = _describe(request, run, plan, stages)
-    _write_facts(folder, request, run, plan)
+    _write_facts(folder, run, plan)
     if 'onnx' in request.formats:
       _write_onnx(folder, request, run, stages, images)
       bundle['checksums'] = _checksums(folder)
@@ -124,12 +125,17 @@ def _noise(run: LoadedRun) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *run.image_shape), np.uint8)
 
 
-def _held_out(run: LoadedRun) -> np.ndarray:
+def held_out_images(run: LoadedRun) -> np.ndarray:
+  """As many of the run's held-out images as are needed: uint8 [N, H, W, C].
+
+  Raises:
+    UserError: the data set cannot be read.
+  """
   fields = run.config.model
   dataset = load_dataset(
     run.config.data, image_side=fields.image_side, channels=fields.channels, num_classes=fields.num_classes
   )
-  return np.asarray(dataset.held_out.images[: max(CALIBRATION_IMAGES, COMPARED_IMAGES)])
+  return np.asarray(dataset.held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
 
 
 def _describe(request: Request, run: LoadedRun, plan: ExitPlan, stages: Stages) -> dict[str, Any]:
@@ -171,9 +177,9 @@ def _tensor_entry(tensor: Tensor) -> dict[str, Any]:
   return {'name': tensor.name, 'shape': ['batch', *shape], 'dtype': 'float32'}
 
 
-def _write_facts(folder: Path, request: Request, run: LoadedRun, plan: ExitPlan) -> None:
+def _write_facts(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
   """All that is not a stage."""
-  save_plan(folder, _without_place(plan, request.workdir))
+  save_plan(folder, plan)
   write_text(folder / runtime.CLASSES, json.dumps(run.dataset.class_names, indent=2) + '\n')
   side, _, channels = run.image_shape
   preprocessing = {
@@ -209,10 +215,15 @@ def _write_onnx(folder: Path, request: Request, run: LoadedRun, stages: Stages, 
   if request.dtype == 'float16':
     models = {name: halved(model) for name, model in models.items()}
   elif request.dtype == 'int8':
-    models = _quantized(models, run, stages, images[:CALIBRATION_IMAGES])
+    models = _quantized(models, run, stages, images[: _calibrating(images)])
   for name, model in models.items():
     onnx.checker.check_model(model)
     onnx.save(model, folder / f'{name}.onnx')
+
+
+def _calibrating(images: np.ndarray) -> int:
+  """How many of the images ranges are taken from; those after them say how far the answers agree."""
+  return min(CALIBRATION_IMAGES, len(images) // 2)
 
 
 def _quantized(models: dict[str, Any], run: LoadedRun, stages: Stages, images: np.ndarray) -> dict[str, Any]:
@@ -235,7 +246,7 @@ def _quantized(models: dict[str, Any], run: LoadedRun, stages: Stages, images: n
 
 
 def _compare(folder: Path, request: Request, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
-  images = images[:COMPARED_IMAGES]
+  images = images[_calibrating(images) if request.dtype == 'int8' else 0 :][:COMPARED_IMAGES]
   preprocessing = Preprocessing(run.dataset.mean, run.dataset.std, crop_padding=0, flip=False)
   split = Split(images, np.zeros(len(images), np.int32))
   logits = split_logits(run.model, run.variables, plan.exits, preprocessing, split, 64)
