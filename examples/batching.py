@@ -101,13 +101,13 @@ class Runs:
 
 
 class Scheduler:
-  """Answers images, no more than `capacity` of them at a time. `submit` and what reads counts may come from any thread.
+  """Answers images, no more than `capacity` of them at a time. All but `step` may be called from any thread.
 
   Attributes:
     runs: by exit number.
     exits: images answered, by exit number.
     seconds: from arrival to answer, of all of them.
-    inside: images that there is no longer room for others beside.
+    inside: images that were admitted and not released.
   """
 
   def __init__(
@@ -183,7 +183,7 @@ class Scheduler:
       Its answer, or the exception of the stage that failed.
 
     Raises:
-      Full: `close` was called.
+      Full: `close` was called, or the thread has ended.
     """
     sample = Waiting(image, arrived, last, deadline, min(deadline, arrived + self._patience), self._timings.visited[0])
     sample.answer.set_running_or_notify_cancel()
@@ -217,6 +217,8 @@ class Scheduler:
     try:
       self._work_until_closed()
     finally:  # Should that ever fail, nobody waits for what will not come.
+      with self._changed:
+        self._closing = True
       for sample in [*self._everyone(), *self._arriving]:
         sample.answer.set_exception(RuntimeError('the thread of the stages has ended'))
 
@@ -227,7 +229,7 @@ class Scheduler:
         closing = self._closing
       while self.step():
         pass
-      if closing and not self._arriving:
+      if closing:
         return
 
   def _everyone(self) -> list[Waiting]:

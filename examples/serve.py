@@ -4,9 +4,10 @@
   curl --data-binary @photo.png localhost:8000/predict
   curl -F image=@a.png -F image=@b.jpg -F deadline_ms=20 localhost:8000/predict
 
-What it answers: service.py. It runs the run.py of the bundle, so serve only bundles that you trust. On SIGTERM and
-Control-C it takes no more requests, answers those it has, and ends with exit code 0. User errors are one line and exit
-code 2.
+What it answers: service.py. It runs the run.py of the bundle, so serve only bundles that you trust; and it has neither
+TLS nor patience for slow clients of its own, so put a proxy before it where others than this machine can reach it. On
+SIGTERM and Control-C it takes no more requests, answers those it has, and ends with exit code 0. User errors are one
+line and exit code 2.
 """
 
 import argparse

@@ -109,9 +109,9 @@ class Predictor:
     return 200, {
       'label': answer.label,
       'class_name': self._bundle.class_names[answer.label],
-      'probability': answer.probability,
+      'probability': round(answer.probability, 6),
       'exit': answer.exit,
-      'milliseconds': 1e3 * answer.seconds,
+      'milliseconds': round(1e3 * answer.seconds, 3),
     }
 
   def _last(self, budget_ms: float) -> int:

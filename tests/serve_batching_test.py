@@ -79,9 +79,9 @@ def test_who_stays_is_packed_with_others_at_that_stage(queue):
   queue.scheduler.step()
   assert [answer.done() for answer in answers] == [True, False] * 2 + [False] * 4
   assert queue.finish() == [(1, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [1, 3, 5, 7]), (3, [1, 3, 5, 7])]
-  assert [answer.result()[::2] for answer in answers] == [(label, 3 if label % 2 else 1) for label in range(8)]
-  assert answers[0].result().seconds == 2.5 and answers[7].result().seconds == 2.5 + 2.5 + 5 + 10
-  assert answers[0].result().probability == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
+  assert [answer.result(0)[::2] for answer in answers] == [(label, 3 if label % 2 else 1) for label in range(8)]
+  assert answers[0].result(0).seconds == 2.5 and answers[7].result(0).seconds == 2.5 + 2.5 + 5 + 10
+  assert answers[0].result(0).probability == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
   assert queue.scheduler.exits == {1: 4, 2: 0, 3: 4}
   assert queue.scheduler.seconds == 2 * 2.5 + 2 * 5 + 4 * 20
   counts = {number: (runs.count, runs.images) for number, runs in queue.scheduler.runs.items()}
@@ -119,13 +119,13 @@ def test_who_has_waited_long_goes_before_a_full_batch(queue, late_by, chosen):
 def test_a_stage_is_not_begun_if_it_should_be_late(queue, deadline, exit, seconds):
   answer = queue.send(9, deadline=deadline)
   assert queue.finish() == [(number, [9]) for number in range(1, exit + 1)]
-  assert (answer.result().exit, answer.result().seconds) == (exit, seconds)
+  assert (answer.result(0).exit, answer.result(0).seconds) == (exit, seconds)
 
 
 def test_with_a_deadline_who_is_sure_leaves_early(queue):
   answer = queue.send(9, sure=2, deadline=99)
   queue.finish()
-  assert answer.result().exit == 2
+  assert answer.result(0).exit == 2
 
 
 def test_a_batch_is_small_enough_for_the_first_deadline_in_it(queue):
@@ -142,7 +142,7 @@ def test_one_that_comes_too_late_anyway_makes_no_batch_small(queue):
   late = queue.send(3, deadline=0.1)
   queue.scheduler.step()
   assert queue.bundle.log == [(1, [0, 1, 2, 3])]
-  assert late.result().exit == 1
+  assert late.result(0).exit == 1
 
 
 def test_who_would_be_late_after_what_runs_next_is_answered_before(queue):
@@ -151,28 +151,28 @@ def test_who_would_be_late_after_what_runs_next_is_answered_before(queue):
   queue.send(1, deadline=3.5)
   queue.scheduler.step()
   assert queue.bundle.log == [(1, [0]), (1, [1])]
-  assert (first.result().exit, first.result().seconds) == (1, 1)
+  assert (first.result(0).exit, first.result(0).seconds) == (1, 1)
 
 
 @pytest.mark.parametrize('last', [1, 2, 3])
 def test_nobody_goes_further_than_asked(queue, last):
   answer = queue.send(5, last=last)
   queue.finish()
-  assert answer.result().exit == last
+  assert answer.result(0).exit == last
 
 
 def test_a_stage_that_fails_fails_who_is_in_it(queue):
   queue.bundle.broken = 2
   answers = [queue.send(label, sure=3 if label else 1) for label in range(5)]
   queue.finish()
-  assert answers[0].result().exit == 1
+  assert answers[0].result(0).exit == 1
   for answer in answers[1:]:
     with pytest.raises(ArithmeticError, match='broken'):
-      answer.result()
+      answer.result(0)
   queue.bundle.broken = None
   after = queue.send(7)
   queue.finish()
-  assert after.result().label == 7
+  assert after.result(0).label == 7
   assert queue.scheduler.exits == {1: 1, 2: 0, 3: 1}
 
 
@@ -217,6 +217,9 @@ def test_nobody_waits_for_a_thread_that_has_ended(queue):
   queue.scheduler.start()
   with pytest.raises(RuntimeError, match='the thread of the stages has ended'):
     answer.result(60)
+  queue.bundle.now = 0
+  with pytest.raises(Full):
+    queue.send(0)
   queue.scheduler.close()
   assert not queue.scheduler.alive()
 

@@ -1,12 +1,14 @@
 """Tests of what the service says where it cannot start: one line, and exit code 2."""
 
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_bundle
+import uvicorn
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 sys.path.insert(0, str(EXAMPLES))
@@ -103,6 +105,24 @@ def test_what_is_not_installed(folder, monkeypatch, capsys, name):
   assert refusal(capsys, f'--bundle={folder / "whole"}') == (
     f'expected {name} to serve, found none; pip install -r {EXAMPLES / "requirements.txt"}'
   )
+
+
+def test_a_signal_just_before_it_serves(folder, monkeypatch):
+  asked = []
+
+  def run(server, sockets):
+    signal.raise_signal(signal.SIGTERM)
+    asked.append(server.should_exit)
+    sockets[0].close()
+
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    assert serve.main([f'--bundle={folder / "whole"}', '--port=0']) == 0
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  assert asked == [True]
 
 
 def test_interrupted_before_it_serves(folder, monkeypatch, capsys):

@@ -249,6 +249,7 @@ REFUSED = {
   'nothing': ('/predict', b'', {}, 400, NONE_SENT),
   'a form without files': ('/predict', *form([], [('budget_ms', '5')]), 400, NONE_SENT),
   'no image': ('/predict', b'%!PS-Adobe-3.0 EPSF-3.0\n', {}, 400, NO_IMAGE),
+  'an image of another format': ('/predict', b'P6 1 1 255\n\0\0\0', {}, 400, NO_IMAGE),
   'half an image': ('/predict', encoded(0, size=(50, 50))[:4000], {}, 400, 'image file is truncated'),
   'another field': (
     '/predict?budgetms=5', PNG, {}, 400, "unknown field 'budgetms', expected budget_ms or deadline_ms"
@@ -318,6 +319,12 @@ def test_as_many_bytes_as_allowed_are_taken(server):
   assert server.ask('POST', '/predict', PNG + b'0' * (MAX_BYTES - len(PNG))).status == 200
 
 
+def test_what_is_said_to_be_large_is_not_waited_for(server):
+  with socket.create_connection(('127.0.0.1', server.port), timeout=60) as client:
+    client.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50001\r\n\r\n')
+    assert client.recv(12) == b'HTTP/1.1 413'
+
+
 def wait_until(holds: Any) -> None:
   last = time.monotonic() + 60
   while not holds():
@@ -376,12 +383,15 @@ def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(tmp_pat
   server.stop(signal.SIGINT)
 
 
-def test_a_budget_and_what_is_queued_when_it_is_asked_to_stop(tmp_path, slow):
+def test_how_far_an_image_goes_and_what_is_queued_when_it_is_asked_to_stop(tmp_path, slow):
   server, reference = Server(tmp_path, slow, '--batch=4'), run.load(slow, threads=1)
   for number in (1, 2):  # Between what two exits take, as the first line said.
     budget = (server.exit_ms[number - 1] + server.exit_ms[number]) / 2
     (answer,) = server.ask('POST', f'/predict?budget_ms={budget}', PNG).body['answers']
     assert answer['exit'] == number
+  for deadline, exits in ((server.exit_ms[2] - server.exit_ms[1], (1, 2)), (60_000, (3,))):
+    (answer,) = server.ask('POST', f'/predict?deadline_ms={deadline}', PNG).body['answers']
+    assert answer['exit'] in exits  # In the first, the last stage alone takes as long.
 
   images = [[encoded(8 * request + row) for row in range(8)] for request in range(6)]
   replies = {}
@@ -391,8 +401,9 @@ def test_a_budget_and_what_is_queued_when_it_is_asked_to_stop(tmp_path, slow):
 
   def all_taken():
     metrics = server.metrics()
-    return metrics['paranet_queue_images'] + metrics['paranet_images_total{exit="3"}'] == 48
+    return metrics['paranet_queue_images'] + metrics['paranet_images_total{exit="3"}'] == 48 + before
 
+  before = server.metrics()['paranet_images_total{exit="3"}']
   threads = [threading.Thread(target=client, args=(request,)) for request in range(6)]
   for thread in threads:
     thread.start()

@@ -61,6 +61,18 @@ def service(bundle):
   service.scheduler.close()
 
 
+def test_its_thread_lives_as_long_as_it_does(bundle):
+  service, told = Service(bundle), []
+  app = make_app(service.predictor, service.scheduler, lambda: told.append(service.scheduler.alive()))
+
+  async def live():
+    async with app.router.lifespan_context(app):
+      assert told == [True]
+
+  asyncio.run(live())
+  assert not service.scheduler.alive()
+
+
 def test_it_says_that_its_thread_has_ended(service):
   assert service.ask('GET', '/healthz')[::2] == (200, {'status': 'ok'})
   service.scheduler.close()
