@@ -39,7 +39,7 @@ from paranet_jax.models.paranet import ParaNet
 
 BUDGETS = ('budget 25%', 'budget 50%', 'budget 75%')
 NEEDS = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino', 'ours': 'jax', 'eager': 'torch'}
-ONE_BY_ONE = 64
+ONE_BY_ONE = 32
 """Images that are answered one by one in a call."""
 
 

@@ -224,6 +224,7 @@ def test_the_card_may_be_edited(out, tmp_path):
   np.testing.assert_array_equal(runtime.load(folder).predict(IMAGES).exits, runtime.load(out).predict(IMAGES).exits)
 
 
+@pytest.mark.filterwarnings('ignore:os.fork')  # Importing OpenVINO starts a process.
 def test_openvino(out):
   pytest.importorskip('openvino', reason='needs openvino: pip install -r benchmarks/requirements.txt')
   ours, theirs = runtime.load(out).predict(IMAGES), runtime.load(out, 'openvino').predict(IMAGES)
