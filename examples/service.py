@@ -8,8 +8,8 @@ in the order sent; milliseconds are from the request's arrival to the answer, wi
 answered has {"error": "..."} in its place. The status is 200 if any image is answered. If none is, it is what all of
 them have in common (413: too many pixels; 500: the network failed), or 400, with the first "error" beside "answers".
 
-A whole request is refused with 400 (no image, a field or a form that is not understood), 413 (too many bytes, known from
-its head or while it is read) or 503 with Retry-After (no room for its images, or too much being sent at once).
+A whole request is refused with 400 (no image, a field or a form that is not understood), 413 (too many bytes, known
+from its head or while it is read) or 503 with Retry-After (no room for its images, or too much being sent at once).
 
 In the query or the form, at most one of
   budget_ms: no image goes to an exit that one image alone reaches later than that on this machine, as measured at the
