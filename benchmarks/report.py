@@ -13,6 +13,7 @@ import jax
 from benchmarks.peers import available_cores
 from paranet_jax.description import cpu_name, environment
 
+EXTRAS = ('torch', 'onnxruntime', 'openvino', 'libtpu')
 COLUMNS = ('what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit')
 
 
@@ -53,7 +54,7 @@ def headline(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def surroundings() -> dict[str, Any]:
   """`machine`, `versions` and `date`: what a number needs beside it."""
   facts = environment(jax.devices()[:1])
-  extras = {name: importlib.metadata.version(name) for name in ('torch', 'libtpu') if importlib.util.find_spec(name)}
+  extras = {name: importlib.metadata.version(name) for name in EXTRAS if importlib.util.find_spec(name)}
   machine = {
     'cpu': cpu_name(),
     'cores': available_cores(),

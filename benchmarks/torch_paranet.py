@@ -1,10 +1,9 @@
 """The peer: PN3 as a PyTorch user writes it, with DenseNet's layers, channels_last (its fastest here)."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -91,16 +90,26 @@ class TorchParaNet(nn.Module):
     self.parts = nn.ModuleDict(parts)
 
   def forward(self, images: Tensor, exits: Sequence[int]) -> list[Tensor]:
-    features = {}
+    features, last = {}, {}
     for p in range(1, max(exits) + 1):
-      x = self.parts[f'pipeline_{p}_stem'](images)
-      for _ in range(self.num_pipelines + 1 - p):
-        x = F.max_pool2d(x, 2)
-      for b in range(1, p + 1):
-        if b > 1:
-          x = torch.concat([self.parts[f'pipeline_{p}_transition_{b - 1}'](x), features[p - 1, b - 1]], 1)
-        x = features[p, b] = self.parts[f'pipeline_{p}_block_{b}'](x)
-    return [self.parts[f'exit_{p}'](features[p, p]) for p in exits]
+      features = self._blocks(p, images, features)
+      last[p] = features[f'block_{p}']
+    return [self.parts[f'exit_{p}'](last[p]) for p in exits]
+
+  def pipeline(self, p: int, images: Tensor, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits of exit p and the features of its pipeline, from those of the pipeline before."""
+    features = self._blocks(p, images, features)
+    return self.parts[f'exit_{p}'](features[f'block_{p}']), features
+
+  def _blocks(self, p: int, images: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    features, x = {}, self.parts[f'pipeline_{p}_stem'](images)
+    for _ in range(self.num_pipelines + 1 - p):
+      x = F.max_pool2d(x, 2)
+    for b in range(1, p + 1):
+      if b > 1:
+        x = torch.concat([self.parts[f'pipeline_{p}_transition_{b - 1}'](x), before[f'block_{b - 1}']], 1)
+      x = features[f'block_{b}'] = self.parts[f'pipeline_{p}_block_{b}'](x)
+    return features
 
 
 def torch_network(variables: dict[str, Any], *, pool_first: bool = False) -> TorchParaNet:
@@ -122,13 +131,21 @@ def torch_network(variables: dict[str, Any], *, pool_first: bool = False) -> Tor
 
 def torch_weights(variables: dict[str, Any]) -> dict[str, Tensor]:
   """The variables (or gradients in their place) by the peer's names and in its axis order."""
-  leaves = (leaf for tree in variables.values() for leaf in jax.tree_util.tree_leaves_with_path(tree))
-  named = {tuple(key.key for key in path): np.array(leaf) for path, leaf in leaves}
+  named = {path: leaf for tree in variables.values() for path, leaf in _leaves(tree)}
   orders = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # Convolution, linear layer, vector.
   return {
     '.'.join(('parts', *path[:-1], LEAVES[path[-1]])): torch.from_numpy(leaf.transpose(orders[leaf.ndim]).copy())
     for path, leaf in named.items()
   }
+
+
+def _leaves(tree: dict[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+  # Not by jax, which what is only run does not need.
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, *path, name)
+    else:
+      yield (*path, name), np.array(value)
 
 
 def training_step(

@@ -14,6 +14,7 @@ from absl import logging
 
 from paranet_jax.allocator import use_huge_pages
 from paranet_jax.arguments import Parser
+from paranet_jax.bundle.run import printable
 from paranet_jax.early.image_files import Batch, list_images, read_batches
 from paranet_jax.early.prediction_output import (
   FORMATS,
@@ -21,7 +22,6 @@ from paranet_jax.early.prediction_output import (
   make_format,
   open_output,
   prediction_rows,
-  printable,
 )
 from paranet_jax.early.prediction_progress import LiveLine, Tally
 from paranet_jax.errors import UserError
@@ -119,7 +119,7 @@ def _predict(early_exit: Any, files: list[str], arguments: argparse.Namespace, t
   side, _, channels = early_exit.image_shape
   batches = read_batches(files, side, channels, arguments.batch_size)
   with open_output(arguments.output) as stream, closing(batches), warnings.catch_warnings():
-    warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.data\.decode')  # Of odd but readable files.
+    warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.bundle\.run')  # Of odd but readable files.
     format = make_format(arguments.format, files, early_exit.class_names, top, stream)
     stream.write(format.before)
     line.update(0, 0)

@@ -86,7 +86,7 @@ def test_later_batches_are_decoded_meanwhile_and_no_more_than_two(monkeypatch):
     ready.release()
     return np.zeros((side, side, channels), np.uint8)
 
-  monkeypatch.setattr(image_files, '_decode', decode)
+  monkeypatch.setattr(image_files, 'read_image', decode)
   files = [str(i) for i in range(20)]
   batches = read_batches(files, 1, 1, 2)
   for taken in range(1, 8):

@@ -24,6 +24,12 @@ def named(name: str, **fields) -> ParaNet:
 
 def variables(model: ParaNet, seed: int = 0) -> dict:
   """Random values for every parameter and statistic, so that none hides as a 0 or a 1."""
+  shape = (model.image_side, model.image_side, model.channels)
+  return filled(abstract_variables(model, shape), seed)
+
+
+def filled(shapes: dict, seed: int = 0) -> dict:
+  """The same for variables of these shapes."""
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):
@@ -31,8 +37,7 @@ def variables(model: ParaNet, seed: int = 0) -> dict:
       return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
     return rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)
 
-  shape = (model.image_side, model.image_side, model.channels)
-  return jax.tree_util.tree_map_with_path(fill, abstract_variables(model, shape))
+  return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def state(model: ParaNet, optimizer, seed: int = 0, step: int = 0) -> TrainState:

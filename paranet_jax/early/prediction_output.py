@@ -13,6 +13,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from paranet_jax.bundle.run import printable
 from paranet_jax.errors import UserError
 from paranet_jax.tables import human_count
 
@@ -127,11 +128,6 @@ def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top
   if name == 'csv':
     return CsvFormat(top)
   return TableFormat(files, class_names, shutil.get_terminal_size().columns if stream.isatty() else None)
-
-
-def printable(text: str) -> str:
-  """Text for one line of a terminal: what would break or control it is written as Python's escapes."""
-  return ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

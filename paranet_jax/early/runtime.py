@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paranet_jax.bundle.run import Prediction, Predictions, softmax
 from paranet_jax.data.augment import normalize
 from paranet_jax.early import chunks as chunks_lib
 from paranet_jax.early.chunks import NOBODY, Chunk, Sizes, default_sizes
@@ -25,28 +26,6 @@ from paranet_jax.early.exits_file import ExitPlan
 from paranet_jax.early.scores import confidence
 
 _LATENCY_RUNS = 10
-
-
-class Predictions(NamedTuple):
-  """Of N images, in the order given.
-
-  labels: int [N]. probabilities: float32 [N, classes], calibrated with the exit's temperature. exits: int [N], 1-based,
-  the exit taken. macs: int [N], multiply-adds spent.
-  """
-
-  labels: np.ndarray
-  probabilities: np.ndarray
-  exits: np.ndarray
-  macs: np.ndarray
-
-
-class Prediction(NamedTuple):
-  """Of one image: label, probabilities float32 [classes], exit taken (1-based), multiply-adds spent."""
-
-  label: int
-  probabilities: np.ndarray
-  exit: int
-  macs: int
 
 
 class EarlyExit:
@@ -227,7 +206,7 @@ class EarlyExit:
     places = chunk.rows[here[leave]]
     if len(places):
       out.labels[places] = logits[leave].argmax(-1)
-      out.probabilities[places] = _softmax(logits[leave], self._temperatures[number])
+      out.probabilities[places] = softmax(logits[leave], self._temperatures[number])
       out.exits[places] = number
       out.macs[places] = self._macs[number]
     rows = chunk.rows.copy()
@@ -246,7 +225,7 @@ class EarlyExit:
     return np.zeros(len(logits), bool) if threshold is None else sure >= threshold
 
   def _prediction(self, number: int, logits: np.ndarray, macs: int) -> Prediction:
-    probabilities = _softmax(logits, self._temperatures[number])[0]
+    probabilities = softmax(logits, self._temperatures[number])[0]
     return Prediction(int(logits[0].argmax()), probabilities, number, macs)
 
   def _empty(self, count: int) -> Predictions:
@@ -331,10 +310,3 @@ class _Streaks:
     self._lengths[places] = np.where(self._labels[places] == labels, self._lengths[places] + 1, 1)
     self._labels[places] = labels
     return self._lengths[places]
-
-
-def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-  """float32 [n, classes], computed in float64."""
-  scaled = logits.astype(np.float64) / temperature
-  powers = np.exp(scaled - scaled.max(-1, keepdims=True))
-  return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)

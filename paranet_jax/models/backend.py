@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import jax
 
+PLAIN = 'plain'
+"""The platform of `compiling_for` for exporters: convolutions, pools and concatenations are one operation each."""
+
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
 
 
 def backend() -> str:
-  """'cpu', 'gpu' or 'tpu': the one of `compiling_for`, or else jax's own."""
+  """'cpu', 'gpu', 'tpu' or `PLAIN`: the one of `compiling_for`, or else jax's own."""
   return _target.get() or jax.default_backend()
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from paranet_jax.models.backend import backend
+from paranet_jax.models.backend import PLAIN, backend
 
 EPSILON = 1e-5
 
@@ -121,6 +121,12 @@ def conv3x3(x: Array, kernel: Array) -> Array:
   return _convolution(x, kernel.astype(x.dtype))
 
 
+def conv1x1(x: Array, kernel: Array) -> Array:
+  """1x1 convolution: [B, H, W, C], [C, K] -> [B, H, W, K]."""
+  kernel = kernel.astype(x.dtype)
+  return _convolution(x, kernel[None, None]) if backend() == PLAIN else x @ kernel
+
+
 def image_conv3x3(x: Array, kernel: Array) -> Array:
   """`conv3x3` of an image, whose few channels XLA's CPU convolution is many times slower on than a matrix product."""
   if backend() != 'cpu':
@@ -132,11 +138,13 @@ def image_conv3x3(x: Array, kernel: Array) -> Array:
 def dense_block_inference(x: Array, layers: Sequence[Layer]) -> Array:
   """The block with folded running statistics: raw features [B, H, W, C] -> [B, H, W, C + n k]."""
   channels = [layer.scale1.shape[0] for layer in layers]
-  x = _widen(x, channels[-1] + layers[-1].kernel2.shape[-1])
+  plain = backend() == PLAIN
+  x = x if plain else _widen(x, channels[-1] + layers[-1].kernel2.shape[-1])
   for width, layer in zip(channels, layers, strict=True):
     a = affine_relu(x[..., :width], layer.scale1, layer.shift1)
-    h = jax.nn.relu(_wide(a @ layer.kernel1.astype(x.dtype)) + layer.shift2).astype(x.dtype)
-    x = lax.dynamic_update_slice_in_dim(x, conv3x3(h, layer.kernel2), width, axis=-1)
+    h = jax.nn.relu(_wide(conv1x1(a, layer.kernel1)) + layer.shift2).astype(x.dtype)
+    new = conv3x3(h, layer.kernel2)
+    x = jnp.concatenate([x, new], axis=-1) if plain else lax.dynamic_update_slice_in_dim(x, new, width, axis=-1)
   return x
 
 

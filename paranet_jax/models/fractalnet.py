@@ -179,4 +179,5 @@ def _halved(paths):
 
 
 def _separate(x, paths):
-  return dict(zip(paths, jnp.split(x, len(paths)), strict=True))
+  parts = jnp.split(x, len(paths)) if len(paths) > 1 else [x]
+  return dict(zip(paths, parts, strict=True))

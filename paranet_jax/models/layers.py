@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from paranet_jax.models.dense import as_features, classifier_init, conv_init, norm_affine
+from paranet_jax.models.backend import PLAIN, backend
+from paranet_jax.models.dense import as_features, classifier_init, conv_init, global_average, norm_affine
 from paranet_jax.models.dense_block import affine_relu
 
 
@@ -24,7 +25,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
   """
   kernel = kernel.astype(x.dtype)
   height, width = kernel.shape[:2]
-  if height == width == 1:
+  if height == width == 1 and backend() != PLAIN:
     return x[:, ::stride, ::stride] @ kernel[0, 0]
   padding = [(size // 2, size // 2) for size in (height, width)]
   return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
@@ -77,5 +78,5 @@ class Classifier(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    x = global_average(x)
     return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(x)

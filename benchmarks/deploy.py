@@ -1,0 +1,180 @@
+"""A bundle on this machine, by ONNX Runtime and by OpenVINO, beside our own JAX runtime and PyTorch, same weights.
+
+Each runs in a process of its own, with its defaults, and in turn: every exit (with those before it, and nobody
+leaving), then early exit at three budgets, mean multiply-adds as a share of the last exit's. With `--workdir`, a run
+with held-out images, on which thresholds are chosen, and its test images are what is timed; without, random weights and
+noise. `one_image_ms` is the mean over images answered one by one; `speedup` is that of the same runtime's last exit by
+it. What is not installed (PyTorch, OpenVINO) is left out, with a line; PyTorch also for networks that are no full
+ParaNet.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cli, deploy_runtimes, early_exit, network
+from benchmarks.deploy_runtimes import BATCH, BUNDLE, SUBJECT, Network, Point
+from benchmarks.own_process import RemoteFunction, own_process
+from benchmarks.timing import in_turn
+from paranet_jax.base_config import base_config
+from paranet_jax.bundle.write import Request, held_out_images, write_bundle
+from paranet_jax.dataset_facts import DatasetFacts
+from paranet_jax.early.exits_file import with_thresholds
+from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.models.paranet import ParaNet
+
+BUDGETS = ('budget 25%', 'budget 50%', 'budget 75%')
+NEEDS = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino', 'ours': 'jax', 'eager': 'torch'}
+ONE_BY_ONE = 32
+"""Images that are answered one by one in a call."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command; returns the exit code."""
+  parser = cli.Parser(__doc__)
+  parser.add_rounds(5)
+  parser.add_seconds()
+  parser.add_argument('--workdir', type=Path, help='a trained run with held-out images (default: random weights)')
+  parser.add_argument('--dtype', choices=('float32', 'float16', 'int8'), default='float32', help='of the bundle')
+  return cli.run(parser, measure, argv)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+  """`rows`, one for each point and runtime; `runtimes`: size, start and memory of each; `agreement` of the bundle."""
+  subject = early_exit.trained(options.workdir) if options.workdir else early_exit.untrained(options.size)
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    agreement = write(folder, subject, options)
+    kinds = [kind for kind in deploy_runtimes.RUNTIMES if is_there(kind, subject)]
+    facts = {kind: started(kind, folder, subject) for kind in kinds}
+    with contextlib.ExitStack() as processes:
+      answers = {kind: processes.enter_context(_process(kind, folder)) for kind in kinds}
+      rows = [row for point in points(subject).items() for row in compare(*point, answers, subject, options)]
+  return {'rows': with_speedups(rows, subject), 'runtimes': facts, 'agreement': agreement}
+
+
+def points(subject: early_exit.Subject) -> dict[str, Point]:
+  """Every exit, then the budgets."""
+  exits = subject.plan.exits
+  found = {f'exit {number}': Point((None,) * len(exits), k) for k, number in enumerate(exits)}
+  for name in BUDGETS:
+    thresholds = np.maximum(subject.points[name].thresholds, 0)
+    found[name] = Point(tuple(float(at) if np.isfinite(at) else None for at in thresholds), len(exits) - 1)
+  return found
+
+
+def compare(
+  name: str, point: Point, answers: dict[str, RemoteFunction], subject: early_exit.Subject, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+  """A row for each runtime at one point."""
+  cli.progress(f'{name} ...')
+  few, many = subject.images[:ONE_BY_ONE], subject.images
+  one = in_turn(answers, options.rounds, options.seconds, (point, few, 1))
+  batches = in_turn(answers, options.rounds, options.seconds, (point, many, BATCH))
+  return [
+    {
+      'what': name,
+      'peer': kind,
+      'accuracy': subject.accuracy(answer(point, many, BATCH)),
+      'one_image_ms': 1e3 * one[kind] / len(few),
+      'images_per_s': len(many) / batches[kind],
+    }
+    for kind, answer in answers.items()
+  ]
+
+
+def with_speedups(rows: list[dict[str, Any]], subject: early_exit.Subject) -> list[dict[str, Any]]:
+  """The rows with `speedup`: of one image, against the last exit of the same runtime."""
+  last = {row['peer']: row['one_image_ms'] for row in rows if row['what'] == f'exit {subject.plan.exits[-1]}'}
+  return [row | {'speedup': last[row['peer']] / row['one_image_ms']} for row in rows]
+
+
+def is_there(kind: str, subject: early_exit.Subject) -> bool:
+  """Whether a runtime can be measured; if not, says why."""
+  if importlib.util.find_spec(NEEDS[kind]) is None:
+    cli.progress(f'{kind} is left out: found no {NEEDS[kind]}; pip install -r benchmarks/requirements.txt')
+    return False
+  if kind == 'eager' and not is_full_paranet(subject.model):
+    cli.progress('eager is left out: the PyTorch peer is a full ParaNet, and this network is none')
+    return False
+  return True
+
+
+def is_full_paranet(model: Any) -> bool:
+  """Whether the PyTorch peer computes it."""
+  fields = ('num_pipelines', 'num_classes', 'layers_per_block', 'growth_rate', 'image_side', 'scan_layers')
+  return isinstance(model, ParaNet) and model == ParaNet(**{name: getattr(model, name) for name in fields})
+
+
+def write(folder: Path, subject: early_exit.Subject, options: argparse.Namespace) -> dict[str, Any]:
+  """Writes the bundle and the `Network` into a folder; returns how far the bundle agrees with JAX."""
+  cli.progress('export ...')
+  plan = with_thresholds(subject.plan, subject.points[BUDGETS[1]].thresholds, subject.macs)
+  run = load(options.workdir) if options.workdir else _random_run(subject)
+  images = held_out_images(run) if options.workdir else subject.images
+  bundle = write_bundle(Request(folder, folder / BUNDLE, ('onnx',), options.dtype), run, plan, images)
+  subject_file = Network(
+    model=pickle.dumps(subject.model),
+    plan=pickle.dumps(plan),
+    variables=jax.device_get(subject.variables),
+    plan_fields=json.loads((folder / BUNDLE / 'exits.json').read_text()),
+    all_macs=tuple(bundle['all_macs']),
+    image_shape=subject.image_shape,
+    mean=tuple(run.dataset.mean),
+    std=tuple(run.dataset.std),
+    num_classes=bundle['num_classes'],
+  )
+  (folder / SUBJECT).write_bytes(pickle.dumps(subject_file))
+  return bundle['agreement']
+
+
+def _random_run(subject: early_exit.Subject) -> LoadedRun:
+  names = tuple(str(label) for label in range(network.NUM_CLASSES))
+  normalization = tuple(subject.preprocessing.mean) * 3, tuple(subject.preprocessing.std) * 3
+  facts = DatasetFacts('noise', '', names, *normalization, {'train': 0, 'held_out': 0, 'test': len(subject.images)})
+  return LoadedRun(subject.model, subject.variables, None, _config(subject), 0, facts)
+
+
+def _config(subject: early_exit.Subject) -> Any:
+  config = base_config(network.NAME)
+  config.model.image_side = subject.image_shape[0]
+  return config
+
+
+def started(kind: str, folder: Path, subject: early_exit.Subject) -> dict[str, float]:
+  """`size_mb` of what is read, and what a fresh process takes to start: `start_s` and `peak_mb`."""
+  cli.progress(f'a fresh process: {kind} ...')
+  exits = len(subject.plan.exits)
+  command = [sys.executable, deploy_runtimes.__file__, kind, str(folder), str(time.time()), str(exits)]
+  found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+  return {'size_mb': _size(kind, folder, subject) / 1e6} | found
+
+
+def _size(kind: str, folder: Path, subject: early_exit.Subject) -> int:
+  if kind in ('onnxruntime', 'openvino'):
+    return sum(path.stat().st_size for path in (folder / BUNDLE).glob('*.onnx'))
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(subject.variables))
+
+
+@contextlib.contextmanager
+def _process(kind: str, folder: Path) -> Iterator[RemoteFunction]:
+  with own_process(kind, deploy_runtimes.make, kind, str(folder), huge_pages=kind == 'ours') as function:
+    yield function
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,745 @@
+"""Runs an exported early-exit image classifier. Needs numpy and onnxruntime; Pillow for image files.
+
+  python run.py photo.png photos/            # one line an image: path, label, probability, exit
+  python run.py --threshold=0.8 photo.png    # leave where the probability is 0.8, not where calibration chose
+
+In Python, beside the bundle's files:
+
+  import run
+
+  bundle = run.load('.')
+  labels, probabilities, exits, macs = bundle.predict(images)  # uint8 [N, H, W, C], or normalized floats; any N
+  answer = bundle.predict_one(images[0])
+  for answer in bundle.anytime(images[0], deadline_ms=5):  # a better answer at each stage, as far as the time goes
+    ...
+
+Stage by stage, for a service that batches requests of its own accord (what is carried are arrays whose first axis is
+the batch, so rows of several requests go together by `join` and part by `select`):
+
+  carried = bundle.begin(images)
+  for number in bundle.visited:
+    carried, logits = bundle.stage(number)(carried)
+    leave = bundle.leaves(number, logits, carried)
+    answers = bundle.answers(number, logits[leave])
+    carried = run.select(carried, ~leave)
+
+This file is the same in every bundle and imports nothing of the package that wrote it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import importlib
+import io
+import json
+import os
+import stat
+import statistics
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+BUNDLE, EXITS, CLASSES, PREPROCESSING = 'bundle.json', 'exits.json', 'classes.json', 'preprocessing.json'
+SCORES = ('max_prob', 'entropy', 'margin', 'patience')
+PROVIDERS = ('cpu', 'openvino')
+RESIZE = 'shorter side to `side` (bilinear, antialiased), centre crop'
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+WAVE = 64
+"""Images that go through the stages together."""
+
+_LATENCY_RUNS = 10
+_BROKEN_PIPE = 141  # What the shell reports of a command that SIGPIPE ended.
+
+Carried = dict[str, np.ndarray]
+"""What a batch carries from stage to stage, by name, each [n, ...]; what begins with _ is not for the network."""
+
+
+class BundleError(Exception):
+  """One line saying what was expected, what was found and what mends it."""
+
+
+class Predictions(NamedTuple):
+  """Of N images, in the order given.
+
+  labels: int [N]. probabilities: float32 [N, classes], calibrated with the exit's temperature. exits: int [N], 1-based,
+  the exit taken. macs: int [N], multiply-adds spent.
+  """
+
+  labels: np.ndarray
+  probabilities: np.ndarray
+  exits: np.ndarray
+  macs: np.ndarray
+
+
+class Prediction(NamedTuple):
+  """Of one image: label, probabilities float32 [classes], exit taken (1-based), multiply-adds spent."""
+
+  label: int
+  probabilities: np.ndarray
+  exit: int
+  macs: int
+
+
+Stage = Callable[[Carried], 'tuple[Carried, np.ndarray]']
+"""From what is carried to what is carried on and the logits, float32 [n, classes]."""
+
+
+class Adaptive:
+  """Runs stages one after the other; whoever is sure enough leaves. Safe to share between threads if the stages are.
+
+  Attributes:
+    exits: numbers of the usable exits, 1-based, increasing.
+    visited: those of them that `predict` runs.
+    macs: multiply-adds of an image that leaves at a visited exit, by its number.
+    thresholds: by exit number the confidence (see `confidence`; under patience the number of equal labels in a row)
+      from which an image leaves; None: nobody leaves there.
+    class_names: one a class.
+    image_shape: (H, W, C).
+  """
+
+  def __init__(
+    self,
+    plan: Mapping[str, Any],
+    stages: Mapping[int, Stage],
+    all_stages: Mapping[int, Stage],
+    all_macs: Sequence[int],
+    image_shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str],
+  ):
+    """
+    Args:
+      plan: exits.json.
+      stages: of the visited exits, each after the visited one before.
+      all_stages: of all usable exits, each after the one before.
+      all_macs: multiply-adds of leaving at each usable exit when all are run in turn.
+      mean, std: with which uint8 images are normalized, one a channel, in units of 0..1 pixel values.
+    """
+    self.exits, self.visited = tuple(plan['exits']), tuple(plan['visited'])
+    self.score = plan['score']
+    self.thresholds = dict(zip(self.exits, plan['confidence_thresholds'], strict=True))
+    self.macs = dict(zip(self.exits, plan['macs'], strict=True))
+    self.class_names, self.image_shape = tuple(class_names), tuple(image_shape)
+    self._temperatures = dict(zip(self.exits, plan['temperatures'], strict=True))
+    self._stages, self._all_stages = stages, all_stages
+    self._all_macs = dict(zip(self.exits, all_macs, strict=True))
+    self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    self._lock = threading.Lock()
+    self._measured: list[float] = []
+
+  def with_threshold(self, threshold: float) -> Adaptive:
+    """The same network, left at every exit where the score is so high.
+
+    Args:
+      threshold: on the scale of the score: 0..1, or equal labels in a row under patience.
+
+    Raises:
+      BundleError: it is not.
+    """
+    threshold = _checked_threshold(threshold, self.score)
+    return self.with_thresholds([float(to_confidence(threshold, self.score))] * (len(self.exits) - 1) + [0.0])
+
+  def with_thresholds(self, confidences: Sequence[float | None]) -> Adaptive:
+    """The same network by these confidences, one for each of `exits`; every exit is run up to where an image leaves."""
+    other = copy.copy(self)
+    other.visited, other._stages, other.macs = self.exits, self._all_stages, self._all_macs
+    other.thresholds = dict(zip(self.exits, confidences, strict=True))
+    return other
+
+  def with_budget(self, macs: float) -> Adaptive:
+    """The same network with no image costing more multiply-adds: at the last exit that this allows, all leave.
+
+    Raises:
+      BundleError: the first exit costs more.
+    """
+    visited = tuple(number for number in self.visited if self.macs[number] <= macs)
+    if not visited:
+      least = self.macs[self.visited[0]]
+      raise BundleError(
+        f'expected a budget of {least:,} multiply-adds or more, found {macs:,.0f}; set --budget={least}'
+      )
+    other = copy.copy(self)
+    other.visited = visited
+    return other
+
+  def begin(self, images: Any) -> Carried:
+    """What the first stage takes.
+
+    Args:
+      images: uint8 [n, H, W, C], or floating point and already normalized.
+
+    Raises:
+      ValueError: the images have another shape or type.
+    """
+    images = self._checked(np.asarray(images), 4)
+    if images.dtype == np.uint8:
+      images = (images.astype(np.float32) / 255 - self._mean) / self._std
+    carried = {'images': np.ascontiguousarray(images, np.float32)}
+    if self.score == 'patience':
+      carried |= {'_label': np.full(len(images), -1), '_streak': np.zeros(len(images))}
+    return carried
+
+  def stage(self, number: int) -> Stage:
+    """What runs exit `number`, one of `visited`: from what the visited exit before left to what is left, and logits."""
+    return functools.partial(self._run, self._stages[number])
+
+  def leaves(self, number: int, logits: np.ndarray, carried: Carried) -> np.ndarray:
+    """Which images leave at exit `number`: bool [n], from what its stage gave for them."""
+    threshold = self.thresholds[number]
+    if number == self.visited[-1] or threshold is None:
+      return np.full(len(logits), number == self.visited[-1])
+    if self.score == 'patience':
+      return carried['_streak'] >= threshold
+    return confidence(logits, self.score, self._temperatures[number]) >= threshold
+
+  def answers(self, number: int, logits: np.ndarray) -> Predictions:
+    """The answers of exit `number` from its logits [n, classes]."""
+    filled = np.full(len(logits), number), np.full(len(logits), self.macs[number])
+    return Predictions(logits.argmax(-1), softmax(logits, self._temperatures[number]), *filled)
+
+  def predict(self, images: Any) -> Predictions:
+    """Predicts a batch of any size, 0 included.
+
+    Args:
+      images: uint8 [N, H, W, C], or floating point and already normalized.
+
+    Raises:
+      ValueError: the images have another shape or type.
+    """
+    images = self._checked(np.asarray(images), 4)
+    parts = [self._predict_wave(images[first : first + WAVE]) for first in range(0, len(images), WAVE)]
+    return Predictions(*map(np.concatenate, zip(*parts, strict=True))) if parts else self._empty(0)
+
+  def predict_one(self, image: Any) -> Prediction:
+    """Predicts one image at the lowest latency.
+
+    Args:
+      image: uint8 [H, W, C], or floating point and already normalized.
+
+    Raises:
+      ValueError: the image has another shape or type.
+    """
+    carried = self.begin(self._checked(np.asarray(image), 3)[None])
+    for number in self.visited:
+      carried, logits = self._run(self._stages[number], carried)
+      if self.leaves(number, logits, carried)[0]:
+        break
+    return self._prediction(number, logits, self.macs[number])
+
+  def anytime(self, image: Any, deadline_ms: float | None = None) -> Iterator[Prediction]:
+    """Yields the answer of every usable exit in turn, whatever the thresholds.
+
+    Args:
+      image: uint8 [H, W, C], or floating point and already normalized.
+      deadline_ms: milliseconds from the first `next`. A stage is begun only if it is expected to be done by then, as
+        it took on this machine when first asked; the first is always run. The last answer yielded is the best there is.
+
+    Raises:
+      ValueError: the image or the deadline does not fit.
+    """
+    carried = self.begin(self._checked(np.asarray(image), 3)[None])
+    if deadline_ms is not None and not deadline_ms > 0:
+      raise ValueError(f'expected a deadline of more than 0 ms, found {deadline_ms}')
+    return self._anytime(carried, deadline_ms)
+
+  def stage_ms(self) -> tuple[float, ...]:
+    """Milliseconds that the stage of each usable exit takes for one image here, all run in turn; measured once."""
+    with self._lock:
+      if not self._measured:
+        image = np.zeros((1, *self.image_shape), np.uint8)
+        runs = [self._time_stages(image) for _ in range(_LATENCY_RUNS + 1)]
+        self._measured.extend(1e3 * statistics.median(stage) for stage in zip(*runs[1:], strict=True))
+    return tuple(self._measured)
+
+  def _run(self, stage: Stage, carried: Carried) -> tuple[Carried, np.ndarray]:
+    given, logits = stage(carried)
+    if '_label' in carried:
+      labels = logits.argmax(-1)
+      streak = np.where(carried['_label'] == labels, carried['_streak'] + 1, 1)
+      given |= {'_label': labels, '_streak': streak}
+    return given, logits
+
+  def _anytime(self, carried: Carried, deadline_ms: float | None) -> Iterator[Prediction]:
+    expected = self.stage_ms() if deadline_ms is not None else ()
+    started = time.perf_counter()
+    for index, number in enumerate(self.exits):
+      spent = 1e3 * (time.perf_counter() - started)
+      if index and expected and spent + expected[index] > deadline_ms:
+        return
+      carried, logits = self._run(self._all_stages[number], carried)
+      yield self._prediction(number, logits, self._all_macs[number])
+
+  def _predict_wave(self, images: np.ndarray) -> Predictions:
+    out, rows, carried = self._empty(len(images)), np.arange(len(images)), self.begin(images)
+    for number in self.visited:
+      carried, logits = self._run(self._stages[number], carried)
+      leave = self.leaves(number, logits, carried)
+      if leave.any():
+        for whole, part in zip(out, self.answers(number, logits[leave]), strict=True):
+          whole[rows[leave]] = part
+        rows, carried = rows[~leave], select(carried, ~leave)
+      if not len(rows):
+        break
+    return out
+
+  def _prediction(self, number: int, logits: np.ndarray, macs: int) -> Prediction:
+    return Prediction(int(logits[0].argmax()), softmax(logits, self._temperatures[number])[0], number, int(macs))
+
+  def _empty(self, count: int) -> Predictions:
+    ints = [np.zeros(count, np.int64) for _ in range(3)]
+    return Predictions(ints[0], np.zeros((count, len(self.class_names)), np.float32), ints[1], ints[2])
+
+  def _time_stages(self, image: np.ndarray) -> list[float]:
+    carried, seconds = self.begin(image), []
+    for number in self.exits:
+      started = time.perf_counter()
+      carried, _ = self._run(self._all_stages[number], carried)
+      seconds.append(time.perf_counter() - started)
+    return seconds
+
+  def _checked(self, images: np.ndarray, rank: int) -> np.ndarray:
+    if images.ndim != rank or images.shape[rank - 3 :] != self.image_shape:
+      wanted = ', '.join(map(str, self.image_shape))
+      raise ValueError(f'expected images [{"N, " if rank == 4 else ""}{wanted}], found {list(images.shape)}')
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+      raise ValueError(f'expected uint8 images, or normalized ones of floating point, found {images.dtype}')
+    return images
+
+
+def select(carried: Carried, rows: Any) -> Carried:
+  """What these rows carry; rows: bool [n], or int."""
+  return {name: values[rows] for name, values in carried.items()}
+
+
+def join(parts: Sequence[Carried]) -> Carried:
+  """What several batches carry that are at the same stage, as one batch."""
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+  """Of logits [n, classes] divided by the temperature: float32, computed in float64."""
+  scaled = logits.astype(np.float64) / temperature
+  powers = np.exp(scaled - scaled.max(-1, keepdims=True))
+  return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
+  """-log(1 - s) of a probability score s, from log-sum-exps in float64.
+
+  A softmax in float32 is exactly 1 from a logit gap of about 17, and 1 - p in float64 is 0 from about 37. These keep
+  their order to any finite gap.
+
+  Args:
+    logits: [..., C], C >= 2, finite.
+    score: 'max_prob' (largest probability p1), 'entropy' (1 + sum p log p / log C) or 'margin' (p1 - p2).
+    temperature: T > 0, by which the logits are divided.
+
+  Returns:
+    float64 [...], >= 0 and finite, higher is surer.
+  """
+  logits = np.asarray(logits, np.float64) / temperature
+  largest = np.argmax(logits, axis=-1, keepdims=True)
+  others = logits - np.take_along_axis(logits, largest, axis=-1)
+  np.put_along_axis(others, largest, -np.inf, axis=-1)
+  log_odds = _log_sum_exp(others)  # log((1 - p1) / p1)
+  log_total = np.logaddexp(0.0, log_odds)  # -log p1
+  if score == 'max_prob':
+    log_unsure = log_odds - log_total
+  elif score == 'entropy':
+    log_unsure = _log_entropy(others, log_odds, log_total) - np.log(np.log(logits.shape[-1]))
+  elif score == 'margin':
+    log_unsure = np.logaddexp(log_odds, np.max(others, axis=-1)) - log_total
+  else:
+    raise ValueError(f'not a probability score: {score}')
+  return np.maximum(-log_unsure, 0.0)
+
+
+def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray) -> np.ndarray:
+  """log of -sum p log p, which is itself 0 in float64 from a logit gap of about 750."""
+  tiny = log_odds < -40  # here -log p1 = log(1 + exp(log_odds)) = exp(log_odds) to the last bit
+  log_surprise = np.where(tiny, log_odds, np.log(np.where(tiny, 1.0, log_total)))
+  terms = others + np.log(log_total[..., None] - np.where(np.isinf(others), -1.0, others))
+  return np.logaddexp(log_surprise, _log_sum_exp(terms)) - log_total
+
+
+def _log_sum_exp(x: np.ndarray) -> np.ndarray:
+  # Called after each stage, for one image too: SciPy's takes longer than all the rest of a confidence.
+  largest = np.max(x, axis=-1, keepdims=True)
+  return np.log(np.sum(np.exp(x - largest), axis=-1)) + largest[..., 0]
+
+
+def to_confidence(score_value: Any, score: str) -> np.ndarray:
+  """From the human scale (0.9, or 3 predictions) to the confidence scale; probability 1 becomes +inf: nobody leaves."""
+  value = np.asarray(score_value, np.float64)
+  if score == 'patience':
+    return value
+  with np.errstate(divide='ignore'):
+    return -np.log1p(-value)
+
+
+def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0) -> Adaptive:
+  """Reads a bundle, and checks its version and the checksums of what it reads.
+
+  Args:
+    folder: of the bundle.
+    provider: 'cpu' (ONNX Runtime) or 'openvino'.
+    threads: of a stage; 0: as many as there are cores.
+
+  Raises:
+    BundleError: the bundle, or what is installed, does not fit.
+  """
+  folder = Path(folder)
+  bundle = _json(folder / BUNDLE, dict)
+  if bundle.get('schema_version') != SCHEMA_VERSION:
+    found = bundle.get('schema_version')
+    raise BundleError(
+      f'expected {folder / BUNDLE} of schema_version {SCHEMA_VERSION}, found {found}; use the run.py of that bundle'
+    )
+  if 'onnx' not in bundle['formats']:
+    raise BundleError(
+      f'expected ONNX stages in {folder}, found {", ".join(bundle["formats"])}; export with --format=onnx'
+    )
+  files = [EXITS, CLASSES, PREPROCESSING, *(stage['file'] for stage in bundle['stages'].values())]
+  _check_files(folder, bundle['checksums'], files)
+  plan, images = _json(folder / EXITS, dict), _json(folder / PREPROCESSING, dict)
+  names = _json(folder / CLASSES, list)
+  if len(names) != bundle['num_classes']:
+    raise BundleError(
+      f'expected {bundle["num_classes"]} class names in {folder / CLASSES}, found {len(names)}; export the run again'
+    )
+  make = _maker(provider, threads)
+  stages = {name: _as_stage(make(folder / stage['file']), stage) for name, stage in bundle['stages'].items()}
+  return Adaptive(
+    plan,
+    {number: stages[name] for number, name in zip(plan['visited'], bundle['visited_stages'], strict=True)},
+    {number: stages[name] for number, name in zip(plan['exits'], bundle['all_stages'], strict=True)},
+    bundle['all_macs'],
+    (images['side'], images['side'], images['channels']),
+    images['mean'],
+    images['std'],
+    names,
+  )
+
+
+def _json(path: Path, kind: type) -> Any:
+  what = {dict: 'object', list: 'list'}[kind]
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError as error:
+    raise BundleError(f'expected a bundle with a {path.name} in {path.parent}, found none; set --bundle') from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise BundleError(f'{path} is not a JSON {what} ({error}); copy or export the bundle again') from error
+  if not isinstance(value, kind):
+    raise BundleError(f'{path} is not a JSON {what} (it holds {value!r:.40}); copy or export the bundle again')
+  return value
+
+
+def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str]) -> None:
+  for name in files:
+    try:
+      found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    except OSError as error:
+      raise BundleError(f'expected {folder / name}, found none; copy or export the bundle again') from error
+    if found != checksums.get(name):
+      raise BundleError(
+        f'{folder / name} is not what was exported: expected sha256 {checksums.get(name, "none"):.12}, '
+        f'found {found:.12}; copy or export the bundle again'
+      )
+
+
+Session = Callable[[Sequence[str], Mapping[str, np.ndarray]], 'list[np.ndarray]']
+"""From names of outputs, and inputs by name, to those outputs."""
+
+
+def _as_stage(session: Session, spec: Mapping[str, Any]) -> Stage:
+  takes, gives = [entry['name'] for entry in spec['takes']], [entry['name'] for entry in spec['gives']]
+  keeps = set(spec['keeps'])
+
+  def stage(carried: Carried) -> tuple[Carried, np.ndarray]:
+    logits, *made = session(['logits', *gives], {name: carried[name] for name in takes})
+    kept = {name: values for name, values in carried.items() if name in keeps}
+    return kept | dict(zip(gives, made, strict=True)), logits
+
+  return stage
+
+
+def _maker(provider: str, threads: int) -> Callable[[Path], Session]:
+  if provider not in PROVIDERS:
+    raise BundleError(f"unknown provider '{provider}', expected one of {', '.join(PROVIDERS)}; set --provider")
+  module = 'openvino' if provider == 'openvino' else 'onnxruntime'
+  try:
+    importlib.import_module(module)
+  except ImportError as error:
+    raise BundleError(f'expected {module} for --provider={provider}, found none; pip install {module}') from error
+  return functools.partial(_openvino if provider == 'openvino' else _onnxruntime, threads)
+
+
+def _onnxruntime(threads: int, path: Path) -> Session:
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = threads
+  options.log_severity_level = 3
+  return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider']).run
+
+
+def _openvino(threads: int, path: Path) -> Session:
+  import openvino
+
+  # In float32 as ONNX Runtime is: on some processors OpenVINO's own choice is bfloat16, and answers change.
+  config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+  config |= {'INFERENCE_NUM_THREADS': threads} if threads else {}
+  model = openvino.Core().compile_model(str(path), 'CPU', config)
+  mine = threading.local()  # A request serves one thread at a time.
+
+  def run(outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    if not hasattr(mine, 'request'):
+      mine.request = model.create_infer_request()
+    found = mine.request.infer(dict(inputs))
+    return [np.array(found[name]) for name in outputs]
+
+  return run
+
+
+def decode_image(encoded: bytes | BinaryIO, side: int, channels: int) -> np.ndarray:
+  """Decodes the bytes of an image, or an open file, turned upright as its EXIF orientation says.
+
+  Any format and mode that Pillow opens; of an animation, the first frame.
+
+  Returns:
+    uint8 [side, side, channels], see `fit_image`.
+
+  Raises:
+    Exception: whatever Pillow raises for bytes that are not a whole image.
+  """
+  from PIL import Image, ImageOps
+
+  with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+    return fit_image(ImageOps.exif_transpose(image), side, channels)
+
+
+def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
+  """Scales the short side to `side` (bilinear, antialiased) and crops the centre: uint8 [side, side, channels].
+
+  image: of Pillow. channels: 1 (luminance) or 3 (RGB; transparency is dropped). An image that has the size already is
+  not resampled.
+  """
+  from PIL import Image, ImageOps
+
+  if image.mode[0] in 'IF':
+    image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
+  if 'transparency' in image.info:  # Without this step Pillow warns of palettes that are partly transparent.
+    image = image.convert('RGBA')
+  image = image.convert('L' if channels == 1 else 'RGB')
+  fitted = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+  return np.asarray(fitted).reshape(side, side, channels)
+
+
+def _to_8_bit(grey: np.ndarray, mode: str) -> np.ndarray:
+  """Scales 16 and 32-bit grey, which Pillow's convert() clips at 255, to 0..255.
+
+  Full white is 65535; of floating-point pixels the least of 1, 255 and 65535 that none exceeds. Where pixels exceed
+  65535, it is their largest. What is negative or not finite becomes black.
+  """
+  grey = np.nan_to_num(grey.astype(np.float64), nan=0, posinf=0, neginf=0)
+  largest = grey.max()
+  white = next((scale for scale in ((1, 255, 65535) if mode == 'F' else (65535,)) if largest <= scale), largest)
+  return np.rint(np.maximum(grey, 0) * (255 / white)).astype(np.uint8)
+
+
+def read_image(file: str, side: int, channels: int) -> np.ndarray | str:
+  """An image file as `decode_image` gives it, or the reason why it cannot be read."""
+  from PIL import UnidentifiedImageError
+
+  try:
+    mode = os.stat(file).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Opening a pipe would wait for its writer.
+      return 'not a regular file'
+    with open(file, 'rb') as stream:
+      return decode_image(stream, side, channels)
+  except UnidentifiedImageError:  # Whose message names an object in memory, not the file.
+    return 'not an image in a known format'
+  except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
+    return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+
+
+def list_images(paths: Sequence[str]) -> list[str]:
+  """Files to read: those named, whatever their suffix, and the images below the folders named, sorted.
+
+  In folders the files with one of SUFFIXES, in any case, are images; what is hidden is ignored, links are followed. A
+  folder that cannot be listed is listed itself, so that reading it tells why.
+
+  Args:
+    paths: files and folders, in the order wanted.
+
+  Raises:
+    BundleError: nothing is named, or a folder has no images.
+  """
+  if not paths:
+    raise BundleError('expected image files or folders of images, found none; name them after the flags')
+  files = []
+  for path in paths:
+    found = _walk(path) if os.path.isdir(path) else [path]
+    if not found:
+      raise BundleError(f'expected images ({" ".join(SUFFIXES)}) in {path}, found none; name another folder, or files')
+    files += found
+  return files
+
+
+def _walk(folder: str) -> list[str]:
+  found, seen = [], set()
+  for place, folders, names in os.walk(folder, onerror=lambda error: found.append(error.filename), followlinks=True):
+    real = os.path.realpath(place)
+    if real in seen:  # A link to a folder above would never end.
+      folders.clear()
+      continue
+    seen.add(real)
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith('.'))
+    found.extend(os.path.join(place, name) for name in images)
+  return sorted(found)
+
+
+def printable(text: str) -> str:
+  """Text for one line of a terminal: what would break or control it is written as Python's escapes."""
+  return ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments, those of sys.argv if None.
+
+  Returns:
+    The exit code: 0; 1: some files could not be read; 2: a user's error, nothing was predicted; 130: it was
+    interrupted; 141: whoever read standard output has stopped.
+  """
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # For file names that its encoding does not have.
+  try:
+    given = _parse(argv)
+    files = list_images(given.files)
+    return _print(_choose(given), files, given.deadline_ms)
+  except BundleError as error:
+    print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
+    return 2
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _BROKEN_PIPE
+  except KeyboardInterrupt:
+    print('stopped at once', file=sys.stderr)
+    return 130
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> None:
+    raise BundleError(f'{message}; see --help')
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  parser = _Parser(
+    prog='python run.py',
+    description='Predicts the classes of image files, each at the exit that is sure enough.',
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; of a folder, all images below it.')
+  add('--bundle', default=os.path.dirname(os.path.abspath(__file__)), help="Folder (default: this file's).")
+  add('--provider', default='cpu', help=f'One of {", ".join(PROVIDERS)} (default: cpu, by ONNX Runtime).')
+  add('--threads', type=int, default=0, help='Of a stage (default: as many as there are cores).')
+  add('--threshold', type=float, help='Leave where the score is so high (default: what calibration chose).')
+  add('--budget', type=_count, help='Most multiply-adds of an image, such as 5M.')
+  add('--deadline-ms', type=float, help='Milliseconds an image: the best answer by then, whatever the thresholds.')
+  return parser.parse_intermixed_args(argv)
+
+
+def _count(text: str) -> float:
+  scale = {'K': 1e3, 'M': 1e6, 'G': 1e9}.get(text[-1:].upper(), 1)
+  try:
+    return float(text if scale == 1 else text[:-1]) * scale
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(f'expected multiply-adds such as 5M, found {text}') from error
+
+
+def _checked_threshold(threshold: float, score: str) -> float:
+  most = np.inf if score == 'patience' else 1
+  if not 0 <= threshold <= most:
+    scale = 'of 0 or more' if score == 'patience' else 'from 0 to 1'
+    raise BundleError(f'expected a threshold {scale}, as {score} is, found {threshold}; set --threshold')
+  return threshold
+
+
+def _choose(given: argparse.Namespace) -> Adaptive:
+  if given.threads < 0:
+    raise BundleError(f'expected 0 threads or more, found {given.threads}; set --threads')
+  if given.deadline_ms is not None and not given.deadline_ms > 0:
+    raise BundleError(f'expected a deadline of more than 0 ms, found {given.deadline_ms}; set --deadline-ms')
+  if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
+    raise BundleError('--deadline-ms goes on as far as the time does; leave out --threshold and --budget, or it')
+  bundle = load(given.bundle, given.provider, given.threads)
+  bundle = bundle if given.threshold is None else bundle.with_threshold(given.threshold)
+  return bundle if given.budget is None else bundle.with_budget(given.budget)
+
+
+def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) -> int:
+  """Prints a row an image as they come, names what cannot be read, and says in the end where images left."""
+  try:
+    importlib.import_module('PIL')
+  except ImportError as error:
+    raise BundleError('expected Pillow to read image files, found none; pip install pillow') from error
+  width = min(60, max(map(len, ('file', *map(printable, files)))))
+  label_width = min(24, max(map(len, ('label', *bundle.class_names))))
+  layout = f'{{:{width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}'
+  print(layout.format('file', 'label', 'probability', 'exit'), flush=True)
+  left, unreadable = dict.fromkeys(bundle.exits, 0), 0
+  for first in range(0, len(files), WAVE):
+    wave = files[first : first + WAVE]
+    decoded = [_read(file, bundle.image_shape) for file in wave]
+    images = [image for image in decoded if not isinstance(image, str)]
+    answers = iter(_predict(bundle, images, deadline_ms))
+    for file, image in zip(wave, decoded, strict=True):
+      if isinstance(image, str):
+        print(f'error: {printable(file)}: {image}', file=sys.stderr)
+        unreadable += 1
+        continue
+      answer = next(answers)
+      probability = f'{answer.probabilities[answer.label]:.3f}'
+      print(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit), flush=True)
+      left[answer.exit] += 1
+  print(_summary(left, unreadable), file=sys.stderr)
+  return int(unreadable > 0)
+
+
+def _read(file: str, image_shape: Sequence[int]) -> np.ndarray | str:
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # Pillow's, of odd but readable files.
+    return read_image(file, image_shape[0], image_shape[-1])
+
+
+def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float | None) -> list[Prediction]:
+  if deadline_ms is not None:
+    return [list(bundle.anytime(image, deadline_ms))[-1] for image in images]
+  if not images:
+    return []
+  found = bundle.predict(np.stack(images))
+  return [Prediction(*row) for row in zip(*found, strict=True)]
+
+
+def _summary(left: Mapping[int, int], unreadable: int) -> str:
+  count = sum(left.values())
+  images = f'{count:,} image{"s" * (count != 1)}' + (f', {unreadable:,} unreadable' if unreadable else '')
+  shares = (f'exit {number}: {100 * leaving / count:.1f} %' for number, leaving in left.items() if count)
+  return '; '.join([images, *shares])
+
+
+if __name__ == '__main__':
+  sys.exit(main())
