@@ -16,7 +16,9 @@ def in_turn(
   arguments: tuple = (),
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-  """Warms every function up, then times them one after the other, `rounds` times.
+  """Times the functions one after the other, `rounds` times, after a round that does not count.
+
+  In its first second a function may run at half its speed on a virtual machine, whose host has yet to give the memory.
 
   Args:
     functions: by name.
@@ -33,10 +35,10 @@ def in_turn(
     function(*arguments)  # Compiles.
     calls[name] = max(round(seconds / seconds_of(function, 1, arguments, clock)), 1)
   turns = {name: [] for name in functions}
-  for _ in range(rounds):
+  for _ in range(1 + rounds):
     for name, function in functions.items():
       turns[name].append(seconds_of(function, calls[name], arguments, clock) / calls[name])
-  return {name: statistics.median(times) for name, times in turns.items()}
+  return {name: statistics.median(times[1:]) for name, times in turns.items()}
 
 
 def seconds_of(

@@ -3,8 +3,8 @@
 #
 #   launch/slurm.sh [--dry-run] ARGUMENTS
 #
-# --dry-run prints what would be submitted. Several tasks do not train together yet: see docs/scaling.md. Two minutes
-# before the time is up, or when the job is preempted, they save and stop, and the job queues itself again until
+# --dry-run prints what would be submitted. All tasks train one model together, on all nodes: see docs/scaling.md. Two
+# minutes before the time is up, or when the job is preempted, they save and stop, and the job queues itself again until
 # summary.json is there; what fails stays stopped. .venv must be there: launch/test.sh or launch/quickstart.sh makes it.
 #
 # Variables:

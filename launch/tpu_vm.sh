@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Google Cloud TPU VM. Needs gcloud, logged in. The workers of a slice of several do not train together yet:
-# see docs/scaling.md.
+# Trains on a Google Cloud TPU VM, or on a pod slice, whose workers train one model together. Needs gcloud, logged in.
 #
 #   ZONE=us-west4-a launch/tpu_vm.sh [--dry-run] ACTION [ARGUMENTS]
 #

@@ -83,7 +83,7 @@ def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
   train.accumulate_steps = 1  # Steps whose gradients are averaged into one update.
   train.cutout = 0  # Pixels, side of a square cut out of every training image; 0: none.
   train.mixup = 0.0  # alpha of Beta(alpha, alpha), the shares in which two images are blended; 0: not blended.
-  train.devices = 0  # Devices to train on; 0: all there are.
+  train.devices = 0  # Devices to train on, of all processes together; 0: all there are.
 
   config.eval = evaluation = ConfigDict()
   evaluation.every_epochs = 1.0  # Epochs between evaluations; the last step is always evaluated.

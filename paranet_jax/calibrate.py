@@ -24,7 +24,9 @@ def _run(request: Request, command: str) -> None:
   from paranet_jax.early.calibration import calibrate
   from paranet_jax.early.exits_file import EXITS
   from paranet_jax.early.report import report
+  from paranet_jax.processes import refuse_several
 
+  refuse_several('calibrate')
   use_compilation_cache(request.compilation_cache)
   path = request.workdir / EXITS
   replaced = ', in place of an earlier one' if path.exists() else ''

@@ -69,11 +69,15 @@ class Checkpoints:
       self._tidy()
 
   def _open(self) -> ocp.CheckpointManager:
+    if self._keep:
+      self._folder.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
-      create=self._keep is not None,
+      create=False,
       preservation_policy=self if self._keep else None,
       todelete_subdir=_DELETED,  # A rename is whole: a kill while one is deleted leaves nothing that looks like one.
       enable_async_checkpointing=False,
+      # Of several processes the first alone saves: every one has the whole state.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
     )
     return _Manager(self._folder, options=options)
 
@@ -311,10 +315,44 @@ class Checkpoints:
         )
 
 
+class SavedElsewhere:
+  """What a process has in the place of `Checkpoints` where another one saves: it only knows of what step."""
+
+  def __init__(self):
+    self.also_keep = None
+    self._steps = []
+
+  def __enter__(self) -> 'SavedElsewhere':
+    return self
+
+  def __exit__(self, *unused) -> None:
+    pass
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints that were saved since this process began."""
+    return self._steps
+
+  def latest_step(self) -> int | None:
+    """Step of the latest of them."""
+    return max(self._steps, default=None)
+
+  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Takes note of it."""
+    self._steps.append(step)
+
+  def check(self) -> None:
+    """Does nothing."""
+
+  def wait(self) -> None:
+    """Does nothing."""
+
+
 def _host_copy(state: Any) -> Any:
-  for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()  # All on their way at once.
+  arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+  # All on their way at once; on a CPU there is no way to go, and asking takes as long as the copy.
+  if any(device.platform != 'cpu' for array in arrays[:1] for device in array.devices()):
+    for array in arrays:
+      array.copy_to_host_async()
   # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
   return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from paranet_jax.base_config import field_names
 from paranet_jax.errors import UserError
+from paranet_jax.place import Place
 
 MODES = ('train', 'eval', 'describe')
 
@@ -43,6 +44,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
     raise UserError(f'--step chooses the checkpoint to evaluate, found --mode={values.mode}; set --mode=eval')
   if values.json and values.mode == 'train':
     raise UserError('--json prints what describe or eval finds, found --mode=train; set --mode')
+  _check_place(values)
   config = _load_config(values)
   _check_overrides(config, rest)
   # From here on `config` is the configuration itself, with a flag for each field that is overridden.
@@ -85,11 +87,45 @@ def _define_flags() -> flags.FlagValues:
       None,
       'Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.',
     ),
+    (
+      flags.DEFINE_string,
+      'coordinator',
+      None,
+      'HOST:PORT at which the others reach process 0, of several that train together (default: as TPU pods, SLURM and '
+      'Open MPI say).',
+    ),
+    (flags.DEFINE_integer, 'num_processes', None, 'How many there are; 1: this one trains alone.'),
+    (flags.DEFINE_integer, 'process_id', None, 'Which of them this one is, from 0.'),
+    (flags.DEFINE_integer, 'heartbeat_timeout', 100, 'Seconds without a sign of life, then a process counts as dead.'),
     (flags.DEFINE_bool, 'json', False, 'Print one JSON object (--mode=describe and eval).'),
     (flags.DEFINE_bool, 'accept_config_changes', False, 'Go on with a run although its saved configuration differs.'),
   ):
     define(name, default, text, flag_values=values)
   return values
+
+
+def place(values: flags.FlagValues) -> Place:
+  """Where the flags put this process among several."""
+  return Place(values.coordinator, values.num_processes, values.process_id)
+
+
+def _check_place(values: flags.FlagValues) -> None:
+  coordinator, number, index = place(values)
+  if values.heartbeat_timeout < 5:
+    raise UserError(f'--heartbeat_timeout must be 5 seconds or more, found {values.heartbeat_timeout}')
+  if (coordinator, index) == (None, None) and number in (None, 1):
+    return
+  if None in (coordinator, number, index):
+    raise UserError(
+      f'--coordinator, --num_processes and --process_id go together, found {coordinator}, {number} and {index}; '
+      'set all of them, or none where the cluster says it'
+    )
+  if not re.fullmatch(r'.+:\d+', coordinator):
+    raise UserError(f'--coordinator must be HOST:PORT, found {coordinator}')
+  if not 0 <= index < number:
+    raise UserError(f'--process_id must be from 0 to --num_processes - 1, found {index} of {number}')
+  if values.mode == 'describe':
+    raise UserError('--mode=describe is of one process; leave --coordinator, --num_processes and --process_id out')
 
 
 def _consume(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from paranet_jax import devices as devices_lib
+from paranet_jax import processes
 from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
 from paranet_jax.steps import make_eval_step
@@ -23,7 +24,10 @@ Batch = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
 
 
 class Evaluator:
-  """Evaluates the exits of a task, each with its own jitted function; splits are placed on the devices once."""
+  """Evaluates the exits of a task, each with its own jitted function; splits are placed on the devices once.
+
+  Of several processes each evaluates its share of the batches, on its own devices, and they add up what they found.
+  """
 
   def __init__(self, task: Task, devices: list[jax.Device]):
     self._task = task
@@ -51,18 +55,20 @@ class Evaluator:
         sums[number].append(step(params, batch_stats, *batch))
       # A streamed batch takes up memory until its turn comes.
       jax.block_until_ready([own[-_AHEAD] for own in sums.values() if len(own) >= _AHEAD])
+    totals = dict(zip(sums, processes.summed(np.array([_totals(own) for own in sums.values()])), strict=True))
     for number in range(1, self._task.model.num_exits + 1):
-      trained = number in sums
-      measured = _means(sums[number]) if trained else dict.fromkeys(MEASURES)
+      trained = number in totals
+      measured = _means(totals[number]) if trained else dict.fromkeys(MEASURES)
       yield {'exit': number, 'trained': trained, **measured}
 
   def _place(self, split: Split) -> Callable[[], Iterator[Batch]]:
     shared = devices_lib.shared(self._devices)
-    each = len(self._devices)
+    each = len(devices_lib.of_this_process(self._devices))
     batch_size = -(-min(self._task.config.eval.batch_size, len(split)) // each) * each
     if split.streamed:
       return functools.partial(_streamed, split, batch_size, self._task.config.data.workers, shared)
-    indices, mask = eval_batches(len(split), batch_size)
+    own = slice(jax.process_index(), None, jax.process_count())
+    indices, mask = (every[own] for every in eval_batches(len(split), batch_size))
     batches = [jax.device_put(batch, shared) for batch in zip(indices, mask, strict=True)]
     whole = jax.device_put((np.asarray(split.images), np.asarray(split.labels)), devices_lib.replicated(self._devices))
     return lambda: ((*whole, *batch) for batch in batches)
@@ -77,10 +83,15 @@ def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sha
       yield batch['images'], batch['labels'], None, batch['mask']
 
 
-def _means(sums: list[dict[str, jax.Array]]) -> dict[str, float]:
+def _totals(sums: list[dict[str, jax.Array]]) -> list[float]:
+  """The number of images, and the sum of each measure over them."""
   # Summed on the host in float64: a count of images in float32 is exact only up to 2^24.
-  totals = {name: float(sum(np.float64(batch[name]) for batch in jax.device_get(sums))) for name in sums[0]}
-  return {name: totals[name] / totals['count'] for name in MEASURES}
+  found = jax.device_get(sums)
+  return [float(sum(np.float64(batch[name]) for batch in found)) for name in ('count', *MEASURES)]
+
+
+def _means(totals: np.ndarray) -> dict[str, float]:
+  return {name: float(total / totals[0]) for name, total in zip(MEASURES, totals[1:], strict=True)}
 
 
 def as_metrics(exits: list[dict]) -> dict[str, float]:

@@ -28,8 +28,7 @@ def open_feed(
     return
   from paranet_jax.data.stream import Stream, TrainBatches  # grain takes half a second to import.
 
-  config, processes = task.config, jax.process_count()
-  number = len(devices) * processes
+  config, number, here = task.config, len(devices), len(devices_lib.of_this_process(devices))
   place = devices_lib.replicated(devices) if number == 1 else devices_lib.shared(devices)
   batches = TrainBatches(
     task.dataset.train,
@@ -37,14 +36,14 @@ def open_feed(
     batch_size=config.train.batch_size,
     total_steps=task.total_steps,
     first_step=first_step,
-    num_devices=None if number == 1 else len(devices),
+    num_devices=None if number == 1 else here,
     process_index=jax.process_index(),
-    process_count=processes,
+    process_count=jax.process_count(),
   )
   # A device's share of a batch is all that it is given, so its order is as it comes.
   size = config.train.batch_size // number
   rows = np.broadcast_to(np.arange(size, dtype=np.int32), (task.steps_per_epoch, size))
-  counting = jax.device_put(rows if number == 1 else np.stack([rows] * len(devices)), place)
+  counting = jax.device_put(rows if number == 1 else np.stack([rows] * here), place)
   with Stream(batches, config.data.workers, place) as placed:
 
     def feed(_: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from paranet_jax.allocator import use_huge_pages
-from paranet_jax.command_line import parse
+from paranet_jax.command_line import parse, place
 from paranet_jax.errors import UserError, exit_code
 
 
@@ -22,28 +22,41 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   from paranet_jax import config as config_lib
   from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.description import describe
-  from paranet_jax.seeds import train_seeds
-  from paranet_jax.tables import describe_table, evaluation_table
-  from paranet_jax.train import evaluate_checkpoint, train_and_evaluate
+  from paranet_jax.processes import joined
+  from paranet_jax.tables import describe_table
 
   config_lib.validate(config)
   config_lib.absolute_paths(config)
   use_compilation_cache(values.compilation_cache)
-  workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
-  if values.mode == 'train':
-    train = train_seeds if config.seeds > 1 else train_and_evaluate
-    train(config, workdir, values.accept_config_changes)
-    return
   if values.mode == 'describe':
-    result = describe(config)
-    text = describe_table(result)
-  else:
-    if config.seeds > 1:
-      raise UserError(
-        f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed} alone'
-      )
-    result = evaluate_checkpoint(config, workdir, values.step)
-    text = f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}'
+    _print(values, description := describe(config), describe_table(description))
+    return
+  workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
+  with joined(place(values), values.heartbeat_timeout):
+    (_train if values.mode == 'train' else _evaluate)(values, config, workdir)
+
+
+def _train(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
+  from paranet_jax.seeds import train_seeds
+  from paranet_jax.train import train_and_evaluate
+
+  train = train_seeds if config.seeds > 1 else train_and_evaluate
+  train(config, workdir, values.accept_config_changes)
+
+
+def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
+  from paranet_jax.tables import evaluation_table
+  from paranet_jax.train import evaluate_checkpoint
+
+  if config.seeds > 1:
+    raise UserError(
+      f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed} alone'
+    )
+  result = evaluate_checkpoint(config, workdir, values.step)
+  _print(values, result, f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}')
+
+
+def _print(values: flags.FlagValues, result: dict, text: str) -> None:
   print(json.dumps(result) if values.json else text)
 
 

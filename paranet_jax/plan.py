@@ -45,7 +45,9 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   from paranet_jax.planning.build import build_plan
   from paranet_jax.planning.report import as_json, report
   from paranet_jax.planning.target import choose_target
+  from paranet_jax.processes import refuse_several
 
+  refuse_several('plan')
   config = load_config(arguments.config)
   override(config, overrides)
   validate(config)

@@ -93,7 +93,9 @@ def _run(arguments: argparse.Namespace, files: list[str]) -> int:
   # jax takes a second to import, and a mistyped flag should not wait for it.
   from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.early.runtime import EarlyExit
+  from paranet_jax.processes import refuse_several
 
+  refuse_several('predict')
   use_compilation_cache(arguments.compilation_cache)
   early_exit = EarlyExit.load(_path(arguments.workdir).absolute(), step=arguments.step)
   tally = Tally(early_exit.plan)

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
+from paranet_jax import processes
 from paranet_jax.errors import UserError
 from paranet_jax.evaluation import MEASURES
 from paranet_jax.run_status import run_status
@@ -35,6 +36,11 @@ def train_seeds(
   Raises:
     UserError: the configuration, the data or the workdir does not fit, or a loss is no longer finite.
   """
+  if processes.count() > 1:
+    raise UserError(
+      f'several seeds are trained in one process, found {processes.count()} processes; set --config.seeds=1, or '
+      'start one process'
+    )
   configs = seed_configs(config)
   config_lib.validate(configs[-1])
   if (workdir / FOLDERS[0]).exists():

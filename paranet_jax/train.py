@@ -12,8 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
+from paranet_jax import processes
 from paranet_jax.body import take_body
-from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.checkpoints import Checkpoints, SavedElsewhere
 from paranet_jax.config import check_devices
 from paranet_jax.costs import abstract_variables
 from paranet_jax.curves import draw_curves
@@ -40,32 +41,37 @@ from paranet_jax.workdir import SUMMARY, prepare_workdir, save_config, write_jso
 def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes: bool = False) -> dict | None:
   """Trains, or goes on training, and evaluates every exit.
 
+  Of several processes the first alone reads and writes in the workdir.
+
   Args:
     workdir: absolute.
     accept_config_changes: go on with this configuration where the run's saved one differs.
 
   Returns:
-    What summary.json holds, or None if a signal stopped the run before its end.
+    What summary.json holds, or None if a signal stopped the run before its end, or where another process writes it.
 
   Raises:
     UserError: the configuration, the data or the workdir does not fit, or the loss is no longer finite.
   """
   devices = devices_lib.pick_devices(config.train.devices)
   check_devices(config, len(devices))
-  task = build_task(config)
-  prepare_workdir(workdir, config, accept_config_changes)
-  description = describe(config, len(task.dataset.class_names))
-  print(describe_table(description))
+  task = processes.first_then_others(lambda: build_task(config))
+  processes.once(prepare_workdir, workdir, config, accept_config_changes)
+  description = processes.once(describe, config, len(task.dataset.class_names))
+  processes.once(lambda: print(describe_table(description)))
   print(_facts(task, devices, workdir), flush=True)
-  with no_room_is_told(workdir), workdir_lock(workdir), StopRequest() as stop:
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints:
+  with no_room_is_told(workdir), processes.once_within(workdir_lock, workdir), StopRequest() as stop:
+    with Checkpoints(workdir, config.checkpoint.keep) if processes.is_first() else SavedElsewhere() as checkpoints:
       run = Run(task, devices, workdir, checkpoints, stop)
       state = run.restore()
-      save_config(workdir, config)  # Not before: a checkpoint that does not fit leaves the saved one as it is.
-      save_dataset_facts(workdir, task.dataset)
+      # Not before: a checkpoint that does not fit leaves the saved one as it is.
+      processes.once(save_config, workdir, config)
+      processes.once(save_dataset_facts, workdir, task.dataset)
       evaluations = run.train(state)
     if evaluations is None:
       print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
+      return None
+    if not processes.is_first():
       return None
     summary = _summary(description, task, evaluations, run.wall_time(), devices)
     write_json(workdir / SUMMARY, summary)
@@ -115,10 +121,12 @@ def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devi
   Raises:
     UserError: there is no such checkpoint, it does not fit the configuration, or the data does not.
   """
-  with Checkpoints(workdir) as checkpoints:
-    step = checkpoints.choose(step)
-    task = build_task(config)
-    variables = checkpoints.restore_variables(step, abstract_variables(task.model, task.image_shape))
+  with processes.once_within(Checkpoints, workdir) as checkpoints:
+    step = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
+    task = processes.first_then_others(lambda: build_task(config))
+    like = abstract_variables(task.model, task.image_shape)
+    variables = processes.once(lambda: checkpoints.restore_variables(step, like))
+  variables = processes.arrays_from_first(variables or like)
   return Restored(task, step, jax.device_put(variables, devices_lib.replicated(devices)))
 
 
@@ -162,11 +170,17 @@ class Run:
       UserError: the checkpoint is of another architecture or optimizer, or of a step after the end of this run; or a
         fresh state was to have the body of a run that does not fit.
     """
-    whole = devices_lib.replicated(self._devices)
+    state = self._restored_or_fresh() if processes.is_first() else _like(self._task, self._devices)
+    self.saved_step, self._earlier_wall_time = processes.from_first([self.saved_step, self._earlier_wall_time])
+    state = jax.device_put(processes.arrays_from_first(state), devices_lib.replicated(self._devices))
+    # With accepted changes the seed may be another one; the order of the images follows the configuration's too.
+    return state.replace(seed=jax.device_put(np.int32(self._task.config.seed), devices_lib.replicated(self._devices)))
+
+  def _restored_or_fresh(self) -> TrainState:
     step, total = self._checkpoints.latest_step(), self._task.total_steps
     if step is None:
       state, source = self._task.init_state(), self._task.config.init_from
-      return jax.device_put(take_body(state, Path(source)) if source else state, whole)
+      return take_body(state, Path(source)) if source else state
     if step > total:
       raise UserError(
         f'the run is at step {step} and this configuration ends at step {total}; '
@@ -176,8 +190,7 @@ class Run:
     self.saved_step = step
     self._earlier_wall_time = meta['wall_time_s']
     print(f'going on from the checkpoint of step {step} of {total}', flush=True)
-    # With accepted changes the seed may be another one; the order of the images follows the configuration's too.
-    return state.replace(seed=jax.device_put(np.int32(self._task.config.seed), whole))
+    return state
 
   def best(self) -> str:
     """Says which checkpoint is kept for being the best, or nothing."""
@@ -189,7 +202,7 @@ class Run:
     task = self._task
     first_step = int(state.step)
     batch_size = task.config.train.batch_size
-    with MetricsWriter(self._workdir, resume_step=first_step) as writer:
+    with processes.once_within(MetricsWriter, self._workdir, first_step) as writer:
       progress = Progress(task.total_steps, task.steps_per_epoch, batch_size)
       self._writer, self._progress = writer, progress
       try:
@@ -253,18 +266,21 @@ class Run:
     self._checkpoints.check()
     speed = clock.images_per_second()
     means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
-    self._writer.write(step, step / self._task.steps_per_epoch, 'train', means)
+    self._write(step, 'train', means)
     losses = {number: means[f'exit_{number}/loss'] for number in trained}
     self._progress.update(step, losses, speed)
 
   def _evaluate(self, step: int, state: TrainState) -> dict[str, list[dict]]:
     evaluations = self.evaluator.evaluate(state.params, state.batch_stats)
     for split, exits in evaluations.items():
-      self._writer.write(step, step / self._task.steps_per_epoch, split, as_metrics(exits))
+      self._write(step, split, as_metrics(exits))
     if 'held_out' in evaluations:
       self._retention.note(step, as_metrics(evaluations['held_out']))
     self._progress.message(f'after step {step}:\n{evaluation_table(evaluations)}')
     return evaluations
+
+  def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+    processes.once(lambda: self._writer.write(step, step / self._task.steps_per_epoch, split, values))
 
   def _save(self, step: int, state: TrainState) -> None:
     if step == self.saved_step:
@@ -313,9 +329,11 @@ def _facts(task: Task, devices: list, workdir: Path) -> str:
   data = task.dataset
   held_out = f' {len(data.held_out):,} held out,' if data.held_out is not None else ''
   skipped = f' ({data.skipped:,} corrupt files skipped)' if data.skipped else ''
+  where = f'{len(devices)} x {devices[0].device_kind}'
+  where += f' in {processes.count()} processes' if processes.count() > 1 else ''
   return (
     f'images: {len(data.train):,} train,{held_out} {len(data.test):,} test{skipped}; '
-    f'{task.total_steps:,} steps of {task.config.train.batch_size} on {len(devices)} x {devices[0].device_kind}\n'
+    f'{task.total_steps:,} steps of {task.config.train.batch_size} on {where}\n'
     f'workdir: {workdir}'
   )
 

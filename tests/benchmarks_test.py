@@ -53,10 +53,10 @@ ROW = {'what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit'}
 def test_in_turn():
   now, order = 0.0, []
   durations = {
-    # Warm-up, the call that says how many fit into a turn of 1 s, three turns of two calls.
-    'ours': iter([9.0, 0.5, 0.5, 0.5, 3.0, 5.0, 1.0, 1.0]),
+    # The first call, the one that says how many fit into a turn of 1 s, four turns of two calls; the first is left out.
+    'ours': iter([9.0, 0.5, 0.1, 0.1, 0.5, 0.5, 3.0, 5.0, 1.0, 1.0]),
     # A turn is one call at least.
-    'theirs': iter([9.0, 4.0, 8.0, 2.0, 6.0]),
+    'theirs': iter([9.0, 4.0, 99.0, 8.0, 2.0, 6.0]),
   }
 
   def call(name, number):
@@ -67,7 +67,7 @@ def test_in_turn():
 
   functions = {name: partial(call, name) for name in durations}
   assert in_turn(functions, rounds=3, seconds=1.0, arguments=(7,), clock=lambda: now) == {'ours': 1.0, 'theirs': 6.0}
-  assert order == ['ours'] * 2 + ['theirs'] * 2 + ['ours', 'ours', 'theirs'] * 3
+  assert order == ['ours'] * 2 + ['theirs'] * 2 + ['ours', 'ours', 'theirs'] * 4
 
 
 class Remote:
@@ -87,7 +87,7 @@ class Remote:
 def test_in_turn_leaves_the_clock_to_another_process():
   remote = Remote()
   assert in_turn({'theirs': remote}, rounds=2, seconds=1.0, arguments=('image',)) == {'theirs': 0.25}
-  assert remote.calls == [('once', 'image'), (1, 'image'), (4, 'image'), (4, 'image')]
+  assert remote.calls == [('once', 'image'), (1, 'image'), *[(4, 'image')] * 3]
 
 
 def test_own_process(capfd):

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ def test_shellcheck():
   assert (result.returncode, result.stdout) == (0, '')
 
 
-@pytest.mark.parametrize('script', ['tpu_vm.sh', 'tpu_worker.sh', 'slurm.sh'])
+@pytest.mark.parametrize('script', ['tpu_vm.sh', 'tpu_worker.sh', 'slurm.sh', 'local.sh'])
 def test_is_executable(script):
   assert os.access(REPO / 'launch' / script, os.X_OK)
 
@@ -306,6 +307,71 @@ def test_slurm_submits_what_the_dry_run_prints(tmp_path):
   assert (tmp_path / 'job').read_text().splitlines() == job
   assert shlex.split((tmp_path / 'asked').read_text()) == shlex.split(command)[1:-1]
   assert (repo / 'runs/slurm').is_dir()
+
+
+LOCAL = (
+  'env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={devices} .venv/bin/python -m paranet_jax.main '
+  "--config=configs/pn3_ddd.py '--workdir=a b' "
+  '--coordinator=localhost:{port} --num_processes={processes} --process_id={index} &'
+)
+
+
+@pytest.mark.parametrize('processes, devices', [(2, 1), (3, 4)])
+def test_local(processes, devices):
+  env = {} if (processes, devices) == (2, 1) else {'PROCESSES': str(processes), 'DEVICES': str(devices)}
+  lines = dry_run('local.sh', CONFIG, '--workdir=a b', PORT='7777', **env)
+  expected = {'processes': processes, 'devices': devices, 'port': 7777}
+  same(lines, [LOCAL.format(index=index, **expected) for index in range(processes)])
+
+
+@pytest.mark.parametrize(
+  'env, message',
+  [
+    ({'PROCESSES': 'two'}, "PROCESSES must be a number of 1 or more, found 'two'"),
+    ({'DEVICES': '0'}, "DEVICES must be a number of 1 or more, found '0'"),
+    ({'PYTHON': '/no/python'}, 'expected /no/python, found none; launch/quickstart.sh makes .venv'),
+  ],
+)
+def test_local_refuses(env, message):
+  result = run('local.sh', CONFIG, **env)
+  assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
+
+
+def local(tmp_path, program):
+  """launch/local.sh with a shell program in the place of Python, its last argument that of the process."""
+  python = tmp_path / 'python'
+  python.write_text(f'#!{shutil.which("bash")}\nindex="${{!#}}"\n{program}\n')
+  python.chmod(0o755)
+  env = {'PATH': os.environ['PATH'], 'PYTHON': str(python), 'PROCESSES': '3'}
+  return subprocess.Popen(
+    [REPO / 'launch/local.sh', CONFIG], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def test_local_ends_with_the_first_that_fails(tmp_path):
+  process = local(tmp_path, '[[ "$index" = --process_id=1 ]] && exit 3; exec sleep 600')
+  process.communicate(timeout=60)
+  assert process.returncode == 3
+
+
+def test_local_passes_a_signal_on(tmp_path):
+  program = 'trap "echo told $index; exit 0" TERM; echo ready; while true; do sleep 0.05; done'
+  process = local(tmp_path, program)
+  assert [process.stdout.readline() for _ in range(3)] == ['ready\n'] * 3
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (0, '')
+  assert sorted(out.splitlines()) == [f'told --process_id={index}' for index in range(3)]
+
+
+def test_local_kills_at_the_second_signal(tmp_path):
+  process = local(tmp_path, 'trap "echo told" TERM; echo ready; while true; do sleep 0.05; done')
+  assert [process.stdout.readline() for _ in range(3)] == ['ready\n'] * 3
+  process.send_signal(signal.SIGTERM)
+  assert [process.stdout.readline() for _ in range(3)] == ['told\n'] * 3
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGKILL
 
 
 def test_image_copies_what_exists():

@@ -13,6 +13,7 @@ REPO = pathlib.Path(__file__).resolve().parents[1]
 OURS_OR_ASKED_FOR = {'paranet_jax', 'configs', 'openvino'}
 """OpenVINO is imported where a user asks for it by name."""
 FILES = sorted(path.name for path in REPO.glob('requirements*.txt'))
+SERVICE = 'examples/requirements.txt'
 
 
 def read(name: str) -> dict[str, Requirement]:
@@ -25,11 +26,15 @@ def test_files_are_those_expected():
   assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-export', '-test', '-tpu', '')]
 
 
+def test_tests_need_what_the_service_needs():
+  assert read(SERVICE).items() <= (read('requirements.txt') | read('requirements-test.txt')).items()
+
+
 def test_tests_need_what_exporting_needs():
   assert read('requirements-export.txt').items() <= read('requirements-test.txt').items()
 
 
-@pytest.mark.parametrize('file', FILES)
+@pytest.mark.parametrize('file', [*FILES, SERVICE])
 def test_tested_set_is_within_the_ranges(file):
   pins = read('constraints.txt')
   for name, requirement in read(file).items():
@@ -38,17 +43,24 @@ def test_tested_set_is_within_the_ranges(file):
     assert requirement.specifier and requirement.specifier.contains(pin.version), f'{requirement} against {pin}'
 
 
-@pytest.mark.parametrize('file', [*FILES, 'constraints.txt'])
+@pytest.mark.parametrize('file', [*FILES, SERVICE, 'constraints.txt'])
 def test_no_other_framework(file):
   assert not {'tensorflow', 'tensorflow-cpu', 'tf-nightly', 'torch', 'torchvision', 'clu'} & set(read(file))
 
 
-def test_all_that_the_code_imports_is_required():
+@pytest.mark.parametrize(
+  ('folders', 'files', 'ours'),
+  [
+    (('paranet_jax', 'configs'), ('requirements.txt', 'requirements-export.txt'), OURS_OR_ASKED_FOR),
+    (('examples',), (SERVICE,), {path.stem for path in (REPO / 'examples').glob('*.py')}),
+  ],
+)
+def test_all_that_the_code_imports_is_required(folders, files, ours):
   distributions = importlib.metadata.packages_distributions()
-  required = read('requirements.txt') | read('requirements-export.txt')
-  for path in [*(REPO / 'paranet_jax').rglob('*.py'), *(REPO / 'configs').rglob('*.py')]:
+  required = {name for file in files for name in read(file)}
+  for path in [path for folder in folders for path in (REPO / folder).rglob('*.py')]:
     for node in ast.walk(ast.parse(path.read_text())):
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-      for name in {name.partition('.')[0] for name in names} - OURS_OR_ASKED_FOR - sys.stdlib_module_names:
-        assert {canonicalize_name(d) for d in distributions.get(name, [])} & set(required), f'{path} imports {name}'
+      for name in {name.partition('.')[0] for name in names} - ours - sys.stdlib_module_names:
+        assert {canonicalize_name(d) for d in distributions.get(name, [])} & required, f'{path} imports {name}'

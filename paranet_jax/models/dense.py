@@ -43,7 +43,10 @@ class Features(NamedTuple):
 
 def as_features(x: Array, train: bool, axis_name: str | None) -> Features:
   """Raw features [B, H, W, C], normalized if training."""
-  return Features(*normalize(x, axis_name)) if train else Features(x)
+  if not train:
+    return Features(x)
+  values, moments = normalize(x, axis_name)
+  return Features(values, lax.stop_gradient(moments))  # Or jax would trace the gradients of every running statistic.
 
 
 def concatenate(first: Features, second: Features) -> Features:
@@ -55,6 +58,13 @@ def concatenate(first: Features, second: Features) -> Features:
   return Features(values, Moments(*(jnp.concatenate(pair) for pair in pairs)))
 
 
+def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+  """`module.param`, but one that is there already is taken as it is: flax traces `init` anew to check its shape."""
+  if module.has_variable('params', name):
+    return module.get_variable('params', name)
+  return module.param(name, init, shape)
+
+
 class BatchNorm(nn.Module):
   """Batch normalization as a scale and a shift [C]: of normalized features in training, of raw ones in inference."""
 
@@ -62,8 +72,8 @@ class BatchNorm(nn.Module):
 
   def setup(self):
     shape = (self.channels,)
-    self.scale = self.param('scale', nn.initializers.ones, shape)
-    self.bias = self.param('bias', nn.initializers.zeros, shape)
+    self.scale = parameter(self, 'scale', nn.initializers.ones, shape)
+    self.bias = parameter(self, 'bias', nn.initializers.zeros, shape)
     self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
     self.var = self.variable('batch_stats', 'var', jnp.ones, shape)
 
@@ -133,7 +143,7 @@ class Kernel(nn.Module):
 
   @nn.compact
   def __call__(self) -> Array:
-    return self.param('kernel', conv_init, self.shape)
+    return parameter(self, 'kernel', conv_init, self.shape)
 
 
 class DenseLayer(nn.Module):
@@ -192,11 +202,13 @@ class DenseBlock(nn.Module):
     if not train:
       return Features(dense_block_inference(x.values, layers))
     scan_layers = self.scan_layers or SCAN_LAYERS.get(backend(), 1)
-    values, new, bottlenecks = dense_block_training(x.values, layers, scan_layers, self.axis_name)
+    values, *moments = dense_block_training(x.values, layers, scan_layers, self.axis_name)
+    new, bottlenecks = lax.stop_gradient(moments)
     moments = Moments(*(jnp.concatenate([old, added.ravel()]) for old, added in zip(x.moments, new, strict=True)))
     for i, (module, width) in enumerate(zip(modules, channels, strict=True)):
       module.update(
-        Moments(moments.mean[:width], moments.var[:width]), Moments(bottlenecks.mean[i], bottlenecks.var[i])
+        Moments(*(lax.slice_in_dim(moment, 0, width) for moment in moments)),
+        Moments(*(lax.index_in_dim(moment, i, keepdims=False) for moment in bottlenecks)),
       )
     return Features(values, moments)
 

@@ -177,7 +177,7 @@ def _stack(layers: Sequence[Layer]) -> Layer:
   def stack(name):
     leaves = [getattr(layer, name) for layer in layers]
     if name in ('scale1', 'shift1', 'kernel1'):
-      leaves = [jnp.pad(leaf, [(0, width - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1)) for leaf in leaves]
+      leaves = [_pad_end(leaf, 0, width) for leaf in leaves]
     return jnp.stack(leaves)
 
   return Layer(*map(stack, Layer._fields))
@@ -334,7 +334,14 @@ def _flat(x):
 
 
 def _widen(x, channels):
-  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, channels - x.shape[-1])])
+  return _pad_end(x, x.ndim - 1, channels)
+
+
+def _pad_end(x, axis, size):
+  """Zeros behind x along an axis, up to a size."""
+  # Called hundreds of times in a step, and jnp.pad makes a function of its own each time.
+  padding = [(0, size - x.shape[axis] if i == axis else 0, 0) for i in range(x.ndim)]
+  return lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
 def _across(moments, axis_name):

@@ -1,0 +1,295 @@
+"""Stages run for many requests at once: images that are at the same stage go through it together.
+
+One thread runs one stage at a time. Who leaves after it is answered at once; the others wait for the next stage, among
+all who are there. The next to run is, in this order: the stage of an image that will be late if it is not run now; the
+deepest stage with a full batch waiting; the stage of the image that is due first. An image is due at its deadline, or
+after as long as a full queue should take twice.
+"""
+
+import dataclasses
+import math
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_RUNS = 5
+
+
+class Full(Exception):
+  """There is no room for so many images more."""
+
+
+class Answer(NamedTuple):
+  """label: int. probability: of that label, calibrated. exit: 1-based. seconds: from the request's arrival."""
+
+  label: int
+  probability: float
+  exit: int
+  seconds: float
+
+
+class Timings:
+  """Seconds that each visited stage should take, from two sizes measured here, on a straight line between them.
+
+  Attributes:
+    visited: exit numbers, 1-based, increasing.
+  """
+
+  def __init__(self, one: Mapping[int, float], full: Mapping[int, float], batch: int):
+    """one, full: seconds by exit number for one image and for a batch of them."""
+    self.visited, self._one, self._full, self._batch = tuple(one), one, full, batch
+
+  def seconds(self, number: int, count: int = 1) -> float:
+    """Of the stage of exit `number` for `count` images."""
+    share = (count - 1) / max(self._batch - 1, 1)
+    return self._one[number] + share * max(self._full[number] - self._one[number], 0.0)
+
+  def alone(self) -> dict[int, float]:
+    """Seconds in which one image alone is through each exit, by its number."""
+    return dict(zip(self.visited, np.cumsum([self._one[number] for number in self.visited]).tolist(), strict=True))
+
+  def all_stages(self, count: int) -> float:
+    """Of all stages for `count` images."""
+    return sum(self.seconds(number, count) for number in self.visited)
+
+
+def measure(bundle: Any, batch: int) -> Timings:
+  """Times the visited stages of a bundle on this machine: medians of a few runs, after one that does not count."""
+  one, full = (_time_stages(bundle, size) for size in (1, batch))
+  return Timings(one, full, batch)
+
+
+def _time_stages(bundle: Any, size: int) -> dict[int, float]:
+  seconds = {number: [] for number in bundle.visited}
+  for _ in range(_RUNS + 1):
+    carried = bundle.begin(np.zeros((size, *bundle.image_shape), np.uint8))
+    for number in bundle.visited:
+      started = time.perf_counter()
+      carried, _ = bundle.stage(number)(carried)
+      seconds[number].append(time.perf_counter() - started)
+  return {number: statistics.median(runs[1:]) for number, runs in seconds.items()}
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Waiting:
+  """An image on its way. number: of the exit that it waits for; last: at which it leaves at the latest."""
+
+  image: np.ndarray
+  arrived: float
+  last: int
+  deadline: float
+  due: float
+  number: int
+  carried: dict[str, np.ndarray] | None = None
+  reached: tuple[int, float, int] | None = None
+  answer: Future = dataclasses.field(default_factory=Future)
+
+
+@dataclasses.dataclass(slots=True)
+class Runs:
+  """Of one stage: how often it ran, for how many images in all, and in how many seconds."""
+
+  count: int = 0
+  images: int = 0
+  seconds: float = 0.0
+
+
+class Scheduler:
+  """Answers images, no more than `capacity` of them at a time. All but `step` may be called from any thread.
+
+  Attributes:
+    runs: by exit number.
+    exits: images answered, by exit number.
+    seconds: from arrival to answer, of all of them.
+    inside: images that were admitted and not released.
+  """
+
+  def __init__(
+    self,
+    runtime: ModuleType,
+    bundle: Any,
+    timings: Timings,
+    capacity: int,
+    batch: int,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    """
+    Args:
+      runtime: the bundle's run.py.
+      bundle: what it loaded.
+      batch: most images of a stage's run.
+      clock: of arrivals and deadlines, in seconds.
+    """
+    self._runtime, self._bundle, self._timings = runtime, bundle, timings
+    self._capacity, self._batch, self._clock = capacity, batch, clock
+    self._patience = 2 * timings.all_stages(batch) * math.ceil(capacity / batch)
+    self._longest = max(timings.seconds(number, batch) for number in timings.visited)
+    self._pools: dict[int, list[Waiting]] = {number: [] for number in timings.visited}
+    self._next = dict(zip(timings.visited, timings.visited[1:], strict=False))
+    self._arriving: list[Waiting] = []
+    self._changed, self._closing = threading.Condition(), False
+    self._thread = threading.Thread(target=self._work, name='stages', daemon=True)
+    self.runs = {number: Runs() for number in timings.visited}
+    self.exits, self.seconds, self.inside = dict.fromkeys(timings.visited, 0), 0.0, 0
+
+  def start(self) -> None:
+    """Starts the thread."""
+    self._thread.start()
+
+  def alive(self) -> bool:
+    """Whether what is submitted will be answered."""
+    return self._thread.is_alive()
+
+  def close(self) -> None:
+    """Ends the thread once all that was submitted is answered."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify()
+    if self._thread.is_alive():
+      self._thread.join()
+
+  def admit(self, count: int) -> None:
+    """Takes room for images; each is given back by `release`.
+
+    Raises:
+      Full: there is not so much.
+    """
+    with self._changed:
+      if self.inside + count > self._capacity:
+        raise Full
+      self.inside += count
+
+  def release(self) -> None:
+    """Gives back the room of one image."""
+    with self._changed:
+      self.inside -= 1
+
+  def submit(self, image: np.ndarray, arrived: float, last: int, deadline: float = math.inf) -> 'Future[Answer]':
+    """Has an image answered.
+
+    Args:
+      image: uint8 [H, W, C].
+      arrived: when its request came, by the clock.
+      last: number of the exit at which it leaves at the latest, one of those visited.
+      deadline: by the clock. A stage is not begun if it should not be done by then, but for the first.
+
+    Returns:
+      Its answer, or the exception of the stage that failed.
+
+    Raises:
+      Full: `close` was called, or the thread has ended.
+    """
+    sample = Waiting(image, arrived, last, deadline, min(deadline, arrived + self._patience), self._timings.visited[0])
+    sample.answer.set_running_or_notify_cancel()
+    with self._changed:
+      if self._closing:
+        raise Full
+      self._arriving.append(sample)
+      self._changed.notify()
+    return sample.answer
+
+  def step(self) -> bool:
+    """Runs one stage for some of those who wait; False if nobody does. Called by the thread alone."""
+    with self._changed:
+      arriving, self._arriving = self._arriving, []
+    self._pools[self._timings.visited[0]] += arriving
+    now = self._clock()
+    for sample in self._everyone():
+      self._drop_if_late(sample, now)
+    if not any(self._pools.values()):
+      return False
+    number = self._choose(now)
+    chosen = self._take(number, now)
+    then = now + self._timings.seconds(number, len(chosen))
+    for sample in self._everyone():
+      if sample.reached:
+        self._drop_if_late(sample, then)
+    self._run(number, chosen)
+    return True
+
+  def _work(self) -> None:
+    try:
+      self._work_until_closed()
+    finally:  # Should that ever fail, nobody waits for what will not come.
+      with self._changed:
+        self._closing = True
+      for sample in [*self._everyone(), *self._arriving]:
+        sample.answer.set_exception(RuntimeError('the thread of the stages has ended'))
+
+  def _work_until_closed(self) -> None:
+    while True:
+      with self._changed:
+        self._changed.wait_for(lambda: self._arriving or self._closing)
+        closing = self._closing
+      while self.step():
+        pass
+      if closing:
+        return
+
+  def _everyone(self) -> list[Waiting]:
+    return [sample for pool in self._pools.values() for sample in pool]
+
+  def _drop_if_late(self, sample: Waiting, now: float) -> None:
+    """Answers who has no time for another stage; who has been through none yet goes through the first and no other."""
+    if now + self._timings.seconds(sample.number) <= sample.deadline:
+      return
+    if sample.reached:
+      self._pools[sample.number].remove(sample)
+      self._answer(sample)
+    else:
+      sample.last, sample.deadline, sample.due = sample.number, math.inf, sample.arrived + self._patience
+
+  def _choose(self, now: float) -> int:
+    first = min(self._everyone(), key=lambda sample: sample.due)
+    if now + self._longest + self._timings.seconds(first.number) > first.due:
+      return first.number
+    full = [number for number, pool in self._pools.items() if len(pool) >= self._batch]
+    return full[-1] if full else first.number
+
+  def _take(self, number: int, now: float) -> list[Waiting]:
+    """Those who are due first, as many as fit a batch that is done before the first deadline among them."""
+    pool = sorted(self._pools[number], key=lambda sample: sample.due)
+    count = min(len(pool), self._batch)
+    while count > 1 and now + self._timings.seconds(number, count) > min(sample.deadline for sample in pool[:count]):
+      count -= 1
+    self._pools[number] = pool[count:]
+    return pool[:count]
+
+  def _run(self, number: int, chosen: Sequence[Waiting]) -> None:
+    started = time.perf_counter()
+    try:
+      carried, logits = self._bundle.stage(number)(self._carried(chosen))
+      leave = self._bundle.leaves(number, logits, carried)
+      found = self._bundle.answers(number, logits)
+    except Exception as error:  # Whatever it is, it is theirs; the others are still to be answered.
+      for sample in chosen:
+        sample.answer.set_exception(error)
+      return
+    runs = self.runs[number]
+    runs.count, runs.images = runs.count + 1, runs.images + len(chosen)
+    runs.seconds += time.perf_counter() - started
+    for row, sample in enumerate(chosen):
+      label = int(found.labels[row])
+      sample.reached = label, float(found.probabilities[row, label]), number
+      if leave[row] or number == sample.last:
+        self._answer(sample)
+      else:  # By a list of rows, which copies: a view would keep the whole batch in memory.
+        sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
+        self._pools[sample.number].append(sample)
+
+  def _carried(self, chosen: Sequence[Waiting]) -> dict[str, np.ndarray]:
+    if chosen[0].carried is None:
+      return self._bundle.begin(np.stack([sample.image for sample in chosen]))
+    return self._runtime.join([sample.carried for sample in chosen])
+
+  def _answer(self, sample: Waiting) -> None:
+    seconds = self._clock() - sample.arrived
+    self.exits[sample.reached[2]] += 1
+    self.seconds += seconds
+    sample.answer.set_result(Answer(*sample.reached, seconds))

@@ -1,0 +1,150 @@
+"""Serves a bundle that `python -m paranet_jax.export` wrote, by HTTP. Needs requirements.txt beside it, and no JAX.
+
+  python examples/serve.py --bundle=DIR
+  curl --data-binary @photo.png localhost:8000/predict
+  curl -F image=@a.png -F image=@b.jpg -F deadline_ms=20 localhost:8000/predict
+
+What it answers: service.py. It runs the run.py of the bundle, so serve only bundles that you trust; and it has neither
+TLS nor patience for slow clients of its own, so put a proxy before it where others than this machine can reach it. On
+SIGTERM and Control-C it takes no more requests, answers those it has, and ends with exit code 0. User errors are one
+line and exit code 2.
+"""
+
+import argparse
+import importlib.util
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+_LONGEST_STOP = 30  # Seconds for a client to take its answer once the service is asked to stop.
+
+
+class UserError(Exception):
+  """One line saying what was expected, what was found and what mends it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments, those of sys.argv if None.
+
+  Returns:
+    The exit code: 0, it was asked to stop; 2, a user's error; 130, it was interrupted before it served.
+  """
+  try:
+    _serve(_parse(argv))
+  except UserError as error:
+    print('error:', *str(error).split(), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('stopped at once', file=sys.stderr)
+    return 130
+  return 0
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> None:
+    raise UserError(f'{message}; see --help')
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  parser = _Parser(prog='python serve.py', description='Serves an exported bundle by HTTP.', allow_abbrev=False)
+  add = parser.add_argument
+  add('--bundle', type=Path, help='Folder of the bundle.')
+  add('--host', default='127.0.0.1', help='Address to listen at (default: 127.0.0.1, this machine alone).')
+  add('--port', type=int, default=8000, help='0: any that is free (default: 8000).')
+  add('--queue', type=_count, default=256, help='Most images taken in and not answered yet (default: 256).')
+  add('--batch', type=_count, default=64, help='Most images of a run of a stage (default: 64).')
+  add('--max-bytes', type=_count, default='10M', help='Of a request (default: 10M).')
+  add('--max-pixels', type=_count, default='25M', help='Of an image (default: 25M).')
+  add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
+  add('--threads', type=int, default=0, help='Of a stage (default: as many as there are cores).')
+  given = parser.parse_args(argv)
+  if given.bundle is None:
+    raise UserError('expected the folder of a bundle, found none; set --bundle')
+  if given.threads < 0:
+    raise UserError(f'expected 0 threads or more, found {given.threads}; set --threads')
+  if not 0 <= given.port <= 65535:
+    raise UserError(f'expected a port from 0 to 65535, found {given.port}; set --port')
+  return given
+
+
+def _count(text: str) -> int:
+  scale = {'K': 10**3, 'M': 10**6, 'G': 10**9}.get(text[-1:].upper(), 1)
+  digits = text[:-1] if scale > 1 else text
+  if not digits.isdecimal() or not int(digits):
+    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, such as 64 or 10M, found {text!r}')
+  return int(digits) * scale
+
+
+def _serve(given: argparse.Namespace) -> None:
+  try:
+    import onnxruntime  # noqa: F401
+    import python_multipart  # noqa: F401
+    import uvicorn
+    from batching import Scheduler, measure
+    from PIL import Image
+    from service import Predictor, make_app
+    from uploads import Uploads
+  except ImportError as error:
+    needs = Path(__file__).with_name('requirements.txt')
+    raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
+  warnings.filterwarnings('ignore', module='PIL')  # Of odd but readable files.
+  Image.init()  # Which the first image would wait for.
+  runtime = _load_runtime(given.bundle)
+  try:
+    bundle = runtime.load(given.bundle, given.provider, given.threads)
+  except runtime.BundleError as error:
+    raise UserError(str(error)) from error
+  listening = _listen(given.host, given.port)
+  batch = min(given.batch, given.queue)
+  timings = measure(bundle, batch)
+  scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
+  uploads = Uploads(given.max_bytes, given.queue)
+  predictor = Predictor(runtime, bundle, timings, scheduler, uploads, given.max_pixels)
+  app = make_app(predictor, scheduler, lambda: _tell(given, listening, timings.alone()))
+  config = uvicorn.Config(app, log_level='warning', access_log=False, timeout_graceful_shutdown=_LONGEST_STOP)
+  server = uvicorn.Server(config)
+  for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again what stopped it, once it has stopped.
+    signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
+  server.run(sockets=[listening])
+
+
+def _load_runtime(folder: Path) -> ModuleType:
+  """The bundle's run.py as a module.
+
+  Raises:
+    UserError: it is not there, or cannot be imported.
+  """
+  path = folder / 'run.py'
+  if not path.is_file():
+    raise UserError(f'expected a bundle with a run.py in {folder}, found none; set --bundle')
+  spec = importlib.util.spec_from_file_location('bundle_run', path)
+  runtime = sys.modules['bundle_run'] = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(runtime)
+  except Exception as error:
+    raise UserError(f'{path} cannot be imported ({error}); copy or export the bundle again') from error
+  return runtime
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  family = socket.AF_INET6 if ':' in host else socket.AF_INET
+  try:
+    return socket.create_server((host, port), family=family)
+  except OSError as error:
+    reason = str(error.strerror).partition(' (while')[0]
+    raise UserError(f'cannot listen at {host} port {port} ({reason}); set --host or --port') from error
+
+
+def _tell(given: argparse.Namespace, listening: socket.socket, alone: dict[int, float]) -> None:
+  host, port = listening.getsockname()[:2]
+  host = f'[{host}]' if ':' in host else host
+  exits = ', '.join(f'{1e3 * seconds:.2f}' for seconds in alone.values())
+  print(f'serving {given.bundle} at http://{host}:{port}/predict; its exits take {exits} ms an image', flush=True)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

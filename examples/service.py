@@ -1,0 +1,195 @@
+"""The service: `POST /predict`, `GET /healthz`, `GET /metrics`. What it refuses, it refuses as {"error": one line}.
+
+`POST /predict` takes one image as its body, or several as files of a form (multipart/form-data), and gives
+
+  {"answers": [{"label": 3, "class_name": "3", "probability": 0.98, "exit": 1, "milliseconds": 2.1}, ...]}
+
+in the order sent; milliseconds are from the request's arrival to the answer, with waiting. An image that cannot be
+answered has {"error": "..."} in its place. The status is 200 if any image is answered. If none is, it is what all of
+them have in common (413: too many pixels; 500: the network failed), or 400, with the first "error" beside "answers".
+
+A whole request is refused with 400 (no image, a field or a form that is not understood), 413 (too many bytes, known
+from its head or while it is read) or 503 with Retry-After (no room for its images, or too much being sent at once).
+
+In the query or the form, at most one of
+  budget_ms: no image goes to an exit that one image alone reaches later than that on this machine, as measured at the
+    start; waiting is not counted.
+  deadline_ms: the best answer that is there so many milliseconds after the request came, with waiting. An image leaves
+    earlier where it is sure enough. A stage is not begun if it should not be done in time, but the first is always
+    run: under load, an answer may come late.
+"""
+
+import asyncio
+import contextlib
+import math
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+from batching import Full, Scheduler, Timings
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from uploads import FIELDS, Refused, Uploads, decode
+
+_GONE = 499  # What nginx logs of a client that did not wait; it is sent to nobody.
+_DOCUMENTED = {
+  'parameters': [{'name': name, 'in': 'query', 'schema': {'type': 'number'}} for name in FIELDS],
+  'requestBody': {
+    'content': {
+      'image/*': {'schema': {'type': 'string', 'format': 'binary'}},
+      'multipart/form-data': {
+        'schema': {'properties': {'image': {'type': 'array', 'items': {'type': 'string', 'format': 'binary'}}}}
+      },
+    }
+  },
+}
+
+Outcome = tuple[int, dict[str, Any]]
+"""The status and what is said of one image."""
+
+
+class Predictor:
+  """Answers requests. requests: how many, by status."""
+
+  def __init__(
+    self, runtime: ModuleType, bundle: Any, timings: Timings, scheduler: Scheduler, uploads: Uploads, max_pixels: int
+  ):
+    self._runtime, self._bundle, self._scheduler, self._uploads = runtime, bundle, scheduler, uploads
+    self._alone, self._max_pixels = timings.alone(), max_pixels
+    # Pillow decodes without the interpreter's lock, but the stages want the cores too.
+    self._decoders = ThreadPoolExecutor(2, 'decode')
+    self.requests: Counter[int] = Counter()
+
+  async def answer(self, request: Request) -> Response:
+    """The response to a request, refused or not."""
+    arrived = time.perf_counter()
+    try:
+      async with self._uploads.read(request) as upload:
+        outcomes = await self._outcomes(upload.images, upload.fields, arrived)
+      response = _together(outcomes)
+    except Refused as refused:
+      response = _refusal(refused.status, refused.reason)
+    except HTTPException as error:  # Of a form that cannot be parsed.
+      response = _refusal(error.status_code, str(error.detail))
+    except ClientDisconnect:
+      response = Response(status_code=_GONE)
+    except Exception:
+      self.requests[500] += 1
+      raise
+    self.requests[response.status_code] += 1
+    return response
+
+  async def _outcomes(self, images: Sequence[bytes], fields: dict[str, float], arrived: float) -> list[Outcome]:
+    last = self._last(fields.get('budget_ms', math.inf))
+    deadline = arrived + fields.get('deadline_ms', math.inf) / 1e3
+    if not self._scheduler.alive():
+      raise Refused(503, 'the service is stopping')
+    try:
+      self._scheduler.admit(len(images))
+    except Full as error:
+      raise Refused(503, f'no room for {len(images)} images now; try again') from error
+    return await asyncio.gather(*(self._outcome(image, arrived, last, deadline) for image in images))
+
+  async def _outcome(self, encoded: bytes, arrived: float, last: int, deadline: float) -> Outcome:
+    try:
+      work = decode, self._runtime, encoded, self._bundle.image_shape, self._max_pixels
+      image = await asyncio.get_running_loop().run_in_executor(self._decoders, *work)
+      answer = await asyncio.wrap_future(self._scheduler.submit(image, arrived, last, deadline))
+    except Refused as refused:
+      return refused.status, {'error': refused.reason}
+    except Exception as error:  # Of a stage; the other images are still answered.
+      traceback.print_exception(error, file=sys.stderr)
+      return 500, {'error': 'the network failed on this image; the log of the service says how'}
+    finally:
+      self._scheduler.release()
+    return 200, {
+      'label': answer.label,
+      'class_name': self._bundle.class_names[answer.label],
+      'probability': round(answer.probability, 6),
+      'exit': answer.exit,
+      'milliseconds': round(1e3 * answer.seconds, 3),
+    }
+
+  def _last(self, budget_ms: float) -> int:
+    """The number of the last exit that costs no more."""
+    within = [number for number, seconds in self._alone.items() if 1e3 * seconds <= budget_ms]
+    if not within:
+      least = math.ceil(1e5 * min(self._alone.values())) / 100
+      raise Refused(400, f'expected a budget_ms of {least:.2f} or more, as the first exit takes, found {budget_ms:g}')
+    return within[-1]
+
+
+def make_app(predictor: Predictor, scheduler: Scheduler, started: Callable[[], None]) -> FastAPI:
+  """The application; `started` is called once it serves."""
+
+  @contextlib.asynccontextmanager
+  async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    scheduler.start()
+    started()
+    yield
+    await asyncio.to_thread(scheduler.close)
+
+  app = FastAPI(title='Early exits', lifespan=lifespan, docs_url=None, redoc_url=None)
+
+  @app.post('/predict', openapi_extra=_DOCUMENTED)
+  async def predict(request: Request) -> Response:
+    return await predictor.answer(request)
+
+  @app.get('/healthz')
+  async def healthz() -> Response:
+    alive = scheduler.alive()
+    return JSONResponse({'status': 'ok'}) if alive else _refusal(503, 'the thread of the stages has ended')
+
+  @app.get('/metrics')
+  async def metrics() -> Response:
+    text = ''.join(f'{line}\n' for line in metric_lines(predictor, scheduler))
+    return PlainTextResponse(text, media_type='text/plain; version=0.0.4')
+
+  @app.exception_handler(HTTPException)
+  async def unknown(_: Request, error: HTTPException) -> Response:
+    return JSONResponse({'error': str(error.detail)}, error.status_code, error.headers)
+
+  @app.exception_handler(Exception)
+  async def failed(_: Request, error: Exception) -> Response:
+    return _refusal(500, 'the service failed; its log says how')
+
+  return app
+
+
+def metric_lines(predictor: Predictor, scheduler: Scheduler) -> Iterator[str]:
+  """In the text format of Prometheus."""
+  exits, runs = scheduler.exits, scheduler.runs
+  yield from _metric('requests_total', 'counter', {f'{{status="{code}"}}': n for code, n in predictor.requests.items()})
+  yield from _metric('images_total', 'counter', {f'{{exit="{number}"}}': count for number, count in exits.items()})
+  yield from _metric('queue_images', 'gauge', {'': scheduler.inside})
+  yield from _metric('image_seconds', 'summary', {'_sum': scheduler.seconds, '_count': sum(exits.values())})
+  batches, seconds = {}, {}
+  for number, run in runs.items():
+    batches |= {f'_sum{{exit="{number}"}}': run.images, f'_count{{exit="{number}"}}': run.count}
+    seconds |= {f'_sum{{exit="{number}"}}': run.seconds, f'_count{{exit="{number}"}}': run.count}
+  yield from _metric('stage_batch_images', 'summary', batches)
+  yield from _metric('stage_seconds', 'summary', seconds)
+
+
+def _metric(name: str, kind: str, values: dict[str, float]) -> Iterator[str]:
+  yield f'# TYPE paranet_{name} {kind}'
+  for suffix, value in values.items():
+    yield f'paranet_{name}{suffix} {value}'
+
+
+def _together(outcomes: Sequence[Outcome]) -> Response:
+  statuses, answers = {status for status, _ in outcomes}, [answer for _, answer in outcomes]
+  if 200 in statuses:
+    return JSONResponse({'answers': answers})
+  return JSONResponse(answers[0] | {'answers': answers}, statuses.pop() if len(statuses) == 1 else 400)
+
+
+def _refusal(status: int, reason: str) -> Response:
+  return JSONResponse({'error': reason}, status, {'Retry-After': '1'} if status == 503 else None)

@@ -1,0 +1,147 @@
+"""What a request sends: its images and fields, read and decoded within limits."""
+
+import contextlib
+import io
+import math
+from collections.abc import AsyncIterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.types import Message, Receive
+
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
+"""Of Pillow's; others start programs (EPS) or are rare enough to be less well looked after."""
+FIELDS = ('budget_ms', 'deadline_ms')
+_HELD = 16  # Times the largest body: what all requests may hold at once.
+
+
+class Refused(Exception):
+  """A status of HTTP, and one line that says why."""
+
+  def __init__(self, status: int, reason: str):
+    super().__init__(reason)
+    self.status, self.reason = status, reason
+
+
+class Upload(NamedTuple):
+  """images: encoded, in the order sent. fields: milliseconds by name."""
+
+  images: list[bytes]
+  fields: dict[str, float]
+
+
+class Uploads:
+  """Reads requests, none larger than `max_bytes`, and no more at once than 16 of those would hold."""
+
+  def __init__(self, max_bytes: int, max_images: int):
+    self._max_bytes, self._max_images, self._held = max_bytes, max_images, 0
+
+  @contextlib.asynccontextmanager
+  async def read(self, request: Request) -> AsyncIterator[Upload]:
+    """The upload of a request, whose bytes count as held until the context ends.
+
+    Raises:
+      Refused: 400, 413 or 503.
+      HTTPException: 400, a form cannot be parsed.
+    """
+    declared = request.headers.get('content-length', '')
+    if declared.isdecimal() and int(declared) > self._max_bytes:
+      raise self._too_large()
+    is_form = request.headers.get('content-type', '').lower().startswith('multipart/form-data')
+    body = _Body(request.receive, is_form)
+    request = Request(request.scope, lambda: self._receive(body))
+    try:
+      if is_form:
+        upload = await self._read_form(request)
+      else:
+        encoded = await request.body()
+        upload = Upload([encoded] if encoded else [], read_fields(request.query_params.multi_items()))
+      if not upload.images:
+        raise Refused(400, 'expected an image, found none; send one as the body, or several as files of a form')
+      yield upload
+    finally:
+      self._held -= body.size
+
+  async def _receive(self, body: '_Body') -> Message:
+    message = await body.receive()
+    if message['type'] != 'http.request':
+      return message
+    chunk = message.get('body', b'')
+    body.size, self._held = body.size + len(chunk), self._held + len(chunk)
+    body.tail = (body.tail + chunk)[-64:]
+    if body.size > self._max_bytes:
+      raise self._too_large()
+    if self._held > _HELD * self._max_bytes:
+      raise Refused(503, 'too many bytes are being sent at once; try again')
+    if body.is_form and not message.get('more_body') and not body.tail.rstrip().endswith(b'--'):
+      # The parser would leave out the file that was cut, without a word.
+      raise Refused(400, 'expected a whole form, found no boundary that closes it; send it again')
+    return message
+
+  async def _read_form(self, request: Request) -> Upload:
+    async with request.form(max_files=self._max_images, max_fields=len(FIELDS) + 1, max_part_size=1024) as form:
+      parts = form.multi_items()
+      images = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
+      texts = [(name, part) for name, part in parts if isinstance(part, str)]
+    return Upload(images, read_fields([*request.query_params.multi_items(), *texts]))
+
+  def _too_large(self) -> Refused:
+    return Refused(413, f'expected at most {self._max_bytes:,} bytes, found more; send fewer or smaller images')
+
+
+class _Body:
+  def __init__(self, receive: Receive, is_form: bool):
+    self.receive, self.is_form, self.size, self.tail = receive, is_form, 0, b''
+
+
+def read_fields(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+  """The fields of a request, by name.
+
+  Raises:
+    Refused: 400; one is unknown, no positive number, or not alone.
+  """
+  found = {}
+  for name, text in pairs:
+    if name not in FIELDS:
+      raise Refused(400, f'unknown field {name[:40]!r}, expected {" or ".join(FIELDS)}')
+    if found:
+      raise Refused(400, f'expected one of {" and ".join(FIELDS)}, once, found several; leave out all but one')
+    found[name] = _positive(name, text)
+  return found
+
+
+def _positive(name: str, text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 < value < math.inf:
+    raise Refused(400, f'expected {name} in milliseconds, above 0, found {text[:40]!r}')
+  return value
+
+
+def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int) -> np.ndarray:
+  """The image as the bundle takes it, uint8 [H, W, C]; what run.py's `decode_image` gives, within limits.
+
+  Raises:
+    Refused: 400, it is no image; 413, it has too many pixels, which is known before they are decoded.
+  """
+  from PIL import Image, ImageOps, UnidentifiedImageError
+
+  try:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+      width, height = image.size
+      if width * height > max_pixels:
+        raise Refused(413, f'expected at most {max_pixels:,} pixels, found {width} x {height}; send a smaller image')
+      return runtime.fit_image(ImageOps.exif_transpose(image), image_shape[0], image_shape[-1])
+  except Refused:
+    raise
+  except Image.DecompressionBombError as error:
+    raise Refused(413, f'expected at most {max_pixels:,} pixels, found many more; send a smaller image') from error
+  except UnidentifiedImageError as error:
+    raise Refused(400, f'not an image in a known format ({", ".join(FORMATS)})') from error
+  except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
+    raise Refused(400, ' '.join(str(error).split())[:200] or type(error).__name__) from error
