@@ -4,11 +4,13 @@ import ast
 import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from paranet_jax.bundle import run as runtime
+from paranet_jax.bundle.agreement import agreement
 from paranet_jax.bundle.run import Adaptive, BundleError
 
 COUNT = 150  # Three waves.
@@ -233,6 +235,38 @@ def test_what_does_not_fit(call, message):
   with pytest.raises(ValueError) as error:
     call(adaptive((0.7, 0.7, 0.0)))
   assert str(error.value) == message
+
+
+def changed_logits(rows, change):
+  logits = LOGITS.copy()
+  logits[:, rows] = change(logits[:, rows])
+  return logits
+
+
+@pytest.mark.parametrize(
+  'logits, labels, exits, exit_labels',
+  [
+    (LOGITS, 1, 1, [1, 1, 1]),
+    # Other labels, as surely.
+    (changed_logits(slice(30), lambda z: np.roll(z, 1, axis=-1)), 0.8, 1, [0.8, 0.8, 0.8]),
+    # So sure that all of them leave at the first exit.
+    (changed_logits(slice(60, None), lambda z: 0 * z + [9, 0, 0, 0]), None, None, None),
+  ],
+)
+def test_agreement(logits, labels, exits, exit_labels):
+  thresholds = (0.7, 0.7, 0.0)
+  bundle = adaptive(thresholds)
+  plan = SimpleNamespace(score='max_prob', temperatures=TEMPERATURES, confidence_thresholds=thresholds, exits=EXITS)
+  found = agreement(logits, plan, bundle, IMAGES)
+  theirs = bundle.predict(IMAGES)
+  if labels is None:  # The changed ones all leave at exit 1 with label 0.
+    same = np.arange(COUNT) < 60
+    labels, exits = np.mean(same | (theirs.labels == 0)), np.mean(same | (theirs.exits == 1))
+    exit_labels = np.mean(same | (LOGITS.argmax(-1) == 0), axis=-1).tolist()
+    assert exits < 1
+  assert (found['images'], found['labels'], found['exits']) == (COUNT, labels, exits)
+  assert found['exit_labels'] == pytest.approx(exit_labels)
+  assert found['logits'] == pytest.approx(np.abs(logits - LOGITS).max() / np.abs(logits).max())
 
 
 def test_what_the_file_imports():

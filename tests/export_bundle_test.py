@@ -39,7 +39,7 @@ sys.exit(code)
 def out(tmp_path_factory):
   """The bundle of a small network, with thresholds at which its images leave at every exit."""
   folder = tmp_path_factory.mktemp('written')
-  run, plan = made(tiny.network(3, num_classes=5))
+  run, plan, _ = made(tiny.network(3, num_classes=5))
   write_bundle(Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
   return folder / 'out'
 

@@ -5,6 +5,7 @@ import json
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,8 +14,8 @@ from families_test import small
 from paranet_jax import config as config_lib
 from paranet_jax.base_config import base_config
 from paranet_jax.bundle import run as runtime
+from paranet_jax.bundle import write
 from paranet_jax.bundle.agreement import all_logits
-from paranet_jax.bundle.write import Request, write_bundle
 from paranet_jax.dataset_facts import DatasetFacts
 from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.chunks import Sizes
@@ -52,8 +53,8 @@ def of_family(family, **fields):
 
 
 MODELS = {
-  'paranet': lambda: tiny.network(3, num_classes=CLASSES, layers_per_block=2),
-  'paranet cut': lambda: tiny.network(2, num_classes=CLASSES, cascade=False, dtype=jax.numpy.bfloat16),
+  'paranet': lambda: tiny.network(3, num_classes=CLASSES),
+  'paranet cut': lambda: tiny.network(2, num_classes=CLASSES, cascade=False, dtype=jnp.bfloat16),
   'paranet of ImageNet': lambda: tiny.network(
     2, num_classes=CLASSES, stem='7x7', stem_norm=True, entry_pool='max3x3', halvings=(1, 0)
   ),
@@ -83,13 +84,14 @@ def variables_of(model):
 
 
 def made(model):
-  """A run of the model, and a plan by which its images leave at every exit, as far as they can."""
+  """A run of the model, a plan by which its images leave at every exit, and all logits [K, N, C]."""
   variables = variables_of(model)
+  model = model.clone(dtype=jnp.float32) if hasattr(model, 'dtype') else model
   exits = tuple(range(1, model.num_exits + 1))
   macs = mac_costs(model, (SIDE, SIDE, 3), exits)
   plan = full_network_plan(CheckpointId('small', 'digits', 7, ''), exits, [int(cost) for cost in macs.alone()])
   plan = dataclasses.replace(plan, temperatures=tuple(np.linspace(1.5, 0.7, len(exits)).tolist()))
-  logits = np.stack(jax.jit(model.apply)(variables, NORMALIZED)).astype(np.float64)
+  logits = np.stack(jax.jit(model.apply)(variables, NORMALIZED))
   sure = confidences(logits, 'max_prob', plan.temperatures)
   left, thresholds = np.arange(COUNT), []
   for at_exit in sure[:-1]:  # Half of who is left, between two images, so that the last bits of a logit do not decide.
@@ -99,18 +101,44 @@ def made(model):
   facts = DatasetFacts('digits', '1', tuple('abcde'), MEAN, STD, {'train': 1, 'held_out': 2, 'test': 3})
   run = LoadedRun(model, variables, None, base_config('PN3-ddd'), 7, facts)
   run.config.model.image_side = SIDE
-  return run, with_thresholds(plan, np.array([*thresholds, -np.inf]), macs)
+  return run, with_thresholds(plan, np.array([*thresholds, -np.inf]), macs), logits
+
+
+def early_exit(run, plan):
+  """The JAX runtime."""
+  model = run.model.clone(dtype=jnp.float32) if hasattr(run.model, 'dtype') else run.model
+  return EarlyExit(model, run.variables, plan, (SIDE, SIDE, 3), MEAN, STD, tuple('abcde'), SIZES)
+
+
+def test_exits_that_are_skipped(tmp_path):
+  """Where nobody leaves at exit 2, `predict` goes from 1 to 3 by a stage of its own, and `anytime` by all three."""
+  run, plan, logits = made(MODELS['paranet']())
+  macs = mac_costs(run.model, (SIDE, SIDE, 3), plan.exits)
+  plan = with_thresholds(plan, np.array([plan.confidence_thresholds[0], np.inf, -np.inf]), macs)
+  write.write_bundle(write.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+  described = json.loads((tmp_path / 'out/bundle.json').read_text())
+  assert described['visited_stages'] == ['stage_1', 'stage_3_after_1']
+  assert described['all_stages'] == ['stage_1', 'stage_2', 'stage_3']
+  assert described['agreement'] == {'images': COUNT, 'of': 'noise', **described['agreement'], 'labels': 1, 'exits': 1}
+  bundle, ours = runtime.load(tmp_path / 'out'), early_exit(run, plan).predict(IMAGES)
+  theirs = bundle.predict(IMAGES)
+  assert set(ours.exits) == {1, 3}
+  for field in ('labels', 'exits', 'macs'):
+    np.testing.assert_array_equal(getattr(theirs, field), getattr(ours, field))
+  np.testing.assert_allclose(theirs.probabilities, ours.probabilities, atol=1e-4)
+  np.testing.assert_array_equal([answer.label for answer in bundle.anytime(IMAGES[0])], logits[:, 0].argmax(-1))
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_the_bundle_answers_as_the_jax_runtime(name, tmp_path):
-  run, plan = made(MODELS[name]())
-  write_bundle(Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+def test_the_bundle_answers_as_the_jax_runtime(name, tmp_path, monkeypatch):
+  model = MODELS[name]()
+  run, plan, logits = made(model)
+  run = dataclasses.replace(run, model=model)
+  monkeypatch.setattr(write, 'compare', lambda *_: {'images': COUNT, 'labels': 1, 'exits': 1, 'logits': 0})
+  write.write_bundle(write.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
   bundle = runtime.load(tmp_path / 'out', threads=1)
-  model = run.model.clone(dtype=jax.numpy.float32) if hasattr(run.model, 'dtype') else run.model
-  logits = np.stack(jax.jit(model.apply)(run.variables, NORMALIZED))
   np.testing.assert_allclose(all_logits(bundle, IMAGES), logits, rtol=1e-4, atol=1e-4 * max(np.abs(logits).max(), 1))
-  early = EarlyExit(model, run.variables, plan, (SIDE, SIDE, 3), MEAN, STD, tuple('abcde'), SIZES)
+  early = early_exit(run, plan)
   ours, theirs = early.predict(IMAGES), bundle.predict(IMAGES)
   for field in ('labels', 'exits', 'macs'):
     np.testing.assert_array_equal(getattr(theirs, field), getattr(ours, field))

@@ -1,16 +1,29 @@
 """How far a bundle's answers are those of the network in JAX."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paranet_jax.bundle import run
+from paranet_jax.bundle import run as runtime
+from paranet_jax.data.dataset import Split
 from paranet_jax.early.exits_file import ExitPlan
+from paranet_jax.early.load import LoadedRun
+from paranet_jax.early.logits import split_logits
 from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import exits_taken
+from paranet_jax.steps import Preprocessing
 
 
-def agreement(logits: np.ndarray, plan: ExitPlan, bundle: run.Adaptive, images: np.ndarray) -> dict[str, Any]:
+def compare(folder: Path, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
+  """`agreement` of the bundle in a folder with the run's network in JAX on uint8 images [N, H, W, C]."""
+  preprocessing = Preprocessing(run.dataset.mean, run.dataset.std, crop_padding=0, flip=False)
+  split = Split(images, np.zeros(len(images), np.int32))
+  logits = split_logits(run.model, run.variables, plan.exits, preprocessing, split, 64)
+  return agreement(logits, plan, runtime.load(folder), images)
+
+
+def agreement(logits: np.ndarray, plan: ExitPlan, bundle: runtime.Adaptive, images: np.ndarray) -> dict[str, Any]:
   """Compares the answers to images.
 
   Args:
@@ -36,12 +49,12 @@ def agreement(logits: np.ndarray, plan: ExitPlan, bundle: run.Adaptive, images: 
   }
 
 
-def all_logits(bundle: run.Adaptive, images: np.ndarray) -> np.ndarray:
+def all_logits(bundle: runtime.Adaptive, images: np.ndarray) -> np.ndarray:
   """Of every usable exit: float32 [K, N, C]."""
   every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
   waves = []
-  for first in range(0, len(images), run.WAVE):
-    carried, found = every.begin(images[first : first + run.WAVE]), []
+  for first in range(0, len(images), runtime.WAVE):
+    carried, found = every.begin(images[first : first + runtime.WAVE]), []
     for number in every.visited:
       carried, logits = every.stage(number)(carried)
       found.append(logits)

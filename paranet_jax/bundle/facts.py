@@ -1,0 +1,43 @@
+"""What lies in a bundle beside its stages, without where the run lies on this machine."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from paranet_jax.bundle import run as runtime
+from paranet_jax.bundle.weights import save_weights
+from paranet_jax.early.exits_file import ExitPlan, save_plan
+from paranet_jax.early.load import LoadedRun
+from paranet_jax.workdir import save_config, write_json, write_text
+
+
+def write_facts(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
+  """Writes exits.json, the class names, how images are prepared, the configuration, the weights and run.py."""
+  save_plan(folder, plan)
+  write_text(folder / runtime.CLASSES, json.dumps(run.dataset.class_names, indent=2) + '\n')
+  side, _, channels = run.image_shape
+  preprocessing = {
+    'side': side,
+    'channels': channels,
+    'mean': list(run.dataset.mean),
+    'std': list(run.dataset.std),
+    'resize': runtime.RESIZE,
+    'normalize': '(pixel / 255 - mean) / std, a channel',
+  }
+  write_json(folder / runtime.PREPROCESSING, preprocessing)
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    del config.data.data_dir  # Where things lie on this machine is nobody else's.
+    config.init_from = Path(config.init_from).name
+  save_config(folder, config)
+  save_weights(folder / 'weights.safetensors', run.variables)
+  shutil.copyfile(runtime.__file__, folder / 'run.py')
+
+
+def without_place(plan: ExitPlan, workdir: Path) -> ExitPlan:
+  """The plan without where the run lies on this machine."""
+  if not plan.provenance or 'command' not in plan.provenance:
+    return plan
+  command = str(plan.provenance['command']).replace(f'{workdir.parent}/', '')
+  return dataclasses.replace(plan, provenance=plan.provenance | {'command': command})
