@@ -1,8 +1,8 @@
 """Images a second of the forward pass in inference mode, and milliseconds for one image, ours and PyTorch's in turn.
 
-Both are given normalized images, and the same random weights and running statistics; that their logits agree is checked
-first. Every exit is computed alone, with what it needs and nothing else, and all of them together. Each PyTorch peer
-runs in a process of its own with PyTorch's defaults, and only while it has its turn.
+Both are given normalized images, and the same random weights and running statistics; that their logits agree is
+checked first. Every exit is computed alone, with what it needs and nothing else, and all of them together. Ours and
+each PyTorch peer run in a process of their own, with the defaults of either, and only while they have their turn.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from benchmarks import cli, network, peers, report
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
+from paranet_jax.compilation_cache import use_compilation_cache
 
 EXITS = (1, 2, 3)
 TOLERANCE = 1e-4
@@ -55,15 +56,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def make_forwards(size: Size, exits: tuple[int, ...], options: argparse.Namespace) -> Iterator[dict[str, Forward]]:
   """'ours' and every peer; the linen baseline for all exits only, since it is slow to compile."""
-  variables = network.random_variables(size)
-  forwards = {'ours': network.our_forward(network.our_network(size), variables, exits)}
+  variables, forwards = network.random_variables(size), {}
   with contextlib.ExitStack() as processes:
+    forwards['ours'] = processes.enter_context(own_process('ours', our_forward, size, variables, exits))
     for name, peer in peers.torch_peers(options.peer).items():
       process = own_process(name, peers.torch_forward, peer, variables, exits, huge_pages=peer.huge_pages)
       forwards[name] = processes.enter_context(process)
     if options.linen and exits == EXITS:
       forwards[peers.LINEN] = network.applied_forward(network.linen_network(size), variables, exits)
     yield forwards
+
+
+def our_forward(size: Size, variables: dict[str, Any], exits: tuple[int, ...]) -> Forward:
+  """Ours as the commands run it, compiled programs kept: images to the logits of these exits, as NumPy arrays."""
+  use_compilation_cache(None)
+  forward = network.our_forward(network.our_network(size), variables, exits)
+  return lambda images: [np.asarray(logits) for logits in forward(images)]
 
 
 def check_logits(forwards: Mapping[str, Forward], images: np.ndarray) -> float:
