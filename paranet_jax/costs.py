@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from paranet_jax.models.backend import SHAPES, compiling_for
+
 Paths = dict[tuple[str, ...], int]
 
 
@@ -57,7 +59,8 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
 def abstract_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None = None) -> Any:
   """Shapes of the variables that these exits (None: all) use, as a tree of ShapeDtypeStruct."""
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  return jax.eval_shape(lambda key, image: model.init(key, image, exits=exits), jax.random.key(0), image)
+  with compiling_for(SHAPES):
+    return jax.eval_shape(lambda key, image: model.init(key, image, exits=exits), jax.random.key(0), image)
 
 
 def parameter_sizes(model: Any, image_shape: tuple[int, int, int], *exits: int) -> Paths:

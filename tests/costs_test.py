@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from paranet_jax.config import build_model
-from paranet_jax.costs import exit_costs, multiply_adds, parameter_sizes
+from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds, parameter_sizes
 from paranet_jax.data.load import known_num_classes
 from paranet_jax.models.paranet import ParaNet
 
@@ -239,3 +239,12 @@ def test_shipped_configurations(config):
 
 def test_every_shipped_configuration_is_in_the_table():
   assert {path.stem for path in CONFIGS.glob('*.py')} == {config.split(':')[0] for config in SHIPPED}
+
+
+@pytest.mark.parametrize('exits', [None, (2,)])
+def test_abstract_variables_are_those_of_init(exits):
+  model = ParaNet(num_pipelines=2, num_classes=5, layers_per_block=2, growth_rate=4, image_side=16)
+  image = jnp.zeros((1, 16, 16, 3))
+  variables = jax.jit(functools.partial(model.init, exits=exits))(jax.random.key(0), image)
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+  assert abstract_variables(model, image.shape[1:], exits) == shapes

@@ -9,11 +9,14 @@ import jax
 PLAIN = 'plain'
 """The platform of `compiling_for` for exporters: convolutions, pools and concatenations are one operation each."""
 
+SHAPES = 'shapes'
+"""The platform of `compiling_for` where only the shapes of the variables are wanted: what costs tracing is left out."""
+
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
 
 
 def backend() -> str:
-  """'cpu', 'gpu', 'tpu' or `PLAIN`: the one of `compiling_for`, or else jax's own."""
+  """'cpu', 'gpu', 'tpu', `PLAIN` or `SHAPES`: the one of `compiling_for`, or else jax's own."""
   return _target.get() or jax.default_backend()
 
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
 
-from paranet_jax.models.backend import PLAIN, backend
+from paranet_jax.models.backend import PLAIN, SHAPES, backend
 from paranet_jax.models.dense_block import (
   EPSILON,
   SCAN_LAYERS,
@@ -62,7 +62,7 @@ def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, s
   """`module.param`, but one that is there already is taken as it is: flax traces `init` anew to check its shape."""
   if module.has_variable('params', name):
     return module.get_variable('params', name)
-  return module.param(name, init, shape)
+  return module.param(name, nn.initializers.zeros if backend() == SHAPES else init, shape)
 
 
 class BatchNorm(nn.Module):
@@ -198,7 +198,9 @@ class DenseBlock(nn.Module):
     ]
     if train and self.dropout:
       return self._train_with_dropout(x, modules)
-    layers = [module(train) for module in modules]
+    layers = [module(train or backend() == SHAPES) for module in modules]
+    if backend() == SHAPES:
+      return Features(jnp.zeros((*x.values.shape[:-1], channels[-1] + self.growth_rate), x.values.dtype))
     if not train:
       return Features(dense_block_inference(x.values, layers))
     scan_layers = self.scan_layers or SCAN_LAYERS.get(backend(), 1)
