@@ -60,12 +60,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--max-bytes', type=_count, default='10M', help='Of a request (default: 10M).')
   add('--max-pixels', type=_count, default='25M', help='Of an image (default: 25M).')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
-  add('--threads', type=int, default=0, help='Of a stage (default: as many as there are cores).')
+  add('--threads', type=int, default=0, help='Of a stage (default, and at most: as many as there are cores).')
   given = parser.parse_args(argv)
   if given.bundle is None:
     raise UserError('expected the folder of a bundle, found none; set --bundle')
-  if given.threads < 0:
-    raise UserError(f'expected 0 threads or more, found {given.threads}; set --threads')
   if not 0 <= given.port <= 65535:
     raise UserError(f'expected a port from 0 to 65535, found {given.port}; set --port')
   return given

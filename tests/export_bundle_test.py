@@ -130,6 +130,7 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
     (['--bundle=nowhere', '00.png'], 'expected a bundle with a bundle.json in nowhere, found none; set --bundle'),
     (['--provider=tpu', '00.png'], "unknown provider 'tpu', expected one of cpu, openvino; set --provider"),
     (['--threads=-1', '00.png'], 'expected 0 threads or more, found -1; set --threads'),
+    (['--threads=5', '00.png'], 'expected 4 threads at most, one a core, found 5; set --threads'),
     (['--threshold=2', '00.png'], 'expected a threshold from 0 to 1, as max_prob is, found 2.0; set --threshold'),
     (['--budget=1', '00.png'], 'expected a budget of 7,030 multiply-adds or more, found 1; set --budget=7030'),
     (['--budget=x', '00.png'], 'argument --budget: expected multiply-adds such as 5M, found x; see --help'),
@@ -141,7 +142,8 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
     (['--labels', '00.png'], 'unrecognized arguments: --labels; see --help'),
   ],
 )
-def test_refused_arguments(command, arguments, message):
+def test_refused_arguments(command, monkeypatch, arguments, message):
+  monkeypatch.setattr(runtime.os, 'cpu_count', lambda: 4)
   assert command(*arguments) == (2, '', f'error: {message}\n')
 
 

@@ -1,5 +1,6 @@
 """Tests of what the service says where it cannot start: one line, and exit code 2."""
 
+import os
 import shutil
 import signal
 import socket
@@ -62,6 +63,7 @@ def refusal(capsys, *arguments):
       "unknown provider 'gpu', expected one of cpu, openvino; set --provider",
     ),
     (('--bundle=whole', '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
+    (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one a core, found 5; set --threads'),
     (('--bundle=whole', '--port=65536'), 'expected a port from 0 to 65535, found 65536; set --port'),
     (('--bundle=whole', '--port=http'), "argument --port: invalid int value: 'http'; see --help"),
     (
@@ -81,6 +83,7 @@ def refusal(capsys, *arguments):
 )
 def test_refused(folder, monkeypatch, capsys, arguments, message):
   monkeypatch.chdir(folder)
+  monkeypatch.setattr(os, 'cpu_count', lambda: 4)
   assert refusal(capsys, *arguments) == message
 
 

@@ -394,11 +394,12 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
   Args:
     folder: of the bundle.
     provider: 'cpu' (ONNX Runtime) or 'openvino'.
-    threads: of a stage; 0: as many as there are cores.
+    threads: of a stage, no more than there are cores; 0: as many as there are.
 
   Raises:
-    BundleError: the bundle, or what is installed, does not fit.
+    BundleError: the bundle, what is installed, or the threads do not fit.
   """
+  _check_threads(threads)
   folder = Path(folder)
   bundle = _json(folder / BUNDLE, dict)
   if bundle.get('schema_version') != SCHEMA_VERSION:
@@ -430,6 +431,14 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     images['std'],
     names,
   )
+
+
+def _check_threads(threads: int) -> None:
+  if threads < 0:
+    raise BundleError(f'expected 0 threads or more, found {threads}; set --threads')
+  cores = os.cpu_count() or 1
+  if threads > cores:  # Every thread takes memory; 100,000 of them take all there is.
+    raise BundleError(f'expected {cores} threads at most, one a core, found {threads}; set --threads')
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -655,7 +664,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; of a folder, all images below it.')
   add('--bundle', default=os.path.dirname(os.path.abspath(__file__)), help="Folder (default: this file's).")
   add('--provider', default='cpu', help=f'One of {", ".join(PROVIDERS)} (default: cpu, by ONNX Runtime).')
-  add('--threads', type=int, default=0, help='Of a stage (default: as many as there are cores).')
+  add('--threads', type=int, default=0, help='Of a stage (default, and at most: as many as there are cores).')
   add('--threshold', type=float, help='Leave where the score is so high (default: what calibration chose).')
   add('--budget', type=_count, help='Most multiply-adds of an image, such as 5M.')
   add('--deadline-ms', type=float, help='Milliseconds an image: the best answer by then, whatever the thresholds.')
@@ -679,8 +688,6 @@ def _checked_threshold(threshold: float, score: str) -> float:
 
 
 def _choose(given: argparse.Namespace) -> Adaptive:
-  if given.threads < 0:
-    raise BundleError(f'expected 0 threads or more, found {given.threads}; set --threads')
   if given.deadline_ms is not None and not given.deadline_ms > 0:
     raise BundleError(f'expected a deadline of more than 0 ms, found {given.deadline_ms}; set --deadline-ms')
   if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
