@@ -98,7 +98,12 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(str(error)) from error
   listening = _listen(given.host, given.port)
   batch = min(given.batch, given.queue)
-  timings = measure(bundle, batch)
+  try:
+    timings = measure(bundle, batch)
+  except Exception as error:  # Runtimes that find no memory have exceptions of their own.
+    listening.close()
+    reason = str(error) or type(error).__name__
+    raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
   uploads = Uploads(given.max_bytes, given.queue)
   predictor = Predictor(runtime, bundle, timings, scheduler, uploads, given.max_pixels)

@@ -14,6 +14,7 @@ import uvicorn
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
+import batching  # noqa: E402
 import serve  # noqa: E402
 
 
@@ -100,6 +101,24 @@ def test_a_port_that_is_taken(folder, capsys):
     assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}') == (
       f'cannot listen at 127.0.0.1 port {port} (Address already in use); set --host or --port'
     )
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (MemoryError('Unable to allocate\n7 GiB'), 'Unable to allocate 7 GiB'),
+    (MemoryError(), 'MemoryError'),
+    (RuntimeError('Failed to allocate memory'), 'Failed to allocate memory'),
+  ],
+)
+def test_a_batch_that_has_no_room(folder, monkeypatch, capsys, error, reason):
+  def measure(bundle, batch):
+    raise error
+
+  monkeypatch.setattr(batching, 'measure', measure)
+  assert refusal(capsys, f'--bundle={folder / "whole"}', '--port=0', '--queue=2K', '--batch=1K') == (
+    f'stages cannot be run on 1,000 images at once ({reason}); set --batch'
+  )
 
 
 @pytest.mark.parametrize('name', ['uvicorn', 'onnxruntime', 'python_multipart'])
