@@ -1,6 +1,7 @@
 """`python -m paranet_jax.export`: what it writes, what it refuses, and that nothing half-written stays."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -83,7 +84,9 @@ def test_what_is_in_it(out):
   )
   assert list(out.parent.iterdir()) == [out]
   assert (out / 'run.py').read_bytes() == Path(runtime.__file__).read_bytes()
-  assert json.loads((out / 'exits.json').read_text()) == json.loads((PRETRAINED / 'exits.json').read_text())
+  exits = json.loads((PRETRAINED / 'exits.json').read_text())
+  exits['provenance']['command'] = 'python -m paranet_jax.calibrate --workdir=FOLDER --budget=8M'
+  assert json.loads((out / 'exits.json').read_text()) == exits
   dataset = json.loads((PRETRAINED / 'dataset.json').read_text())
   assert json.loads((out / 'classes.json').read_text()) == dataset['class_names']
   preprocessing = json.loads((out / 'preprocessing.json').read_text())
@@ -197,12 +200,31 @@ def test_where_it_was_made_is_not_told(tmp_path):
   fields['data']['data_dir'] = fields['init_from'] = f'{tmp_path}/mine/other'
   (copy / 'config.json').write_text(json.dumps(fields))
   exits = json.loads((copy / 'exits.json').read_text())
-  exits['provenance']['command'] = f'python -m paranet_jax.calibrate --workdir={copy} --budget=8M'
+  # Where it was calibrated; it was moved since.
+  places = f'--workdir={tmp_path}/elsewhere/run --compilation_cache {tmp_path}/cache'
+  exits['provenance']['command'] = f'python -m paranet_jax.calibrate {places} --budget=8M'
   (copy / 'exits.json').write_text(json.dumps(exits))
   assert export.main([f'--workdir={copy}', f'--out={tmp_path}/out', '--format=stablehlo']) == 0
   for path in (tmp_path / 'out').iterdir():
     assert str(tmp_path).encode() not in path.read_bytes(), path
-  assert '--workdir=run --budget=8M' in (tmp_path / 'out/README.md').read_text()
+  command = 'python -m paranet_jax.calibrate --workdir=FOLDER --compilation_cache FOLDER --budget=8M'
+  assert command in (tmp_path / 'out/README.md').read_text().splitlines()
+  assert json.loads((tmp_path / 'out/exits.json').read_text())['provenance']['command'] == command
+
+
+@pytest.mark.parametrize(
+  'flags, written',
+  [
+    ('--workdir=/home/me/run --budget=8M', '--workdir=FOLDER --budget=8M'),
+    ('--budget=8M --workdir run', '--budget=8M --workdir FOLDER'),
+    ("'--workdir=/home/it'\"'\"'s me/run' --risk=0.1", '--workdir=FOLDER --risk=0.1'),
+    ("--workdir '/home/it'\"'\"'s me/run' --risk=0.1", '--workdir FOLDER --risk=0.1'),
+    ("--workdir='/home/me", '--workdir=FOLDER'),
+  ],
+)
+def test_folders_in_a_command(run, flags, written):
+  plan = dataclasses.replace(run.exits, provenance={'command': f'python -m paranet_jax.calibrate {flags}'})
+  assert facts.without_place(plan).provenance == {'command': f'python -m paranet_jax.calibrate {written}'}
 
 
 @pytest.mark.parametrize('dtype, weights', [('float16', {'FLOAT16'}), ('int8', {'FLOAT', 'INT32', 'INT8', 'UINT8'})])

@@ -78,8 +78,7 @@ def export_run(request: Request) -> dict[str, Any]:
   """
   check_request(request)
   run = load(request.workdir)
-  plan = run.exits or read_plan(request.workdir)
-  plan = without_place(plan, request.workdir)
+  plan = without_place(run.exits or read_plan(request.workdir))
   return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else held_out_images(run))
 
 
