@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -210,6 +211,22 @@ def bundle_with(folder, **fields):
       lambda f: change(f, 'classes.json', '{'),
       '{f}/classes.json is not a JSON list (Expecting ',
     ),
+    (
+      lambda f: (f / 'bundle.json').write_text('{"schema_version": 1}'),
+      "{f} does not fit schema_version 1 (lacks 'formats'); export the run again",
+    ),
+    (
+      lambda f: bundle_with(f, checksums=None),
+      "{f} does not fit schema_version 1 ('NoneType' object has no attribute 'get'); export the run again",
+    ),
+    (
+      lambda f: bundle_with(f, stages={'stage_1': 'stage_1.onnx'}),
+      '{f} does not fit schema_version 1 (string indices must be integers',
+    ),
+    (lambda f: bundle_with(f, all_macs=[1]), '{f} does not fit schema_version 1 (zip() argument 2 is shorter'),
+    (lambda f: bundle_with(f, all_macs=[1, 2, 'x']), '{f} does not fit schema_version 1 (invalid literal for int()'),
+    (lambda f: change(f, 'exits.json', '{"exits": [1]}'), "{f} does not fit schema_version 1 (lacks 'visited'); "),
+    (lambda f: change(f, 'stage_2.onnx', 'no stage'), 'onnxruntime cannot load {f}/stage_2.onnx ('),
   ],
 )
 def test_bundles_that_do_not_fit(out, tmp_path, damage, message):
@@ -224,6 +241,20 @@ def test_the_card_may_be_edited(out, tmp_path):
   folder = shutil.copytree(out, tmp_path / 'bundle')
   (folder / 'README.md').write_text('mine')
   np.testing.assert_array_equal(runtime.load(folder).predict(IMAGES).exits, runtime.load(out).predict(IMAGES).exits)
+
+
+def test_a_stage_that_openvino_cannot_load(out, tmp_path, monkeypatch):
+  def compile_model(*_):
+    raise RuntimeError('Exception from src/core:\nno such operation')
+
+  core = types.SimpleNamespace(compile_model=compile_model)
+  monkeypatch.setitem(sys.modules, 'openvino', types.SimpleNamespace(Core=lambda: core))
+  with pytest.raises(runtime.BundleError) as error:
+    runtime.load(out, 'openvino')
+  assert str(error.value) == (
+    f'openvino cannot load {out}/stage_1.onnx (Exception from src/core: no such operation); '
+    'export the run again, or pip install -U openvino'
+  )
 
 
 @pytest.mark.filterwarnings('ignore:os.fork')  # Importing OpenVINO starts a process.

@@ -407,6 +407,16 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     raise BundleError(
       f'expected {folder / BUNDLE} of schema_version {SCHEMA_VERSION}, found {found}; use the run.py of that bundle'
     )
+  try:
+    return _assembled(folder, bundle, provider, threads)
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    reason = f'lacks {error}' if isinstance(error, KeyError) else error
+    raise BundleError(
+      f'{folder} does not fit schema_version {SCHEMA_VERSION} ({reason}); export the run again'
+    ) from error
+
+
+def _assembled(folder: Path, bundle: Mapping[str, Any], provider: str, threads: int) -> Adaptive:
   if 'onnx' not in bundle['formats']:
     raise BundleError(
       f'expected ONNX stages in {folder}, found {", ".join(bundle["formats"])}; export with --format=onnx'
@@ -425,7 +435,7 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     plan,
     {number: stages[name] for number, name in zip(plan['visited'], bundle['visited_stages'], strict=True)},
     {number: stages[name] for number, name in zip(plan['exits'], bundle['all_stages'], strict=True)},
-    bundle['all_macs'],
+    [int(macs) for macs in bundle['all_macs']],
     (images['side'], images['side'], images['channels']),
     images['mean'],
     images['std'],
@@ -491,7 +501,18 @@ def _maker(provider: str, threads: int) -> Callable[[Path], Session]:
     importlib.import_module(module)
   except ImportError as error:
     raise BundleError(f'expected {module} for --provider={provider}, found none; pip install {module}') from error
-  return functools.partial(_openvino if provider == 'openvino' else _onnxruntime, threads)
+  open_session = _openvino if provider == 'openvino' else _onnxruntime
+
+  def make(path: Path) -> Session:
+    try:
+      return open_session(threads, path)
+    except Exception as error:  # Both have exceptions of their own.
+      reason = ' '.join(str(error).split())[:300] or type(error).__name__
+      raise BundleError(
+        f'{module} cannot load {path} ({reason}); export the run again, or pip install -U {module}'
+      ) from error
+
+  return make
 
 
 def _onnxruntime(threads: int, path: Path) -> Session:
