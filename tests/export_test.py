@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -276,6 +277,19 @@ def test_what_came_in_the_meantime_is_not_replaced(tmp_path, monkeypatch, capsys
     == f'error: expected no {tmp_path}/out, found something there; set --out to another folder\n'
   )
   assert contents(tmp_path) == {'out': None}
+
+
+def test_the_folder_of_another_exporter_is_left(tmp_path, capsys):
+  """One on another machine, with the same process id."""
+  other = tmp_path / f'.out.{os.getpid()}.tmp'
+  other.mkdir()
+  (other / 'stage_1.onnx').write_text('theirs')
+  before = contents(tmp_path)
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
+  assert capsys.readouterr().err == (
+    f'error: {tmp_path}/out cannot be written: File exists; set --out to another folder\n'
+  )
+  assert contents(tmp_path) == before
 
 
 @pytest.fixture

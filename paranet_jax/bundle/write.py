@@ -157,9 +157,9 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
   Raises:
     UserError: it cannot be written, or something of that name has come in the meantime.
   """
-  folder = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+  folder = None
   try:
-    folder.mkdir()
+    folder = _new_folder(out)
     yield folder
     if os.path.lexists(out):
       raise UserError(f'expected no {out}, found something there; set --out to another folder')
@@ -167,4 +167,11 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
   except OSError as error:
     raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error
   finally:
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder:  # What could not be made is another's.
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder(out: Path) -> Path:
+  folder = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+  folder.mkdir()
+  return folder
