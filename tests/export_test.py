@@ -342,6 +342,14 @@ def place(tmp_path):
       'expected a folder {here}/no to write in, found none; make it, or set --out',
     ),
     (
+      ['--workdir={run}', f'--out={{here}}/{300 * "a"}/new'],
+      f'expected a folder {{here}}/{300 * "a"} to write in, found none; make it, or set --out',
+    ),
+    (
+      ['--workdir={run}', f'--out={{here}}/{300 * "a"}'],
+      f'{{here}}/{300 * "a"} cannot be written: File name too long; set --out to another folder',
+    ),
+    (
       ['--workdir={here}/folder', '--out={here}/new'],
       'expected a run with a config.json in {here}/folder, found none; set --workdir',
     ),
@@ -364,6 +372,14 @@ def test_refusals(place, arguments, message, capsys):
   out, err = capsys.readouterr()
   assert not out and err.startswith(f'error: {message.format(**places)}') and err.count('\n') == 1
   assert contents(place) == before
+
+
+def test_a_folder_that_may_not_be_written_in(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(write.os, 'access', lambda path, mode: path != tmp_path)  # To root, all may be.
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
+  assert capsys.readouterr().err == (
+    f'error: expected a folder to write in, found {tmp_path}, which cannot be; set --out\n'
+  )
 
 
 @pytest.mark.parametrize('package', ['jax2onnx', 'onnx', 'onnxruntime', 'safetensors', 'flatbuffers'])

@@ -52,8 +52,10 @@ def check_request(request: Request) -> None:
   """
   if os.path.lexists(request.out):
     raise UserError(f'expected no {request.out}, found something there; set --out to another folder')
-  if not request.out.parent.is_dir():
+  if not os.path.isdir(request.out.parent):  # Unlike Path's, false also where that cannot be looked up.
     raise UserError(f'expected a folder {request.out.parent} to write in, found none; make it, or set --out')
+  if not os.access(request.out.parent, os.W_OK | os.X_OK):
+    raise UserError(f'expected a folder to write in, found {request.out.parent}, which cannot be; set --out')
   if 'stablehlo' in request.formats and request.dtype != 'float32':
     raise UserError(
       f'StableHLO stages are of float32, found --dtype={request.dtype}; set --format=onnx or --dtype=float32'
