@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,31 @@ def test_refused_arguments(command, monkeypatch, arguments, message):
 def test_what_is_not_installed(command, monkeypatch, module, arguments, message):
   monkeypatch.setitem(sys.modules, module, None)
   assert command(*arguments, '00.png') == (2, '', f'error: {message}\n')
+
+
+def closed_pipe():
+  read, write = os.pipe()
+  os.close(read)
+  return write
+
+
+@pytest.mark.parametrize(
+  'open_stdout, code, message',
+  [
+    (closed_pipe, 141, ''),
+    (
+      lambda: os.open('/dev/full', os.O_WRONLY),
+      2,
+      'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n',
+    ),
+  ],
+)
+def test_standard_output_that_takes_nothing(out, photos, open_stdout, code, message):
+  stdout, environment = open_stdout(), {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+  command = [sys.executable, out / 'run.py', photos / '00.png']
+  done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
+  os.close(stdout)
+  assert (done.returncode, done.stderr) == (code, message)
 
 
 def change(folder, name, text):

@@ -663,7 +663,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
     return 2
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _BROKEN_PIPE
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)
@@ -727,7 +726,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
   width = min(60, max(map(len, ('file', *map(printable, files)))))
   label_width = min(24, max(map(len, ('label', *bundle.class_names))))
   layout = f'{{:{width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}'
-  print(layout.format('file', 'label', 'probability', 'exit'), flush=True)
+  _say(layout.format('file', 'label', 'probability', 'exit'))
   left, unreadable = dict.fromkeys(bundle.exits, 0), 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
@@ -741,10 +740,22 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
         continue
       answer = next(answers)
       probability = f'{answer.probabilities[answer.label]:.3f}'
-      print(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit), flush=True)
+      _say(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit))
       left[answer.exit] += 1
   print(_summary(left, unreadable), file=sys.stderr)
   return int(unreadable > 0)
+
+
+def _say(line: str) -> None:
+  try:
+    print(line, flush=True)
+  except OSError as error:  # Python would try once more to write what is left when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+      raise
+    raise BundleError(
+      f'standard output cannot be written ({error.strerror}); make room, or send it elsewhere'
+    ) from error
 
 
 def _read(file: str, image_shape: Sequence[int]) -> np.ndarray | str:
