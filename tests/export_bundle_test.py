@@ -199,6 +199,11 @@ def change(folder, name, text):
   (folder / 'bundle.json').write_text(json.dumps(bundle))
 
 
+def in_place_of(path):
+  path.unlink()
+  path.mkdir()
+
+
 def bundle_with(folder, **fields):
   bundle = json.loads((folder / 'bundle.json').read_text())
   (folder / 'bundle.json').write_text(json.dumps(bundle | fields))
@@ -236,6 +241,14 @@ def bundle_with(folder, **fields):
     (
       lambda f: change(f, 'classes.json', '{'),
       '{f}/classes.json is not a JSON list (Expecting ',
+    ),
+    (
+      lambda f: in_place_of(f / 'stage_2.onnx'),
+      '{f}/stage_2.onnx cannot be read (Is a directory); copy or export the bundle again',
+    ),
+    (
+      lambda f: in_place_of(f / 'bundle.json'),
+      '{f}/bundle.json cannot be read (Is a directory); copy or export the bundle again',
     ),
     (
       lambda f: (f / 'bundle.json').write_text('{"schema_version": 1}'),

@@ -457,7 +457,9 @@ def _json(path: Path, kind: type) -> Any:
     value = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError as error:
     raise BundleError(f'expected a bundle with a {path.name} in {path.parent}, found none; set --bundle') from error
-  except (OSError, ValueError, RecursionError) as error:
+  except OSError as error:
+    raise BundleError(f'{path} cannot be read ({error.strerror}); copy or export the bundle again') from error
+  except (ValueError, RecursionError) as error:
     raise BundleError(f'{path} is not a JSON {what} ({error}); copy or export the bundle again') from error
   if not isinstance(value, kind):
     raise BundleError(f'{path} is not a JSON {what} (it holds {value!r:.40}); copy or export the bundle again')
@@ -468,8 +470,12 @@ def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str
   for name in files:
     try:
       found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    except OSError as error:
+    except FileNotFoundError as error:
       raise BundleError(f'expected {folder / name}, found none; copy or export the bundle again') from error
+    except OSError as error:
+      raise BundleError(
+        f'{folder / name} cannot be read ({error.strerror}); copy or export the bundle again'
+      ) from error
     if found != checksums.get(name):
       raise BundleError(
         f'{folder / name} is not what was exported: expected sha256 {checksums.get(name, "none"):.12}, '
