@@ -91,6 +91,7 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
   warnings.filterwarnings('ignore', module='PIL')  # Of odd but readable files.
   Image.init()  # Which the first image would wait for.
+  Image.MAX_IMAGE_PIXELS = given.max_pixels  # Of more than twice as many, Pillow does not tell how many they are.
   runtime = _load_runtime(given.bundle)
   try:
     bundle = runtime.load(given.bundle, given.provider, given.threads)

@@ -1,5 +1,6 @@
 """Tests of what the service says where it cannot start: one line, and exit code 2."""
 
+import io
 import os
 import shutil
 import signal
@@ -10,12 +11,16 @@ from pathlib import Path
 import pytest
 import tiny_bundle
 import uvicorn
+from PIL import Image
+
+from paranet_jax.bundle import run as run_file
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
 import batching  # noqa: E402
 import serve  # noqa: E402
+import uploads  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -145,6 +150,32 @@ def test_a_signal_just_before_it_serves(folder, monkeypatch):
     for number, handler in before.items():
       signal.signal(number, handler)
   assert asked == [True]
+
+
+@pytest.mark.parametrize(
+  'side, message',
+  [
+    (31, None),
+    (32, 'expected at most 1,000 pixels, found 32 x 32; send a smaller image'),
+    (45, 'expected at most 1,000 pixels, found many more; send a smaller image'),
+  ],
+)
+def test_pillow_refuses_no_image_that_the_service_takes(folder, monkeypatch, side, message):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # By itself it would refuse more than 200.
+  encoded, found = io.BytesIO(), []
+  Image.new('RGB', (side, side)).save(encoded, 'png')
+
+  def run(server, sockets):
+    sockets[0].close()
+    try:
+      found.append(uploads.decode(run_file, encoded.getvalue(), (8, 8, 3), 1000).shape)
+    except uploads.Refused as refused:
+      found.append(refused.reason)
+
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  assert serve.main([f'--bundle={folder / "whole"}', '--port=0', '--max-pixels=1K']) == 0
+  assert found == [message or (8, 8, 3)]
 
 
 def test_interrupted_before_it_serves(folder, monkeypatch, capsys):
