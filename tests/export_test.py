@@ -21,6 +21,8 @@ import paranet_jax
 from paranet_jax import export
 from paranet_jax.bundle import facts, stage_files, write
 from paranet_jax.bundle import run as runtime
+from paranet_jax.bundle.card import model_card
+from paranet_jax.costs import exit_costs
 from paranet_jax.data.augment import normalize
 from paranet_jax.data.dataset import Split
 from paranet_jax.errors import UserError
@@ -192,6 +194,24 @@ def test_the_model_card(out):
   ):
     assert line in text.splitlines()
   assert 'without a stated licence' in text and 'jax2onnx' in text
+
+
+@pytest.mark.parametrize(
+  'formats, library, tags',
+  [
+    (['onnx'], 'onnxruntime', ['onnx']),
+    (['stablehlo'], 'jax', ['stablehlo']),
+    (['onnx', 'stablehlo'], 'onnxruntime', ['onnx', 'stablehlo']),
+  ],
+)
+def test_the_model_card_is_of_its_formats(out, run, formats, library, tags):
+  bundle = json.loads((out / 'bundle.json').read_text()) | {'formats': formats}
+  _, header, text = model_card(run, run.exits, exit_costs(run.model, run.image_shape), bundle).split('---\n', 2)
+  metadata = yaml.safe_load(header)
+  assert metadata['library_name'] == library
+  assert metadata['tags'] == [*tags, 'early-exit', 'image-classification']
+  assert ('python run.py' in text) == ('onnx' in formats)
+  assert ("export.deserialize(Path('stage_1.stablehlo').read_bytes())" in text) == ('onnx' not in formats)
 
 
 def test_where_it_was_made_is_not_told(tmp_path):
