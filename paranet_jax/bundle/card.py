@@ -14,7 +14,9 @@ LICENCES = {
   'digits': 'Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, CC BY 4.0',
   'folder': "the exporter's own images; whoever shares this says what may be done with it",
 }
-_RUN_ONNX = """```bash
+_RUN_ONNX = """With Python 3.10 or newer:
+
+```bash
 pip install numpy onnxruntime pillow
 python run.py photo.png photos/
 ```
@@ -56,7 +58,7 @@ def _metadata(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     f'library_name: {"onnxruntime" if "onnx" in bundle["formats"] else "jax"}',
     'pipeline_tag: image-classification',
     'license: other',
-    f'license_name: {json.dumps("data: " + _licence(run))}',
+    'license_name: that-of-the-data',
     f'datasets:\n- {name}',
     '\n- '.join(['tags:', *bundle['formats'], 'early-exit', 'image-classification']),
     'metrics:\n- accuracy',
@@ -161,11 +163,14 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
   if bundle['dtype'] == 'float16':
     lines.append('Weights are float16; ONNX Runtime casts them to float32 when it loads, and computes in float32.')
   if found:
-    lines.append(
-      f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_percent(found["labels"])} % '
-      f'the same labels, {_percent(found["exits"])} % the same exits.'
-    )
+    lines.append(f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_agreement(found)}.')
   return '\n'.join(lines)
+
+
+def _agreement(found: dict[str, Any]) -> str:
+  if found['of'] == 'noise':  # On which the same labels and exits would say little of photographs.
+    return f'logits differ by {found["logits"]:.1e} at most, in units of the largest'
+  return f'{_percent(found["labels"])} % the same labels, {_percent(found["exits"])} % the same exits'
 
 
 def _licence(run: LoadedRun) -> str:

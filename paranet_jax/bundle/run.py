@@ -1,4 +1,4 @@
-"""Runs an exported early-exit image classifier. Needs numpy and onnxruntime; Pillow for image files.
+"""Runs an exported early-exit image classifier. Needs Python 3.10, numpy and onnxruntime; Pillow for image files.
 
   python run.py photo.png photos/            # one line an image: path, label, probability, exit
   python run.py --threshold=0.8 photo.png    # leave where the probability is 0.8, not where calibration chose

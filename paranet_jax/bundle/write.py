@@ -81,7 +81,7 @@ def export_run(request: Request) -> dict[str, Any]:
   check_request(request)
   run = load(request.workdir)
   plan = without_place(run.exits or read_plan(request.workdir))
-  return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else held_out_images(run))
+  return write_bundle(request, run, plan, _images(request, run))
 
 
 def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
@@ -95,8 +95,7 @@ def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.nd
     bundle.json.
 
   Raises:
-    UserError: the folder cannot be written.
-    RuntimeError: a float32 bundle does not compute what the network does.
+    UserError: the folder cannot be written, or a float32 bundle does not compute what the network does.
   """
   if hasattr(run.model, 'dtype'):
     run = dataclasses.replace(run, model=run.model.clone(dtype=jnp.float32))
@@ -125,8 +124,24 @@ def _compared(request: Request, images: np.ndarray) -> np.ndarray:
 
 def _checked(request: Request, found: dict[str, Any]) -> dict[str, Any]:
   if request.dtype == 'float32' and not found['logits'] <= TOLERANCE:
-    raise RuntimeError(f'the exported logits differ by {found["logits"]:.1e}, expected {TOLERANCE:.0e} at most')
+    raise UserError(
+      f'expected exported logits within {TOLERANCE:.0e} of those in JAX, found {found["logits"]:.1e}; '
+      'install the versions of constraints.txt, or set --format=stablehlo'
+    )
   return found | {'of': 'noise' if request.dtype == 'float32' else 'held-out'}
+
+
+def _images(request: Request, run: LoadedRun) -> np.ndarray:
+  if request.dtype == 'float32':
+    return _noise(run)
+  images = held_out_images(run)
+  needed = 2 if request.dtype == 'int8' else 1  # One to take ranges from, one to compare with.
+  if len(images) < needed:
+    raise UserError(
+      f'--dtype={request.dtype} needs {needed} held-out image{"s" * (needed > 1)} or more, found {len(images)}; '
+      'set --dtype=float32, or hold out more in a new run'
+    )
+  return images
 
 
 def _noise(run: LoadedRun) -> np.ndarray:
@@ -143,6 +158,8 @@ def held_out_images(run: LoadedRun) -> np.ndarray:
   dataset = load_dataset(
     run.config.data, image_side=fields.image_side, channels=fields.channels, num_classes=fields.num_classes
   )
+  if dataset.held_out is None:
+    return np.zeros((0, *run.image_shape), np.uint8)
   return np.asarray(dataset.held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
 
 
