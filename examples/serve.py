@@ -60,12 +60,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--max-bytes', type=_count, default='10M', help='Of a request (default: 10M).')
   add('--max-pixels', type=_count, default='25M', help='Of an image (default: 25M).')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
-  add('--threads', type=int, default=0, help='Of a stage (default: as many as there are cores).')
+  add('--threads', type=int, default=0, help='Of a stage (default, and at most: as many as there are cores).')
   given = parser.parse_args(argv)
   if given.bundle is None:
     raise UserError('expected the folder of a bundle, found none; set --bundle')
-  if given.threads < 0:
-    raise UserError(f'expected 0 threads or more, found {given.threads}; set --threads')
   if not 0 <= given.port <= 65535:
     raise UserError(f'expected a port from 0 to 65535, found {given.port}; set --port')
   return given
@@ -93,6 +91,7 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
   warnings.filterwarnings('ignore', module='PIL')  # Of odd but readable files.
   Image.init()  # Which the first image would wait for.
+  Image.MAX_IMAGE_PIXELS = given.max_pixels  # Of more than twice as many, Pillow does not tell how many they are.
   runtime = _load_runtime(given.bundle)
   try:
     bundle = runtime.load(given.bundle, given.provider, given.threads)
@@ -100,7 +99,12 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(str(error)) from error
   listening = _listen(given.host, given.port)
   batch = min(given.batch, given.queue)
-  timings = measure(bundle, batch)
+  try:
+    timings = measure(bundle, batch)
+  except Exception as error:  # Runtimes that find no memory have exceptions of their own.
+    listening.close()
+    reason = str(error) or type(error).__name__
+    raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
   uploads = Uploads(given.max_bytes, given.queue)
   predictor = Predictor(runtime, bundle, timings, scheduler, uploads, given.max_pixels)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -130,6 +132,7 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
     (['--bundle=nowhere', '00.png'], 'expected a bundle with a bundle.json in nowhere, found none; set --bundle'),
     (['--provider=tpu', '00.png'], "unknown provider 'tpu', expected one of cpu, openvino; set --provider"),
     (['--threads=-1', '00.png'], 'expected 0 threads or more, found -1; set --threads'),
+    (['--threads=5', '00.png'], 'expected 4 threads at most, one a core, found 5; set --threads'),
     (['--threshold=2', '00.png'], 'expected a threshold from 0 to 1, as max_prob is, found 2.0; set --threshold'),
     (['--budget=1', '00.png'], 'expected a budget of 7,030 multiply-adds or more, found 1; set --budget=7030'),
     (['--budget=x', '00.png'], 'argument --budget: expected multiply-adds such as 5M, found x; see --help'),
@@ -141,7 +144,8 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
     (['--labels', '00.png'], 'unrecognized arguments: --labels; see --help'),
   ],
 )
-def test_refused_arguments(command, arguments, message):
+def test_refused_arguments(command, monkeypatch, arguments, message):
+  monkeypatch.setattr(runtime.os, 'cpu_count', lambda: 4)
   assert command(*arguments) == (2, '', f'error: {message}\n')
 
 
@@ -162,12 +166,42 @@ def test_what_is_not_installed(command, monkeypatch, module, arguments, message)
   assert command(*arguments, '00.png') == (2, '', f'error: {message}\n')
 
 
+def closed_pipe():
+  read, write = os.pipe()
+  os.close(read)
+  return write
+
+
+@pytest.mark.parametrize(
+  'open_stdout, code, message',
+  [
+    (closed_pipe, 141, ''),
+    (
+      lambda: os.open('/dev/full', os.O_WRONLY),
+      2,
+      'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n',
+    ),
+  ],
+)
+def test_standard_output_that_takes_nothing(out, photos, open_stdout, code, message):
+  stdout, environment = open_stdout(), {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+  command = [sys.executable, out / 'run.py', photos / '00.png']
+  done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
+  os.close(stdout)
+  assert (done.returncode, done.stderr) == (code, message)
+
+
 def change(folder, name, text):
   """Replaces a file, and its checksum with it."""
   (folder / name).write_text(text)
   bundle = json.loads((folder / 'bundle.json').read_text())
   bundle['checksums'][name] = hashlib.sha256(text.encode()).hexdigest()
   (folder / 'bundle.json').write_text(json.dumps(bundle))
+
+
+def in_place_of(path):
+  path.unlink()
+  path.mkdir()
 
 
 def bundle_with(folder, **fields):
@@ -208,6 +242,30 @@ def bundle_with(folder, **fields):
       lambda f: change(f, 'classes.json', '{'),
       '{f}/classes.json is not a JSON list (Expecting ',
     ),
+    (
+      lambda f: in_place_of(f / 'stage_2.onnx'),
+      '{f}/stage_2.onnx cannot be read (Is a directory); copy or export the bundle again',
+    ),
+    (
+      lambda f: in_place_of(f / 'bundle.json'),
+      '{f}/bundle.json cannot be read (Is a directory); copy or export the bundle again',
+    ),
+    (
+      lambda f: (f / 'bundle.json').write_text('{"schema_version": 1}'),
+      "{f} does not fit schema_version 1 (lacks 'formats'); export the run again",
+    ),
+    (
+      lambda f: bundle_with(f, checksums=None),
+      "{f} does not fit schema_version 1 ('NoneType' object has no attribute 'get'); export the run again",
+    ),
+    (
+      lambda f: bundle_with(f, stages={'stage_1': 'stage_1.onnx'}),
+      '{f} does not fit schema_version 1 (string indices must be integers',
+    ),
+    (lambda f: bundle_with(f, all_macs=[1]), '{f} does not fit schema_version 1 (zip() argument 2 is shorter'),
+    (lambda f: bundle_with(f, all_macs=[1, 2, 'x']), '{f} does not fit schema_version 1 (invalid literal for int()'),
+    (lambda f: change(f, 'exits.json', '{"exits": [1]}'), "{f} does not fit schema_version 1 (lacks 'visited'); "),
+    (lambda f: change(f, 'stage_2.onnx', 'no stage'), 'onnxruntime cannot load {f}/stage_2.onnx ('),
   ],
 )
 def test_bundles_that_do_not_fit(out, tmp_path, damage, message):
@@ -222,6 +280,20 @@ def test_the_card_may_be_edited(out, tmp_path):
   folder = shutil.copytree(out, tmp_path / 'bundle')
   (folder / 'README.md').write_text('mine')
   np.testing.assert_array_equal(runtime.load(folder).predict(IMAGES).exits, runtime.load(out).predict(IMAGES).exits)
+
+
+def test_a_stage_that_openvino_cannot_load(out, tmp_path, monkeypatch):
+  def compile_model(*_):
+    raise RuntimeError('Exception from src/core:\nno such operation')
+
+  core = types.SimpleNamespace(compile_model=compile_model)
+  monkeypatch.setitem(sys.modules, 'openvino', types.SimpleNamespace(Core=lambda: core))
+  with pytest.raises(runtime.BundleError) as error:
+    runtime.load(out, 'openvino')
+  assert str(error.value) == (
+    f'openvino cannot load {out}/stage_1.onnx (Exception from src/core: no such operation); '
+    'export the run again, or pip install -U openvino'
+  )
 
 
 @pytest.mark.filterwarnings('ignore:os.fork')  # Importing OpenVINO starts a process.

@@ -1,5 +1,7 @@
 """Tests of what the service says where it cannot start: one line, and exit code 2."""
 
+import io
+import os
 import shutil
 import signal
 import socket
@@ -9,11 +11,16 @@ from pathlib import Path
 import pytest
 import tiny_bundle
 import uvicorn
+from PIL import Image
+
+from paranet_jax.bundle import run as run_file
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
 sys.path.insert(0, str(EXAMPLES))
 
+import batching  # noqa: E402
 import serve  # noqa: E402
+import uploads  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +69,7 @@ def refusal(capsys, *arguments):
       "unknown provider 'gpu', expected one of cpu, openvino; set --provider",
     ),
     (('--bundle=whole', '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
+    (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one a core, found 5; set --threads'),
     (('--bundle=whole', '--port=65536'), 'expected a port from 0 to 65535, found 65536; set --port'),
     (('--bundle=whole', '--port=http'), "argument --port: invalid int value: 'http'; see --help"),
     (
@@ -81,6 +89,7 @@ def refusal(capsys, *arguments):
 )
 def test_refused(folder, monkeypatch, capsys, arguments, message):
   monkeypatch.chdir(folder)
+  monkeypatch.setattr(os, 'cpu_count', lambda: 4)
   assert refusal(capsys, *arguments) == message
 
 
@@ -97,6 +106,24 @@ def test_a_port_that_is_taken(folder, capsys):
     assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}') == (
       f'cannot listen at 127.0.0.1 port {port} (Address already in use); set --host or --port'
     )
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (MemoryError('Unable to allocate\n7 GiB'), 'Unable to allocate 7 GiB'),
+    (MemoryError(), 'MemoryError'),
+    (RuntimeError('Failed to allocate memory'), 'Failed to allocate memory'),
+  ],
+)
+def test_a_batch_that_has_no_room(folder, monkeypatch, capsys, error, reason):
+  def measure(bundle, batch):
+    raise error
+
+  monkeypatch.setattr(batching, 'measure', measure)
+  assert refusal(capsys, f'--bundle={folder / "whole"}', '--port=0', '--queue=2K', '--batch=1K') == (
+    f'stages cannot be run on 1,000 images at once ({reason}); set --batch'
+  )
 
 
 @pytest.mark.parametrize('name', ['uvicorn', 'onnxruntime', 'python_multipart'])
@@ -123,6 +150,32 @@ def test_a_signal_just_before_it_serves(folder, monkeypatch):
     for number, handler in before.items():
       signal.signal(number, handler)
   assert asked == [True]
+
+
+@pytest.mark.parametrize(
+  'side, message',
+  [
+    (31, None),
+    (32, 'expected at most 1,000 pixels, found 32 x 32; send a smaller image'),
+    (45, 'expected at most 1,000 pixels, found many more; send a smaller image'),
+  ],
+)
+def test_pillow_refuses_no_image_that_the_service_takes(folder, monkeypatch, side, message):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # By itself it would refuse more than 200.
+  encoded, found = io.BytesIO(), []
+  Image.new('RGB', (side, side)).save(encoded, 'png')
+
+  def run(server, sockets):
+    sockets[0].close()
+    try:
+      found.append(uploads.decode(run_file, encoded.getvalue(), (8, 8, 3), 1000).shape)
+    except uploads.Refused as refused:
+      found.append(refused.reason)
+
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  assert serve.main([f'--bundle={folder / "whole"}', '--port=0', '--max-pixels=1K']) == 0
+  assert found == [message or (8, 8, 3)]
 
 
 def test_interrupted_before_it_serves(folder, monkeypatch, capsys):

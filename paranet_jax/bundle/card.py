@@ -14,6 +14,24 @@ LICENCES = {
   'digits': 'Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, CC BY 4.0',
   'folder': "the exporter's own images; whoever shares this says what may be done with it",
 }
+_RUN_ONNX = """With Python 3.10 or newer:
+
+```bash
+pip install numpy onnxruntime pillow
+python run.py photo.png photos/
+```
+
+`run.py` documents its use from Python, stage by stage too."""
+_RUN_STABLEHLO = """```python
+from pathlib import Path
+
+from jax import export
+
+stage = export.deserialize(Path('{stage}.stablehlo').read_bytes())
+logits, *features = stage.call(images)  # As preprocessing.json says.
+```
+
+When an image leaves, `exits.json` says. `run.py` is for ONNX stages alone."""
 _UNKNOWN_LICENCE = 'see the data set; not known to the exporter'
 
 
@@ -24,19 +42,25 @@ def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], 
     costs: of `costs.exit_costs`.
     bundle: bundle.json, but for the checksums.
   """
-  parts = [_metadata(run, plan), _what(run, bundle), _exits(plan, costs), _files(bundle), _made(run, plan, bundle)]
+  parts = [
+    _metadata(run, plan, bundle),
+    _what(run, bundle),
+    _exits(plan, costs),
+    _files(bundle),
+    _made(run, plan, bundle),
+  ]
   return '\n\n'.join(parts) + '\n'
 
 
-def _metadata(run: LoadedRun, plan: ExitPlan) -> str:
+def _metadata(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
   name = json.dumps(run.dataset.name)
   lines = [
-    'library_name: onnxruntime',
+    f'library_name: {"onnxruntime" if "onnx" in bundle["formats"] else "jax"}',
     'pipeline_tag: image-classification',
     'license: other',
-    f'license_name: {json.dumps("data: " + _licence(run))}',
+    'license_name: that-of-the-data',
     f'datasets:\n- {name}',
-    'tags:\n- onnx\n- early-exit\n- image-classification',
+    '\n- '.join(['tags:', *bundle['formats'], 'early-exit', 'image-classification']),
     'metrics:\n- accuracy',
     f'model-index:\n- name: {json.dumps(run.config.name)}',
   ]
@@ -56,12 +80,7 @@ def _what(run: LoadedRun, bundle: dict[str, Any]) -> str:
 An image classifier that stops as soon as it is sure: {len(run.dataset.class_names)} classes, images of
 {height} x {width} pixels and {channels} channel{'s' * (channels > 1)}, {bundle['dtype']}.
 
-```bash
-pip install numpy onnxruntime pillow
-python run.py photo.png photos/
-```
-
-`run.py` documents its use from Python, stage by stage too."""
+{_RUN_ONNX if 'onnx' in bundle['formats'] else _RUN_STABLEHLO.format(stage=bundle['all_stages'][0])}"""
 
 
 def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
@@ -144,11 +163,14 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
   if bundle['dtype'] == 'float16':
     lines.append('Weights are float16; ONNX Runtime casts them to float32 when it loads, and computes in float32.')
   if found:
-    lines.append(
-      f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_percent(found["labels"])} % '
-      f'the same labels, {_percent(found["exits"])} % the same exits.'
-    )
+    lines.append(f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_agreement(found)}.')
   return '\n'.join(lines)
+
+
+def _agreement(found: dict[str, Any]) -> str:
+  if found['of'] == 'noise':  # On which the same labels and exits would say little of photographs.
+    return f'logits differ by {found["logits"]:.1e} at most, in units of the largest'
+  return f'{_percent(found["labels"])} % the same labels, {_percent(found["exits"])} % the same exits'
 
 
 def _licence(run: LoadedRun) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from paranet_jax.bundle.weights import save_weights
 from paranet_jax.early.exits_file import ExitPlan, save_plan
 from paranet_jax.early.load import LoadedRun
 from paranet_jax.workdir import save_config, write_json, write_text
+
+_FOLDERS = ('--workdir', '--compilation_cache')
 
 
 def write_facts(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
@@ -35,9 +38,23 @@ def write_facts(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
   shutil.copyfile(runtime.__file__, folder / 'run.py')
 
 
-def without_place(plan: ExitPlan, workdir: Path) -> ExitPlan:
-  """The plan without where the run lies on this machine."""
+def without_place(plan: ExitPlan) -> ExitPlan:
+  """The plan without folders of the machine that calibrated it, which may be another than this one."""
   if not plan.provenance or 'command' not in plan.provenance:
     return plan
-  command = str(plan.provenance['command']).replace(f'{workdir.parent}/', '')
+  command = _without_folders(str(plan.provenance['command']))
   return dataclasses.replace(plan, provenance=plan.provenance | {'command': command})
+
+
+def _without_folders(command: str) -> str:
+  try:
+    words = shlex.split(command)
+  except ValueError:  # It was edited, and nobody knows where its folders begin and end.
+    return 'python -m paranet_jax.calibrate --workdir=FOLDER'
+  for place, (before, word) in enumerate(zip(['', *words], words, strict=False)):
+    flag, given, _ = word.partition('=')
+    if before in _FOLDERS:
+      words[place] = 'FOLDER'
+    elif flag in _FOLDERS and given:
+      words[place] = f'{flag}=FOLDER'
+  return shlex.join(words)

@@ -1,4 +1,4 @@
-"""Runs an exported early-exit image classifier. Needs numpy and onnxruntime; Pillow for image files.
+"""Runs an exported early-exit image classifier. Needs Python 3.10, numpy and onnxruntime; Pillow for image files.
 
   python run.py photo.png photos/            # one line an image: path, label, probability, exit
   python run.py --threshold=0.8 photo.png    # leave where the probability is 0.8, not where calibration chose
@@ -394,11 +394,12 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
   Args:
     folder: of the bundle.
     provider: 'cpu' (ONNX Runtime) or 'openvino'.
-    threads: of a stage; 0: as many as there are cores.
+    threads: of a stage, no more than there are cores; 0: as many as there are.
 
   Raises:
-    BundleError: the bundle, or what is installed, does not fit.
+    BundleError: the bundle, what is installed, or the threads do not fit.
   """
+  _check_threads(threads)
   folder = Path(folder)
   bundle = _json(folder / BUNDLE, dict)
   if bundle.get('schema_version') != SCHEMA_VERSION:
@@ -406,6 +407,16 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     raise BundleError(
       f'expected {folder / BUNDLE} of schema_version {SCHEMA_VERSION}, found {found}; use the run.py of that bundle'
     )
+  try:
+    return _assembled(folder, bundle, provider, threads)
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    reason = f'lacks {error}' if isinstance(error, KeyError) else error
+    raise BundleError(
+      f'{folder} does not fit schema_version {SCHEMA_VERSION} ({reason}); export the run again'
+    ) from error
+
+
+def _assembled(folder: Path, bundle: Mapping[str, Any], provider: str, threads: int) -> Adaptive:
   if 'onnx' not in bundle['formats']:
     raise BundleError(
       f'expected ONNX stages in {folder}, found {", ".join(bundle["formats"])}; export with --format=onnx'
@@ -424,12 +435,20 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     plan,
     {number: stages[name] for number, name in zip(plan['visited'], bundle['visited_stages'], strict=True)},
     {number: stages[name] for number, name in zip(plan['exits'], bundle['all_stages'], strict=True)},
-    bundle['all_macs'],
+    [int(macs) for macs in bundle['all_macs']],
     (images['side'], images['side'], images['channels']),
     images['mean'],
     images['std'],
     names,
   )
+
+
+def _check_threads(threads: int) -> None:
+  if threads < 0:
+    raise BundleError(f'expected 0 threads or more, found {threads}; set --threads')
+  cores = os.cpu_count() or 1
+  if threads > cores:  # Every thread takes memory; 100,000 of them take all there is.
+    raise BundleError(f'expected {cores} threads at most, one a core, found {threads}; set --threads')
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -438,7 +457,9 @@ def _json(path: Path, kind: type) -> Any:
     value = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError as error:
     raise BundleError(f'expected a bundle with a {path.name} in {path.parent}, found none; set --bundle') from error
-  except (OSError, ValueError, RecursionError) as error:
+  except OSError as error:
+    raise BundleError(f'{path} cannot be read ({error.strerror}); copy or export the bundle again') from error
+  except (ValueError, RecursionError) as error:
     raise BundleError(f'{path} is not a JSON {what} ({error}); copy or export the bundle again') from error
   if not isinstance(value, kind):
     raise BundleError(f'{path} is not a JSON {what} (it holds {value!r:.40}); copy or export the bundle again')
@@ -449,8 +470,12 @@ def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str
   for name in files:
     try:
       found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    except OSError as error:
+    except FileNotFoundError as error:
       raise BundleError(f'expected {folder / name}, found none; copy or export the bundle again') from error
+    except OSError as error:
+      raise BundleError(
+        f'{folder / name} cannot be read ({error.strerror}); copy or export the bundle again'
+      ) from error
     if found != checksums.get(name):
       raise BundleError(
         f'{folder / name} is not what was exported: expected sha256 {checksums.get(name, "none"):.12}, '
@@ -482,7 +507,18 @@ def _maker(provider: str, threads: int) -> Callable[[Path], Session]:
     importlib.import_module(module)
   except ImportError as error:
     raise BundleError(f'expected {module} for --provider={provider}, found none; pip install {module}') from error
-  return functools.partial(_openvino if provider == 'openvino' else _onnxruntime, threads)
+  open_session = _openvino if provider == 'openvino' else _onnxruntime
+
+  def make(path: Path) -> Session:
+    try:
+      return open_session(threads, path)
+    except Exception as error:  # Both have exceptions of their own.
+      reason = ' '.join(str(error).split())[:300] or type(error).__name__
+      raise BundleError(
+        f'{module} cannot load {path} ({reason}); export the run again, or pip install -U {module}'
+      ) from error
+
+  return make
 
 
 def _onnxruntime(threads: int, path: Path) -> Session:
@@ -633,7 +669,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
     return 2
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _BROKEN_PIPE
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)
@@ -655,7 +690,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; of a folder, all images below it.')
   add('--bundle', default=os.path.dirname(os.path.abspath(__file__)), help="Folder (default: this file's).")
   add('--provider', default='cpu', help=f'One of {", ".join(PROVIDERS)} (default: cpu, by ONNX Runtime).')
-  add('--threads', type=int, default=0, help='Of a stage (default: as many as there are cores).')
+  add('--threads', type=int, default=0, help='Of a stage (default, and at most: as many as there are cores).')
   add('--threshold', type=float, help='Leave where the score is so high (default: what calibration chose).')
   add('--budget', type=_count, help='Most multiply-adds of an image, such as 5M.')
   add('--deadline-ms', type=float, help='Milliseconds an image: the best answer by then, whatever the thresholds.')
@@ -679,8 +714,6 @@ def _checked_threshold(threshold: float, score: str) -> float:
 
 
 def _choose(given: argparse.Namespace) -> Adaptive:
-  if given.threads < 0:
-    raise BundleError(f'expected 0 threads or more, found {given.threads}; set --threads')
   if given.deadline_ms is not None and not given.deadline_ms > 0:
     raise BundleError(f'expected a deadline of more than 0 ms, found {given.deadline_ms}; set --deadline-ms')
   if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
@@ -699,7 +732,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
   width = min(60, max(map(len, ('file', *map(printable, files)))))
   label_width = min(24, max(map(len, ('label', *bundle.class_names))))
   layout = f'{{:{width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}'
-  print(layout.format('file', 'label', 'probability', 'exit'), flush=True)
+  _say(layout.format('file', 'label', 'probability', 'exit'))
   left, unreadable = dict.fromkeys(bundle.exits, 0), 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
@@ -713,10 +746,22 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
         continue
       answer = next(answers)
       probability = f'{answer.probabilities[answer.label]:.3f}'
-      print(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit), flush=True)
+      _say(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit))
       left[answer.exit] += 1
   print(_summary(left, unreadable), file=sys.stderr)
   return int(unreadable > 0)
+
+
+def _say(line: str) -> None:
+  try:
+    print(line, flush=True)
+  except OSError as error:  # Python would try once more to write what is left when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+      raise
+    raise BundleError(
+      f'standard output cannot be written ({error.strerror}); make room, or send it elsewhere'
+    ) from error
 
 
 def _read(file: str, image_shape: Sequence[int]) -> np.ndarray | str:

@@ -52,8 +52,10 @@ def check_request(request: Request) -> None:
   """
   if os.path.lexists(request.out):
     raise UserError(f'expected no {request.out}, found something there; set --out to another folder')
-  if not request.out.parent.is_dir():
+  if not os.path.isdir(request.out.parent):  # Unlike Path's, false also where that cannot be looked up.
     raise UserError(f'expected a folder {request.out.parent} to write in, found none; make it, or set --out')
+  if not os.access(request.out.parent, os.W_OK | os.X_OK):
+    raise UserError(f'expected a folder to write in, found {request.out.parent}, which cannot be; set --out')
   if 'stablehlo' in request.formats and request.dtype != 'float32':
     raise UserError(
       f'StableHLO stages are of float32, found --dtype={request.dtype}; set --format=onnx or --dtype=float32'
@@ -78,9 +80,8 @@ def export_run(request: Request) -> dict[str, Any]:
   """
   check_request(request)
   run = load(request.workdir)
-  plan = run.exits or read_plan(request.workdir)
-  plan = without_place(plan, request.workdir)
-  return write_bundle(request, run, plan, _noise(run) if request.dtype == 'float32' else held_out_images(run))
+  plan = without_place(run.exits or read_plan(request.workdir))
+  return write_bundle(request, run, plan, _images(request, run))
 
 
 def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
@@ -94,8 +95,7 @@ def write_bundle(request: Request, run: LoadedRun, plan: ExitPlan, images: np.nd
     bundle.json.
 
   Raises:
-    UserError: the folder cannot be written.
-    RuntimeError: a float32 bundle does not compute what the network does.
+    UserError: the folder cannot be written, or a float32 bundle does not compute what the network does.
   """
   if hasattr(run.model, 'dtype'):
     run = dataclasses.replace(run, model=run.model.clone(dtype=jnp.float32))
@@ -124,8 +124,24 @@ def _compared(request: Request, images: np.ndarray) -> np.ndarray:
 
 def _checked(request: Request, found: dict[str, Any]) -> dict[str, Any]:
   if request.dtype == 'float32' and not found['logits'] <= TOLERANCE:
-    raise RuntimeError(f'the exported logits differ by {found["logits"]:.1e}, expected {TOLERANCE:.0e} at most')
+    raise UserError(
+      f'expected exported logits within {TOLERANCE:.0e} of those in JAX, found {found["logits"]:.1e}; '
+      'install the versions of constraints.txt, or set --format=stablehlo'
+    )
   return found | {'of': 'noise' if request.dtype == 'float32' else 'held-out'}
+
+
+def _images(request: Request, run: LoadedRun) -> np.ndarray:
+  if request.dtype == 'float32':
+    return _noise(run)
+  images = held_out_images(run)
+  needed = 2 if request.dtype == 'int8' else 1  # One to take ranges from, one to compare with.
+  if len(images) < needed:
+    raise UserError(
+      f'--dtype={request.dtype} needs {needed} held-out image{"s" * (needed > 1)} or more, found {len(images)}; '
+      'set --dtype=float32, or hold out more in a new run'
+    )
+  return images
 
 
 def _noise(run: LoadedRun) -> np.ndarray:
@@ -142,6 +158,8 @@ def held_out_images(run: LoadedRun) -> np.ndarray:
   dataset = load_dataset(
     run.config.data, image_side=fields.image_side, channels=fields.channels, num_classes=fields.num_classes
   )
+  if dataset.held_out is None:
+    return np.zeros((0, *run.image_shape), np.uint8)
   return np.asarray(dataset.held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
 
 
@@ -158,9 +176,9 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
   Raises:
     UserError: it cannot be written, or something of that name has come in the meantime.
   """
-  folder = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+  folder = None
   try:
-    folder.mkdir()
+    folder = _new_folder(out)
     yield folder
     if os.path.lexists(out):
       raise UserError(f'expected no {out}, found something there; set --out to another folder')
@@ -168,4 +186,11 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
   except OSError as error:
     raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error
   finally:
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder:  # What could not be made is another's.
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder(out: Path) -> Path:
+  folder = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+  folder.mkdir()
+  return folder
