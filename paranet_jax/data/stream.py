@@ -152,7 +152,9 @@ def num_workers(workers: int | None) -> int:
 
 
 def _prepare_worker(_: int, __: int) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C reaches the whole group; the run itself ends its workers.
+  # Control-C, and what a cluster sends, reach the whole group: the run reads on until it has saved, and ends its workers.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   jax.config.update('jax_platforms', 'cpu')  # The accelerator is the run's.
   threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
