@@ -261,12 +261,30 @@ def test_who_is_done_is_not_missed(members):
     assert (process.wait(timeout=60), process.stderr.read()) == (0, '')
 
 
+def has_failed(process, index):
+  return (
+    f'error: process {index} of 3 (host {socket.gethostname()}, pid {process.pid}) has ended with an error that it has '
+    'told, and so all end\n'
+  )
+
+
 def test_who_fails_with_all_ends_as_it_does_and_the_rest_with_a_line(members):
   tell(members[0], 'failed')
   tell(members[1], 'failed')
   assert [process.wait(timeout=60) for process in members] == [0, 0, 1]
-  assert [process.stderr.read().partition(' is gone')[0] for process in members] == [
-    '',
-    '',
-    f'error: process 0 of 3 (host {socket.gethostname()}, pid {members[0].pid})',
-  ]
+  assert [process.stderr.read() for process in members] == ['', '', has_failed(members[0], 0)]
+
+
+def test_the_first_one_outlives_those_who_are_told_of_its_failure(members):
+  tell(members[0], 'failed')
+  for process in members[1:]:
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == has_failed(members[0], 0)
+  assert members[0].poll() is None
+  assert members[0].wait(timeout=60) == 0
+
+
+def test_the_first_one_passes_another_ones_failure_on(members):
+  tell(members[2], 'failed')
+  assert [process.wait(timeout=60) for process in members] == [1, 1, 0]
+  assert [process.stderr.read() for process in members] == [has_failed(members[2], 2)] * 2 + ['']
