@@ -155,7 +155,7 @@ class Run:
     self.evaluator = evaluator or Evaluator(task, devices)
     self._started = time.monotonic()
     self._earlier_wall_time = 0.0
-    self._retention = Retention(task, workdir)
+    self._retention = Retention(task, processes.once(lambda: workdir))
     checkpoints.also_keep = self._retention.kept
     self.saved_step = checkpoints.latest_step()
 
