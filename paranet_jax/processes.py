@@ -136,7 +136,9 @@ def _watch(coordinator: str | None, heartbeat_timeout: int) -> Watch:
 
 def _end(error: BaseException, watch: Watch) -> NoReturn:
   """Ends this process at once: leaving in good order would wait for the others, which wait for this one."""
-  if isinstance(error, UserError | KeyboardInterrupt):
+  if isinstance(error, _ToldOnce) and not is_first():
+    code = 2
+  elif isinstance(error, UserError | KeyboardInterrupt):
     code = exit_code(lambda: _raise(error))
   else:
     watch.wait()  # A collective fails where another process dies, and the watch says so better.
@@ -152,6 +154,15 @@ def _raise(error: BaseException) -> NoReturn:
   if isinstance(error, UserError) and not is_first():
     raise UserError(f'process {jax.process_index()} of {count()}: {error}')
   raise error
+
+
+class _ToldOnce(UserError):
+  """Raised in all processes, and told by the first."""
+
+
+def told_once(error: UserError) -> UserError:
+  """The same error, of which every process finds the same, so that the first alone prints it."""
+  return _ToldOnce(*error.args)
 
 
 def count() -> int:

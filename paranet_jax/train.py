@@ -262,7 +262,8 @@ class Run:
     means = {name: float(total) / steps for name, total in jax.device_get(totals).items()}
     if not math.isfinite(means['loss']):
       bad = [number for number in trained if not math.isfinite(means[f'exit_{number}/loss'])]
-      raise not_finite(f'the loss (exits {bad or "together"})', step, self._checkpoints.latest_step())
+      self._checkpoints.wait()
+      raise processes.told_once(not_finite(f'the loss (exits {bad or "together"})', step, self.saved_step))
     self._checkpoints.check()
     speed = clock.images_per_second()
     means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}

@@ -9,10 +9,12 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from running import QUICKSTART, refusal, run_command
 
-from paranet_jax import calibrate, devices, plan, predict, processes
+from paranet_jax import calibrate, devices, plan, predict, processes, train
+from paranet_jax.checkpoints import SavedElsewhere
 from paranet_jax.errors import UserError
 from paranet_jax.place import Place
 
@@ -156,6 +158,38 @@ def test_devices_of_several_processes(monkeypatch, asked, each, found):
   picked = devices.pick_devices(asked)
   assert [(device.process_index, device.number) for device in picked] == found
   assert devices.of_this_process(picked) == picked[len(picked) // 2 :]
+
+
+class Left:
+  """In the place of a watch."""
+
+  def leave(self, done):
+    assert not done
+
+
+@pytest.mark.parametrize(
+  ('wrap', 'first', 'told'),
+  [
+    (UserError, True, 'error: no\n'),
+    (UserError, False, 'error: process 0 of 1: no\n'),
+    (lambda text: processes.told_once(UserError(text)), True, 'error: no\n'),
+    (lambda text: processes.told_once(UserError(text)), False, ''),
+  ],
+)
+def test_what_all_find_alike_is_told_once(monkeypatch, capsys, wrap, first, told):
+  codes = []
+  monkeypatch.setattr(processes, 'is_first', lambda: first)
+  monkeypatch.setattr(os, '_exit', codes.append)
+  processes._end(wrap('no'), Left())
+  assert (codes, capsys.readouterr().err) == ([2], told)
+
+
+def test_where_another_process_saves_the_step_that_was_restored_is_told():
+  run = object.__new__(train.Run)
+  run.saved_step, run._checkpoints = 6, SavedElsewhere()
+  phase = types.SimpleNamespace(targets=(0,))
+  with pytest.raises(UserError, match='at step 9, and the last checkpoint is of step 6; '):
+    run._log(9, {'loss': np.float32('nan'), 'exit_1/loss': np.float32('nan')}, 1, None, phase)
 
 
 def python(program, *arguments):
