@@ -170,6 +170,11 @@ def count() -> int:
   return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
+def index() -> int:
+  """Of this process."""
+  return jax.process_index() if jax.distributed.is_initialized() else 0
+
+
 def is_first() -> bool:
   """Whether this process is the one that writes."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
