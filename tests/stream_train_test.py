@@ -79,8 +79,10 @@ def test_a_signal_to_the_group_leaves_the_workers_to_the_run(tmp_path, streamed)
 
   def act(step, _):
     if step == 1:  # The run goes on as it does where several processes agree on a later step.
-      for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGTERM)
+      (process,) = multiprocessing.active_children()
+      process.terminate()
+      process.join(0.5)
+      assert process.is_alive()
     if step == 8:
       os.kill(os.getpid(), signal.SIGTERM)
 
