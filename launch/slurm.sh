@@ -19,6 +19,11 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
+# Who looks whether the run is at its end looks in WORKDIR for its summary.
+for argument in "$@"; do
+  [[ ! "$argument" =~ ^--?(workdir|mode)(=|$) ]] ||
+    { echo "error: the job trains in WORKDIR until it is at its end, found $argument; set WORKDIR, and leave it out" >&2 && exit 2; }
+done
 dry_run=''
 if [[ "${1:-}" = --dry-run ]]; then
   dry_run=1
@@ -26,12 +31,12 @@ if [[ "${1:-}" = --dry-run ]]; then
 fi
 [[ -x .venv/bin/python || -n "$dry_run" ]] ||
   { echo 'error: expected .venv/bin/python, found none; launch/quickstart.sh makes it' >&2 && exit 2; }
-GPUS="${GPUS:-}" WORKDIR="${WORKDIR:-runs/slurm}"
+GPUS="${GPUS:-}" CPUS="${CPUS:-8}" WORKDIR="${WORKDIR:-runs/slurm}"
 options=(
   --job-name=paranet
   --nodes="${NODES:-1}"
   --ntasks-per-node="${TASKS:-${GPUS:-1}}"
-  --cpus-per-task="${CPUS:-8}"
+  --cpus-per-task="$CPUS"
   --time="${HOURS:-24}:00:00"
   --signal=TERM@120
   --requeue
@@ -41,7 +46,8 @@ options=(
   ${PARTITION:+"--partition=$PARTITION"}
   ${ACCOUNT:+"--account=$ACCOUNT"}
 )
-job="$(printf ' %q' srun .venv/bin/python -m paranet_jax.main --workdir="$WORKDIR" "$@")"
+# srun is told again: since Slurm 22.05 it does not take the job's.
+job="$(printf ' %q' srun --cpus-per-task="$CPUS" .venv/bin/python -m paranet_jax.main --workdir="$WORKDIR" "$@")"
 job="#!/usr/bin/env bash
 set -euo pipefail
 ${job# }

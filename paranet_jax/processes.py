@@ -136,7 +136,9 @@ def _watch(coordinator: str | None, heartbeat_timeout: int) -> Watch:
 
 def _end(error: BaseException, watch: Watch) -> NoReturn:
   """Ends this process at once: leaving in good order would wait for the others, which wait for this one."""
-  if isinstance(error, UserError | KeyboardInterrupt):
+  if isinstance(error, _ToldOnce) and not is_first():
+    code = 2
+  elif isinstance(error, UserError | KeyboardInterrupt):
     code = exit_code(lambda: _raise(error))
   else:
     watch.wait()  # A collective fails where another process dies, and the watch says so better.
@@ -154,9 +156,23 @@ def _raise(error: BaseException) -> NoReturn:
   raise error
 
 
+class _ToldOnce(UserError):
+  """Raised in all processes, and told by the first."""
+
+
+def told_once(error: UserError) -> UserError:
+  """The same error, of which every process finds the same, so that the first alone prints it."""
+  return _ToldOnce(*error.args)
+
+
 def count() -> int:
   """Processes of this run."""
   return jax.process_count() if jax.distributed.is_initialized() else 1
+
+
+def index() -> int:
+  """Of this process."""
+  return jax.process_index() if jax.distributed.is_initialized() else 0
 
 
 def is_first() -> bool:

@@ -16,10 +16,11 @@ class Retention:
   """Which checkpoints stay: the best by `checkpoint.keep_best`, and one every `checkpoint.keep_every_epochs`.
 
   Args:
-    workdir: whose metrics.jsonl says how good the checkpoints that are there already are.
+    workdir: whose metrics.jsonl says how good the checkpoints that are there already are; None: another process keeps
+      them.
   """
 
-  def __init__(self, task: Task, workdir: Path):
+  def __init__(self, task: Task, workdir: Path | None):
     config = task.config.checkpoint
     self._evaluation_steps = task.evaluation_steps
     self._every_steps = config.every_steps
@@ -27,7 +28,7 @@ class Retention:
     self._measure = None if config.keep_best == 'none' else config.keep_best
     self._key = f'exit_{trained_exits(task.targets)[-1]}/{self._measure}'
     self._measured: dict[int, float] = {}
-    for line in read_metrics(workdir) if self._measure else ():
+    for line in read_metrics(workdir) if self._measure and workdir else ():
       if line['split'] == 'held_out':
         self.note(line['step'], line)
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
 from paranet_jax import processes
+from paranet_jax.agreement import check_agreement
 from paranet_jax.body import take_body
 from paranet_jax.checkpoints import Checkpoints, SavedElsewhere
 from paranet_jax.config import check_devices
@@ -55,7 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
   """
   devices = devices_lib.pick_devices(config.train.devices)
   check_devices(config, len(devices))
-  task = processes.first_then_others(lambda: build_task(config))
+  task = _build_alike(config)
   processes.once(prepare_workdir, workdir, config, accept_config_changes)
   description = processes.once(describe, config, len(task.dataset.class_names))
   processes.once(lambda: print(describe_table(description)))
@@ -78,6 +79,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
     print(f'finished in {human_duration(summary["wall_time_s"])}{run.best()}')
     print(f'curves: {draw_curves(workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
   return summary
+
+
+def _build_alike(config: ConfigDict) -> Task:
+  task = processes.first_then_others(lambda: build_task(config))
+  check_agreement(task)
+  return task
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devi
   """
   with processes.once_within(Checkpoints, workdir) as checkpoints:
     step = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
-    task = processes.first_then_others(lambda: build_task(config))
+    task = _build_alike(config)
     like = abstract_variables(task.model, task.image_shape)
     variables = processes.once(lambda: checkpoints.restore_variables(step, like))
   variables = processes.arrays_from_first(variables or like)
@@ -155,7 +162,7 @@ class Run:
     self.evaluator = evaluator or Evaluator(task, devices)
     self._started = time.monotonic()
     self._earlier_wall_time = 0.0
-    self._retention = Retention(task, workdir)
+    self._retention = Retention(task, processes.once(lambda: workdir))
     checkpoints.also_keep = self._retention.kept
     self.saved_step = checkpoints.latest_step()
 
@@ -262,7 +269,8 @@ class Run:
     means = {name: float(total) / steps for name, total in jax.device_get(totals).items()}
     if not math.isfinite(means['loss']):
       bad = [number for number in trained if not math.isfinite(means[f'exit_{number}/loss'])]
-      raise not_finite(f'the loss (exits {bad or "together"})', step, self._checkpoints.latest_step())
+      self._checkpoints.wait()
+      raise processes.told_once(not_finite(f'the loss (exits {bad or "together"})', step, self.saved_step))
     self._checkpoints.check()
     speed = clock.images_per_second()
     means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}

@@ -25,9 +25,12 @@ class Member(NamedTuple):
   host: str
   pid: int
 
-  def gone(self, count: int) -> str:
-    """Says that it is."""
-    return f'process {self.index} of {count} (host {self.host}, pid {self.pid}) is gone'
+  def ended(self, count: int, failed: bool) -> str:
+    """Says that it has ended: with an error that it has told (`failed`), or without a word."""
+    who = f'process {self.index} of {count} (host {self.host}, pid {self.pid})'
+    if failed:
+      return f'{who} has ended with an error that it has told, and so all end'
+    return f'{who} is gone, and so all end; start all of them again: the run goes on from its last checkpoint'
 
 
 class Watch:
@@ -77,7 +80,8 @@ class Watch:
     self._leaving = True
     self._send('done' if done else 'failed')
     if not done:
-      time.sleep(1.5 * _GRACE)  # jax would end them with a long log as soon as the first process is gone.
+      # jax would end the others with a long log as soon as the first process is gone; they need 1.5 of these.
+      time.sleep((4 if self._me.index == 0 else 0.5) * _GRACE)
 
   def _accept(self, server: socket.socket) -> None:
     while True:
@@ -105,7 +109,7 @@ class Watch:
         connection.sendall(f'{line}\n'.encode())
 
   def _read(self, connection: socket.socket) -> None:
-    member = None
+    member, failed = None, False
     # Of what is no process of ours (ValueError) nothing is expected.
     with contextlib.suppress(OSError, ValueError), connection.makefile(encoding='utf-8') as lines:
       index, host, pid = lines.readline().split()
@@ -114,24 +118,21 @@ class Watch:
         what, _, rest = line.strip().partition(' ')
         if what == 'done':
           return
-        if what == 'gone':
+        if what == 'end':
           self._end(rest)
         if what == 'failed':
+          failed = True
           break
     if member is not None:
       time.sleep(_GRACE)
-      self._end(member.gone(self._count))
+      self._end(member.ended(self._count, failed))
 
   def _end(self, reason: str) -> NoReturn | None:
     with self._ending:
       if self._leaving:
         return
-      self._send(f'gone {reason}')
-      print(
-        f'error: {reason}, and so all end; start all of them again: the run goes on from its last checkpoint',
-        file=sys.stderr,
-        flush=True,
-      )
+      self._send(f'end {reason}')
+      print(f'error: {reason}', file=sys.stderr, flush=True)
       time.sleep(_GRACE / 2)  # The others read what was sent, before jax tells them that the coordinator is gone.
       os._exit(1)
 

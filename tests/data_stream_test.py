@@ -141,9 +141,15 @@ def test_processes_share_an_evaluation():
 def test_worker_processes_give_the_same_batches_and_end():
   batches, device = train_batches(), jax.devices()[1]
   with Stream(batches, 2, device) as placed:
-    found = [next(placed) for _ in range(7)]
+    found = [next(placed) for _ in range(4)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
+    for worker in workers:  # As of a signal to the group: they are the run's to end.
+      worker.terminate()
+    found += [next(placed) for _ in range(3)]
+    for worker in workers:
+      worker.join(0.2)
+      assert worker.is_alive()
   assert multiprocessing.active_children() == []
   for step, batch in enumerate(found):
     assert batch['images'].devices() == {device}

@@ -2,7 +2,8 @@
 
 The first one's flags say which process this is. What every step was given, uint8 [steps, b, H, W, C] of this process's
 share of the batches, is kept in the workdir as `batches_<process>.npy`. With `--slow` among the flags of a training its
-steps take 50 ms or more, so that a signal comes before its end.
+steps take 50 ms or more, so that a signal comes before its end. With `--refused` it is to be refused, and the first one
+prints how.
 """
 
 import json
@@ -17,6 +18,7 @@ from running import PROGRAMS
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.command_line import parse, place
+from paranet_jax.errors import UserError
 from paranet_jax.processes import joined
 from paranet_jax.train import train_and_evaluate
 
@@ -62,7 +64,13 @@ def main(arguments):
   PROGRAMS.install(pytest.MonkeyPatch())
   with joined(place(values), values.heartbeat_timeout):
     for own in arguments:
-      train([argument for argument in own if not argument.startswith(('--coordinator', '--num_', '--process_'))])
+      own = [argument for argument in own if not argument.startswith(('--coordinator', '--num_', '--process_'))]
+      if '--refused' not in own:
+        train(own)
+        continue
+      with pytest.raises(UserError) as error:
+        train([argument for argument in own if argument != '--refused'])
+      print(error.value, flush=True)
 
 
 if __name__ == '__main__':

@@ -9,10 +9,12 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from running import QUICKSTART, refusal, run_command
 
-from paranet_jax import calibrate, devices, plan, predict, processes
+from paranet_jax import calibrate, devices, plan, predict, processes, train
+from paranet_jax.checkpoints import SavedElsewhere
 from paranet_jax.errors import UserError
 from paranet_jax.place import Place
 
@@ -158,6 +160,38 @@ def test_devices_of_several_processes(monkeypatch, asked, each, found):
   assert devices.of_this_process(picked) == picked[len(picked) // 2 :]
 
 
+class Left:
+  """In the place of a watch."""
+
+  def leave(self, done):
+    assert not done
+
+
+@pytest.mark.parametrize(
+  ('wrap', 'first', 'told'),
+  [
+    (UserError, True, 'error: no\n'),
+    (UserError, False, 'error: process 0 of 1: no\n'),
+    (lambda text: processes.told_once(UserError(text)), True, 'error: no\n'),
+    (lambda text: processes.told_once(UserError(text)), False, ''),
+  ],
+)
+def test_what_all_find_alike_is_told_once(monkeypatch, capsys, wrap, first, told):
+  codes = []
+  monkeypatch.setattr(processes, 'is_first', lambda: first)
+  monkeypatch.setattr(os, '_exit', codes.append)
+  processes._end(wrap('no'), Left())
+  assert (codes, capsys.readouterr().err) == ([2], told)
+
+
+def test_where_another_process_saves_the_step_that_was_restored_is_told():
+  run = object.__new__(train.Run)
+  run.saved_step, run._checkpoints = 6, SavedElsewhere()
+  phase = types.SimpleNamespace(targets=(0,))
+  with pytest.raises(UserError, match='at step 9, and the last checkpoint is of step 6; '):
+    run._log(9, {'loss': np.float32('nan'), 'exit_1/loss': np.float32('nan')}, 1, None, phase)
+
+
 def python(program, *arguments):
   return subprocess.Popen(
     [sys.executable, '-c', program, *map(str, arguments)],
@@ -261,12 +295,30 @@ def test_who_is_done_is_not_missed(members):
     assert (process.wait(timeout=60), process.stderr.read()) == (0, '')
 
 
+def has_failed(process, index):
+  return (
+    f'error: process {index} of 3 (host {socket.gethostname()}, pid {process.pid}) has ended with an error that it has '
+    'told, and so all end\n'
+  )
+
+
 def test_who_fails_with_all_ends_as_it_does_and_the_rest_with_a_line(members):
   tell(members[0], 'failed')
   tell(members[1], 'failed')
   assert [process.wait(timeout=60) for process in members] == [0, 0, 1]
-  assert [process.stderr.read().partition(' is gone')[0] for process in members] == [
-    '',
-    '',
-    f'error: process 0 of 3 (host {socket.gethostname()}, pid {members[0].pid})',
-  ]
+  assert [process.stderr.read() for process in members] == ['', '', has_failed(members[0], 0)]
+
+
+def test_the_first_one_outlives_those_who_are_told_of_its_failure(members):
+  tell(members[0], 'failed')
+  for process in members[1:]:
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == has_failed(members[0], 0)
+  assert members[0].poll() is None
+  assert members[0].wait(timeout=60) == 0
+
+
+def test_the_first_one_passes_another_ones_failure_on(members):
+  tell(members[2], 'failed')
+  assert [process.wait(timeout=60) for process in members] == [1, 1, 0]
+  assert [process.stderr.read() for process in members] == [has_failed(members[2], 2)] * 2 + ['']

@@ -262,7 +262,7 @@ def test_worker_refuses_what_it_does_not_know(worker):
 
 JOB = """#!/usr/bin/env bash
 set -euo pipefail
-srun .venv/bin/python -m paranet_jax.main --workdir={workdir} --config=configs/pn3_ddd.py --config.data.data_dir=a\\ b
+srun --cpus-per-task={cpus} .venv/bin/python -m paranet_jax.main --workdir={workdir} {arguments}
 test -e {workdir}/summary.json || scontrol requeue "$SLURM_JOB_ID"
 """
 
@@ -281,9 +281,18 @@ test -e {workdir}/summary.json || scontrol requeue "$SLURM_JOB_ID"
 def test_slurm(env, workdir, options):
   first, command, *job, last = dry_run('slurm.sh', CONFIG, '--config.data.data_dir=a b', **env)
   assert (first, last) == (f'mkdir -p {workdir}', 'JOB')
-  assert '\n'.join(job) + '\n' == JOB.format(workdir=workdir)
+  assert '\n'.join(job) + '\n' == JOB.format(
+    workdir=workdir, cpus=env.get('CPUS', 8), arguments=f'{CONFIG} --config.data.data_dir=a\\ b'
+  )
   fixed = f"--job-name=paranet --signal=TERM@120 --requeue --open-mode=append --output={workdir}/slurm-%j.log <<'JOB'"
   assert sorted(shlex.split(command)) == sorted(['sbatch', *shlex.split(options), *shlex.split(fixed)])
+
+
+@pytest.mark.parametrize('argument', ['--workdir=/elsewhere', '--workdir', '-workdir=/elsewhere', '--mode=eval'])
+def test_slurm_would_queue_itself_for_ever(argument):
+  result = run('slurm.sh', '--dry-run', CONFIG, argument)
+  message = f'the job trains in WORKDIR until it is at its end, found {argument}; set WORKDIR, and leave it out'
+  assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
 
 
 def test_slurm_submits_what_the_dry_run_prints(tmp_path):

@@ -7,6 +7,7 @@ import os
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from running import QUICKSTART, Result, run_command
 
@@ -62,6 +63,12 @@ def refusal(*arguments) -> str:
   return err[len('error: ') : -1]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def devices():
+  """Makes the devices of the tests, before a plan makes as many as it is asked for."""
+  jax.devices()
+
+
 @pytest.fixture
 def any_chip(monkeypatch):
   """In the place of the measured peaks."""
@@ -115,6 +122,37 @@ def test_memory_of_a_device(plans):
     parts = ('arguments', 'temporary', 'code')
     assert found['memory']['needed'] == sum(found['memory'][part] for part in parts)
     assert found['memory']['temporary'] > 0
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_streamed_data_set_is_not_on_the_devices(any_chip, monkeypatch, count):
+  monkeypatch.setattr(build_lib, 'second_batch', lambda *_: 10_000)
+  found = planned('--config.data.streaming=True', f'--devices={count}')
+  params, statistics = state_bytes()
+  batches = 3 * 16 // count * (8 * 8 * 3 + 4)  # Two are read ahead.
+  expected = 2 * params + statistics + batches + 71 * 16 * 4 // count + 4 * 4
+  assert expected < found['memory']['arguments'] < expected + 1000
+  assert (found['total_steps'], found['batch_size']) == (71, 16) and found['measured_step_s'] > 0
+
+
+@pytest.mark.parametrize(
+  ('name', 'side', 'asked', 'streamed'),
+  [
+    ('digits', 8, None, False),
+    ('digits', 8, True, True),
+    ('imagenet2012', 224, None, True),
+    ('imagenet2012', 224, False, False),
+  ],
+)
+def test_what_would_be_streamed(name, side, asked, streamed):
+  config = base_config()
+  config.data.update(name=name, streaming=asked)
+  config.model.image_side = side
+  found = dataset_like(config)
+  assert found.train.streamed == found.test.streamed == streamed
+  number = {'digits': 1437, 'imagenet2012': 1_281_167}[name]
+  assert found.train.images.shape == (number, side, side, 3) and len(found.train) == number
+  assert found.train.images[np.array([0, 5])].shape == (2, side, side, 3)
 
 
 def test_two_devices_share_the_work(plans):

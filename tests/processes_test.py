@@ -39,7 +39,7 @@ LONGER = (*RUN, '--config.train.max_steps=40')
 
 
 def start(processes, devices, *trainings):
-  """Starts the processes of a group, which trains so often (see group.py)."""
+  """Starts the processes of a group, which trains so often (see group.py); PROCESS in a flag is the process's index."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def start(processes, devices, *trainings):
 
 def start_one(devices, trainings, port, processes, index):
   place = f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={index}'
-  arguments = [[*map(str, training)] for training in trainings]
+  arguments = [[flag.replace('PROCESS', str(index)) for flag in training] for training in trainings]
   arguments[0] += place
   return popen([sys.executable, TESTS / 'group.py', json.dumps(arguments)], JAX_NUM_CPU_DEVICES=str(devices))
 
@@ -133,11 +133,15 @@ def stopped(tmp_path_factory):
   processes = start(
     *(2, 2),
     [*THREE, f'--workdir={folder}/memory'],
+    [*THREE, f'--workdir={folder}/refused', '--config.seed=PROCESS', '--refused'],
     [*THREE, *STREAMED, f'--workdir={folder}/streamed'],
     [*LONGER, f'--workdir={folder}/whole'],
     [*LONGER, f'--workdir={folder}/stopped', '--slow'],
   )
   out = read_until(processes[0], f'workdir: {folder}/stopped', 'epoch')
+  refused = 'found in process 1 another seed than in process 0 (here 0); start all of them with the same flags and data'
+  assert f'all processes must train the same, {refused}\n' in out
+  assert not (folder / 'refused').exists()
   assert '3 steps of 100 on 4 x cpu in 2 processes\n' in out and 'Gloo' not in out
   processes[1].send_signal(signal.SIGTERM)
   codes, outs, errs = ended(processes)

@@ -1,5 +1,6 @@
 """Tests of which checkpoints a run makes and keeps."""
 
+import json
 import math
 import signal
 from types import SimpleNamespace
@@ -7,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 from running import TINY, before_each_step, refusal, run_main, send
 
+from paranet_jax import processes
 from paranet_jax.base_config import base_config
+from paranet_jax.checkpoints import SavedElsewhere
 from paranet_jax.evaluation import MEASURES
 from paranet_jax.retention import HIGHER_IS_BETTER, Retention
 from paranet_jax.targets import parse_name
+from paranet_jax.train import Run
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -24,6 +28,18 @@ def retention(workdir, **fields):
   config.checkpoint.update({'every_steps': 4} | fields)
   targets = parse_name('PN2-2d').targets
   return Retention(SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10), workdir)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_the_first_process_alone_reads_what_was_measured(tmp_path, monkeypatch, first):
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps({'step': 4, 'split': 'held_out', 'exit_2/nll': 0.5}) + '\n')
+  monkeypatch.setattr(processes, 'is_first', lambda: first)
+  config = base_config()
+  config.checkpoint.keep_best = 'nll'
+  targets = parse_name('PN2-2d').targets
+  task = SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10)
+  run = Run(task, [], tmp_path, SavedElsewhere(), None, evaluator=object())
+  assert run._retention.best([4, 8]) == (4 if first else None)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,8 @@ with StopRequest() as stop:
     assert stop.received is None
     step += 1
     if step == 3:
-      os.kill(os.getpid(), int(sys.argv[2]))
+      for _ in range(2):  # As of a terminal and of a launcher.
+        os.kill(os.getpid(), int(sys.argv[2]))
     time.sleep(0.02)
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 print(stop.received, step)
@@ -112,3 +114,37 @@ def test_under_jax_distributed_the_processes_agree_on_the_step(number):
   assert done.returncode == 0, done.stderr
   what, step = done.stdout.strip().rsplit(' ', 1)
   assert what == 'a preemption notice' and int(step) > 3
+
+
+HANGING = """
+import os, signal, sys, threading, time
+import jax
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 1, 0)
+from paranet_jax.signals import StopRequest
+with StopRequest() as stop:
+  os.kill(os.getpid(), signal.SIGTERM)
+  print('asked', flush=True)
+  # Holds on in C, as a step does that waits for another process: no handler of Python's is called.
+  import ctypes
+  libc = ctypes.CDLL(None)
+  lock = (ctypes.c_char * 256)()
+  libc.pthread_mutex_lock(lock)
+  libc.pthread_mutex_lock(lock)
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_under_jax_distributed_a_later_signal_acts_even_in_a_step_that_hangs(number):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, '-c', HANGING, str(port)]
+  with subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE) as process:
+    assert process.stdout.readline() == b'asked\n'
+    for _ in range(60):
+      time.sleep(0.5)
+      process.send_signal(number)
+      if process.poll() is not None:
+        break
+    process.kill()
+  assert process.returncode == -number

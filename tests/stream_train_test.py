@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import multiprocessing
+import os
 import signal
 
 import chex
@@ -69,6 +71,28 @@ def test_stopped_and_going_on(tmp_path, streamed, step):
     result = run_main(*RUN, f'--workdir={tmp_path}', *STREAMED)
   assert result.out.splitlines()[-1] == f'stopped by SIGTERM after step {step}, saved; the same command goes on'
   trained(tmp_path, *STREAMED)
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(streamed), strict=True)
+
+
+def test_a_signal_to_the_group_leaves_the_workers_to_the_run(tmp_path, streamed):
+  worker = (*STREAMED, '--config.data.workers=1')
+
+  def act(step, _):
+    if step == 1:  # The run goes on as it does where several processes agree on a later step.
+      (process,) = multiprocessing.active_children()
+      process.terminate()
+      process.join(0.5)
+      assert process.is_alive()
+    if step == 8:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.MonkeyPatch.context() as patch:
+    before_each_step(patch, act)
+    result = run_main(*RUN, f'--workdir={tmp_path}', *worker)
+  assert (result.code, result.err) == (0, '')
+  assert result.out.splitlines()[-1] == 'stopped by SIGTERM after step 9, saved; the same command goes on'
+  assert multiprocessing.active_children() == []
+  trained(tmp_path, *worker)
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(streamed), strict=True)
 
 

@@ -21,7 +21,8 @@ from paranet_jax.data.batches import epoch_order, eval_batches, steps_per_epoch
 from paranet_jax.data.dataset import Split
 
 _MOST_WORKERS = 16  # Unless the configuration says otherwise: each takes about 300 MB.
-_READ_AHEAD = 2  # Batches ready or in the making in each worker, and as many on the device.
+READ_AHEAD = 2
+"""Batches ready or in the making in each worker, and as many on the device."""
 
 
 class Batches(Protocol):
@@ -120,12 +121,12 @@ class Stream:
       flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags; a command of ours parses flags of its own.
     grain.config.update('py_traceback_filtering', 'off')  # It would add lines to the message of what a worker raises.
     workers = min(num_workers(workers), len(batches))
-    read = grain.ReadOptions(num_threads=_READ_AHEAD, prefetch_buffer_size=_READ_AHEAD)
-    processes = grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=_READ_AHEAD)
+    read = grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD)
+    processes = grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=READ_AHEAD)
     dataset = grain.MapDataset.source(batches).to_iter_dataset(read)
     dataset = dataset.mp_prefetch(processes, worker_init_fn=_prepare_worker)
     if place is not None:
-      dataset = grain.experimental.device_put(dataset, place, cpu_buffer_size=1, device_buffer_size=_READ_AHEAD)
+      dataset = grain.experimental.device_put(dataset, place, cpu_buffer_size=1, device_buffer_size=READ_AHEAD)
     self._placed, self._batches = place is not None, iter(dataset)
 
   def __enter__(self) -> 'Stream':
@@ -152,7 +153,9 @@ def num_workers(workers: int | None) -> int:
 
 
 def _prepare_worker(_: int, __: int) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C reaches the whole group; the run itself ends its workers.
+  # Control-C, and what a cluster sends, reach the whole group: the run, which may read on, ends its workers itself.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   jax.config.update('jax_platforms', 'cpu')  # The accelerator is the run's.
   threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
