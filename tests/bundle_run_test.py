@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from paranet_jax.bundle import run as runtime
@@ -280,3 +281,12 @@ def test_what_the_file_imports():
 
   assert names(tree.body) == {'numpy'}
   assert names(list(ast.walk(tree))) == {'numpy', 'onnxruntime', 'openvino', 'PIL'}
+
+
+def test_threads_of_a_stage_leave_the_cores_to_the_next(monkeypatch):
+  class Session:
+    def __init__(self, path, options, providers):
+      self.run = options.get_session_config_entry('session.force_spinning_stop')
+
+  monkeypatch.setattr(onnxruntime, 'InferenceSession', Session)
+  assert runtime._onnxruntime(2, Path('stage_1.onnx')) == '1'

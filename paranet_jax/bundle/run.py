@@ -527,6 +527,8 @@ def _onnxruntime(threads: int, path: Path) -> Session:
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = threads
   options.log_severity_level = 3
+  # Or the threads of one stage go on waiting at full speed for more, on the cores that the next stage needs.
+  options.add_session_config_entry('session.force_spinning_stop', '1')
   return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider']).run
 
 
