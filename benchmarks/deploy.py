@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     kinds = [kind for kind in deploy_runtimes.RUNTIMES if is_there(kind, subject)]
     facts = {kind: started(kind, folder, subject) for kind in kinds}
     with contextlib.ExitStack() as processes:
-      answers = {kind: processes.enter_context(_process(kind, folder)) for kind in kinds}
+      answers = {
+        kind: processes.enter_context(
+          own_process(kind, deploy_runtimes.make, kind, str(folder), huge_pages=kind == 'ours')
+        )
+        for kind in kinds
+      }
       rows = [row for point in points(subject).items() for row in compare(*point, answers, subject, options)]
   return {'rows': with_speedups(rows, subject), 'runtimes': facts, 'agreement': agreement}
 
@@ -168,12 +172,6 @@ def _size(kind: str, folder: Path, subject: early_exit.Subject) -> int:
   if kind in ('onnxruntime', 'openvino'):
     return sum(path.stat().st_size for path in (folder / BUNDLE).glob('*.onnx'))
   return sum(leaf.nbytes for leaf in jax.tree.leaves(subject.variables))
-
-
-@contextlib.contextmanager
-def _process(kind: str, folder: Path) -> Iterator[RemoteFunction]:
-  with own_process(kind, deploy_runtimes.make, kind, str(folder), huge_pages=kind == 'ours') as function:
-    yield function
 
 
 if __name__ == '__main__':

@@ -177,7 +177,7 @@ def index() -> int:
 
 def is_first() -> bool:
   """Whether this process is the one that writes."""
-  return not jax.distributed.is_initialized() or jax.process_index() == 0
+  return index() == 0
 
 
 def once(act: Callable[..., Any], *arguments: Any) -> Any:

@@ -43,7 +43,7 @@ def _quantized(models: dict[str, Any], run: LoadedRun, stages: Stages, images: n
 
   found = {}
   mean, std = np.float32(run.dataset.mean), np.float32(run.dataset.std)
-  for path in (stages.all, stages.visited):
+  for path in dict.fromkeys((stages.all, stages.visited)):  # Often the same.
     carried = {'images': (images.astype(np.float32) / 255 - mean) / std}
     for name in path:
       takes = {tensor.name: carried[tensor.name] for tensor in stages.specs[name].takes}
