@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.network import Size
-from paranet_jax.allocator import use_huge_pages
-from paranet_jax.arguments import positive
-from paranet_jax.errors import UserError
+from paranet_jax.host.arguments import positive
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.huge_pages import use_huge_pages
 
 
 class Parser(argparse.ArgumentParser):

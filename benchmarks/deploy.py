@@ -30,11 +30,11 @@ from benchmarks.deploy_runtimes import BATCH, BUNDLE, SUBJECT, Network, Point
 from benchmarks.own_process import RemoteFunction, own_process
 from benchmarks.timing import in_turn
 from paranet_jax.base_config import base_config
-from paranet_jax.bundle.write import Request, held_out_images, write_bundle
-from paranet_jax.dataset_facts import DatasetFacts
-from paranet_jax.early.exits_file import with_thresholds
+from paranet_jax.early.exit_plan import with_thresholds
 from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.export.write import Request, held_out_images, write_bundle
 from paranet_jax.models.paranet import ParaNet
+from paranet_jax.runs.dataset_facts import DatasetFacts
 
 BUDGETS = ('budget 25%', 'budget 50%', 'budget 75%')
 NEEDS = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino', 'ours': 'jax', 'eager': 'torch'}

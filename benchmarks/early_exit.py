@@ -21,20 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli, network, report
 from benchmarks.timing import in_turn
-from paranet_jax.arguments import positive
+from paranet_jax.calibrate.latency import LatencyCosts
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.costs import PathCosts, mac_costs
-from paranet_jax.early.exits_file import ExitPlan, full_network_plan, with_thresholds
-from paranet_jax.early.latency import LatencyCosts
+from paranet_jax.early.exit_plan import ExitPlan, full_network_plan, with_thresholds
 from paranet_jax.early.load import load
 from paranet_jax.early.logits import split_logits
-from paranet_jax.early.optimal import optimal_curve, optimal_for_budget
-from paranet_jax.early.quota import quota_for_budget
+from paranet_jax.early.path_costs import PathCosts, mac_costs
+from paranet_jax.early.policies.optimal import optimal_curve, optimal_for_budget
+from paranet_jax.early.policies.quota import quota_for_budget
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import OperatingPoint
-from paranet_jax.errors import UserError
+from paranet_jax.host.arguments import positive
+from paranet_jax.host.errors import UserError
 from paranet_jax.steps import Preprocessing
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import build_task

@@ -20,7 +20,7 @@ from benchmarks import cli, network, peers, report
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
-from paranet_jax.compilation_cache import use_compilation_cache
+from paranet_jax.host.machine import use_compilation_cache
 
 EXITS = (1, 2, 3)
 TOLERANCE = 1e-4

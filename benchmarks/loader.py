@@ -25,14 +25,14 @@ from PIL import Image
 from benchmarks import cli, network, report
 from benchmarks.network import Size
 from benchmarks.timing import in_turn
-from paranet_jax.arguments import positive
 from paranet_jax.data.dataset import Source, Split
-from paranet_jax.data.image_folder import folder_source
 from paranet_jax.data.records import StoredImages
+from paranet_jax.data.sources.folder import folder_source
+from paranet_jax.data.sources.tfds import tfds_source
 from paranet_jax.data.stream import Stream, TrainBatches, num_workers
-from paranet_jax.data.tfds_source import tfds_source
 from paranet_jax.devices import replicated
-from paranet_jax.errors import UserError
+from paranet_jax.host.arguments import positive
+from paranet_jax.host.errors import UserError
 
 FILES = 128
 """Generated images of a kind; they are read again and again, so the system has them in memory."""

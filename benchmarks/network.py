@@ -15,7 +15,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.config import build_model
 from paranet_jax.costs import abstract_variables
 from paranet_jax.devices import place_order, replicated, run_on
-from paranet_jax.inference import compile_forward
+from paranet_jax.early.forward import compile_forward
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.optim import make_optimizer, make_schedule
 from paranet_jax.steps import Objective, Preprocessing, TrainState, make_train_step, zero_totals

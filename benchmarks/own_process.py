@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from benchmarks.timing import seconds_of
-from paranet_jax.allocator import VARIABLE
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.huge_pages import VARIABLE
 
 
 class RemoteFunction:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 
 class TorchPeer(NamedTuple):

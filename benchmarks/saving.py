@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks import cli, network, report
-from paranet_jax.checkpoints import Checkpoints
+from paranet_jax.runs.checkpoints import Checkpoints
 
 STEPS = 8
 

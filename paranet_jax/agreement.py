@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from paranet_jax import processes
 from paranet_jax.base_config import field_names
-from paranet_jax.errors import UserError
+from paranet_jax.host import processes
+from paranet_jax.host.errors import UserError
 from paranet_jax.task import Task
 
 _OF_THE_MACHINE = ('data.data_dir', 'data.workers', 'init_from')

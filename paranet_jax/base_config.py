@@ -5,7 +5,7 @@ import os
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 
 def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
@@ -176,7 +176,7 @@ FAMILIES = {
   'msdnet': _msdnet,
   'fractalnet': _fractalnet,
 }
-"""The fields of `model` that each family of networks has for itself; the networks are in paranet_jax/families.py."""
+"""The fields of `model` that each family has; the networks are in paranet_jax/models/registry.py."""
 
 
 def family_of(config: ConfigDict | dict) -> str:

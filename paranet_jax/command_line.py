@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from paranet_jax.base_config import field_names
-from paranet_jax.errors import UserError
-from paranet_jax.place import Place
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.place import Place
 
 MODES = ('train', 'eval', 'describe')
 
@@ -142,7 +142,7 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
   if values.workdir is None:
     raise UserError('expected a configuration, found none; set --config=configs/quickstart.py or another, or --workdir')
   # jax takes a second to import, and a mistyped flag should not wait for it.
-  from paranet_jax.workdir import restore_config
+  from paranet_jax.runs.workdir import restore_config
 
   return restore_config(Path(values.workdir).expanduser().absolute())
 

@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from paranet_jax.base_config import FAMILIES, base_config, family_of, field_names
-from paranet_jax.errors import UserError
-from paranet_jax.families import COMMON, build_model, targets
+from paranet_jax.host.errors import UserError
+from paranet_jax.models.registry import COMMON, build_model, targets
 from paranet_jax.regimes import REGIMES, check_regime
 from paranet_jax.targets import distill_teachers, trained_exits
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from paranet_jax.models.backend import SHAPES, compiling_for
+from paranet_jax.models.layers.backend import SHAPES, compiling_for
 
 Paths = dict[tuple[str, ...], int]
 

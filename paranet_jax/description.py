@@ -12,7 +12,7 @@ from paranet_jax import __version__
 from paranet_jax import config as config_lib
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.load import known_num_classes
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.targets import describe_target
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.steps import AXIS
 
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from paranet_jax import devices as devices_lib
-from paranet_jax import processes
 from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
+from paranet_jax.host import processes
 from paranet_jax.steps import make_eval_step
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task

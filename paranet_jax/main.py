@@ -7,9 +7,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from paranet_jax.allocator import use_huge_pages
 from paranet_jax.command_line import parse, place
-from paranet_jax.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.huge_pages import use_huge_pages
 
 
 def main() -> int:
@@ -20,10 +20,10 @@ def main() -> int:
 def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   # jax takes a second to import, and a mistyped flag should not wait for it.
   from paranet_jax import config as config_lib
-  from paranet_jax.compilation_cache import use_compilation_cache
   from paranet_jax.description import describe
-  from paranet_jax.processes import joined
-  from paranet_jax.tables import describe_table
+  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.processes import joined
+  from paranet_jax.report.tables import describe_table
 
   config_lib.validate(config)
   config_lib.absolute_paths(config)
@@ -45,7 +45,7 @@ def _train(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
 
 
 def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
-  from paranet_jax.tables import evaluation_table
+  from paranet_jax.report.tables import evaluation_table
   from paranet_jax.train import evaluate_checkpoint
 
   if config.seeds > 1:

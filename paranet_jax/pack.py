@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paranet_jax.arguments import Parser, absolute
-from paranet_jax.errors import UserError, exit_code
+from paranet_jax.host.arguments import Parser, absolute
+from paranet_jax.host.errors import UserError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(given: argparse.Namespace) -> None:
-  from paranet_jax.packed import pack  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.runs.packed import pack  # jax takes a second to import, and a mistyped flag should not wait for it.
 
   step = pack(given.workdir, given.out, given.step)
   size = sum(path.stat().st_size for path in given.out.rglob('*'))

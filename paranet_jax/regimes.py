@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.targets import LABELS, Targets, trained_exits
 
 REGIMES = ('joint', 'disjoint', 'mixed')

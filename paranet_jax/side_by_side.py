@@ -10,20 +10,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
-from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.data.batches import epoch_order
-from paranet_jax.dataset_facts import save_dataset_facts
-from paranet_jax.errors import no_room_is_told
 from paranet_jax.feed import open_feed
-from paranet_jax.lock import workdir_lock
-from paranet_jax.metrics import MetricsWriter
-from paranet_jax.progress import Progress
+from paranet_jax.host.errors import no_room_is_told
+from paranet_jax.host.lock import workdir_lock
+from paranet_jax.host.signals import StopRequest
 from paranet_jax.regimes import Phase
-from paranet_jax.signals import StopRequest
+from paranet_jax.report.metrics import MetricsWriter
+from paranet_jax.report.progress import Progress
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.dataset_facts import save_dataset_facts
+from paranet_jax.runs.workdir import prepare_workdir, save_config
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.task import build_task
 from paranet_jax.train import Run
-from paranet_jax.workdir import prepare_workdir, save_config
 
 
 def train_side_by_side(

@@ -7,7 +7,7 @@
 import dataclasses
 import re
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 LABELS = 0
 """What an exit with `d` learns from, where a matched exit has its teacher's number (1-based) and an `x` has None."""

@@ -14,7 +14,7 @@ from paranet_jax.costs import abstract_variables, parameter_sizes, variable_path
 from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.load import load_dataset
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.regimes import Phase, make_phases
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step

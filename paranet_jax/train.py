@@ -12,31 +12,31 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
-from paranet_jax import processes
 from paranet_jax.agreement import check_agreement
-from paranet_jax.body import take_body
-from paranet_jax.checkpoints import Checkpoints, SavedElsewhere
 from paranet_jax.config import check_devices
 from paranet_jax.costs import abstract_variables
-from paranet_jax.curves import draw_curves
 from paranet_jax.data.batches import epoch_order
-from paranet_jax.dataset_facts import save_dataset_facts
 from paranet_jax.description import describe, environment
-from paranet_jax.errors import UserError, no_room_is_told
 from paranet_jax.evaluation import Evaluator, as_metrics
 from paranet_jax.feed import Feed, open_feed
-from paranet_jax.finite import not_finite
-from paranet_jax.lock import workdir_lock
-from paranet_jax.metrics import MetricsWriter
-from paranet_jax.progress import Progress, human_duration
+from paranet_jax.host import processes
+from paranet_jax.host.errors import UserError, no_room_is_told
+from paranet_jax.host.lock import workdir_lock
+from paranet_jax.host.signals import StopRequest
 from paranet_jax.regimes import Phase
-from paranet_jax.retention import Retention
-from paranet_jax.signals import StopRequest
+from paranet_jax.report.curves import draw_curves
+from paranet_jax.report.metrics import MetricsWriter
+from paranet_jax.report.progress import Progress, human_duration
+from paranet_jax.report.tables import describe_table, evaluation_table
+from paranet_jax.runs.checkpoints import Checkpoints, SavedElsewhere
+from paranet_jax.runs.dataset_facts import save_dataset_facts
+from paranet_jax.runs.finite import not_finite
+from paranet_jax.runs.init_from import take_body
+from paranet_jax.runs.retention import Retention
+from paranet_jax.runs.workdir import SUMMARY, prepare_workdir, save_config, write_json
 from paranet_jax.steps import TrainState, zero_totals
-from paranet_jax.tables import describe_table, evaluation_table
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task, build_task
-from paranet_jax.workdir import SUMMARY, prepare_workdir, save_config, write_json
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes: bool = False) -> dict | None:

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from paranet_jax import agreement, processes
+from paranet_jax import agreement
 from paranet_jax.base_config import FAMILIES, base_config
 from paranet_jax.data.dataset import Dataset, Split
-from paranet_jax.errors import UserError
+from paranet_jax.host import processes
+from paranet_jax.host.errors import UserError
 from paranet_jax.task import Task
 
 

@@ -5,7 +5,7 @@ from running import QUICKSTART, contents, refusal
 
 from paranet_jax.base_config import base_config
 from paranet_jax.command_line import parse
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 FILES = {
   'good.py': 'from paranet_jax.base_config import base_config as get_config\n',
@@ -24,7 +24,7 @@ FILES = {
     'def get_config():\n  config = base_config()\n  config.train.epochs = "three"\n  return config\n'
   ),
   'refuses.py': (
-    'from paranet_jax.errors import UserError\n\n\ndef get_config():\n  raise UserError("one line of its own")\n'
+    'from paranet_jax.host.errors import UserError\n\n\ndef get_config():\n  raise UserError("one line of its own")\n'
   ),
 }
 

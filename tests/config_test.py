@@ -11,7 +11,7 @@ from paranet_jax import base_config as base_config_lib
 from paranet_jax import config as config_lib
 from paranet_jax.base_config import FAMILIES, base_config, field_names
 from paranet_jax.config import RULES
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.task import build_task
 
 # field: values that its rule refuses, values just within it

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from paranet_jax.devices import pick_devices, place_order, replicated, run_on, shared
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.steps import make_train_step, zero_totals
 

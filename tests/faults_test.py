@@ -12,9 +12,9 @@ import chex
 import pytest
 from running import QUICKSTART, saved_state, summary_of
 
-from paranet_jax.metrics import read_metrics
+from paranet_jax.report.metrics import read_metrics
 
-TESTS = Path(__file__).resolve().parent
+HELPERS = Path(__file__).resolve().parent / 'helpers'
 
 # 1,137 training images in batches of 100 are 11 steps an epoch; the last checkpoint is of step 330.
 LONG = (
@@ -34,11 +34,11 @@ LONG = (
 
 def start(*arguments, workdir, fault=()):
   """The training program in a process of its own, with a fault (see fault.py) or without."""
-  program = [str(TESTS / 'fault.py'), *fault] if fault else ['-m', 'paranet_jax.main']
+  program = [str(HELPERS / 'fault.py'), *fault] if fault else ['-m', 'paranet_jax.main']
   return subprocess.Popen(
     [sys.executable, *program, *arguments, f'--workdir={workdir}'],
-    cwd=TESTS.parent,
-    env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': str(TESTS.parent)},
+    cwd=HELPERS.parents[1],
+    env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': str(HELPERS.parents[1])},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -14,13 +14,13 @@ from paranet_jax import devices as devices_lib
 from paranet_jax import evaluation, train
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config, field_names
-from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.data import stream
 from paranet_jax.data.augment import image_keys
 from paranet_jax.description import describe
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.losses import exit_losses, total_loss
-from paranet_jax.metrics import read_metrics
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.seeds import seed_configs
 from paranet_jax.steps import TrainState, augmented, zero_totals
 from paranet_jax.task import build_task

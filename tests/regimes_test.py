@@ -11,13 +11,13 @@ from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_s
 
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
-from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.costs import variable_paths
-from paranet_jax.errors import UserError
-from paranet_jax.metrics import read_metrics
+from paranet_jax.host.errors import UserError
 from paranet_jax.regimes import Phase, check_regime, make_phases
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.workdir import restore_config
 from paranet_jax.task import build_task
-from paranet_jax.workdir import restore_config
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import pytest
 from running import CONFIGS, TINY, before_each_step, run_main, saved_state, send, summary_of
 
 from paranet_jax import devices as devices_lib
-from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.evaluation import Evaluator
-from paranet_jax.metrics import read_metrics
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.runs.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -219,7 +219,7 @@ def test_clock_and_time_zone_do_not_matter(tmp_path, whole, monkeypatch):
 
 def test_a_checkpoint_of_format_0(tmp_path):
   # What was written before checkpoints had checksums.
-  shutil.unpack_archive(Path(__file__).with_name('run_of_format_0.tar.gz'), tmp_path)
+  shutil.unpack_archive(Path(__file__).parent / 'fixtures/run_of_format_0.tar.gz', tmp_path)
   expected = {line['split']: line for line in read_metrics(tmp_path)}
   found = json.loads(run_main(f'--workdir={tmp_path}', '--mode=eval', '--json').out)
   assert found['step'] == 3

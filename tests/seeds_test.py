@@ -9,7 +9,7 @@ from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_mai
 
 from paranet_jax.command_line import parse
 from paranet_jax.config import default_workdir
-from paranet_jax.metrics import read_metrics
+from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import seeds_table, summarize, train_seeds
 from paranet_jax.side_by_side import _SideBySide
 from paranet_jax.train import train_and_evaluate

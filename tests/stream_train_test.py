@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from running import CONFIGS, TINY, before_each_step, refusal, run_main, saved_state, send, summary_of
 
-from paranet_jax import calibrate
+from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.command_line import parse
 from paranet_jax.data.stream import TrainBatches
-from paranet_jax.errors import UserError
-from paranet_jax.metrics import read_metrics
+from paranet_jax.host.errors import UserError
+from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import train_seeds
 
 pytestmark = pytest.mark.usefixtures('programs')

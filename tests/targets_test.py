@@ -2,7 +2,7 @@
 
 import pytest
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 from paranet_jax.targets import LABELS, ModelName, describe_target, distill_teachers, parse_name, trained_exits
 
 

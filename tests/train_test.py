@@ -13,8 +13,8 @@ import pytest
 from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_main, saved_state
 
 from paranet_jax import train
-from paranet_jax.metrics import read_metrics
-from paranet_jax.workdir import restore_config
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.runs.workdir import restore_config
 
 WORKDIR = 'runs/PN3-x3d-digits-s0'
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 _SHUFFLE_STREAM = 0  # Keeps these random numbers apart from the augmentation's.
 

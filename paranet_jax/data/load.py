@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from paranet_jax.data.cache import Decoded, load_decoded
 from paranet_jax.data.dataset import Dataset, Source, Split
-from paranet_jax.data.digits import digits_source
-from paranet_jax.data.image_folder import folder_source
+from paranet_jax.data.sources.digits import digits_source
+from paranet_jax.data.sources.folder import folder_source
+from paranet_jax.data.sources.tfds import dataset_names, tfds_source
 from paranet_jax.data.splits import max_drawable, stratified_indices
-from paranet_jax.data.tfds_source import dataset_names, tfds_source
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 _NUM_CLASSES = {'cifar100': 100, 'cifar10': 10, 'digits': 10, 'imagenet2012': 1000}
 # A mirrored character is another character, or none.

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 
 class Records(Protocol):

@@ -18,7 +18,7 @@ from paranet_jax.data.cache import Decoded, entry_folder, replacing, statistics_
 from paranet_jax.data.dataset import Source, Split
 from paranet_jax.data.records import Records, StoredImages
 from paranet_jax.data.stream import Stream
-from paranet_jax.errors import UserError
+from paranet_jax.host.errors import UserError
 
 _CHUNK = 256  # Images read at a time.
 _FILE = 'stored.npz'

@@ -8,16 +8,16 @@ import jax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
-from paranet_jax.arguments import absolute
-from paranet_jax.checkpoints import Checkpoints
 from paranet_jax.costs import abstract_variables
-from paranet_jax.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
 from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
-from paranet_jax.early.exits_file import EXITS, ExitPlan, calibrate_command, load_plan, read_plan
+from paranet_jax.early.exit_plan import EXITS, ExitPlan, calibrate_command, load_plan, read_plan
 from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.errors import UserError
+from paranet_jax.host.arguments import absolute
+from paranet_jax.host.errors import UserError
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
+from paranet_jax.runs.workdir import restore_config
 from paranet_jax.targets import trained_exits
-from paranet_jax.workdir import restore_config
 
 
 @dataclasses.dataclass(frozen=True)

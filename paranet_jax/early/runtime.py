@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paranet_jax.bundle.run import Prediction, Predictions, softmax
 from paranet_jax.data.augment import normalize
 from paranet_jax.early import chunks as chunks_lib
 from paranet_jax.early.chunks import NOBODY, Chunk, Sizes, default_sizes
-from paranet_jax.early.costs import mac_costs
-from paranet_jax.early.exits_file import ExitPlan
+from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.scores import confidence
+from paranet_jax.portable.run import Prediction, Predictions, softmax
 
 _LATENCY_RUNS = 10
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from paranet_jax.bundle.run import SCORES, confidence, to_confidence
+from paranet_jax.portable.run import SCORES, confidence, to_confidence
 
 __all__ = ['SCORES', 'confidence', 'confidences', 'patience', 'to_confidence', 'to_score']
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from paranet_jax.models.initial import initial_variables
+from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import MultiExit
 
 Carry = dict[int, Any]

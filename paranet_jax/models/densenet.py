@@ -9,7 +9,8 @@ import flax.linen as nn
 from jax import Array
 
 from paranet_jax.models.chain import Chain, check_halvings, positions_of
-from paranet_jax.models.dense import (
+from paranet_jax.models.layers.conv import Conv
+from paranet_jax.models.layers.dense import (
   DenseBlock,
   Exit,
   Features,
@@ -18,9 +19,8 @@ from paranet_jax.models.dense import (
   concatenate,
   norm_affine,
 )
-from paranet_jax.models.dense_block import affine_relu
-from paranet_jax.models.dropout import dropout
-from paranet_jax.models.layers import Conv
+from paranet_jax.models.layers.dense_block import affine_relu
+from paranet_jax.models.layers.dropout import dropout
 
 NUM_BLOCKS = 3
 

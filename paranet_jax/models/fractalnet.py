@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from paranet_jax.models.dense import Kernel, max_pool
-from paranet_jax.models.dense_block import image_conv3x3
-from paranet_jax.models.drop_path import DropPath, draw, join_weights
-from paranet_jax.models.dropout import dropout
-from paranet_jax.models.initial import initial_variables
-from paranet_jax.models.layers import Classifier, batch_norm_relu, convolve
+from paranet_jax.models.layers.conv import Classifier, batch_norm_relu, convolve
+from paranet_jax.models.layers.dense import Kernel, max_pool
+from paranet_jax.models.layers.dense_block import image_conv3x3
+from paranet_jax.models.layers.drop_path import DropPath, draw, join_weights
+from paranet_jax.models.layers.dropout import dropout
+from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import MultiExit
 
 Paths = dict[tuple[int, ...], Array]

@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from paranet_jax.models import lazy
 from paranet_jax.models import msdnet_geometry as geo
-from paranet_jax.models.initial import initial_variables
-from paranet_jax.models.layers import Classifier, ConvNormRelu
+from paranet_jax.models.layers import graph as lazy
+from paranet_jax.models.layers.conv import Classifier, ConvNormRelu
+from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import MultiExit
 
 EXIT_CHANNELS = 128

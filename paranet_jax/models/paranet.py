@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from paranet_jax.models import geometry as geo
-from paranet_jax.models.dense import (
+from paranet_jax.models import paranet_geometry as geo
+from paranet_jax.models.layers.conv import convolve
+from paranet_jax.models.layers.dense import (
   DenseBlock,
   Exit,
   Features,
@@ -20,9 +21,8 @@ from paranet_jax.models.dense import (
   norm_affine,
   overlapping_max_pool,
 )
-from paranet_jax.models.dense_block import affine_relu, image_conv3x3
-from paranet_jax.models.initial import initial_variables
-from paranet_jax.models.layers import convolve
+from paranet_jax.models.layers.dense_block import affine_relu, image_conv3x3
+from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import MultiExit
 
 _POOLS = {'max': max_pool, 'avg': average_pool, 'max3x3': overlapping_max_pool}

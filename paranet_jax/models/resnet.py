@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.models.chain import Chain, check_halvings, positions_of
-from paranet_jax.models.dense import Exit, as_features
-from paranet_jax.models.layers import Classifier, Conv, ConvNormRelu, batch_norm, batch_norm_relu
+from paranet_jax.models.layers.conv import Classifier, Conv, ConvNormRelu, batch_norm, batch_norm_relu
+from paranet_jax.models.layers.dense import Exit, as_features
 
 WIDTHS = (16, 32, 64)
 """Channels of the 3x3 convolutions of each stage, at sides S, S / 2 and S / 4."""

@@ -32,7 +32,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from paranet_jax.models.layers import Classifier
+from paranet_jax.models.layers.conv import Classifier
 from paranet_jax.models.multi_exit import MultiExit
 
 Carry = dict[int, Any]

@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.calibrate`: thresholds for a budget or a risk."""

@@ -1,0 +1,46 @@
+"""`python -m paranet_jax.calibrate`: when a trained run may stop early. User errors are one line and exit code 2."""
+
+import io
+import shlex
+import sys
+from collections.abc import Sequence
+
+from paranet_jax.calibrate.flags import Request, parse
+from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.huge_pages import use_huge_pages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments (None: those of the process); returns the exit code."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # For what its encoding does not have.
+  argv = sys.argv[1:] if argv is None else argv
+  return exit_code(lambda: _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv])))
+
+
+def _run(request: Request, command: str) -> None:
+  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.calibrate.calibration import calibrate
+  from paranet_jax.calibrate.report import report
+  from paranet_jax.early.exit_plan import EXITS
+  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.processes import refuse_several
+
+  refuse_several('calibrate')
+  use_compilation_cache(request.compilation_cache)
+  path = request.workdir / EXITS
+  replaced = ', in place of an earlier one' if path.exists() else ''
+  result = calibrate(request, command)
+  if result.problem:
+    raise UserError(result.problem)
+  print(report(result.plan))
+  print(f'\nexits: {path}{replaced}', flush=True)
+  if request.curves:
+    from paranet_jax.calibrate.figures.calibration_figures import draw  # matplotlib takes a second to import.
+
+    print('\n'.join(f'figure: {path}' for path in draw(request.workdir, result) if path.suffix == '.png'))
+
+
+if __name__ == '__main__':
+  use_huge_pages()
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where images come from, a file for each kind of source."""

@@ -1,0 +1,174 @@
+"""A folder of the user's own images, one folder a class."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from PIL import UnidentifiedImageError
+
+from paranet_jax.data.cache import fingerprint
+from paranet_jax.data.dataset import Source
+from paranet_jax.data.decode import decode_image
+from paranet_jax.data.splits import max_drawable, stratified_indices
+from paranet_jax.host.errors import UserError
+
+_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
+_CHUNK = 256  # Images decoded at a time.
+_TEST_SEED = 2017
+
+
+def folder_source(data_dir: str, image_side: int, channels: int, *, test_fraction: float, on_corrupt: str) -> Source:
+  """Images of `data_dir`/train/<class>/ and `data_dir`/test/<class>/, or of `data_dir`/<class>/ alone.
+
+  In the second form `test_fraction` of the images, stratified by class with a fixed seed, become the test split.
+  Suffixes are .png, .jpg, .jpeg and .webp in any case; hidden files are ignored; class names are sorted. Images are
+  scaled so that the short side is `image_side`, then cropped at the centre (see `fit_image`).
+
+  Args:
+    on_corrupt: 'refuse' raises for an image that cannot be decoded, 'skip' leaves it out.
+
+  Raises:
+    UserError: the folder, its images or its classes are missing or do not fit; on reading, an image is corrupt.
+  """
+  if on_corrupt not in ('refuse', 'skip'):
+    raise UserError(f"expected 'refuse' or 'skip', found {on_corrupt!r}: set --config.data.on_corrupt=skip")
+  if not data_dir:
+    raise UserError('expected a folder of images, found none given: name it with --config.data.data_dir=...')
+  root = Path(data_dir).expanduser()
+  if not root.is_dir():
+    raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
+  splits = _find_splits(root) or _draw_splits(root, test_fraction)
+  class_names = tuple(sorted(splits['train']))
+  if len(class_names) < 2:
+    raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
+  listed = {split: _flatten(by_class, class_names) for split, by_class in splits.items()}
+
+  def records(split: str) -> '_FolderRecords':
+    files, labels = listed[split]
+    return _FolderRecords(
+      [str(file) for file in files], labels, image_side, channels, skip_corrupt=on_corrupt == 'skip'
+    )
+
+  all_files = [file for files, _ in listed.values() for file in files]
+  return Source(
+    name='folder',
+    version='',
+    class_names=class_names,
+    counts={split: len(files) for split, (files, _) in listed.items()},
+    read=lambda split: _read(records(split), class_names),
+    records=records,
+    fingerprint=fingerprint(root, all_files, test_fraction, on_corrupt),
+  )
+
+
+def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]] | None:
+  """Images by split and class where there are train/ and test/; None where there is neither."""
+  present = [split for split in ('train', 'test') if (root / split).is_dir()]
+  if not present:
+    return None
+  if len(present) == 1:
+    raise UserError(
+      f'expected both train/ and test/ in {root}, found only {present[0]}/: add the other, or name one folder of '
+      f'class folders with --config.data.data_dir=... and a share of it with --config.data.test_fraction=0.2'
+    )
+  splits = {split: _find_classes(root / split) for split in present}
+  if unknown := sorted(splits['test'].keys() - splits['train'].keys()):
+    raise UserError(f'expected the classes of {root}/train, found {", ".join(unknown)} in {root}/test only: move them')
+  return splits
+
+
+def _find_classes(folder: Path) -> dict[str, list[Path]]:
+  """Sorted image files by class name."""
+  by_class = {
+    entry.name: sorted(f for f in entry.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith('.'))
+    for entry in folder.iterdir()
+    if entry.is_dir() and not entry.name.startswith('.')
+  }
+  expected = f'expected <class>/*{"|".join(_SUFFIXES)} in {folder}'
+  if not any(by_class.values()):
+    raise UserError(f'{expected}, found no images there: name another folder with --config.data.data_dir=...')
+  if empty := sorted(name for name, files in by_class.items() if not files):
+    raise UserError(f'{expected}, found no images of class {empty[0]!r}: add some or remove {folder / empty[0]}')
+  return by_class
+
+
+def _draw_splits(root: Path, test_fraction: float) -> dict[str, dict[str, list[Path]]]:
+  """Images by split and class, the test images drawn from the one folder of class folders."""
+  by_class = _find_classes(root)
+  files, labels = _flatten(by_class, tuple(sorted(by_class)))
+  count = round(test_fraction * len(files))
+  if not 1 <= count <= max_drawable(labels):
+    raise UserError(
+      f'expected a share that leaves each of {len(by_class)} classes an image to train on and at least one to test on, '
+      f'found {test_fraction} of {len(files)} images in {root}: set --config.data.test_fraction=0.2'
+    )
+  splits = {'train': {}, 'test': {}}
+  for split, indices in zip(splits, stratified_indices(labels, count, _TEST_SEED), strict=True):
+    for index in indices:
+      splits[split].setdefault(files[index].parent.name, []).append(files[index])
+  return splits
+
+
+def _flatten(by_class: dict[str, list[Path]], class_names: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
+  """All files, ordered by class, and their labels: int32 [N]."""
+  by_label = [by_class.get(name, []) for name in class_names]
+  labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_label])
+  return [file for files in by_label for file in files], labels
+
+
+@dataclass(frozen=True)
+class _FolderRecords:
+  files: list[str]  # Paths would be many times as large, in every worker.
+  labels: np.ndarray
+  image_side: int
+  channels: int
+  skip_corrupt: bool
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray | None], np.ndarray]:
+    return [self.decode(self.files[number]) for number in numbers], self.labels[list(numbers)]
+
+  def decode(self, file: str) -> np.ndarray | None:
+    return _decode(Path(file), self.image_side, self.channels, skip_corrupt=self.skip_corrupt)
+
+
+def _read(records: _FolderRecords, class_names: tuple[str, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  files, labels = records.files, records.labels
+  readable = np.zeros(len(class_names), np.int64)
+  with ThreadPoolExecutor() as pool:
+    for start in range(0, len(files), _CHUNK):
+      images = list(pool.map(records.decode, files[start : start + _CHUNK]))
+      good = [place for place, image in enumerate(images) if image is not None]
+      if good:
+        good_labels = labels[start : start + _CHUNK][good]
+        readable += np.bincount(good_labels, minlength=len(class_names))
+        yield np.stack([images[place] for place in good]), good_labels
+  for label in np.unique(labels):
+    if not readable[label]:
+      folder = Path(files[int(np.argmax(labels == label))]).parent
+      raise UserError(f'expected images of class {class_names[label]!r}, found only corrupt files: mend {folder}')
+
+
+def _decode(file: Path, image_side: int, channels: int, *, skip_corrupt: bool) -> np.ndarray | None:
+  """uint8 [side, side, channels], or None for a corrupt file that is to be skipped."""
+  try:
+    encoded = file.read_bytes()
+  except OSError as error:
+    raise UserError(f'expected a readable image, found {error.strerror} at {file}: change its permissions') from error
+  try:
+    return decode_image(encoded, image_side, channels)
+  except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
+    unknown = isinstance(error, UnidentifiedImageError)  # Whose message names an object in memory, not the file.
+    reason = 'no known image format' if unknown else ' '.join(str(error).split()) or type(error).__name__
+    if skip_corrupt:
+      logging.warning('Skipping corrupt image %s: %s', file, reason)
+      return None
+    raise UserError(
+      f'expected an image, found a corrupt file {file} ({reason}): mend or remove it, or set '
+      f'--config.data.on_corrupt=skip'
+    ) from error

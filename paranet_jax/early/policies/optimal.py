@@ -1,0 +1,194 @@
+"""Thresholds for the highest held-out accuracy within a budget, over all thresholds and sets of exits that are run."""
+
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from paranet_jax.early.policies.quota import quota_for_budget
+from paranet_jax.early.policies.sweep import Leaving, sweep_pair, tie_ends
+from paranet_jax.early.thresholds import Costs, OperatingPoint, alone, exits_taken, operating_point, visited
+
+_MOST_EXITS = 4  # of which all sets are tried
+_MOST_FIRST = 5000  # thresholds of a first exit that are tried: all of them on up to so many samples
+_ROUNDS = 10
+_ROUNDING = 1e-12
+
+
+def optimal_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Costs, budget: float) -> OperatingPoint:
+  """The thresholds of `optimal_curve` for one budget."""
+  return optimal_curve(confidences, correct, costs, [budget])[0]
+
+
+def optimal_curve(
+  confidences: np.ndarray, correct: np.ndarray, costs: Costs, budgets: Sequence[float]
+) -> list[OperatingPoint]:
+  """The most accurate thresholds on these samples at each budget.
+
+  With up to four exits every set of exits that is run is tried; with more, all exits and then without those at which
+  nobody leaves. Up to three exits run are solved exactly (on up to 5,000 samples, of more on as many evenly chosen
+  first thresholds). More are solved by ascent from the quotas, two neighbouring exits at a time, which finds a local
+  optimum.
+
+  Accuracy on a held-out split is noisy, and budget that is not spent on account of noise helps nobody. So the most
+  accurate point that spends the budget is taken: all of it but 1 %, or but one sample's largest cost divided by N. One
+  that spends less is taken only if it is more accurate by over one standard error of the paired difference, since later
+  exits can do real harm, or if nothing spends the budget. The point is never less accurate than the quotas'.
+
+  Args:
+    confidences: [K, N].
+    correct: bool [K, N].
+    costs: of the K exits.
+    budgets: mean costs of a sample.
+
+  Returns:
+    A point for each budget, of a cost not above it.
+
+  Raises:
+    ValueError: a budget is below the first exit's cost.
+  """
+  search = _Search(confidences, correct, costs)
+  quotas = [quota_for_budget(confidences, correct, costs, budget) for budget in budgets]
+  slacks = [max(0.01 * budget, search.largest_step) for budget in budgets]
+  ranges = np.array([(low, b) for b, slack in zip(budgets, slacks, strict=True) for low in (b - slack, 0.0)])
+  ranges[:, 1] *= 1 + _ROUNDING
+  points = search.run(ranges, [quota for quota in quotas for _ in range(2)])
+  return [search.choose(points, *each) for each in zip(budgets, slacks, quotas, strict=True)]
+
+
+def oracle_curve(correct: np.ndarray, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
+  """The bound with perfect knowledge: a sample goes straight to its cheapest right exit, or else to the cheapest exit.
+
+  Those for whom that costs least go first; between the points the bound is a straight line.
+
+  Args:
+    correct: bool [K, N].
+    costs: of the K exits.
+
+  Returns:
+    Mean cost [M] and accuracy [M], M <= K, both rising.
+  """
+  exit_costs = alone(costs)
+  least = exit_costs.min()
+  cheapest = np.min(np.where(correct, exit_costs[:, None], np.inf), axis=0)
+  levels, counts = np.unique(np.append(least, cheapest[cheapest < np.inf]), return_counts=True)
+  counts[0] -= 1
+  n = correct.shape[1]
+  return least + np.cumsum((levels - least) * counts) / n, np.cumsum(counts) / n
+
+
+class _Search:
+  """Finds points whose costs lie in given ranges."""
+
+  def __init__(self, confidences: np.ndarray, correct: np.ndarray, costs: Costs):
+    self.confidences, self.correct, self.costs = confidences, correct, costs
+    self.num_exits, self.n = confidences.shape
+    self.samples = np.arange(self.n)
+    self.largest_step = max(costs.cumulative(tuple(range(self.num_exits)))) / self.n
+    self.price = 0.5 / (self.largest_step * self.n**2)  # of equally accurate points the cheapest
+
+  def run(self, ranges: np.ndarray, starts: list[OperatingPoint]) -> list[OperatingPoint]:
+    """Points for each range of mean costs [R, 2], from one start each."""
+    last = self.num_exits - 1
+    points = [*starts, self.point({})]
+    if self.num_exits <= _MOST_EXITS:
+      points += [
+        point
+        for exits in range(1, 3)
+        for path in combinations(range(last), exits)
+        for point in self.solve((*path, last), ranges)
+      ]
+    if self.num_exits > 3:
+      points += [self.ascend(start, each) for start, each in zip(starts, ranges, strict=True)]
+    return points
+
+  def point(self, thresholds: dict[int, float]) -> OperatingPoint:
+    """Of the thresholds by exit; nobody leaves at the others but the last."""
+    values = np.full(self.num_exits, np.inf)
+    values[-1] = -np.inf
+    for k, threshold in thresholds.items():
+      values[k] = threshold
+    return operating_point(values, self.confidences, self.correct, self.costs)
+
+  def leaving(self, k: int, cost: float, samples: np.ndarray) -> Leaving:
+    return Leaving(self.confidences[k, samples], self.correct[k, samples], cost)
+
+  def solve(self, path: tuple[int, ...], ranges: np.ndarray) -> list[OperatingPoint]:
+    """The best points that run two or three exits."""
+    *early, last = path
+    path_costs = self.costs.cumulative(path)
+    exits = [self.leaving(k, cost, self.samples) for k, cost in zip(early, path_costs[:-1], strict=True)]
+    leave_first = np.zeros(1, int)
+    if len(early) == 2:
+      leave_first = tie_ends(np.sort(exits[0].confidence)[::-1])[1:]
+      leave_first = leave_first[np.unique(np.linspace(0, len(leave_first) - 1, _MOST_FIRST).astype(int))]
+    later_cost = np.full(self.n, path_costs[-1])
+    found = sweep_pair(exits[0], exits[-1], self.correct[last], later_cost, ranges * self.n, leave_first, 1, self.price)
+    return [self.point(dict(zip(early, best[-len(early) :], strict=True))) for best in found if best]
+
+  def ascend(self, start: OperatingPoint, cost_range: np.ndarray) -> OperatingPoint:
+    """Improves thresholds two neighbouring exits at a time, then again without the exits that are left unused."""
+    point, path = start, ()
+    while visited(point.thresholds) != path and len(visited(point.thresholds)) > 2:
+      path = visited(point.thresholds)
+      exit_costs = np.zeros(self.num_exits)
+      exit_costs[list(path)] = self.costs.cumulative(path)
+      thresholds, most = point.thresholds.copy(), -np.inf
+      for _ in range(_ROUNDS):
+        before = most
+        for pair in pairwise(path[:-1]):
+          most = self.improve(thresholds, most, pair, exit_costs, cost_range)
+        if most == before:
+          break
+      point = operating_point(thresholds, self.confidences, self.correct, self.costs)
+    return point
+
+  def improve(
+    self,
+    thresholds: np.ndarray,
+    most: float,
+    pair: tuple[int, int],
+    exit_costs: np.ndarray,
+    cost_range: np.ndarray,
+  ) -> float:
+    """Sets the thresholds of a pair to better ones than of value `most`, if there are any, and returns the value."""
+    exits = exits_taken(self.confidences, thresholds)
+    alive = np.flatnonzero(exits >= pair[0])
+    gone = np.flatnonzero(exits < pair[0])
+    gone_correct, gone_cost = self.correct[exits[gone], gone].sum(), exit_costs[exits[gone]].sum()
+    first, second = (self.leaving(k, exit_costs[k], alive) for k in pair)
+    after = np.where(np.arange(self.num_exits) <= pair[1], np.inf, thresholds)
+    later = exits_taken(self.confidences[:, alive], after)
+    ends = tie_ends(np.sort(first.confidence)[::-1])
+    now = np.searchsorted(ends, np.sum(first.confidence >= thresholds[pair[0]]))
+    steps = 2 ** np.arange(max(1, len(ends).bit_length()))
+    near = np.clip(np.concatenate([now - steps, [now], now + steps]), 0, len(ends) - 1)
+    (best,) = sweep_pair(
+      first,
+      second,
+      self.correct[later, alive] * 1.0,
+      exit_costs[later],
+      (cost_range * self.n - gone_cost)[None],
+      ends[np.unique(near)],
+      0,
+      self.price,
+    )
+    value = best.value + gone_correct - self.price * gone_cost if best else -np.inf
+    if value <= most + _ROUNDING * self.n:
+      return most
+    thresholds[list(pair)] = best.first, best.second
+    return value
+
+  def choose(self, points: list[OperatingPoint], budget: float, slack: float, quota: OperatingPoint) -> OperatingPoint:
+    """The point to take at a budget: see `optimal_curve`."""
+    by_accuracy = sorted((p for p in points if p.cost <= budget * (1 + _ROUNDING)), key=lambda p: (-p.accuracy, p.cost))
+    spending = [point for point in by_accuracy if point.cost >= budget - slack]
+    best = by_accuracy[0]
+    if not spending or best.accuracy - spending[0].accuracy > self.standard_error(best, spending[0]):
+      return best
+    return max(spending[0], quota, key=lambda point: point.accuracy)
+
+  def standard_error(self, a: OperatingPoint, b: OperatingPoint) -> float:
+    """Of the difference of two points' accuracies on the same samples."""
+    right = [self.correct[exits_taken(self.confidences, p.thresholds), self.samples] * 1.0 for p in (a, b)]
+    return float(np.std(right[0] - right[1]) / np.sqrt(self.n))

@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.ensemble`: several runs as one classifier."""

@@ -1,0 +1,64 @@
+"""`python -m paranet_jax.ensemble`: finished runs as one anytime network. User errors are one line and exit code 2."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from paranet_jax.host.arguments import Parser
+from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.report.tables import align
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments, those of sys.argv if None; returns the exit code."""
+  return exit_code(lambda: _run(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  parser = Parser(
+    prog='python -m paranet_jax.ensemble',
+    description="Evaluates the mean of the probabilities of the first 1, 2, ... runs' last exits on the test images.",
+  )
+  parser.add_argument('workdirs', nargs='*', metavar='RUN', help='Folders of finished runs, the cheapest first.')
+  parser.add_argument('--json', action='store_true', help='Print one JSON array.')
+  parser.add_argument('--compilation_cache', help='Folder of compiled programs; off: none.')
+  given = parser.parse_args(argv)
+  if len(given.workdirs) < 2:
+    raise UserError(
+      f'expected the folders of 2 runs or more, found {len(given.workdirs)}; name them one after the other'
+    )
+  return given
+
+
+def _run(given: argparse.Namespace) -> None:
+  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.ensemble.evaluate import evaluate_ensemble, load_ensemble
+  from paranet_jax.host.machine import use_compilation_cache
+
+  use_compilation_cache(given.compilation_cache)
+  rows = evaluate_ensemble(load_ensemble(given.workdirs))
+  print(json.dumps(rows) if given.json else _table(rows))
+
+
+def _table(rows: Sequence[dict]) -> str:
+  header = ('exit', 'with', 'params', 'macs', 'accuracy (%)', 'top-5 (%)', 'nll')
+  cells = [
+    (
+      str(row['exit']),
+      f'{row["name"]}, seed {row["seed"]}',
+      f'{row["params"]:,}',
+      f'{row["macs"]:,}',
+      f'{100 * row["accuracy"]:.2f}',
+      f'{100 * row["top5"]:.2f}',
+      f'{row["nll"]:.4f}',
+    )
+    for row in rows
+  ]
+  return '\n'.join(align(header, cells, left=(1,)))
+
+
+if __name__ == '__main__':
+  use_huge_pages()
+  sys.exit(main())

@@ -1,0 +1,91 @@
+"""Finished runs as one anytime network: exit m is the mean of the probabilities of the first m of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from paranet_jax import config as config_lib
+from paranet_jax.costs import exit_costs
+from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.evaluation import Evaluator
+from paranet_jax.host.errors import UserError
+from paranet_jax.models.ensemble import Ensemble, ensemble_variables
+from paranet_jax.targets import LABELS, trained_exits
+from paranet_jax.task import build_task
+
+
+class LoadedEnsemble(NamedTuple):
+  """A model with the multi-exit interface, its `params` and `batch_stats`, and the runs it is made of."""
+
+  model: Ensemble
+  variables: Any
+  runs: tuple[LoadedRun, ...]
+
+
+def load_ensemble(workdirs: Sequence[str | Path]) -> LoadedEnsemble:
+  """Makes one network of several finished runs, each with its last exit, in the order given.
+
+  Args:
+    workdirs: of runs with the same data set, classes and images; their networks may differ.
+
+  Raises:
+    UserError: a run cannot be read, or does not go with the first.
+  """
+  runs = tuple(map(load, workdirs))
+  first = _reads(runs[0])
+  for workdir, run in zip(workdirs, runs, strict=True):
+    there = _reads(run)
+    for what in first:
+      if there[what] != first[what]:
+        raise UserError(
+          f'expected runs of the same {what}, and {workdir} has {there[what]!s:.60} where {workdirs[0]} has '
+          f'{first[what]!s:.60}; leave it out'
+        )
+    if run.model.num_exits not in trained_exits(config_lib.targets(run.config)):
+      raise UserError(f'expected runs whose last exit is trained, and that of {workdir} is not; leave it out')
+  variables = ensemble_variables([run.variables for run in runs])
+  return LoadedEnsemble(Ensemble([run.model for run in runs]), variables, runs)
+
+
+def _reads(run: LoadedRun) -> dict[str, Any]:
+  """What has to be the same in every member."""
+  dataset = run.dataset
+  return {
+    'data set': dataset.name,
+    'classes': dataset.class_names,
+    'images [H, W, C]': run.image_shape,
+    'normalization': (dataset.mean, dataset.std),
+  }
+
+
+def evaluate_ensemble(ensemble: LoadedEnsemble) -> list[dict[str, Any]]:
+  """Evaluates every exit on the test images.
+
+  Returns:
+    One a member: `exit`, `name`, `seed`, `params` and `macs` (both of all members so far), `accuracy`, `top5`
+    (fractions), `nll` (nats).
+
+  Raises:
+    UserError: the data set cannot be read.
+  """
+  model, variables, runs = ensemble
+  task = build_task(runs[0].config)
+  task = dataclasses.replace(
+    task, model=model, targets=(LABELS,) * model.num_exits, dataset=dataclasses.replace(task.dataset, held_out=None)
+  )
+  measured = Evaluator(task, jax.local_devices()[:1]).evaluate(**variables)['test']
+  return [
+    {
+      'exit': number,
+      'name': run.config.name,
+      'seed': run.config.seed,
+      **{key: cost[key] for key in ('params', 'macs')},
+      **{key: row[key] for key in ('accuracy', 'top5', 'nll')},
+    }
+    for number, (run, cost, row) in enumerate(
+      zip(runs, exit_costs(model, runs[0].image_shape), measured, strict=True), 1
+    )
+  ]

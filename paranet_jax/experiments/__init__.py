@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.experiments`: the paper's tables."""

@@ -1,0 +1,70 @@
+"""table1.md and table2.md: the paper's numbers, ours, their difference, and what made them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from paranet_jax.report.progress import human_duration
+
+_ROWS = ('network', 'pipeline', 'paper (%)', 'ours (%)', 'difference', 'multiply-adds', 'parameters')
+_EFFECTS = ('difference of', 'pipeline', 'paper', 'ours', 'each seed')
+_RUNS = ('run', 'steps', 'wall time', 'device')
+
+
+def table_markdown(section: dict[str, Any], protocol: str) -> str:
+  """One of the paper's tables.
+
+  Args:
+    section: as `results.section` gives it.
+    protocol: its name.
+  """
+  commands = [run['command'] for run in section['runs']]
+  parts = [
+    f'# {section["title"]}',
+    section['question'],
+    conditions(section, protocol),
+    _table(_ROWS, [_row(row) for row in section['rows']]),
+    'Accuracy on the test images of the last checkpoint; multiply-adds an image and parameters are those of this exit '
+    'and the ones before it, tried in turn. Difference: ours - paper.',
+    _table(_EFFECTS, [_effect(effect) for effect in section['effects']]),
+    _table(_RUNS, [_run(run) for run in section['runs']]),
+    '\n'.join(['```bash', *commands, '```']),
+  ]
+  return '\n\n'.join(parts) + '\n'
+
+
+def conditions(section: dict[str, Any], protocol: str) -> str:
+  """What is reduced, and over how many seeds: one paragraph."""
+  seeds = ', '.join(map(str, section['seeds']))
+  many = len(section['seeds']) > 1
+  spread = f'seeds {seeds} (mean +- standard deviation, n - 1)' if many else f'seed {seeds} alone'
+  changes = '; '.join(section['reduced'])
+  reduced = f'Reduced (paper -> here): {changes}.' if changes else "Nothing is reduced: the paper's own training."
+  other = '' if section['dataset'] == 'cifar100' else f' Not comparable: on {section["dataset"]}, not on CIFAR-100.'
+  return f'Protocol {protocol}, {spread}. {reduced}{other}'
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+  paper = f'{row["paper"]:g}' + (f' +- {row["paper_std"]:g}' if row['paper_std'] is not None else '')
+  ours = _with_std(f'{row["ours"]:.2f}', row['std'])
+  counts = (f'{row["macs"]:,}', f'{row["params"]:,}')
+  return row['network'], str(row['exit']), paper, ours, f'{row["difference"]:+.2f}', *counts
+
+
+def _effect(effect: dict[str, Any]) -> tuple[str, ...]:
+  each = ', '.join(f'{value:+.2f}' for value in effect['each_seed'])
+  ours = _with_std(f'{effect["ours"]:+.2f}', effect['std'])
+  return effect['what'], str(effect['exit']), f'{effect["paper"]:+.2f}', ours, each
+
+
+def _run(run: dict[str, Any]) -> tuple[str, ...]:
+  device = f'{run["device"]["count"]} x {run["device"]["kind"]}'
+  return run['run'], f'{run["steps"]:,}', human_duration(run['wall_time_s']), device
+
+
+def _with_std(mean: str, std: float | None) -> str:
+  return mean if std is None else f'{mean} +- {std:.2f}'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

@@ -1,0 +1,145 @@
+"""From the summaries of runs to the numbers of the tables and the figure: plain values, as results.json has them.
+
+Accuracies are percent. A standard deviation is the sample's (n - 1), over seeds; None of a single one.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paranet_jax.experiments.protocols import Protocol, reductions
+from paranet_jax.experiments.published import CURVES, FIGURE, FIGURE_MACS, FIGURE_NETWORK, TABLES, Row, Table
+from paranet_jax.experiments.runs import PlannedRun, networks
+from paranet_jax.host.errors import UserError
+from paranet_jax.runs.workdir import write_json
+
+RESULTS = 'results.json'
+
+Finished = list[tuple[PlannedRun, dict[str, Any]]]
+
+
+def section(experiment: str, finished: Finished) -> dict[str, Any]:
+  """What results.json holds of one experiment.
+
+  Args:
+    finished: runs and their summaries, all seeds of every network that it compares.
+
+  Returns:
+    `title`, `dataset`, `reduced` (a list of `field: the paper's -> here`), `seeds`, `rows`, `effects` (of a table),
+    `paper` and `published` (of the figure), and `runs`: for each its `run`, `command`, `steps`, `wall_time_s`,
+    `device`, `versions`.
+  """
+  ours = [(run, summary) for run, summary in finished if run.name in networks(experiment)]
+  config = ours[0][0].config
+  numbers = _figure(ours) if experiment == FIGURE else _table(TABLES[experiment], ours)
+  return {
+    'title': 'Figure 2: anytime inference' if experiment == FIGURE else TABLES[experiment].title,
+    'dataset': config.data.name,
+    'reduced': reductions(config),
+    'seeds': sorted({run.seed for run, _ in ours}),
+    **numbers,
+    'runs': [_run(run, summary) for run, summary in ours],
+  }
+
+
+def _table(table: Table, finished: Finished) -> dict[str, Any]:
+  rows = [_row(row, finished) for row in table.rows]
+  by_exit = {(row['network'], row['exit']): row for row in rows}
+  effects = [
+    _effect(by_exit[table.treated, row.exit], by_exit[table.control, row.exit])
+    for row in table.rows
+    if row.network == table.treated
+  ]
+  return {'question': table.question, 'rows': rows, 'effects': effects}
+
+
+def _figure(finished: Finished) -> dict[str, Any]:
+  paper = [row for row in TABLES['table1'].rows if row.network == FIGURE_NETWORK]
+  return {
+    'rows': [_row(row, finished) for row in paper],
+    'paper': [
+      {'exit': row.exit, 'accuracy': row.accuracy, 'macs': macs} for row, macs in zip(paper, FIGURE_MACS, strict=True)
+    ],
+    'published': [curve._asdict() for curve in CURVES],
+  }
+
+
+def _row(row: Row, finished: Finished) -> dict[str, Any]:
+  exits = [summary['exits'][row.exit - 1] for run, summary in finished if run.name == row.network]
+  ours = [100 * found['accuracy'] for found in exits]
+  mean = statistics.mean(ours)
+  return {
+    'network': row.network,
+    'exit': row.exit,
+    'paper': row.accuracy,
+    'paper_std': row.std,
+    'ours': mean,
+    'std': _std(ours),
+    'difference': mean - row.accuracy,
+    'each_seed': ours,
+    'macs': exits[0]['macs'],
+    'params': exits[0]['params'],
+  }
+
+
+def _effect(treated: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
+  """Seed by seed: two networks of a seed see the same images in the same order."""
+  each = [a - b for a, b in zip(treated['each_seed'], control['each_seed'], strict=True)]
+  return {
+    'what': f'{treated["network"]} - {control["network"]}',
+    'exit': treated['exit'],
+    'paper': treated['paper'] - control['paper'],
+    'ours': statistics.mean(each),
+    'std': _std(each),
+    'each_seed': each,
+  }
+
+
+def _std(values: Sequence[float]) -> float | None:
+  return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _run(run: PlannedRun, summary: dict[str, Any]) -> dict[str, Any]:
+  kept = {key: summary[key] for key in ('steps', 'wall_time_s', 'device', 'versions')}
+  return {'run': str(run), 'command': run.command} | kept
+
+
+def load_results(workdir: Path, protocol: Protocol, files: Sequence[str]) -> dict[str, Any]:
+  """results.json as it is, or as it starts; changes nothing.
+
+  Args:
+    workdir: absolute.
+    files: the names that will be written there.
+
+  Raises:
+    UserError: the folder holds results of another protocol, or what is not ours, or results.json is damaged.
+  """
+  path = workdir / RESULTS
+  if not path.exists():
+    strange = [name for name in files if (workdir / name).exists()]
+    if strange:
+      raise UserError(f'{workdir} holds {strange[0]} and no {RESULTS}, so it is not of this command; set --workdir')
+    return {'protocol': protocol.name, 'overrides': protocol.overrides, 'experiments': {}}
+  try:
+    results = json.loads(path.read_text())
+    found = Protocol(results['protocol'], results['overrides'])
+    results['experiments'].items()
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{path} is not what this command writes ({error!r:.60}); restore it, or set --workdir') from error
+  if found != protocol:
+    raise UserError(
+      f'{workdir} holds results of {_describe(found)}, found {_describe(protocol)}; set --workdir for new ones'
+    )
+  return results
+
+
+def _describe(protocol: Protocol) -> str:
+  changed = ''.join(f' --set={field}={value}' for field, value in sorted(protocol.overrides.items()))
+  return f'--protocol={protocol.name}{changed}'
+
+
+def save_results(workdir: Path, results: dict[str, Any]) -> None:
+  """Writes results.json, whole or not at all."""
+  write_json(workdir / RESULTS, results)

@@ -1,0 +1,101 @@
+"""The runs behind the tables: which there are, how far each is, and training what is missing."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from paranet_jax.experiments.protocols import Protocol, run_command, run_config
+from paranet_jax.experiments.published import FIGURE_NETWORK, TABLES
+from paranet_jax.host.errors import UserError
+from paranet_jax.runs.status import RunStatus, run_status
+from paranet_jax.train import train_and_evaluate
+
+RUNS = 'runs'
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+  """One training.
+
+  Attributes:
+    workdir: absolute.
+    command: what trains it alone.
+  """
+
+  name: str
+  seed: int
+  config: ConfigDict
+  workdir: Path
+  command: str
+
+  def __str__(self) -> str:
+    return f'{self.name}-s{self.seed}'
+
+
+def plan_runs(experiments: Iterable[str], protocol: Protocol, seeds: int, workdir: Path) -> list[PlannedRun]:
+  """The runs of some experiments, each once: every network with seed 0, then with seed 1, and so on.
+
+  Args:
+    experiments: of `published.EXPERIMENTS`.
+    seeds: 0 to seeds - 1.
+    workdir: as the user wrote it.
+
+  Raises:
+    UserError: an override does not hold.
+  """
+  names = dict.fromkeys(name for experiment in experiments for name in networks(experiment))
+  return [_plan(name, seed, protocol, workdir) for seed in range(seeds) for name in names]
+
+
+def networks(experiment: str) -> tuple[str, ...]:
+  """The networks that an experiment compares."""
+  return TABLES[experiment].networks if experiment in TABLES else (FIGURE_NETWORK,)
+
+
+def _plan(name: str, seed: int, protocol: Protocol, workdir: Path) -> PlannedRun:
+  folder = workdir / RUNS / f'{name}-s{seed}'
+  command = run_command(protocol, name, seed, folder)
+  return PlannedRun(name, seed, run_config(protocol, name, seed), folder.expanduser().absolute(), command)
+
+
+def status(run: PlannedRun) -> RunStatus:
+  """How far a run is.
+
+  Raises:
+    UserError: its folder holds a run of another configuration, or is damaged.
+  """
+  found = run_status(run.workdir, run.config)
+  if found.changed:
+    raise UserError(
+      f'{run.workdir} holds a run with another configuration: {"; ".join(found.changed)} (saved -> now); set --workdir'
+    )
+  return found
+
+
+def run_missing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]] | None:
+  """Trains what is not finished, one run after another.
+
+  Returns:
+    The summaries of all runs; None if a signal stopped one.
+
+  Raises:
+    UserError: a run's folder, data or loss is not what it must be.
+  """
+  found = [status(run).summary for run in runs]
+  for number, run in enumerate(runs):
+    if found[number] is None:
+      print(f'run {number + 1} of {len(runs)}: {run}\n{run.command}', flush=True)
+      found[number] = _train(run)
+      if found[number] is None:
+        return None
+  return found
+
+
+def _train(run: PlannedRun) -> dict[str, Any] | None:
+  try:
+    return train_and_evaluate(run.config, run.workdir)
+  except UserError as error:
+    raise UserError(f'run {run}: {error}') from error

@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.export`: bundles that run without JAX."""

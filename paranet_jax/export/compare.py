@@ -1,0 +1,62 @@
+"""How far a bundle's answers are those of the network in JAX."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paranet_jax.data.dataset import Split
+from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.load import LoadedRun
+from paranet_jax.early.logits import split_logits
+from paranet_jax.early.scores import confidences
+from paranet_jax.early.thresholds import exits_taken
+from paranet_jax.portable import run as runtime
+from paranet_jax.steps import Preprocessing
+
+
+def compare(folder: Path, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
+  """`agreement` of the bundle in a folder with the run's network in JAX on uint8 images [N, H, W, C]."""
+  preprocessing = Preprocessing(run.dataset.mean, run.dataset.std, crop_padding=0, flip=False)
+  split = Split(images, np.zeros(len(images), np.int32))
+  logits = split_logits(run.model, run.variables, plan.exits, preprocessing, split, 64)
+  return agreement(logits, plan, runtime.load(folder), images)
+
+
+def agreement(logits: np.ndarray, plan: ExitPlan, bundle: runtime.Adaptive, images: np.ndarray) -> dict[str, Any]:
+  """Compares the answers to images.
+
+  Args:
+    logits: of the usable exits by JAX, float32 [K, N, C].
+    plan: exits.json.
+    images: uint8 [N, H, W, C].
+
+  Returns:
+    `images`: N; `labels` and `exits`: shares of the images that get the same label, and leave at the same exit;
+    `exit_labels`: the share of the same labels at each usable exit, if all images went there; `logits`: the largest
+    difference of a logit at any of them, in units of the largest logit where that is above 1.
+  """
+  found, theirs = bundle.predict(images), all_logits(bundle, images)
+  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds])
+  taken = exits_taken(confidences(logits, plan.score, plan.temperatures), thresholds)
+  labels = logits[taken, np.arange(len(images))].argmax(-1)
+  return {
+    'images': len(images),
+    'labels': float(np.mean(found.labels == labels)),
+    'exits': float(np.mean(found.exits == np.array(plan.exits)[taken])),
+    'exit_labels': np.mean(theirs.argmax(-1) == logits.argmax(-1), axis=-1).tolist(),
+    'logits': float(np.abs(theirs - logits).max() / max(np.abs(logits).max(), 1)),
+  }
+
+
+def all_logits(bundle: runtime.Adaptive, images: np.ndarray) -> np.ndarray:
+  """Of every usable exit: float32 [K, N, C]."""
+  every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
+  waves = []
+  for first in range(0, len(images), runtime.WAVE):
+    carried, found = every.begin(images[first : first + runtime.WAVE]), []
+    for number in every.visited:
+      carried, logits = every.stage(number)(carried)
+      found.append(logits)
+    waves.append(np.stack(found))
+  return np.concatenate(waves, axis=1)

@@ -1,0 +1,30 @@
+"""The parser of the commands whose flags are not a configuration's."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from paranet_jax.host.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse's, without abbreviations; whatever is mistyped is a `UserError`."""
+
+  def __init__(self, **options):
+    super().__init__(allow_abbrev=False, **options)
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message}; see --help')
+
+
+def positive(text: str) -> int:
+  """An integer of 1 or more."""
+  if not text.isdecimal() or int(text) < 1:
+    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text}')
+  return int(text)
+
+
+def absolute(path: str | Path) -> Path:
+  """A path as the user wrote it, made absolute; a home folder that is not there stays as it is written."""
+  return Path(os.path.expanduser(path)).absolute()

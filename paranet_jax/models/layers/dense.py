@@ -1,0 +1,267 @@
+"""The parts of DenseNet-BC (Huang et al. 2017) as linen modules: dense block, transition, exit.
+
+They pass `Features` to each other: raw channels in inference, normalized ones with their moments in training, so that
+every channel's batch statistics are computed once, where it is made (see `dense_block.py`). Parameters have the names
+and shapes of a plain DenseNet of `nn.BatchNorm` and `nn.Conv`, whatever computes with them.
+"""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array, lax
+
+from paranet_jax.models.layers.backend import PLAIN, SHAPES, backend
+from paranet_jax.models.layers.dense_block import (
+  EPSILON,
+  SCAN_LAYERS,
+  Layer,
+  Moments,
+  affine_relu,
+  conv1x1,
+  conv3x3,
+  dense_block_inference,
+  dense_block_training,
+  normalize,
+)
+from paranet_jax.models.layers.dropout import dropout
+
+# He et al. (2015) by fan-out and a uniform classifier: what the DenseNet authors' code does.
+conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+classifier_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+MOMENTUM = 0.9  # PyTorch's 0.1, with which DenseNet was trained.
+
+
+class Features(NamedTuple):
+  """Features [B, H, W, C]: raw with `moments` None in inference, normalized with their moments [C] in training."""
+
+  values: Array
+  moments: Moments | None = None
+
+
+def as_features(x: Array, train: bool, axis_name: str | None) -> Features:
+  """Raw features [B, H, W, C], normalized if training."""
+  if not train:
+    return Features(x)
+  values, moments = normalize(x, axis_name)
+  return Features(values, lax.stop_gradient(moments))  # Or jax would trace the gradients of every running statistic.
+
+
+def concatenate(first: Features, second: Features) -> Features:
+  """Channels of both."""
+  values = jnp.concatenate([first.values, second.values], axis=-1)
+  if first.moments is None:
+    return Features(values)
+  pairs = zip(first.moments, second.moments, strict=True)
+  return Features(values, Moments(*(jnp.concatenate(pair) for pair in pairs)))
+
+
+def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+  """`module.param`, but one that is there already is taken as it is: flax traces `init` anew to check its shape."""
+  if module.has_variable('params', name):
+    return module.get_variable('params', name)
+  return module.param(name, nn.initializers.zeros if backend() == SHAPES else init, shape)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalization as a scale and a shift [C]: of normalized features in training, of raw ones in inference."""
+
+  channels: int
+
+  def setup(self):
+    shape = (self.channels,)
+    self.scale = parameter(self, 'scale', nn.initializers.ones, shape)
+    self.bias = parameter(self, 'bias', nn.initializers.zeros, shape)
+    self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
+    self.var = self.variable('batch_stats', 'var', jnp.ones, shape)
+
+  def __call__(self, train: bool) -> tuple[Array, Array]:
+    """Scale and shift; in inference the running statistics are folded in."""
+    if train:
+      return self.scale, self.bias
+    scale = self.scale * lax.rsqrt(self.var.value + EPSILON)
+    return scale, self.bias - self.mean.value * scale
+
+  def update(self, moments: Moments) -> None:
+    """Moves the running statistics towards the batch's."""
+    self.mean.value = MOMENTUM * self.mean.value + (1 - MOMENTUM) * moments.mean
+    self.var.value = MOMENTUM * self.var.value + (1 - MOMENTUM) * moments.var
+
+
+def average_pool(x: Array) -> Array:
+  """2x2 average pooling: [B, H, W, C] -> [B, H / 2, W / 2, C]."""
+  if backend() == PLAIN:
+    return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
+  # Several times as fast on a CPU as a window reduction, forward and backward.
+  return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def global_average(x: Array) -> Array:
+  """Mean over the sides, in float32: [B, H, W, C] -> [B, C]."""
+  if backend() == PLAIN:
+    return jnp.squeeze(nn.avg_pool(x.astype(jnp.float32), window_shape=x.shape[1:3]), (1, 2))
+  return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+def max_pool(x: Array) -> Array:
+  """2x2 max pooling: [B, H, W, C] -> [B, H / 2, W / 2, C]; equal maxima share the gradient."""
+  if backend() == PLAIN:
+    return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
+  # The gradient of a window reduction is tens of times slower on a CPU.
+  rows = jnp.maximum(x[:, ::2], x[:, 1::2])
+  return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
+
+
+def overlapping_max_pool(x: Array) -> Array:
+  """3x3 max pooling of stride 2, padded by one: [B, H, W, C] of even H and W -> [B, H / 2, W / 2, C]."""
+  if backend() == PLAIN:
+    padded = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
+    return nn.max_pool(padded, window_shape=(3, 3), strides=(2, 2))
+  return _overlapping_max(_overlapping_max(x).swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def _overlapping_max(x: Array) -> Array:
+  even, odd = x[:, ::2], x[:, 1::2]
+  before = jnp.concatenate([even[:, :1], odd[:, :-1]], axis=1)  # A row twice instead of padding: the same maximum.
+  return jnp.maximum(jnp.maximum(even, odd), before)
+
+
+def norm_affine(x: Features, train: bool, name: str) -> tuple[Array, Array]:
+  """Scale and shift of a batch normalization that reads these features; call it inside a compact method."""
+  norm = BatchNorm(x.values.shape[-1], name=name)
+  if train:
+    norm.update(x.moments)
+  return norm(train)
+
+
+class Kernel(nn.Module):
+  """The kernel of a convolution without bias: [height, width, C, features]."""
+
+  shape: tuple[int, int, int, int]
+
+  @nn.compact
+  def __call__(self) -> Array:
+    return parameter(self, 'kernel', conv_init, self.shape)
+
+
+class DenseLayer(nn.Module):
+  """The parameters of BN-ReLU-Conv1x1(bn_size k)-BN-ReLU-Conv3x3(k)."""
+
+  channels: int
+  growth_rate: int
+  bn_size: int
+
+  def setup(self):
+    width = self.bn_size * self.growth_rate
+    self.norm1 = BatchNorm(self.channels)
+    self.conv1 = Kernel((1, 1, self.channels, width))
+    self.norm2 = BatchNorm(width)
+    self.conv2 = Kernel((3, 3, width, self.growth_rate))
+
+  def __call__(self, train: bool) -> Layer:
+    scale2, shift2 = self.norm2(train)
+    kernel1 = self.conv1()[0, 0]
+    # Nothing stands between the 1x1 convolution and a folded normalization.
+    return Layer(*self.norm1(train), kernel1 if train else kernel1 * scale2, scale2, shift2, self.conv2())
+
+  def update(self, features: Moments, bottleneck: Moments) -> None:
+    """Updates the running statistics of both normalizations."""
+    self.norm1.update(features)
+    self.norm2.update(bottleneck)
+
+
+class DenseBlock(nn.Module):
+  """`num_layers` dense layers, each reading all features before it: C -> C + num_layers k channels.
+
+  Attributes:
+    growth_rate: k, channels that a layer adds.
+    bn_size: bottleneck width, in multiples of k.
+    scan_layers: layers of a segment (see `dense_block.py`): speed, memory and compile time, not the function;
+      None: the backend's default.
+    dropout: rate after each convolution in training (Huang et al. 2017, section 4.2), with a key `dropout`.
+  """
+
+  num_layers: int
+  growth_rate: int
+  bn_size: int = 4
+  scan_layers: int | None = None
+  axis_name: str | None = None
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: Features, train: bool) -> Features:
+    channels = [x.values.shape[-1] + i * self.growth_rate for i in range(self.num_layers)]
+    modules = [
+      DenseLayer(width, self.growth_rate, self.bn_size, name=f'layer_{i}') for i, width in enumerate(channels, 1)
+    ]
+    if train and self.dropout:
+      return self._train_with_dropout(x, modules)
+    layers = [module(train or backend() == SHAPES) for module in modules]
+    if backend() == SHAPES:
+      return Features(jnp.zeros((*x.values.shape[:-1], channels[-1] + self.growth_rate), x.values.dtype))
+    if not train:
+      return Features(dense_block_inference(x.values, layers))
+    scan_layers = self.scan_layers or SCAN_LAYERS.get(backend(), 1)
+    values, *moments = dense_block_training(x.values, layers, scan_layers, self.axis_name)
+    new, bottlenecks = lax.stop_gradient(moments)
+    moments = Moments(*(jnp.concatenate([old, added.ravel()]) for old, added in zip(x.moments, new, strict=True)))
+    for i, (module, width) in enumerate(zip(modules, channels, strict=True)):
+      module.update(
+        Moments(*(lax.slice_in_dim(moment, 0, width) for moment in moments)),
+        Moments(*(lax.index_in_dim(moment, i, keepdims=False) for moment in bottlenecks)),
+      )
+    return Features(values, moments)
+
+  def _train_with_dropout(self, x: Features, modules: list[DenseLayer]) -> Features:
+    """The same block one layer after the other, differentiated by jax."""
+    for module in modules:
+      layer = module(True)
+      values = affine_relu(x.values, layer.scale1, layer.shift1)
+      values = values @ layer.kernel1.astype(values.dtype)
+      values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
+      bottleneck = as_features(values, True, self.axis_name)
+      values = conv3x3(affine_relu(bottleneck.values, layer.scale2, layer.shift2), layer.kernel2)
+      values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
+      module.update(x.moments, bottleneck.moments)
+      x = concatenate(x, as_features(values, True, self.axis_name))
+    return x
+
+
+class Transition(nn.Module):
+  """BN-ReLU-Conv1x1-AvgPool2x2 at half the side: C -> floor(compression C) channels.
+
+  Attributes:
+    compression: theta of DenseNet-BC; a ParaNet has none (paper, section 4).
+    dropout: rate after the convolution in training, with a key `dropout`.
+  """
+
+  axis_name: str | None = None
+  compression: float = 1.0
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: Features, train: bool) -> Features:
+    channels = x.values.shape[-1]
+    values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
+    kept = math.floor(self.compression * channels)
+    kernel = Kernel((1, 1, channels, kept), name='conv')()[0, 0]
+    if train and self.dropout:
+      values = average_pool(dropout(conv1x1(values, kernel), self.dropout, self.make_rng('dropout'), self.axis_name))
+    else:
+      # A 1x1 convolution and an average pool commute: pooling first is the same function at a quarter of the work.
+      values = conv1x1(average_pool(values), kernel)
+    return as_features(values, train, self.axis_name)
+
+
+class Exit(nn.Module):
+  """BN-ReLU-global average pool-Linear: float32 logits [B, num_classes]."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Features, train: bool) -> Array:
+    values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
+    values = global_average(values)
+    return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(values)

@@ -1,0 +1,351 @@
+"""A whole dense block as one function: small in memory, quick to compile, with its backward pass written by hand.
+
+The idea. Every reader of a feature channel in a DenseNet begins with batch normalization, and the batch's mean and
+variance of a channel do not depend on the reader. So each channel is normalized once, where it is made, and stored
+normalized; a reader's normalization is then only its own scale and shift. The features of a block live in one buffer
+x [B, H, W, C]. Layer i reads the first C_i channels and adds k:
+
+    a = relu(scale1 x[:C_i] + shift1)      z = a W1       z^ = (z - mean) / std
+    h = relu(scale2 z^ + shift2)           y = h * W2     x[C_i : C_i + k] = (y - mean) / std
+
+Backward. g is the gradient of the buffer, of every normalized channel, and is accumulated in place, last layer first.
+Only x, z^ and the standard deviations are kept; a and h are made again. With E[.] the mean over the batch:
+
+    dy  = (g_y - E[g_y] - y^ E[g_y y^]) / std            where g_y = g[C_i : C_i + k], complete when layer i is reached
+    dW2 = h^T dy,  u2 = [h > 0] (dy * W2^T),  dscale2 = sum u2 z^,  dshift2 = sum u2
+    dz  = scale2 (u2 - E[u2] - z^ E[u2 z^]) / std
+    dW1 = a^T dz,  u1 = [a > 0] (dz W1^T),    dscale1 = sum u1 x,   dshift1 = sum u1,   g[:C_i] += scale1 u1
+
+Layers are taken in segments. A segment of one is written out; a longer one is a `lax.scan`, whose layers all read the
+channels that its last one leaves, with zero weights where they are not there yet: less to compile, a little more to
+compute.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from paranet_jax.models.layers.backend import PLAIN, backend
+
+EPSILON = 1e-5
+
+MANY_PIXELS = 4096
+"""From how many pixels a batch on a CPU `conv3x3` is a matrix product (measured: faster at 4,096, not at 1,024)."""
+
+SCAN_LAYERS = {'cpu': 4, 'gpu': 1, 'tpu': 16}
+"""Layers of a segment, by backend.
+
+Of PN3-ddd's training step, one run each. CPU (2 cores of an AMD EPYC, batch 64): 4 and 8 layers compile in 11 and 8 s
+and train equally fast (154 and 153 images/s). TPU (ahead of time for v5e:2x2, batch 256): 8 and 16 layers compile to 80
+and 61 MB. GPU: not measured, so written out.
+"""
+
+
+class Layer(NamedTuple):
+  """Parameters of one dense layer, or of a segment's layers stacked and padded along a leading axis.
+
+  scale1, shift1: [C_i]; kernel1: [C_i, bn_size k]; scale2, shift2: [bn_size k]; kernel2: [3, 3, bn_size k, k].
+  In training the scales and shifts act on normalized values. In inference the running statistics are folded into
+  them, scale2 is folded into kernel1, and is not used.
+  """
+
+  scale1: Array
+  shift1: Array
+  kernel1: Array
+  scale2: Array
+  shift2: Array
+  kernel2: Array
+
+
+class Moments(NamedTuple):
+  """Batch mean and (biased) variance of channels, float32 [..., C]."""
+
+  mean: Array
+  var: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def normalize(x: Array, axis_name: str | None) -> tuple[Array, Moments]:
+  """(x - mean) / sqrt(var + eps) over the batch of all devices of the axis; no gradient passes through the moments.
+
+  Args:
+    x: [B, H, W, C].
+    axis_name: device axis, or None.
+
+  Returns:
+    [B, H, W, C] in x's dtype, and float32 moments [C].
+  """
+  wide = _wide(x)
+  axes = tuple(range(x.ndim - 1))
+  mean, mean_of_squares = _across(jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)]), axis_name)
+  var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)
+  return ((wide - mean) * lax.rsqrt(var + EPSILON)).astype(x.dtype), Moments(mean, var)
+
+
+def _normalize_forward(x, axis_name):
+  x_hat, moments = normalize(x, axis_name)
+  return (x_hat, moments), (x_hat, moments.var)
+
+
+def _normalize_backward(axis_name, residuals, cotangents):
+  return (normalize_backward(cotangents[0], *residuals, axis_name),)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def normalize_backward(g: Array, x_hat: Array, var: Array, axis_name: str | None) -> Array:
+  """The gradient of x from that of `normalize`'s output."""
+  wide, x_hat = _wide(g), _wide(x_hat)
+  axes = tuple(range(g.ndim - 1))
+  mean, mean_product = _across(jnp.stack([wide.mean(axes), (wide * x_hat).mean(axes)]), axis_name)
+  return (lax.rsqrt(var + EPSILON) * (wide - mean - x_hat * mean_product)).astype(g.dtype)
+
+
+def affine_relu(x: Array, scale: Array, shift: Array) -> Array:
+  """relu(scale x + shift), computed in float32 and returned in x's dtype."""
+  # A scale and a shift rounded to bfloat16 would move all of a channel one way, and turn on or off what lies near 0.
+  return jax.nn.relu(_wide(x) * scale + shift).astype(x.dtype)
+
+
+def conv3x3(x: Array, kernel: Array) -> Array:
+  """3x3 convolution, same side: [B, H, W, C], [3, 3, C, K] -> [B, H, W, K]."""
+  # XLA's CPU convolution is half as fast to so few outputs as a product for all nine shifts and their sum; not on
+  # small batches.
+  if backend() == 'cpu' and x[..., 0].size >= MANY_PIXELS:
+    return _conv3x3_by_product(x, kernel.astype(x.dtype))
+  return _convolution(x, kernel.astype(x.dtype))
+
+
+def conv1x1(x: Array, kernel: Array) -> Array:
+  """1x1 convolution: [B, H, W, C], [C, K] -> [B, H, W, K]."""
+  kernel = kernel.astype(x.dtype)
+  return _convolution(x, kernel[None, None]) if backend() == PLAIN else x @ kernel
+
+
+def image_conv3x3(x: Array, kernel: Array) -> Array:
+  """`conv3x3` of an image, whose few channels XLA's CPU convolution is many times slower on than a matrix product."""
+  if backend() != 'cpu':
+    return conv3x3(x, kernel)
+  features = kernel.shape[-1]
+  return (_shifts(x) @ kernel.astype(x.dtype).reshape(-1, features)).reshape(*x.shape[:-1], features)
+
+
+def dense_block_inference(x: Array, layers: Sequence[Layer]) -> Array:
+  """The block with folded running statistics: raw features [B, H, W, C] -> [B, H, W, C + n k]."""
+  channels = [layer.scale1.shape[0] for layer in layers]
+  plain = backend() == PLAIN
+  x = x if plain else _widen(x, channels[-1] + layers[-1].kernel2.shape[-1])
+  for width, layer in zip(channels, layers, strict=True):
+    a = affine_relu(x[..., :width], layer.scale1, layer.shift1)
+    h = jax.nn.relu(_wide(conv1x1(a, layer.kernel1)) + layer.shift2).astype(x.dtype)
+    new = conv3x3(h, layer.kernel2)
+    x = jnp.concatenate([x, new], axis=-1) if plain else lax.dynamic_update_slice_in_dim(x, new, width, axis=-1)
+  return x
+
+
+def dense_block_training(
+  x: Array, layers: Sequence[Layer], scan_layers: int, axis_name: str | None
+) -> tuple[Array, Moments, Moments]:
+  """The block with the batch's statistics.
+
+  Args:
+    x: normalized features [B, H, W, C].
+    layers: n, in order; layer i reads C + i k channels.
+    scan_layers: layers of a segment; 1 writes every layer out.
+    axis_name: device axis over which the statistics are shared.
+
+  Returns:
+    Normalized features [B, H, W, C + n k]; the moments [n, k] of the new channels and [n, bn_size k] of the
+    bottlenecks, through which no gradient passes.
+  """
+  return _block(axis_name, x, _pack(layers, scan_layers))
+
+
+def _pack(layers: Sequence[Layer], scan_layers: int) -> list[Layer]:
+  return [_stack(layers[first : first + scan_layers]) for first in range(0, len(layers), scan_layers)]
+
+
+def _stack(layers: Sequence[Layer]) -> Layer:
+  # As wide as what the last layer leaves, so that nothing is sliced inside a segment.
+  width = layers[-1].scale1.shape[0] + layers[-1].kernel2.shape[-1]
+
+  def stack(name):
+    leaves = [getattr(layer, name) for layer in layers]
+    if name in ('scale1', 'shift1', 'kernel1'):
+      leaves = [_pad_end(leaf, 0, width) for leaf in leaves]
+    return jnp.stack(leaves)
+
+  return Layer(*map(stack, Layer._fields))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(axis_name, x, segments):
+  return _block_forward(axis_name, x, segments)[0]
+
+
+def _block_forward(axis_name, x, segments):
+  image_shape, kept = x.shape[:-1], []
+  x = _flat(x)
+  for segment in segments:
+    step = functools.partial(_layer_forward, axis_name, image_shape)
+    x = _widen(x, segment.scale1.shape[1])
+    x, outputs = _scan(step, x, (_offsets(segment), segment))
+    kept.append(outputs)
+  z_hats = [z_hat for z_hat, _, _ in kept]
+  new, inner = (jax.tree.map(lambda *parts: jnp.concatenate(parts), *(outputs[i] for outputs in kept)) for i in (1, 2))
+  return (x.reshape(*image_shape, -1), new, inner), (x, z_hats, new.var, inner.var, segments)
+
+
+def _layer_forward(axis_name, image_shape, x, inputs):
+  offset, layer = inputs
+  a = affine_relu(x, layer.scale1, layer.shift1)
+  z_hat, inner = normalize(a @ layer.kernel1.astype(x.dtype), axis_name)
+  h = affine_relu(z_hat, layer.scale2, layer.shift2)
+  y = _flat(conv3x3(h.reshape(*image_shape, -1), layer.kernel2))
+  y_hat, new = normalize(y, axis_name)
+  return lax.dynamic_update_slice_in_dim(x, y_hat, offset, axis=-1), (z_hat, new, inner)
+
+
+def _block_backward(axis_name, residuals, cotangents):
+  x, z_hats, new_var, inner_var, segments = residuals
+  image_shape = cotangents[0].shape[:-1]
+  g, end, gradients = _flat(cotangents[0]), new_var.shape[0], []
+  for z_hat, segment in zip(reversed(z_hats), reversed(segments), strict=True):
+    length, width = segment.scale1.shape
+    step = functools.partial(_layer_backward, axis_name, image_shape, x[:, :width])
+    var = new_var[end - length : end], inner_var[end - length : end]
+    g, gradient = _scan(step, g[:, :width], (_offsets(segment), segment, z_hat, *var), reverse=True)
+    # Transposed here: inside the loop it would turn a fast matrix product into a slow one.
+    gradients.append(gradient._replace(kernel1=gradient.kernel1.swapaxes(1, 2)))
+    end -= length
+  g = g[:, : width - length * segment.kernel2.shape[-1]]
+  return g.reshape(*image_shape, -1), gradients[::-1]
+
+
+def _layer_backward(axis_name, image_shape, x, g, inputs):
+  offset, layer, z_hat, new_var, inner_var = inputs
+  growth = layer.kernel2.shape[-1]
+  g_y = lax.dynamic_slice_in_dim(g, offset, growth, axis=-1)
+  y_hat = lax.dynamic_slice_in_dim(x, offset, growth, axis=-1)
+  dy = normalize_backward(g_y, y_hat, new_var, axis_name)
+
+  h = affine_relu(z_hat, layer.scale2, layer.shift2)
+  dh, dkernel2 = _conv3x3_backward(h, layer.kernel2, dy.reshape(*image_shape, growth))
+  u2, dscale2, dshift2 = _affine_relu_backward(h, z_hat, dh)
+  dz = normalize_backward(_times(u2, layer.scale2), z_hat, inner_var, axis_name)
+
+  a = affine_relu(x, layer.scale1, layer.shift1)
+  dkernel1 = _product_over_batch(dz, a)
+  u1, dscale1, dshift1 = _affine_relu_backward(a, x, dz @ layer.kernel1.astype(dz.dtype).T)
+  g = g + _times(u1, layer.scale1)
+  return g, Layer(dscale1, dshift1, dkernel1, dscale2, dshift2, dkernel2)
+
+
+def _affine_relu_backward(activation, x, g):
+  # Without the barrier the sums are fused with what makes u, and XLA's CPU compiler then makes neither fast.
+  u = lax.optimization_barrier(jnp.where(activation > 0, g, 0))
+  return u, jnp.sum(_wide(u) * _wide(x), 0), jnp.sum(_wide(u), 0)
+
+
+def _convolution(x, kernel):
+  return lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def _conv3x3_by_product(x, kernel):
+  _, height, width, channels = x.shape
+  growth = kernel.shape[-1]
+  products = x @ kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * growth)
+  products = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  parts = []
+  for index in range(9):
+    row, column = divmod(index, 3)
+    shifted = products[:, row : row + height, column : column + width]
+    parts.append(shifted[..., index * growth : (index + 1) * growth])
+  return sum(parts[1:], parts[0])
+
+
+def _conv3x3_backward(x, kernel, g):
+  """Gradients of `conv3x3`: [N, C], [3, 3, C, K], [B, H, W, K] -> [N, C], [3, 3, C, K]."""
+  channels, growth = kernel.shape[2:]
+  kernel = kernel.astype(g.dtype)
+  if backend() != 'cpu':
+    dx, dkernel = jax.vjp(_convolution, x.reshape(*g.shape[:-1], channels), kernel)[1](g)
+    return _flat(dx), _wide(dkernel)
+  # In a loop XLA's CPU compiler makes a convolution's gradient many times slower than these two matrix products.
+  shifts = _shifts(g)
+  flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * growth, channels)
+  dkernel = _product_over_batch(shifts, x).reshape(3, 3, growth, channels)
+  return shifts @ flipped, dkernel[::-1, ::-1].transpose(0, 1, 3, 2)
+
+
+def _shifts(x):
+  """[B, H, W, C] -> [B H W, 9 C]: each pixel's 3x3 neighbourhood, zero outside."""
+  batch, height, width, channels = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  out = jnp.zeros((batch, height, width, 9 * channels), x.dtype)
+  for index in range(9):
+    row, column = divmod(index, 3)
+    shifted = padded[:, row : row + height, column : column + width]
+    out = lax.dynamic_update_slice_in_dim(out, shifted, index * channels, axis=-1)
+  return _flat(out)
+
+
+def _product_over_batch(first, second):
+  """first^T second: [N, C], [N, D] -> [C, D], float32 or wider."""
+  dimensions = (((0,), (0,)), ((), ()))
+  return lax.dot_general(first, second, dimensions, preferred_element_type=_wide_dtype(first))
+
+
+def _offsets(segment):
+  """First channel that each layer of a segment adds."""
+  length, width = segment.scale1.shape
+  growth = segment.kernel2.shape[-1]
+  return width - growth * length + growth * jnp.arange(length)
+
+
+def _scan(step, carry, inputs, reverse=False):
+  """`lax.scan`, written out when there is one step."""
+  if inputs[0].shape[0] > 1:
+    return lax.scan(step, carry, inputs, reverse=reverse)
+  carry, outputs = step(carry, jax.tree.map(lambda leaf: leaf[0], inputs))
+  return carry, jax.tree.map(lambda leaf: leaf[None], outputs)
+
+
+def _times(u, scale):
+  return (_wide(u) * scale).astype(u.dtype)
+
+
+def _wide(x):
+  return x.astype(_wide_dtype(x))
+
+
+def _wide_dtype(x):
+  """What sums are taken in: float32, or float64 if x is."""
+  return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def _flat(x):
+  return x.reshape(-1, x.shape[-1])
+
+
+def _widen(x, channels):
+  return _pad_end(x, x.ndim - 1, channels)
+
+
+def _pad_end(x, axis, size):
+  """Zeros behind x along an axis, up to a size."""
+  # Called hundreds of times in a step, and jnp.pad makes a function of its own each time.
+  padding = [(0, size - x.shape[axis] if i == axis else 0, 0) for i in range(x.ndim)]
+  return lax.pad(x, jnp.zeros((), x.dtype), padding)
+
+
+def _across(moments, axis_name):
+  return moments if axis_name is None else lax.pmean(moments, axis_name)
+
+
+_block.defvjp(_block_forward, _block_backward)

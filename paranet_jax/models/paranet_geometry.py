@@ -1,0 +1,112 @@
+"""Where each dense block of a ParaNet works and what it reads: plain arithmetic, no arrays.
+
+A block is named (p, b), both 1-based: block b of pipeline p. It reads block (p, b - 1) through a transition, or the
+pipeline's entry when b = 1, and, where there is a cascade edge, block (p - 1, b - 1) as it is.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable
+
+from paranet_jax.models.layers import graph as lazy
+
+Block = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+  """The graph of a ParaNet (spec: Architecture).
+
+  Attributes:
+    image_side: S, pixels.
+    blocks: dense blocks of each pipeline.
+    halvings: 2x2 poolings at the entry of each pipeline.
+    cascade: the blocks (p, b) that also read block (p - 1, b - 1).
+
+  Raises:
+    ValueError: the shapes do not fit, in one line.
+  """
+
+  image_side: int
+  blocks: tuple[int, ...]
+  halvings: tuple[int, ...]
+  cascade: tuple[Block, ...]
+
+  def __post_init__(self):
+    if len(self.blocks) != len(self.halvings):
+      raise ValueError(f'blocks {self.blocks} and halvings {self.halvings} must have one entry a pipeline each')
+    if min(self.blocks) < 1 or min(self.halvings) < 0:
+      raise ValueError(f'blocks {self.blocks} must be 1 or more and halvings {self.halvings} 0 or more')
+    for pipeline, num_blocks in enumerate(self.blocks, 1):
+      times = self.halvings[pipeline - 1] + num_blocks - 1
+      if self.image_side < 1 or times >= self.image_side.bit_length() or self.image_side % 2**times:
+        raise ValueError(
+          f'image_side {self.image_side} cannot be halved {times} times, as pipeline {pipeline} needs '
+          f'({self.halvings[pipeline - 1]} at its entry, {num_blocks - 1} between its blocks)'
+        )
+    for block in self.cascade:
+      self._check_edge(*block)
+
+  def _check_edge(self, pipeline: int, block: int) -> None:
+    exists = (
+      2 <= pipeline <= len(self.blocks)
+      and 2 <= block <= self.blocks[pipeline - 1]
+      and block - 1 <= self.blocks[pipeline - 2]
+    )
+    if not exists:
+      raise ValueError(
+        f'cascade into block {block} of pipeline {pipeline}: it needs a block {block - 1} in pipeline {pipeline - 1}, '
+        f'and the pipelines have {self.blocks} blocks'
+      )
+    source, target = self.side((pipeline - 1, block - 1)), self.side((pipeline, block))
+    if source != target:
+      raise ValueError(
+        f'cascade into block {block} of pipeline {pipeline} joins different sides: it works at {target} x {target} '
+        f'and block {block - 1} of pipeline {pipeline - 1} at {source} x {source}'
+      )
+
+  def side(self, block: Block) -> int:
+    """Side of a block's features, pixels."""
+    pipeline, index = block
+    return self.image_side // 2 ** (self.halvings[pipeline - 1] + index - 1)
+
+  def last_block(self, pipeline: int) -> Block:
+    """The block that exit `pipeline` reads."""
+    return (pipeline, self.blocks[pipeline - 1])
+
+  def inputs(self, block: Block) -> tuple[Block, ...]:
+    """The blocks that a block reads; none for the first of a pipeline."""
+    pipeline, index = block
+    own = ((pipeline, index - 1),) if index > 1 else ()
+    return own + (((pipeline - 1, index - 1),) if block in self.cascade else ())
+
+  def needed(self, exits: Iterable[int], given: Collection[Block] = ()) -> list[Block]:
+    """The blocks still to compute for these exits, each after what it reads.
+
+    Args:
+      exits: 1-based.
+      given: blocks whose features are there already.
+    """
+    return lazy.needed(map(self.last_block, exits), self.inputs, given)
+
+  def kept(self, exits: Iterable[int], given: Collection[Block]) -> set[Block]:
+    """Of the given blocks, those that these exits still read."""
+    return set(lazy.kept([self.last_block(pipeline) for pipeline in exits], self.inputs, given))
+
+
+def default_blocks(num_pipelines: int) -> tuple[int, ...]:
+  """Pipeline p has p dense blocks."""
+  return tuple(range(1, num_pipelines + 1))
+
+
+def default_halvings(num_pipelines: int) -> tuple[int, ...]:
+  """P + 1 - p halvings at the entry of pipeline p."""
+  return tuple(range(num_pipelines, 0, -1))
+
+
+def full_cascade(blocks: tuple[int, ...]) -> tuple[Block, ...]:
+  """Every cascade edge that has a source."""
+  return tuple(
+    (pipeline, index)
+    for pipeline in range(2, len(blocks) + 1)
+    for index in range(2, min(blocks[pipeline - 1], blocks[pipeline - 2] + 1) + 1)
+  )

@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.plan`: memory and time of a run before it starts."""

@@ -1,0 +1,63 @@
+"""`python -m paranet_jax.plan`: memory, work and time of a run before it is paid for, on devices that need not be here.
+
+User errors are one line and exit code 2.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from paranet_jax.command_line import load_config, override
+from paranet_jax.host.arguments import Parser, positive
+from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.huge_pages import use_huge_pages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments (None: those of the process); returns the exit code."""
+  return exit_code(lambda: _run(*_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+  parser = Parser(
+    prog='python -m paranet_jax.plan',
+    description='Compiles the training step of a run for some devices, and says what it needs and how long it takes.',
+    epilog='--config.section.field=value overrides a field, as in paranet_jax.main.',
+  )
+  add = parser.add_argument
+  add('--config', required=True, help='Configuration file.')
+  add('--topology', help='TPU slice to compile for, such as v5e:2x2 or v4:2x2x2 (default: the devices that are here).')
+  add(
+    '--devices', type=positive, help='The first so many devices; on a CPU, it is divided into so many (default: all).'
+  )
+  add('--json', action='store_true', help='Print one JSON object.')
+  arguments, rest = parser.parse_known_args(argv)
+  unknown = [argument for argument in rest if not argument.startswith('--config.')]
+  if unknown:
+    parser.error(f'unrecognized arguments: {" ".join(unknown)}')
+  return arguments, rest
+
+
+def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.config import validate
+  from paranet_jax.host.processes import refuse_several
+  from paranet_jax.plan.plan import build_plan
+  from paranet_jax.plan.report import as_json, report
+  from paranet_jax.plan.target import choose_target
+
+  refuse_several('plan')
+  config = load_config(arguments.config)
+  override(config, overrides)
+  validate(config)
+  if config.seeds > 1:
+    raise UserError(f'a plan is of one run, found {config.seeds} seeds; leave --config.seeds out')
+  target = choose_target(arguments.topology, arguments.devices)
+  plan = build_plan(config, target, lambda message: print(message, file=sys.stderr, flush=True))
+  print(json.dumps(as_json(plan)) if arguments.json else report(plan))
+
+
+if __name__ == '__main__':
+  use_huge_pages()
+  sys.exit(main())

@@ -1,0 +1,139 @@
+"""A plan as a person reads it, and as one JSON object."""
+
+from typing import Any
+
+from paranet_jax.plan.plan import Plan
+from paranet_jax.plan.step import StepFacts
+from paranet_jax.report.progress import human_duration
+from paranet_jax.report.tables import align
+
+
+def report(plan: Plan) -> str:
+  """The plan in plain text, its assumptions last."""
+  task, facts, count = plan.task, plan.facts, len(plan.target.devices)
+  title = (
+    f'{task.config.name} on {task.config.data.name}: a training step of {facts.batch_size:,} images on '
+    f'{plan.target.name}, {facts.batch_size // count:,} a device'
+  )
+  compiled = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
+  lines = [title, f'compiled in {facts.compile_seconds:.0f} s by {compiled}']
+  if facts.batch_size != plan.asked:
+    lines.insert(0, f'a step of {plan.asked:,} images does not fit; this is of the largest of its halves that does')
+  sections = (_memory(plan), _work(facts), _time(plan), _assumptions(plan))
+  return '\n'.join([*lines, *(f'\n{section}' for section in sections)])
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+  """`batch_size` and what the report says of it, in bytes and seconds, of one device where not said otherwise."""
+  facts, estimate = plan.facts, plan.estimate
+  return {
+    'name': plan.task.config.name,
+    'dataset': plan.task.config.data.name,
+    'topology': plan.target.topology,
+    'devices': {'count': len(plan.target.devices), 'kind': plan.target.devices[0].device_kind},
+    'batch_size': facts.batch_size,
+    'fits': facts.batch_size == plan.asked and facts.memory <= plan.chip.memory,
+    'memory': {
+      'arguments': facts.arguments,
+      'temporary': facts.temporary,
+      'code': facts.code,
+      'needed': facts.memory,
+      'available': plan.chip.memory,
+    },
+    'flops': facts.flops,
+    'memory_traffic_bytes': facts.traffic,
+    'collectives': facts.collectives._asdict(),
+    'estimate_s': estimate._asdict() | {'step': estimate.step, 'run': estimate.step * plan.task.total_steps},
+    'measured_step_s': plan.measured,
+    'total_steps': plan.task.total_steps,
+    'largest_batch': plan.largest,
+    'largest_batch_from': [one.batch_size for one in (facts, plan.other) if one],
+    'compile_s': facts.compile_seconds,
+    'peaks': {'flops': plan.chip.flops, 'bandwidth': plan.chip.bandwidth, 'links': plan.chip.links},
+    'peaks_source': plan.chip.source,
+    'versions': plan.versions,
+  }
+
+
+def _memory(plan: Plan) -> str:
+  facts, chip = plan.facts, plan.chip
+  rows = [
+    ('state, data set and order', _bytes(facts.arguments)),
+    ('temporary', _bytes(facts.temporary)),
+    ('code', _bytes(facts.code) if facts.code else 'not told'),
+    ('in all', _bytes(facts.memory)),
+    ('it has', _bytes(chip.memory)),
+  ]
+  verdict = f'{100 * facts.memory / chip.memory:.1f} % used' if facts.memory <= chip.memory else 'it does not fit'
+  largest = f'largest batch that fits: {plan.largest:,} images'
+  if plan.largest == len(plan.task.dataset.train) // len(plan.target.devices) * len(plan.target.devices):
+    largest += ', the whole data set'
+  if plan.other:
+    largest += f' (linear in the batch, from {facts.batch_size:,} and {plan.other.batch_size:,} images compiled)'
+  return '\n'.join([*align(('memory of a device', ''), rows, left=(0,)), verdict, largest])
+
+
+def _work(facts: StepFacts) -> str:
+  rows = [
+    ('floating-point operations', f'{facts.flops / 1e9:.1f} G'),
+    ('to and from main memory', _bytes(facts.traffic)),
+    ('collectives', f'{_bytes(facts.collectives.size)} in {facts.collectives.count}'),
+  ]
+  return '\n'.join(align(('a step, each device', ''), rows, left=(0,)))
+
+
+def _time(plan: Plan) -> str:
+  estimate, steps = plan.estimate, plan.task.total_steps
+  rows = [
+    ('arithmetic at its peak', _milliseconds(estimate.arithmetic), '', ''),
+    ('main memory at its peak', _milliseconds(estimate.memory), '', ''),
+    ('collectives', _milliseconds(estimate.collectives), '', ''),
+    _whole(plan, 'a step at best', estimate.step),
+  ]
+  if estimate.compiler is not None:
+    rows.append(_whole(plan, "a step by the compiler's cycles", estimate.compiler))
+  if plan.measured is not None:
+    rows.append(_whole(plan, 'a step, measured', plan.measured))
+  lines = align(('time', 'ms', 'images/s', f'{steps:,} steps'), rows, left=(0,))
+  if plan.measured is not None:
+    lines.append(f'measured / at best: {plan.measured / estimate.step:.2f}')
+  return '\n'.join(lines)
+
+
+def _whole(plan: Plan, what: str, seconds: float) -> tuple[str, str, str, str]:
+  speed = plan.facts.batch_size / seconds
+  return what, _milliseconds(seconds), f'{speed:,.0f}', human_duration(seconds * plan.task.total_steps)
+
+
+def _assumptions(plan: Plan) -> str:
+  chip = plan.chip
+  links = '' if chip.links is None else f', {chip.links / 1e9:.4g} GB/s sent to other chips'
+  lines = [
+    'assumed:',
+    f'- a device does {chip.flops / 1e12:.3g} TFLOP/s and moves {chip.bandwidth / 1e9:.4g} GB/s{links} ({chip.source})',
+    '- at best: arithmetic and main memory overlap, both at their peak; collectives are added',
+    '- operations are those of convolutions and matrix products; a program is taken to read and write main memory',
+    '  once for each operand and result of an instruction, nothing from caches',
+    '- neither the latency of a collective nor the start of an instruction takes time, so small batches are slower',
+  ]
+  if chip.links is None and plan.facts.collectives.count:
+    lines.append('- devices of one machine: collectives take no time of their own')
+  if plan.estimate.compiler is not None:
+    lines.append(
+      f"- the compiler's cycles are of a core at {chip.clock / 1e9:.2f} GHz, and leave waiting for others out"
+    )
+  lines.append('- a run is its steps alone, without compiling, evaluating and saving')
+  if len(plan.task.phases) > 1:
+    lines.append(f'- every step is like one of the last phase of train.regime={plan.task.config.train.regime}')
+  return '\n'.join(lines)
+
+
+def _milliseconds(seconds: float) -> str:
+  return f'{1000 * seconds:.3g}' if seconds < 1 else f'{1000 * seconds:,.0f}'
+
+
+def _bytes(number: float) -> str:
+  for unit, size in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
+    if number >= size:
+      return f'{number / size:.3g} {unit}' if number < 1000 * size else f'{number / size:,.0f} {unit}'
+  return f'{number:.0f} bytes'

@@ -1,0 +1,159 @@
+"""The real training step, compiled for devices that need not be here, and what its program says of itself."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paranet_jax import devices as devices_lib
+from paranet_jax.costs import multiply_adds
+from paranet_jax.models.layers.backend import compiling_for
+from paranet_jax.plan import hlo
+from paranet_jax.plan.traffic import Collectives, collectives, memory_traffic
+from paranet_jax.steps import zero_totals
+from paranet_jax.task import Task
+
+_CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+  """One training step on one device.
+
+  Attributes:
+    batch_size: images of the global batch.
+    arguments: bytes of the state, the data set (of a streamed one: the batch, and those read ahead) and the order, of
+      which the results take the place.
+    temporary: bytes besides, at the most at a time.
+    code: bytes of the program; 0 where the backend does not say.
+    flops: floating-point operations, two a multiply-add, of convolutions and matrix products.
+    traffic: bytes to and from main memory (see `traffic.memory_traffic`).
+    collectives: of the step.
+    cycles: what the compiler takes each instruction for, added up; None where it does not say.
+    compile_seconds: of the program, its tracing left out.
+  """
+
+  batch_size: int
+  arguments: int
+  temporary: int
+  code: int
+  flops: int
+  traffic: int
+  collectives: Collectives
+  cycles: int | None
+  compile_seconds: float
+
+  @property
+  def memory(self) -> int:
+    """Bytes that a device needs."""
+    return self.arguments + self.temporary + self.code
+
+
+def step_arguments(task: Task, devices: Sequence[jax.Device]) -> tuple[Any, ...]:
+  """Shapes of a step's arguments: state, totals, images, labels and order."""
+  train, batch_size = task.dataset.train, task.config.train.batch_size
+  share = batch_size // len(devices)
+  order = (task.steps_per_epoch, share)
+  images = _shared((share, *train.images.shape[1:]), devices) if train.streamed else train.images.shape
+  shapes = (
+    jax.eval_shape(task.init_state),
+    jax.eval_shape(functools.partial(zero_totals, task.phases[-1].targets)),
+    jax.ShapeDtypeStruct(images, jnp.uint8),
+    jax.ShapeDtypeStruct(images[:-3], jnp.int32),
+    jax.ShapeDtypeStruct(_shared(order, devices), jnp.int32),
+  )
+  if len(devices) > 1:
+    return shapes  # The step knows its devices.
+  place = devices_lib.replicated(list(devices))
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
+def _shared(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> tuple[int, ...]:
+  """With an axis for the devices, if they are several."""
+  return shape if len(devices) == 1 else (len(devices), *shape)
+
+
+def _images_axis(task: Task) -> dict[str, int]:
+  return {'images_axis': 0} if task.dataset.train.streamed else {}
+
+
+def _read_ahead(task: Task, count: int) -> int:
+  """Bytes of the batches on a device that a streamed run has there besides the one that it trains on."""
+  if not task.dataset.train.streamed:
+    return 0
+  from paranet_jax.data.stream import READ_AHEAD  # grain takes half a second to import.
+
+  return READ_AHEAD * task.config.train.batch_size // count * (math.prod(task.dataset.train.images.shape[1:]) + 4)
+
+
+def compile_step(task: Task, devices: Sequence[jax.Device]) -> tuple[jax.stages.Compiled, StepFacts]:
+  """Compiles the step of a run's last phase, the one in which all its exits train.
+
+  Raises:
+    jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler finds that it does not fit.
+  """
+  step = devices_lib.run_on(
+    list(devices), functools.partial(task.train_step, phase=task.phases[-1]), **_images_axis(task)
+  )
+  arguments = step_arguments(task, devices)
+  with compiling_for(devices[0].platform):
+    flops = 2 * multiply_adds(step, *arguments)[0]
+    lowered = step.lower(*arguments)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+  seconds = time.perf_counter() - started
+  program, memory = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+  cycles = [times * int(found[1]) for _, one, times in program.executed() if (found := _CYCLES.search(one.attributes))]
+  return compiled, StepFacts(
+    batch_size=task.config.train.batch_size,
+    arguments=memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + _read_ahead(task, len(devices)),
+    temporary=memory.temp_size_in_bytes,
+    code=memory.generated_code_size_in_bytes,
+    flops=flops,
+    traffic=memory_traffic(program),
+    collectives=collectives(program),
+    cycles=sum(cycles) or None,
+    compile_seconds=seconds,
+  )
+
+
+def step_seconds(task: Task, devices: Sequence[jax.Device], compiled: jax.stages.Compiled, steps: int = 5) -> float:
+  """Runs the compiled step on devices that are here; seconds of a step, the first two left out."""
+  devices = list(devices)
+  whole = devices_lib.replicated(devices)
+  state, totals = jax.device_put((task.init_state(), zero_totals(task.phases[-1].targets)), whole)
+  images, labels, order = _streamed(task, devices) if task.dataset.train.streamed else _in_memory(task, devices)
+  started = 0.0
+  for step in range(2 + steps):
+    if step == 2:
+      started = time.perf_counter()
+    state, totals = jax.block_until_ready(compiled(state, totals, images, labels, order))
+  return (time.perf_counter() - started) / steps
+
+
+def _in_memory(task: Task, devices: list[jax.Device]) -> tuple[jax.Array, ...]:
+  train = task.dataset.train
+  images, labels = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
+  rows = np.arange(task.steps_per_epoch * task.config.train.batch_size, dtype=np.int32)
+  return images, labels, devices_lib.place_order(rows.reshape(task.steps_per_epoch, -1), devices)
+
+
+def _streamed(task: Task, devices: list[jax.Device]) -> tuple[jax.Array, ...]:
+  """One batch, which is there: reading it is not of the step. Each device's order is as its share comes."""
+  train, batch_size = task.dataset.train, task.config.train.batch_size
+  place = devices_lib.replicated(devices) if len(devices) == 1 else devices_lib.shared(devices)
+  *_, images, labels, order = step_arguments(task, devices)
+  chosen = np.arange(batch_size)
+  counting = np.broadcast_to(np.arange(order.shape[-1], dtype=np.int32), order.shape)
+  batch = train.images[chosen].reshape(images.shape), train.labels[chosen].reshape(labels.shape), counting
+  return jax.device_put(batch, place)

@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.predict`: classes of image files."""

@@ -1,0 +1,109 @@
+"""How far the prediction of many images is, on the terminal, and what it came to."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import numpy as np
+
+from paranet_jax.report.progress import human_duration
+from paranet_jax.report.tables import human_count
+
+
+class Tally:
+  """Counts what was predicted.
+
+  Args:
+    plan: the `ExitPlan` that predicts.
+    clock: seconds, for the speed.
+  """
+
+  def __init__(self, plan: Any, clock: Callable[[], float] = time.perf_counter):
+    self._plan, self._clock = plan, clock
+    self._leaving = dict.fromkeys(plan.exits, 0)
+    self._macs = 0
+    # The first batch compiles, so its images and its time are no part of the speed.
+    self._first: tuple[int, float] | None = None
+    self._last = 0.0
+    self.images = self.unreadable = 0
+
+  def add(self, exits: np.ndarray, macs: np.ndarray, unreadable: int) -> None:
+    """Adds a batch: the exits [n], 1-based, and multiply-adds [n] of its images, and how many files were unreadable."""
+    for number in exits.tolist():
+      self._leaving[number] += 1
+    self._macs += int(np.sum(macs, dtype=np.int64))
+    self.images += len(exits)
+    self.unreadable += unreadable
+    self._last = self._clock()
+    if self._first is None and len(exits):
+      self._first = self.images, self._last
+
+  @property
+  def images_per_second(self) -> float:
+    """Since the first batch; 0 where there was no other."""
+    images, start = self._first or (0, 0.0)
+    return (self.images - images) / (self._last - start) if self._last > start else 0.0
+
+  def summary(self) -> str:
+    """One line: images, share leaving at each exit, mean cost, speed-up against the last exit alone, images/s."""
+    parts = [f'{self.images:,} image{"s" * (self.images != 1)}']
+    if self.unreadable:
+      parts[0] += f', {self.unreadable:,} unreadable'
+    if self.images:
+      parts += [f'exit {number}: {100 * count / self.images:.1f} %' for number, count in self._leaving.items()]
+      parts.append(self._cost())
+    if self.images_per_second:
+      parts.append(f'{_speed(self.images_per_second)} images/s')
+    return '; '.join(parts)
+
+  def _cost(self) -> str:
+    mean, last = self._macs / self.images, self._plan.macs_alone[-1]
+    return (
+      f'{human_count(round(mean))} multiply-adds an image, '
+      f'{last / mean:.2f} x fewer than exit {self._plan.exits[-1]} alone ({human_count(last)})'
+    )
+
+
+class LiveLine:
+  """One line of a terminal, rewritten in place; nothing where there is none.
+
+  Args:
+    stream: where.
+    total: files.
+    live: whether the line is shown, unless the terminal cannot; messages always are.
+  """
+
+  def __init__(self, stream: TextIO, total: int, live: bool):
+    self._stream, self._total = stream, total
+    self._live = live and os.environ.get('TERM') != 'dumb'
+
+  def update(self, done: int, images_per_second: float) -> None:
+    """Shows how many files are done, the speed and the time left, as far as the speed is known."""
+    if not self._live:
+      return
+    line = f'{done:,}/{self._total:,} images'
+    if images_per_second:
+      left = (self._total - done) / images_per_second
+      line += f'  {_speed(images_per_second)} images/s  {human_duration(left)} left'
+    # One column stays free: a full line wraps on some terminals.
+    self._write(f'\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K')
+
+  def message(self, text: str) -> None:
+    """Prints a line in place of the live one, which comes back with the next update."""
+    self.clear()
+    self._write(f'{text}\n')
+
+  def clear(self) -> None:
+    """Takes the live line away."""
+    if self._live:
+      self._write('\r\x1b[K')
+
+  def _write(self, text: str) -> None:
+    self._stream.write(text)
+    self._stream.flush()
+
+
+def _speed(images_per_second: float) -> str:
+  return f'{images_per_second:,.{0 if images_per_second >= 100 else 1}f}'

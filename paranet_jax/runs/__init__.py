@@ -1,0 +1,1 @@
+"""A run's folder: configuration, checkpoints and what was learned from."""

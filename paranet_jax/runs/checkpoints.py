@@ -1,0 +1,379 @@
+"""Saving and restoring the train state: the only file that knows orbax."""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import damaged_file, file_checksums
+from paranet_jax.runs.finite import is_finite, not_finite
+from paranet_jax.runs.workdir import read_object, write_json
+
+FOLDER = 'checkpoints'
+VARIABLES = ('params', 'batch_stats')
+"""What evaluation needs of a state."""
+DAMAGED = 'damaged_checkpoints'
+CHECKSUMS = 'checksums.json'
+FORMAT = 1
+"""0: without checksums."""
+
+_UNFINISHED = '*.orbax-checkpoint-tmp*'
+_DELETED = 'deleted'
+_COMMITTED = 'commit_success.txt'
+
+
+class DamagedError(UserError):
+  """A checkpoint cannot be read, or holds something else than was saved; `what` says which and why."""
+
+  def __init__(self, folder: Path, reason: str):
+    self.what = f'checkpoint {folder} is damaged ({reason})'
+    super().__init__(f'{self.what}; move that folder away to do without it')
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Not asked here: asked of a step that is past, jax would agree on one that no process comes to."""
+    return False
+
+
+class Checkpoints:
+  """The checkpoints of a run in `workdir/checkpoints`, one folder a step. A context manager.
+
+  Args:
+    workdir: absolute. Only one process at a time may open it to save in it.
+    keep: latest checkpoints kept; None: all, and nothing is made or removed.
+
+  Attributes:
+    also_keep: of the steps it is given those whose checkpoints are kept besides the latest.
+  """
+
+  def __init__(self, workdir: Path, keep: int | None = None):
+    self.also_keep: Callable[[Sequence[int]], Iterable[int]] = lambda steps: ()
+    self._keep = keep
+    self._folder = workdir / FOLDER
+    self._manager = self._open() if keep or self._folder.exists() else None
+    # Not orbax's own: before it returns it prepares every array, ten times as long as copying them takes.
+    self._background = ThreadPoolExecutor(1)
+    self._saving: Future | None = None
+    if keep:
+      self._tidy()
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._keep:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+      create=False,
+      preservation_policy=self if self._keep else None,
+      todelete_subdir=_DELETED,  # A rename is whole: a kill while one is deleted leaves nothing that looks like one.
+      enable_async_checkpointing=False,
+      # Of several processes the first alone saves: every one has the whole state.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+    )
+    return _Manager(self._folder, options=options)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Which checkpoints stay: this is orbax's preservation policy."""
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept = {*steps[-self._keep :], *self.also_keep(steps)}
+    return [step in kept for step in steps]
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: type | None, *unused) -> None:
+    try:
+      self.wait()
+    except UserError:
+      if kind is None:  # Else there is an earlier error to tell.
+        raise
+    finally:
+      self._background.shutdown()
+      if self._manager is not None:
+        self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints, the latest last."""
+    self.wait()
+    return sorted(self._manager.all_steps()) if self._manager is not None else []
+
+  def latest_step(self) -> int | None:
+    """Step of the latest checkpoint."""
+    return max(self.steps(), default=None)
+
+  def choose(self, step: int | None = None) -> int:
+    """The step asked for, or the latest.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    steps = self.steps()
+    if not steps:
+      raise UserError(f'expected a checkpoint in {self._folder}, found none; train first, or set --workdir')
+    if step is not None and step not in steps:
+      raise UserError(f'no checkpoint of step {step} in {self._folder}, found {steps}; set --step')
+    return steps[-1] if step is None else step
+
+  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Saves a state, in the background, and returns when it has been copied to the host.
+
+    A save that is still under way is waited for.
+
+    Args:
+      step: steps done.
+      state: a tree of arrays.
+      meta: JSON values kept beside it.
+
+    Raises:
+      UserError: the save before failed (see `wait`).
+    """
+    self.wait()
+    self._saving = self._background.submit(self._write, step, _host_copy(state), meta)
+
+  def check(self) -> None:
+    """Raises what `wait` would, if the save has come to its end."""
+    if self._saving is not None and self._saving.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the save that is under way.
+
+    Raises:
+      UserError: the state was not finite, and is not saved; or there was no room for it.
+    """
+    saving, self._saving = self._saving, None
+    if saving is not None:
+      saving.result()
+
+  def _write(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    saved_step = self._manager.latest_step()
+    if not is_finite(state):
+      raise not_finite('the state', step, saved_step)
+    meta = meta | {'format': FORMAT, 'shapes': _shapes(state)}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    try:
+      with _raised_not_logged():
+        self._manager.save(step, args=args)
+      folder = self._folder / str(step)
+      for marker in folder.rglob(_COMMITTED):
+        marker.write_text('')  # That it is there counts; it named a folder of this machine.
+      write_json(folder / CHECKSUMS, file_checksums(folder))
+    except (OSError, ValueError) as error:
+      self._tidy()
+      last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is whole'
+      raise UserError(
+        f'the checkpoint of step {step} cannot be written to {self._folder} ({_reason(error)}), and {last}; '
+        'make room or mend that, and the same command goes on'
+      ) from error
+    self._tidy()
+
+  def _tidy(self) -> None:
+    """Removes what a kill or a full disk left half written or half deleted."""
+    for path in (*self._folder.glob(_UNFINISHED), self._folder / _DELETED):
+      shutil.rmtree(path, ignore_errors=True)
+
+  def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
+    """Restores the latest checkpoint that is whole; damaged ones after it are named and moved away.
+
+    Args:
+      like: as of `restore`.
+
+    Returns:
+      Its step, its state and its meta.
+
+    Raises:
+      UserError: there is no whole one, or it is of another architecture or optimiser.
+    """
+    while True:
+      step = self.latest_step()
+      try:
+        return step, *self.restore(step, like)
+      except DamagedError as error:
+        if len(self.steps()) == 1:
+          raise
+        print(f'{error.what}; moved to {self._move_away(step)}', flush=True)
+
+  def _move_away(self, step: int) -> Path:
+    folder = self._folder.parent / DAMAGED
+    folder.mkdir(exist_ok=True)
+    number = sum(1 for path in folder.iterdir() if path.name.split('.')[0] == str(step))
+    target = folder / (f'{step}.{number}' if number else str(step))
+    (self._folder / str(step)).rename(target)
+    self._manager.reload()
+    return target
+
+  def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Restores a state and its meta.
+
+    Args:
+      step: an existing one (see `choose`).
+      like: a state of the same structure; each array goes where the one here lies.
+
+    Raises:
+      UserError: the checkpoint is damaged, of another architecture or optimiser, or of weights alone.
+    """
+    meta = self._read_meta(step)
+    saved = meta.pop('shapes')
+    self._check_whole(step, saved)
+    self._check_shapes(step, saved, _shapes(like))
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
+
+  def read_variables(self, step: int) -> dict[str, Any]:
+    """The parameters and running statistics of whatever model was saved, as trees of float32 NumPy arrays.
+
+    Args:
+      step: an existing one (see `choose`).
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    self._read_meta(step)
+    return self._read_variables(step)
+
+  def restore_variables(self, step: int, like: Any) -> Any:
+    """Restores parameters and running statistics without the rest of the state, as NumPy arrays.
+
+    Args:
+      step: an existing one (see `choose`).
+      like: {'params', 'batch_stats'}, a tree of the same structure.
+
+    Raises:
+      UserError: the checkpoint is damaged, or of another architecture.
+    """
+    shapes = self._read_meta(step)['shapes']
+    saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
+    self._check_shapes(step, saved, _shapes(like))
+    variables = self._read_variables(step)
+    return {name: variables[name] for name in like}
+
+  def _read_variables(self, step: int) -> dict[str, Any]:
+    state = self._read(step, state=ocp.args.StandardRestore()).state
+    # What was packed is of half the precision.
+    return jax.tree.map(partial(np.asarray, dtype=np.float32), {name: state.get(name) or {} for name in VARIABLES})
+
+  def _read_meta(self, step: int) -> dict[str, Any]:
+    """Reads it, once the files are found to be what was written: orbax does not see that everywhere."""
+    self._check_files(step)
+    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+    found = meta.pop('format', 0)
+    if found > FORMAT:
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} is of format {found}, and this version reads up to {FORMAT}; '
+        'update paranet_jax, or set --workdir'
+      )
+    return meta
+
+  def _read(self, step: int, **items: Any) -> Any:
+    try:
+      with _raised_not_logged():
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    except (MemoryError, jax.errors.JaxRuntimeError):
+      raise
+    except Exception as error:  # orbax raises errors of many kinds for damage, plain Exception among them.
+      reason = type(error).__name__
+    raise self._damaged(step, reason)
+
+  def _check_files(self, step: int) -> None:
+    folder = self._folder / str(step)
+    try:
+      saved = read_object(folder / CHECKSUMS)
+    except FileNotFoundError:  # Of format 0, or of a run that was killed before they were written.
+      return
+    except ValueError:
+      raise self._damaged(step, CHECKSUMS) from None
+    damaged = damaged_file(folder, saved)
+    if damaged:
+      raise self._damaged(step, damaged)
+
+  def _damaged(self, step: int, reason: str) -> DamagedError:
+    return DamagedError(self._folder / str(step), reason)
+
+  def _check_whole(self, step: int, saved: dict[str, list[int]]) -> None:
+    if all(path.split('/')[0] in VARIABLES for path in saved):
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} holds weights alone, which are not trained on; '
+        'start another run from them with --config.init_from, and another --workdir'
+      )
+
+  def _check_shapes(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for path in [*wanted, *saved]:
+      if saved.get(path) != wanted.get(path):
+        raise UserError(
+          f'checkpoint {self._folder / str(step)} is of another architecture or optimizer: {path} is '
+          f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} in this configuration; '
+          'set --config to the one it was trained with, or --workdir'
+        )
+
+
+class SavedElsewhere:
+  """What a process has in the place of `Checkpoints` where another one saves: it only knows of what step."""
+
+  def __init__(self):
+    self.also_keep = None
+    self._steps = []
+
+  def __enter__(self) -> 'SavedElsewhere':
+    return self
+
+  def __exit__(self, *unused) -> None:
+    pass
+
+  def steps(self) -> list[int]:
+    """Steps of the checkpoints that were saved since this process began."""
+    return self._steps
+
+  def latest_step(self) -> int | None:
+    """Step of the latest of them."""
+    return max(self._steps, default=None)
+
+  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    """Takes note of it."""
+    self._steps.append(step)
+
+  def check(self) -> None:
+    """Does nothing."""
+
+  def wait(self) -> None:
+    """Does nothing."""
+
+
+def _host_copy(state: Any) -> Any:
+  arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+  # All on their way at once; on a CPU there is no way to go, and asking takes as long as the copy.
+  if any(device.platform != 'cpu' for array in arrays[:1] for device in array.devices()):
+    for array in arrays:
+      array.copy_to_host_async()
+  # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
+  return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
+
+
+def _shapes(state: Any) -> dict[str, list[int]]:
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): list(leaf.shape) for path, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _raised_not_logged() -> Iterator[None]:
+  """Keeps orbax from telling its errors twice, with the tracebacks of its threads."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _reason(error: Exception) -> str:
+  """Such as `No space left on device`, in whichever of orbax's ways it is said."""
+  said = re.search(r'([^:]+) \[os_error_code', str(error))
+  return said[1].strip() if said else getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]

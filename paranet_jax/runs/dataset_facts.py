@@ -1,0 +1,98 @@
+"""dataset.json: what prediction needs of the data set, so that it works where the images are not."""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from paranet_jax.data.dataset import Dataset
+from paranet_jax.host.errors import UserError
+from paranet_jax.runs.workdir import write_json
+
+DATASET = 'dataset.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetFacts:
+  """What a run's data set is called, its classes, and how its images are normalized.
+
+  Attributes:
+    class_names: one a class.
+    mean, std: one a channel, in units of 0..1 pixel values.
+    counts: images in 'train', 'held_out' and 'test'.
+  """
+
+  name: str
+  version: str
+  class_names: tuple[str, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  counts: dict[str, int]
+
+
+def dataset_facts(dataset: Dataset) -> DatasetFacts:
+  """The facts of a data set."""
+  splits = {'train': dataset.train, 'held_out': dataset.held_out, 'test': dataset.test}
+  return DatasetFacts(
+    name=dataset.name,
+    version=dataset.version,
+    class_names=tuple(dataset.class_names),
+    mean=tuple(dataset.mean),
+    std=tuple(dataset.std),
+    counts={name: 0 if split is None else len(split) for name, split in splits.items()},
+  )
+
+
+def output_names(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
+  """One name an output of a model, which may have more or fewer outputs than its data set has classes."""
+  return (*class_names[:num_outputs], *(f'class {number}' for number in range(len(class_names), num_outputs)))
+
+
+def save_dataset_facts(workdir: Path, dataset: Dataset) -> None:
+  """Writes dataset.json, unless the same is there already."""
+  saved = json.loads(json.dumps(dataclasses.asdict(dataset_facts(dataset))))
+  try:
+    same = json.loads((workdir / DATASET).read_text()) == saved
+  except (OSError, ValueError):
+    same = False
+  if not same:
+    write_json(workdir / DATASET, saved)
+
+
+def restore_dataset_facts(workdir: Path, channels: int) -> DatasetFacts:
+  """Reads dataset.json.
+
+  Args:
+    workdir: of the run.
+    channels: of its images.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  path = workdir / DATASET
+  mend = f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9 writes it anew'
+  try:
+    saved = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UserError(f'expected {path}, found none; {mend}') from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not a JSON object ({error}); {mend}') from error
+  if not _fits(saved, channels):
+    raise UserError(f'{path} must hold name, version, class_names, mean, std and counts, found {saved!r:.60}; {mend}')
+  return DatasetFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+
+
+def _fits(saved: object, channels: int) -> bool:
+  fields = {field.name for field in dataclasses.fields(DatasetFacts)}
+  if not isinstance(saved, dict) or saved.keys() != fields:
+    return False
+  names, mean, std = saved['class_names'], saved['mean'], saved['std']
+  return (
+    isinstance(names, list)
+    and all(isinstance(name, str) for name in names)
+    and all(isinstance(values, list) and len(values) == channels for values in (mean, std))
+    and all(isinstance(value, int | float) and math.isfinite(value) for value in mean + std)
+    and min(std) > 0
+  )

@@ -1,0 +1,61 @@
+"""When a run saves checkpoints, and which it keeps besides the latest."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.targets import trained_exits
+from paranet_jax.task import Task
+
+HIGHER_IS_BETTER = {'accuracy': True, 'top5': True, 'loss': False, 'nll': False}
+"""What a checkpoint can be kept for: measures of the last trained exit on the images held out."""
+
+
+class Retention:
+  """Which checkpoints stay: the best by `checkpoint.keep_best`, and one every `checkpoint.keep_every_epochs`.
+
+  Args:
+    workdir: whose metrics.jsonl says how good the checkpoints that are there already are; None: another process keeps
+      them.
+  """
+
+  def __init__(self, task: Task, workdir: Path | None):
+    config = task.config.checkpoint
+    self._evaluation_steps = task.evaluation_steps
+    self._every_steps = config.every_steps
+    self._kept_steps = round(config.keep_every_epochs * task.steps_per_epoch)
+    self._measure = None if config.keep_best == 'none' else config.keep_best
+    self._key = f'exit_{trained_exits(task.targets)[-1]}/{self._measure}'
+    self._measured: dict[int, float] = {}
+    for line in read_metrics(workdir) if self._measure and workdir else ():
+      if line['split'] == 'held_out':
+        self.note(line['step'], line)
+
+  def note(self, step: int, held_out: dict[str, float]) -> None:
+    """Takes note of an evaluation on the images held out, as its line of metrics.jsonl says it."""
+    value = held_out.get(self._key)
+    if value is not None and math.isfinite(value):
+      self._measured[step] = value if HIGHER_IS_BETTER[self._measure] else -value
+
+  def saves_after(self, step: int) -> bool:
+    """Whether this step ends with a checkpoint: of those that may be the best, every one that is evaluated."""
+    return (
+      step % self._every_steps == 0
+      or self._is_kept(step)
+      or (self._measure is not None and step % self._evaluation_steps == 0)
+    )
+
+  def kept(self, steps: Iterable[int]) -> set[int]:
+    """Of these checkpoints' steps those to keep, however old they are; of equally good ones the latest."""
+    kept = {step for step in steps if self._is_kept(step)}
+    best = self.best(steps)
+    return kept if best is None else kept | {best}
+
+  def best(self, steps: Iterable[int]) -> int | None:
+    """The step of the best of these checkpoints; None: none is kept for that, or none has been evaluated."""
+    measured = {step: self._measured[step] for step in steps if step in self._measured}
+    return max(measured, key=lambda step: (measured[step], step), default=None)
+
+  def _is_kept(self, step: int) -> bool:
+    return self._kept_steps > 0 and step % self._kept_steps == 0

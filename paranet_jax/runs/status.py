@@ -1,0 +1,63 @@
+"""How far a run is, from what is in its folder; changes nothing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from paranet_jax.host.errors import UserError
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.workdir import CONFIG, SUMMARY, changes, read_object
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStatus:
+  """How far a run is.
+
+  Attributes:
+    changed: the fields in which it differs from the configuration asked for; of such a run nothing else is said.
+    step: of the latest checkpoint; None: there is none.
+    summary: what summary.json holds, once the run is finished.
+  """
+
+  changed: list[str]
+  step: int | None
+  summary: dict[str, Any] | None
+
+  def __str__(self) -> str:
+    if self.summary:
+      return 'finished'
+    return 'missing' if self.step is None else f'stopped at step {self.step:,}'
+
+
+def run_status(workdir: Path, config: ConfigDict) -> RunStatus:
+  """Looks at a run's folder.
+
+  Args:
+    workdir: absolute.
+
+  Raises:
+    UserError: its configuration or summary is damaged.
+  """
+  changed = changes(workdir, config) if (workdir / CONFIG).exists() else []
+  if changed:
+    return RunStatus(changed, None, None)
+  with Checkpoints(workdir) as checkpoints:
+    step = checkpoints.latest_step()
+  summary = _read_summary(workdir / SUMMARY)
+  # A finished run that was given more epochs, and went on, is not finished.
+  finished = summary is not None and (step is None or step <= summary['steps'])
+  return RunStatus([], step, summary if finished else None)
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+  try:
+    summary = read_object(path)
+    if 'steps' not in summary:
+      raise ValueError(f'it holds {summary!r:.40}')
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise UserError(f'{path} is not the summary of a run ({error}); delete it, and it is written anew') from error
+  return summary

@@ -1,0 +1,144 @@
+"""A run's folder: its configuration, and JSON files written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from paranet_jax.base_config import base_config, family_of, field_names
+from paranet_jax.config import differences
+from paranet_jax.host.errors import UserError
+
+CONFIG = 'config.json'
+SUMMARY = 'summary.json'
+FOLDERS = ('checkpoints', 'tensorboard')
+
+
+def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
+  """Makes the folder, or compares the configuration with the one saved in it.
+
+  Args:
+    workdir: absolute.
+    accept_changes: the configuration may differ from the saved one.
+
+  Raises:
+    UserError: the folder cannot be written, or holds a run with another configuration.
+  """
+  prepare_folder(workdir)
+  for name in FOLDERS:
+    if (workdir / name).exists():
+      prepare_folder(workdir / name)
+  if (workdir / CONFIG).exists() and not accept_changes:
+    _check_same(workdir, config)
+
+
+def prepare_folder(folder: Path) -> None:
+  """Makes a folder that can be written.
+
+  Raises:
+    UserError: it cannot be.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except (FileExistsError, NotADirectoryError) as error:
+    raise UserError(f'workdir {folder} must be a folder, and there is a file; set --workdir') from error
+  except OSError as error:
+    raise UserError(f'workdir {folder} cannot be made: {error.strerror}; set --workdir') from error
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f'workdir {folder} must be writable, and is not; set --workdir')
+
+
+def save_config(workdir: Path, config: ConfigDict) -> None:
+  """Saves the configuration in place of the one that may be there."""
+  write_json(workdir / CONFIG, _as_saved(config))
+
+
+def restore_config(workdir: Path) -> ConfigDict:
+  """The saved configuration; fields that it does not have yet take their defaults.
+
+  Raises:
+    UserError: there is none, or its fields are not those of this version.
+  """
+  saved, path = _load_config(workdir), workdir / CONFIG
+  config = base_config(family=family_of(saved))
+  unknown = set(field_names(saved)) - set(field_names(config))
+  if unknown:
+    raise UserError(f'{path} has a field {min(unknown)} that this version does not know; set --config instead')
+  try:
+    config.update(saved)
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{path} does not fit ({error}); mend it, or set --config') from error
+  return config
+
+
+def changes(workdir: Path, config: ConfigDict) -> list[str]:
+  """The fields in which the saved configuration differs from this one, as `field: saved -> now`.
+
+  Raises:
+    UserError: the saved configuration cannot be read.
+  """
+  saved = _load_config(workdir)
+  return differences(_with_defaults(saved, _as_saved(base_config(family=family_of(saved)))), _as_saved(config))
+
+
+def _check_same(workdir: Path, config: ConfigDict) -> None:
+  changed = changes(workdir, config)
+  if changed:
+    raise UserError(
+      f'workdir {workdir} holds a run with another configuration: {"; ".join(changed)} (saved -> now); '
+      'set --workdir for a new run, or --accept_config_changes to go on with the new one'
+    )
+
+
+def _with_defaults(saved: dict, defaults: dict) -> dict:
+  """A saved configuration with the fields that came after it."""
+  sections = {key for key, value in saved.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)}
+  return defaults | saved | {key: _with_defaults(saved[key], defaults[key]) for key in sections}
+
+
+def _as_saved(config: ConfigDict) -> dict:
+  return json.loads(config.to_json())
+
+
+def _load_config(workdir: Path) -> dict:
+  path = workdir / CONFIG
+  try:
+    return read_object(path)
+  except OSError as error:
+    raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir') from error
+  except ValueError as error:
+    raise UserError(f'{path} is not a JSON object ({error}); restore it, or set --workdir for a new run') from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it holds something else.
+  """
+  value = json.loads(path.read_text())
+  if not isinstance(value, dict):
+    raise ValueError(f'it holds {value!r:.40}')
+  return value
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON to a file, whole or not at all."""
+  write_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes a text file, whole or not at all."""
+  temporary = path.with_name(path.name + '.tmp')
+  try:
+    with temporary.open('w') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise

@@ -1,0 +1,545 @@
+"""Tests of the benchmarks: what they compare computes the same, and what they print is what was measured."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import (
+  cli,
+  compile_time,
+  fresh_process,
+  inference,
+  loader,
+  memory,
+  network,
+  peers,
+  report,
+  saving,
+  train_step,
+)
+from benchmarks.network import Size
+from benchmarks.own_process import own_process
+from benchmarks.timing import in_turn
+from paranet_jax.data.dataset import Split
+from paranet_jax.data.records import StoredImages
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.huge_pages import VARIABLE
+from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.targets import parse_name
+
+TINY = Size(layers=2, growth_rate=2, side=8, batch=4)
+SMALLEST = Size(layers=1, growth_rate=2, side=8, batch=4)
+FLAGS = [f'--{field}={value}' for field, value in vars(SMALLEST).items()]
+SURROUNDINGS = {'machine', 'versions', 'date'}
+RANDOM_VARIABLES = network.random_variables
+ROW = {'what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit'}
+
+
+def test_in_turn():
+  now, order = 0.0, []
+  durations = {
+    # The first call, the one that says how many fit into a turn of 1 s, four turns of two calls; the first is left out.
+    'ours': iter([9.0, 0.5, 0.1, 0.1, 0.5, 0.5, 3.0, 5.0, 1.0, 1.0]),
+    # A turn is one call at least.
+    'theirs': iter([9.0, 4.0, 99.0, 8.0, 2.0, 6.0]),
+  }
+
+  def call(name, number):
+    nonlocal now
+    assert number == 7
+    order.append(name)
+    now += next(durations[name])
+
+  functions = {name: partial(call, name) for name in durations}
+  assert in_turn(functions, rounds=3, seconds=1.0, arguments=(7,), clock=lambda: now) == {'ours': 1.0, 'theirs': 6.0}
+  assert order == ['ours'] * 2 + ['theirs'] * 2 + ['ours', 'ours', 'theirs'] * 4
+
+
+class Remote:
+  """In the place of a `RemoteFunction`: a call of it takes 0.25 s there."""
+
+  def __init__(self):
+    self.calls = []
+
+  def __call__(self, image):
+    self.calls.append(('once', image))
+
+  def seconds(self, calls, image):
+    self.calls.append((calls, image))
+    return 0.25 * calls
+
+
+def test_in_turn_leaves_the_clock_to_another_process():
+  remote = Remote()
+  assert in_turn({'theirs': remote}, rounds=2, seconds=1.0, arguments=('image',)) == {'theirs': 0.25}
+  assert remote.calls == [('once', 'image'), (1, 'image'), *[(4, 'image')] * 3]
+
+
+def test_own_process(capfd):
+  numbers = [1, 2, 3, 4, 5]
+  with own_process('eager', getattr, numbers, 'pop') as pop:
+    assert len(multiprocessing.active_children()) == 1
+    assert pop(0) == 1
+    assert pop.seconds(2) > 0
+    assert (pop(), numbers) == (3, [1, 2, 3, 4, 5])
+    with pytest.raises(UserError, match='^expected eager to run in its own process, found TypeError: .* [(]traceback'):
+      pop('none')
+    with pytest.raises(UserError, match='^expected eager to run in its own process, found it ended with code 0$'):
+      pop()
+  assert not multiprocessing.active_children()
+  out, err = capfd.readouterr()
+  assert out == '' and err.startswith('Traceback')
+
+
+@pytest.mark.parametrize('write, arguments', [(print, ('a notice',)), (os.write, (1, b'a notice\n'))])
+def test_own_process_writes_to_standard_error(write, arguments, monkeypatch, capfd):
+  monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+  with own_process('eager', partial, write) as remote_write:
+    remote_write(*arguments)
+  assert capfd.readouterr() == ('', 'a notice\n')
+
+
+def test_own_process_leaves_control_c_to_ours(capfd):
+  with own_process('eager', partial, signal.raise_signal) as interrupt_itself:
+    interrupt_itself(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt), own_process('eager', partial, os.kill) as interrupt_ours:
+    interrupt_ours(os.getpid(), signal.SIGINT)
+  assert not multiprocessing.active_children()
+  assert capfd.readouterr() == ('', '')
+
+
+def test_own_process_that_cannot_make_its_function():
+  with pytest.raises(UserError) as here:
+    parse_name('PN')
+  with pytest.raises(UserError) as there, own_process('eager', parse_name, 'PN'):
+    pass
+  assert str(there.value) == str(here.value)
+  with pytest.raises(UserError, match='^expected eager to run in its own process, found it ended with code 3$'):
+    with own_process('eager', os._exit, 3):
+      pass
+  assert not multiprocessing.active_children()
+
+
+def test_rows_and_table():
+  seconds = {'ours': 0.25, 'eager': 0.5, 'linen': 2.0}
+  rows = report.compare('forward pass', seconds, unit='images/s', batch=64)
+  rows += report.compare('one image', {'ours': 0.002, 'eager': 0.008}, unit='ms', batch=1, exit=3)
+  assert [tuple(row.values()) for row in rows] == [
+    ('forward pass', 'eager', 64, None, 256.0, 128.0, 2.0, 'images/s'),
+    ('forward pass', 'linen', 64, None, 256.0, 32.0, 8.0, 'images/s'),
+    ('one image', 'eager', 1, 3, 2.0, 8.0, 0.25, 'ms'),
+  ]
+  result = report.headline(rows) | {'machine': {'cpu': 'X', 'device': {'count': 1}}, 'tpu_code_mb': None}
+  assert report.text(result).splitlines() == [
+    'what          peer   batch  exit  ours  theirs  ratio  unit',
+    'forward pass  eager     64         256     128      2  images/s',
+    'forward pass  linen     64         256      32      8  images/s',
+    'one image     eager      1     3     2       8   0.25  ms',
+    '',
+    'ours: 256.0',
+    'theirs: 128.0',
+    'ratio: 2.0',
+    'machine: cpu X, device count 1',
+    'tpu_code_mb: None',
+  ]
+
+
+@pytest.mark.parametrize(
+  'main, flags, message',
+  [
+    (train_step.main, ['--rounds=0'], 'argument --rounds: expected an integer of 1 or more, found 0; see --help'),
+    (train_step.main, ['--batch=some'], 'argument --batch: expected an integer of 1 or more, found some; see --help'),
+    (train_step.main, ['--scale'], 'unrecognized arguments: --scale; see --help'),
+    (memory.main, ['--rounds=2'], 'unrecognized arguments: --rounds=2; see --help'),
+    (
+      inference.main,
+      ['--peer=jit'],
+      "argument --peer: invalid choice: 'jit' (choose from 'eager', 'compile'); see --help",
+    ),
+    (
+      memory.main,
+      ['--side=12'],
+      'expected a side that can be halved three times, found 12; set --side to a multiple of 8',
+    ),
+    (
+      train_step.main,
+      ['--batch=3'],
+      'expected a batch that 2 devices can share, found 3; set --batch to a multiple',
+    ),
+  ],
+)
+def test_refused_flags(main, flags, message, capsys):
+  assert main([*flags, '--json']) == 2
+  assert capsys.readouterr() == ('', f'error: {message}\n')
+
+
+@pytest.mark.parametrize(
+  'load, warning',
+  [
+    (1.0, ''),
+    (1.5, 'warning: load average 1.5 on 2 cores slows PyTorch most; wait until the machine is idle\n'),
+  ],
+)
+def test_busy_machine(load, warning, capsys):
+  cli.warn_if_busy(load_average=load, cores=2, cpu='X')
+  assert capsys.readouterr() == ('', warning)
+
+
+@pytest.mark.parametrize('main', [train_step.main, inference.main, compile_time.main])
+def test_without_pytorch(main, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(UserError):
+    peers.require_torch()
+  monkeypatch.setattr(network, 'random_variables', None)  # Nothing slow has begun.
+  assert main([*FLAGS, '--json']) == 2
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.splitlines()[-1] == 'error: expected PyTorch, found none; pip install -r benchmarks/requirements.txt'
+
+
+class FakeTorch:
+  """In the place of `torch_paranet`: takes no time, and prints where it should not."""
+
+  @staticmethod
+  def torch_network(variables, *, pool_first):
+    print('a notice')
+    return variables
+
+  @staticmethod
+  def training_step(theirs, images, labels, optimizer, *, compiled):
+    return lambda: None
+
+  @staticmethod
+  def forward(theirs, exits, *, compiled):
+    return lambda images: [np.zeros((len(images), 100))] * len(exits)
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+  """The fake in our process, where it can be put in place."""
+
+  def stand_in(name, make, *arguments, huge_pages=True):
+    if name == train_step.TWO_DEVICES:
+      return own_process(name, make, *arguments)
+    return contextlib.nullcontext(make(*arguments))
+
+  monkeypatch.setattr(peers, 'require_torch', lambda: None)
+  monkeypatch.setattr(peers, 'torch_paranet', FakeTorch)
+  monkeypatch.setattr(inference, 'own_process', stand_in)
+  monkeypatch.setattr(train_step, 'own_process', stand_in)
+
+
+@pytest.mark.parametrize('huge_pages', [True, False])
+def test_own_process_asks_for_huge_pages_if_ours_does(huge_pages, monkeypatch):
+  monkeypatch.setenv(VARIABLE, 'glibc.malloc.hugetlb=1')
+  with own_process('eager', partial, os.getenv, VARIABLE, huge_pages=huge_pages) as variable:
+    assert variable() == ('glibc.malloc.hugetlb=1' if huge_pages else None)
+  assert os.environ[VARIABLE] == 'glibc.malloc.hugetlb=1'
+
+
+@pytest.mark.parametrize('name', ['eager', 'eager_pool_first', 'eager_huge_pages', 'compile'])
+def test_what_a_peer_is(name, monkeypatch):
+  made = []
+
+  class Recorded:
+    torch_network = staticmethod(lambda variables, *, pool_first: made.append(('pool_first', pool_first)))
+    forward = staticmethod(lambda theirs, exits, *, compiled: made.append(('compiled', compiled)))
+    training_step = staticmethod(lambda theirs, *batch, compiled: made.append(('compiled', compiled)))
+
+  monkeypatch.setattr(peers, 'torch_paranet', lambda: Recorded)
+  expected = [('pool_first', name == 'eager_pool_first'), ('compiled', name == 'compile')]
+  assert peers.TORCH_PEERS[name].huge_pages == (name == 'eager_huge_pages')
+  peers.torch_forward(peers.TORCH_PEERS[name], {}, (1,))
+  peers.torch_step(peers.TORCH_PEERS[name], {}, None, None, {})
+  assert made == expected * 2
+
+
+def run(main, flags, capsys):
+  """What a benchmark prints with --json: one line, and nothing else."""
+  assert main([*flags, '--json']) == 0
+  out = capsys.readouterr().out
+  assert out.count('\n') == 1 and out.endswith('\n')
+  result = json.loads(out)
+  assert set(result) >= SURROUNDINGS | {'rows'}
+  assert all(set(row) == ROW for row in result['rows'])
+  return result
+
+
+def named(result):
+  return [(row['what'], row['peer'], row['batch'], row['exit'], row['unit']) for row in result['rows']]
+
+
+def test_train_step(fake_torch, monkeypatch, capsys):
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # Of the process with two devices.
+  result = run(train_step.main, [*FLAGS, '--rounds=1', '--seconds=0', '--no-linen'], capsys)
+  assert set(result) == SURROUNDINGS | {'ours', 'theirs', 'ratio', 'rows'}
+  assert named(result) == [
+    ('training step', 'eager', 4, None, 'images/s'),
+    ('training step', 'eager_pool_first', 4, None, 'images/s'),
+    ('training step', 'eager_huge_pages', 4, None, 'images/s'),
+    ('training step, two CPU devices', 'eager', 4, None, 'images/s'),
+  ]
+  assert [result[name] for name in ('ours', 'theirs', 'ratio')] == list(result['rows'][0].values())[4:7]
+  assert result['ratio'] == pytest.approx(result['ours'] / result['theirs'], rel=1e-3)
+  assert 0 < result['rows'][3]['ours'] < result['theirs']
+
+
+def test_train_step_scaling(fake_torch, monkeypatch, capsys):
+  # The time of a step is what it is made for: layers times growth rate times pixels times batch.
+  def step_time(size):
+    return size.layers * size.growth_rate * size.side**2 * size.batch
+
+  monkeypatch.setattr(train_step, 'our_step', lambda size, *_: step_time(size))
+  monkeypatch.setattr(train_step, 'torch_step', lambda size, name: contextlib.nullcontext(2 * step_time(size)))
+  monkeypatch.setattr(train_step, 'own_process', lambda name, make, size: contextlib.nullcontext(step_time(size) / 4))
+  monkeypatch.setattr(train_step, 'timed', lambda what, steps, options: steps)
+  result = run(train_step.main, ['--layers=16', '--scaling', '--peer=compile'], capsys)
+  step = 16 * 12 * 32**2 * 64
+  assert [row['peer'] for row in result['rows'][:6]] == [*peers.TORCH_PEERS, 'linen', 'eager']
+  assert result['ratio'] == 2.0 and result['rows'][5]['ratio'] == 8.0
+  assert [(row['what'], row['batch'], row['ours'] / (1000 * step), row['ratio']) for row in result['rows'][6:]] == [
+    ('time of a step', 64, pytest.approx(1, rel=1e-3), 0.5),
+    ('time of a step, layers 8', 64, pytest.approx(1 / 2, rel=1e-3), 0.5),
+    ('time of a step, layers 32', 64, pytest.approx(2, rel=1e-3), 0.5),
+    ('time of a step, growth_rate 6', 64, pytest.approx(1 / 2, rel=1e-3), 0.5),
+    ('time of a step, growth_rate 24', 64, pytest.approx(2, rel=1e-3), 0.5),
+    ('time of a step, side 16', 64, pytest.approx(1 / 4, rel=1e-3), 0.5),
+    ('time of a step, side 64', 64, pytest.approx(4, rel=1e-3), 0.5),
+    ('time of a step, batch 16', 16, pytest.approx(1 / 4, rel=1e-3), 0.5),
+    ('time of a step, batch 256', 256, pytest.approx(4, rel=1e-3), 0.5),
+  ]
+
+
+def test_inference(fake_torch, monkeypatch, capsys):
+  # Our logits are then the peer's: all zero.
+  monkeypatch.setattr(network, 'random_variables', lambda size: jax.tree.map(np.zeros_like, RANDOM_VARIABLES(size)))
+  result = run(inference.main, [*FLAGS, '--rounds=1', '--seconds=0', '--no-linen'], capsys)
+  assert set(result) == SURROUNDINGS | {'ours', 'theirs', 'ratio', 'rows', 'logit_difference'}
+  assert result['logit_difference'] == 0
+  assert named(result) == [
+    row
+    for exit in (None, 1, 2, 3)
+    for row in (
+      *(('forward pass', peer, 4, exit, 'images/s') for peer in ('eager', 'eager_pool_first', 'eager_huge_pages')),
+      *(('one image', peer, 1, exit, 'ms') for peer in ('eager', 'eager_pool_first', 'eager_huge_pages')),
+    )
+  ]
+
+
+@pytest.mark.parametrize('theirs', [0.5002, np.nan])
+def test_other_logits_are_refused(theirs):
+  forwards = {'ours': lambda _: [np.full((2, 3), 0.5)], 'eager': lambda _: [np.full((2, 3), theirs)]}
+  with pytest.raises(RuntimeError, match='the logits differ by (2.0e-04|nan), and by 1e-04 at most was expected'):
+    inference.check_logits(forwards, None)
+
+
+def test_compile_time(fake_torch, monkeypatch, capsys):
+  asked = []
+  values = {
+    'ours': iter([99.0, 30.0, 6.0, 40.0, 4.0, 35.0, 5.0]),  # Fills the cache; then cold and warm in turn.
+    'eager': iter([1.0, 3.0, 2.0]),
+    'linen': iter([100.0, 100.0, 100.0]),
+  }
+
+  def fake(task, size, *, cache):
+    asked.append((task, cache is not None, size.batch))
+    if task == 'evaluation':
+      return {'imports': 1.0, 'compile': 8.0}
+    if task == 'tpu':
+      return {'imports': 1.0, 'compile': 80.0, 'code_mb': 30.0}
+    return {'imports': 1.0, 'first_step': next(values[task])}
+
+  monkeypatch.setattr(compile_time, 'in_fresh_process', fake)
+  monkeypatch.setattr(compile_time, 'has_libtpu', lambda: True)
+  result = run(compile_time.main, ['--rounds=3'], capsys)
+  turn = [
+    ('ours', False, 64),
+    ('ours', True, 64),
+    ('eager', False, 64),
+    ('linen', False, 64),
+  ]
+  last = [('evaluation', False, 64), ('tpu', False, 256)]
+  assert asked == [('ours', True, 64), *turn * 3, *last]
+  assert {name: value for name, value in result.items() if name not in SURROUNDINGS | {'rows'}} == {
+    'cold_first_step_s': 35.0,
+    'warm_first_step_s': 5.0,
+    'eval_s': 8.0,
+    'tpu_compile_s': 80.0,
+    'tpu_code_mb': 30.0,
+  }
+  assert [(row['what'], row['peer'], row['ours'], row['theirs']) for row in result['rows']] == [
+    ('cold start: imports', 'eager', 1.0, 1.0),
+    ('cold start: first step', 'eager', 35.0, 2.0),
+    ('cold start: imports', 'linen', 1.0, 1.0),
+    ('cold start: first step', 'linen', 35.0, 100.0),
+    ('warm start: imports', 'cold', 1.0, 1.0),
+    ('warm start: first step', 'cold', 5.0, 35.0),
+  ]
+
+
+def test_tpu_is_null_without_libtpu(monkeypatch):
+  monkeypatch.setattr(compile_time, 'has_libtpu', lambda: False)
+  assert compile_time.tpu(TINY) == {'tpu_compile_s': None, 'tpu_code_mb': None}
+
+
+def test_fresh_process_and_its_compilation_cache(monkeypatch, tmp_path):
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+  cache = tmp_path / 'cache'
+  found = fresh_process.in_fresh_process('evaluation', SMALLEST, cache=cache)
+  assert set(found) == {'imports', 'compile'} and min(found.values()) > 0
+  assert len(list((cache / 'compiled').iterdir())) == 1
+
+
+def test_saving(monkeypatch, capsys):
+  steps = {'steps_ms': 3.0, 'bare_steps_ms': 2.0}
+  monkeypatch.setattr(saving, '_step_times', lambda *unused: steps)
+  result = run(saving.main, [*FLAGS, '--rounds=2'], capsys)
+  assert result.keys() == SURROUNDINGS | {'save_ms', 'copy_ms', 'ratio', 'whole_save_ms', 'megabytes', 'rows', *steps}
+  assert result['ratio'] == pytest.approx(result['save_ms'] / result['copy_ms'], rel=1e-3)
+  assert 0 < result['save_ms'] < result['whole_save_ms'] and result['steps_ms'] == 3.0
+  assert [row['peer'] for row in result['rows']] == ['copy', 'orbax async']
+
+
+def test_what_training_steps_take_with_a_save_in_them(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(network, 'our_training_step', lambda *unused: lambda: calls.append('step'))
+  monkeypatch.setattr(saving.Checkpoints, 'save', lambda *unused: calls.append('save'))
+  found = saving._step_times(SMALLEST, {}, tmp_path, rounds=1)
+  assert calls == ['step', 'save', *['step'] * 2 * saving.STEPS] and found.keys() == {'steps_ms', 'bare_steps_ms'}
+
+
+def test_memory(monkeypatch, capsys):
+  ours = memory.temp_bytes_per_image(SMALLEST, network.our_network)
+  # At the very least the bottleneck outputs of the six layers are kept: 4 k channels of 4 bytes at a pixel or more.
+  assert ours > 6 * 4 * SMALLEST.growth_rate * 4
+  monkeypatch.setattr(memory, 'temp_bytes_per_image', lambda size, make: 3e6 if make is network.our_network else 12e6)
+  result = run(memory.main, [], capsys)
+  assert {name: value for name, value in result.items() if name not in SURROUNDINGS} == {
+    'temp_bytes_per_image': 3e6,
+    'linen_temp_bytes_per_image': 12e6,
+    'ratio': 0.25,
+    'rows': [report.row('temporary memory of the training step', 'linen', 3e6, 12e6, 'bytes an image', 64)],
+  }
+
+
+def test_loader(monkeypatch, capsys):
+  used, read = [], []
+  monkeypatch.setattr(loader, 'rate', lambda split, batch, options, use: used.append((len(split), use(None))) or 300.0)
+  monkeypatch.setattr(loader, 'decoding_rate', lambda split, options: read.append(split.images[:2].shape) or 50.0)
+  monkeypatch.setattr(loader, 'in_turn', lambda functions, rounds, seconds: {'ours': 0.04})
+  monkeypatch.setattr(loader, 'streamed_step', lambda size, device: lambda batch: 'trained')
+  monkeypatch.setattr(network, 'our_training_step', lambda *_: None)
+  result = run(loader.main, [*FLAGS, '--workers=2', '--data_dir='], capsys)
+  assert [(row['what'], row['peer'], row['ours'], row['theirs'], row['ratio']) for row in result['rows']] == [
+    ('loader', 'training step', 300, 100, 3),
+    ('training, streamed', 'in memory', 300, 100, 3),
+    ('loader, 224 pixels', 'one thread', 300, 50, 6),
+  ]
+  assert (result['ratio'], result['workers'], result['images']) == (3, 2, 'generated')
+  assert used == [(115, None), (115, None), (115, 'trained')]  # A tenth of 128 is for testing.
+  assert read == [(2, 224, 224, 3)]
+
+
+def test_rate_of_a_loader(monkeypatch):
+  """Batches of four, of which the warm-up takes four and each round two, a second apart."""
+  clock = iter(range(100))
+  monkeypatch.setattr(loader.time, 'perf_counter', lambda: next(clock))
+  images = StoredImages(
+    SimpleNamespace(read=lambda numbers: ([np.zeros((8, 8, 3), np.uint8)] * len(numbers), None)),
+    np.arange(3),
+    (8, 8, 3),
+  )
+  taken = []
+  options = SimpleNamespace(workers=0, rounds=3, seconds=2)
+  rate = loader.rate(
+    Split(images, np.zeros(3, np.int32)), 4, options, lambda batch: taken.append(batch['images'].shape)
+  )
+  assert taken == [(4, 8, 8, 3)] * (4 + 3 * 2)
+  # Looked at before, once after each batch but the first, and at the end: 3 s for two batches.
+  assert rate == 4 / 1.5
+
+
+def test_linen_baseline_is_the_same_function(standard_promotion):
+  ours, linen = network.our_network(TINY), network.linen_network(TINY)
+  variables = network.random_variables(TINY)
+  # Enough that the statistics of the smallest features do not magnify rounding.
+  images = network.random_images(TINY, 32)
+
+  def outputs(model):
+    def function(variables, images):
+      trained = model.apply(variables, images, train=True, mutable=['batch_stats'])
+      return model.apply(variables, images), trained
+
+    return jax.jit(function)(variables, images)
+
+  shapes = jax.eval_shape(lambda: linen.init(jax.random.key(0), images))
+  chex.assert_trees_all_equal_shapes_and_dtypes(variables, shapes)
+  chex.assert_trees_all_close(outputs(ours), outputs(linen), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def torch_paranet():
+  pytest.importorskip('torch', reason='PyTorch is not installed: pip install -r benchmarks/requirements.txt')
+  return peers.torch_paranet()
+
+
+@pytest.mark.parametrize('pool_first', [False, True])
+@pytest.mark.parametrize('exits', [(1, 2, 3), (2,), (3, 1)])
+def test_torch_logits(torch_paranet, pool_first, exits):
+  variables, images = network.random_variables(TINY), network.random_images(TINY, 4)
+  theirs = torch_paranet.forward(torch_paranet.torch_network(variables, pool_first=pool_first), exits)(images)
+  expected = jax.jit(network.our_network(TINY).apply)(variables, images)
+  chex.assert_trees_all_close(theirs, [np.asarray(expected[number - 1]) for number in exits], rtol=0, atol=1e-4)
+
+
+def test_torch_training_steps(torch_paranet):
+  variables, images = network.random_variables(SMALLEST), network.random_images(SMALLEST, 4)
+  labels = network.random_labels(4)
+  theirs = torch_paranet.torch_network(variables)
+  step = torch_paranet.training_step(theirs, images, labels, network.TORCH_SGD)
+  params = expected_training(variables, images, labels, steps=2)
+  step()
+  step()
+  moved = torch_paranet.torch_weights({'params': jax.tree.map(jnp.subtract, params, variables['params'])})
+  before = torch_paranet.torch_weights({'params': variables['params']})
+  after = dict(theirs.named_parameters())
+  assert set(after) == set(moved)
+  for name, change in moved.items():
+    found = (after[name].detach() - before[name]).numpy()
+    np.testing.assert_allclose(found, change.numpy(), rtol=1e-2, atol=1e-4, err_msg=name)
+    assert np.abs(change.numpy()).max() > 1e-3
+
+
+def expected_training(variables, images, labels, steps):
+  """Our parameters after some steps on one batch that is not augmented."""
+  model, optimizer = network.our_network(SMALLEST), network.optimizer()
+
+  @jax.jit
+  def step(params, opt_state):
+    def loss(params):
+      variables_in = variables | {'params': params}
+      logits, _ = model.apply(variables_in, images, train=True, mutable=['batch_stats'])
+      return total_loss(exit_losses(logits, labels, network.TARGETS), (1.0, 1.0, 1.0))
+
+    updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  params, opt_state = variables['params'], optimizer.init(variables['params'])
+  for _ in range(steps):
+    params, opt_state = step(params, opt_state)
+  return params

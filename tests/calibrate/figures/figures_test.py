@@ -1,0 +1,346 @@
+"""Tests of the figures of a calibrated run: what is drawn, that it can be read, and how it is written."""
+
+import csv
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.transforms import Bbox
+
+from paranet_jax.calibrate.figures import write as figures
+from paranet_jax.calibrate.figures.contact_sheet import contact_sheet, short
+from paranet_jax.calibrate.figures.cost_figures import anytime, budgeted, risk
+from paranet_jax.calibrate.figures.drawing import cost_scale
+from paranet_jax.calibrate.figures.exit_figures import histogram, reliability
+from paranet_jax.calibrate.figures.figure_types import (
+  SPLITS,
+  Bins,
+  Curve,
+  FigureData,
+  Reliability,
+  Risk,
+  RiskCurve,
+  Sheet,
+)
+from paranet_jax.calibrate.figures.write import draw_figures
+
+DRAW = (anytime, budgeted, risk, reliability, histogram, contact_sheet)
+LONG = 'a long name of a run that somebody put all hyperparameters into, in $dollars_ '
+
+
+def bins(*counts: int) -> Bins:
+  counts = np.array(counts + (0,) * (15 - len(counts)))
+  return Bins(counts, np.linspace(0.01, 0.99, 15), np.linspace(0.05, 0.9, 15), 0.125)
+
+
+def both(value) -> dict:
+  return dict.fromkeys(SPLITS, value)
+
+
+def made_up(k: int, **changes) -> FigureData:
+  """K exits of k, 2k, 3k M multiply-adds; nobody leaves at the second."""
+  macs = np.arange(1, k + 1) * 10e6
+  accuracy = np.linspace(0.5, 0.75, k)
+  shares = np.ones(k) / k
+  there = np.linspace(0.9, 0.4, k)
+  if k > 1:
+    shares[[0, 1]], there[1] = (shares[0] + shares[1], 0), np.nan
+  exits = np.repeat([index for index in range(k) if index != 1], 10)
+  members = np.arange(len(exits))
+  sheet = Sheet(
+    exits=exits,
+    hard=members % 10 >= 5,
+    numbers=members + 100,
+    labels=members % 2,
+    predictions=np.zeros(len(exits), int),
+    probabilities=np.full(len(exits), 0.999),
+    images=np.full((len(exits), 8, 8, 3), 128, np.uint8),
+  )
+  curve = Curve(macs, accuracy + 0.01)
+  data = FigureData(
+    run='PN',
+    dataset='cifar100',
+    images={'held_out': 5000, 'test': 10000},
+    exits=np.arange(k) + 1,
+    class_names=('WWWWWWWWWWWWWWWWWWWWWWWWWWWWWW long', 'another long name'),
+    unit='macs',
+    macs=macs,
+    ms=None,
+    measured='',
+    accuracy={'held_out': accuracy - 0.02, 'test': accuracy},
+    alone=macs,
+    families={family: both(curve) for family in ('quota', 'envelope', 'optimal', 'oracle')},
+    chosen=both(Curve(np.array([15e6]), np.array([0.7]))),
+    risk=Risk(
+      loss='gap',
+      thresholds=np.array([np.nan, 0.9, 0.5]),
+      curves=both(RiskCurve(np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.01, 0.1]))),
+      chosen={'held_out': RiskCurve(np.array([2.0]), np.array([0.01])), 'test': RiskCurve(np.ones(1), np.zeros(1))},
+      epsilon=0.05,
+    ),
+    reliability=(Reliability(1.5, bins(9, 10, 20), bins(0, 30)),) * k,
+    shares=both(shares),
+    accuracy_there=both(there),
+    sheet=sheet,
+  )
+  return replace(data, **changes)
+
+
+def lines(axes) -> dict:
+  return {line.get_label(): np.round([line.get_xdata(), line.get_ydata()], 9).tolist() for line in axes.lines}
+
+
+def legend(figure) -> list[str]:
+  return [text.get_text() for entry in figure.legends for text in entry.get_texts()]
+
+
+def written(figure) -> list[tuple[str, Bbox]]:
+  """Every text that is seen, and the pixels it covers."""
+  figure.draw_without_rendering()
+  texts = [*figure.texts, *(text for entry in figure.legends for text in entry.get_texts())]
+  for axes in figure.axes:
+    texts += [axes.title, *axes.texts, axes.xaxis.label, axes.yaxis.label]
+    for axis in (axes.xaxis, axes.yaxis) if axes.axison else ():
+      low, high = sorted(axis.get_view_interval())
+      ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+      texts += [tick.label1 for tick in ticks if tick.label1.get_visible()]
+  boxes = []
+  for text in texts:
+    box, clip = text.get_window_extent(), text.get_clip_box() if text.get_clip_on() else None
+    boxes.append((text.get_text(), Bbox.intersection(box, clip) if clip else box))
+  return [(text, box.padded(-1)) for text, box in boxes if text]
+
+
+@pytest.mark.parametrize('draw', DRAW, ids=lambda draw: draw.__name__)
+@pytest.mark.parametrize('k', [1, 3, 10])
+def test_no_text_overlaps_or_leaves_the_picture(draw, k):
+  data = made_up(k, run=3 * LONG, ms=np.arange(k) + 1.0, measured=f'batch size 1, {LONG}')
+  figure = draw(data).figure
+  texts = written(figure)
+  assert len(texts) > 3
+  for text, box in texts:
+    assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1), text
+  for (one, one_box), (other, other_box) in itertools.combinations(texts, 2):
+    assert not one_box.overlaps(other_box), (one, other)
+
+
+@pytest.mark.parametrize(
+  ('unit', 'costs', 'expected'),
+  [
+    ('macs', [9e3, 99_999], (1e3, 'k multiply-adds an image')),
+    ('macs', [9e3, 1e5], (1e6, 'M multiply-adds an image')),
+    ('macs', [9.9e9], (1e6, 'M multiply-adds an image')),
+    ('macs', [1e10], (1e9, 'G multiply-adds an image')),
+    ('ms', [1e10], (1.0, 'ms an image')),
+  ],
+)
+def test_costs_are_shown_in_readable_units(unit, costs, expected):
+  assert cost_scale(unit, np.array(costs)) == expected
+
+
+def test_anytime_shows_each_exit_in_order_of_cost():
+  data = made_up(3, macs=np.array([20e6, 10e6, 30e6]))
+  (axes,) = anytime(data).figure.axes
+  assert lines(axes) == {
+    'held out (5,000 images)': [[10, 20, 30], [60.5, 48, 73]],
+    'test (10,000 images)': [[10, 20, 30], [62.5, 50, 75]],
+  }
+  assert [(text.get_text(), text.xy[0]) for text in axes.texts] == [('2', 10), ('1', 20), ('3', 30)]
+  assert (axes.get_xlabel(), axes.get_ylabel()) == ('cost (M multiply-adds an image)', 'accuracy (%)')
+  assert axes.get_xscale() == 'linear'
+
+
+def test_anytime_has_a_second_panel_for_measured_times():
+  drawing = anytime(made_up(2, ms=np.array([1.0, 4.0]), measured='batch size 1, some CPU'))
+  _, axes = drawing.figure.axes
+  assert axes.get_xlabel() == 'time (ms an image)\nbatch size 1, some CPU'
+  assert lines(axes)['test (10,000 images)'] == [[1, 4], [50, 75]]
+  assert [row['cost_ms'] for row in drawing.rows] == [1, 4]
+
+
+@pytest.mark.parametrize(('last', 'scale'), [(200e6, 'linear'), (201e6, 'log')])
+def test_costs_over_a_factor_of_twenty_are_drawn_logarithmically(last, scale):
+  assert anytime(made_up(2, macs=np.array([10e6, last]))).figure.axes[0].get_xscale() == scale
+
+
+def test_an_accuracy_axis_spans_two_points_at_least():
+  accuracy = {'held_out': np.array([0.5]), 'test': np.array([0.504])}
+  limits = anytime(made_up(1, accuracy=accuracy)).figure.axes[0].get_ylim()
+  assert limits == pytest.approx((49.2, 51.2))
+
+
+def test_budgeted_shows_every_family_on_both_splits():
+  chosen = {'held_out': Curve(np.array([15e6]), np.array([0.7])), 'test': Curve(np.array([16e6]), np.array([0.6]))}
+  drawing = budgeted(made_up(2, chosen=chosen))
+  family = [[10, 20], [51, 76]]
+  expected = {
+    'quota family': family,
+    'envelope of the quota family': family,
+    'optimal thresholds': family,
+    'oracle bound': family,
+    'one exit for all images': [[10, 20], [50, 75]],
+    'chosen': [[16], [60]],
+  }
+  held_out, test = drawing.figure.axes
+  assert lines(test) == expected
+  assert lines(held_out) == expected | {'one exit for all images': [[10, 20], [48, 73]], 'chosen': [[15], [70]]}
+  assert [axes.get_title() for axes in (held_out, test)] == ['held out (5,000 images)', 'test (10,000 images)']
+  assert sorted(legend(drawing.figure)) == sorted(expected)
+  assert {'split': 'test', 'family': 'chosen', 'mean_cost_macs': 16e6, 'accuracy_percent': 60} in drawing.rows
+  assert {'split': 'held_out', 'family': 'exit 2', 'mean_cost_macs': 20e6, 'accuracy_percent': 73} in drawing.rows
+  assert len(drawing.rows) == 4 * 2 * 2 + 2 + 2 * 2
+
+
+@pytest.mark.parametrize('draw', [anytime, budgeted])
+@pytest.mark.parametrize('better', SPLITS)
+def test_all_points_are_within_the_axes(draw, better):
+  accuracy = {split: np.array([0.6, 0.65]) + (0.2 if split == better else 0) for split in SPLITS}
+  families = {'optimal': {split: Curve(np.array([10e6, 20e6]), accuracy[split]) for split in SPLITS}}
+  for axes in draw(made_up(2, accuracy=accuracy, families=families)).figure.axes:
+    low, high = axes.get_ylim()
+    assert all(low < y < high for line in axes.lines for y in line.get_ydata())
+
+
+@pytest.mark.parametrize(('unit', 'label'), [('macs', 'M multiply-adds an image'), ('ms', 'ms an image')])
+def test_budgeted_is_in_the_unit_of_the_plan(unit, label):
+  drawing = budgeted(made_up(2, unit=unit))
+  assert drawing.figure.axes[0].get_xlabel() == f'mean cost ({label})'
+  assert f'mean_cost_{unit}' in drawing.rows[0]
+
+
+@pytest.mark.parametrize('epsilon', [0.05, None])
+def test_risk_shows_the_risk_asked_for_if_any(epsilon):
+  data = made_up(3)
+  drawing = risk(replace(data, risk=replace(data.risk, epsilon=epsilon)))
+  (axes,) = drawing.figure.axes
+  curve = [[1, 2, 3], [0, 1, 10]]
+  assert lines(axes) == {
+    'held out (5,000 images)': curve,
+    'test (10,000 images)': curve,
+    'chosen, held out': [[2], [1]],
+    'chosen, test': [[1], [0]],
+  } | ({'risk asked for': [[0, 1], [5, 5]]} if epsilon else {})
+  assert axes.get_xlabel() == 'speed-up against exit 3 alone (times, in multiply-adds)'
+  assert axes.get_ylabel() == 'risk: right in full, wrong early (% of images)'
+  assert drawing.facts == {'loss': 'gap', 'epsilon': epsilon}
+  assert drawing.rows[4] == {
+    'split': 'test', 'point': 'shared threshold', 'threshold': 0.9, 'speed_up': 2.0, 'risk_percent': 1.0
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(('fastest', 'scale'), [(4.0, 'linear'), (4.1, 'log')])
+def test_speed_ups_over_a_factor_of_four_are_drawn_logarithmically(fastest, scale):
+  data = made_up(3)
+  curve = RiskCurve(np.array([1.0, 2.0, fastest]), np.array([0.0, 0.0, 0.001]))
+  axes = risk(replace(data, risk=replace(data.risk, curves=both(curve), epsilon=None))).figure.axes[0]
+  assert axes.get_xscale() == scale
+  assert axes.get_ylim()[1] >= 1
+
+
+def test_reliability_leaves_out_bins_of_few_images_and_counts_them():
+  drawing = reliability(made_up(2))
+  upper, _, lower, _ = drawing.figure.axes
+  confidence, accuracy = 100 * np.linspace(0.01, 0.99, 15), 100 * np.linspace(0.05, 0.9, 15)
+  drawn = lines(upper)
+  assert drawn['before temperature'] == np.round([confidence[1:3], accuracy[1:3]], 9).tolist()
+  assert drawn['after temperature'] == np.round([confidence[1:2], accuracy[1:2]], 9).tolist()
+  assert drawn['perfectly calibrated'] == [[0, 100], [0, 100]]
+  assert upper.get_title() == 'exit 1, T = 1.5\nECE 12.5 % → 12.5 %'
+  before, after = (patch.get_data().values for patch in lower.patches)
+  np.testing.assert_allclose(before[:4], 100 * np.array([9, 10, 20, 0]) / 39)
+  np.testing.assert_allclose(after[:3], [0, 100, 0])
+  assert len(drawing.rows) == 2 * 2 * 15
+  assert drawing.rows[0] | {'confidence_percent': 1, 'accuracy_percent': 5} == {
+    'exit': 1, 'temperature': 1.0, 'state': 'before', 'bin': 1, 'images': 9,
+    'confidence_percent': 1, 'accuracy_percent': 5, 'ece_percent': 12.5,
+  }  # fmt: skip
+  assert drawing.rows[15]['confidence_percent'] is None  # an empty bin
+
+
+def test_histogram_shows_who_leaves_and_who_is_right():
+  shares = {'held_out': np.array([0.25, 0, 0.75]), 'test': np.array([0.5, 0, 0.5])}
+  drawing = histogram(made_up(3, shares=shares))
+  upper, lower = drawing.figure.axes
+  assert [bar.get_height() for bar in upper.patches] == [25, 0, 75, 50, 0, 50]
+  assert [bar.get_height() for bar in lower.patches] == [90, 0, 40, 90, 0, 40]
+  assert [text.get_text() for text in lower.texts] == ['90.0', '', '40.0'] * 2
+  assert [tick.get_text() for tick in lower.get_xticklabels()] == ['exit 1', 'exit 2', 'exit 3']
+  assert [row['share_percent'] for row in drawing.rows] == [25, 0, 75, 50, 0, 50]
+
+
+def test_contact_sheet_names_what_is_wrong():
+  drawing = contact_sheet(made_up(2))
+  texts = [text.get_text() for text in drawing.figure.axes[0].texts]
+  assert texts.count('WWWWWWWWWWWWW…, 100 %') == 10
+  assert [text for text in texts if text.startswith('true')] == ['true: another long …'] * 5
+  assert 'nobody\nleaves here' in texts and '100.0 %\nleave here' in texts
+  images = drawing.figure.axes[0].images
+  assert {image.get_interpolation() for image in images} == {'nearest'}
+  lefts = [image.get_extent()[0] for image in images]
+  assert lefts == sorted(lefts) and len(set(lefts)) == 10
+  assert drawing.rows[7] == {
+    'exit': 1, 'among': 'hardest', 'test_image': 107, 'label': 'another long name',
+    'prediction': 'WWWWWWWWWWWWWWWWWWWWWWWWWWWWWW long', 'probability': 0.999,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(('shape', 'size'), [((8, 8, 1), (1, 1)), ((16, 8, 3), (0.5, 1)), ((8, 32, 3), (1, 0.25))])
+def test_contact_sheet_keeps_proportions(shape, size):
+  data = made_up(1)
+  data = replace(data, sheet=replace(data.sheet, images=np.zeros((10, *shape), np.uint8)))
+  left, right, bottom, top = contact_sheet(data).figure.axes[0].images[0].get_extent()
+  np.testing.assert_allclose((right - left, bottom - top), 0.95 * np.array(size))
+
+
+@pytest.mark.parametrize(('name', 'expected'), [('maple', 'maple'), ('maples', 'mapl…')])
+def test_long_names_are_shortened(name, expected):
+  assert short(name, 5) == expected
+
+
+def test_each_figure_is_a_picture_and_its_numbers(tmp_path):
+  folder = tmp_path / 'exits'
+  paths = draw_figures(folder, made_up(2))
+  names = [draw.__name__ for draw in DRAW]
+  assert [path.name for path in paths] == [f'{name}.{end}' for name in names for end in ('png', 'json', 'csv')]
+  assert sorted(folder.iterdir()) == sorted(paths)
+  for name in names:
+    assert imread(folder / f'{name}.png').std() > 0.01
+    saved = json.loads((folder / f'{name}.json').read_text(), parse_constant=pytest.fail)
+    assert {key: saved[key] for key in ('figure', 'run', 'dataset', 'images')} == {
+      'figure': name, 'run': 'PN', 'dataset': 'cifar100', 'images': {'held_out': 5000, 'test': 10000}
+    }  # fmt: skip
+    with (folder / f'{name}.csv').open(newline='') as file:
+      table = list(csv.DictReader(file))
+    expected = [{key: '' if value is None else str(value) for key, value in row.items()} for row in saved['rows']]
+    assert table == expected
+  rows = json.loads((folder / 'histogram.json').read_text())['rows']
+  assert rows[1] == {'split': 'held_out', 'exit': 2, 'share_percent': 0.0, 'accuracy_percent': None}
+  colours = np.rint(imread(folder / 'histogram.png')[..., :3] * 255).reshape(-1, 3)
+  assert to_hex('#0072B2').upper() in {f'#{r:02X}{g:02X}{b:02X}' for r, g, b in np.unique(colours, axis=0).astype(int)}
+
+
+@pytest.mark.parametrize(
+  ('owner', 'method', 'kept'), [(Figure, 'savefig', 'png'), (csv.DictWriter, 'writerows', 'csv')]
+)
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, owner, method, kept):
+  monkeypatch.setattr(figures, '_DRAW', {'anytime': anytime})
+  draw_figures(tmp_path, made_up(1))
+  before = (tmp_path / f'anytime.{kept}').read_bytes()
+
+  def fail(*_, **__):
+    raise OSError('disk full')
+
+  monkeypatch.setattr(owner, method, fail)
+  with pytest.raises(OSError, match='disk full'):
+    draw_figures(tmp_path, made_up(2))
+  assert (tmp_path / f'anytime.{kept}').read_bytes() == before
+
+
+def test_names_that_the_font_lacks_are_drawn_without_a_warning(tmp_path, monkeypatch):
+  monkeypatch.setattr(figures, '_DRAW', {'contact_sheet': contact_sheet})
+  assert draw_figures(tmp_path, made_up(1, run='試験', class_names=('猫', '犬')))

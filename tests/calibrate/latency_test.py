@@ -1,0 +1,96 @@
+"""Tests of how latency is measured, on a clock of their own."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.calibrate import latency
+from paranet_jax.calibrate.latency import LatencyCosts, latency_record, median_seconds
+from paranet_jax.description import cpu_name
+from paranet_jax.early.chunks import cover, default_sizes
+
+IMAGE = (tiny.SIDE, tiny.SIDE, 3)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+  """Collects (rows, score, runs) of what is timed; a stage is said to take 1 ms for each row."""
+  calls = []
+
+  def pretended(function, runs):
+    _, (images, _), score = function.args
+    calls.append((len(images), score, runs))
+    return len(images) * 1e-3
+
+  monkeypatch.setattr(latency, 'median_seconds', pretended)
+  return calls
+
+
+def test_the_median_of_the_timed_calls(monkeypatch):
+  calls, clock = itertools.count(), iter([0, 5, 10, 11, 20, 22])
+  monkeypatch.setattr(latency.time, 'perf_counter', lambda: next(clock))
+  assert median_seconds(lambda: next(calls), runs=3) == 2  # Of 5, 1 and 2.
+  assert next(calls) == 6  # Three more to warm up, before the clock is read.
+
+
+def test_a_result_is_waited_for(monkeypatch):
+  waited = []
+  monkeypatch.setattr(jax, 'block_until_ready', waited.append)
+  median_seconds(lambda: 'result', runs=2)
+  assert waited == ['result'] * 5
+
+
+@pytest.mark.parametrize('batch_size', [1, 4, 70])
+def test_a_batch_takes_the_sizes_that_the_runtime_computes(timed, batch_size):
+  model = tiny.named('PN3-ddd')
+  costs = LatencyCosts(model, tiny.variables(model), IMAGE, (1, 3), batch_size, runs=7)
+  sizes = cover(batch_size, default_sizes())
+  # A stage of `rows` rows is said to take `rows` ms, so an image takes 1 ms and more where rows are padding.
+  np.testing.assert_allclose(costs.cumulative((0, 1)), np.array([1, 2]) * sum(sizes) / batch_size)
+  distinct = list(dict.fromkeys(sizes))
+  assert timed == [(size, score, 7) for score in ('max_prob', None) for size in distinct]
+
+
+def test_a_stage_is_measured_with_what_the_runtime_does_after_it(monkeypatch):
+  ranked = []
+  monkeypatch.setattr(latency, 'confidence', lambda logits, score: ranked.append((type(logits), score)))
+  model = tiny.named('PN2-dd')
+  costs = LatencyCosts(model, tiny.variables(model), IMAGE, (1, 2), 1, score='entropy', runs=1)
+  costs.cumulative((0, 1))
+  assert ranked == [(np.ndarray, 'entropy')] * 4  # Three to warm up and one; the last exit ranks nobody.
+
+
+def test_the_measured_stage_is_the_stage():
+  model = tiny.named('PN2-dd')
+  variables, images = tiny.variables(model), tiny.images(2, model)
+  stages = LatencyCosts(model, variables, IMAGE, (1, 2), 2)._stages
+  _, carry = latency.compiled_stage(stages, 0)(images, {})
+  logits, _ = latency.compiled_stage(stages, 1)(images, carry)
+  np.testing.assert_allclose(
+    logits, jax.jit(model.apply)(variables, images.astype(np.float32))[1], rtol=1e-5, atol=1e-5
+  )
+
+
+def test_what_is_recorded(timed):
+  model = tiny.named('PN2cut-dd')
+  variables = tiny.variables(model)
+  record = latency_record([LatencyCosts(model, variables, IMAGE, (1, 2), size, runs=5) for size in (1, 4)])
+  assert record['device'] == jax.local_devices()[0].device_kind and record['cpu'] == cpu_name()
+  assert record['runs'] == 5 and record['date'].endswith('+00:00')
+  assert record['batch_sizes'] == [
+    {'batch_size': size, 'ms_stages': [1.0, 1.0], 'ms_alone': [1.0, 1.0]} for size in (1, 4)
+  ]
+
+
+@pytest.mark.parametrize(
+  ('text', 'name'),
+  [('processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Other\n', 'Some CPU @ 2 GHz'), ('flags : a', None)],
+)
+def test_the_name_of_the_processor(tmp_path, text, name):
+  path = tmp_path / 'cpuinfo'
+  assert cpu_name(path)
+  path.write_text(text)
+  assert cpu_name(path) == name or name is None and cpu_name(path) == cpu_name(tmp_path / 'none')

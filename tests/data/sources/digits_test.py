@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from paranet_jax.data.sources.digits import digits_source
+
+
+def test_fixed_stratified_split():
+  source = digits_source(8, 1)
+  assert source.counts == {'train': 1437, 'test': 360}
+  assert source.class_names == tuple('0123456789')
+  ((test_images, test_labels),) = source.read('test')
+  ((_, train_labels),) = source.read('train')
+  sizes = np.bincount(load_digits().target)
+  np.testing.assert_array_equal(np.bincount(train_labels) + np.bincount(test_labels), sizes)
+  assert np.abs(np.bincount(test_labels) - sizes * 360 / 1797).max() < 1
+  assert test_labels[:12].tolist() == [4, 6, 0, 6, 9, 5, 6, 9, 3, 1, 0, 6]
+  assert test_images[:3].sum(axis=(1, 2, 3)).tolist() == [4114, 4877, 5132]
+
+
+def test_every_digit_once_with_its_own_label():
+  source = digits_source(8, 1)
+  found = [(images[..., 0], labels) for split in ('train', 'test') for images, labels in source.read(split)]
+  images, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
+  digits = load_digits()
+  pixels = np.rint(digits.images / 16 * 255).astype(np.uint8)
+
+  def pairs(images, labels):
+    return {(int(label), image.tobytes()) for image, label in zip(images, labels, strict=True)}
+
+  assert pairs(images, labels) == pairs(pixels, digits.target)
+  assert images.dtype == np.uint8 and labels.dtype == np.int32 and images.max() == 255
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_upsampling(channels):
+  ((images, _),) = digits_source(32, channels).read('test')
+  ((small, _),) = digits_source(8, 1).read('test')
+  assert images.shape == (360, 32, 32, channels)
+  for channel in range(channels):
+    np.testing.assert_array_equal(images[..., channel], images[..., 0])
+  # Bilinear keeps the average of each 4 x 4 cell near the pixel it came from, corners exactly equal.
+  np.testing.assert_array_equal(images[:, 0, 0, 0], small[:, 0, 0, 0])
+  cells = images[..., 0].reshape(360, 8, 4, 8, 4).mean(axis=(2, 4))
+  assert np.abs(cells - small[..., 0]).mean() < 0.1 * 255
+  assert np.corrcoef(cells.ravel(), small.ravel())[0, 1] > 0.97

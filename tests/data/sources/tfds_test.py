@@ -1,0 +1,413 @@
+"""tensorflow-datasets: small data sets prepared on the spot, archives in the official form, and CIFAR-100 itself."""
+
+import functools
+import hashlib
+import http.server
+import io
+import os
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+from tensorflow_datasets.core.download.checksums import UrlInfo
+
+from paranet_jax.data.load import load_dataset
+from paranet_jax.data.sources import tfds as tfds_source
+from paranet_jax.host.errors import UserError
+
+CLOSED = 'http://127.0.0.1:9'  # Nothing listens on the discard port.
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
+
+
+def load(name, data_dir, image_side=32, channels=3, **changes):
+  config = {'name': name, 'data_dir': str(data_dir), 'held_out': 0, 'crop_padding': None, 'flip': None}
+  config |= {'streaming': None, 'workers': 0, **changes}
+  return load_dataset(ConfigDict(config), image_side=image_side, channels=channels)
+
+
+# The official archives, with a few random records.
+
+
+class Archive:
+  """Random records, ten a file, in the official archive's form; tfds expects this archive's checksum."""
+
+  def __init__(self, name, monkeypatch, host=CLOSED):
+    builder = tfds.builder_cls(name)
+    info = builder(data_dir='/unused')._cifar_info
+    self.file_name = f'{name[:5]}-{name[5:]}-binary.tar.gz'
+    self.class_names = [f'class_{label}' for label in range(100 if name == 'cifar100' else 10)]
+    self.splits = {}
+    members = {info.prefix + file: self._names(file) for file in info.label_files}
+    for split, files in {'train': info.train_files, 'test': info.test_files}.items():
+      images, labels = self._records(10 * len(files), len(split))
+      self.splits[split] = images, labels
+      for place, file in enumerate(files):
+        chosen = slice(10 * place, 10 * place + 10)
+        members[info.prefix + file] = self._encode(images[chosen], labels[chosen], len(info.label_keys))
+    self.content = self._tar(members)
+    url = f'{host}/{self.file_name}'
+    url_info = UrlInfo(
+      size=len(self.content), checksum=hashlib.sha256(self.content).hexdigest(), filename=self.file_name
+    )
+    monkeypatch.setattr(builder, '_cifar_info', info._replace(url=url))
+    monkeypatch.setattr(builder, 'url_infos', {url: url_info})
+
+  def _names(self, file):
+    names = [f'coarse_{label}' for label in range(20)] if 'coarse' in file else self.class_names
+    return ('\n'.join(names) + '\n').encode()
+
+  def _records(self, count, seed):
+    random = np.random.RandomState(seed)
+    images = random.randint(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+    return images, random.randint(0, len(self.class_names), count).astype(np.uint8)
+
+  def _encode(self, images, labels, num_labels):
+    pixels = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    label_bytes = np.zeros((len(images), num_labels), np.uint8)
+    label_bytes[:, -1] = labels  # CIFAR-100: the coarse label stays 0, the fine one is last.
+    return np.concatenate([label_bytes, pixels], axis=1).tobytes()
+
+  def _tar(self, members):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode='w:gz') as tar:
+      for name, content in members.items():
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+    return file.getvalue()
+
+  def put_by_hand(self, data_dir):
+    manual = data_dir / 'downloads' / 'manual'
+    manual.mkdir(parents=True)
+    (manual / self.file_name).write_bytes(self.content)
+    return manual / self.file_name
+
+  def check(self, dataset):
+    assert dataset.class_names == tuple(self.class_names)
+    for split, (images, labels) in self.splits.items():
+      found = getattr(dataset, split)
+      # tfds shuffles while preparing: compare as sets of (label, pixels).
+      expected = sorted((int(label), image.tobytes()) for image, label in zip(images, labels, strict=True))
+      assert sorted((int(label), i.tobytes()) for i, label in zip(found.images, found.labels, strict=True)) == expected
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_prepares_an_archive_put_by_hand(name, tmp_path, monkeypatch):
+  archive = Archive(name, monkeypatch)
+  archive.put_by_hand(tmp_path)
+  dataset = load(name, tmp_path)
+  archive.check(dataset)
+  assert (dataset.version, dataset.crop_padding, dataset.flip) == ('3.0.2', 4, True)
+  prepared = tfds.builder(name, data_dir=tmp_path)
+  assert prepared.info.file_format.value == 'array_record'
+  assert 'tensorflow_datasets.image_classification.cifar' in (prepared.data_path / 'dataset_info.json').read_text()
+  assert type(prepared) is tfds.builder_cls(name)  # The registry still has tfds's own.
+
+
+def test_prepared_data_is_left_alone(tmp_path, monkeypatch):
+  archive = Archive('cifar10', monkeypatch)
+  archive.put_by_hand(tmp_path)
+  load('cifar10', tmp_path)
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'other_cache'))
+  before = sorted(tmp_path.joinpath('cifar10').rglob('*'))
+  times = [file.stat().st_mtime_ns for file in before]
+  archive.check(load('cifar10', tmp_path))
+  assert sorted(tmp_path.joinpath('cifar10').rglob('*')) == before
+  assert [file.stat().st_mtime_ns for file in before] == times
+
+
+@pytest.fixture
+def served_folder(tmp_path):
+  """A folder and the address of a web server that serves it."""
+  folder = tmp_path / 'served'
+  folder.mkdir()
+
+  class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+      pass
+
+  handler = functools.partial(QuietHandler, directory=folder)
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+    thread.join()
+
+
+def test_downloads_and_prepares(tmp_path, monkeypatch, served_folder):
+  folder, host = served_folder
+  archive = Archive('cifar100', monkeypatch, host)
+  (folder / archive.file_name).write_bytes(archive.content)
+  archive.check(load('cifar100', tmp_path / 'data'))
+
+
+def test_a_finished_download_needs_no_network(tmp_path, monkeypatch, served_folder):
+  folder, host = served_folder
+  archive = Archive('cifar10', monkeypatch, host)
+  (folder / archive.file_name).write_bytes(archive.content)
+  load('cifar10', tmp_path / 'data')
+  (tmp_path / 'data' / 'cifar10').rename(tmp_path / 'gone')
+  monkeypatch.setattr(tfds_source, '_host_answers', lambda url: False)
+  archive.check(load('cifar10', tmp_path / 'data'))
+
+
+def test_no_archive_at_the_host(tmp_path, monkeypatch, served_folder):
+  Archive('cifar10', monkeypatch, served_folder[1])
+  with pytest.raises(UserError, match='expected to prepare cifar10 in .*, found: Failed to get url .* HTTP code: 404'):
+    load('cifar10', tmp_path / 'data')
+
+
+def test_no_network(tmp_path, monkeypatch):
+  archive = Archive('cifar100', monkeypatch)
+  message = (
+    f'expected cifar100 prepared in {tmp_path} or a network to download it, found neither \\(127.0.0.1 does not '
+    f'answer\\): put {CLOSED}/{archive.file_name} into {tmp_path}/downloads/manual/ by hand, or .*config.data.data_dir='
+  )
+  with pytest.raises(UserError, match=message):
+    load('cifar100', tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_official_addresses():
+  archives = {name: tfds_source._archive_builder(tfds.builder_cls(name)) for name in ('cifar10', 'cifar100')}
+  for name, number in [('cifar10', '10'), ('cifar100', '100')]:
+    url = archives[name](data_dir='/unused').archive_url
+    assert url == f'https://www.cs.toronto.edu/~kriz/cifar-{number}-binary.tar.gz'
+    assert archives[name].url_infos[url].filename == f'cifar-{number}-binary.tar.gz'
+
+
+def test_a_silent_host_is_not_waited_for(monkeypatch):
+  released = threading.Event()
+  monkeypatch.setattr(requests, 'head', lambda *args, **kwargs: released.wait(30))
+  assert not tfds_source._host_answers('http://silent.example', timeout=0.05)
+  released.set()
+
+
+def test_wrong_archive(tmp_path, monkeypatch):
+  archive = Archive('cifar10', monkeypatch)
+  expected = hashlib.sha256(archive.content).hexdigest()
+  archive.content = b'another archive'
+  manual = archive.put_by_hand(tmp_path)
+  found = hashlib.sha256(archive.content).hexdigest()
+  with pytest.raises(
+    UserError, match=f'{manual}, has wrong checksum: .*{expected}.*{found}.*: remove that file'
+  ) as error:
+    load('cifar10', tmp_path)
+  assert '\n' not in str(error.value)
+  assert manual.exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+  archive = Archive('cifar10', monkeypatch)
+  archive.put_by_hand(tmp_path)
+  (tmp_path / 'cifar10').write_text('a file where the data should go')
+  with pytest.raises(UserError, match='expected to prepare cifar10 in .*: choose another folder with --config.data'):
+    load('cifar10', tmp_path)
+
+
+def test_folder_with_other_files(tmp_path, monkeypatch):
+  archive = Archive('cifar10', monkeypatch)
+  archive.put_by_hand(tmp_path)
+  (tmp_path / 'cifar10' / '3.0.2').mkdir(parents=True)
+  with pytest.raises(UserError, match='expected cifar10 or nothing in .*3.0.2, found other files: remove that folder'):
+    load('cifar10', tmp_path)
+
+
+# Other prepared data sets.
+
+
+class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A data set of two splits, prepared as array_record; subclasses say what is in it."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  FEATURES = {}
+  KEYS = None
+  SPLITS = {}
+
+  def _info(self):
+    features = tfds.features.FeaturesDict(dict(self.FEATURES))
+    return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=self.KEYS)
+
+  def _split_generators(self, dl_manager):
+    return {split: self._generate_examples(examples) for split, examples in self.SPLITS.items()}
+
+  def _generate_examples(self, examples):
+    yield from enumerate(examples)
+
+
+def png(value, size=(28, 28), mode='L'):
+  file = io.BytesIO()
+  Image.new(mode, size, value).save(file, 'PNG')
+  return file.getvalue()
+
+
+def prepare(data_dir, name, features, examples, keys=None, splits=('train', 'test'), version='1.0.0'):
+  fields = {'FEATURES': features, 'KEYS': keys, 'SPLITS': dict.fromkeys(splits, examples), 'name': name}
+  fields['VERSION'] = tfds.core.Version(version)
+  builder = type(name, (Prepared,), fields, skip_registration=True)(data_dir=data_dir)
+  config = tfds.download.DownloadConfig(try_download_gcs=False)
+  builder.download_and_prepare(file_format='array_record', download_config=config)
+  return Path(builder.data_dir)
+
+
+def image_and_label(image='image', label='label', **options):
+  return {
+    image: tfds.features.Image(shape=(28, 28, 1), **options),
+    label: tfds.features.ClassLabel(names=['round', 'square', 'flat']),
+  }
+
+
+def test_any_prepared_data_set_by_its_supervised_keys(tmp_path):
+  examples = [{'picture': png(10 * label), 'kind': label} for label in (2, 0, 1)]
+  features = image_and_label('picture', 'kind')
+  prepare(tmp_path, 'tiny_shapes', features, examples, keys=('picture', 'kind'), splits=('train', 'validation'))
+  dataset = load('tiny_shapes', tmp_path)
+  assert dataset.class_names == ('round', 'square', 'flat')
+  assert dataset.train.images.shape == (3, 32, 32, 3) and dataset.train.labels.dtype == np.int32
+  for split in (dataset.train, dataset.test):
+    np.testing.assert_array_equal(split.images, np.broadcast_to(10 * split.labels[:, None, None, None], (3, 32, 32, 3)))
+  assert (dataset.name, dataset.version) == ('tiny_shapes', '1.0.0')
+  assert (dataset.crop_padding, dataset.flip) == (4, True)
+
+
+def test_images_that_stay_in_their_files_are_the_same(tmp_path):
+  examples = [{'image': png(10 * number), 'label': number % 3} for number in range(7)]
+  prepare(tmp_path, 'tiny_shapes', image_and_label(), examples)
+  # Worker processes, because what they read has to be pickled.
+  stored, decoded = load('tiny_shapes', tmp_path, streaming=True, workers=1), load('tiny_shapes', tmp_path)
+  for found, expected in ((stored.train, decoded.train), (stored.test, decoded.test)):
+    np.testing.assert_array_equal(found.images[:], expected.images)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+  assert stored.train.streamed and (stored.mean, stored.std) == (decoded.mean, decoded.std)
+
+
+def test_characters_are_not_mirrored(tmp_path):
+  version = str(tfds.builder_cls('mnist').VERSION)
+  prepare(tmp_path, 'mnist', image_and_label(), [{'image': png(5), 'label': 1}] * 2, version=version)
+  dataset = load('mnist', tmp_path, channels=1)
+  assert dataset.flip is False and dataset.train.images.shape == (2, 32, 32, 1)
+  assert load('mnist', tmp_path, flip=True).flip is True
+
+
+def test_another_prepared_set_of_the_same_name_and_version(tmp_path):
+  for value in (1, 2):
+    prepare(tmp_path / str(value), 'tiny_shapes', image_and_label(), [{'image': png(value), 'label': 0}] * 2)
+  for value in (1, 2):
+    assert load('tiny_shapes', tmp_path / str(value)).train.images.max() == value
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+  prepare(tmp_path / 'data', 'tiny_shapes', image_and_label(), [{'image': png(3), 'label': 0}] * 2)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert len(load('tiny_shapes', '~/data').train) == 2
+
+
+def test_damaged_file(tmp_path):
+  folder = prepare(tmp_path, 'tiny_shapes', image_and_label(), [{'image': png(1), 'label': 0}] * 2)
+  for file in folder.glob('*.array_record*'):
+    file.write_bytes(file.read_bytes()[:1000])
+  with pytest.raises(
+    UserError, match='expected whole files in .*tiny_shapes/1.0.0, found damage .*: remove that folder'
+  ):
+    load('tiny_shapes', tmp_path)
+
+
+def test_damaged_image(tmp_path):
+  prepare(tmp_path, 'tiny_shapes', image_and_label(), [{'image': png(1)[:30], 'label': 0}] * 2)
+  with pytest.raises(UserError, match='expected whole files in .*, found damage'):
+    load('tiny_shapes', tmp_path)
+
+
+def test_damaged_metadata(tmp_path):
+  folder = prepare(tmp_path, 'tiny_shapes', image_and_label(), [{'image': png(1), 'label': 0}] * 2)
+  (folder / 'dataset_info.json').write_text('{')
+  with pytest.raises(UserError, match="tensorflow-datasets can open, found 'tiny_shapes' .*--config.data.data_dir="):
+    load('tiny_shapes', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'tiny_shapes'])
+def test_another_format(name, tmp_path):
+  version = '3.0.2' if name == 'cifar10' else '1.0.0'
+  folder = prepare(tmp_path, name, image_and_label(), [{'image': png(1), 'label': 0}] * 2, version=version)
+  info = folder / 'dataset_info.json'
+  info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+  mend = {
+    'cifar10': 'choose another folder with --config.data.data_dir=... and it is prepared there',
+    'tiny_shapes': 'run `tfds build tiny_shapes --file_format=array_record --data_dir=OTHER_FOLDER` where TensorFlow',
+  }[name]
+  with pytest.raises(UserError, match=f'expected array_record files in {folder}, found tfrecord: {mend}'):
+    load(name, tmp_path)
+
+
+def test_not_prepared(tmp_path):
+  message = (
+    f'expected mnist prepared in {tmp_path}, found nothing there: run `tfds build mnist --file_format=array_record'
+  )
+  with pytest.raises(UserError, match=f'{message} --data_dir={tmp_path}` where TensorFlow is installed'):
+    load('mnist', tmp_path)
+
+
+NOT_CLASSIFICATION = {
+  'no label': {'image': tfds.features.Image(shape=(28, 28, 1))},
+  'a label without classes': {'image': tfds.features.Image(shape=(28, 28, 1)), 'label': np.int64},
+  'float images': image_and_label(dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize('case', NOT_CLASSIFICATION)
+def test_not_image_classification(case, tmp_path):
+  folder = prepare(tmp_path, 'tiny_shapes', {'id': np.int64}, [{'id': 1}])
+  tfds.features.FeaturesDict(NOT_CLASSIFICATION[case]).save_config(folder)  # What is refused before any is read.
+  with pytest.raises(UserError, match='expected image classification .*, found .* in tiny_shapes: choose another'):
+    load('tiny_shapes', tmp_path)
+
+
+def test_no_test_split(tmp_path):
+  prepare(tmp_path, 'tiny_shapes', image_and_label(), [{'image': png(1), 'label': 0}] * 2, splits=('train', 'extra'))
+  with pytest.raises(UserError, match='in tiny_shapes, found no validation but train, extra: choose another'):
+    load('tiny_shapes', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['cifar100:1.0.0', 'a b'])
+def test_names_that_do_not_open(name, tmp_path):
+  with pytest.raises(UserError, match='expected a data set that tensorflow-datasets can open, found') as error:
+    load(name, tmp_path)
+  assert '\n' not in str(error.value)
+
+
+# CIFAR-100 itself.
+
+
+@pytest.fixture(scope='module')
+def cifar100_dir():
+  data_dir = os.environ.get('PARANET_DATA_DIR', '')
+  if not data_dir or not (Path(data_dir) / 'cifar100').is_dir():
+    pytest.skip('needs CIFAR-100: set PARANET_DATA_DIR to a folder that holds it prepared')
+  return data_dir
+
+
+def test_cifar100(cifar100_dir):
+  dataset = load('cifar100', cifar100_dir, held_out=5000)
+  assert (len(dataset.train), len(dataset.held_out), len(dataset.test)) == (45_000, 5_000, 10_000)
+  for split, per_class in [(dataset.train, 450), (dataset.held_out, 50), (dataset.test, 100)]:
+    assert split.images.shape == (100 * per_class, 32, 32, 3) and split.images.dtype == np.uint8
+    np.testing.assert_array_equal(np.bincount(split.labels, minlength=100), per_class)
+  np.testing.assert_allclose(dataset.mean, (0.50707516, 0.48654887, 0.44091784), atol=1e-8)
+  np.testing.assert_allclose(dataset.std, (0.26733429, 0.25643846, 0.27615047), atol=1e-8)
+  stored, numbers = tfds_source.tfds_source('cifar100', cifar100_dir, 32, 3).records('train'), [49_999, 7, 7, 20_000]
+  images, labels = stored.read(numbers)
+  whole = load('cifar100', cifar100_dir).train
+  np.testing.assert_array_equal(images, whole.images[numbers])
+  np.testing.assert_array_equal(labels, whole.labels[numbers])
+  assert dataset.class_names[:2] == ('apple', 'aquarium_fish') and dataset.class_names[-1] == 'worm'

@@ -1,0 +1,207 @@
+"""Tests of images that stay in their files and of the batches that are read from them."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from paranet_jax import devices as devices_lib
+from paranet_jax.data import stream as stream_lib
+from paranet_jax.data.batches import epoch_order
+from paranet_jax.data.dataset import Split
+from paranet_jax.data.records import StoredImages
+from paranet_jax.data.stream import EvalBatches, Stream, TrainBatches, num_workers
+from paranet_jax.host.errors import UserError
+
+SHAPE = (2, 2, 1)
+
+
+@dataclass(frozen=True)
+class Counting:
+  """Record i is filled with i; some are corrupt, and one is refused."""
+
+  count: int
+  corrupt: tuple[int, ...] = ()
+  refused: int | None = None
+
+  def __len__(self):
+    return self.count
+
+  def read(self, numbers):
+    if self.refused in numbers:
+      raise UserError(f'expected a whole record, found {self.refused}: mend it')
+    images = [None if number in self.corrupt else np.full(SHAPE, number, np.uint8) for number in numbers]
+    return images, np.array(numbers, np.int32) % 7
+
+
+def split(count=40, **options) -> Split:
+  """The even records, so that an image's number is half of what fills it."""
+  numbers = np.arange(0, 2 * count, 2)
+  return Split(StoredImages(Counting(2 * count, **options), numbers, SHAPE), (numbers % 7).astype(np.int32))
+
+
+def filled(images) -> list[int]:
+  return np.asarray(images)[..., 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+  'index, expected',
+  [(3, 6), (-1, 78), (slice(2, 5), [4, 6, 8]), (np.array([5, 0, 5]), [10, 0, 10]), (slice(0, 0), [])],
+)
+def test_stored_images_are_indexed_like_an_array(index, expected):
+  images = split().images
+  assert (len(images), images.shape) == (40, (40, 2, 2, 1))
+  found = images[index]
+  assert filled(found) == expected
+  assert found.dtype == np.uint8 and found.shape[-3:] == SHAPE
+
+
+def test_a_part_of_a_split_is_not_read():
+  part = split(refused=4).take(np.array([7, 2, 30]))
+  assert part.streamed and part.labels.tolist() == [0, 4, 4]
+  assert filled(part.images[np.array([2, 0])]) == [60, 14]
+  with pytest.raises(UserError, match='expected a whole record, found 4: mend it'):
+    part.images[1]
+  in_memory = Split(np.arange(5), np.arange(5)).take(np.array([3, 1]))
+  assert not in_memory.streamed and in_memory.images.tolist() == in_memory.labels.tolist() == [3, 1]
+
+
+def test_an_image_that_became_corrupt():
+  message = 'expected the images that could be read when the run began, found 2 of 3 corrupt since: start again'
+  with pytest.raises(UserError, match=message):
+    split(corrupt=(4, 8)).images.read(np.array([2, 4, 5]))
+
+
+def train_batches(first_step=0, **share) -> TrainBatches:
+  return TrainBatches(split(), seed=3, batch_size=8, total_steps=12, first_step=first_step, **share)
+
+
+def order(epoch):
+  return np.asarray(epoch_order(3, epoch, 40, 8))
+
+
+def test_batches_are_those_of_training_in_memory():
+  batches = train_batches()
+  assert len(batches) == 12
+  for step in range(12):
+    epoch, row = divmod(step, 5)
+    batch = batches[step]
+    assert filled(batch['images']) == (2 * order(epoch)[row]).tolist()
+    np.testing.assert_array_equal(batch['labels'], 2 * order(epoch)[row] % 7)
+    assert (batch['images'].dtype, batch['labels'].dtype) == (np.uint8, np.int32)
+
+
+@pytest.mark.parametrize('processes, devices', [(1, 2), (2, None), (2, 1), (2, 2), (4, 2), (8, None)])
+def test_processes_and_devices_share_every_batch_in_order(processes, devices):
+  shares = [
+    train_batches(num_devices=devices, process_index=index, process_count=processes)[7] for index in range(processes)
+  ]
+  for share in shares:
+    axes = () if devices is None else (devices,)
+    assert share['images'].shape == (*axes, 8 // processes // (devices or 1), *SHAPE)
+    assert share['labels'].shape == share['images'].shape[:-3]
+  together = np.concatenate([share['images'].reshape(-1, *SHAPE) for share in shares])
+  assert filled(together) == (2 * order(1)[2]).tolist()
+
+
+@pytest.mark.parametrize('first_step', [1, 5, 7, 12, 13])
+def test_a_later_stream_goes_on_where_another_stopped(first_step):
+  whole, later = train_batches(), train_batches(first_step)
+  assert len(later) == max(12 - first_step, 0)
+  with Stream(whole, 0) as everything, Stream(later, 0) as rest:
+    expected = [filled(batch['images']) for batch in everything]
+    assert [filled(batch['images']) for batch in rest] == expected[first_step:]
+
+
+def test_evaluation_sees_every_image_once():
+  batches = EvalBatches(split(5), 2)
+  with Stream(batches, 0) as items:
+    found = [(filled(item['images']), item['labels'].tolist(), item['mask'].tolist()) for item in items]
+  assert found == [([0, 2], [0, 2], [1, 1]), ([4, 6], [4, 6], [1, 1]), ([8, 0], [1, 0], [1, 0])]
+
+
+def test_processes_share_an_evaluation():
+  shares = [EvalBatches(split(5), 2, index, 2) for index in range(2)]
+  assert [[filled(share[number]['images']) for number in range(len(share))] for share in shares] == [
+    [[0, 2], [8, 0]],
+    [[4, 6]],
+  ]
+  with Stream(EvalBatches(split(2), 2, 1, 2), 2) as nothing:
+    assert list(nothing) == []
+
+
+def test_worker_processes_give_the_same_batches_and_end():
+  batches, device = train_batches(), jax.devices()[1]
+  with Stream(batches, 2, device) as placed:
+    found = [next(placed) for _ in range(4)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:  # As of a signal to the group: they are the run's to end.
+      worker.terminate()
+    found += [next(placed) for _ in range(3)]
+    for worker in workers:
+      worker.join(0.2)
+      assert worker.is_alive()
+  assert multiprocessing.active_children() == []
+  for step, batch in enumerate(found):
+    assert batch['images'].devices() == {device}
+    jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_what_a_worker_raises_is_raised(workers):
+  batches = EvalBatches(split(5, refused=4), 2)
+  with Stream(batches, workers) as items:
+    assert filled(next(items)['images']) == [0, 2]
+    with pytest.raises(UserError, match='^expected a whole record, found 4: mend it$'):
+      next(items)
+
+
+def test_arrays_are_split_over_the_devices_ahead():
+  devices = jax.devices()[:2]
+  with Stream(train_batches(num_devices=2), 0, devices_lib.shared(devices)) as placed:
+    batch = next(placed)
+  assert [shard.data.shape for shard in batch['images'].addressable_shards] == [(1, 4, *SHAPE)] * 2
+
+
+def test_number_of_workers(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(3), raising=False)
+  assert [num_workers(asked) for asked in (None, 0, 40)] == [3, 0, 40]
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(100))
+  assert num_workers(None) == 16
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+  program = """
+    import time
+    import numpy as np
+    from paranet_jax.data.stream import Stream
+
+    class Batches:
+      def __len__(self):
+        return 10**6
+      def __getitem__(self, number):
+        return np.full(3, number)
+
+    if __name__ == '__main__':
+      with Stream(Batches(), 1) as items:
+        next(items)
+        print('reading', flush=True)
+        time.sleep(600)
+  """
+  (tmp_path / 'reader.py').write_text(textwrap.dedent(program))
+  environment = os.environ | {'PYTHONPATH': str(Path(stream_lib.__file__).parents[2])}
+  with subprocess.Popen(
+    [sys.executable, tmp_path / 'reader.py'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+  ) as reader:
+    assert reader.stdout.readline() == b'reading\n'
+    os.kill(reader.pid, signal.SIGKILL)
+    reader.communicate(timeout=20)  # Until the worker, too, has let go of the pipe.

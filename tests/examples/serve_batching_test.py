@@ -1,0 +1,240 @@
+"""Tests of the service's stages: what runs next, with whom, and who is answered when. The clock is the test's."""
+
+import math
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paranet_jax.portable import run
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'examples'))
+
+from batching import Full, Scheduler, Timings, measure  # noqa: E402
+
+BATCH = 4
+ONE, FULL = {1: 1.0, 2: 2.0, 3: 4.0}, {1: 2.5, 2: 5.0, 3: 10.0}
+PATIENCE = 2 * (2.5 + 5 + 10) * 2  # Twice what the eight images of a full queue take, in batches of four.
+CLASSES = 256
+
+
+class Bundle:
+  """Images are (label, exit at which it is sure); a stage takes as long as it should by the clock."""
+
+  visited, image_shape = (1, 2, 3), (1, 1, 2)
+
+  def __init__(self):
+    self.now, self.log, self.broken = 0.0, [], None
+
+  def clock(self):
+    return self.now
+
+  def begin(self, images):
+    return {'images': images}
+
+  def stage(self, number):
+    def stage(carried):
+      labels = carried['images'][:, 0, 0, 0]
+      self.log.append((number, labels.tolist()))
+      self.now += ONE[number] + (len(labels) - 1) * (FULL[number] - ONE[number]) / (BATCH - 1)
+      if number == self.broken:
+        raise ArithmeticError('broken')
+      return carried, np.eye(CLASSES, dtype=np.float32)[labels] * 10
+
+    return stage
+
+  def leaves(self, number, logits, carried):
+    return carried['images'][:, 0, 0, 1] <= number
+
+  def answers(self, number, logits):
+    ones = np.ones(len(logits), int)
+    return run.Predictions(logits.argmax(-1), run.softmax(logits, 1), ones * number, ones)
+
+
+class Queue:
+  """A scheduler of such a bundle whose steps the test takes."""
+
+  def __init__(self):
+    self.bundle = Bundle()
+    self.scheduler = Scheduler(run, self.bundle, Timings(ONE, FULL, BATCH), 2 * BATCH, BATCH, self.bundle.clock)
+
+  def send(self, label, sure=3, last=3, deadline=math.inf):
+    return self.scheduler.submit(np.array([[[label, sure]]], np.uint8), self.bundle.now, last, deadline)
+
+  def finish(self):
+    while self.scheduler.step():
+      pass
+    return self.bundle.log
+
+
+@pytest.fixture
+def queue():
+  return Queue()
+
+
+def test_who_stays_is_packed_with_others_at_that_stage(queue):
+  answers = [queue.send(label, sure=3 if label % 2 else 1) for label in range(8)]
+  queue.scheduler.step()
+  assert [answer.done() for answer in answers] == [True, False] * 2 + [False] * 4
+  assert queue.finish() == [(1, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [1, 3, 5, 7]), (3, [1, 3, 5, 7])]
+  assert [answer.result(0)[::2] for answer in answers] == [(label, 3 if label % 2 else 1) for label in range(8)]
+  assert answers[0].result(0).seconds == 2.5 and answers[7].result(0).seconds == 2.5 + 2.5 + 5 + 10
+  assert answers[0].result(0).probability == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
+  assert queue.scheduler.exits == {1: 4, 2: 0, 3: 4}
+  assert queue.scheduler.seconds == 2 * 2.5 + 2 * 5 + 4 * 20
+  counts = {number: (runs.count, runs.images) for number, runs in queue.scheduler.runs.items()}
+  assert counts == {1: (2, 8), 2: (1, 4), 3: (1, 4)}
+
+
+def test_the_deepest_full_batch_goes_first(queue):
+  for label in range(8):
+    queue.send(label)
+  assert [number for number, _ in queue.finish()] == [1, 2, 3, 1, 2, 3]
+
+
+def test_without_a_full_batch_the_oldest_goes_first(queue):
+  queue.send(0)
+  queue.scheduler.step()
+  queue.send(1)
+  assert queue.finish() == [(1, [0]), (2, [0]), (3, [0]), (1, [1]), (2, [1]), (3, [1])]
+
+
+@pytest.mark.parametrize(('late_by', 'chosen'), [(-0.1, (1, [1, 2, 3, 4])), (0.1, (2, [0]))])
+def test_who_has_waited_long_goes_before_a_full_batch(queue, late_by, chosen):
+  queue.send(0)
+  queue.scheduler.step()
+  queue.bundle.now = PATIENCE - FULL[3] - ONE[2] + late_by
+  for label in range(1, 5):
+    queue.send(label)
+  queue.scheduler.step()
+  assert queue.bundle.log[-1] == chosen
+
+
+@pytest.mark.parametrize(
+  ('deadline', 'exit', 'seconds'),
+  [(0.5, 1, 1), (1, 1, 1), (2.9, 1, 1), (3, 2, 3), (6.9, 2, 3), (7, 3, 7), (99, 3, 7)],
+)
+def test_a_stage_is_not_begun_if_it_should_be_late(queue, deadline, exit, seconds):
+  answer = queue.send(9, deadline=deadline)
+  assert queue.finish() == [(number, [9]) for number in range(1, exit + 1)]
+  assert (answer.result(0).exit, answer.result(0).seconds) == (exit, seconds)
+
+
+def test_with_a_deadline_who_is_sure_leaves_early(queue):
+  answer = queue.send(9, sure=2, deadline=99)
+  queue.finish()
+  assert answer.result(0).exit == 2
+
+
+def test_a_batch_is_small_enough_for_the_first_deadline_in_it(queue):
+  for label in range(3):
+    queue.send(label)
+  queue.send(3, deadline=2.0)
+  queue.scheduler.step()
+  assert queue.bundle.log == [(1, [3, 0, 1])]
+
+
+def test_one_that_comes_too_late_anyway_makes_no_batch_small(queue):
+  for label in range(3):
+    queue.send(label)
+  late = queue.send(3, deadline=0.1)
+  queue.scheduler.step()
+  assert queue.bundle.log == [(1, [0, 1, 2, 3])]
+  assert late.result(0).exit == 1
+
+
+def test_who_would_be_late_after_what_runs_next_is_answered_before(queue):
+  first = queue.send(0, deadline=3.9)
+  queue.scheduler.step()
+  queue.send(1, deadline=3.5)
+  queue.scheduler.step()
+  assert queue.bundle.log == [(1, [0]), (1, [1])]
+  assert (first.result(0).exit, first.result(0).seconds) == (1, 1)
+
+
+@pytest.mark.parametrize('last', [1, 2, 3])
+def test_nobody_goes_further_than_asked(queue, last):
+  answer = queue.send(5, last=last)
+  queue.finish()
+  assert answer.result(0).exit == last
+
+
+def test_a_stage_that_fails_fails_who_is_in_it(queue):
+  queue.bundle.broken = 2
+  answers = [queue.send(label, sure=3 if label else 1) for label in range(5)]
+  queue.finish()
+  assert answers[0].result(0).exit == 1
+  for answer in answers[1:]:
+    with pytest.raises(ArithmeticError, match='broken'):
+      answer.result(0)
+  queue.bundle.broken = None
+  after = queue.send(7)
+  queue.finish()
+  assert after.result(0).label == 7
+  assert queue.scheduler.exits == {1: 1, 2: 0, 3: 1}
+
+
+def test_room(queue):
+  queue.scheduler.admit(5)
+  with pytest.raises(Full):
+    queue.scheduler.admit(4)
+  queue.scheduler.admit(3)
+  queue.scheduler.release()
+  queue.scheduler.admit(1)
+  assert queue.scheduler.inside == 8
+
+
+def test_the_thread_answers_all_and_ends_when_it_is_closed(queue):
+  answers = {}
+
+  def send(offset):
+    for label in range(offset, CLASSES, 8):
+      answers[label] = queue.send(label, sure=1 + label % 3)
+
+  threads = [threading.Thread(target=send, args=(offset,)) for offset in range(8)]
+  assert not queue.scheduler.alive()
+  queue.scheduler.start()
+  assert queue.scheduler.alive()
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  queue.scheduler.close()
+  assert not queue.scheduler.alive()
+  assert {label: answer.result(0)[::2] for label, answer in answers.items()} == {
+    label: (label, 1 + label % 3) for label in range(CLASSES)
+  }
+  with pytest.raises(Full):
+    queue.send(0)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
+def test_nobody_waits_for_a_thread_that_has_ended(queue):
+  answer = queue.send(0)
+  del queue.bundle.now
+  queue.scheduler.start()
+  with pytest.raises(RuntimeError, match='the thread of the stages has ended'):
+    answer.result(60)
+  queue.bundle.now = 0
+  with pytest.raises(Full):
+    queue.send(0)
+  queue.scheduler.close()
+  assert not queue.scheduler.alive()
+
+
+def test_timings():
+  timings = Timings(ONE, FULL, BATCH)
+  assert [timings.seconds(2, count) for count in (1, 2, 4)] == [2, 3, 5]
+  assert timings.alone() == {1: 1, 2: 3, 3: 7}
+  assert timings.all_stages(4) == 17.5
+  assert Timings(ONE, {1: 0.9} | FULL, 1).seconds(3) == 4
+
+
+def test_stages_are_measured_in_turn_at_both_sizes():
+  bundle = Bundle()
+  timings = measure(bundle, BATCH)
+  assert timings.visited == (1, 2, 3)
+  assert bundle.log == [(number, [0] * size) for size in (1, BATCH) for _ in range(6) for number in (1, 2, 3)]
+  assert all(timings.seconds(number) > 0 for number in timings.visited)

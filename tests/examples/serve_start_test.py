@@ -1,0 +1,194 @@
+"""Tests of what the service says where it cannot start: one line, and exit code 2."""
+
+import io
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_bundle
+import uvicorn
+from PIL import Image
+
+from paranet_jax.portable import run as run_file
+
+EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+import batching  # noqa: E402
+import serve  # noqa: E402
+import uploads  # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Bundles, of which `whole` alone is as it should be."""
+  folder = tmp_path_factory.mktemp('bundles')
+  whole = tiny_bundle.write(folder / 'whole')
+  for name, change in CHANGED.items():
+    shutil.copytree(whole, folder / name)
+    change(folder / name)
+  return folder
+
+
+CHANGED = {
+  'older': lambda bundle: (bundle / 'bundle.json').write_text('{"schema_version": 0}'),
+  'damaged': lambda bundle: (bundle / 'stage_2.onnx').write_bytes(b'damaged'),
+  'bare': lambda bundle: (bundle / 'run.py').unlink(),
+  'mistyped': lambda bundle: (bundle / 'run.py').write_text('import numpy_for_paranet\n'),
+}
+
+
+def refusal(capsys, *arguments):
+  """The one line in which these arguments are refused."""
+  assert serve.main(list(map(str, arguments))) == 2
+  out, err = capsys.readouterr()
+  assert out == '' and err.startswith('error: ') and err.count('\n') == 1 and err.endswith('\n')
+  return err[len('error: ') : -1]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ((), 'expected the folder of a bundle, found none; set --bundle'),
+    (('--bundle=none',), 'expected a bundle with a run.py in none, found none; set --bundle'),
+    (('--bundle=bare',), 'expected a bundle with a run.py in bare, found none; set --bundle'),
+    (
+      ('--bundle=mistyped',),
+      "mistyped/run.py cannot be imported (No module named 'numpy_for_paranet'); copy or export the bundle again",
+    ),
+    (
+      ('--bundle=older',),
+      'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle',
+    ),
+    (
+      ('--bundle=whole', '--provider=gpu'),
+      "unknown provider 'gpu', expected one of cpu, openvino; set --provider",
+    ),
+    (('--bundle=whole', '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
+    (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one a core, found 5; set --threads'),
+    (('--bundle=whole', '--port=65536'), 'expected a port from 0 to 65535, found 65536; set --port'),
+    (('--bundle=whole', '--port=http'), "argument --port: invalid int value: 'http'; see --help"),
+    (
+      ('--bundle=whole', '--queue=0'),
+      "argument --queue: expected an integer of 1 or more, such as 64 or 10M, found '0'; see --help",
+    ),
+    (
+      ('--bundle=whole', '--max-bytes=M'),
+      "argument --max-bytes: expected an integer of 1 or more, such as 64 or 10M, found 'M'; see --help",
+    ),
+    (('--bundle=whole', '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
+    (
+      ('--bundle=whole', '--host=192.0.2.1'),
+      'cannot listen at 192.0.2.1 port 8000 (Cannot assign requested address); set --host or --port',
+    ),
+  ],
+)
+def test_refused(folder, monkeypatch, capsys, arguments, message):
+  monkeypatch.chdir(folder)
+  monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+  assert refusal(capsys, *arguments) == message
+
+
+def test_a_damaged_stage(folder, monkeypatch, capsys):
+  monkeypatch.chdir(folder)
+  found = refusal(capsys, '--bundle=damaged')
+  assert found.startswith('damaged/stage_2.onnx is not what was exported: expected sha256 ')
+  assert found.endswith('; copy or export the bundle again')
+
+
+def test_a_port_that_is_taken(folder, capsys):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}') == (
+      f'cannot listen at 127.0.0.1 port {port} (Address already in use); set --host or --port'
+    )
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (MemoryError('Unable to allocate\n7 GiB'), 'Unable to allocate 7 GiB'),
+    (MemoryError(), 'MemoryError'),
+    (RuntimeError('Failed to allocate memory'), 'Failed to allocate memory'),
+  ],
+)
+def test_a_batch_that_has_no_room(folder, monkeypatch, capsys, error, reason):
+  def measure(bundle, batch):
+    raise error
+
+  monkeypatch.setattr(batching, 'measure', measure)
+  assert refusal(capsys, f'--bundle={folder / "whole"}', '--port=0', '--queue=2K', '--batch=1K') == (
+    f'stages cannot be run on 1,000 images at once ({reason}); set --batch'
+  )
+
+
+@pytest.mark.parametrize('name', ['uvicorn', 'onnxruntime', 'python_multipart'])
+def test_what_is_not_installed(folder, monkeypatch, capsys, name):
+  monkeypatch.setitem(sys.modules, name, None)
+  assert refusal(capsys, f'--bundle={folder / "whole"}') == (
+    f'expected {name} to serve, found none; pip install -r {EXAMPLES / "requirements.txt"}'
+  )
+
+
+def test_a_signal_just_before_it_serves(folder, monkeypatch):
+  asked = []
+
+  def run(server, sockets):
+    signal.raise_signal(signal.SIGTERM)
+    asked.append(server.should_exit)
+    sockets[0].close()
+
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    assert serve.main([f'--bundle={folder / "whole"}', '--port=0']) == 0
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  assert asked == [True]
+
+
+@pytest.mark.parametrize(
+  'side, message',
+  [
+    (31, None),
+    (32, 'expected at most 1,000 pixels, found 32 x 32; send a smaller image'),
+    (45, 'expected at most 1,000 pixels, found many more; send a smaller image'),
+  ],
+)
+def test_pillow_refuses_no_image_that_the_service_takes(folder, monkeypatch, side, message):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # By itself it would refuse more than 200.
+  encoded, found = io.BytesIO(), []
+  Image.new('RGB', (side, side)).save(encoded, 'png')
+
+  def run(server, sockets):
+    sockets[0].close()
+    try:
+      found.append(uploads.decode(run_file, encoded.getvalue(), (8, 8, 3), 1000).shape)
+    except uploads.Refused as refused:
+      found.append(refused.reason)
+
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  assert serve.main([f'--bundle={folder / "whole"}', '--port=0', '--max-pixels=1K']) == 0
+  assert found == [message or (8, 8, 3)]
+
+
+def test_interrupted_before_it_serves(folder, monkeypatch, capsys):
+  def interrupt(_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(serve, '_load_runtime', interrupt)
+  assert serve.main([f'--bundle={folder / "whole"}']) == 130
+  assert capsys.readouterr() == ('', 'stopped at once\n')
+
+
+@pytest.mark.parametrize(
+  ('text', 'count'), [('1', 1), ('64', 64), ('10k', 10_000), ('25M', 25_000_000), ('2G', 2 * 10**9)]
+)
+def test_counts(text, count):
+  assert serve._count(text) == count

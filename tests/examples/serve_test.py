@@ -1,0 +1,421 @@
+"""Tests of the service as a user starts it, where importing JAX or this package fails: nothing is lost or mixed up."""
+
+import http.client
+import io
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tiny_bundle
+from PIL import Image
+
+from paranet_jax.portable import run
+
+EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
+MAX_BYTES, QUEUE = 50_000, 64
+NO_IMAGE = 'not an image in a known format (PNG, JPEG, WEBP, GIF, BMP, TIFF)'
+NONE_SENT = 'expected an image, found none; send one as the body, or several as files of a form'
+TOO_LARGE = 'expected at most 50,000 bytes, found more; send fewer or smaller images'
+SEVERAL = 'expected one of budget_ms and deadline_ms, once, found several; leave out all but one'
+
+
+class Reply(NamedTuple):
+  status: int
+  headers: dict[str, str]
+  body: Any
+
+
+class Server:
+  """`python examples/serve.py`, started; it says where it listens."""
+
+  def __init__(self, folder: Path, bundle: Path, *flags: str):
+    blocked = folder / 'blocked'
+    blocked.mkdir(exist_ok=True)
+    for name in ('jax', 'flax', 'paranet_jax', 'tensorflow', 'torch'):
+      (blocked / f'{name}.py').write_text('raise ImportError("the service does without")\n')
+    self.process = subprocess.Popen(
+      [sys.executable, '-W', 'error', EXAMPLES / 'serve.py', f'--bundle={bundle}', '--port=0', '--threads=1', *flags],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=folder,
+      env=os.environ | {'PYTHONPATH': str(blocked)},
+    )
+    self.line = self.process.stdout.readline()
+    found = re.fullmatch(
+      rf'serving {re.escape(str(bundle))} at http://127\.0\.0\.1:(\d+)/predict; '
+      r'its exits take (\d+\.\d\d), (\d+\.\d\d), (\d+\.\d\d) ms an image\n',
+      self.line,
+    )
+    if not found:
+      self.process.kill()
+    assert found, (self.line, self.process.communicate())
+    self.port, self.exit_ms = int(found[1]), [float(text) for text in found.groups()[1:]]
+
+  def connect(self) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
+
+  def ask(self, method: str, path: str, body: Any = None, headers: Any = (), over: Any = None) -> Reply:
+    """Sends a request, over a connection that is open, or one of its own."""
+    connection = over or self.connect()
+    connection.request(method, path, body, dict(headers))
+    response = connection.getresponse()
+    text = response.read()
+    if not over:
+      connection.close()
+    json_body = response.getheader('content-type') == 'application/json'
+    return Reply(response.status, dict(response.getheaders()), json.loads(text) if json_body else text.decode())
+
+  def metrics(self) -> dict[str, float]:
+    lines = self.ask('GET', '/metrics').body.splitlines()
+    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith('#'))}
+
+  def stop(self, number: int = signal.SIGTERM) -> None:
+    """Asks it to stop, and has it say nothing more."""
+    self.process.send_signal(number)
+    assert self.process.communicate(timeout=60) == ('', '')
+    assert self.process.returncode == 0
+
+
+def start(folder: Path, *flags: str, **fields: Any) -> Server:
+  bundle = folder / 'bundle'
+  return Server(folder, tiny_bundle.write(bundle, **fields), *flags)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+  server = start(tmp_path_factory.mktemp('served'), f'--max-bytes={MAX_BYTES}', f'--queue={QUEUE}')
+  yield server
+  if server.process.returncode is None:
+    server.stop()
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+  return run.load(tiny_bundle.write(tmp_path_factory.mktemp('bundle') / 'bundle'), threads=1)
+
+
+def encoded(seed: int, kind: str = 'PNG', size: tuple[int, int] = (8, 8)) -> bytes:
+  pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+  out = io.BytesIO()
+  Image.fromarray(pixels).save(out, kind)
+  return out.getvalue()
+
+
+def of_pixels(width: int, height: int) -> bytes:
+  out = io.BytesIO()
+  Image.new('1', (width, height)).save(out, 'PNG')
+  return out.getvalue()
+
+
+def form(files: Any, fields: Any = (), end: str = '--border--\r\n') -> tuple[bytes, dict[str, str]]:
+  """The body of a form and its headers."""
+  parts = [f'--border\r\nContent-Disposition: form-data; name="{n}"\r\n\r\n{v}\r\n'.encode() for n, v in fields]
+  head = b'--border\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+  parts += [head + file + b'\r\n' for file in files]
+  return b''.join([*parts, end.encode()]), {'Content-Type': 'multipart/form-data; boundary=border'}
+
+
+def matches(found: dict[str, Any], expected: run.Prediction | str) -> bool:
+  """Whether this is the answer to that image, or the reason why it has none."""
+  if isinstance(expected, str):
+    return found == {'error': expected}
+  label = expected.label
+  assert list(found) == ['label', 'class_name', 'probability', 'exit', 'milliseconds'] and found['milliseconds'] > 0
+  same = (found['label'], found['class_name'], found['exit']) == (label, f'class {label}', expected.exit)
+  return same and abs(found['probability'] - expected.probabilities[label]) < 1e-5
+
+
+class Job(NamedTuple):
+  """A request and what is expected: of each image the answer or a reason; of a request without images, a reason."""
+
+  path: str
+  body: Any
+  headers: dict[str, str]
+  status: int
+  expected: Any
+
+
+def jobs(bundle: run.Adaptive) -> list[Job]:
+  """Hundreds, each with images of its own."""
+  many_pixels = of_pixels(6000, 5000)
+  too_many = 'expected at most 25,000,000 pixels, found 6000 x 5000; send a smaller image'
+
+  def decoded(image):
+    return run.decode_image(image, tiny_bundle.SIDE, tiny_bundle.CHANNELS)
+
+  def one(image, query='', answer=bundle.predict_one):
+    return Job(f'/predict{query}', image, {}, 200, [answer(decoded(image))])
+
+  def several(*images, fields=(), answer=bundle.predict_one):
+    expected = [image[1] if isinstance(image, tuple) else answer(decoded(image)) for image in images]
+    body, headers = form([image[0] if isinstance(image, tuple) else image for image in images], fields)
+    return Job('/predict', body, headers, 200, expected)
+
+  def first_exit(image):
+    return next(bundle.anytime(image))
+
+  found = []
+  for seed in range(0, 300, 10):
+    image = encoded(seed)
+    broken = b'no image', NO_IMAGE
+    found += [
+      one(image),
+      one(encoded(seed + 1, 'JPEG', (20, 13))),
+      one(encoded(seed + 2, 'WEBP', (9, 30)), '?deadline_ms=60000'),
+      one(encoded(seed + 3, 'TIFF'), '?budget_ms=60000'),
+      one(encoded(seed + 4, 'GIF'), '?deadline_ms=1e-6', first_exit),
+      several(encoded(seed + 5), encoded(seed + 6), broken, encoded(seed + 7), fields=[('deadline_ms', '60000')]),
+      several(encoded(seed + 8), encoded(seed + 9, 'BMP'), fields=[('deadline_ms', '1e-6')], answer=first_exit),
+      several((many_pixels, too_many), image, broken),
+      Job('/predict', b'no image', {}, 400, [NO_IMAGE]),
+      Job('/predict', many_pixels, {}, 413, [too_many]),
+      Job('/predict', b'0' * (MAX_BYTES + 1), {}, 413, TOO_LARGE),
+      Job('/predict', iter([b'0' * 8192] * 8), {}, 413, TOO_LARGE),
+    ]
+  return found
+
+
+def test_of_hundreds_of_requests_at_once_none_is_lost_or_mixed_up(server, bundle):
+  before = server.metrics()
+  todo, replies = queue.SimpleQueue(), queue.SimpleQueue()
+  all_jobs = jobs(bundle)
+  for job in all_jobs:
+    todo.put(job)
+
+  def client():
+    connection = server.connect()
+    while not todo.empty():
+      try:
+        job = todo.get_nowait()
+      except queue.Empty:
+        break
+      while (reply := server.ask('POST', *job[:3], over=connection)).status == 503:
+        assert reply.headers['retry-after'] == '1'
+      replies.put((job, reply))
+    connection.close()
+
+  threads = [threading.Thread(target=client) for _ in range(12)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+
+  exits, statuses = Counter(), Counter()
+  for _ in all_jobs:
+    job, reply = replies.get_nowait()
+    statuses[str(reply.status)] += 1
+    assert reply.status == job.status, (job, reply)
+    if isinstance(job.expected, str):
+      assert reply.body == {'error': job.expected}
+      continue
+    assert len(reply.body['answers']) == len(job.expected)
+    assert all(map(matches, reply.body['answers'], job.expected)), (job.expected, reply.body)
+    assert reply.body.get('error') == (job.expected[0] if job.status != 200 else None)
+    exits.update(str(answer['exit']) for answer in reply.body['answers'] if 'exit' in answer)
+  assert replies.empty()
+  assert statuses == {'200': 240, '400': 30, '413': 90}
+  assert sum(exits.values()) == 30 * (5 + 3 + 2 + 1) and len(exits) == 3
+
+  after = server.metrics()
+  grown = {name: value - before.get(name, 0) for name, value in after.items()}
+  for status, count in statuses.items():
+    assert grown[f'paranet_requests_total{{status="{status}"}}'] == count
+  for number, count in exits.items():
+    assert grown[f'paranet_images_total{{exit="{number}"}}'] == count
+    through = sum(images for other, images in exits.items() if other >= number)
+    assert grown[f'paranet_stage_batch_images_sum{{exit="{number}"}}'] == through
+    runs = grown[f'paranet_stage_batch_images_count{{exit="{number}"}}']
+    assert 0 < runs == grown[f'paranet_stage_seconds_count{{exit="{number}"}}'] <= through
+    assert grown[f'paranet_stage_seconds_sum{{exit="{number}"}}'] > 0
+  assert grown['paranet_image_seconds_count'] == sum(exits.values()) and grown['paranet_image_seconds_sum'] > 0
+  assert after['paranet_queue_images'] == 0
+
+
+PNG = encoded(0)
+REFUSED = {
+  'nothing': ('/predict', b'', {}, 400, NONE_SENT),
+  'a form without files': ('/predict', *form([], [('budget_ms', '5')]), 400, NONE_SENT),
+  'no image': ('/predict', b'%!PS-Adobe-3.0 EPSF-3.0\n', {}, 400, NO_IMAGE),
+  'an image of another format': ('/predict', b'P6 1 1 255\n\0\0\0', {}, 400, NO_IMAGE),
+  'half an image': ('/predict', encoded(0, size=(50, 50))[:4000], {}, 400, 'image file is truncated'),
+  'another field': (
+    '/predict?budgetms=5', PNG, {}, 400, "unknown field 'budgetms', expected budget_ms or deadline_ms"
+  ),
+  'another field of the form': (
+    '/predict', *form([PNG], [('top', '5')]), 400, "unknown field 'top', expected budget_ms or deadline_ms"
+  ),
+  'no number': (
+    '/predict?budget_ms=soon', PNG, {}, 400, "expected budget_ms in milliseconds, above 0, found 'soon'"
+  ),
+  'zero': ('/predict?budget_ms=0', PNG, {}, 400, "expected budget_ms in milliseconds, above 0, found '0'"),
+  'negative': (
+    '/predict', *form([PNG], [('deadline_ms', '-1')]), 400,
+    "expected deadline_ms in milliseconds, above 0, found '-1'",
+  ),
+  'not finite': (
+    '/predict?deadline_ms=inf', PNG, {}, 400, "expected deadline_ms in milliseconds, above 0, found 'inf'"
+  ),
+  'both': ('/predict?deadline_ms=5&budget_ms=5', PNG, {}, 400, SEVERAL),
+  'twice': ('/predict?deadline_ms=5', *form([PNG], [('deadline_ms', '5')]), 400, SEVERAL),
+  'less than an exit': (
+    '/predict?budget_ms=1e-7', PNG, {}, 400,
+    r're:expected a budget_ms of \d\.\d\d or more, as the first exit takes, found 1e-07',
+  ),
+  'a form that was cut': (
+    '/predict', *form([PNG, PNG], end=''), 400,
+    'expected a whole form, found no boundary that closes it; send it again',
+  ),
+  'a form of no boundary': (
+    '/predict', b'x', {'Content-Type': 'multipart/form-data'}, 400, 'Missing boundary in multipart.'
+  ),
+  'more files than the queue': (
+    '/predict', *form([b''] * (QUEUE + 1)), 400, 'Too many files. Maximum number of files is 64.'
+  ),
+  'a long field': (
+    '/predict', *form([PNG], [('budget_ms', '5' * 2000)]), 400, 'Part exceeded maximum size of 1KB.'
+  ),
+  'many bytes': ('/predict', b'0' * (MAX_BYTES + 1), {}, 413, TOO_LARGE),
+  'many bytes, of no length': ('/predict', [b'0' * MAX_BYTES, b'0'], {}, 413, TOO_LARGE),
+  'many bytes of a form': ('/predict', *form([b'0' * MAX_BYTES]), 413, TOO_LARGE),
+  'many pixels': (
+    '/predict', of_pixels(5001, 5000), {}, 413,
+    'expected at most 25,000,000 pixels, found 5001 x 5000; send a smaller image',
+  ),
+  'more pixels than Pillow opens': (
+    '/predict', of_pixels(18_000, 10_000), {}, 413,
+    'expected at most 25,000,000 pixels, found many more; send a smaller image',
+  ),
+  'another path': ('/', PNG, {}, 404, 'Not Found'),
+  'another method': ('/metrics', PNG, {}, 405, 'Method Not Allowed'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused(server, name):
+  path, body, headers, status, reason = REFUSED[name]
+  reply = server.ask('POST', path, body, headers)
+  assert reply.status == status
+  if reason.startswith('re:'):
+    assert re.fullmatch(reason[3:], reply.body['error'])
+  else:
+    assert reply.body['error'].startswith(reason)
+  assert set(reply.body) <= {'error', 'answers'}
+
+
+def test_as_many_bytes_as_allowed_are_taken(server):
+  assert server.ask('POST', '/predict', PNG + b'0' * (MAX_BYTES - len(PNG))).status == 200
+
+
+def test_what_is_said_to_be_large_is_not_waited_for(server):
+  with socket.create_connection(('127.0.0.1', server.port), timeout=60) as client:
+    client.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50001\r\n\r\n')
+    assert client.recv(12) == b'HTTP/1.1 413'
+
+
+def wait_until(holds: Any) -> None:
+  last = time.monotonic() + 60
+  while not holds():
+    assert time.monotonic() < last
+    time.sleep(0.005)
+
+
+def test_a_client_that_leaves_is_forgotten(server):
+  with socket.create_connection(('127.0.0.1', server.port)) as client:
+    client.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n' + PNG[:10])
+  wait_until(lambda: server.metrics().get('paranet_requests_total{status="499"}') == 1)
+  assert server.ask('POST', '/predict', PNG).status == 200
+
+
+def test_healthy(server):
+  assert server.ask('GET', '/healthz')[::2] == (200, {'status': 'ok'})
+
+
+def test_says_what_it_takes(server):
+  predict = server.ask('GET', '/openapi.json').body['paths']['/predict']['post']
+  assert [field['name'] for field in predict['parameters']] == ['budget_ms', 'deadline_ms']
+  assert list(predict['requestBody']['content']) == ['image/*', 'multipart/form-data']
+
+
+@pytest.fixture(scope='module')
+def slow(tmp_path_factory):
+  """Of whose images none leaves before it must."""
+  return tiny_bundle.write(tmp_path_factory.mktemp('slow') / 'bundle', probability=1, work=384)
+
+
+def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(tmp_path, slow):
+  server = Server(tmp_path, slow, '--queue=3', '--batch=2')
+  body, headers = form([PNG, PNG])
+  replies = []
+
+  def client():
+    for _ in range(4):
+      replies.append(server.ask('POST', '/predict', body, headers))
+
+  threads = [threading.Thread(target=client) for _ in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  statuses = Counter(str(reply.status) for reply in replies)
+  assert sum(statuses.values()) == 24 and set(statuses) == {'200', '503'}
+  for reply in replies:
+    if reply.status == 503:
+      assert reply.body == {'error': 'no room for 2 images now; try again'} and reply.headers['retry-after'] == '1'
+    else:
+      assert [answer['exit'] for answer in reply.body['answers']] == [3, 3]
+  metrics = server.metrics()
+  assert {status: metrics[f'paranet_requests_total{{status="{status}"}}'] for status in statuses} == statuses
+  assert metrics['paranet_images_total{exit="3"}'] == 2 * statuses['200'] and metrics['paranet_queue_images'] == 0
+  assert server.ask('POST', '/predict', body, headers).status == 200
+  server.stop(signal.SIGINT)
+
+
+def test_how_far_an_image_goes_and_what_is_queued_when_it_is_asked_to_stop(tmp_path, slow):
+  server, reference = Server(tmp_path, slow, '--batch=4'), run.load(slow, threads=1)
+  for number in (1, 2):  # Between what two exits take, as the first line said.
+    budget = (server.exit_ms[number - 1] + server.exit_ms[number]) / 2
+    (answer,) = server.ask('POST', f'/predict?budget_ms={budget}', PNG).body['answers']
+    assert answer['exit'] == number
+  for deadline, exits in ((server.exit_ms[2] - server.exit_ms[1], (1, 2)), (60_000, (3,))):
+    (answer,) = server.ask('POST', f'/predict?deadline_ms={deadline}', PNG).body['answers']
+    assert answer['exit'] in exits  # In the first, the last stage alone takes as long.
+
+  images = [[encoded(8 * request + row) for row in range(8)] for request in range(6)]
+  replies = {}
+
+  def client(request):
+    replies[request] = server.ask('POST', '/predict', *form(images[request]))
+
+  def all_taken():
+    metrics = server.metrics()
+    return metrics['paranet_queue_images'] + metrics['paranet_images_total{exit="3"}'] == 48 + before
+
+  before = server.metrics()['paranet_images_total{exit="3"}']
+  threads = [threading.Thread(target=client, args=(request,)) for request in range(6)]
+  for thread in threads:
+    thread.start()
+  wait_until(all_taken)
+  assert len(replies) < 6  # Some are still queued.
+  server.stop()
+  for thread in threads:
+    thread.join()
+  assert len(replies) == 6
+  for request, reply in replies.items():
+    assert reply.status == 200
+    expected = [reference.predict_one(run.decode_image(image, 8, 3)) for image in images[request]]
+    assert all(map(matches, reply.body['answers'], expected))
+  with pytest.raises(ConnectionRefusedError):
+    server.ask('GET', '/healthz')

@@ -1,0 +1,304 @@
+"""A written bundle as its user has it: loaded, run on image files, checked, without JAX."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from paranet_jax.export.write import Request, write_bundle
+from paranet_jax.portable import run as runtime
+from tests.export.families_test import IMAGES, made
+
+BLOCKED = """
+import importlib.abc, runpy, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path, target=None):
+    if name.partition('.')[0] in ('jax', 'jaxlib', 'flax', 'paranet_jax', 'onnx', 'scipy', 'ml_dtypes'):
+      raise AssertionError(f'{name} is imported')
+
+sys.meta_path.insert(0, Blocked())
+sys.argv = ['run.py', *sys.argv[1:]]
+try:
+  runpy.run_path(sys.argv.pop(1), run_name='__main__')
+except SystemExit as ended:
+  code = ended.code
+installed = {name.partition('.')[0] for name, module in sys.modules.items() if 'site-packages' in str(module)}
+print(*sorted(installed - {'_distutils_hack'}))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+  """The bundle of a small network, with thresholds at which its images leave at every exit."""
+  folder = tmp_path_factory.mktemp('written')
+  run, plan, _ = made(tiny.network(3, num_classes=5))
+  write_bundle(Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+  return folder / 'out'
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+  """The images as files, in an order of their own, and one that is none."""
+  folder = tmp_path_factory.mktemp('photos')
+  for place, image in enumerate(IMAGES):
+    Image.fromarray(image).save(folder / f'{place:02}.png')
+  (folder / 'broken.jpg').write_text('x')
+  return folder
+
+
+def rows(bundle, files):
+  """What is to be printed of these images."""
+  width = max(map(len, ('file', *files)))
+  found = bundle.predict(IMAGES)
+  lines = [f'{"file":{width}}  label  probability  exit']
+  for file, label, probabilities, exit in zip(files, found.labels, found.probabilities, found.exits, strict=False):
+    lines.append(f'{file:{width}}  {"abcde"[label]:5}  {probabilities[label]:11.3f}  {exit:4}')
+  return lines
+
+
+def test_run_without_jax(out, photos):
+  command = [sys.executable, '-c', BLOCKED, str(out / 'run.py'), str(photos)]
+  result = subprocess.run(command, capture_output=True, text=True, cwd=photos)
+  assert result.returncode == 1, result.stderr
+  *lines, modules = result.stdout.splitlines()
+  files = [str(photos / f'{place:02}.png') for place in range(len(IMAGES))]
+  bundle = runtime.load(out)
+  assert [line.split() for line in lines] == [line.split() for line in rows(bundle, files)]
+  assert modules == 'PIL numpy onnxruntime'
+  exits = bundle.predict(IMAGES).exits
+  shares = '; '.join(f'exit {number}: {100 * np.mean(exits == number):.1f} %' for number in (1, 2, 3))
+  assert result.stderr.splitlines() == [
+    f'error: {photos}/broken.jpg: not an image in a known format',
+    f'12 images, 1 unreadable; {shares}',
+  ]
+
+
+@pytest.fixture
+def command(out, photos, monkeypatch, capsys):
+  def run(*arguments):
+    monkeypatch.chdir(photos)
+    code = runtime.main([f'--bundle={out}', *arguments])
+    return code, *capsys.readouterr()
+
+  return run
+
+
+def test_one_line_an_image(command, out):
+  files = [f'{place:02}.png' for place in range(12)]
+  code, printed, err = command(*files)
+  assert (code, printed.splitlines()) == (0, rows(runtime.load(out), files))
+  assert err.startswith('12 images; exit 1: ')
+
+
+def test_a_file_named_twice_is_answered_twice(command):
+  code, printed, _ = command('01.png', '00.png', '01.png')
+  assert [line.split()[0] for line in printed.splitlines()] == ['file', '01.png', '00.png', '01.png']
+  assert printed.splitlines()[1] == printed.splitlines()[3]
+
+
+@pytest.mark.parametrize(
+  'arguments, policy',
+  [
+    (['--threshold=0.4'], lambda bundle: bundle.with_threshold(0.4)),
+    (['--threshold=0', '--threads=1'], lambda bundle: bundle.with_threshold(0)),
+    (['--budget=8K'], lambda bundle: bundle.with_budget(8000)),
+  ],
+)
+def test_policies(command, out, arguments, policy):
+  files = [f'{place:02}.png' for place in range(12)]
+  code, printed, _ = command(*arguments, *files)
+  assert (code, printed.splitlines()) == (0, rows(policy(runtime.load(out)), files))
+
+
+def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
+  code, printed, err = command('--deadline-ms=1e6', '00.png', '01.png')
+  assert code == 0 and err == '2 images; exit 1: 0.0 %; exit 2: 0.0 %; exit 3: 100.0 %\n'
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ([], 'expected image files or folders of images, found none; name them after the flags'),
+    (['--bundle=nowhere', '00.png'], 'expected a bundle with a bundle.json in nowhere, found none; set --bundle'),
+    (['--provider=tpu', '00.png'], "unknown provider 'tpu', expected one of cpu, openvino; set --provider"),
+    (['--threads=-1', '00.png'], 'expected 0 threads or more, found -1; set --threads'),
+    (['--threads=5', '00.png'], 'expected 4 threads at most, one a core, found 5; set --threads'),
+    (['--threshold=2', '00.png'], 'expected a threshold from 0 to 1, as max_prob is, found 2.0; set --threshold'),
+    (['--budget=1', '00.png'], 'expected a budget of 7,030 multiply-adds or more, found 1; set --budget=7030'),
+    (['--budget=x', '00.png'], 'argument --budget: expected multiply-adds such as 5M, found x; see --help'),
+    (['--deadline-ms=0', '00.png'], 'expected a deadline of more than 0 ms, found 0.0; set --deadline-ms'),
+    (
+      ['--deadline-ms=5', '--budget=5M', '00.png'],
+      '--deadline-ms goes on as far as the time does; leave out --threshold and --budget, or it',
+    ),
+    (['--labels', '00.png'], 'unrecognized arguments: --labels; see --help'),
+  ],
+)
+def test_refused_arguments(command, monkeypatch, arguments, message):
+  monkeypatch.setattr(runtime.os, 'cpu_count', lambda: 4)
+  assert command(*arguments) == (2, '', f'error: {message}\n')
+
+
+@pytest.mark.parametrize(
+  'module, arguments, message',
+  [
+    ('onnxruntime', [], 'expected onnxruntime for --provider=cpu, found none; pip install onnxruntime'),
+    (
+      'openvino',
+      ['--provider=openvino'],
+      'expected openvino for --provider=openvino, found none; pip install openvino',
+    ),
+    ('PIL', [], 'expected Pillow to read image files, found none; pip install pillow'),
+  ],
+)
+def test_what_is_not_installed(command, monkeypatch, module, arguments, message):
+  monkeypatch.setitem(sys.modules, module, None)
+  assert command(*arguments, '00.png') == (2, '', f'error: {message}\n')
+
+
+def closed_pipe():
+  read, write = os.pipe()
+  os.close(read)
+  return write
+
+
+@pytest.mark.parametrize(
+  'open_stdout, code, message',
+  [
+    (closed_pipe, 141, ''),
+    (
+      lambda: os.open('/dev/full', os.O_WRONLY),
+      2,
+      'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n',
+    ),
+  ],
+)
+def test_standard_output_that_takes_nothing(out, photos, open_stdout, code, message):
+  stdout, environment = open_stdout(), {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+  command = [sys.executable, out / 'run.py', photos / '00.png']
+  done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
+  os.close(stdout)
+  assert (done.returncode, done.stderr) == (code, message)
+
+
+def change(folder, name, text):
+  """Replaces a file, and its checksum with it."""
+  (folder / name).write_text(text)
+  bundle = json.loads((folder / 'bundle.json').read_text())
+  bundle['checksums'][name] = hashlib.sha256(text.encode()).hexdigest()
+  (folder / 'bundle.json').write_text(json.dumps(bundle))
+
+
+def in_place_of(path):
+  path.unlink()
+  path.mkdir()
+
+
+def bundle_with(folder, **fields):
+  bundle = json.loads((folder / 'bundle.json').read_text())
+  (folder / 'bundle.json').write_text(json.dumps(bundle | fields))
+
+
+@pytest.mark.parametrize(
+  'damage, message',
+  [
+    (
+      lambda f: bundle_with(f, schema_version=2),
+      'expected {f}/bundle.json of schema_version 1, found 2; use the run.py of that bundle',
+    ),
+    (
+      lambda f: bundle_with(f, formats=['stablehlo']),
+      'expected ONNX stages in {f}, found stablehlo; export with --format=onnx',
+    ),
+    (
+      lambda f: (f / 'bundle.json').write_text('[]'),
+      '{f}/bundle.json is not a JSON object (it holds []); copy or export the bundle again',
+    ),
+    (lambda f: (f / 'bundle.json').write_text('{'), '{f}/bundle.json is not a JSON object (Expecting '),
+    (lambda f: (f / 'stage_2.onnx').unlink(), 'expected {f}/stage_2.onnx, found none; copy or export the bundle again'),
+    (
+      lambda f: (f / 'stage_1.onnx').write_bytes((f / 'stage_1.onnx').read_bytes()[:-1]),
+      '{f}/stage_1.onnx is not what was exported: expected sha256 ',
+    ),
+    (
+      lambda f: (f / 'exits.json').write_text((f / 'exits.json').read_text().replace('0.0', '0.1')),
+      '{f}/exits.json is not what was exported: expected sha256 ',
+    ),
+    (
+      lambda f: change(f, 'classes.json', '["a"]'),
+      'expected 5 class names in {f}/classes.json, found 1; export the run again',
+    ),
+    (
+      lambda f: change(f, 'classes.json', '{'),
+      '{f}/classes.json is not a JSON list (Expecting ',
+    ),
+    (
+      lambda f: in_place_of(f / 'stage_2.onnx'),
+      '{f}/stage_2.onnx cannot be read (Is a directory); copy or export the bundle again',
+    ),
+    (
+      lambda f: in_place_of(f / 'bundle.json'),
+      '{f}/bundle.json cannot be read (Is a directory); copy or export the bundle again',
+    ),
+    (
+      lambda f: (f / 'bundle.json').write_text('{"schema_version": 1}'),
+      "{f} does not fit schema_version 1 (lacks 'formats'); export the run again",
+    ),
+    (
+      lambda f: bundle_with(f, checksums=None),
+      "{f} does not fit schema_version 1 ('NoneType' object has no attribute 'get'); export the run again",
+    ),
+    (
+      lambda f: bundle_with(f, stages={'stage_1': 'stage_1.onnx'}),
+      '{f} does not fit schema_version 1 (string indices must be integers',
+    ),
+    (lambda f: bundle_with(f, all_macs=[1]), '{f} does not fit schema_version 1 (zip() argument 2 is shorter'),
+    (lambda f: bundle_with(f, all_macs=[1, 2, 'x']), '{f} does not fit schema_version 1 (invalid literal for int()'),
+    (lambda f: change(f, 'exits.json', '{"exits": [1]}'), "{f} does not fit schema_version 1 (lacks 'visited'); "),
+    (lambda f: change(f, 'stage_2.onnx', 'no stage'), 'onnxruntime cannot load {f}/stage_2.onnx ('),
+  ],
+)
+def test_bundles_that_do_not_fit(out, tmp_path, damage, message):
+  folder = shutil.copytree(out, tmp_path / 'bundle')
+  damage(folder)
+  with pytest.raises(runtime.BundleError) as error:
+    runtime.load(folder)
+  assert str(error.value).startswith(message.format(f=folder)) and '\n' not in str(error.value)
+
+
+def test_the_card_may_be_edited(out, tmp_path):
+  folder = shutil.copytree(out, tmp_path / 'bundle')
+  (folder / 'README.md').write_text('mine')
+  np.testing.assert_array_equal(runtime.load(folder).predict(IMAGES).exits, runtime.load(out).predict(IMAGES).exits)
+
+
+def test_a_stage_that_openvino_cannot_load(out, tmp_path, monkeypatch):
+  def compile_model(*_):
+    raise RuntimeError('Exception from src/core:\nno such operation')
+
+  core = types.SimpleNamespace(compile_model=compile_model)
+  monkeypatch.setitem(sys.modules, 'openvino', types.SimpleNamespace(Core=lambda: core))
+  with pytest.raises(runtime.BundleError) as error:
+    runtime.load(out, 'openvino')
+  assert str(error.value) == (
+    f'openvino cannot load {out}/stage_1.onnx (Exception from src/core: no such operation); '
+    'export the run again, or pip install -U openvino'
+  )
+
+
+@pytest.mark.filterwarnings('ignore:os.fork')  # Importing OpenVINO starts a process.
+def test_openvino(out):
+  pytest.importorskip('openvino', reason='needs openvino: pip install -r benchmarks/requirements.txt')
+  ours, theirs = runtime.load(out).predict(IMAGES), runtime.load(out, 'openvino').predict(IMAGES)
+  np.testing.assert_array_equal(theirs.exits, ours.exits)
+  np.testing.assert_allclose(theirs.probabilities, ours.probabilities, atol=1e-4)

@@ -1,0 +1,467 @@
+"""`python -m paranet_jax.export`: what it writes, what it refuses, and that nothing half-written stays."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import onnx
+import pytest
+import yaml
+from jax import export as jax_export
+from running import contents
+from safetensors.numpy import load_file
+
+import paranet_jax
+from paranet_jax.costs import exit_costs
+from paranet_jax.data.augment import normalize
+from paranet_jax.data.dataset import Split
+from paranet_jax.export import __main__ as export
+from paranet_jax.export import facts, stage_files, write
+from paranet_jax.export.card import model_card
+from paranet_jax.host.errors import UserError
+from paranet_jax.portable import run as runtime
+
+PRETRAINED = Path(__file__).resolve().parents[2] / 'pretrained'
+NOISE = np.random.default_rng(1).integers(0, 256, (24, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def converted():
+  """The stages of the run are cut and converted once; what is done with them and written is each test's own."""
+
+  def once(function, key):
+    kept = {}
+
+    def kept_or_made(*arguments):
+      name = key(*arguments)
+      kept[name] = kept.get(name) or function(*arguments)
+      return copy.deepcopy(kept[name]) if isinstance(kept[name], onnx.ModelProto) else kept[name]
+
+    return kept_or_made
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(write, 'cut', once(write.cut, lambda *arguments: arguments[2:]))
+    for name in ('onnx_stage', 'stablehlo_stage'):
+      patch.setattr(stage_files, name, once(getattr(stage_files, name), lambda spec: spec.name))
+    yield
+
+
+@pytest.fixture(scope='module')
+def run():
+  return paranet_jax.load(PRETRAINED)
+
+
+@pytest.fixture(scope='module')
+def logits(run):
+  """Of every exit on the noise: float32 [3, 24, 100]."""
+  images = normalize(NOISE, run.dataset.mean, run.dataset.std)
+  return np.stack(jax.jit(run.model.apply)(run.variables, images))
+
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory):
+  """A bundle in both formats, written by the command."""
+  folder = tmp_path_factory.mktemp('exported') / 'bundle'
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={folder}', '--format=both']) == 0
+  return folder
+
+
+@pytest.fixture
+def held_out(monkeypatch):
+  """Noise in the place of the run's held-out images."""
+  split = Split(NOISE, np.zeros(len(NOISE), np.int32))
+  monkeypatch.setattr(write, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+
+
+def test_what_is_in_it(out):
+  stages = [f'stage_{number}.{kind}' for number in (1, 2, 3) for kind in ('onnx', 'stablehlo')]
+  facts = ['bundle.json', 'classes.json', 'config.json', 'exits.json', 'preprocessing.json']
+  assert sorted(path.name for path in out.iterdir()) == sorted(
+    [*stages, *facts, 'README.md', 'run.py', 'weights.safetensors']
+  )
+  assert list(out.parent.iterdir()) == [out]
+  assert (out / 'run.py').read_bytes() == Path(runtime.__file__).read_bytes()
+  exits = json.loads((PRETRAINED / 'exits.json').read_text())
+  exits['provenance']['command'] = 'python -m paranet_jax.calibrate --workdir=FOLDER --budget=8M'
+  assert json.loads((out / 'exits.json').read_text()) == exits
+  dataset = json.loads((PRETRAINED / 'dataset.json').read_text())
+  assert json.loads((out / 'classes.json').read_text()) == dataset['class_names']
+  preprocessing = json.loads((out / 'preprocessing.json').read_text())
+  assert {key: preprocessing[key] for key in ('side', 'channels', 'mean', 'std')} == {
+    'side': 32,
+    'channels': 3,
+    'mean': dataset['mean'],
+    'std': dataset['std'],
+  }
+
+
+def test_every_file_has_its_checksum(out):
+  checksums = json.loads((out / 'bundle.json').read_text())['checksums']
+  assert {*checksums, 'README.md', 'bundle.json'} == {path.name for path in out.iterdir()}
+  for name, digest in checksums.items():
+    assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+
+
+def test_stages_are_described(out):
+  bundle = json.loads((out / 'bundle.json').read_text())
+  assert (bundle['visited_stages'], bundle['all_stages']) == (['stage_1', 'stage_2', 'stage_3'],) * 2
+  assert bundle['all_macs'] == json.loads((PRETRAINED / 'exits.json').read_text())['macs']
+  carried = {'images': ['batch', 32, 32, 3]}
+  for name in bundle['all_stages']:
+    spec, model = bundle['stages'][name], onnx.load(out / bundle['stages'][name]['file'])
+    given = [('logits', ['batch', 100]), *((tensor['name'], tensor['shape']) for tensor in spec['gives'])]
+    assert {tensor['name']: tensor['shape'] for tensor in spec['takes']}.items() <= carried.items()
+    assert _shapes(model.graph.input) == [(tensor['name'], tensor['shape']) for tensor in spec['takes']]
+    assert _shapes(model.graph.output) == given
+    # Stage i + 1 takes exactly what stage i left.
+    carried = {key: shape for key, shape in carried.items() if key in spec['keeps']} | dict(given[1:])
+  assert carried == {}
+
+
+def _shapes(values):
+  return [(v.name, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]) for v in values]
+
+
+def test_the_graph_is_clean(out):
+  """No features are transposed before they are pooled, and a norm is folded or one operation."""
+  pools = {'AveragePool', 'GlobalAveragePool', 'MaxPool'}
+  known = pools | {'BatchNormalization', 'Concat', 'Conv', 'Gemm', 'Relu', 'Squeeze', 'Transpose'}
+  for number in (1, 2, 3):
+    model = onnx.load(out / f'stage_{number}.onnx')
+    found = [node.op_type for node in model.graph.node]
+    assert set(found) <= known
+    transposed = [node.input[0] for node in model.graph.node if node.op_type == 'Transpose']
+    pooled = [node.output[0] for node in model.graph.node if node.op_type == 'GlobalAveragePool']
+    assert transposed == ['images', *pooled]
+    # The second norm of a dense layer is part of the convolution before it.
+    layers = 3 * number
+    assert (found.count('Conv'), found.count('BatchNormalization')) == (2 * layers + number, layers + number)
+    assert [entry.domain for entry in model.opset_import] == ['']
+
+
+def test_logits(out, logits):
+  bundle = runtime.load(out)
+  carried = bundle.begin(NOISE)
+  for expected, number in zip(logits, bundle.visited, strict=True):
+    carried, found = bundle.stage(number)(carried)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_stablehlo(out, run, logits):
+  bundle = json.loads((out / 'bundle.json').read_text())
+  assert bundle['formats'] == ['onnx', 'stablehlo']
+  for count in (3, 24):
+    carried = {'images': normalize(NOISE[:count], run.dataset.mean, run.dataset.std)}
+    for expected, name in zip(logits, bundle['all_stages'], strict=True):
+      entry, spec = bundle['stablehlo'][name], bundle['stages'][name]
+      stage = jax_export.deserialize((out / entry['file']).read_bytes())
+      assert list(entry['inputs']) == [tensor['name'] for tensor in spec['takes']]
+      assert entry['platforms'] == ['cpu', 'cuda', 'tpu']
+      found, *given = stage.call(*(carried[tensor['name']] for tensor in spec['takes']))
+      np.testing.assert_allclose(found, expected[:count], atol=1e-4)
+      carried |= dict(zip(list(entry['outputs'])[1:], given, strict=True))
+  assert bundle['stablehlo']['stage_2']['inputs'] == {
+    'images': 'float32[batch,32,32,3]',
+    'features_1_1': 'float32[batch,4,4,60]',
+  }
+
+
+def test_weights(out, run):
+  found = load_file(out / 'weights.safetensors')
+  leaves = jax.tree_util.tree_leaves_with_path(run.variables)
+  assert len(found) == len(leaves)
+  for path, leaf in leaves:
+    np.testing.assert_array_equal(found['/'.join(key.key for key in path)], leaf)
+
+
+def test_the_model_card(out):
+  _, header, text = (out / 'README.md').read_text().split('---\n', 2)
+  metadata = yaml.safe_load(header)
+  assert metadata['pipeline_tag'] == 'image-classification' and metadata['datasets'] == ['cifar100']
+  (model,) = metadata['model-index']
+  assert model['results'][0]['metrics'] == [{'type': 'accuracy', 'value': 0.5361}]
+  for line in (
+    '| 1 | 36.82 | 4.15 | 1.00 M | 28.1 k |',
+    '| as calibrated | 53.61 | | 7.94 M | |',
+    '| stage_1.onnx | images [batch, 32, 32, 3] | logits, features_1_1 [batch, 60, 4, 4] |',
+    'python -m paranet_jax.main --workdir=FOLDER',
+  ):
+    assert line in text.splitlines()
+  assert 'without a stated licence' in text and 'jax2onnx' in text and 'Python 3.10 or newer' in text
+  assert (metadata['license'], metadata['license_name']) == ('other', 'that-of-the-data')
+  found = json.loads((out / 'bundle.json').read_text())['agreement']['logits']
+  noise = f'on 16 noise images: logits differ by {found:.1e} at most, in units of the largest.'
+  assert noise in text and 'the same exits' not in text
+
+
+def test_the_model_card_of_fewer_bits(out, run):
+  agreement = {'images': 1000, 'of': 'held-out', 'labels': 0.999, 'exits': 0.9874, 'logits': 0.01}
+  bundle = json.loads((out / 'bundle.json').read_text()) | {'agreement': agreement}
+  card = model_card(run, run.exits, exit_costs(run.model, run.image_shape), bundle)
+  assert 'on 1,000 held-out images: 99.90 % the same labels, 98.74 % the same exits.\n' in card
+
+
+@pytest.mark.parametrize(
+  'formats, library, tags',
+  [
+    (['onnx'], 'onnxruntime', ['onnx']),
+    (['stablehlo'], 'jax', ['stablehlo']),
+    (['onnx', 'stablehlo'], 'onnxruntime', ['onnx', 'stablehlo']),
+  ],
+)
+def test_the_model_card_is_of_its_formats(out, run, formats, library, tags):
+  bundle = json.loads((out / 'bundle.json').read_text()) | {'formats': formats}
+  _, header, text = model_card(run, run.exits, exit_costs(run.model, run.image_shape), bundle).split('---\n', 2)
+  metadata = yaml.safe_load(header)
+  assert metadata['library_name'] == library
+  assert metadata['tags'] == [*tags, 'early-exit', 'image-classification']
+  assert ('python run.py' in text) == ('onnx' in formats)
+  assert ("export.deserialize(Path('stage_1.stablehlo').read_bytes())" in text) == ('onnx' not in formats)
+
+
+def test_where_it_was_made_is_not_told(tmp_path):
+  config = (PRETRAINED / 'config.json').read_text()
+  copy = shutil.copytree(PRETRAINED, tmp_path / 'mine' / 'run')
+  fields = json.loads(config)
+  fields['data']['data_dir'] = fields['init_from'] = f'{tmp_path}/mine/other'
+  (copy / 'config.json').write_text(json.dumps(fields))
+  exits = json.loads((copy / 'exits.json').read_text())
+  # Where it was calibrated; it was moved since.
+  places = f'--workdir={tmp_path}/elsewhere/run --compilation_cache {tmp_path}/cache'
+  exits['provenance']['command'] = f'python -m paranet_jax.calibrate {places} --budget=8M'
+  (copy / 'exits.json').write_text(json.dumps(exits))
+  assert export.main([f'--workdir={copy}', f'--out={tmp_path}/out', '--format=stablehlo']) == 0
+  for path in (tmp_path / 'out').iterdir():
+    assert str(tmp_path).encode() not in path.read_bytes(), path
+  command = 'python -m paranet_jax.calibrate --workdir=FOLDER --compilation_cache FOLDER --budget=8M'
+  assert command in (tmp_path / 'out/README.md').read_text().splitlines()
+  assert json.loads((tmp_path / 'out/exits.json').read_text())['provenance']['command'] == command
+
+
+@pytest.mark.parametrize(
+  'flags, written',
+  [
+    ('--workdir=/home/me/run --budget=8M', '--workdir=FOLDER --budget=8M'),
+    ('--budget=8M --workdir run', '--budget=8M --workdir FOLDER'),
+    ("'--workdir=/home/it'\"'\"'s me/run' --risk=0.1", '--workdir=FOLDER --risk=0.1'),
+    ("--workdir '/home/it'\"'\"'s me/run' --risk=0.1", '--workdir FOLDER --risk=0.1'),
+    ("--workdir='/home/me", '--workdir=FOLDER'),
+  ],
+)
+def test_folders_in_a_command(run, flags, written):
+  plan = dataclasses.replace(run.exits, provenance={'command': f'python -m paranet_jax.calibrate {flags}'})
+  assert facts.without_place(plan).provenance == {'command': f'python -m paranet_jax.calibrate {written}'}
+
+
+@pytest.mark.parametrize('dtype, weights', [('float16', {'FLOAT16'}), ('int8', {'FLOAT', 'INT32', 'INT8', 'UINT8'})])
+def test_fewer_bits(dtype, weights, tmp_path, held_out, logits, capsys):
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', f'--dtype={dtype}']) == 0
+  bundle = json.loads((tmp_path / 'out/bundle.json').read_text())
+  found, count = bundle['agreement'], {'float16': 24, 'int8': 12}[dtype]  # Half of them gave int8 its ranges.
+  assert (found['images'], found['of']) == (count, 'held-out')
+  assert 0 < found['logits'] < {'float16': 0.01, 'int8': 0.5}[dtype]
+  assert found['labels'] >= {'float16': 0.9, 'int8': 0.5}[dtype]
+  images, theirs = NOISE[-count:], logits[:, -count:]
+  plan = json.loads((PRETRAINED / 'exits.json').read_text())
+  sure = [runtime.confidence(z, 'max_prob', t) for z, t in zip(theirs, plan['temperatures'], strict=True)]
+  taken = [next(k for k in range(3) if sure[k][i] >= plan['confidence_thresholds'][k]) for i in range(count)]
+  ours = runtime.load(tmp_path / 'out').predict(images)
+  assert found['exits'] == np.mean(ours.exits == np.array(taken) + 1)
+  assert found['labels'] == np.mean(ours.labels == theirs[taken, np.arange(count)].argmax(-1))
+  out, err = capsys.readouterr()
+  percent = [f'{100 * found[key]:.2f} % the same {key}' for key in ('labels', 'exits')]
+  assert f'on {count} held-out images: {percent[0]}, {percent[1]}' in out and not err
+  model = onnx.load(tmp_path / 'out/stage_2.onnx')
+  assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer} - {'INT64'} == weights
+  size = (tmp_path / 'out/stage_3.onnx').stat().st_size
+  assert size < {'float16': 500_000, 'int8': 400_000}[dtype]  # 770 kB in float32.
+
+
+def test_a_float32_bundle_that_computes_something_else_is_not_left(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(write, 'compare', lambda *_: {'logits': 2e-4})
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
+  assert capsys.readouterr().err == (
+    'error: expected exported logits within 1e-04 of those in JAX, found 2.0e-04; '
+    'install the versions of constraints.txt, or set --format=stablehlo\n'
+  )
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(write, 'model_card', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 130
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_came_in_the_meantime_is_not_replaced(tmp_path, monkeypatch, capsys):
+  def come(*_):
+    (tmp_path / 'out').mkdir()
+    return ''
+
+  monkeypatch.setattr(write, 'model_card', come)
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
+  assert (
+    capsys.readouterr().err
+    == f'error: expected no {tmp_path}/out, found something there; set --out to another folder\n'
+  )
+  assert contents(tmp_path) == {'out': None}
+
+
+def test_the_folder_of_another_exporter_is_left(tmp_path, capsys):
+  """One on another machine, with the same process id."""
+  other = tmp_path / f'.out.{os.getpid()}.tmp'
+  other.mkdir()
+  (other / 'stage_1.onnx').write_text('theirs')
+  before = contents(tmp_path)
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
+  assert capsys.readouterr().err == (
+    f'error: {tmp_path}/out cannot be written: File exists; set --out to another folder\n'
+  )
+  assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def place(tmp_path):
+  """Runs that do not fit, and places that are taken."""
+  (tmp_path / 'file').write_text('mine')
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+  for name in ('bare', 'other', 'damaged'):
+    shutil.copytree(PRETRAINED, tmp_path / name)
+  (tmp_path / 'bare/exits.json').unlink()
+  text = (tmp_path / 'other/exits.json').read_text()
+  (tmp_path / 'other/exits.json').write_text(text.replace('e3f21c5c68617ac1', '0123456789abcdef'))
+  (tmp_path / 'damaged/exits.json').write_text('{')
+  return tmp_path
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--out={here}/new'], 'expected a folder, found none; set --workdir'),
+    (['--workdir={run}'], 'expected a folder, found none; set --out'),
+    (['--workdir={run}', '--out={here}/new', 'x'], 'unrecognized arguments: x; see --help'),
+    (
+      ['--workdir={run}', '--out={here}/new', '--format=tflite'],
+      "unknown format 'tflite', expected one of onnx, stablehlo, both; set --format",
+    ),
+    (
+      ['--workdir={run}', '--out={here}/new', '--dtype=int4'],
+      "unknown dtype 'int4', expected one of float32, float16, int8; set --dtype",
+    ),
+    (
+      ['--workdir={run}', '--out={here}/new', '--dtype=int8', '--format=both'],
+      'StableHLO stages are of float32, found --dtype=int8; set --format=onnx or --dtype=float32',
+    ),
+    (
+      ['--workdir={run}', '--out={here}/folder'],
+      'expected no {here}/folder, found something there; set --out to another folder',
+    ),
+    (
+      ['--workdir={run}', '--out={here}/file'],
+      'expected no {here}/file, found something there; set --out to another folder',
+    ),
+    (
+      ['--workdir={run}', '--out={here}/link'],
+      'expected no {here}/link, found something there; set --out to another folder',
+    ),
+    (
+      ['--workdir={run}', '--out={here}/no/new'],
+      'expected a folder {here}/no to write in, found none; make it, or set --out',
+    ),
+    (
+      ['--workdir={run}', f'--out={{here}}/{300 * "a"}/new'],
+      f'expected a folder {{here}}/{300 * "a"} to write in, found none; make it, or set --out',
+    ),
+    (
+      ['--workdir={run}', f'--out={{here}}/{300 * "a"}'],
+      f'{{here}}/{300 * "a"} cannot be written: File name too long; set --out to another folder',
+    ),
+    (
+      ['--workdir={here}/folder', '--out={here}/new'],
+      'expected a run with a config.json in {here}/folder, found none; set --workdir',
+    ),
+    (
+      ['--workdir={here}/bare', '--out={here}/new'],
+      'expected {here}/bare/exits.json, found none; '
+      'python -m paranet_jax.calibrate --workdir={here}/bare --threshold=0.9 writes it',
+    ),
+    (
+      ['--workdir={here}/other', '--out={here}/new'],
+      '{here}/other/exits.json belongs to another checkpoint: variables 0123456789abcdef there, e3f21c5c68617ac1 here; '
+      'python -m paranet_jax.calibrate --workdir={here}/other --threshold=0.9 writes it anew',
+    ),
+    (['--workdir={here}/damaged', '--out={here}/new'], '{here}/damaged/exits.json is not a JSON object ('),
+  ],
+)
+def test_refusals(place, arguments, message, capsys):
+  before, places = contents(place), {'run': PRETRAINED, 'here': place}
+  assert export.main([argument.format(**places) for argument in arguments]) == 2
+  out, err = capsys.readouterr()
+  assert not out and err.startswith(f'error: {message.format(**places)}') and err.count('\n') == 1
+  assert contents(place) == before
+
+
+def test_a_folder_that_may_not_be_written_in(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(write.os, 'access', lambda path, mode: path != tmp_path)  # To root, all may be.
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
+  assert capsys.readouterr().err == (
+    f'error: expected a folder to write in, found {tmp_path}, which cannot be; set --out\n'
+  )
+
+
+@pytest.mark.parametrize('package', ['jax2onnx', 'onnx', 'onnxruntime', 'safetensors', 'flatbuffers'])
+def test_without_the_exporter(package, tmp_path, monkeypatch, capsys):
+  find_spec = write.importlib.util.find_spec
+  monkeypatch.setattr(write.importlib.util, 'find_spec', lambda name: None if name == package else find_spec(name))
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=both']) == 2
+  assert capsys.readouterr().err == (
+    f'error: expected {package} to export, found none; pip install -r requirements-export.txt\n'
+  )
+  assert not list(tmp_path.iterdir())
+
+
+def test_without_the_held_out_images(tmp_path, monkeypatch, capsys):
+  def missing(*_, **__):
+    raise UserError('expected cifar100, found none; set --config.data.data_dir')
+
+  monkeypatch.setattr(write, 'load_dataset', missing)
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--dtype=int8']) == 2
+  assert capsys.readouterr().err == 'error: expected cifar100, found none; set --config.data.data_dir\n'
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'dtype, needed, count, split',
+  [
+    ('float16', '1 held-out image', 0, None),
+    ('float16', '1 held-out image', 0, Split(NOISE[:0], np.zeros(0, np.int32))),
+    ('int8', '2 held-out images', 1, Split(NOISE[:1], np.zeros(1, np.int32))),
+  ],
+)
+def test_too_few_held_out_images(dtype, needed, count, split, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(write, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', f'--dtype={dtype}']) == 2
+  assert capsys.readouterr().err == (
+    f'error: --dtype={dtype} needs {needed} or more, found {count}; '
+    'set --dtype=float32, or hold out more in a new run\n'
+  )
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written(tmp_path, monkeypatch, capsys):
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(facts, 'save_weights', full)
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
+  assert capsys.readouterr().err == (
+    f'error: {tmp_path}/out cannot be written: No space left on device; set --out to another folder\n'
+  )
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,77 @@
+"""Trainings in one of several processes: `python tests/group.py ARGUMENTS`, JSON: one list of flags a training.
+
+The first one's flags say which process this is. What every step was given, uint8 [steps, b, H, W, C] of this process's
+share of the batches, is kept in the workdir as `batches_<process>.npy`. With `--slow` among the flags of a training its
+steps take 50 ms or more, so that a signal comes before its end. With `--refused` it is to be refused, and the first one
+prints how.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from running import PROGRAMS
+
+from paranet_jax import devices as devices_lib
+from paranet_jax.command_line import parse, place
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.processes import joined
+from paranet_jax.train import train_and_evaluate
+
+
+def recorded(run_on, batches, pause):
+  """In the place of `devices.run_on`: keeps what each step is given, after a pause of so many seconds."""
+
+  def recording_run_on(devices, make_step, **axes):
+    train_step = run_on(devices, make_step, **axes)
+
+    def step(state, totals, images, labels, order):
+      time.sleep(pause)
+      rows = np.asarray(order)
+      rows = rows[..., int(state.step) % rows.shape[-2], :]
+      images_ = np.asarray(images)
+      if axes.get('images_axis') == 0 and len(devices) > 1:  # A share for each device, in order.
+        chosen = [share[row] for share, row in zip(images_, rows, strict=True)]
+      else:
+        chosen = images_[rows]
+      batches.append(np.reshape(chosen, (-1, *images_.shape[-3:])))
+      return train_step(state, totals, images, labels, order)
+
+    return step
+
+  return recording_run_on
+
+
+def train(arguments):
+  """One training, its batches recorded."""
+  pause = 0.05 if '--slow' in arguments else 0
+  values, config = parse(['group', *(argument for argument in arguments if argument != '--slow')])
+  batches, run_on = [], devices_lib.run_on
+  devices_lib.run_on = recorded(run_on, batches, pause)
+  try:
+    train_and_evaluate(config, Path(values.workdir))
+  finally:
+    devices_lib.run_on = run_on
+  np.save(Path(values.workdir) / f'batches_{jax.process_index()}.npy', np.stack(batches))
+
+
+def main(arguments):
+  values, _ = parse(['group', *arguments[0]])
+  PROGRAMS.install(pytest.MonkeyPatch())
+  with joined(place(values), values.heartbeat_timeout):
+    for own in arguments:
+      own = [argument for argument in own if not argument.startswith(('--coordinator', '--num_', '--process_'))]
+      if '--refused' not in own:
+        train(own)
+        continue
+      with pytest.raises(UserError) as error:
+        train([argument for argument in own if argument != '--refused'])
+      print(error.value, flush=True)
+
+
+if __name__ == '__main__':
+  main(json.loads(sys.argv[1]))

@@ -1,0 +1,165 @@
+"""The program as a user runs it, but within the test's process and on a run of seconds."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+
+from paranet_jax import config as config_lib
+from paranet_jax import devices as devices_lib
+from paranet_jax import task as task_lib
+from paranet_jax import train
+from paranet_jax.main import main
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.workdir import restore_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+QUICKSTART = f'--config={CONFIGS}/quickstart.py'
+
+# 1,137 training images in batches of 220 are 5 steps an epoch, 10 in all.
+TINY = (
+  QUICKSTART,
+  '--config.name=PN3-x3d',
+  '--config.model.layers_per_block=1',
+  '--config.model.growth_rate=4',
+  '--config.model.image_side=16',
+  '--config.train.epochs=2',
+  '--config.train.batch_size=220',
+  '--config.train.devices=1',
+  '--config.eval.every_epochs=1',
+  '--config.checkpoint.every_steps=4',
+  '--config.log.every_steps=2',
+)
+
+
+class Result(NamedTuple):
+  """Exit code, standard output and standard error."""
+
+  code: int
+  out: str
+  err: str
+
+
+def run_main(*arguments: Any) -> Result:
+  """`python -m paranet_jax.main` with these arguments, in this process."""
+  with mock.patch.object(sys, 'argv', ['main', *map(str, arguments)]):
+    return run_command(lambda _: main())
+
+
+def run_command(command: Callable[..., int], *arguments: Any) -> Result:
+  """A command that is given these arguments, in this process."""
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code = command(list(map(str, arguments)))
+  return Result(code, out.getvalue(), err.getvalue())
+
+
+def refusal(*arguments: Any, started: bool = False) -> str:
+  """The one line in which these arguments are refused; a run that had started has said what it is before."""
+  code, out, err = run_main(*arguments)
+  assert bool(out) == started, out
+  assert code == 2 and err.startswith('error: ') and err.endswith('\n') and err.count('\n') == 1, (code, err)
+  return err[len('error: ') : -1]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+  """Every path below a folder, with the bytes of the files."""
+  return {str(path.relative_to(folder)): _read(path) for path in folder.rglob('*')}
+
+
+def _read(path: Path) -> bytes | None:
+  return path.read_bytes() if path.is_file() else None
+
+
+def summary_of(workdir: Path) -> dict[str, Any]:
+  """What summary.json says, but for the time that the run took."""
+  return json.loads((workdir / 'summary.json').read_text()) | {'wall_time_s': None}
+
+
+def saved_state(workdir: Path) -> Any:
+  """The state of the latest checkpoint, as NumPy arrays."""
+  like = train.build_task(restore_config(workdir)).init_state()
+  with Checkpoints(workdir) as checkpoints:
+    state, _ = checkpoints.restore(checkpoints.choose(), like)
+  return jax.tree.map(np.asarray, state)
+
+
+def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
+  """Calls act(step, state) before each training step; what it returns, if anything, is the state to go on from."""
+  run_on = devices_lib.run_on
+
+  def acting_run_on(devices, make_step, **axes):
+    train_step = run_on(devices, make_step, **axes)
+    return lambda state, *rest: train_step(act(int(state.step), state) or state, *rest)
+
+  monkeypatch.setattr(devices_lib, 'run_on', acting_run_on)
+
+
+def send(number: int, at_step: int) -> Callable[[int, Any], None]:
+  """An act for `before_each_step`: a signal while this step, counted from 1, is under way."""
+  return lambda step, _: os.kill(os.getpid(), number) if step + 1 == at_step else None
+
+
+class SharedPrograms:
+  """Stands in for what is built for a run, so that runs which differ only in their cadence compile programs once.
+
+  The state, the checkpoints, the files and the loop are each run's own.
+  """
+
+  def __init__(self):
+    self._kept = {}
+    self._build = {
+      'task': train.build_task,
+      'description': train.describe,
+      'evaluator': train.Evaluator,
+      'step': devices_lib.run_on,
+      'state': task_lib.init_state,
+    }
+
+  def install(self, patch: Any) -> None:
+    """Puts itself in place."""
+    patch.setattr(train, 'build_task', self._task)
+    patch.setattr(train, 'describe', lambda config, *rest: self._keep('description', config, config, *rest))
+    patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
+    patch.setattr(devices_lib, 'run_on', self._step)
+    patch.setattr(task_lib, 'init_state', self._state)
+
+  def _task(self, config):
+    task = self._keep('task', config, config)
+    return dataclasses.replace(task, config=config, total_steps=config_lib.total_steps(config, task.steps_per_epoch))
+
+  def _step(self, devices, step, **axes):
+    task, phase = step.func.__self__, step.keywords['phase']
+    return self._keep('step', task.config, devices, step, *axes.values(), phase=phase.targets)
+
+  def _state(self, model, optimizer, seed, image_shape):
+    key = 'state', model, optimizer, seed, image_shape
+    if key not in self._kept:
+      state = self._build['state'](model, optimizer, seed, image_shape)
+      if isinstance(state.step, jax.core.Tracer):  # Asked for its shapes alone.
+        return state
+      self._kept[key] = jax.tree.map(np.asarray, state)
+    return jax.tree.map(np.copy, self._kept[key])
+
+  def _keep(self, kind, config, *arguments, phase=None):
+    same = config.copy_and_resolve_references()
+    with same.unlocked():
+      del same.eval, same.checkpoint, same.log, same.train.max_steps, same.init_from
+      if kind != 'description':  # Which tells it; the programs take it from the state.
+        del same.seed
+    key = kind, phase, same.to_json(), *(len(argument) for argument in arguments if isinstance(argument, list))
+    if key not in self._kept:
+      self._kept[key] = self._build[kind](*arguments)
+    return self._kept[key]
+
+
+PROGRAMS = SharedPrograms()

@@ -1,0 +1,87 @@
+"""Huge pages: a program that starts itself anew, once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paranet_jax.host import huge_pages as allocator
+
+PROGRAM = """
+import os, resource, sys
+from paranet_jax.host.huge_pages import use_huge_pages
+use_huge_pages()
+for _ in range(20):
+  b'x' * 80_000_000
+print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES'), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def run(tmp_path, variable):
+  """What the program prints: its arguments, the variable as it has it, and how many pages it was given."""
+  (tmp_path / 'program.py').write_text(PROGRAM)
+  root = Path(__file__).resolve().parents[2]
+  env = os.environ | {'PYTHONPATH': str(root), 'GLIBC_TUNABLES': variable}
+  command = [sys.executable, tmp_path / 'program.py', 'one', '--two=3 4']
+  words = subprocess.run(command, env=env, capture_output=True, check=True, text=True).stdout.rsplit(maxsplit=2)
+  return words[0], words[1], int(words[2])
+
+
+@pytest.mark.skipif(not allocator._on_request(), reason='this system has no huge pages on request')
+def test_the_program_starts_anew_with_its_arguments(tmp_path):
+  arguments, variable, faults = run(tmp_path, '')
+  assert (arguments, variable) == ("['one', '--two=3 4']", 'glibc.malloc.hugetlb=1')
+  # Twenty times 80 MB are 400,000 pages of 4 KiB.
+  plain = run(tmp_path, 'glibc.malloc.hugetlb=0')
+  assert plain[:2] == (arguments, 'glibc.malloc.hugetlb=0')  # What the user has set is left alone.
+  assert faults < plain[2] / 3
+
+
+@pytest.mark.parametrize(
+  ('before', 'after'),
+  [('', 'glibc.malloc.hugetlb=1'), ('glibc.malloc.check=3', 'glibc.malloc.check=3:glibc.malloc.hugetlb=1')],
+)
+def test_other_settings_stay(before, after):
+  assert allocator.with_setting(before) == after
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+  """What is started anew, on a system that has huge pages on request."""
+  commands = []
+  monkeypatch.setattr(os, 'execv', lambda path, arguments: commands.append(arguments))
+  monkeypatch.setattr(os, 'confstr', lambda name: 'glibc 2.36')
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '-m', 'paranet_jax.main', '--mode=eval'])
+  monkeypatch.setattr(allocator, '_MODES', tmp_path / 'enabled')
+  allocator._MODES.write_text('always [madvise] never\n')
+  monkeypatch.setenv('GLIBC_TUNABLES', '')
+  return commands
+
+
+def test_once(started):
+  allocator.use_huge_pages()
+  allocator.use_huge_pages()
+  assert started == [[sys.executable, '-m', 'paranet_jax.main', '--mode=eval']]
+
+
+def no_libc(name):
+  raise ValueError('unrecognized configuration name')
+
+
+@pytest.mark.parametrize(
+  'elsewhere',
+  [
+    lambda patch: patch.setattr(sys, 'platform', 'darwin'),
+    lambda patch: patch.setattr(os, 'confstr', no_libc),
+    lambda patch: allocator._MODES.unlink(),
+    lambda patch: allocator._MODES.write_text('[always] madvise never\n'),
+    lambda patch: allocator._MODES.write_text('always madvise [never]\n'),
+  ],
+)
+def test_elsewhere_nothing_is_started(started, monkeypatch, elsewhere):
+  elsewhere(monkeypatch)
+  allocator.use_huge_pages()
+  assert started == []

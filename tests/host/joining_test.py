@@ -1,0 +1,328 @@
+"""How processes join, what is refused before they do, and how the watch ends them; none of it trains."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from running import QUICKSTART, refusal, run_command
+
+from paranet_jax import devices, train
+from paranet_jax.calibrate import __main__ as calibrate
+from paranet_jax.host import processes
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.place import Place
+from paranet_jax.plan import __main__ as plan
+from paranet_jax.predict import __main__ as predict
+from paranet_jax.runs.checkpoints import SavedElsewhere
+
+REPO = Path(__file__).resolve().parents[2]
+SLURM = {
+  'SLURM_JOB_ID': '7',
+  'SLURM_STEP_NODELIST': 'node[01-02]',
+  'SLURM_NTASKS': '4',
+  'SLURM_PROCID': '1',
+  'SLURM_LOCALID': '0',
+}
+OPEN_MPI = {
+  'OMPI_MCA_orte_hnp_uri': '4096.0;tcp://10.0.0.1:7',
+  'OMPI_COMM_WORLD_SIZE': '3',
+  'OMPI_COMM_WORLD_RANK': '2',
+}
+ALL = ('--coordinator=a:1', '--num_processes=2', '--process_id=1')
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (
+      ALL[:2],
+      '--coordinator, --num_processes and --process_id go together, found a:1, 2 and None; set all of them, or none '
+      'where the cluster says it',
+    ),
+    (
+      ['--num_processes=2'],
+      '--coordinator, --num_processes and --process_id go together, found None, 2 and None; set all of them, or none '
+      'where the cluster says it',
+    ),
+    (['--coordinator=a', *ALL[1:]], '--coordinator must be HOST:PORT, found a'),
+    ([*ALL[:2], '--process_id=2'], '--process_id must be from 0 to --num_processes - 1, found 2 of 2'),
+    ([*ALL[:2], '--process_id=-1'], '--process_id must be from 0 to --num_processes - 1, found -1 of 2'),
+    (['--heartbeat_timeout=4'], '--heartbeat_timeout must be 5 seconds or more, found 4'),
+    (
+      [*ALL, '--mode=describe'],
+      '--mode=describe is of one process; leave --coordinator, --num_processes and --process_id out',
+    ),
+  ],
+)
+def test_flags(flags, message):
+  assert refusal(QUICKSTART, *flags) == message
+
+
+def set_env(monkeypatch, env):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+  ('env', 'found'), [({}, None), (SLURM, ('slurm', 4)), (OPEN_MPI, ('ompi', 3)), ({'SLURM_NTASKS': '4'}, None)]
+)
+def test_the_cluster(monkeypatch, env, found):
+  set_env(monkeypatch, env)
+  assert processes.cluster() == found
+
+
+@pytest.mark.parametrize(
+  ('env', 'place'),
+  [({}, Place()), (SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, Place()), (SLURM, Place(None, 1, None))],
+)
+def test_alone_nothing_is_joined(monkeypatch, env, place):
+  set_env(monkeypatch, env)
+  monkeypatch.setattr(jax.distributed, 'initialize', None)
+  out = sys.stdout
+  with processes.joined(place, 100):
+    assert processes.is_first() and processes.count() == 1 and sys.stdout is out
+
+
+@pytest.mark.parametrize(
+  ('place', 'env', 'asked'),
+  [
+    (Place('a:1', 2, 1), SLURM, ('a:1', 2, 1, {'cluster_detection_method': 'deactivate'})),
+    (Place(), SLURM, (None, None, None, {})),
+  ],
+)
+def test_joining_takes_the_flags_or_what_the_cluster_says(monkeypatch, place, env, asked):
+  def initialize(*arguments, heartbeat_timeout_seconds, initialization_timeout, **options):
+    assert (heartbeat_timeout_seconds, initialization_timeout) == (30, processes.JOIN_SECONDS)
+    assert (*arguments, options) == asked
+    raise RuntimeError('no\n  way')
+
+  set_env(monkeypatch, env)
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  with pytest.raises(UserError) as error, processes.joined(place, 30):
+    pass
+  assert str(error.value) == (
+    'the processes cannot join (no way); set --coordinator, --num_processes and --process_id, or --num_processes=1 to '
+    'train alone'
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'command', 'arguments'),
+  [
+    ('plan', plan.main, [QUICKSTART]),
+    ('calibrate', calibrate.main, ['--workdir=none', '--threshold=0.5']),
+    ('predict', predict.main, ['--workdir=none', __file__]),
+  ],
+)
+def test_commands_of_one_process(monkeypatch, name, command, arguments):
+  set_env(monkeypatch, SLURM)
+  code, out, err = run_command(command, *arguments)
+  assert (code, out) == (2, '')
+  assert err == f'error: {name} runs in one process, found 4 started by slurm; start one, with one task\n'
+
+
+def test_several_seeds(monkeypatch, tmp_path):
+  monkeypatch.setattr(processes, 'count', lambda: 2)
+  assert refusal(QUICKSTART, '--config.seeds=2', f'--workdir={tmp_path}') == (
+    'several seeds are trained in one process, found 2 processes; set --config.seeds=1, or start one process'
+  )
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('asked', 'each', 'found'),
+  [
+    (0, (2, 2), [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    (2, (2, 3), [(0, 0), (1, 0)]),
+    (3, (2, 2), '2 processes must have as many devices each, found [2, 2] and train.devices 3; '
+                'set --config.train.devices to a multiple of 2'),
+    (0, (2, 1), '2 processes must have as many devices each, found [2, 1] and train.devices 0; '
+                'set --config.train.devices to a multiple of 2'),
+    (6, (2, 2), 'train.devices asks for 6 devices and 2 processes of 2 are here; set --config.train.devices'),
+  ],
+)  # fmt: skip
+def test_devices_of_several_processes(monkeypatch, asked, each, found):
+  """As many of each, one process after another, in whatever order jax lists them."""
+  here = [types.SimpleNamespace(process_index=p, number=n) for n in range(3) for p in (1, 0) if n < each[p]]
+  monkeypatch.setattr(jax, 'devices', lambda: here)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  if isinstance(found, str):
+    with pytest.raises(UserError) as error:
+      devices.pick_devices(asked)
+    assert str(error.value) == found
+    return
+  picked = devices.pick_devices(asked)
+  assert [(device.process_index, device.number) for device in picked] == found
+  assert devices.of_this_process(picked) == picked[len(picked) // 2 :]
+
+
+class Left:
+  """In the place of a watch."""
+
+  def leave(self, done):
+    assert not done
+
+
+@pytest.mark.parametrize(
+  ('wrap', 'first', 'told'),
+  [
+    (UserError, True, 'error: no\n'),
+    (UserError, False, 'error: process 0 of 1: no\n'),
+    (lambda text: processes.told_once(UserError(text)), True, 'error: no\n'),
+    (lambda text: processes.told_once(UserError(text)), False, ''),
+  ],
+)
+def test_what_all_find_alike_is_told_once(monkeypatch, capsys, wrap, first, told):
+  codes = []
+  monkeypatch.setattr(processes, 'is_first', lambda: first)
+  monkeypatch.setattr(os, '_exit', codes.append)
+  processes._end(wrap('no'), Left())
+  assert (codes, capsys.readouterr().err) == ([2], told)
+
+
+def test_where_another_process_saves_the_step_that_was_restored_is_told():
+  run = object.__new__(train.Run)
+  run.saved_step, run._checkpoints = 6, SavedElsewhere()
+  phase = types.SimpleNamespace(targets=(0,))
+  with pytest.raises(UserError, match='at step 9, and the last checkpoint is of step 6; '):
+    run._log(9, {'loss': np.float32('nan'), 'exit_1/loss': np.float32('nan')}, 1, None, phase)
+
+
+def python(program, *arguments):
+  return subprocess.Popen(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    cwd=REPO,
+    env=os.environ | {'PYTHONPATH': str(REPO)},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return free.getsockname()[1]
+
+
+def test_where_the_others_do_not_come():
+  program = """
+import sys
+from paranet_jax.host import processes
+processes.JOIN_SECONDS = 3
+with processes.joined(processes.Place(sys.argv[1], 2, 1), 10):
+  pass
+"""
+  place = f'localhost:{free_port()}'
+  process = python(program, place)
+  _, err = process.communicate(timeout=120)
+  assert (process.returncode, err.splitlines()[-1]) == (
+    2,
+    f'error: the other processes did not come at {place} within 3 s; start all of them with the same --coordinator, '
+    'which process 0 must be reached at, or set --num_processes=1 to train alone',
+  )
+
+
+MEMBER = """
+import sys, time
+from paranet_jax.host.watch import Watch
+index, port = map(int, sys.argv[1:])
+watch = Watch(index, 3, heartbeat_timeout=1)
+if index == 0:
+  print(watch.listen(), flush=True)
+else:
+  assert watch.connect(['nowhere.invalid', 'localhost'], port)
+  print('connected', flush=True)
+how = sys.stdin.readline().strip()
+if how:
+  watch.leave(done=how == 'done')
+else:
+  time.sleep(100)
+"""
+
+
+@pytest.fixture
+def members():
+  """Three processes with a watch and nothing else."""
+  first = python(MEMBER, 0, 0)
+  port = int(first.stdout.readline())
+  others = [python(MEMBER, index, port) for index in (1, 2)]
+  assert [process.stdout.readline() for process in others] == ['connected\n'] * 2
+  with socket.create_connection(('localhost', port)) as stranger:
+    stranger.sendall(b'GET / HTTP/1.1\n')
+  yield [first, *others]
+  for process in (first, *others):
+    process.kill()
+    process.communicate()
+
+
+# A process that is stopped stands for a machine that is gone: its connections stay open, and it says nothing more.
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize('victim', [0, 2])
+def test_the_watch_names_who_is_gone(members, victim, number):
+  members[victim].send_signal(number)
+  for index in {0, 1, 2} - {victim}:
+    process = members[index]
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert err == (
+      f'error: process {victim} of 3 (host {socket.gethostname()}, pid {members[victim].pid}) is gone, and so all end; '
+      'start all of them again: the run goes on from its last checkpoint\n'
+    )
+
+
+def test_where_the_first_one_cannot_be_reached():
+  program = f"""
+from paranet_jax.host.watch import Watch
+print(Watch(1, 2, 5).connect(['nowhere.invalid', 'localhost'], {free_port()}))
+"""
+  assert python(program).communicate(timeout=60) == ('False\n', '')
+
+
+def tell(process, how):
+  process.stdin.write(f'{how}\n')
+  process.stdin.flush()
+
+
+def test_who_is_done_is_not_missed(members):
+  for process in members:
+    tell(process, 'done')
+    assert (process.wait(timeout=60), process.stderr.read()) == (0, '')
+
+
+def has_failed(process, index):
+  return (
+    f'error: process {index} of 3 (host {socket.gethostname()}, pid {process.pid}) has ended with an error that it has '
+    'told, and so all end\n'
+  )
+
+
+def test_who_fails_with_all_ends_as_it_does_and_the_rest_with_a_line(members):
+  tell(members[0], 'failed')
+  tell(members[1], 'failed')
+  assert [process.wait(timeout=60) for process in members] == [0, 0, 1]
+  assert [process.stderr.read() for process in members] == ['', '', has_failed(members[0], 0)]
+
+
+def test_the_first_one_outlives_those_who_are_told_of_its_failure(members):
+  tell(members[0], 'failed')
+  for process in members[1:]:
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read() == has_failed(members[0], 0)
+  assert members[0].poll() is None
+  assert members[0].wait(timeout=60) == 0
+
+
+def test_the_first_one_passes_another_ones_failure_on(members):
+  tell(members[2], 'failed')
+  assert [process.wait(timeout=60) for process in members] == [1, 1, 0]
+  assert [process.stderr.read() for process in members] == [has_failed(members[2], 2)] * 2 + ['']

@@ -1,0 +1,109 @@
+"""Tests that a workdir has one training process at a time."""
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import TINY, contents, refusal, run_main
+
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.lock import workdir_lock
+
+pytestmark = pytest.mark.usefixtures('programs')
+
+HOLD = """
+import multiprocessing, pathlib, sys, time
+from paranet_jax.host.lock import workdir_lock
+with workdir_lock(pathlib.Path(sys.argv[1])):
+  if len(sys.argv) > 2:
+    multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)).start()
+  print('held', flush=True)
+  sys.stdin.read()
+"""
+
+
+def holder(workdir, *arguments):
+  """A process that holds the lock of a workdir until its input ends."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLD, str(workdir), *arguments],
+    cwd=Path(__file__).resolve().parents[2],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  assert process.stdout.readline() == 'held\n'
+  return process
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
+  arguments = *TINY, '--config.train.max_steps=1', f'--workdir={tmp_path}'
+  with holder(tmp_path) as process:
+    before = contents(tmp_path)
+    assert refusal(*arguments, started=True) == (
+      f'workdir {tmp_path} is in use by process {process.pid} on {socket.gethostname()}; '
+      'wait for it or stop it, or set --workdir'
+    )
+    assert contents(tmp_path) == before
+    process.kill()
+  assert (tmp_path / 'lock').exists()
+  assert run_main(*arguments).code == 0
+  assert not (tmp_path / 'lock').exists()
+
+
+def test_at_its_end_a_process_lets_go(tmp_path):
+  with holder(tmp_path) as process:
+    process.communicate()
+  assert not list(tmp_path.iterdir())
+  with workdir_lock(tmp_path):
+    assert (tmp_path / 'lock').read_text() == f'process {os.getpid()} on {socket.gethostname()}'
+  assert not list(tmp_path.iterdir())
+
+
+def test_workers_that_outlive_a_killed_process_do_not_hold_it(tmp_path):
+  with holder(tmp_path, 'with a worker') as process:
+    try:
+      process.kill()
+      process.wait()
+      with workdir_lock(tmp_path):
+        pass
+    finally:
+      os.killpg(process.pid, 9)
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
+  lockf, seen = fcntl.lockf, []
+
+  def removed(file, *rest):
+    if not seen:
+      (tmp_path / 'lock').unlink()
+    seen.append(os.fstat(file.fileno()).st_nlink)
+    lockf(file, *rest)
+
+  monkeypatch.setattr(fcntl, 'lockf', removed)
+  with workdir_lock(tmp_path):
+    assert seen == [0, 1] and (tmp_path / 'lock').exists()
+
+
+@pytest.mark.parametrize(
+  ('number', 'told'), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False), (errno.EAGAIN, False)]
+)
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, told):
+  def fail(*unused):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(fcntl, 'lockf', fail)
+  if told:
+    with workdir_lock(tmp_path):
+      pass
+    assert capsys.readouterr().out == (
+      f'workdir {tmp_path} cannot be locked ({os.strerror(number)}): train in it once at a time\n'
+    )
+  else:
+    with pytest.raises(UserError, match='is in use by another process; wait for it'), workdir_lock(tmp_path):
+      pass

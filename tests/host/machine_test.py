@@ -1,0 +1,73 @@
+"""The cache of compiled programs: where it is, for which machine, and what a broken entry does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from paranet_jax.host.machine import machine_key, use_compilation_cache
+
+PROGRAM = """
+import sys, jax
+from paranet_jax.host.machine import use_compilation_cache
+print(use_compilation_cache(*sys.argv[1:]))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+print(jax.jit(lambda x: x * 2 + 1)(3.0))
+"""
+
+
+@pytest.fixture
+def restored_settings():
+  """Leaves jax's settings as they were."""
+  names = ('jax_enable_compilation_cache', 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  values = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in values.items():
+    jax.config.update(name, value)
+
+
+def run(*arguments):
+  root = Path(__file__).resolve().parents[2]
+  command = [sys.executable, '-c', PROGRAM, *map(str, arguments)]
+  return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_broken_entry_is_compiled_again(tmp_path):
+  folder = tmp_path / machine_key()
+  assert run(tmp_path) == [str(folder), '7.0']
+  entries = [path for path in folder.rglob('*') if path.is_file() and path.name.endswith('-cache')]
+  assert entries
+  for path in entries:
+    path.write_bytes(b'broken')
+  assert run(tmp_path) == [str(folder), '7.0']
+
+
+def test_folder(tmp_path, monkeypatch, restored_settings):
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path))
+  assert use_compilation_cache() == tmp_path / 'compiled' / machine_key()
+  assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'compiled' / machine_key())
+  assert use_compilation_cache(str(tmp_path / 'other')) == tmp_path / 'other' / machine_key()
+  assert use_compilation_cache('off') is None
+  assert not jax.config.jax_enable_compilation_cache
+
+
+def test_goes_on_where_it_cannot_write(tmp_path, restored_settings):
+  (tmp_path / 'file').touch()
+  assert use_compilation_cache(str(tmp_path / 'file' / 'cache')) is None
+
+
+@pytest.mark.parametrize(
+  ('other', 'same'),
+  [
+    ('model name : A\nflags : sse avx avx512\ncpu MHz : 3000\n', False),
+    ('model name : B\nflags : sse avx\ncpu MHz : 3000\n', False),
+    ('model name : A\nflags : sse avx\ncpu MHz : 1234\n', True),
+  ],
+)
+def test_another_machine_has_another_key(tmp_path, other, same):
+  (tmp_path / 'one').write_text('model name : A\nflags : sse avx\ncpu MHz : 3000\n')
+  (tmp_path / 'other').write_text(other)
+  assert (machine_key(tmp_path / 'one') == machine_key(tmp_path / 'other')) == same
+  assert machine_key(tmp_path / 'missing') != machine_key(tmp_path / 'one')

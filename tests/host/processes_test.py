@@ -1,0 +1,199 @@
+"""Several processes train as one: real processes on this machine, each with its own CPU devices."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import group
+import jax
+import numpy as np
+import pytest
+from running import QUICKSTART, saved_state, summary_of
+
+from paranet_jax.report.metrics import read_metrics
+
+REPO = Path(__file__).resolve().parents[2]
+HELPERS = REPO / 'tests' / 'helpers'
+ENV = os.environ | {
+  'JAX_PLATFORMS': 'cpu',
+  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  'PYTHONPATH': str(REPO),
+}
+
+# 1,437 training images in batches of 100 are 14 steps an epoch.
+RUN = (
+  QUICKSTART,
+  '--config.name=PN1-d',
+  '--config.model.layers_per_block=1',
+  '--config.model.growth_rate=2',
+  '--config.model.image_side=8',
+  '--config.data.held_out=0',
+  '--config.train.batch_size=100',
+  '--config.train.epochs=40',
+  '--config.log.every_steps=1',
+)
+THREE = (*RUN, '--config.train.max_steps=3')
+STREAMED = ('--config.data.streaming=True', '--config.data.workers=0')
+LONGER = (*RUN, '--config.train.max_steps=40')
+"""Two seconds of slow steps: jax looks for a signal once a second."""
+
+
+def start(processes, devices, *trainings):
+  """Starts the processes of a group, which trains so often (see group.py); PROCESS in a flag is the process's index."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  return [start_one(devices, trainings, port, processes, index) for index in range(processes)]
+
+
+def start_one(devices, trainings, port, processes, index):
+  place = f'--coordinator=localhost:{port}', f'--num_processes={processes}', f'--process_id={index}'
+  arguments = [[flag.replace('PROCESS', str(index)) for flag in training] for training in trainings]
+  arguments[0] += place
+  return popen([sys.executable, HELPERS / 'group.py', json.dumps(arguments)], JAX_NUM_CPU_DEVICES=str(devices))
+
+
+def popen(command, **env):
+  return subprocess.Popen(command, cwd=REPO, env=ENV | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_until(process, *beginnings):
+  """Reads what a process prints up to a line that begins so, then on to the next one; returns it all."""
+  lines = []
+  for beginning in beginnings:
+    for line in process.stdout:
+      lines.append(line)
+      if line.startswith(beginning):
+        break
+    else:
+      raise AssertionError(f'no line begins with {beginning!r} in {"".join(lines)}{process.stderr.read()}')
+  return ''.join(lines)
+
+
+def ended(processes):
+  """Exit codes, and the rest of the outputs and errors; none may hang."""
+  try:
+    told = [process.communicate(timeout=240) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [process.returncode for process in processes], [out for out, _ in told], [err for _, err in told]
+
+
+def is_gone(process, index, count):
+  """The line that says so."""
+  return (
+    f'error: process {index} of {count} (host {socket.gethostname()}, pid {process.pid}) is gone, and so all end; '
+    'start all of them again: the run goes on from its last checkpoint'
+  )
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+  """The folder of the run in one process, on one device."""
+  workdir = tmp_path_factory.mktemp('alone')
+  group.train([*THREE, '--config.train.devices=1', f'--workdir={workdir}'])
+  return workdir
+
+
+def relative_difference(workdir, other):
+  found, expected = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(saved_state(folder).params)])
+                     for folder in (workdir, other))  # fmt: skip
+  return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def measured(workdir):
+  """Every line of the metrics but for its speed, as (step, split, values)."""
+  names = ('step', 'split', 'images_per_second')
+  lines = read_metrics(workdir)
+  return [(line['step'], line['split'], {k: v for k, v in line.items() if k not in names}) for line in lines]
+
+
+def assert_alike(workdir, other, processes):
+  """Whether a run of so many processes was, batch for batch, the other one, in one process."""
+  shares = [np.load(workdir / f'batches_{index}.npy') for index in range(processes)]
+  np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.load(other / 'batches_0.npy'))
+  assert len({share.shape for share in shares}) == 1
+  assert 0 <= relative_difference(workdir, other) < 1e-5
+  found, expected = measured(workdir), measured(other)
+  assert [line[:2] for line in found] == [line[:2] for line in expected]
+  for (*_, values), (*_, others) in zip(found, expected, strict=True):
+    assert values == pytest.approx(others, rel=1e-5)
+  assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['3']
+  assert len(list((workdir / 'tensorboard').iterdir())) == 1
+  assert summary_of(workdir)['device']['count'] == 4
+
+
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+  """The folder with the runs of two processes of two devices each, the last of which a signal to one has stopped."""
+  folder = tmp_path_factory.mktemp('group')
+  processes = start(
+    *(2, 2),
+    [*THREE, f'--workdir={folder}/memory'],
+    [*THREE, f'--workdir={folder}/refused', '--config.seed=PROCESS', '--refused'],
+    [*THREE, *STREAMED, f'--workdir={folder}/streamed'],
+    [*LONGER, f'--workdir={folder}/whole'],
+    [*LONGER, f'--workdir={folder}/stopped', '--slow'],
+  )
+  out = read_until(processes[0], f'workdir: {folder}/stopped', 'epoch')
+  refused = 'found in process 1 another seed than in process 0 (here 0); start all of them with the same flags and data'
+  assert f'all processes must train the same, {refused}\n' in out
+  assert not (folder / 'refused').exists()
+  assert '3 steps of 100 on 4 x cpu in 2 processes\n' in out and 'Gloo' not in out
+  processes[1].send_signal(signal.SIGTERM)
+  codes, outs, errs = ended(processes)
+  assert codes == [0, 0], errs
+  *_, last = outs[0].splitlines()
+  assert last.startswith('stopped by a preemption notice after step ') and last.endswith('; the same command goes on')
+  assert outs[1] == '' and errs[0] == ''
+  assert 1 < saved_state(folder / 'stopped').step < 40
+  return folder
+
+
+@pytest.mark.parametrize('kind', ['memory', 'streamed'])
+def test_two_processes_of_two_devices_are_one(stopped, alone, kind):
+  assert_alike(stopped / kind, alone, 2)
+
+
+def test_stopped_and_going_on(stopped):
+  step = int(saved_state(stopped / 'stopped').step)
+  command = [REPO / 'launch' / 'local.sh', *LONGER, f'--workdir={stopped}/stopped']
+  process = popen(command, DEVICES='2', PYTHON=sys.executable)
+  (code,), (out,), (err,) = ended([process])
+  assert (code, err) == (0, '')
+  assert f'going on from the checkpoint of step {step} of 40\n' in out
+  chex.assert_trees_all_equal(saved_state(stopped / 'stopped'), saved_state(stopped / 'whole'), strict=True)
+  assert measured(stopped / 'stopped') == measured(stopped / 'whole')
+  assert summary_of(stopped / 'stopped') == summary_of(stopped / 'whole')
+
+
+def test_four_processes_are_one_and_end_with_one_of_them(tmp_path, alone):
+  processes = start(
+    *(4, 1),
+    [*THREE, f'--workdir={tmp_path}/memory', '--heartbeat_timeout=10'],
+    [*THREE, *STREAMED, f'--workdir={tmp_path}/streamed'],
+    [*RUN, f'--workdir={tmp_path}/killed'],
+  )
+  read_until(processes[0], f'workdir: {tmp_path}/killed', 'epoch')
+  processes[2].kill()
+  codes, _, errs = ended(processes)
+  assert codes == [1, 1, -signal.SIGKILL, 1], errs
+  for err in (*errs[:2], errs[3]):
+    assert err.splitlines() == [is_gone(processes[2], 2, 4)]
+  for kind in ('memory', 'streamed'):
+    assert_alike(tmp_path / kind, alone, 4)
+
+
+def test_without_the_first_one_the_others_end(tmp_path):
+  processes = start(2, 1, [*RUN, f'--workdir={tmp_path}'])
+  read_until(processes[0], 'epoch')
+  processes[0].kill()
+  codes, _, errs = ended(processes)
+  assert codes == [-signal.SIGKILL, 1], errs
+  assert errs[1].splitlines()[-1] == is_gone(processes[0], 0, 2)  # Above it is jax's own.

@@ -1,0 +1,392 @@
+"""The scripts that start runs elsewhere: what their dry runs print, and what they do when a machine goes away."""
+
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+SHELLCHECK = pathlib.Path(sys.executable).with_name('shellcheck')
+WORKER = 'bash paranet_jax/launch/tpu_worker.sh'
+CONFIG = '--config=configs/pn3_ddd.py'
+PACK = 'tar --create --gzip --file=/tmp/paranet_jax.tar.gz --exclude-vcs --exclude=./.venv --exclude=./runs .'
+COPY = [
+  PACK,
+  'gcloud compute tpus tpu-vm scp /tmp/paranet_jax.tar.gz paranet:paranet_jax.tar.gz --worker=all --zone=z',
+  'rm /tmp/paranet_jax.tar.gz',
+]
+
+
+def run(script, *arguments, path=None, **env):
+  env = {'PATH': path or os.environ['PATH'], 'HOME': '/nowhere', **env}
+  command = [shutil.which('bash'), str(REPO / 'launch' / script), *arguments]
+  return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+def dry_run(script, *arguments, **env):
+  result = run(script, '--dry-run', *arguments, **env)
+  assert (result.returncode, result.stderr) == (0, '')
+  return result.stdout.splitlines()
+
+
+def ssh(worker, command):
+  """The line that runs a command on workers."""
+  return f'gcloud compute tpus tpu-vm ssh paranet --worker={worker} {shlex.quote("--command=" + command)} --zone=z'
+
+
+def same(lines, expected):
+  """Whether a shell reads the same from the lines."""
+  assert [shlex.split(line) for line in lines] == [shlex.split(line) for line in expected]
+
+
+@pytest.mark.skipif(not SHELLCHECK.exists(), reason='needs shellcheck: pip install -r requirements-test.txt')
+def test_shellcheck():
+  scripts = [*sorted((REPO / 'launch').glob('*.sh')), REPO / '.ci/run']
+  result = subprocess.run([SHELLCHECK, '-x', *scripts], cwd=REPO, capture_output=True, text=True, check=False)
+  assert (result.returncode, result.stdout) == (0, '')
+
+
+@pytest.mark.parametrize('script', ['tpu_vm.sh', 'tpu_worker.sh', 'slurm.sh', 'local.sh'])
+def test_is_executable(script):
+  assert os.access(REPO / 'launch' / script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+  'env, expected',
+  [
+    ({}, 'tpu-vm create paranet --accelerator-type=v5litepod-4 --version=v2-alpha-tpuv5-lite --zone=z'),
+    (
+      {'TYPE': 'v4-16', 'NAME': 'a', 'PROJECT': 'p', 'TIER': 'preemptible'},
+      'tpu-vm create a --accelerator-type=v4-16 --version=tpu-ubuntu2204-base --preemptible --zone=z --project=p',
+    ),
+    (
+      {'TYPE': 'v6e-16', 'QUEUED': '1', 'TIER': 'spot'},
+      'queued-resources create paranet --node-id=paranet --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e '
+      '--spot --zone=z',
+    ),
+    (
+      {'TYPE': 'v5p-8', 'RUNTIME': 'mine', 'TIER': 'spot'},
+      'tpu-vm create paranet --accelerator-type=v5p-8 --version=mine --spot --zone=z',
+    ),
+  ],
+)
+def test_create(env, expected):
+  same(dry_run('tpu_vm.sh', 'create', ZONE='z', **env), [f'gcloud compute tpus {expected}'])
+
+
+@pytest.mark.parametrize(
+  'env, expected',
+  [
+    ({}, 'tpu-vm delete paranet --quiet --zone=z'),
+    ({'QUEUED': '1'}, 'queued-resources delete paranet --force --quiet --zone=z'),
+  ],
+)
+def test_delete(env, expected):
+  same(dry_run('tpu_vm.sh', 'delete', ZONE='z', **env), [f'gcloud compute tpus {expected}'])
+
+
+def test_train():
+  lines = dry_run('tpu_vm.sh', 'train', CONFIG, '--config.data.data_dir=a b', ZONE='z', TIER='spot', RUNS='10.0.0.2:/s')
+  same(
+    lines,
+    [
+      'gcloud compute tpus tpu-vm create paranet --accelerator-type=v5litepod-4 --version=v2-alpha-tpuv5-lite --spot '
+      '--zone=z',
+      *COPY,
+      ssh('all', 'mkdir -p paranet_jax'),
+      ssh('all', 'tar --extract --gzip --file=paranet_jax.tar.gz --directory=paranet_jax'),
+      ssh('all', f'{WORKER} install 10.0.0.2:/s'),
+      ssh('all', f'{WORKER} start {CONFIG} --config.data.data_dir=a\\ b'),
+      ssh('0', f'{WORKER} follow'),
+    ],
+  )
+
+
+def test_setup_on_the_disks_of_the_workers():
+  lines = dry_run('tpu_vm.sh', 'setup', ZONE='z')
+  same(lines[:3], COPY)
+  same(lines[-1:], [ssh('all', f'{WORKER} install')])
+
+
+@pytest.mark.parametrize(
+  'arguments, env, message',
+  [
+    ([], {}, "expected create, setup, run, train, logs or delete, found ''; see the top of launch/tpu_vm.sh"),
+    (
+      ['start'],
+      {},
+      "expected create, setup, run, train, logs or delete, found 'start'; see the top of launch/tpu_vm.sh",
+    ),
+    (['create'], {}, 'ZONE must be set, such as ZONE=us-west4-a'),
+    (['create'], {'ZONE': 'z', 'TIER': 'cheap'}, "TIER must be standard, spot or preemptible, found 'cheap'"),
+    (
+      ['create'],
+      {'ZONE': 'z', 'TIER': 'preemptible', 'QUEUED': '1'},
+      'what is queued can be spot and not preemptible; set TIER=spot',
+    ),
+    (
+      ['train'],
+      {'ZONE': 'z', 'TIER': 'spot'},
+      'a VM that is preempted loses its disk, and the checkpoints with it; set RUNS to an NFS export',
+    ),
+  ],
+)
+def test_refusals(arguments, env, message):
+  result = run('tpu_vm.sh', '--dry-run', *arguments, **env)
+  assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
+
+
+# A cloud: `state` holds what a VM is; the first time its log is followed, it is taken away and the connection lost.
+GCLOUD = """#!{bash}
+echo "$*" >>'{root}/log'
+case "$*" in
+  *' describe '*) cat '{root}/state' 2>/dev/null || exit 1 ;;
+  *' create '*) echo READY >'{root}/state' ;;
+  *' delete '*) rm '{root}/state' ;;
+  *' follow '*)
+    if [[ ! -e '{root}/followed' ]]; then
+      : >'{root}/followed'
+      echo {state} >'{root}/state'
+      exit {lost}
+    fi
+    exit {code} ;;
+  *' code '*) echo '{kept}' ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  """Makes a PATH with a gcloud, and gives what it was asked to do."""
+
+  def make(state='PREEMPTED', lost=255, code=0, kept=''):
+    stub = tmp_path / 'gcloud'
+    text = GCLOUD.format(bash=shutil.which('bash'), root=tmp_path, state=state, lost=lost, code=code, kept=kept)
+    stub.write_text(text)
+    stub.chmod(0o755)
+    return f'{tmp_path}:{os.environ["PATH"]}'
+
+  def asked():
+    words = ('create', 'delete', 'install', 'start', 'follow')
+    lines = (tmp_path / 'log').read_text().splitlines()
+    return [
+      next(word for word in words if f' {word} ' in line) for line in lines if any(f' {w} ' in line for w in words)
+    ]
+
+  return make, asked
+
+
+@pytest.mark.parametrize('kept', ['', 3, 75])
+def test_a_preempted_vm_is_made_anew(cloud, kept):
+  make, asked = cloud
+  result = run('tpu_vm.sh', 'train', CONFIG, path=make(kept=kept), ZONE='z', TIER='spot', RUNS='1.2.3.4:/s', POLL='0')
+  assert (result.returncode, result.stderr) == (0, 'paranet is gone: making it anew\n')
+  once = ['create', 'install', 'start', 'follow']
+  assert asked() == [*once, 'delete', *once]
+
+
+def test_a_vm_that_is_there_is_taken(cloud, tmp_path):
+  make, asked = cloud
+  (tmp_path / 'state').write_text('READY\n')
+  (tmp_path / 'followed').touch()
+  assert run('tpu_vm.sh', 'train', CONFIG, path=make(), ZONE='z').returncode == 0
+  assert asked() == ['install', 'start', 'follow']
+
+
+def test_a_lost_connection_is_taken_up_again(cloud, tmp_path):
+  make, asked = cloud
+  (tmp_path / 'state').write_text('READY\n')
+  result = run('tpu_vm.sh', 'run', CONFIG, path=make(state='READY'), ZONE='z', POLL='0')
+  assert (result.returncode, result.stderr) == (0, '')
+  assert asked() == ['start', 'follow'] * 2
+
+
+@pytest.mark.parametrize('action, kept, code', [('run', 3, 3), ('train', 3, 3), ('run', 75, 75)])
+def test_a_run_that_ends_is_not_started_again(cloud, tmp_path, action, kept, code):
+  make, asked = cloud
+  (tmp_path / 'state').write_text('READY\n')
+  path = make(state='READY', lost=1, kept=kept)
+  assert run('tpu_vm.sh', action, CONFIG, path=path, ZONE='z', POLL='0').returncode == code
+  assert asked()[-2:] == ['start', 'follow'] and asked().count('start') == 1
+
+
+def test_a_run_that_was_stopped_goes_on(cloud):
+  make, asked = cloud
+  result = run('tpu_vm.sh', 'train', CONFIG, path=make(state='READY', lost=1, kept=75), ZONE='z', POLL='0')
+  assert result.returncode == 0
+  assert asked() == ['create', 'install', *['start', 'follow'] * 2]
+
+
+@pytest.fixture
+def worker(tmp_path):
+  """A worker whose Python says what it is asked and ends as the last argument says."""
+  (tmp_path / 'launch').mkdir()
+  shutil.copy(REPO / 'launch/tpu_worker.sh', tmp_path / 'launch')
+  python = tmp_path / '.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  python.write_text(
+    f'#!{shutil.which("bash")}\nprintf "[%s]" "$@"; echo\nuntil [[ -e go ]]; do sleep 0.05; done\n'
+    'case "${@: -1}" in fail) exit 3 ;; stop) echo "stopped by SIGTERM after step 3, saved" ;; esac\n'
+  )
+  python.chmod(0o755)
+
+  def act(*arguments):
+    command = ['bash', 'launch/tpu_worker.sh', *arguments]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+
+  return tmp_path, act
+
+
+@pytest.mark.parametrize('last, code', [('a b', 0), ('fail', 3), ('stop', 75)])
+def test_worker(worker, last, code):
+  folder, act = worker
+  assert act('start', CONFIG, last).stdout == ''
+  assert act('start', CONFIG, last).stdout.startswith('already running on ')
+  assert act('code').stdout == ''
+  (folder / 'go').touch()
+  followed = act('follow')
+  assert followed.returncode == code
+  assert followed.stdout.splitlines()[0] == f'[-m][paranet_jax.main][{CONFIG}][{last}]'
+  assert act('code').stdout == f'{code}\n'
+
+
+def test_worker_refuses_what_it_does_not_know(worker):
+  result = worker[1]('stop')
+  assert (result.returncode, result.stderr) == (2, "error: expected install, start, follow or code, found 'stop'\n")
+
+
+JOB = """#!/usr/bin/env bash
+set -euo pipefail
+srun --cpus-per-task={cpus} .venv/bin/python -m paranet_jax.main --workdir={workdir} {arguments}
+test -e {workdir}/summary.json || scontrol requeue "$SLURM_JOB_ID"
+"""
+
+
+@pytest.mark.parametrize(
+  'env, workdir, options',
+  [
+    ({}, 'runs/slurm', '--nodes=1 --ntasks-per-node=1 --cpus-per-task=8 --time=24:00:00'),
+    (
+      {'NODES': '2', 'GPUS': '4', 'CPUS': '6', 'HOURS': '3', 'PARTITION': 'p', 'ACCOUNT': 'a', 'WORKDIR': '/w x'},
+      '/w\\ x',
+      '--nodes=2 --ntasks-per-node=4 --cpus-per-task=6 --time=3:00:00 --gpus-per-node=4 --partition=p --account=a',
+    ),
+  ],
+)
+def test_slurm(env, workdir, options):
+  first, command, *job, last = dry_run('slurm.sh', CONFIG, '--config.data.data_dir=a b', **env)
+  assert (first, last) == (f'mkdir -p {workdir}', 'JOB')
+  assert '\n'.join(job) + '\n' == JOB.format(
+    workdir=workdir, cpus=env.get('CPUS', 8), arguments=f'{CONFIG} --config.data.data_dir=a\\ b'
+  )
+  fixed = f"--job-name=paranet --signal=TERM@120 --requeue --open-mode=append --output={workdir}/slurm-%j.log <<'JOB'"
+  assert sorted(shlex.split(command)) == sorted(['sbatch', *shlex.split(options), *shlex.split(fixed)])
+
+
+@pytest.mark.parametrize('argument', ['--workdir=/elsewhere', '--workdir', '-workdir=/elsewhere', '--mode=eval'])
+def test_slurm_would_queue_itself_for_ever(argument):
+  result = run('slurm.sh', '--dry-run', CONFIG, argument)
+  message = f'the job trains in WORKDIR until it is at its end, found {argument}; set WORKDIR, and leave it out'
+  assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
+
+
+def test_slurm_submits_what_the_dry_run_prints(tmp_path):
+  repo = tmp_path / 'repo'
+  for name in ('launch/slurm.sh', '.venv/bin/python'):
+    (repo / name).parent.mkdir(parents=True, exist_ok=True)
+  shutil.copy(REPO / 'launch/slurm.sh', repo / 'launch')
+  script = str(repo / 'launch/slurm.sh')
+  missing = run(script, CONFIG)
+  assert (missing.returncode, missing.stderr) == (
+    2,
+    'error: expected .venv/bin/python, found none; launch/quickstart.sh makes it\n',
+  )
+  (repo / '.venv/bin/python').touch(0o755)
+  sbatch = tmp_path / 'sbatch'
+  sbatch.write_text(f'#!{shutil.which("bash")}\nprintf "%q " "$@" >"{tmp_path}/asked"; cat >"{tmp_path}/job"\n')
+  sbatch.chmod(0o755)
+  result = run(script, CONFIG, path=f'{tmp_path}:{os.environ["PATH"]}')
+  assert (result.returncode, result.stdout, result.stderr) == (0, '', '')
+  _, command, *job, _ = dry_run(script, CONFIG)
+  assert (tmp_path / 'job').read_text().splitlines() == job
+  assert shlex.split((tmp_path / 'asked').read_text()) == shlex.split(command)[1:-1]
+  assert (repo / 'runs/slurm').is_dir()
+
+
+LOCAL = (
+  'env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={devices} .venv/bin/python -m paranet_jax.main '
+  "--config=configs/pn3_ddd.py '--workdir=a b' "
+  '--coordinator=localhost:{port} --num_processes={processes} --process_id={index} &'
+)
+
+
+@pytest.mark.parametrize('processes, devices', [(2, 1), (3, 4)])
+def test_local(processes, devices):
+  env = {} if (processes, devices) == (2, 1) else {'PROCESSES': str(processes), 'DEVICES': str(devices)}
+  lines = dry_run('local.sh', CONFIG, '--workdir=a b', PORT='7777', **env)
+  expected = {'processes': processes, 'devices': devices, 'port': 7777}
+  same(lines, [LOCAL.format(index=index, **expected) for index in range(processes)])
+
+
+@pytest.mark.parametrize(
+  'env, message',
+  [
+    ({'PROCESSES': 'two'}, "PROCESSES must be a number of 1 or more, found 'two'"),
+    ({'DEVICES': '0'}, "DEVICES must be a number of 1 or more, found '0'"),
+    ({'PYTHON': '/no/python'}, 'expected /no/python, found none; launch/quickstart.sh makes .venv'),
+  ],
+)
+def test_local_refuses(env, message):
+  result = run('local.sh', CONFIG, **env)
+  assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
+
+
+def local(tmp_path, program):
+  """launch/local.sh with a shell program in the place of Python, its last argument that of the process."""
+  python = tmp_path / 'python'
+  python.write_text(f'#!{shutil.which("bash")}\nindex="${{!#}}"\n{program}\n')
+  python.chmod(0o755)
+  env = {'PATH': os.environ['PATH'], 'PYTHON': str(python), 'PROCESSES': '3'}
+  return subprocess.Popen(
+    [REPO / 'launch/local.sh', CONFIG], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+
+
+def test_local_ends_with_the_first_that_fails(tmp_path):
+  process = local(tmp_path, '[[ "$index" = --process_id=1 ]] && exit 3; exec sleep 600')
+  process.communicate(timeout=60)
+  assert process.returncode == 3
+
+
+def test_local_passes_a_signal_on(tmp_path):
+  program = 'trap "echo told $index; exit 0" TERM; echo ready; while true; do sleep 0.05; done'
+  process = local(tmp_path, program)
+  assert [process.stdout.readline() for _ in range(3)] == ['ready\n'] * 3
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (0, '')
+  assert sorted(out.splitlines()) == [f'told --process_id={index}' for index in range(3)]
+
+
+def test_local_kills_at_the_second_signal(tmp_path):
+  process = local(tmp_path, 'trap "echo told" TERM; echo ready; while true; do sleep 0.05; done')
+  assert [process.stdout.readline() for _ in range(3)] == ['ready\n'] * 3
+  process.send_signal(signal.SIGTERM)
+  assert [process.stdout.readline() for _ in range(3)] == ['told\n'] * 3
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGKILL
+
+
+def test_image_copies_what_exists():
+  lines = (REPO / 'launch/docker/Dockerfile').read_text().splitlines()
+  sources = [word for line in lines if line.startswith('COPY') for word in line.split()[1:-1]]
+  ignored = (REPO / 'launch/docker/Dockerfile.dockerignore').read_text().splitlines()
+  for source in sources:
+    assert list(REPO.glob(source)) and f'!{source}' in ignored
+  assert (REPO / 'requirements-tpu.txt').exists() and (REPO / 'requirements-cuda.txt').exists()

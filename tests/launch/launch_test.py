@@ -1,0 +1,253 @@
+"""The shell scripts around the code, run in a copy of the repository with a stub for Python: nothing is installed."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+SCRIPTS = ('launch/venv.sh', 'launch/quickstart.sh', 'launch/test.sh', '.ci/run')
+INSTALL_RUN_TIME = 'pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt'
+INSTALL_TEST = 'pip install --quiet --disable-pip-version-check -r requirements-test.txt -c constraints.txt'
+QUICKSTART = 'paranet_jax.main --config=configs/quickstart.py'
+PYTEST = 'pytest -q --durations=10 --numprocesses=2 --dist=loadfile'
+
+# Answers `-c CODE` as a Python of the version VERSION would, makes a .venv that holds itself, and logs every other
+# module it is asked to run. A file named broken-MODULE beside the log makes that module fail.
+STUB = """#!{bash}
+if [[ "$1" = -c ]]; then
+  [[ "$2" != *ensurepip* || ! -e '{root}/broken-venv' ]] || exit 1
+  exec '{python}' -Sc 'import sys; sys.version_info = {version}; exec(sys.argv[1])' "$2"
+fi
+shift
+if [[ "$*" = 'pip --version' ]]; then
+  [[ -e .venv/pip ]]
+  exit
+fi
+printf -v line ' %q' "$@"
+echo "${{line:1}}" >>'{root}/log'
+[[ ! -e "{root}/broken-$1" ]] || exit 1
+case "$1" in
+  venv) mkdir -p .venv/bin && cp '{python3}' .venv/bin/python ;;
+  ensurepip) : >.venv/pip ;;
+esac
+"""
+
+
+class Sandbox:
+  """A copy of the scripts, and a PATH with the stub Python and the few tools that the scripts call."""
+
+  def __init__(self, root: pathlib.Path):
+    self.root, self.repo, self.bin = root, root / 'a repo', root / 'bin'
+    self.bash = shutil.which('bash')
+    self.bin.mkdir()
+    for tool in ('bash', 'cat', 'cp', 'dirname', 'mkdir', 'mktemp', 'rm'):
+      (self.bin / tool).symlink_to(shutil.which(tool))
+    for name in (*SCRIPTS, 'constraints.txt', *(path.name for path in REPO.glob('requirements*.txt'))):
+      (self.repo / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy(REPO / name, self.repo / name)
+
+  def add_python(self, version: tuple[int, ...] = (3, 11, 7), name: str = 'python3') -> None:
+    path = self.bin / name
+    path.write_text(
+      STUB.format(bash=self.bash, root=self.root, python=sys.executable, python3=path, version=version), newline='\n'
+    )
+    path.chmod(0o755)
+
+  def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs a script from another folder than the repository's."""
+    env = {'PATH': str(self.bin), 'TMPDIR': str(self.root), **env}
+    command = [self.bash, str(self.repo / script), *args]
+    return subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True, check=False)
+
+  def log(self) -> list[str]:
+    log = self.root / 'log'
+    return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+  return Sandbox(tmp_path)
+
+
+@pytest.fixture
+def ready(sandbox):
+  """A sandbox in which the quickstart has run."""
+  sandbox.add_python()
+  assert sandbox.run('launch/quickstart.sh').returncode == 0
+  (sandbox.root / 'log').unlink()
+  return sandbox
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
+  assert result.stderr.splitlines()[-1] == message
+  assert result.returncode == 2
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_bash_can_parse(script):
+  result = subprocess.run(['bash', '-n', str(REPO / script)], capture_output=True, text=True, check=False)
+  assert (result.returncode, result.stderr) == (0, '')
+
+
+@pytest.mark.parametrize('script', ['launch/quickstart.sh', 'launch/test.sh', '.ci/run'])
+def test_is_executable(script):
+  assert os.access(REPO / script, os.X_OK)
+
+
+def test_first_run_makes_the_venv_and_installs(sandbox):
+  sandbox.add_python()
+  result = sandbox.run('launch/quickstart.sh', '--workdir=a b', '--config.seed=1')
+  assert result.returncode == 0
+  assert result.stderr == 'Installing requirements.txt into .venv ...\n'
+  assert sandbox.log() == [
+    'venv --without-pip .venv',
+    'ensurepip --default-pip',
+    INSTALL_RUN_TIME,
+    rf'{QUICKSTART} --workdir=a\ b --config.seed=1',
+  ]
+
+
+def test_later_runs_install_only_what_is_missing(ready):
+  for script in ('quickstart', 'test', 'quickstart', 'test'):
+    assert ready.run(f'launch/{script}.sh').returncode == 0
+  assert ready.log() == [QUICKSTART, INSTALL_TEST, PYTEST, QUICKSTART, PYTEST]
+
+
+@pytest.mark.parametrize('file', ['requirements.txt', 'constraints.txt'])
+def test_changed_requirements_are_installed(ready, file):
+  with open(ready.repo / file, 'a') as f:
+    f.write('another==1.0\n')
+  ready.run('launch/quickstart.sh')
+  ready.run('launch/quickstart.sh')
+  assert ready.log() == [INSTALL_RUN_TIME, QUICKSTART, QUICKSTART]
+
+
+def test_failed_install_is_said_and_completed_by_the_next_run(sandbox):
+  sandbox.add_python()
+  broken = sandbox.root / 'broken-pip'
+  broken.touch()
+  assert_refused(
+    sandbox.run('launch/quickstart.sh'),
+    'pip could not install requirements.txt (its reason is above; installing needs a network). '
+    'Run this again to go on.',
+  )
+  broken.unlink()
+  assert sandbox.run('launch/quickstart.sh').returncode == 0
+  assert sandbox.log()[2:] == [INSTALL_RUN_TIME, INSTALL_RUN_TIME, QUICKSTART]
+
+
+@pytest.mark.parametrize('lost', ['bin', 'pip'])
+def test_half_made_venv_is_completed(ready, lost):
+  (ready.repo / '.venv/mine').touch()
+  if lost == 'bin':
+    shutil.rmtree(ready.repo / '.venv/bin')
+    expected = ['venv --without-pip .venv', QUICKSTART]
+  else:
+    (ready.repo / '.venv/pip').unlink()
+    expected = ['ensurepip --default-pip', QUICKSTART]
+  assert ready.run('launch/quickstart.sh').returncode == 0
+  assert ready.log() == expected
+  assert (ready.repo / '.venv/mine').exists()
+
+
+@pytest.mark.parametrize(
+  ('pythons', 'env', 'found'),
+  [
+    ({}, {}, 'none that runs among python3.13 python3.12 python3.11 python3'),
+    ({'python3': (3, 9, 18)}, {}, 'python3 (3.9)'),
+    ({'python3.11': (3, 10, 1), 'python3': (2, 7, 18)}, {}, 'python3.11 (3.10) python3 (2.7)'),
+    ({'python3': (3, 13, 0), 'mine': (3, 8, 0)}, {'PYTHON': 'mine'}, 'mine (3.8)'),
+    ({'python3': (3, 13, 0)}, {'PYTHON': 'mine'}, 'none that runs among mine'),
+  ],
+)
+def test_no_python_that_is_new_enough(sandbox, pythons, env, found):
+  for name, version in pythons.items():
+    sandbox.add_python(version, name)
+  script = sandbox.repo / 'launch/test.sh'
+  assert_refused(
+    sandbox.run('launch/test.sh', **env),
+    f'Python 3.11 or newer is needed; found: {found}. '
+    f'Install one, or name it: PYTHON=/path/to/python3.11 bash {script}',
+  )
+  assert not (sandbox.repo / '.venv').exists()
+
+
+def test_python_that_only_prints_an_error_is_passed_over(sandbox):
+  shim = sandbox.bin / 'python3.13'
+  shim.write_text(f'#!{sandbox.bash}\necho "python3.13: command not found" >&2\nexit 127\n')
+  shim.chmod(0o755)
+  sandbox.add_python()
+  result = sandbox.run('launch/quickstart.sh')
+  assert result.returncode == 0
+  assert 'command not found' not in result.stderr
+
+
+def test_missing_venv_module(sandbox):
+  sandbox.add_python()
+  (sandbox.root / 'broken-venv').touch()
+  assert_refused(
+    sandbox.run('launch/quickstart.sh'),
+    'python3 cannot make virtual environments: its venv module is missing (Debian, Ubuntu: apt install python3-venv).',
+  )
+
+
+def test_pip_that_cannot_be_put_into_the_venv(sandbox):
+  sandbox.add_python()
+  (sandbox.root / 'broken-ensurepip').touch()
+  assert_refused(
+    sandbox.run('launch/quickstart.sh'),
+    'pip is needed in .venv; ensurepip could not put it there (Debian, Ubuntu: apt install python3-venv).',
+  )
+
+
+@pytest.mark.parametrize(('version', 'found'), [(None, 'one that no longer runs'), ((3, 10, 0), '3.10')])
+def test_venv_of_an_unusable_python_is_left_alone(ready, version, found):
+  python = ready.repo / '.venv/bin/python'
+  python.unlink()
+  if version:
+    ready.add_python(version, 'old')
+    shutil.copy(ready.bin / 'old', python)
+  else:
+    python.symlink_to(ready.root / 'removed')
+  assert_refused(
+    ready.run('launch/quickstart.sh'),
+    f'Python 3.11 or newer is needed in .venv; found: {found}. Move .venv away and run this again.',
+  )
+  assert ready.log() == []
+  assert (ready.repo / '.venv/installed-requirements.txt').exists()
+
+
+def test_accelerator(ready):
+  assert ready.run('launch/quickstart.sh', ACCELERATOR='cuda').returncode == 0
+  assert ready.log() == [INSTALL_RUN_TIME.replace('requirements', 'requirements-cuda'), QUICKSTART]
+  assert_refused(
+    ready.run('launch/quickstart.sh', ACCELERATOR='gpu'),
+    'ACCELERATOR must be cuda or tpu; found no requirements-gpu.txt.',
+  )
+
+
+@pytest.mark.parametrize(
+  ('broken', 'code', 'ran'),
+  [
+    (None, 0, ['check .', 'format --check .', PYTEST]),
+    ('check', 1, ['check .']),
+    ('format', 1, ['check .', 'format --check .']),
+    ('pytest', 1, ['check .', 'format --check .', PYTEST]),
+  ],
+)
+def test_ci_stops_at_what_fails(ready, broken, code, ran):
+  ready.run('launch/test.sh')
+  (ready.root / 'log').unlink()
+  ruff = ready.repo / '.venv/bin/ruff'
+  ruff.write_text(f'#!{ready.bash}\necho "$*" >>"{ready.root}/log"\n[[ ! -e "{ready.root}/broken-$1" ]]\n')
+  ruff.chmod(0o755)
+  if broken:
+    (ready.root / f'broken-{broken}').touch()
+  before = set(ready.root.iterdir())
+  assert ready.run('.ci/run').returncode == code
+  assert ready.log() == ran
+  assert set(ready.root.iterdir()) - before == {ready.root / 'log'}

@@ -1,0 +1,151 @@
+"""Tests that every family trains, stops and goes on, is evaluated, and leaves early, by the programs alone."""
+
+import contextlib
+import functools
+import io
+import json
+
+import chex
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from running import CONFIGS, run_main, saved_state
+
+from paranet_jax.calibrate import __main__ as calibrate
+from paranet_jax.devices import pick_devices, place_order, replicated, run_on
+from paranet_jax.early.load import load_early_exit
+from paranet_jax.models.fractalnet import FractalNet
+from paranet_jax.models.staged import StagedModel
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_totals
+
+pytestmark = pytest.mark.usefixtures('programs')
+
+# One epoch of 1,337 training images in batches of 32 is 41 steps.
+SHORT = (
+  *('data.name=digits', 'data.held_out=100', 'model.image_side=8', 'train.epochs=1', 'train.batch_size=32'),
+  *(
+    'train.learning_rate=0.2',
+    'train.warmup_epochs=0',
+    'train.drops=()',
+    'train.devices=1',
+    'eval.batch_size=180',
+    'log.every_steps=8',
+  ),
+)
+RUNS = {
+  'densenet_bc_100_12': ('model.depth=10', 'model.growth_rate=8', 'model.exits=blocks'),
+  'preact_resnet_110': ('model.depth=8', 'model.exits=stages'),
+  'msdnet_budgeted': (
+    *('model.num_blocks=2', 'model.growth_factors=(1,2)', 'model.bottleneck_factors=(1,2)'),
+    *('model.step_mode=even', 'model.initial_channels=8'),
+  ),
+  'fractalnet_20': ('model.columns=2', 'model.widths=(8,8)', 'model.block_dropout=(0.0,0.1)'),
+}
+EXITS = {'densenet_bc_100_12': 3, 'preact_resnet_110': 3, 'msdnet_budgeted': 2, 'fractalnet_20': 3}
+
+
+def arguments(file, workdir, *fields):
+  flags = (f'--config.{field}' for field in (*SHORT, *RUNS[file], *fields))
+  return f'--config={CONFIGS}/{file}.py', *flags, f'--workdir={workdir}'
+
+
+@pytest.fixture(scope='module')
+def finished(programs, tmp_path_factory):
+  """From a configuration's file to the folder of its run of one epoch."""
+
+  @functools.cache
+  def run(file):
+    workdir = tmp_path_factory.mktemp(file)
+    assert run_main(*arguments(file, workdir)).code == 0
+    return workdir
+
+  return run
+
+
+@pytest.mark.parametrize('file', RUNS)
+def test_one_epoch_lowers_the_loss_at_every_exit(finished, file):
+  lines = [line for line in read_metrics(finished(file)) if line['split'] == 'train']
+  summary = json.loads((finished(file) / 'summary.json').read_text())
+  assert [row['learns_from'] for row in summary['exits']] == ['labels'] * EXITS[file]
+  for number in range(1, EXITS[file] + 1):
+    assert lines[-1][f'exit_{number}/loss'] < 0.95 * lines[0][f'exit_{number}/loss']
+    assert 0 <= summary['exits'][number - 1]['accuracy'] <= 1
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(finished, tmp_path):
+  """Here with random numbers in every step."""
+  assert run_main(*arguments('fractalnet_20', tmp_path, 'train.max_steps=6')).code == 0
+  assert run_main(*arguments('fractalnet_20', tmp_path), '--accept_config_changes').code == 0
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(finished('fractalnet_20')), strict=True)
+
+
+@pytest.mark.parametrize('file', ['msdnet_budgeted', 'fractalnet_20'])
+def test_a_run_is_evaluated_and_leaves_early(finished, file):
+  workdir, out = finished(file), io.StringIO()
+  result = run_main(f'--workdir={workdir}', '--mode=eval', '--json')
+  summary = json.loads((workdir / 'summary.json').read_text())
+  for row, known in zip(json.loads(result.out)['splits']['test'], summary['exits'], strict=True):
+    assert row.items() <= known.items()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    assert calibrate.main([f'--workdir={workdir}', '--threshold=0.3']) == 0
+  found = load_early_exit(workdir).predict(np.zeros((3, 8, 8, 3), np.uint8))
+  assert found.probabilities.shape == (3, 10) and set(found.exits.tolist()) <= set(range(1, EXITS[file] + 1))
+
+
+class Plain(nn.Module):
+  """Without batch statistics."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+
+
+def network():
+  """Three exits; drop-path and dropout in every step."""
+  return FractalNet(tiny.NUM_CLASSES, 2, (4,), (0.2,), 0.3, 0.5, image_side=tiny.SIDE)
+
+
+def staged():
+  return StagedModel((Plain(), Plain()), (1, 2), tiny.NUM_CLASSES)
+
+
+def trained(make, count, name):
+  """The state after two steps on so many devices, and the sums of their metrics."""
+  model, devices, optimizer = make(), pick_devices(count), optax.sgd(0.05, 0.9, True)
+  objective, shape = tiny.objective(name), (tiny.SIDE, tiny.SIDE, 3)
+  state = init_state(model, optimizer, 0, shape)
+  images = np.random.default_rng(0).integers(0, 256, (32, *shape), dtype=np.uint8)
+  whole = replicated(devices)
+  images, labels = jax.device_put((images, tiny.labels(32)), whole)
+  state, totals = jax.device_put((state, zero_totals(objective.targets)), whole)
+  step = run_on(devices, lambda axis: make_train_step(model, optimizer, objective, tiny.AUGMENTED, axis))
+  order = np.random.default_rng(1).permutation(32).astype(np.int32).reshape(2, 16)
+  for _ in range(2):
+    state, totals = step(state, totals, images, labels, place_order(jax.numpy.asarray(order), devices))
+  return jax.device_get((state, totals))
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason=f'needs 2 devices, found {len(jax.devices())}')
+def test_two_devices_equal_one():
+  """Each image is dropped the same values of, wherever it is."""
+  chex.assert_trees_all_close(*(trained(network, count, 'PN3-ddd') for count in (2, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_batch_statistics_that_draws_its_own_variables_trains():
+  state, totals = trained(staged, 1, 'PN2-dd')
+  assert state.batch_stats == {} and state.step == 2
+  assert np.isfinite(totals['loss']) and totals['exit_1/loss'] != totals['exit_2/loss']
+
+
+@pytest.mark.parametrize('seed, step, same', [(0, 0, True), (1, 0, False), (-1, 0, False), (0, 1, False)])
+def test_random_keys_of_a_step(seed, step, same):
+  keys, others = (model_rngs(network(), *map(np.int32, of)) for of in ((0, 0), (seed, step)))
+  assert keys.keys() == {'drop_path', 'dropout'}
+  for name in keys:
+    assert (jax.random.key_data(keys[name]) == jax.random.key_data(others[name])).all() == same
+  assert (jax.random.key_data(keys['drop_path']) != jax.random.key_data(keys['dropout'])).any()
+  assert model_rngs(tiny.network(1), np.int32(0), np.int32(0)) == {}

@@ -1,0 +1,376 @@
+"""Tests of FractalNet against its recursive definition in plain flax, its counts, its stages and drop-path."""
+
+import functools
+
+import chex
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds
+from paranet_jax.losses import cross_entropy
+from paranet_jax.models import fractalnet
+from paranet_jax.models.fractalnet import FractalNet
+from paranet_jax.models.layers import drop_path
+
+network = functools.partial(FractalNet, num_classes=tiny.NUM_CLASSES, widths=(5, 6), image_side=tiny.SIDE)
+WHOLE = 4
+ALL = (1, 2, 3, 4)
+
+
+class PlainFractal(nn.Module):
+  """The expansion rule as the paper writes it (equation 1), with the same parameter names.
+
+  f_1(z) = conv(z); f_c(z) = [conv(z)] with [f_{c-1}(join f_{c-1}(z))]. Each convolution takes all the passes through it
+  as one batch.
+  """
+
+  model: FractalNet
+
+  @nn.compact
+  def __call__(self, images, train, exits):
+    x = dict.fromkeys(exits, images)
+    for block in range(1, len(self.model.widths) + 1):
+      x = self._join(self._fractal(x, self.model.columns, block, train, {}))
+      x = {number: nn.max_pool(value, (2, 2), (2, 2)) for number, value in x.items()}
+    head = PlainHead(self.model.num_classes, name='exit')
+    return {number: head(value) for number, value in x.items()}
+
+  def _fractal(self, z, depth, block, train, counts):
+    """The outputs of the columns from this one on, not joined: {column: {exit: features}}."""
+    column = self.model.columns - depth + 1
+    counts[column] = counts.get(column, 0) + 1
+    passes = {number: value for number, value in z.items() if number in (column, self.model.num_exits)}
+    outputs = {}
+    if passes:
+      layer = PlainLayer(self.model.widths[block - 1], name=f'block_{block}_column_{column}_conv_{counts[column]}')
+      parts = jnp.split(layer(jnp.concatenate(list(passes.values())), train), len(passes))
+      outputs[column] = dict(zip(passes, parts, strict=True))
+    if depth == 1:
+      return outputs
+    inner = self._join(self._fractal(z, depth - 1, block, train, counts))
+    return outputs | self._fractal(inner, depth - 1, block, train, counts)
+
+  def _join(self, outputs):
+    whole = [passes[self.model.num_exits] for passes in outputs.values() if self.model.num_exits in passes]
+    joined = {column: passes[column] for column, passes in outputs.items() if column in passes}
+    return joined | ({self.model.num_exits: jnp.mean(jnp.stack(whole), axis=0)} if whole else {})
+
+
+class PlainLayer(nn.Module):
+  """Conv3x3-BN-ReLU."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(self.features, (3, 3), use_bias=False, name='conv')(x)
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name='norm')(x)
+    return nn.relu(x)
+
+
+class PlainHead(nn.Module):
+  """Global average pool-Linear."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.num_classes, name='classifier')(jnp.mean(x, axis=(1, 2)))
+
+
+def noise(model, number=16):
+  shape = (number, model.image_side, model.image_side, model.channels)
+  return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def _expected(model):
+  numbers = range(1, model.num_exits + 1)
+  return jax.jit(lambda: PlainFractal(model).apply(tiny.variables(model), noise(model), False, numbers))()
+
+
+def trained(apply, variables):
+  """Logits, updated statistics and the gradient of a fixed function of the logits of `apply(variables)`."""
+
+  def function(params):
+    logits, updated = apply({'params': params, 'batch_stats': variables['batch_stats']})
+    logits = {number: value for number, value in logits.items() if value is not None}
+    return sum(number * jnp.mean(jnp.sin(value)) for number, value in logits.items()), (logits, updated)
+
+  return jax.jit(jax.grad(function, has_aux=True))(variables['params'])
+
+
+def by_exit(logits):
+  return dict(enumerate(logits, 1))
+
+
+@pytest.mark.parametrize(
+  'model, exits', [(network(), ALL), (network(columns=2), (1, 3)), (network(columns=4, widths=(3,)), (5,))]
+)
+def test_same_function_as_the_recursive_definition(model, exits):
+  variables, images = tiny.variables(model), noise(model)
+  found = jax.jit(lambda: model.apply(variables, images, exits=exits))()
+  expected = _expected(model)
+  for number, logits in by_exit(found).items():
+    if number in exits:
+      np.testing.assert_allclose(logits, expected[number], rtol=1e-5, atol=1e-5)
+    else:
+      assert logits is None
+
+
+@pytest.mark.parametrize('model, exits', [(network(), ALL), (network(columns=2), (2,)), (network(columns=2), (3,))])
+def test_training_is_that_of_plain_flax(model, exits):
+  variables, images = tiny.variables(model), noise(model)
+  # Plain flax has no value for the columns that these exits do not use.
+  shapes = abstract_variables(model, images.shape[1:], exits)
+  used = {kind: {name: variables[kind][name] for name in tree} for kind, tree in shapes.items()}
+
+  def ours(variables):
+    logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'])
+    return by_exit(logits), updated
+
+  def plain(variables):
+    return PlainFractal(model).apply(variables, images, True, exits, mutable=['batch_stats'])
+
+  chex.assert_trees_all_close(trained(ours, used), trained(plain, used), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_shared_over_the_device_axis():
+  model = network(columns=2)
+  variables, images = tiny.variables(model), noise(model)
+
+  def train(model, images):
+    return model.apply(variables, images, train=True, mutable=['batch_stats'])
+
+  logits, updated = jax.jit(functools.partial(train, model))(images)
+  split = jax.vmap(functools.partial(train, model.clone(axis_name='devices')), axis_name='devices')
+  split_logits, split_updated = jax.jit(split)(images.reshape(2, 8, *images.shape[1:]))
+  chex.assert_trees_all_close([part.reshape(16, -1) for part in split_logits], logits, rtol=1e-4, atol=1e-5)
+  for device in (0, 1):
+    own = jax.tree.map(lambda leaf: leaf[device], split_updated)  # noqa: B023
+    chex.assert_trees_all_close(own, updated, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'numbers, kept',
+  [
+    ((1, 2, 3, 4), [{1}, {1, 2}, {1, 2, 3}, set()]),
+    ((2, 4), [{2}, set()]),
+    ((1, 3, 4), [{1}, {1, 3}, set()]),
+    ((4,), [set()]),
+  ],
+)
+def test_stages_give_the_logits_of_the_full_pass_and_keep_what_the_whole_network_needs(numbers, kept):
+  model = network()
+  variables, images = tiny.variables(model), noise(model)
+  expected = _expected(model)
+  stage = jax.jit(lambda carry, number: model.apply(variables, images, carry, number, method='stage'), static_argnums=1)
+  carry = {}
+  for number, columns in zip(numbers, kept, strict=True):
+    found, carry = stage(carry, number)
+    np.testing.assert_allclose(found, expected[number], rtol=1e-5, atol=1e-5)
+    assert set(carry) == columns
+
+
+def listed(columns, widths, side, channels, classes):
+  """Parameters and multiply-adds by exit, each layer listed: (cumulative, cumulative, alone)."""
+  params, macs, of_first_join = [], [], []
+  for column in range(1, columns + 1):
+    own_params, own_macs, given, area = 0, 0, channels, side**2
+    for width in widths:
+      for conv in range(2 ** (column - 1)):
+        read = given if conv == 0 else width
+        own_params += 9 * read * width + 2 * width
+        own_macs += area * 9 * read * width
+        if width == widths[0] and given == channels and (conv == 0 or (conv == 1 and column == columns)):
+          of_first_join.append(area * 9 * read * width)
+      given, area = width, area // 4
+    params.append(own_params)
+    macs.append(own_macs)
+  head = widths[-1] * classes
+  alone = [own + head for own in macs] + [sum(macs) + head]
+  cumulative = list(np.cumsum(alone))
+  cumulative[-1] -= sum(of_first_join)
+  params = [sum(params[:column]) + head + classes for column in range(1, columns + 1)]
+  return list(zip([*params, params[-1]], cumulative, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+  'fields, parameters',
+  [
+    # 20 layers: what an independent PyTorch version (pytorchcv) has too.
+    ({}, 33_770_788),
+    ({'columns': 4, 'widths': (2, 3), 'image_side': 16, 'channels': 1, 'num_classes': 7}, None),
+  ],
+)
+def test_counts(fields, parameters):
+  model = FractalNet(**fields)
+  costs = exit_costs(model, (model.image_side, model.image_side, model.channels))
+  found = [(cost['params'], cost['macs'], cost['macs_alone']) for cost in costs]
+  assert found == listed(model.columns, model.widths, model.image_side, model.channels, model.num_classes)
+  if parameters:
+    assert costs[-1]['params'] == parameters
+
+
+def test_nothing_is_computed_twice_in_the_full_pass_nor_for_exits_not_asked_for():
+  model = network()
+  shape = (tiny.SIDE, tiny.SIDE, 3)
+  variables, image = abstract_variables(model, shape), jnp.zeros((1, *shape))
+  costs = exit_costs(model, shape)
+
+  def macs(exits):
+    return multiply_adds(lambda variables: model.apply(variables, image, exits=exits), variables)[0]
+
+  assert macs(None) == costs[-1]['macs']
+  assert macs((1, 2)) == costs[0]['macs_alone'] + costs[1]['macs_alone']
+  assert macs(()) == 0
+
+
+def test_the_loss_falls_at_every_exit():
+  model = network(columns=2, widths=(8, 8))
+  images, labels = noise(model, 32), tiny.labels(32)
+  variables = model.initial_variables(abstract_variables(model, images.shape[1:]), 0)
+
+  @jax.jit
+  def step(variables):
+    def loss(params):
+      logits, updated = model.apply(variables | {'params': params}, images, train=True, mutable=['batch_stats'])
+      losses = jnp.stack([jnp.mean(cross_entropy(exit_logits, labels)) for exit_logits in logits])
+      return jnp.sum(losses), (losses, updated)
+
+    gradient, (losses, updated) = jax.grad(loss, has_aux=True)(variables['params'])
+    params = jax.tree.map(lambda value, slope: value - 0.1 * slope, variables['params'], gradient)
+    return {'params': params, **updated}, losses
+
+  losses = []
+  for _ in range(15):
+    variables, found = step(variables)
+    losses.append(found)
+  assert (losses[-1] < 0.9 * losses[0]).all(), losses
+
+
+@functools.cache
+def _train_step(local_drop_path, global_drop_path, exits):
+  model = network(widths=(4,), local_drop_path=local_drop_path, global_drop_path=global_drop_path)
+  variables, images = tiny.variables(model), noise(model)
+
+  def train(key):
+    rngs = None if key is None else {'drop_path': key}
+    logits, _ = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'], rngs=rngs)
+    return logits[exits[-1] - 1]
+
+  return jax.jit(train)
+
+
+def test_a_step_of_global_drop_path_trains_one_column():
+  alone = {column: _train_step(0.15, 0.5, (column,))(None) for column in (1, 2, 3)}
+  seen = set()
+  for seed in range(8):
+    logits = _train_step(0.15, 1.0, (WHOLE,))(jax.random.key(seed))
+    same = [column for column, expected in alone.items() if np.allclose(logits, expected, rtol=1e-4, atol=1e-4)]
+    assert len(same) == 1
+    seen.update(same)
+  assert seen == {1, 2, 3}
+
+
+def test_local_drop_path_depends_on_its_key_alone():
+  first, again, other = (_train_step(0.5, 0.0, (WHOLE,))(jax.random.key(seed)) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-3
+  never = _train_step(0.0, 0.0, (WHOLE,))(jax.random.key(0))
+  np.testing.assert_allclose(never, _train_step(0.0, 0.0, (WHOLE,))(None), rtol=1e-5, atol=1e-5)
+
+
+def test_drop_path_leaves_the_columns_and_inference_as_they_are():
+  key = jax.random.key(0)
+  np.testing.assert_array_equal(_train_step(0.5, 0.5, (2,))(key), _train_step(0.5, 0.5, (2,))(None))
+  model = network(dropout=(0.5, 0.5))
+  variables, rngs = tiny.variables(model), {'drop_path': key, 'dropout': key}
+  with_keys = jax.jit(lambda: model.apply(variables, noise(model), exits=(WHOLE,), rngs=rngs))()
+  np.testing.assert_allclose(with_keys[-1], _expected(network())[WHOLE], rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_needs_and_follows_its_key():
+  model = network(columns=2, dropout=(0.0, 0.5))
+  variables, images = tiny.variables(model), noise(model, 4)
+
+  @jax.jit
+  def logits(rngs):
+    return model.apply(variables, images, train=True, exits=(1,), mutable=['batch_stats'], rngs=rngs)[0][0]
+
+  first, again, other = (logits({'dropout': jax.random.key(seed)}) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-3
+  with pytest.raises(flax.errors.InvalidRngError, match='dropout'):
+    logits({})
+
+
+def test_every_join_has_drops_of_its_own(monkeypatch):
+  joins = []
+
+  def recorded(drop, join, columns):
+    joins.append(join)
+    return drop_path.join_weights(drop, join, columns)
+
+  monkeypatch.setattr(fractalnet, 'join_weights', recorded)
+  model = network()
+  variables, rngs = tiny.variables(model), {'drop_path': jax.random.key(0)}
+  jax.eval_shape(lambda: model.apply(variables, noise(model), train=True, mutable=['batch_stats'], rngs=rngs))
+  assert len(joins) == len(set(joins)) == 2 * 2
+
+
+@pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
+def test_the_draw_of_a_step(share):
+  keys = jax.random.split(jax.random.key(0), 4000)
+  columns = jax.jit(jax.vmap(lambda key: drop_path.draw(key, 3, 0.15, share).column))(keys)
+  expected = [1 - share, *[share / 3] * 3]
+  np.testing.assert_allclose(np.bincount(columns, minlength=4) / 4000, expected, atol=0.03)
+
+
+@pytest.mark.parametrize('column, expected', [(2, [1, 0]), (3, [0, 1])])
+def test_weights_of_one_column(column, expected):
+  drop = drop_path.DropPath(jax.random.key(0), 0.5, jnp.int32(column))
+  np.testing.assert_array_equal(drop_path.join_weights(drop, 1, (2, 3)), expected)
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.3, 1.0])
+def test_local_weights(rate):
+  """Each survives with 1 - rate, independently; where none does, either with one half: the mean of the survivors."""
+
+  def weights(key):
+    drop = drop_path.DropPath(key, rate, jnp.int32(0))
+    return drop_path.join_weights(drop, 5, (2, 3)), drop_path.join_weights(drop, 6, (2, 3))
+
+  one, other = jax.jit(jax.vmap(weights))(jax.random.split(jax.random.key(0), 4000))
+  one, other = np.asarray(one), np.asarray(other)
+  shares = [np.mean((one == pair).all(axis=1)) for pair in ((0.5, 0.5), (1, 0), (0, 1))]
+  np.testing.assert_allclose(shares, [(1 - rate) ** 2, *[(1 - (1 - rate) ** 2) / 2] * 2], atol=0.03)
+  assert np.all(one == other) == (rate == 0.0)
+
+
+def test_half_precision(standard_promotion):
+  model = network(dtype=jnp.bfloat16, dropout=(0.5, 0.5))
+  variables, images = tiny.variables(model), noise(model, 2)
+  rngs = {'drop_path': jax.random.key(0), 'dropout': jax.random.key(0)}
+  found = jax.eval_shape(lambda: model.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs))
+  assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype('float32')}
+  _, carry = jax.eval_shape(lambda: model.apply(variables, images, {}, 1, method='stage'))
+  assert carry[1].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'image_side': 6}, 'image_side 6 cannot be halved 2 times, once a block'),
+    ({'columns': 1}, 'columns 1 must be 2 or more: one alone is no fractal'),
+    ({'dropout': (0.1,)}, r'dropout \(0.1,\) must have one rate for each of the 2 blocks, or none'),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    abstract_variables(network(**fields), (tiny.SIDE, tiny.SIDE, 3))

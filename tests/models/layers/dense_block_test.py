@@ -1,0 +1,235 @@
+"""The dense block against a plain one of `nn.BatchNorm`, `nn.Conv` and concatenation, differentiated by jax."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paranet_jax.models.layers import dense_block
+from paranet_jax.models.layers.backend import compiling_for
+from paranet_jax.models.layers.dense import DenseBlock, as_features
+from paranet_jax.models.layers.dense_block import conv3x3, image_conv3x3, normalize
+from paranet_jax.models.layers.initial import initial_variables
+
+SHAPES = {
+  # batch, side, channels, layers, growth rate, bottleneck width in multiples of it
+  'even': (8, 4, 6, 4, 3, 2),
+  'one layer': (4, 6, 5, 1, 4, 4),
+  'narrow input, odd side': (6, 5, 3, 5, 2, 2),
+  'wide input, one pixel': (16, 1, 24, 3, 2, 4),
+  'many pixels': (64, 8, 6, 4, 3, 2),
+}
+
+
+class PlainBlock(nn.Module):
+  """DenseNet-BC's block as one would write it, with the same parameter names."""
+
+  num_layers: int
+  growth_rate: int
+  bn_size: int
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, train):
+    for index in range(1, self.num_layers + 1):
+      layer = PlainLayer(self.growth_rate, self.bn_size, self.axis_name, self.dtype, name=f'layer_{index}')
+      x = jnp.concatenate([x, layer(x, train)], axis=-1)
+    return x
+
+
+class PlainLayer(nn.Module):
+  """BN-ReLU-Conv1x1-BN-ReLU-Conv3x3."""
+
+  growth_rate: int
+  bn_size: int
+  axis_name: str | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, train):
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
+    conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+    x = conv(self.bn_size * self.growth_rate, (1, 1), name='conv1')(nn.relu(norm(name='norm1')(x)))
+    return conv(self.growth_rate, (3, 3), name='conv2')(nn.relu(norm(name='norm2')(x)))
+
+
+def problem(shape):
+  """The plain block, its variables away from their initial values, an input and weights of the outputs."""
+  batch, side, channels, layers, growth, bn_size = SHAPES[shape]
+  plain = PlainBlock(layers, growth, bn_size)
+  random = np.random.default_rng(len(shape))
+  x = random.normal(1, 2, (batch, side, side, channels)).astype(np.float32)
+  shapes = jax.eval_shape(lambda: plain.init(jax.random.key(0), x, False))
+  drawn = initial_variables(shapes, 0)
+  variables = jax.tree.map(lambda leaf: (leaf + random.uniform(0.1, 0.4, leaf.shape)).astype(np.float32), drawn)
+  weights = random.normal(size=(batch, side, side, channels + layers * growth)).astype(np.float32)
+  return plain, variables, x, weights
+
+
+def readers(features):
+  """What any reader of a DenseNet's features does first: normalize with the batch's statistics, scale, and rectify."""
+  return nn.relu(features * 1.1 + 0.1)
+
+
+def plain_loss(plain, params, stats, x, weights, axis_name=None):
+  out, updated = plain.apply({'params': params, 'batch_stats': stats}, x, True, mutable=['batch_stats'])
+  out = normalize(out, axis_name)[0] if axis_name else normalized(out)
+  return jnp.sum(readers(out) * weights), (out, updated['batch_stats'])
+
+
+def normalized(x):
+  return (x - x.mean((0, 1, 2))) * jax.lax.rsqrt(x.var((0, 1, 2)) + 1e-5)
+
+
+def block_of(plain, scan_layers, axis_name=None):
+  return DenseBlock(plain.num_layers, plain.growth_rate, plain.bn_size, scan_layers, axis_name)
+
+
+def block_loss(block, params, stats, x, weights):
+  features = as_features(x, True, block.axis_name)
+  variables = {'params': params, 'batch_stats': stats}
+  out, updated = block.apply(variables, features, True, mutable=['batch_stats'])
+  return jnp.sum(readers(out.values) * weights), (out.values, updated['batch_stats'])
+
+
+def gradients(loss, variables, x, weights):
+  """(output, running statistics), and the gradients of every parameter and of the input."""
+  run = jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True))
+  found, outputs = run(variables['params'], variables['batch_stats'], x, weights)
+  return outputs, found
+
+
+@pytest.mark.parametrize(('backend', 'scan_layers'), [('cpu', 1), ('cpu', 2), ('cpu', 3), ('cpu', 8), ('tpu', 2)])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_training_equals_the_plain_block(shape, backend, scan_layers):
+  plain, variables, x, weights = problem(shape)
+  with compiling_for(backend):
+    outputs, found = gradients(functools.partial(block_loss, block_of(plain, scan_layers)), variables, x, weights)
+  wanted_outputs, wanted = gradients(functools.partial(plain_loss, plain), variables, x, weights)
+  close(outputs, wanted_outputs)
+  close(found, wanted)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_inference_equals_the_plain_block(shape):
+  plain, variables, x, _ = problem(shape)
+  out = jax.jit(lambda: block_of(plain, None).apply(variables, as_features(x, False, None), False).values)()
+  close(out, plain.apply(variables, x, False))
+
+
+@pytest.mark.parametrize('scan_layers', [1, 2])
+def test_devices_share_their_statistics(scan_layers):
+  """Four devices with a quarter each, summed, are one with the whole."""
+  plain, variables, x, weights = problem('even')
+  block = block_of(plain, scan_layers, 'devices')
+
+  def local(params, stats, x, weights):
+    (_, (out, updated)), found = jax.value_and_grad(functools.partial(block_loss, block), argnums=(0, 2), has_aux=True)(
+      params, stats, x, weights
+    )
+    return (out, updated), (jax.lax.psum(found[0], 'devices'), found[1])
+
+  split = [leaf.reshape(4, -1, *leaf.shape[1:]) for leaf in (x, weights)]
+  run = jax.pmap(
+    local, 'devices', in_axes=(None, None, 0, 0), out_axes=((0, None), (None, 0)), devices=jax.devices()[:4]
+  )
+  (out, stats), (found, dx) = run(variables['params'], variables['batch_stats'], *split)
+  wanted_outputs, wanted = gradients(functools.partial(plain_loss, plain), variables, x, weights)
+  close((out.reshape(wanted_outputs[0].shape), stats), wanted_outputs)
+  close((found, dx.reshape(x.shape)), wanted)
+
+
+def test_finite_differences(standard_promotion):
+  plain, variables, x, weights = problem('one layer')
+  with jax.enable_x64(True):
+    point, stats = jax.tree.map(np.float64, ((variables['params'], x), variables['batch_stats']))
+    direction = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size)).reshape(leaf.shape), point)
+
+    def loss(params, images):
+      return block_loss(block_of(plain, 1), params, stats, images, weights)[0]
+
+    def moved(step):
+      return float(loss(*jax.tree.map(lambda leaf, way: leaf + step * way, point, direction)))
+
+    found = jax.grad(loss, argnums=(0, 1))(*point)
+    slopes = jax.tree.map(lambda gradient, way: float(np.sum(gradient * way)), found, direction)
+    assert sum(jax.tree.leaves(slopes)) == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-6)
+
+
+def test_half_precision(standard_promotion):
+  """As near to float32 as the plain block in bfloat16 is; parameters' gradients and statistics are float32."""
+  plain, variables, x, weights = problem('many pixels')
+  half = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+  outputs, found = gradients(functools.partial(block_loss, block_of(plain, 2)), variables, *half)
+  assert outputs[0].dtype == found[1].dtype == jnp.bfloat16
+  chex.assert_trees_all_equal_dtypes((outputs[1], found[0]), jax.tree.map(jnp.float32, (outputs[1], found[0])))
+  exact_outputs, exact = gradients(functools.partial(plain_loss, plain), variables, x, weights)
+  _, theirs = gradients(functools.partial(plain_loss, plain.clone(dtype=jnp.bfloat16)), variables, *half)
+  assert distance(outputs[0], exact_outputs[0]) < 0.01
+  # A rounded value turns some units on or off, so that single gradients are off by tenths; over all they are alike.
+  errors, their_errors = jax.tree.map(distance, found, exact), jax.tree.map(distance, theirs, exact)
+  assert np.median(jax.tree.leaves(errors)) < 1.5 * np.median(jax.tree.leaves(their_errors)) < 0.2
+
+
+def distance(found, wanted):
+  found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+  return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+def test_one_buffer_is_kept_for_the_backward_pass():
+  """The features once and the bottlenecks once, not what every layer reads."""
+  plain, variables, x, _ = problem('even')
+  layers = plain.num_layers
+  block = block_of(plain, 1)
+  features = as_features(x, True, None)
+
+  def forward(params):
+    variables_ = {'params': params, 'batch_stats': variables['batch_stats']}
+    return block.apply(variables_, features, True, mutable=['batch_stats'])[0].values
+
+  out, backward = jax.vjp(forward, variables['params'])
+  kept = sum(leaf.size for leaf in jax.tree.leaves(backward) if leaf.size >= x[..., :1].size)
+  bottlenecks = layers * plain.bn_size * plain.growth_rate * x[..., 0].size
+  assert kept <= out.size + bottlenecks + x.size
+
+
+def close(found, wanted, tolerance=1e-5):
+  """Within a share of each leaf's largest value."""
+
+  def check(found, wanted):
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(np.abs(wanted).max(), 1e-3))
+
+  jax.tree.map(check, found, wanted)
+
+
+@pytest.mark.parametrize('convolve', [image_conv3x3, conv3x3])
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_convolutions(convolve, backend, channels, monkeypatch):
+  """By matrix product on one backend and as a convolution on others: the same values and gradients."""
+  random = np.random.default_rng(0)
+  image = random.normal(size=(2, 6, 5, channels)).astype(np.float32)
+  kernel = random.normal(size=(3, 3, channels, 4)).astype(np.float32)
+  monkeypatch.setattr(dense_block, 'MANY_PIXELS', 60)
+  with compiling_for(backend):
+    out, backward = jax.vjp(convolve, image, kernel)
+    program = str(jax.make_jaxpr(lambda *arguments: convolve(*arguments))(image, kernel))
+  assert ('conv_general_dilated' in program) == (backend == 'gpu')
+  padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+  close(out, np.einsum('bhwcij,ijck->bhwk', windows, kernel))
+  weights = random.normal(size=out.shape).astype(np.float32)
+  close(backward(weights)[1], np.einsum('bhwcij,bhwk->ijck', windows, weights))

@@ -1,0 +1,88 @@
+"""Tests of dropout: what it drops, that devices do not matter to it, and where dense networks have it."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.models import densenet
+from paranet_jax.models.densenet import DenseNet
+from paranet_jax.models.layers import dense
+from paranet_jax.models.layers.dropout import dropout
+
+KEY = jax.random.key(0)
+NEVER = 1e-12
+DENSENET = functools.partial(DenseNet, tiny.NUM_CLASSES, growth_rate=2, image_side=tiny.SIDE)
+NETWORKS = {
+  'paranet': functools.partial(tiny.network, 2),
+  'densenet': functools.partial(DENSENET, depth=10, bn_size=None),
+  'densenet_bc': functools.partial(DENSENET, depth=10),
+}
+
+
+def test_values_are_dropped_or_scaled():
+  x = jnp.full((8, 10, 10, 10), 3.0)
+  found = np.asarray(dropout(x, 0.25, KEY, None))
+  assert np.unique(found).tolist() == [0, 4]
+  assert (found == 0).mean() == pytest.approx(0.25, abs=0.02)
+  # Each image in its own places.
+  assert len({image.tobytes() for image in found}) == 8
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason=f'needs 4 devices, found {len(jax.devices())}')
+def test_devices_drop_what_one_would():
+  x = jnp.ones((8, 2, 3, 4))
+  shared = jax.pmap(lambda part: dropout(part, 0.5, KEY, 'devices'), axis_name='devices')(x.reshape(4, 2, 2, 3, 4))
+  np.testing.assert_array_equal(shared.reshape(x.shape), dropout(x, 0.5, KEY, None))
+
+
+@functools.cache
+def step(name, rate):
+  """From a key to logits, statistics and gradients of a training pass."""
+  model = NETWORKS[name](dropout=rate)
+  assert model.rng_names == (('dropout',) if rate else ())
+  variables = tiny.variables(model)
+  images = np.random.default_rng(1).normal(size=(8, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
+
+  @jax.jit
+  def run(params, key):
+    def loss(params):
+      logits, updated = model.apply(
+        variables | {'params': params}, images, train=True, mutable=['batch_stats'], rngs={'dropout': key}
+      )
+      return sum(jnp.sum(jnp.sin(own)) for own in logits), (logits, updated)
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  return functools.partial(run, variables['params'])
+
+
+def test_a_rate_at_which_nothing_is_dropped_changes_nothing():
+  """It is another way to compute a dense block."""
+  chex.assert_trees_all_close(step('densenet_bc', NEVER)(KEY), step('densenet_bc', 0.0)(KEY), rtol=1e-4, atol=1e-4)
+
+
+def test_training_drops_by_its_key():
+  (_, (first, _)), (_, (again, _)), (_, (other, _)) = (
+    step('densenet_bc', 0.5)(jax.random.key(seed)) for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(first[0], again[0])
+  assert np.abs(first[0] - other[0]).max() > 1e-3
+
+
+# Two a layer with a bottleneck, one a layer without and a transition: 3 blocks of 1 layer, and 3 blocks of 2 layers.
+@pytest.mark.parametrize('name, times', [('paranet', 3 * 2 + 1), ('densenet_bc', 3 * 2 + 2), ('densenet', 3 * 2 + 2)])
+def test_every_convolution_but_the_first_is_followed_by_it(name, times, monkeypatch):
+  rates = []
+  for module in (dense, densenet):
+    monkeypatch.setattr(module, 'dropout', lambda x, rate, *_: rates.append(rate) or x)
+  model = NETWORKS[name](dropout=0.5)
+  variables, images = tiny.variables(model), np.zeros((2, tiny.SIDE, tiny.SIDE, 3), np.float32)
+  jax.eval_shape(lambda: model.apply(variables, images))
+  assert rates == []
+  jax.eval_shape(lambda: model.apply(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': KEY}))
+  assert rates == [0.5] * times

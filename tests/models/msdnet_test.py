@@ -1,0 +1,360 @@
+"""Tests of MSDNet: the function of a plain network, stage by stage, and the counts of its paper's description."""
+
+import functools
+import itertools
+import math
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from paranet_jax.costs import abstract_variables, multiply_adds
+from paranet_jax.models.layers.initial import initial_variables
+from paranet_jax.models.msdnet import MSDNet
+
+CIFAR = (32, 32, 3)
+
+# Each layer of the authors' networks for CIFAR-100, after the one that makes the scales: channels of scale 1 that it
+# reads (2 and 4 times as many at scales 2 and 3), and the scales that it has. `>` marks where a scale ends: the layer
+# still reads it, and a transition then halves the channels of the others, rounding down.
+ANYTIME_7 = """
+  16 123, 22 123, 28 123, 34 123, 40 123, 46 123,
+  52 >23, 29 23, 35 23, 41 23, 47 23, 53 23,
+  59 >3, 32 3, 38 3, 44 3"""
+ANYTIME_10 = """
+  16 123, 22 123, 28 123, 34 123, 40 123, 46 123, 52 123, 58 123,
+  64 >23, 35 23, 41 23, 47 23, 53 23, 59 23, 65 23, 71 23,
+  77 >3, 41 3, 47 3, 53 3, 59 3, 65 3"""
+BUDGETED = """
+  16 123, 22 123, 28 123, 34 123, 40 123,
+  46 >23, 26 23, 32 23, 38 23, 44 23,
+  50 >3, 28 3, 34 3, 40 3, 46 3"""
+
+NETWORKS = {
+  'anytime_7': (MSDNet(), ANYTIME_7, (4, 6, 8, 10, 12, 14, 16)),
+  'anytime_10': (MSDNet(num_blocks=10), ANYTIME_10, (4, 6, 8, 10, 12, 14, 16, 18, 20, 22)),
+  'budgeted': (MSDNet(num_blocks=5, step_mode='lin_grow', step=1, base=1), BUDGETED, (1, 3, 6, 10, 15)),
+}
+
+
+class Count:
+  """Multiply-adds, parameters, and activations that a ReLU passes, of convolutions with their normalization."""
+
+  def __init__(self):
+    self.macs = self.params = self.relus = 0
+
+  def conv(self, size, channels, features, side):
+    weights = size * size * channels * features
+    self.macs += weights * side * side
+    self.params += weights + 2 * features
+    self.relus += features * side * side
+    return self
+
+  def path(self, channels, features, factor, side_read, side):
+    """1x1 to at most `factor` times the features, then 3x3."""
+    width = min(channels, factor * features)
+    return self.conv(1, channels, width, side_read).conv(3, width, features, side)
+
+
+def body(rows):
+  """{(layer, scale): its count}."""
+  side = {1: 32, 2: 16, 3: 8}
+  counts = {
+    (0, 1): Count().conv(3, 3, 16, 32),
+    (0, 2): Count().conv(3, 16, 32, 16),
+    (0, 3): Count().conv(3, 32, 64, 8),
+  }
+  for layer, row in enumerate(rows.split(','), 1):
+    channels, scales = int(row.split()[0]), row.split()[1]
+    for scale in map(int, scales.strip('>')):
+      factor, count = 2 ** (scale - 1), Count()
+      if scales.startswith(str(scale)):
+        count.path(factor * channels, factor * 6, factor, side[scale], side[scale])
+      else:
+        count.path(factor * channels, factor * 3, factor, side[scale], side[scale])
+        count.path(factor // 2 * channels, factor * 3, factor // 2, side[scale - 1], side[scale])
+      if scales.startswith('>'):
+        count.conv(1, factor * (channels + 6), factor * ((channels + 6) // 2), side[scale])
+      counts[layer, scale] = count
+  return counts
+
+
+def heads(rows, exits):
+  """The count of each exit's convolutions, and of its linear layer (128 x 100 and a bias)."""
+  last = int(rows.split(',')[-1].split()[0]) + 6
+  after = [int(row.split()[0]) for row in rows.split(',')][1:] + [last]
+  for layer in exits:
+    count = Count().conv(3, 4 * after[layer - 1], 128, 4).conv(3, 128, 128, 2)
+    count.macs += 128 * 100
+    count.params += 128 * 100 + 100
+    yield count
+
+
+def test_the_description_gives_the_published_costs():
+  """Of 10 exits, in millions (BoostNet's table): eager, and an operation for each ReLU, pooled value and bias too."""
+  _, rows, exits = NETWORKS['anytime_10']
+  of_heads = itertools.accumulate(head.macs + head.relus + 4 * 128 + 100 for head in heads(rows, exits))
+  of_bodies = [sum(count.macs + count.relus for node, count in body(rows).items() if node[0] <= last) for last in exits]
+  found = [round((head + of_body) / 1e6, 1) for head, of_body in zip(of_heads, of_bodies, strict=True)]
+  assert {number: found[number - 1] for number in (1, 3, 5, 10)} == {1: 15.1, 3: 37.8, 5: 62.2, 10: 121.7}
+
+
+def lazily_needed(rows, layer):
+  """Nodes for an exit after a layer: its coarsest scale, the two coarsest of the layer before, and so on."""
+  return {node for node in body(rows) if node[0] == 0 or node[1] >= 3 - (layer - node[0]) and node[0] <= layer}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_multiply_adds_and_parameters_are_those_of_the_description(name):
+  model, rows, exits = NETWORKS[name]
+  counts, of_heads = body(rows), list(heads(rows, exits))
+  variables = abstract_variables(model, CIFAR)
+  sizes = [leaf.size for leaf in jax.tree.leaves(variables['params'])]
+  assert sum(sizes) == sum(count.params for count in [*counts.values(), *of_heads])
+
+  image, carry, done = jax.ShapeDtypeStruct((1, *CIFAR), jnp.float32), {}, set()
+  for number, (layer, head) in enumerate(zip(exits, of_heads, strict=True), 1):
+    stage = functools.partial(model.apply, number=number, method='stage')
+    macs, (_, carry) = multiply_adds(stage, variables, image, carry)
+    new = lazily_needed(rows, layer) - done
+    done |= new
+    assert macs == head.macs + sum(counts[node].macs for node in new), number
+  assert done == set(counts)
+
+
+@pytest.mark.parametrize('exits', [(4,), (5, 1)])
+def test_exits_asked_for_compute_only_what_they_need(exits):
+  model, rows, layers = NETWORKS['budgeted']
+  counts, of_heads = body(rows), list(heads(rows, layers))
+  image = jax.ShapeDtypeStruct((1, *CIFAR), jnp.float32)
+  macs, logits = multiply_adds(
+    lambda variables, image: model.apply(variables, image, exits=exits), _budgeted_variables(), image
+  )
+  needed = set().union(*(lazily_needed(rows, layers[number - 1]) for number in exits))
+  expected = sum(counts[node].macs for node in needed) + sum(of_heads[number - 1].macs for number in exits)
+  assert macs == expected
+  assert [number for number, found in enumerate(logits, 1) if found is not None] == sorted(exits)
+
+
+@functools.cache
+def _budgeted_variables():
+  return abstract_variables(NETWORKS['budgeted'][0], CIFAR)
+
+
+network = functools.partial(
+  MSDNet, num_classes=tiny.NUM_CLASSES, initial_channels=3, growth_rate=2, image_side=tiny.SIDE
+)
+# Layers 1 to 6, exits after 1, 3 and 6; scale 1 ends at layer 3 and scale 2 at layer 5.
+THREE_SCALES = network(num_blocks=3, step_mode='lin_grow', step=1, base=1)
+# Layers 1 to 4, exits after 2 and 4; scale 1 ends at layer 3.
+TWO_SCALES = network(num_blocks=2, step=2, base=2, growth_factors=(1, 2), bottleneck_factors=(1, 2))
+
+
+class ConvNorm(nn.Module):
+  features: int
+  size: int
+  stride: int = 1
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Conv(self.features, (self.size,) * 2, self.stride, padding=self.size // 2, use_bias=False, name='conv')(x)
+    return nn.relu(nn.BatchNorm(not train, momentum=0.9, use_fast_variance=False, name='norm')(x))
+
+
+class PlainLayer(nn.Module):
+  scale: int
+  alone: bool
+
+  @nn.compact
+  def __call__(self, same, finer, train):
+    factor = 2 ** (self.scale - 1)
+    features = 2 * factor if self.alone else factor
+    y = ConvNorm(min(same.shape[-1], factor * features), 1, name='same_bottleneck')(same, train)
+    y = ConvNorm(features, 3, name='same')(y, train)
+    if self.alone:
+      return jnp.concatenate([same, y], -1)
+    z = ConvNorm(min(finer.shape[-1], factor // 2 * features), 1, name='down_bottleneck')(finer, train)
+    z = ConvNorm(features, 3, 2, name='down')(z, train)
+    return jnp.concatenate([same, z, y], -1)
+
+
+class PlainExit(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = ConvNorm(128, 3, 2, name='conv1')(x, train)
+    x = ConvNorm(128, 3, 2, name='conv2')(x, train)
+    return PlainLinear(name='head')(x.mean((1, 2)))
+
+
+class PlainLinear(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(tiny.NUM_CLASSES, name='classifier')(x)
+
+
+class Plain(nn.Module):
+  """Layer by layer and all scales of each, of flax's own modules.
+
+  layers: the scales of each, and the channels (times the scale's factor) that a transition leaves after it, or 0.
+  exits: the layers that one follows.
+  """
+
+  layers: tuple[tuple[tuple[int, ...], int], ...]
+  exits: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x, train):
+    scales, logits = {}, []
+    for scale in self.layers[0][0]:
+      x = scales[scale] = ConvNorm(3 * 2 ** (scale - 1), 3, min(scale, 2), name=f'layer_0_scale_{scale}')(x, train)
+    for layer, (kept, transition) in enumerate(self.layers, 1):
+      before, scales = scales, {}
+      for scale in kept:
+        plain = PlainLayer(scale, scale - 1 not in before, name=f'layer_{layer}_scale_{scale}')
+        x = plain(before[scale], before.get(scale - 1), train)
+        if transition:
+          x = ConvNorm(transition * 2 ** (scale - 1), 1, name=f'transition_{layer}_scale_{scale}')(x, train)
+        scales[scale] = x
+      if layer in self.exits:
+        logits.append(PlainExit(name=f'exit_{len(logits) + 1}')(x, train))
+    return logits
+
+
+# Of 3 + 3 x 2 = 9 channels a transition leaves 4, and so it does of 4 + 2 x 2 = 8.
+PLAIN_THREE = Plain((((1, 2, 3), 0), ((1, 2, 3), 0), ((2, 3), 4), ((2, 3), 0), ((3,), 4), ((3,), 0)), (1, 3, 6))
+PLAIN_TWO = Plain((((1, 2), 0), ((1, 2), 0), ((2,), 4), ((2,), 0)), (2, 4))
+
+
+def noise(number=16):
+  return np.random.default_rng(1).normal(size=(number, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
+
+
+@functools.cache
+def random_variables(model):
+  """`tiny.variables`, with kernels that keep the features' size."""
+
+  def scale(path, leaf):
+    return jnp.asarray(leaf / math.sqrt(leaf[..., 0].size) if path[-1].key == 'kernel' else leaf)
+
+  return jax.tree_util.tree_map_with_path(scale, tiny.variables(model))
+
+
+@functools.cache
+def plain_logits():
+  return jax.jit(lambda variables: PLAIN_THREE.apply(variables, noise(), False))(random_variables(THREE_SCALES))
+
+
+def test_logits_and_parameters_of_the_plain_network():
+  plain = jax.eval_shape(lambda: PLAIN_THREE.init(jax.random.key(0), noise(), True))
+  chex.assert_trees_all_equal_shapes_and_dtypes(plain, random_variables(THREE_SCALES))
+  logits = jax.jit(lambda variables: THREE_SCALES.apply(variables, noise()))(random_variables(THREE_SCALES))
+  chex.assert_trees_all_close(logits, plain_logits(), rtol=1e-5, atol=1e-5)
+
+
+def test_trains_as_the_plain_network():
+  """Logits, updated statistics, and the gradient of random weights times the logits."""
+  weights = np.random.default_rng(2).normal(size=(2, 16, tiny.NUM_CLASSES)).astype(np.float32)
+  variables = random_variables(TWO_SCALES)
+
+  def loss(params, model):
+    logits, updated = model.apply(variables | {'params': params}, noise(), train=True, mutable=['batch_stats'])
+    return (jnp.stack(logits) * weights).mean(), (logits, updated)
+
+  @jax.jit
+  def both(params):
+    return [jax.grad(loss, has_aux=True)(params, model) for model in (TWO_SCALES, PLAIN_TWO)]
+
+  ours, plain = both(variables['params'])
+  chex.assert_trees_all_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'numbers, kept',
+  [
+    ((1, 2, 3), [[(0, 1), (0, 2), (1, 3)], [(1, 1), (2, 2), (3, 3)], []]),
+    ((1, 3), [[(0, 1), (0, 2), (1, 3)], []]),
+    ((2, 3), [[(1, 1), (2, 2), (3, 3)], []]),
+    ((3,), [[]]),
+  ],
+)
+def test_stages_give_the_logits_of_the_full_pass_and_keep_a_diagonal(numbers, kept):
+  carry = {}
+  for number, nodes in zip(numbers, kept, strict=True):
+    found, carry = jitted_stage(number)(random_variables(THREE_SCALES), carry)
+    np.testing.assert_allclose(found, plain_logits()[number - 1], rtol=1e-5, atol=1e-5)
+    assert sorted(carry) == nodes
+
+
+@functools.cache
+def jitted_stage(number):
+  return jax.jit(lambda variables, carry: THREE_SCALES.apply(variables, noise(), carry, number, method='stage'))
+
+
+def test_statistics_are_shared_over_devices():
+  """Two halves of a batch under an axis are normalized as the whole is."""
+  shared = TWO_SCALES.clone(axis_name='batch')
+
+  def train(model, images):
+    return model.apply(random_variables(TWO_SCALES), images, train=True, exits=(2,), mutable=['batch_stats'])
+
+  @jax.jit
+  def both(images):
+    halves = jax.vmap(functools.partial(train, shared), axis_name='batch')(images.reshape(2, 8, *images.shape[1:]))
+    return halves, train(TWO_SCALES, images)
+
+  (halves, updated), (whole, expected) = both(noise())
+  np.testing.assert_allclose(halves[1].reshape(16, -1), whole[1], rtol=1e-4, atol=1e-4)
+  for index in (0, 1):
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=index: leaf[i], updated), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_learns_at_every_exit():
+  """A few steps of gradient descent on one batch, from the initial variables of a run."""
+  variables = initial_variables(abstract_variables(TWO_SCALES, (tiny.SIDE, tiny.SIDE, 3)), 0)
+  labels = jnp.asarray(tiny.labels(16))
+
+  def losses(params):
+    logits, _ = TWO_SCALES.apply(variables | {'params': params}, noise(), train=True, mutable=['batch_stats'])
+    chosen = [jnp.take_along_axis(nn.log_softmax(found), labels[:, None], 1) for found in logits]
+    return -jnp.stack(chosen).mean((1, 2))
+
+  @jax.jit
+  def step(params):
+    value, pullback = jax.vjp(losses, params)
+    return value, jax.tree.map(lambda leaf, g: leaf - 0.1 * g, params, pullback(jnp.ones(2))[0])
+
+  params, history = jax.tree.map(jnp.asarray, variables['params']), []
+  for _ in range(6):
+    value, params = step(params)
+    history.append(np.asarray(value))
+  assert (history[-1] < 0.8 * history[0]).all(), history
+  assert np.abs(history[0] - math.log(tiny.NUM_CLASSES)).max() < 1
+
+
+def test_half_precision():
+  model = THREE_SCALES.clone(dtype=jnp.bfloat16)
+  logits, carry = jax.eval_shape(lambda: model.apply(random_variables(THREE_SCALES), noise(), {}, 1, method='stage'))
+  assert logits.dtype == jnp.float32
+  assert {leaf.dtype for leaf in carry.values()} == {jnp.dtype('bfloat16')}
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'bottleneck_factors': (1, 2)}, r'growth_factors \(1, 2, 4\) and bottleneck_factors \(1, 2\) must have one entry'),
+    ({'growth_rate': 3, 'growth_factors': (1, 1, 4)}, r'growth_rate 3 times growth_factors \(1, 1, 4\) must be even'),
+    ({'reduction': 0.0}, 'reduction 0.0 must be above 0 and at most 1'),
+    ({'step_mode': 'odd'}, "step_mode 'odd' must be 'even' or 'lin_grow'"),
+    ({'image_side': 30}, 'image_side 30 cannot be halved 2 times, as 3 scales need'),
+    ({'num_blocks': 0}, r'found blocks of \(\)'),
+    ({'step': 0}, r'found blocks of \(4, 0, 0, 0, 0, 0, 0\)'),
+  ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message) as error:
+    MSDNet(**fields)
+  assert len(str(error.value).splitlines()) == 1

@@ -1,0 +1,194 @@
+"""Tests of ParaNet: the same function as the plain reference, stage by stage, and where its gradients go."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import tiny
+
+from paranet_jax.costs import abstract_variables
+from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.models.paranet_geometry import default_blocks, default_halvings, full_cascade
+from paranet_jax.targets import parse_name, trained_exits
+
+CASES = {
+  'PN3': tiny.network(3),
+  'PN3cut': tiny.network(3, cascade=False),
+  'PN4': tiny.network(4, image_side=16, growth_rate=1),
+  'stem_norm': tiny.network(2, stem_norm=True),
+  'imagenet': tiny.network(2, image_side=16, stem='7x7', stem_norm=True, entry_pool='max3x3'),
+  'strided_pool_first': tiny.network(1, stem='7x7', entry_order='pool_first'),
+  'avg': tiny.network(2, entry_pool='avg'),
+  'pool_first': tiny.network(2, entry_order='pool_first', stem_norm=True),
+  'bn_size': tiny.network(2, bn_size=3, growth_rate=1),
+  'grey': tiny.network(1, channels=1),
+  'layers': tiny.network(1, layers_per_block=3, growth_rate=3),
+  'equal_lengths': tiny.network(2, blocks=(2, 2), halvings=(2, 1)),
+  'partial_cascade': tiny.network(3, cascade=((3, 3),)),
+}
+
+
+def expected(model, variables, images, train=False):
+  """The reference's logits and batch statistics, in float32."""
+  blocks = model.blocks or default_blocks(model.num_pipelines)
+  result = reference.paranet(
+    variables,
+    images,
+    blocks=blocks,
+    halvings=model.halvings or default_halvings(model.num_pipelines),
+    cascade={True: full_cascade(blocks), False: ()}.get(model.cascade, model.cascade),
+    pool={'max': np.max, 'avg': np.mean, 'max3x3': reference.overlapping_max}[model.entry_pool],
+    stride={'3x3': 1, '7x7': 2}[model.stem],
+    pool_first=model.entry_order == 'pool_first',
+    train=train,
+  )
+  return jax.tree.map(np.float32, result)
+
+
+def noise(model, number=16):
+  shape = (number, model.image_side, model.image_side, model.channels)
+  return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_same_function_as_the_reference(case):
+  model = CASES[case]
+  variables, images = tiny.variables(model), noise(model)
+
+  @jax.jit
+  def both(variables):
+    return model.apply(variables, images), model.apply(variables, images, train=True, mutable=['batch_stats'])
+
+  logits, (train_logits, updated) = both(variables)
+  chex.assert_trees_all_close(logits, expected(model, variables, images)[0], rtol=1e-4, atol=1e-4)
+  of_training = expected(model, variables, images, train=True)
+  chex.assert_trees_all_close((train_logits, updated['batch_stats']), of_training, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'name, numbers, kept',
+  [
+    ('PN3-ddd', (1, 2, 3), [{(1, 1)}, {(2, 1), (2, 2)}, set()]),
+    ('PN3-ddd', (1, 3), [{(1, 1)}, set()]),
+    ('PN3-ddd', (2, 3), [{(2, 1), (2, 2)}, set()]),
+    ('PN3-ddd', (3,), [set()]),
+    ('PN3cut-ddd', (1, 2, 3), [set(), set(), set()]),
+    ('PN3cut-ddd', (1, 3), [set(), set()]),
+  ],
+)
+def test_stages_give_the_logits_of_the_full_pass_and_keep_what_later_exits_need(name, numbers, kept):
+  model = tiny.named(name)
+  variables, images = tiny.variables(model), noise(model)
+  logits, _ = expected(model, variables, images)
+  stage = jax.jit(lambda carry, number: model.apply(variables, images, carry, number, method='stage'), static_argnums=1)
+  carry = {}
+  for number, blocks in zip(numbers, kept, strict=True):
+    found, carry = stage(carry, number)
+    np.testing.assert_allclose(found, logits[number - 1], rtol=1e-4, atol=1e-4)
+    assert set(carry) == blocks
+
+
+@pytest.mark.parametrize('exits', [(), (2,), (3, 1)])
+def test_only_the_exits_asked_for(exits):
+  model = tiny.named('PN3-ddd')
+  variables, images = tiny.variables(model), noise(model)
+  logits = jax.jit(lambda: model.apply(variables, images, exits=exits))()
+  for number, (found, wanted) in enumerate(zip(logits, expected(model, variables, images)[0], strict=True), 1):
+    if number in exits:
+      np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    else:
+      assert found is None
+
+
+def test_half_precision(standard_promotion):
+  """Computes in bfloat16; parameters, statistics and logits stay float32."""
+  model = tiny.network(2, dtype=jnp.bfloat16)
+  variables, images = tiny.variables(model), noise(model)
+  chex.assert_trees_all_equal_dtypes(variables, jax.tree.map(jnp.float32, variables))
+  logits, updated = jax.jit(lambda: model.apply(variables, images, train=True, mutable=['batch_stats']))()
+  chex.assert_tree_all_finite(logits)
+  assert {leaf.dtype for leaf in jax.tree.leaves((logits, updated))} == {jnp.dtype('float32')}
+  wanted = expected(model, variables, images, train=True)[0]
+  chex.assert_trees_all_close(logits, wanted, atol=0.1 * np.abs(wanted).max())
+  assert np.abs(np.subtract(logits, wanted)).max() > 1e-4
+  _, carry = jax.eval_shape(lambda: model.apply(variables, images, {}, 1, method='stage'))
+  assert carry[1, 1].values.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'image_side': 12}, 'image_side 12 cannot be halved 3 times'),
+    ({'stem': '7x7'}, 'image_side 8 cannot be halved 4 times, as pipeline 1 needs .4 at its entry, 0 between'),
+    ({'blocks': (1, 2)}, 'must have one entry a pipeline each'),
+    ({'blocks': (1, 2, 3), 'halvings': (1, 1, 1)}, 'joins different sides'),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    abstract_variables(tiny.network(3, **fields), (tiny.SIDE, tiny.SIDE, 3))
+
+
+@functools.cache
+def _gradient_of(name):
+  model = tiny.named(name)
+  variables, images, labels = tiny.variables(model), noise(model), tiny.labels(16)
+  targets = parse_name(name).targets
+
+  def loss(params, exit_weights):
+    variables_ = {'params': params, 'batch_stats': variables['batch_stats']}
+    logits, _ = model.apply(variables_, images, train=True, exits=trained_exits(targets), mutable=['batch_stats'])
+    return total_loss(exit_losses(logits, labels, targets), exit_weights)
+
+  return jax.jit(functools.partial(jax.grad(loss), variables['params']))
+
+
+def gradients(name, *exit_weights):
+  """The gradient of the total loss in training: (of each exit's head, of each pipeline), numbered from 1."""
+  found = _gradient_of(name)(jnp.array(exit_weights or (1.0, 1.0, 1.0)))
+  heads = {number: found[f'exit_{number}'] for number in (1, 2, 3)}
+  bodies = {
+    number: {module: tree for module, tree in found.items() if module.startswith(f'pipeline_{number}_')}
+    for number in (1, 2, 3)
+  }
+  return heads, bodies
+
+
+def is_zero(tree) -> bool:
+  """Whether all are exactly 0; one that is not must not be 0 in any parameter."""
+  zero = {bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(tree)}
+  assert len(zero) == 1
+  return zero.pop()
+
+
+@pytest.mark.parametrize('matched, alone', [('PN3-33d', 'PN3-xxd'), ('PN3cut-33d', 'PN3cut-xxd')])
+def test_no_gradient_passes_through_the_matched_logits(matched, alone):
+  """The teacher learns as if nobody matched it."""
+  heads, bodies = gradients(matched)
+  heads_alone, bodies_alone = gradients(alone)
+  chex.assert_trees_all_close((heads[3], bodies[3]), (heads_alone[3], bodies_alone[3]), rtol=1e-5, atol=1e-7)
+  assert not is_zero((heads[1], bodies[1], heads[2], bodies[2]))
+
+
+@pytest.mark.parametrize('name, reaches', [('PN3-xxd', True), ('PN3cut-xxd', False)])
+def test_untrained_exits_learn_only_through_the_cascade(name, reaches):
+  heads, bodies = gradients(name)
+  assert is_zero((heads[1], heads[2]))
+  assert is_zero((bodies[1], bodies[2])) is not reaches
+
+
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_cut_pipelines_have_no_gradient_between_them(number):
+  heads, bodies = gradients('PN3cut-ddd', *(float(other == number) for other in (1, 2, 3)))
+  for other in (1, 2, 3):
+    assert is_zero((heads[other], bodies[other])) is (other != number)
+
+
+def test_a_student_may_reach_the_body_of_its_teacher_through_the_cascade():
+  heads, bodies = gradients('PN3-xd2', 0.0, 0.0, 1.0)
+  assert is_zero(heads[2])
+  assert not is_zero((bodies[1], bodies[2], bodies[3], heads[3]))

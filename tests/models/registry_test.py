@@ -1,0 +1,242 @@
+"""Tests of the families of networks in a configuration: their fields, what they refuse, and what follows from them."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from running import CONFIGS, refusal, run_main
+
+from paranet_jax import config as config_lib
+from paranet_jax.base_config import FAMILIES, base_config, field_names
+from paranet_jax.command_line import parse
+from paranet_jax.config import FAMILY_CONFIGS
+from paranet_jax.costs import abstract_variables
+from paranet_jax.host.errors import UserError
+from paranet_jax.models.fractalnet import FractalNet
+from paranet_jax.models.resnet import ResNet
+from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config
+
+SMALL = {
+  'densenet': {'depth': 10, 'growth_rate': 2, 'image_side': 8},
+  'resnet': {'depth': 8, 'image_side': 8},
+  'msdnet': {
+    **{'num_blocks': 2, 'base': 1, 'step': 1, 'initial_channels': 2, 'image_side': 8},
+    **{'growth_factors': (1, 2), 'bottleneck_factors': (1, 2)},
+  },
+  'fractalnet': {'columns': 2, 'widths': (2, 3), 'image_side': 8},
+}
+
+# What is changed, its new value, what else is set.
+FIELDS = {
+  'densenet': {
+    'depth': (16, {}),
+    'growth_rate': (3, {}),
+    'compression': (0.7, {}),
+    'bottleneck': (False, {}),
+    'bn_size': (3, {}),
+    'exits': ('blocks', {}),
+    'dropout': (0.1, {}),
+    'scan_layers': (1, {'depth': 16}),
+  },
+  'resnet': {'depth': (14, {}), 'block': ('preactivation', {}), 'exits': ('stages', {})},
+  'msdnet': {
+    'num_blocks': (3, {}),
+    'base': (2, {}),
+    'step_mode': ('lin_grow', {}),
+    'step': (2, {}),
+    'initial_channels': (3, {}),
+    'growth_rate': (8, {}),
+    'growth_factors': ((1, 3), {}),
+    'bottleneck_factors': ((1, 1), {'initial_channels': 16}),
+    'reduction': (0.7, {'base': 3}),
+  },
+  'fractalnet': {
+    'columns': (3, {}),
+    'widths': ((2, 4), {}),
+    'block_dropout': ((0.0, 0.2), {}),
+    'local_drop_path': (0.3, {}),
+    'global_drop_path': (0.1, {}),
+  },
+}
+COMMON = {
+  'num_classes': (12, {}),
+  'image_side': (16, {}),
+  'channels': (1, {}),
+  'dtype': ('bfloat16', {}),
+}
+
+
+def small(family, **fields):
+  config = base_config('small', family)
+  config.model.update(SMALL[family] | fields)
+  return config
+
+
+def training_pass(config):
+  """The program of a forward pass in training."""
+  model = config_lib.build_model(config, 10)
+  shape = config_lib.image_shape(config)
+  rngs = {name: jax.random.key(0) for name in getattr(model, 'rng_names', ())}
+
+  def forward(variables, images):
+    return model.apply(variables, images, train=True, mutable=['batch_stats'], rngs=rngs)
+
+  images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+  return str(jax.make_jaxpr(forward)(abstract_variables(model, shape), images))
+
+
+@functools.cache
+def small_pass(family, *fields):
+  return training_pass(small(family, **dict(fields)))
+
+
+def test_every_family_and_field_is_in_the_tables():
+  assert {'paranet', *SMALL} == {'paranet', *FIELDS} == set(FAMILIES) == set(FAMILY_CONFIGS)
+  for family, fields in FIELDS.items():
+    assert {'family', *fields, *COMMON} == set(base_config(family=family).model)
+
+
+@pytest.mark.parametrize('family, field', [(family, field) for family in FIELDS for field in FIELDS[family] | COMMON])
+def test_a_field_matters(family, field, standard_promotion):
+  value, given = (FIELDS[family] | COMMON)[field]
+  assert small_pass(family, *given.items()) != training_pass(small(family, **given, **{field: value}))
+
+
+@pytest.mark.parametrize('family', FIELDS)
+def test_without_a_change_all_is_the_same(family, standard_promotion):
+  assert small_pass(family) == training_pass(small(family))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_file_of_a_family(family):
+  """Only the fields of `model` differ between families."""
+  path = CONFIGS / f'{FAMILY_CONFIGS[family]}.py'
+  _, config = parse(['main', f'--config={path}'])
+  assert config.model.family == family
+  others = [name for name in field_names(base_config(family=family)) if not name.startswith('model.')]
+  assert others == [name for name in field_names(base_config()) if not name.startswith('model.')]
+
+
+def test_a_family_that_is_not_there():
+  with pytest.raises(UserError) as error:
+    base_config('VGG', 'vgg')
+  assert str(error.value) == (
+    "family of base_config must be one of paranet, densenet, resnet, msdnet, fractalnet, found 'vgg'; mend --config"
+  )
+
+
+FILES = ', '.join(f'configs/{name}.py' for name in FAMILY_CONFIGS.values())
+
+
+@pytest.mark.parametrize('found', ['paranet', 'vgg'])
+def test_another_family_needs_another_file(found):
+  message = refusal(f'--config={CONFIGS}/resnet_110.py', f'--config.model.family={found}', '--mode=describe')
+  assert message == (
+    f'model.family must be resnet, whose fields the configuration has, found {found}; for another family set --config '
+    f'to one of {FILES}'
+  )
+
+
+@pytest.mark.parametrize(
+  'file, argument, message',
+  [
+    (
+      'resnet_110',
+      'name=a b',
+      "name must be letters, digits and, after the first, ._-, found 'a b'; set --config.name",
+    ),
+    ('resnet_110', 'name=-a', "name must be letters, digits and, after the first, ._-, found '-a'; set --config.name"),
+    (
+      'resnet_110',
+      'model.depth=111',
+      'depth must be 6 n + 2 for n basic blocks a stage, found 111; '
+      'set --config.model.depth, .block, .exits or .image_side',
+    ),
+    (
+      'densenet_mc',
+      'model.exits=6,x',
+      "exits must be 'last', 'blocks' or ascending numbers from 1 to 16, found '6,x'; "
+      'set --config.model.depth, .bottleneck, .exits or .image_side',
+    ),
+    (
+      'msdnet_anytime',
+      'model.image_side=30',
+      'image_side 30 cannot be halved 2 times, as 3 scales need; '
+      'set --config.model.num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
+    ),
+    (
+      'fractalnet_20',
+      'model.block_dropout=(0.1,0.2)',
+      'dropout (0.1, 0.2) must have one rate for each of the 5 blocks, or none; '
+      'set --config.model.widths, .columns, .block_dropout or .image_side',
+    ),
+    (
+      'resnet_mc',
+      'loss.exit_weights=(0,1,1,1,1,1,1)',
+      'loss.exit_weights must be more than 0 for exit 1, which ResNet-MC trains, found (0, 1, 1, 1, 1, 1, 1); '
+      'set --config.loss.exit_weights',
+    ),
+  ],
+)
+def test_refusals(file, argument, message):
+  assert refusal(f'--config={CONFIGS}/{file}.py', f'--config.{argument}', '--mode=describe') == message
+
+
+def test_every_exit_learns_from_labels():
+  assert config_lib.targets(small('densenet', exits='blocks')) == (0, 0, 0)
+  assert config_lib.targets(small('resnet')) == (0,)
+  assert config_lib.exit_weights(small('msdnet')) == (1.0, 1.0)
+  assert config_lib.default_workdir(small('msdnet')) == 'runs/small-cifar100-s0'
+
+
+def test_fields_reach_the_network():
+  dtype = jnp.dtype('float32')
+  assert config_lib.build_model(small('resnet', exits='1,2', depth=14), 7) == ResNet(
+    7, image_side=8, depth=14, exits=(1, 2), dtype=dtype
+  )
+  assert config_lib.build_model(small('fractalnet', num_classes=3, block_dropout=(0.0, 0.5)), 7) == FractalNet(
+    3, 2, (2, 3), (0.0, 0.5), image_side=8, dtype=dtype
+  )
+
+
+def test_ten_exits_are_described_in_a_terminal_s_width():
+  blocks_of_one = ('--config.model.base=1', '--config.model.step=1')
+  result = run_main(f'--config={CONFIGS}/msdnet_anytime.py', *blocks_of_one, '--mode=describe')
+  lines = result.out.splitlines()
+  assert (result.code, result.err, len(lines)) == (0, '', 13)
+  assert lines[0].startswith('MSDNet-anytime on cifar100: ')
+  assert [line.split()[:2] for line in lines[2:12]] == [[str(number), 'labels'] for number in range(1, 11)]
+  assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize('family', FIELDS)
+def test_a_saved_configuration_keeps_its_family(tmp_path, family):
+  save_config(tmp_path, small(family))
+  restored = restore_config(tmp_path)
+  assert restored.to_dict() == small(family).to_dict()
+  config_lib.validate(restored)
+  with pytest.raises(UserError, match=f'model.family: {family} -> paranet'):
+    prepare_workdir(tmp_path, base_config('PN3-ddd'), accept_changes=False)
+
+
+def test_a_configuration_saved_without_a_family_is_a_paranet_s(tmp_path: Path):
+  config = base_config('PN2-dd')
+  saved = json.loads(config.to_json())
+  del saved['model']['family'], saved['train']['devices']
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  assert restore_config(tmp_path).to_dict() == config.to_dict()
+  prepare_workdir(tmp_path, config, accept_changes=False)
+  config.train.devices = 1
+  with pytest.raises(UserError, match='configuration: train.devices: 0 -> 1 '):
+    prepare_workdir(tmp_path, config, accept_changes=False)
+
+
+def test_a_saved_family_of_another_version(tmp_path):
+  saved = json.loads(small('resnet').to_json())
+  saved['model']['family'] = 'vgg'
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  message = refusal(f'--workdir={tmp_path}', '--mode=describe')
+  assert message.startswith(f'{tmp_path}/config.json has a field model.block that this version does not know')

@@ -1,0 +1,466 @@
+"""Tests of `python -m paranet_jax.plan`, on CPU devices; where libtpu is installed, for TPUs that are not here too."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from running import QUICKSTART, Result, run_command
+
+from paranet_jax import config as config_lib
+from paranet_jax.base_config import base_config
+from paranet_jax.costs import abstract_variables, exit_costs
+from paranet_jax.data.load import load_dataset
+from paranet_jax.host.errors import UserError
+from paranet_jax.plan import __main__ as plan
+from paranet_jax.plan import plan as build_lib
+from paranet_jax.plan import target as target_lib
+from paranet_jax.plan import topology as topology_lib
+from paranet_jax.plan.chips import CHIPS, Chip, measured_chip
+from paranet_jax.plan.data_size import dataset_like
+from paranet_jax.plan.estimate import Estimate, estimate, largest_batch, second_batch
+from paranet_jax.plan.report import report
+from paranet_jax.plan.step import StepFacts
+from paranet_jax.plan.target import Target, choose_target
+from paranet_jax.plan.topology import split_topology, topology_devices
+from paranet_jax.plan.traffic import Collectives
+
+# 1,137 training images are 71 steps of 16.
+TINY = (
+  QUICKSTART,
+  '--config.name=PN1-d',
+  '--config.model.layers_per_block=1',
+  '--config.model.growth_rate=2',
+  '--config.model.image_side=8',
+  '--config.train.batch_size=16',
+  '--config.train.epochs=1',
+)
+CHIP = Chip(memory=8e6, flops=2e9, bandwidth=1e9, links=5e8, source='a page', clock=1e9)
+FACTS = StepFacts(
+  batch_size=16,
+  arguments=1_000_000,
+  temporary=2_000_000,
+  code=500_000,
+  flops=10_000_000,
+  traffic=3_000_000,
+  collectives=Collectives(7, 400_000),
+  cycles=20_000_000,
+  compile_seconds=12.4,
+)
+
+
+def run_plan(*arguments) -> Result:
+  return run_command(plan.main, *arguments)
+
+
+def refusal(*arguments) -> str:
+  code, out, err = run_plan(*arguments)
+  assert (code, out) == (2, '') and err.startswith('error: ') and err.count('\n') == 1, (code, out, err)
+  return err[len('error: ') : -1]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def devices():
+  """Makes the devices of the tests, before a plan makes as many as it is asked for."""
+  jax.devices()
+
+
+@pytest.fixture
+def any_chip(monkeypatch):
+  """In the place of the measured peaks."""
+  monkeypatch.setattr(target_lib, 'measured_chip', lambda device, count: CHIP)
+
+
+def planned(*flags):
+  code, out, err = run_plan(*TINY, '--json', *flags)
+  assert code == 0, err
+  assert out.count('\n') == 1
+  return json.loads(out)
+
+
+def network():
+  config = base_config('PN1-d')
+  config.model.update(layers_per_block=1, growth_rate=2, image_side=8)
+  return config_lib.build_model(config, 10)
+
+
+def forward_macs():
+  """Of an image."""
+  (costs,) = exit_costs(network(), (8, 8, 3))
+  return costs['macs']
+
+
+def state_bytes():
+  """Of the parameters and of the statistics of the network, in float32."""
+  shapes = abstract_variables(network(), (8, 8, 3))
+  params, statistics = (sum(leaf.size for leaf in jax.tree.leaves(shapes[key])) for key in ('params', 'batch_stats'))
+  return 4 * params, 4 * statistics
+
+
+@pytest.fixture(scope='module')
+def plans():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(target_lib, 'measured_chip', lambda device, count: CHIP)
+    one = planned('--devices=1')
+    patch.setattr(build_lib, 'second_batch', lambda *_: 10_000)  # More than there are images: it is not compiled.
+    return {1: one, 2: planned('--devices=2')}
+
+
+def test_memory_of_a_device(plans):
+  params, statistics = state_bytes()
+  data_set = 1137 * (8 * 8 * 3 + 4)
+  for count, found in plans.items():
+    order = 71 * 16 * 4 // count
+    totals = 4 * 4  # The loss, and of the exit loss, cross-entropy and accuracy.
+    expected = 2 * params + statistics + data_set + order + totals
+    # Step and seed besides, and the addresses of the results.
+    assert expected < found['memory']['arguments'] < expected + 1000
+    parts = ('arguments', 'temporary', 'code')
+    assert found['memory']['needed'] == sum(found['memory'][part] for part in parts)
+    assert found['memory']['temporary'] > 0
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_streamed_data_set_is_not_on_the_devices(any_chip, monkeypatch, count):
+  monkeypatch.setattr(build_lib, 'second_batch', lambda *_: 10_000)
+  found = planned('--config.data.streaming=True', f'--devices={count}')
+  params, statistics = state_bytes()
+  batches = 3 * 16 // count * (8 * 8 * 3 + 4)  # Two are read ahead.
+  expected = 2 * params + statistics + batches + 71 * 16 * 4 // count + 4 * 4
+  assert expected < found['memory']['arguments'] < expected + 1000
+  assert (found['total_steps'], found['batch_size']) == (71, 16) and found['measured_step_s'] > 0
+
+
+@pytest.mark.parametrize(
+  ('name', 'side', 'asked', 'streamed'),
+  [
+    ('digits', 8, None, False),
+    ('digits', 8, True, True),
+    ('imagenet2012', 224, None, True),
+    ('imagenet2012', 224, False, False),
+  ],
+)
+def test_what_would_be_streamed(name, side, asked, streamed):
+  config = base_config()
+  config.data.update(name=name, streaming=asked)
+  config.model.image_side = side
+  found = dataset_like(config)
+  assert found.train.streamed == found.test.streamed == streamed
+  number = {'digits': 1437, 'imagenet2012': 1_281_167}[name]
+  assert found.train.images.shape == (number, side, side, 3) and len(found.train) == number
+  assert found.train.images[np.array([0, 5])].shape == (2, side, side, 3)
+
+
+def test_two_devices_share_the_work(plans):
+  one, two = plans[1], plans[2]
+  assert one['flops'] == 2 * two['flops']
+  # Backwards, a convolution takes two more, but for the first one, whose images need no gradient.
+  assert 2 * 2 * forward_macs() * 16 < one['flops'] <= 2 * 3 * forward_macs() * 16
+  assert two['memory_traffic_bytes'] < one['memory_traffic_bytes']
+  assert one['collectives'] == {'count': 0, 'size': 0}
+  params, statistics = state_bytes()
+  assert params < two['collectives']['size'] < params + 2 * statistics + 100
+
+
+def test_time_and_run(plans):
+  found = plans[1]
+  assert (found['total_steps'], found['batch_size'], found['fits']) == (71, 16, True)
+  assert found['estimate_s']['arithmetic'] == found['flops'] / CHIP.flops
+  assert found['estimate_s']['run'] == 71 * found['estimate_s']['step']
+  assert found['measured_step_s'] > 0
+  assert found['largest_batch'] >= 16 and len(found['largest_batch_from']) == 2
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    ([], 'the following arguments are required: --config; see --help'),
+    ([*TINY, '--topolgy=v5e:2x2'], 'unrecognized arguments: --topolgy=v5e:2x2; see --help'),
+    ([*TINY, 'v5e:2x2'], 'unrecognized arguments: v5e:2x2; see --help'),
+    ([*TINY, '--devices=none'], 'argument --devices: expected an integer of 1 or more, found none; see --help'),
+    ([*TINY, '--devices=0'], 'argument --devices: expected an integer of 1 or more, found 0; see --help'),
+    (
+      [*TINY, '--config.train.batchsize=3'],
+      'unknown configuration field train.batchsize; did you mean train.batch_size? All are in '
+      'paranet_jax/base_config.py',
+    ),
+    ([*TINY, '--config.seeds=2'], 'a plan is of one run, found 2 seeds; leave --config.seeds out'),
+    (
+      [*TINY, '--devices=3'],
+      'train.batch_size 16 cannot be shared evenly by 3 devices; set --config.train.batch_size or --devices',
+    ),
+    (
+      [*TINY, '--topology=v5e'],
+      'topology must be a chip and the shape of its slice, such as v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, '
+      "found 'v5e'; set --topology",
+    ),
+  ],
+)
+def test_refusals(flags, message):
+  assert refusal(*flags) == message
+
+
+def test_more_devices_than_there_are():
+  count = len(jax.local_devices())
+  assert refusal(*TINY, f'--devices={count + 1}') == (
+    f'devices must be at most {count}, all that are here, found {count + 1}; set --devices'
+  )
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setattr(topology_lib, 'has_libtpu', lambda: False)
+  assert refusal(*TINY, '--topology=v5e:2x2') == (
+    'compiling for v5e:2x2 needs libtpu, found none; pip install -r requirements-tpu.txt'
+  )
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+  """Leaves the environment as it was."""
+  for name in topology_lib._WITHOUT_TPU:
+    monkeypatch.setenv(name, os.environ.get(name, ''))
+  monkeypatch.setattr(topology_lib, 'has_libtpu', lambda: True)
+  return monkeypatch
+
+
+def test_a_topology_that_libtpu_does_not_know(libtpu):
+  from jax.experimental import topologies
+
+  def refuse(**_):
+    raise RuntimeError('INVALID_ARGUMENT: Topology layout "v5e:3x3"\nis not divisible')
+
+  libtpu.setattr(topologies, 'get_topology_desc', refuse)
+  assert refusal(*TINY, '--topology=v5e:3x3') == (
+    'libtpu knows no topology \'v5e:3x3\' (INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible); '
+    'set --topology, such as v5e:2x2'
+  )
+
+
+@pytest.mark.parametrize(
+  'name, options',
+  [
+    ('v5e:2x2', {}),
+    ('v5e:1x1', {'chips_per_host_bounds': (1, 1, 1)}),
+    ('v4:2x2x2', {'chip_config_name': 'megacore'}),  # Or each chip would be two devices.
+  ],
+)
+def test_what_libtpu_is_asked(libtpu, name, options):
+  from jax.experimental import topologies
+
+  asked = {}
+
+  def answer(**arguments):
+    asked.update(arguments)
+    return SimpleNamespace(devices=['a', 'b'])
+
+  libtpu.setattr(topologies, 'get_topology_desc', answer)
+  assert topology_devices(name) == ['a', 'b']
+  assert asked == {'platform': 'tpu', 'topology_name': name} | options
+
+
+@pytest.mark.parametrize('name, chip, count', [('v5e:4x4', 'v5e', 16), ('v4:2x2x2', 'v4', 8), ('v6e:1x1', 'v6e', 1)])
+def test_topologies(name, chip, count):
+  assert split_topology(name) == (CHIPS[chip], count)
+
+
+@pytest.mark.parametrize('name', ['v5e:2x2x1', 'v4:2x2', 'v9:2x2', 'v5e:0x2', 'v5e:x', '', 'v5e:2x2 '])
+def test_what_is_no_topology(name):
+  with pytest.raises(UserError, match=f"found '{name}'; set --topology$"):
+    split_topology(name)
+
+
+def test_estimate():
+  """10 MFLOP at 2 GFLOP/s, 3 MB at 1 GB/s, and 3/2 of 0.4 MB sent by each of 4 chips at 0.5 GB/s."""
+  found = estimate(FACTS, CHIP, count=4)
+  assert found == pytest.approx((0.005, 0.003, 0.0012, 0.02))
+  assert found.step == pytest.approx(0.0062)
+  here = estimate(FACTS, CHIP._replace(links=None, clock=None), count=4)
+  assert here == Estimate(0.005, 0.003, 0.0, None)
+  assert estimate(FACTS, CHIP._replace(bandwidth=3e8), count=1).step == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+  'memory, batch_size, count, most, expected',
+  [
+    (8e6, 16, 4, 1000, 24),  # 6.5 MB free are 52 images of 0.125 MB: half of them, shared by 4.
+    (8e6, 16, 4, 20, 20),  # No more than there are.
+    (4e6, 16, 4, 1000, 8),  # 2.5 MB are 20 images, half of which is less than there were: half of those.
+    (4e6, 4, 4, 1000, 8),
+  ],
+)
+def test_second_batch(memory, batch_size, count, most, expected):
+  facts = dataclasses.replace(FACTS, batch_size=batch_size, temporary=125_000 * batch_size)
+  assert second_batch(facts, CHIP._replace(memory=memory), count, most) == expected
+
+
+@pytest.mark.parametrize(
+  'temporary, count, most, expected',
+  [
+    (3_600_000, 1, 1000, 61),  # 3.5 MB at 16 images, 5.1 MB at 32: 0.1 MB an image, 8 MB at 61.
+    (3_600_000, 4, 1000, 60),
+    (3_600_000, 4, 50, 48),
+    (2_000_000, 4, 50, 48),  # Memory does not grow.
+    (20_000_000, 1, 1000, 20),  # 1.125 MB an image.
+  ],
+)
+def test_largest_batch(temporary, count, most, expected):
+  other = dataclasses.replace(FACTS, batch_size=32, temporary=temporary)
+  assert largest_batch(FACTS, other, CHIP, count, most) == expected
+  assert largest_batch(other, FACTS, CHIP, count, most) == expected
+
+
+def test_largest_batch_where_nothing_larger_fits():
+  assert largest_batch(FACTS, FACTS, CHIP, 1, 1000) == 16
+
+
+@pytest.fixture
+def small_devices(monkeypatch, any_chip):
+  """A compiler that finds more than so many images too large; what it was asked to compile."""
+  asked = []
+
+  def limit(most, reason='RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm'):
+    def compile_step(task, devices):
+      batch_size = task.config.train.batch_size
+      asked.append(batch_size)
+      if batch_size > most:
+        raise jax.errors.JaxRuntimeError(reason)
+      return None, dataclasses.replace(FACTS, batch_size=batch_size, temporary=125_000 * batch_size)
+
+    monkeypatch.setattr(build_lib, 'compile_step', compile_step)
+    monkeypatch.setattr(build_lib, 'step_seconds', lambda *_: 0.5)
+    return asked
+
+  return limit
+
+
+def test_a_batch_that_does_not_fit(small_devices):
+  asked = small_devices(50)
+  found = planned('--config.train.batch_size=200', '--devices=2')
+  assert asked == [200, 100, 50, 24]  # The last for how memory grows.
+  assert (found['batch_size'], found['fits'], found['largest_batch']) == (50, False, 52)
+  code, out, err = run_plan(*TINY, '--config.train.batch_size=200', '--devices=2')
+  assert code == 0
+  assert out.startswith('a step of 200 images does not fit; this is of the largest of its halves that does\n')
+  assert '200 images do not fit\n' in err
+
+
+def test_not_even_the_smallest_fits(small_devices):
+  small_devices(1)
+  code, out, err = run_plan(*TINY, '--devices=2')
+  assert (code, out) == (2, '')
+  assert err.splitlines()[-1].startswith('error: a step of 2 images does not fit 2 x cpu')
+  assert err.endswith('set --topology to a chip with more memory, or fields of --config.model to a smaller network\n')
+
+
+def test_other_errors_of_the_compiler_are_its_own(small_devices):
+  small_devices(1, 'INTERNAL: a bug')
+  with pytest.raises(jax.errors.JaxRuntimeError, match='a bug'):
+    run_plan(*TINY, '--devices=2')
+
+
+REPORT = """\
+PN1-d on digits: a training step of 16 images on 4 x TPU v5 lite (v5e:2x2), 4 a device
+compiled in 12 s by jax 1.2
+
+memory of a device
+state, data set and order    1 MB
+temporary                    2 MB
+code                       500 kB
+in all                     3.5 MB
+it has                       8 MB
+43.8 % used
+largest batch that fits: 60 images (linear in the batch, from 16 and 32 images compiled)
+
+a step, each device
+floating-point operations        0.0 G
+to and from main memory           3 MB
+collectives                400 kB in 7
+
+time                              ms  images/s  71 steps
+arithmetic at its peak             5
+main memory at its peak            3
+collectives                      1.2
+a step at best                   6.2     2,581       0 s
+a step by the compiler's cycles   20       800       1 s
+a step, measured                  31       516       2 s
+measured / at best: 5.00
+
+assumed:
+- a device does 0.002 TFLOP/s and moves 1 GB/s, 0.5 GB/s sent to other chips (a page)
+"""
+
+
+def test_report():
+  config = base_config('PN1-d')
+  config.data.name = 'digits'
+  config.data.held_out = 300
+  config.model.update(layers_per_block=1, growth_rate=2, image_side=8)
+  config.train.update(batch_size=16, epochs=1.0)
+  task = build_lib.build_task(config, dataset_like(config))
+  found = build_lib.Plan(
+    asked=16,
+    target=Target('4 x TPU v5 lite (v5e:2x2)', [None] * 4, 'v5e:2x2'),
+    chip=CHIP,
+    task=task,
+    facts=FACTS,
+    estimate=estimate(FACTS, CHIP, 4),
+    other=dataclasses.replace(FACTS, batch_size=32, temporary=3_600_000),
+    largest=60,
+    measured=0.031,
+    versions={'jax': '1.2'},
+  )
+  text = report(found)
+  assert text.splitlines()[: len(REPORT.splitlines())] == REPORT.splitlines()
+  assert "- the compiler's cycles are of a core at 1.00 GHz, and leave waiting for others out" in text
+  everything = report(found._replace(largest=1136, other=None))
+  assert 'largest batch that fits: 1,136 images, the whole data set\n' in everything
+
+
+@pytest.mark.parametrize('held_out, padding, flip', [(0, None, None), (300, 2, True)])
+def test_a_data_set_like_the_real_one(held_out, padding, flip):
+  config = base_config()
+  config.data.update(name='digits', held_out=held_out, crop_padding=padding, flip=flip)
+  config.model.image_side = 8
+  ours, real = dataset_like(config), load_dataset(config.data, image_side=8, channels=3)
+  for split in ('train', 'test'):
+    assert getattr(ours, split).images.shape == getattr(real, split).images.shape
+    assert getattr(ours, split).images.dtype == getattr(real, split).images.dtype
+  assert (ours.crop_padding, ours.flip) == (real.crop_padding, real.flip)
+  assert len(ours.class_names) == len(real.class_names)
+
+
+def test_a_data_set_that_is_not_known_is_read(tmp_path):
+  config = base_config()
+  config.data.update(name='folder', data_dir=str(tmp_path / 'none'))
+  with pytest.raises(UserError, match='none'):
+    dataset_like(config)
+
+
+def test_what_this_machine_has():
+  one, shared = (measured_chip(jax.devices()[0], count) for count in (1, 4))
+  assert one.flops > 0 and one.bandwidth > 0
+  assert one.memory == 4 * shared.memory > 2**28
+
+
+def test_devices_that_are_here():
+  target = choose_target(None, 1)
+  assert target.here and target.devices == jax.local_devices()[:1] and target.name.startswith('1 x cpu (')
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu: requirements-tpu.txt')
+@pytest.mark.parametrize('topology, count', [('v5e:2x2', 4), ('v4:2x2x1', 4), ('v5e:1x1', 1)])
+def test_tpu(libtpu, topology, count):
+  found = planned(f'--topology={topology}')
+  assert found['devices']['count'] == count
+  assert found['memory']['code'] > 0 and found['measured_step_s'] is None
+  params, statistics = state_bytes()
+  if count == 1:
+    assert found['collectives']['size'] == 0
+  else:
+    assert params < found['collectives']['size'] < params + 2 * statistics + 100
+  assert found['estimate_s']['compiler'] > found['estimate_s']['step'] > 0
+  assert found['largest_batch'] % count == 0

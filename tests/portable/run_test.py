@@ -1,0 +1,292 @@
+"""The runtime of a bundle on stages that are tables: who leaves where, by the definitions, one image at a time."""
+
+import ast
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from paranet_jax.export.compare import agreement
+from paranet_jax.portable import run as runtime
+from paranet_jax.portable.run import Adaptive, BundleError
+
+COUNT = 150  # Three waves.
+CLASSES = 4
+EXITS = (1, 2, 4)
+TEMPERATURES = (1.5, 0.7, 2.0)
+MACS = (10, 25, 60)
+MEAN, STD = (0.5,), (0.25,)
+LOGITS = np.random.default_rng(0).normal(0, 2, (len(EXITS), COUNT, CLASSES)).astype(np.float32)
+IMAGES = np.arange(COUNT, dtype=np.uint8).reshape(COUNT, 1, 1, 1).repeat(2, 1).repeat(2, 2)
+
+
+class Table:
+  """A stage that looks its logits up, and checks that it is given what the stage before left, and nothing else."""
+
+  def __init__(self, index, before):
+    self.index, self.before, self.batches = index, before, []
+
+  def __call__(self, carried):
+    assert set(carried) - {'_label', '_streak'} == {'images', *(f'left_{k}' for k in self.before)}
+    rows = np.rint((carried['images'][:, 0, 0, 0] * 0.25 + 0.5) * 255).astype(int)
+    assert all((carried[f'left_{k}'][:, 0] == rows).all() for k in self.before)
+    self.batches.append(len(rows))
+    return {'images': carried['images'], f'left_{self.index}': rows[:, None]}, LOGITS[self.index, rows]
+
+
+def adaptive(thresholds, score='max_prob', visited=EXITS):
+  """Thresholds on the confidence scale, one for each exit."""
+  path = [EXITS.index(number) for number in visited]
+  plan = {
+    'exits': EXITS,
+    'visited': visited,
+    'score': score,
+    'confidence_thresholds': thresholds,
+    'temperatures': TEMPERATURES,
+    'macs': [7 * MACS[k] if k in path else None for k in range(len(EXITS))],  # Other than those of all exits in turn.
+  }
+  before = [(), *((k,) for k in path[:-1])]
+  stages = {number: Table(*place) for number, *place in zip(visited, path, before, strict=True)}
+  every = {number: Table(k, (k - 1,) if k else ()) for k, number in enumerate(EXITS)}
+  return Adaptive(plan, stages, every, MACS, (2, 2, 1), MEAN, STD, [f'class {c}' for c in range(CLASSES)])
+
+
+def score_of(logits, score, temperature):
+  """Straight from the definitions: -log(1 - score)."""
+  p = np.sort(softmax(logits, temperature))[::-1]
+  value = {'max_prob': p[0], 'entropy': 1 + (p * np.log(p)).sum() / np.log(len(p)), 'margin': p[0] - p[1]}[score]
+  return -np.log1p(-value)
+
+
+def softmax(logits, temperature):
+  powers = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+  return powers / powers.sum()
+
+
+def leaves_at(row, thresholds, score, path):
+  """The index of the exit at which an image leaves."""
+  labels = []
+  for k in path[:-1]:
+    labels.append(LOGITS[k, row].argmax())
+    streak = next(len(list(same)) for _, same in itertools.groupby(labels[::-1]))
+    sure = streak if score == 'patience' else score_of(LOGITS[k, row], score, TEMPERATURES[k])
+    if thresholds[k] is not None and sure >= thresholds[k]:
+      return k
+  return path[-1]
+
+
+CASES = [
+  *((score, (at, at, 0.0), EXITS) for score in ('max_prob', 'entropy', 'margin') for at in (0.0, 0.5, 1.2, 40.0)),
+  *((score, (0.7, None, 0.0), EXITS) for score in ('max_prob', 'entropy', 'margin')),
+  *(('patience', (at, at, 0.0), EXITS) for at in (1, 2, 3)),
+  ('patience', (None, 2, 0.0), EXITS),
+  ('max_prob', (0.7, None, 0.0), (1, 4)),
+  ('max_prob', (None, 0.7, 0.0), (2, 4)),
+  ('max_prob', (None, None, 0.0), (4,)),
+]
+
+
+@pytest.mark.parametrize('score, thresholds, visited', CASES)
+def test_who_leaves_where(score, thresholds, visited):
+  bundle, path = adaptive(thresholds, score, visited), [EXITS.index(number) for number in visited]
+  taken = [leaves_at(row, thresholds, score, path) for row in range(COUNT)]
+  found = bundle.predict(IMAGES)
+  assert found.exits.tolist() == [EXITS[k] for k in taken]
+  assert found.macs.tolist() == [7 * MACS[k] for k in taken]
+  assert found.labels.tolist() == [LOGITS[k, row].argmax() for row, k in enumerate(taken)]
+  expected = [softmax(LOGITS[k, row], TEMPERATURES[k]) for row, k in enumerate(taken)]
+  np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
+  for row in range(0, COUNT, 29):
+    one = bundle.predict_one(IMAGES[row])
+    assert (one.label, one.exit, one.macs) == (found.labels[row], found.exits[row], found.macs[row])
+    np.testing.assert_array_equal(one.probabilities, found.probabilities[row])
+
+
+def test_who_left_is_not_computed():
+  bundle = adaptive((0.7, 0.7, 0.0))
+  found = bundle.predict(IMAGES)
+  tables = [bundle._stages[number] for number in EXITS]
+  assert [sum(table.batches) for table in tables] == [(found.exits >= number).sum() for number in EXITS]
+  assert max(tables[0].batches) == runtime.WAVE
+  nobody = adaptive((0.0, 0.0, 0.0))
+  nobody.predict(IMAGES)
+  assert nobody._stages[2].batches == []
+
+
+@pytest.mark.parametrize('score, thresholds', [('max_prob', (0.7, 0.7, 0.0)), ('patience', (2, 2, 0.0))])
+def test_stage_by_stage_in_batches_of_others(score, thresholds):
+  """What two requests carry goes on together, and each gets what it would have got alone."""
+  bundle, count = adaptive(thresholds, score), 40
+  expected = bundle.predict(IMAGES[:count])
+  parts, answers = [bundle.begin(IMAGES[:15]), bundle.begin(IMAGES[15:count])], {}
+  rows, carried = np.arange(count), None
+  for number in bundle.visited:
+    carried = runtime.join(parts) if carried is None else carried
+    carried, logits = bundle.stage(number)(carried)
+    leave = bundle.leaves(number, logits, carried)
+    found = bundle.answers(number, logits[leave])
+    answers |= dict(zip(rows[leave].tolist(), zip(*found, strict=True), strict=True))
+    rows, carried = rows[~leave], runtime.select(carried, ~leave)
+  for row in range(count):
+    label, probabilities, exit, macs = answers[row]
+    assert (label, exit, macs) == (expected.labels[row], expected.exits[row], expected.macs[row])
+    np.testing.assert_array_equal(probabilities, expected.probabilities[row])
+
+
+def test_no_images():
+  found = adaptive((0.7, 0.7, 0.0)).predict(IMAGES[:0])
+  assert [part.shape for part in found] == [(0,), (0, CLASSES), (0,), (0,)]
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float64])
+def test_normalized_images(dtype):
+  bundle = adaptive((0.7, 0.7, 0.0))
+  normalized = ((IMAGES / 255 - 0.5) / 0.25).astype(dtype)
+  np.testing.assert_array_equal(bundle.predict(normalized).labels, bundle.predict(IMAGES).labels)
+
+
+def test_anytime():
+  for visited in (EXITS, (1, 4)):
+    answers = list(adaptive((0.0, 0.0, 0.0), visited=visited).anytime(IMAGES[3]))
+    assert [answer.exit for answer in answers] == list(EXITS)
+    assert [answer.macs for answer in answers] == list(MACS)
+    assert [answer.label for answer in answers] == LOGITS[:, 3].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+  ('deadline', 'exits'), [(0.5, [1]), (14.9, [1]), (15.1, [1, 2]), (44.9, [1, 2]), (45.1, [1, 2, 4])]
+)
+def test_deadline(monkeypatch, deadline, exits):
+  # Stages are expected to take 1, 5 and 20 ms; the caller takes 10 and 15 ms between two of them.
+  bundle, now, found = adaptive((0.0, 0.0, 0.0)), [0.0], []
+  monkeypatch.setattr(bundle, 'stage_ms', lambda: (1.0, 5.0, 20.0))
+  monkeypatch.setattr(runtime.time, 'perf_counter', lambda: now[0])
+  for answer in bundle.anytime(IMAGES[0], deadline_ms=deadline):
+    found.append(answer.exit)
+    now[0] += 0.010 if answer.exit == 1 else 0.015
+  assert found == exits
+
+
+def test_latencies_are_measured_once():
+  bundle = adaptive((0.0, 0.0, 0.0), visited=(4,))
+  first = bundle.stage_ms()
+  assert len(first) == 3 and min(first) > 0 and bundle.stage_ms() == first
+
+
+@pytest.mark.parametrize(
+  'score, threshold, confidence',
+  [('max_prob', 0.9, np.log(10)), ('entropy', 0.5, np.log(2)), ('max_prob', 1, np.inf), ('patience', 2, 2)],
+)
+def test_one_threshold_for_all_exits(score, threshold, confidence):
+  bundle = adaptive((None, None, 0.0), score, visited=(4,) if score != 'patience' else EXITS).with_threshold(threshold)
+  taken = [leaves_at(row, (confidence, confidence, 0.0), score, range(3)) for row in range(COUNT)]
+  found = bundle.predict(IMAGES)
+  assert found.exits.tolist() == [EXITS[k] for k in taken]
+  assert found.macs.tolist() == [MACS[k] for k in taken]
+
+
+@pytest.mark.parametrize('budget, last', [(7 * 10, 1), (7 * 59, 2), (7 * 60, 4), (1e9, 4)])
+def test_no_image_costs_more_than_the_budget(budget, last):
+  whole, bundle = adaptive((0.7, 0.7, 0.0)), adaptive((0.7, 0.7, 0.0)).with_budget(budget)
+  found = bundle.predict(IMAGES)
+  assert found.exits.tolist() == np.minimum(whole.predict(IMAGES).exits, last).tolist()
+  assert found.macs.max() <= budget
+
+
+@pytest.mark.parametrize(
+  'call, message',
+  [
+    (lambda b: b.with_threshold(1.5), 'expected a threshold from 0 to 1, as max_prob is, found 1.5; set --threshold'),
+    (lambda b: b.with_threshold(float('nan')), 'expected a threshold from 0 to 1, as max_prob is, found nan; '),
+    (lambda b: b.with_budget(69), 'expected a budget of 70 multiply-adds or more, found 69; set --budget=70'),
+  ],
+)
+def test_policies_that_do_not_fit(call, message):
+  with pytest.raises(BundleError) as error:
+    call(adaptive((0.7, 0.7, 0.0)))
+  assert str(error.value).startswith(message)
+
+
+def test_patience_has_its_own_scale():
+  message = 'expected a threshold of 0 or more, as patience is, found -1; set --threshold'
+  with pytest.raises(BundleError) as error:
+    adaptive((1, 1, 0.0), 'patience').with_threshold(-1)
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+  'call, message',
+  [
+    (lambda b: b.predict(IMAGES[0]), 'expected images [N, 2, 2, 1], found [2, 2, 1]'),
+    (lambda b: b.predict_one(IMAGES), 'expected images [2, 2, 1], found [150, 2, 2, 1]'),
+    (lambda b: b.begin(IMAGES[:, :1]), 'expected images [N, 2, 2, 1], found [150, 1, 2, 1]'),
+    (
+      lambda b: b.predict(IMAGES.astype(np.int32)),
+      'expected uint8 images, or normalized ones of floating point, found int32',
+    ),
+    (lambda b: b.anytime(IMAGES[0], deadline_ms=0), 'expected a deadline of more than 0 ms, found 0'),
+    (lambda b: b.anytime(IMAGES), 'expected images [2, 2, 1], found [150, 2, 2, 1]'),
+  ],
+)
+def test_what_does_not_fit(call, message):
+  with pytest.raises(ValueError) as error:
+    call(adaptive((0.7, 0.7, 0.0)))
+  assert str(error.value) == message
+
+
+def changed_logits(rows, change):
+  logits = LOGITS.copy()
+  logits[:, rows] = change(logits[:, rows])
+  return logits
+
+
+@pytest.mark.parametrize(
+  'logits, labels, exits, exit_labels',
+  [
+    (LOGITS, 1, 1, [1, 1, 1]),
+    # Other labels, as surely.
+    (changed_logits(slice(30), lambda z: np.roll(z, 1, axis=-1)), 0.8, 1, [0.8, 0.8, 0.8]),
+    # So sure that all of them leave at the first exit.
+    (changed_logits(slice(60, None), lambda z: 0 * z + [9, 0, 0, 0]), None, None, None),
+  ],
+)
+def test_agreement(logits, labels, exits, exit_labels):
+  thresholds = (0.7, 0.7, 0.0)
+  bundle = adaptive(thresholds)
+  plan = SimpleNamespace(score='max_prob', temperatures=TEMPERATURES, confidence_thresholds=thresholds, exits=EXITS)
+  found = agreement(logits, plan, bundle, IMAGES)
+  theirs = bundle.predict(IMAGES)
+  if labels is None:  # The changed ones all leave at exit 1 with label 0.
+    same = np.arange(COUNT) < 60
+    labels, exits = np.mean(same | (theirs.labels == 0)), np.mean(same | (theirs.exits == 1))
+    exit_labels = np.mean(same | (LOGITS.argmax(-1) == 0), axis=-1).tolist()
+    assert exits < 1
+  assert (found['images'], found['labels'], found['exits']) == (COUNT, labels, exits)
+  assert found['exit_labels'] == pytest.approx(exit_labels)
+  assert found['logits'] == pytest.approx(np.abs(logits - LOGITS).max() / np.abs(logits).max())
+
+
+def test_what_the_file_imports():
+  """At the top the standard library and NumPy; what else it may need, where it is needed."""
+  tree = ast.parse(Path(runtime.__file__).read_text())
+
+  def names(nodes):
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition('.')[0] for name in found} - sys.stdlib_module_names
+
+  assert names(tree.body) == {'numpy'}
+  assert names(list(ast.walk(tree))) == {'numpy', 'onnxruntime', 'openvino', 'PIL'}
+
+
+def test_threads_of_a_stage_leave_the_cores_to_the_next(monkeypatch):
+  class Session:
+    def __init__(self, path, options, providers):
+      self.run = options.get_session_config_entry('session.force_spinning_stop')
+
+  monkeypatch.setattr(onnxruntime, 'InferenceSession', Session)
+  assert runtime._onnxruntime(2, Path('stage_1.onnx')) == '1'

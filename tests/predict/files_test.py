@@ -1,0 +1,147 @@
+"""Tests of listing image files, and of decoding them ahead in order."""
+
+import os
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paranet_jax.host.errors import UserError
+from paranet_jax.predict import files as image_files
+from paranet_jax.predict.files import list_images, read_batches
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+def write(path, value=0, size=(4, 4)):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new('L', size, value).save(path, 'PNG')
+
+
+def test_listing(tmp_path):
+  for name in ('d/b.PNG', 'd/a.jpg', 'd/c/z.tiff', 'd/c.webp', 'd/.hidden.png', 'd/.git/x.png', 'd/notes.txt', 'other'):
+    write(tmp_path / name)
+  (tmp_path / 'linked').mkdir()
+  write(tmp_path / 'linked' / 'l.gif')
+  (tmp_path / 'd' / 'link').symlink_to(tmp_path / 'linked')
+  (tmp_path / 'd' / 'loop').symlink_to(tmp_path / 'd')
+  found = ['d/a.jpg', 'd/b.PNG', 'd/c.webp', 'd/c/z.tiff', 'd/link/l.gif']
+  assert list_images(['other', 'd', 'missing.png', 'd/c']) == ['other', *found, 'missing.png', 'd/c/z.tiff']
+
+
+def test_a_folder_that_cannot_be_listed_is_told_as_a_file(tmp_path, monkeypatch):
+  write(tmp_path / 'd' / 'a.png')
+
+  def walk(folder, onerror, followlinks):
+    onerror(PermissionError(13, 'Permission denied', os.path.join(folder, 'closed')))
+    yield folder, [], ['a.png']
+
+  monkeypatch.setattr(image_files.os, 'walk', walk)
+  assert list_images(['d']) == ['d/a.png', 'd/closed']
+
+
+@pytest.mark.parametrize(
+  ('paths', 'message'),
+  [
+    ([], 'expected image files or folders of images, found none; name them after the flags'),
+    (
+      ['a.png', 'empty'],
+      'expected images (.png .jpg .jpeg .webp .gif .bmp .tif .tiff) in empty, found none; '
+      'name another folder, or files',
+    ),
+  ],
+)
+def test_refused(tmp_path, paths, message):
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'empty' / 'notes.txt').write_text('text')
+  with pytest.raises(UserError) as caught:
+    list_images(paths)
+  assert str(caught.value) == message
+
+
+def test_batches_keep_the_order_and_leave_out_what_cannot_be_read(tmp_path):
+  for i in range(7):
+    write(tmp_path / f'{i}.png', value=i)
+  files = ['0.png', '1.png', 'gone.png', '3.png', '4.png', '5.png', 'gone.png', 'gone.png', 'gone.png', '2.png']
+  batches = list(read_batches(files, 2, 3, 3))
+  assert [batch.files for batch in batches] == [['0.png', '1.png'], ['3.png', '4.png', '5.png'], [], ['2.png']]
+  gone = ('gone.png', 'No such file or directory')
+  assert [batch.unreadable for batch in batches] == [[gone], [], [gone] * 3, []]
+  assert all(batch.images.dtype == np.uint8 for batch in batches)
+  expected = [np.full((2, 2, 3), int(file[0])) for batch in batches for file in batch.files]
+  np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), expected)
+  assert list(read_batches([], 2, 3, 3)) == []
+
+
+def test_later_batches_are_decoded_meanwhile_and_no_more_than_two(monkeypatch):
+  decoded, ready = [], threading.Semaphore(0)
+
+  def decode(file, side, channels):
+    decoded.append(file)
+    ready.release()
+    return np.zeros((side, side, channels), np.uint8)
+
+  monkeypatch.setattr(image_files, 'read_image', decode)
+  files = [str(i) for i in range(20)]
+  batches = read_batches(files, 1, 1, 2)
+  for taken in range(1, 8):
+    assert next(batches).files == files[2 * taken - 2 : 2 * taken]
+    for _ in range(6 if taken == 1 else 2):
+      assert ready.acquire(timeout=10)  # Decoded although nobody has asked for it yet.
+    assert sorted(decoded, key=int) == files[: 2 * taken + 4]
+  batches.close()
+
+
+def reasons(*files):
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # As the command does, see predict_test.py.
+    (batch,) = read_batches(files, 2, 1, len(files))
+  assert not batch.files and [file for file, _ in batch.unreadable] == list(files)
+  return [reason for _, reason in batch.unreadable]
+
+
+def test_reasons(tmp_path):
+  (tmp_path / 'text.png').write_text('not an image')
+  (tmp_path / 'empty.png').touch()
+  (tmp_path / 'folder.png').mkdir()
+  os.mkfifo(tmp_path / 'pipe.png')
+  (tmp_path / 'broken.png').symlink_to('nowhere')
+  unknown = 'not an image in a known format'
+  assert reasons('text.png', 'empty.png', 'folder.png', 'pipe.png', 'broken.png') == [
+    unknown,
+    unknown,
+    'Is a directory',
+    'not a regular file',
+    'No such file or directory',
+  ]
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'bmp', 'tif', 'gif'])
+def test_half_a_file_has_a_reason_of_one_line(tmp_path, suffix):
+  path = tmp_path / f'cut.{suffix}'
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  (reason,) = reasons(path.name)
+  assert reason and '\n' not in reason and ('truncated' in reason or suffix not in ('png', 'jpg'))
+
+
+def test_a_decompression_bomb(tmp_path, monkeypatch):
+  write(tmp_path / 'bomb.png', size=(30, 30))
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)  # Pillow refuses more than twice as many.
+  assert reasons('bomb.png') == [
+    'Image size (900 pixels) exceeds limit of 800 pixels, could be decompression bomb DOS attack.'
+  ]
+
+
+def test_no_permission(tmp_path, monkeypatch):
+  def refuse(file, mode):
+    raise PermissionError(13, 'Permission denied', file)
+
+  write(tmp_path / 'a.png')
+  monkeypatch.setattr('builtins.open', refuse)
+  assert reasons('a.png') == ['Permission denied']

@@ -1,0 +1,365 @@
+"""Tests of `python -m paranet_jax.predict`, with a stand-in for the network."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paranet_jax.host.errors import UserError
+from paranet_jax.predict.__main__ import main
+from paranet_jax.predict.output import TableFormat, open_output, prediction_rows
+from paranet_jax.predict.progress import LiveLine, Tally
+
+MACS = {1: 1_000, 3: 40_000}
+
+
+class Fake:
+  """Grey g is class g // 64 with probability 0.7, the next has 0.2; even classes leave at exit 1, odd at exit 3."""
+
+  class_names = ('ant', 'bee', 'cow', 'dog')
+  image_shape = (8, 8, 3)
+  plan = types.SimpleNamespace(exits=(1, 3), macs_alone=(1_000, 30_000))
+
+  def __init__(self, workdir, step):
+    self.asked, self.batches = (workdir, step), []
+
+  def predict(self, images):
+    self.batches.append(len(images))
+    labels = images[:, 0, 0, 0] // 64
+    probabilities = np.full((len(images), 4), 0.05, np.float32)
+    probabilities[np.arange(len(images)), labels] = 0.7
+    probabilities[np.arange(len(images)), (labels + 1) % 4] = 0.2
+    exits = np.where(labels % 2, 3, 1)
+    macs = np.array([MACS[number] for number in exits.tolist()], np.int64)
+    return types.SimpleNamespace(labels=labels, probabilities=probabilities, exits=exits, macs=macs)
+
+
+@pytest.fixture(autouse=True)
+def fake(tmp_path, monkeypatch):
+  """What was loaded; the real runtime, which takes seconds to import and to compile, is not."""
+  loaded = []
+
+  def load(workdir, step=None):
+    loaded.append(Fake(workdir, step))
+    return loaded[-1]
+
+  module = types.SimpleNamespace(EarlyExit=types.SimpleNamespace(load=load))
+  monkeypatch.setitem(sys.modules, 'paranet_jax.early.runtime', module)
+  monkeypatch.chdir(tmp_path)
+  for name, grey in (('a.png', 10), ('b.png', 70), ('c.png', 130)):
+    Image.new('L', (20, 10), grey).save(name)
+  Path('text.png').write_text('not an image')
+  return loaded
+
+
+@pytest.fixture
+def predict(capsys):
+  def run(*arguments):
+    code = main(['--workdir=run', *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+  return run
+
+
+def row(file, label, exit, *runners_up):
+  top = [{'label': label, 'probability': 0.7}, *({'label': r, 'probability': p} for r, p in runners_up)]
+  return {'file': file, 'label': label, 'probability': 0.7, 'exit': exit, 'macs': MACS[exit], 'top': top}
+
+
+SUMMARY = (
+  '3 images; exit 1: 66.7 %; exit 3: 33.3 %; 14.0 k multiply-adds an image, 2.14 x fewer than exit 3 alone (30.0 k)\n'
+)
+
+
+def test_json(predict, fake, tmp_path):
+  code, out, err = predict('c.png', '--format=json', 'a.png', 'b.png', '--top=2', '--step=7')
+  assert json.loads(out) == [
+    row('c.png', 'cow', 1, ('dog', 0.2)),
+    row('a.png', 'ant', 1, ('bee', 0.2)),
+    row('b.png', 'bee', 3, ('cow', 0.2)),
+  ]
+  assert out.count('\n') == 5  # An object a line.
+  assert (code, err) == (0, SUMMARY)  # (1,000 + 1,000 + 40,000) / 3 = 14,000.
+  assert fake[0].asked == (tmp_path / 'run', 7)
+
+
+def test_csv(predict):
+  code, out, _ = predict('--format=csv', 'a.png', '--top=3')
+  assert (code, out) == (
+    0,
+    'file,label,probability,exit,macs,label_2,probability_2,label_3,probability_3\n'
+    'a.png,ant,0.7,1,1000,bee,0.2,cow,0.05\n',
+  )
+
+
+def test_no_more_classes_than_there_are(predict):
+  assert predict('--format=csv', 'a.png', '--top=9')[1].startswith(
+    'file,label,probability,exit,macs,label_2,probability_2,label_3,probability_3,label_4,probability_4\n'
+  )
+
+
+def test_table(predict):
+  code, out, err = predict('.')
+  assert out == (
+    'file        label  probability  exit      macs  next best\n'
+    './a.png     ant          0.700     1     1,000  bee 0.200, cow 0.050, dog 0.050\n'
+    './b.png     bee          0.700     3    40.0 k  cow 0.200, ant 0.050, dog 0.050\n'
+    './c.png     cow          0.700     1     1,000  dog 0.200, ant 0.050, bee 0.050\n'
+  )
+  assert (code, err) == (
+    1,
+    'error: ./text.png: not an image in a known format\n' + SUMMARY.replace(';', ', 1 unreadable;', 1),
+  )
+
+
+def test_a_table_on_a_terminal_keeps_to_its_width():
+  long = 'x' * 70
+  table = TableFormat(['a', 'b\n', long], ['y' * 30, 'z'], columns=60)
+  best = [
+    {'label': 'z', 'probability': 0.5},
+    {'label': 'z', 'probability': 0.25},
+    {'label': 'y' * 30, 'probability': 0.1},
+  ]
+  values = {'label': 'z', 'probability': 0.5, 'exit': 2, 'macs': 5, 'top': best}
+  # 60 of the file and 24 of the label leave no place; the long name moves its own row.
+  assert table.row({'file': 'a', **values}) == f'{"a":60}  {"z":24}  {"0.500":>11}  {2:>4}  {5:>8}\n'
+  assert table.row({'file': long, **values}).startswith(f'{long}  z  ')
+  narrow = TableFormat(['a', 'b\n'], ['z'], columns=60)
+  assert narrow.row({'file': 'b\n', **values}) == 'b\\n   z            0.500     2         5  z 0.250\n'
+
+
+def test_the_label_predicted_comes_first_where_probabilities_are_equal():
+  equal = types.SimpleNamespace(
+    labels=np.array([2]), probabilities=np.float32([[0.5, 0, 0.5]]), exits=np.array([1]), macs=np.array([1])
+  )
+  (found,) = prediction_rows(['a'], equal, ('x', 'y', 'z'), 2)
+  assert [entry['label'] for entry in found['top']] == ['z', 'x'] and found['label'] == 'z'
+
+
+@pytest.mark.parametrize('format', ['json', 'csv', 'table'])
+def test_nothing_readable(predict, format):
+  code, out, err = predict('gone.png', 'text.png', f'--format={format}')
+  assert code == 1
+  assert err == (
+    'error: gone.png: No such file or directory\nerror: text.png: not an image in a known format\n'
+    '0 images, 2 unreadable\n'
+  )
+  assert json.loads(out) == [] if format == 'json' else out.count('\n') == 1
+
+
+def test_batches_stream_in_order(predict, fake, tmp_path):
+  (tmp_path / 'many').mkdir()
+  for i in range(10):
+    (tmp_path / 'many' / f'{i}.png').write_bytes(Path(f'{"abc"[i % 3]}.png').read_bytes())
+  code, out, err = predict('many', '--format=csv', '--batch-size=4')
+  assert [line[5:11] for line in out.splitlines()[1:]] == [f'{i}.png,' for i in range(10)]
+  assert fake[0].batches == [4, 4, 2] and ' images/s\n' in err
+
+
+def test_odd_names(predict):
+  image = Path('a.png').read_bytes()
+  latin = os.fsdecode(b'caf\xe9.png')
+  names = ['line\nbreak.png', latin, './-x, "y"é.png']
+  for name in names:
+    Path(name).write_bytes(image)
+  assert [entry['file'] for entry in json.loads(predict(*names, '--format=json')[1])] == names
+  told = [names[0], 'caf\\udce9.png', names[2]]
+  text = predict(*names, '--format=csv')[1]
+  assert [line[0] for line in csv.reader(io.StringIO(text))][1:] == told
+  assert predict(*names, '--format=csv', '--output=o')[:2] == (0, '')
+  assert Path('o').read_text('utf-8') == text
+  assert [line.split('  ')[0] for line in predict(*names)[1].splitlines()[1:]] == ['line\\nbreak.png', *told[1:]]
+  assert predict('--', names[2][2:])[0] == 0
+  Path(latin).write_text('text')
+  assert predict(latin)[2].startswith('error: caf\\udce9.png: not an image')
+
+
+def test_pillow_warnings_do_not_leak(predict, monkeypatch):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 150)  # 200 pixels make Pillow warn; pytest makes that an error.
+  with pytest.raises(Image.DecompressionBombWarning), open('a.png', 'rb') as file:
+    Image.open(file)
+  assert predict('a.png')[0] == 0
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['a.png', '--format=xml'], "unknown format 'xml', expected one of table, json, csv; set --format"),
+    (['a.png', '--top=0'], '--top must be 1 or more, found 0; set --top'),
+    (['a.png', '--top=x'], "argument --top: invalid int value: 'x'; see --help"),
+    (['a.png', '--batch-size=-1'], '--batch-size must be 1 or more, found -1; set --batch-size'),
+    (['a.png', '--workdir='], 'expected the folder of a run, found none; set --workdir'),
+    (
+      ['a.png', '--output=~nobody-here/x'],
+      '--output must be in a folder, and there is no ~nobody-here; make it, or set --output',
+    ),
+    (['a.png', '--tops=1'], 'unrecognized arguments: --tops=1; see --help'),
+    ([], 'expected image files or folders of images, found none; name them after the flags'),
+    (['a.png', '--output=b.png'], 'b.png is there already; set --output to another file, or --overwrite'),
+    (['a.png', '--output=.', '--overwrite'], '--output must be a file, and . is none; set --output'),
+    (['a.png', '--output=no/x'], '--output must be in a folder, and there is no no; make it, or set --output'),
+  ],
+)
+def test_refused(predict, fake, arguments, message):
+  assert predict(*arguments) == (2, '', f'error: {message}\n')
+  assert not fake  # Before anything is loaded.
+
+
+def test_what_the_runtime_refuses_is_one_line(predict, monkeypatch):
+  def refuse(workdir, step):
+    raise UserError('expected exits.json,\n  found none')
+
+  monkeypatch.setattr(sys.modules['paranet_jax.early.runtime'].EarlyExit, 'load', refuse)
+  assert predict('a.png', '--output=o') == (2, '', 'error: expected exits.json, found none\n')
+  assert not Path('o').exists()
+
+
+def test_no_workdir(capsys):
+  assert main(['a.png']) == 2
+  assert capsys.readouterr().err == 'error: expected the folder of a run, found none; set --workdir\n'
+
+
+def test_help(capsys):
+  with pytest.raises(SystemExit) as caught:
+    main(['--help'])
+  assert caught.value.code == 0 and 'FILE_OR_FOLDER' in capsys.readouterr().out
+
+
+def test_an_output_file(predict):
+  code, out, err = predict('a.png', 'text.png', '--format=json', '--output=o')
+  assert (code, out) == (1, '') and json.loads(Path('o').read_text())[0]['label'] == 'ant'
+  assert predict('b.png', '--format=csv', '--output=o')[0] == 2
+  assert json.loads(Path('o').read_text())[0]['label'] == 'ant'
+  assert predict('b.png', '--format=csv', '--output=o', '--overwrite')[0] == 0
+  assert Path('o').read_text().startswith('file,label')
+  assert sorted(os.listdir()) == ['a.png', 'b.png', 'c.png', 'o', 'text.png']  # No temporary file.
+
+
+def interrupt_after(monkeypatch, count, error=KeyboardInterrupt):
+  whole = Fake.predict
+
+  def predict(self, images):
+    if len(self.batches) == count:
+      raise error
+    return whole(self, images)
+
+  monkeypatch.setattr(Fake, 'predict', predict)
+
+
+def test_interrupted(predict, monkeypatch):
+  interrupt_after(monkeypatch, 1)
+  code, out, err = predict('a.png', 'b.png', 'c.png', '--batch-size=1', '--format=json')
+  assert code == 130 and [entry['file'] for entry in json.loads(out)] == ['a.png']
+  assert err.startswith('stopped after 1 of 3 files\n1 image; ')
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ZeroDivisionError])
+def test_an_output_file_that_is_not_whole_does_not_appear(predict, monkeypatch, error):
+  interrupt_after(monkeypatch, 1, error)
+  before = sorted(os.listdir())
+  arguments = ('a.png', 'b.png', '--batch-size=1', '--output=o')
+  if error is KeyboardInterrupt:
+    code, out, err = predict(*arguments)
+    assert (code, out) == (130, '') and err.startswith('stopped after 1 of 2 files, and o was not written\n')
+  else:
+    with pytest.raises(error):
+      predict(*arguments)
+  assert sorted(os.listdir()) == before
+
+
+def test_interrupted_while_loading(predict, monkeypatch):
+  def interrupt(workdir, step):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys.modules['paranet_jax.early.runtime'].EarlyExit, 'load', interrupt)
+  assert predict('a.png') == (130, '', 'stopped at once\n')
+
+
+def test_a_full_disk():
+  with pytest.raises(UserError) as caught, open_output(Path('o')):
+    raise OSError(28, 'No space left on device')
+  assert str(caught.value) == 'o cannot be written: No space left on device; set --output to another file'
+  assert not Path('o').exists()
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_a_live_line_only_where_the_rows_are_not(monkeypatch, capsys):
+  err = Terminal()
+  monkeypatch.setenv('COLUMNS', '80')
+  monkeypatch.setattr(sys, 'stderr', err)
+  assert main(['--workdir=run', 'a.png', 'text.png', '--batch-size=1']) == 1
+  shown = err.getvalue().replace('\r', '<').replace('\x1b[K', '>')
+  assert shown.startswith('<0/2 images><1/2 images><>error: text.png: not an image in a known format\n<2/2 images')
+  assert '<>1 image, 1 unreadable; ' in shown
+  monkeypatch.setattr(sys, 'stdout', Terminal())
+  err.truncate(0)
+  main(['--workdir=run', 'a.png'])
+  assert '\r' not in err.getvalue()
+
+
+def test_the_live_line_tells_speed_and_time_left_and_fits(monkeypatch):
+  stream = io.StringIO()
+  monkeypatch.setenv('COLUMNS', '60')
+  LiveLine(stream, 10_000, live=True).update(1_000, 50.0)
+  assert stream.getvalue() == '\r1,000/10,000 images  50.0 images/s  3 min 00 s left\x1b[K'
+  monkeypatch.setenv('COLUMNS', '20')
+  LiveLine(stream, 10_000, live=True).update(1_000, 50.0)
+  assert stream.getvalue().endswith('\r1,000/10,000 images\x1b[K')
+
+
+def test_the_speed_leaves_out_the_first_batch():
+  times = iter([90.0, 100.0, 102.0, 104.0])
+  tally = Tally(Fake.plan, clock=lambda: next(times))
+  exits, macs = np.array([1, 3]), np.array([1_000, 40_000])
+  tally.add(exits[:0], macs[:0], 1)
+  tally.add(exits, macs, 0)
+  assert tally.images_per_second == 0
+  tally.add(exits, macs, 0)
+  assert tally.images_per_second == 1
+  tally.add(exits, macs, 0)
+  assert tally.images_per_second == 1 and tally.summary().startswith('6 images, 1 unreadable; ')
+
+
+def closed_pipe():
+  read, write = os.pipe()
+  os.close(read)
+  return write
+
+
+@pytest.mark.parametrize(
+  ('open_stdout', 'code', 'message'),
+  [
+    (closed_pipe, 141, ''),
+    (
+      lambda: os.open('/dev/full', os.O_WRONLY),
+      2,
+      'error: standard output cannot be written: No space left on device; set --output to another file\n',
+    ),
+  ],
+)
+def test_standard_output_that_takes_nothing(open_stdout, code, message):
+  program = (
+    f'import sys; sys.path[:0] = {[str(Path(__file__).parents[depth]) for depth in (2, 0)]!r}\n'
+    'import types, predict_test\n'
+    'load = types.SimpleNamespace(load=predict_test.Fake)\n'
+    "sys.modules['paranet_jax.early.runtime'] = types.SimpleNamespace(EarlyExit=load)\n"
+    "sys.exit(predict_test.main(['--workdir=run', '.']))\n"
+  )
+  stdout = open_stdout()
+  buffered = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+  command = [sys.executable, '-c', program]
+  done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=buffered, timeout=120)
+  os.close(stdout)
+  assert (done.returncode, done.stderr.decode()) == (code, message)

@@ -1,0 +1,128 @@
+"""Tests of a run that starts from the body of another."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from running import TINY, refusal, run_main
+
+from paranet_jax import config as config_lib
+from paranet_jax import train
+from paranet_jax.base_config import FAMILIES, base_config
+from paranet_jax.costs import abstract_variables
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.init_from import EXIT
+from paranet_jax.runs.workdir import save_config, write_json
+from paranet_jax.task import build_task
+
+
+def config(**fields):
+  found = base_config('PN2-2d')
+  found.model.update(layers_per_block=1, growth_rate=2, bn_size=2, image_side=8)
+  found.data.update(name='digits', held_out=300)
+  found.train.batch_size = 100
+  found.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+  return found
+
+
+def by_path(state):
+  leaves = jax.tree_util.tree_leaves_with_path({'params': state.params, 'batch_stats': state.batch_stats})
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(leaf) for path, leaf in leaves}
+
+
+def save_run(folder, settings):
+  """A finished run whose variables are none that a seed gives; returns its state."""
+  state = build_task(settings).init_state()
+  state = jax.tree.map(lambda leaf: leaf + 3, state)
+  folder.mkdir()
+  save_config(folder, settings)
+  write_json(folder / 'summary.json', {})
+  with Checkpoints(folder, 1) as checkpoints:
+    checkpoints.save(5, state, {'seed': 0, 'wall_time_s': 0.0})
+  return state
+
+
+def restore(settings, workdir, save=False):
+  """The state that a run begins or goes on with."""
+  task = build_task(settings)
+  with Checkpoints(workdir, 1) as checkpoints:
+    run = train.Run(task, jax.devices()[:1], workdir, checkpoints, None)
+    state = run.restore()
+    if save:
+      checkpoints.save(0, state, {'seed': 0, 'wall_time_s': 0.0})
+  return state
+
+
+@pytest.mark.parametrize('fields', [{}, {'model__num_classes': 12, 'seed': 1, 'train__optimizer': 'adamw'}])
+def test_the_body_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, standard_promotion):
+  source = by_path(save_run(tmp_path / 'source', config()))
+  settings = config(**fields, init_from=str(tmp_path / 'source'))
+  begun, drawn = restore(settings, tmp_path / 'new', save=True), build_task(settings).init_state()
+  assert f'body of {tmp_path}/source after step 5, exits new' in capsys.readouterr().out
+  begun, drawn = by_path(begun), by_path(drawn)
+  assert begun.keys() == drawn.keys()
+  for path, value in begun.items():
+    expected = drawn if path.split('/')[1] in ('exit_1', 'exit_2') else source
+    np.testing.assert_array_equal(value, expected[path], err_msg=path, strict=True)
+  # What goes on does not read it again.
+  shutil.rmtree(tmp_path / 'source')
+  for path, value in by_path(restore(settings, tmp_path / 'new')).items():
+    np.testing.assert_array_equal(value, begun[path])
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_what_depends_on_the_classes_is_named_exit(family):
+  settings = base_config('PN3-ddd' if family == 'paranet' else family, family)
+  # No other size of these networks is 97.
+  variables = abstract_variables(config_lib.build_model(settings, 97), config_lib.image_shape(settings))
+  leaves = jax.tree_util.tree_leaves_with_path(variables)
+  assert {path[1].key[: len(EXIT)] for path, leaf in leaves if 97 in leaf.shape} == {EXIT}
+
+
+def test_it_is_in_the_saved_configuration(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  save_run(tmp_path / 'source', config())
+  fields = ('model.bn_size=2', 'model.growth_rate=2', 'model.image_side=8', 'name=PN2-2d', 'init_from=source')
+  # A run without steps: stopped before the first.
+  monkeypatch.setattr(train.Run, 'train', lambda *unused: None)
+  result = run_main(*TINY, '--workdir=new', *(f'--config.{field}' for field in fields))
+  assert result.code == 0, result
+  assert json.loads((tmp_path / 'new' / 'config.json').read_text())['init_from'] == f'{tmp_path}/source'
+
+
+@pytest.mark.parametrize('missing', ['config.json', 'summary.json', 'checkpoints'])
+def test_what_is_not_a_finished_run_is_refused(tmp_path, missing):
+  source = tmp_path / 'source'
+  for name in {'config.json', 'summary.json', 'checkpoints'} - {missing}:
+    (source / name).mkdir(parents=True)
+  message = refusal(*TINY, f'--workdir={tmp_path}/new', f'--config.init_from={source}', started=True)
+  assert message == (
+    f'init_from must be the folder of a finished run, with its {missing}, and {source} has none; set --config.init_from'
+  )
+
+
+@pytest.mark.parametrize(
+  ('fields', 'what'),
+  [
+    (
+      {'model__growth_rate': 4},
+      'batch_stats/pipeline_1_block_1/layer_1/norm1/mean is [4] there and [8]',
+    ),
+    ({'model__stem_norm': True}, 'batch_stats/pipeline_1_stem_norm/mean is absent there and [4]'),
+    (
+      {'name': 'PN1-d', 'model__halvings': (2,)},
+      'batch_stats/pipeline_2_block_1/layer_1/norm1/mean is [4] there and absent',
+    ),
+  ],
+)
+def test_the_body_of_another_architecture_is_refused(tmp_path, fields, what):
+  source = tmp_path / 'source'
+  save_run(source, config())
+  with pytest.raises(train.UserError) as error:
+    restore(config(**fields, init_from=str(source)), tmp_path / 'new')
+  assert str(error.value) == (
+    f'the body of init_from {source} does not fit: {what} in this configuration; '
+    f'set --config to the network of {source}/config.json, or --config.init_from'
+  )

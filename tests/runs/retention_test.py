@@ -1,0 +1,114 @@
+"""Tests of which checkpoints a run makes and keeps."""
+
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+from running import TINY, before_each_step, refusal, run_main, send
+
+from paranet_jax.base_config import base_config
+from paranet_jax.evaluation import MEASURES
+from paranet_jax.host import processes
+from paranet_jax.runs.checkpoints import SavedElsewhere
+from paranet_jax.runs.retention import HIGHER_IS_BETTER, Retention
+from paranet_jax.targets import parse_name
+from paranet_jax.train import Run
+
+pytestmark = pytest.mark.usefixtures('programs')
+
+# 5 steps an epoch, 10 in all; evaluated after every step, saved after every 4 and at the end, the last 2 kept.
+RUN = *TINY, '--config.eval.every_epochs=0.2'
+
+
+def retention(workdir, **fields):
+  """Of a run of 5 steps an epoch, evaluated after every 10, whose last trained exit is its second."""
+  config = base_config()
+  config.checkpoint.update({'every_steps': 4} | fields)
+  targets = parse_name('PN2-2d').targets
+  return Retention(SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10), workdir)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_the_first_process_alone_reads_what_was_measured(tmp_path, monkeypatch, first):
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps({'step': 4, 'split': 'held_out', 'exit_2/nll': 0.5}) + '\n')
+  monkeypatch.setattr(processes, 'is_first', lambda: first)
+  config = base_config()
+  config.checkpoint.keep_best = 'nll'
+  targets = parse_name('PN2-2d').targets
+  task = SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10)
+  run = Run(task, [], tmp_path, SavedElsewhere(), None, evaluator=object())
+  assert run._retention.best([4, 8]) == (4 if first else None)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'saved', 'kept'),
+  [
+    ({}, [4, 8, 12, 16, 20], set()),
+    ({'keep_every_epochs': 2.0}, [4, 8, 10, 12, 16, 20], {10, 20}),
+    ({'keep_every_epochs': 1.5}, [4, 8, 12, 16, 20], {8, 16}),  # 7.5 steps are 8.
+    ({'keep_best': 'nll'}, [4, 8, 10, 12, 16, 20], set()),
+    ({'keep_best': 'nll', 'keep_every_epochs': 3.0}, [4, 8, 10, 12, 15, 16, 20], {15}),
+  ],
+)
+def test_what_is_saved_and_what_is_kept_for_good(tmp_path, fields, saved, kept):
+  found = retention(tmp_path, **fields)
+  assert [step for step in range(1, 21) if found.saves_after(step)] == saved
+  assert found.kept(saved) == kept
+
+
+@pytest.mark.parametrize(
+  ('measure', 'values', 'best'),
+  [
+    ('accuracy', {2: 0.5, 4: 0.7, 6: 0.6}, 4),
+    ('top5', {2: 0.9, 4: 0.7}, 2),
+    ('nll', {2: 1.5, 4: 1.2, 6: 1.3}, 4),
+    ('loss', {2: 1.5, 4: 1.2}, 4),
+    ('nll', {2: 1.5, 4: 1.5, 6: 1.6}, 4),  # Of equals the later.
+    ('nll', {2: 1.5, 4: math.nan, 6: None}, 2),
+    ('nll', {3: 1.0}, None),  # Evaluated and not saved.
+    ('nll', {2: 1.5, 3: 1.0}, 2),
+    ('accuracy', {}, None),
+  ],
+)
+def test_the_best(tmp_path, measure, values, best):
+  found = retention(tmp_path, keep_best=measure)
+  for step, value in values.items():
+    found.note(step, {f'exit_2/{measure}': value, f'exit_1/{measure}': 0.0})
+  assert found.best([2, 4, 6]) == best
+  assert found.kept([2, 4, 6]) == (set() if best is None else {best})
+
+
+def test_every_measure_has_its_better_side():
+  assert set(HIGHER_IS_BETTER) == set(MEASURES)
+
+
+def steps(workdir):
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+
+
+def test_a_run_keeps_its_best_although_it_is_stopped(tmp_path, monkeypatch):
+  note = Retention.note
+  monkeypatch.setattr(Retention, 'note', lambda self, step, _: note(self, step, {'exit_3/nll': abs(step - 3)}))
+  arguments = *RUN, '--config.checkpoint.keep_best=nll', f'--workdir={tmp_path}'
+  with pytest.MonkeyPatch.context() as patch:
+    before_each_step(patch, send(signal.SIGTERM, 7))
+    assert run_main(*arguments).code == 0
+  assert steps(tmp_path) == [3, 6, 7]
+  out = run_main(*arguments).out.splitlines()
+  assert steps(tmp_path) == [3, 9, 10]
+  assert [line.split('; ')[1:] for line in out if line.startswith('finished in ')] == [['best by nll: step 3']]
+
+
+def test_a_run_keeps_one_every_so_many_epochs(tmp_path):
+  arguments = *TINY, '--config.checkpoint.keep_every_epochs=0.6', '--config.checkpoint.keep=1'
+  assert run_main(*arguments, f'--workdir={tmp_path}').code == 0
+  assert steps(tmp_path) == [3, 6, 9, 10]
+
+
+def test_the_best_needs_images_held_out():
+  assert refusal(*TINY, '--config.checkpoint.keep_best=nll', '--config.data.held_out=0') == (
+    'checkpoint.keep_best chooses by the images held out, found data.held_out 0; '
+    'set --config.data.held_out, or --config.checkpoint.keep_best=none'
+  )
