@@ -9,7 +9,7 @@ if TYPE_CHECKING:
   from paranet_jax.early.load import load
   from paranet_jax.early.runtime import EarlyExit
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 __all__ = ['EarlyExit', 'load']
 
 

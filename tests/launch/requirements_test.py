@@ -23,7 +23,7 @@ def read(name: str) -> dict[str, Requirement]:
 
 
 def test_files_are_those_expected():
-  assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-export', '-test', '-tpu', '')]
+  assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-docs', '-export', '-test', '-tpu', '')]
 
 
 def test_tests_need_what_the_service_needs():
