@@ -12,9 +12,10 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.evaluation import MEASURES
 from paranet_jax.host import processes
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import write_json
 from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.runs.status import run_status
-from paranet_jax.runs.workdir import FOLDERS, SUMMARY, prepare_workdir, save_config, write_json
+from paranet_jax.runs.workdir import FOLDERS, SUMMARY, prepare_workdir, save_config
 from paranet_jax.side_by_side import train_side_by_side
 from paranet_jax.train import train_and_evaluate
 

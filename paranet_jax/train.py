@@ -21,6 +21,7 @@ from paranet_jax.evaluation import Evaluator, as_metrics
 from paranet_jax.feed import Feed, open_feed
 from paranet_jax.host import processes
 from paranet_jax.host.errors import UserError, no_room_is_told
+from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.regimes import Phase
@@ -33,7 +34,7 @@ from paranet_jax.runs.dataset_facts import save_dataset_facts
 from paranet_jax.runs.finite import not_finite
 from paranet_jax.runs.init_from import take_body
 from paranet_jax.runs.retention import Retention
-from paranet_jax.runs.workdir import SUMMARY, prepare_workdir, save_config, write_json
+from paranet_jax.runs.workdir import SUMMARY, prepare_workdir, save_config
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task, build_task

@@ -4,15 +4,13 @@ An entry is a folder: train.npy and test.npy (uint8 images) and index.npz (label
 written last, and its checksums decide whether the entry is whole.
 """
 
-import contextlib
 import hashlib
 import io
 import os
 import re
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from paranet_jax.data.dataset import Source, Split
+from paranet_jax.host.files import replacing
 
 _FORMAT = 1  # To be raised when decoding or this layout changes: old entries are then not found.
 _CHUNK = 4096  # Images converted to float64 at a time.
@@ -99,10 +98,10 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
   entry.mkdir(parents=True, exist_ok=True)
   index = {}
   for split in ('train', 'test'):
-    with replacing(entry / f'{split}.npy') as file:
+    with replacing(entry / f'{split}.npy', 'wb') as file:
       index[f'{split}_labels'], index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
   index['mean'], index['std'] = channel_statistics(np.load(entry / 'train.npy', mmap_mode='r'))
-  with replacing(entry / 'index.npz') as file:
+  with replacing(entry / 'index.npz', 'wb') as file:
     np.savez(file, **index)
 
 
@@ -124,19 +123,6 @@ def _write_images(file: BinaryIO, source: Source, split: str, image_shape: tuple
 def _write_header(file: BinaryIO, count: int, image_shape: tuple[int, ...]) -> None:
   header = {'descr': '|u1', 'fortran_order': False, 'shape': (count, *image_shape)}
   np.lib.format.write_array_header_1_0(file, header)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-  """A file for writing that becomes `path` when it is complete, and leaves nothing behind when it is not."""
-  descriptor, temporary = tempfile.mkstemp(prefix=f'{path.name}.', suffix='.tmp', dir=path.parent)
-  try:
-    with open(descriptor, 'wb') as file:
-      yield file
-    os.replace(temporary, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
 
 
 def _open_entry(entry: Path, image_shape: tuple[int, ...]) -> Decoded | None:

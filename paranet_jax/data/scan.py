@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from paranet_jax.data.cache import Decoded, entry_folder, replacing, statistics_of_sums
+from paranet_jax.data.cache import Decoded, entry_folder, statistics_of_sums
 from paranet_jax.data.dataset import Source, Split
 from paranet_jax.data.records import Records, StoredImages
 from paranet_jax.data.stream import Stream
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import replacing
 
 _CHUNK = 256  # Images read at a time.
 _FILE = 'stored.npz'
@@ -113,7 +114,7 @@ def _save(source: Source, image_shape: tuple[int, int, int], facts: dict[str, An
   path = _path(source, image_shape)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replacing(path, 'wb') as file:
       np.savez(file, **facts)
   except OSError as error:
     logging.warning('Going on without keeping what was found in %s: %s', path, error)

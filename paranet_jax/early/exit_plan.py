@@ -13,7 +13,7 @@ from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.scores import SCORES, to_score
 from paranet_jax.early.thresholds import Costs, visited
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.workdir import read_object, write_json
+from paranet_jax.host.files import read_object, write_json
 
 EXITS = 'exits.json'
 SCHEMA_VERSION = 1

@@ -13,7 +13,7 @@ from paranet_jax.experiments.protocols import Protocol, reductions
 from paranet_jax.experiments.published import CURVES, FIGURE, FIGURE_MACS, FIGURE_NETWORK, TABLES, Row, Table
 from paranet_jax.experiments.runs import PlannedRun, networks
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.workdir import write_json
+from paranet_jax.host.files import write_json
 
 RESULTS = 'results.json'
 

@@ -7,7 +7,8 @@ from typing import Any
 from paranet_jax.experiments.markdown import table_markdown
 from paranet_jax.experiments.published import EXPERIMENTS, FIGURE
 from paranet_jax.experiments.results import Finished, save_results, section
-from paranet_jax.runs.workdir import prepare_folder, write_text
+from paranet_jax.host.files import write_text
+from paranet_jax.runs.workdir import prepare_folder
 
 FILES = {name: f'{name}.png' if name == FIGURE else f'{name}.md' for name in EXPERIMENTS}
 

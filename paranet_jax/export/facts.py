@@ -9,8 +9,9 @@ from pathlib import Path
 from paranet_jax.early.exit_plan import ExitPlan, save_plan
 from paranet_jax.early.load import LoadedRun
 from paranet_jax.export.weights import save_weights
+from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
-from paranet_jax.runs.workdir import save_config, write_json, write_text
+from paranet_jax.runs.workdir import save_config
 
 _FOLDERS = ('--workdir', '--compilation_cache')
 

@@ -24,8 +24,8 @@ from paranet_jax.export.facts import without_place, write_facts
 from paranet_jax.export.stage_files import CALIBRATION_IMAGES, calibrating, write_onnx, write_stablehlo
 from paranet_jax.export.stages import cut
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
-from paranet_jax.runs.workdir import write_json, write_text
 
 COMPARED_IMAGES = 1000
 NOISE_IMAGES = 16

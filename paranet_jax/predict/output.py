@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import replacing
 from paranet_jax.portable.run import printable
 from paranet_jax.report.tables import human_count
 
@@ -152,17 +153,13 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     UserError: it cannot be written.
     BrokenPipeError: whoever read standard output has stopped.
   """
-  temporary = path and path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
     if path is None:
       yield sys.stdout
       return
     # A name that is not UTF-8 is written with escapes, as on standard output.
-    with temporary.open('x', encoding='utf-8', errors='backslashreplace', newline='') as stream:
+    with replacing(path, encoding='utf-8', errors='backslashreplace', newline='') as stream:
       yield stream
-      stream.flush()
-      os.fsync(stream.fileno())
-    os.replace(temporary, path)
   except OSError as error:
     if path is None:  # Python would try once more to write what is left when it ends.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -170,6 +167,3 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
       raise
     where = path or 'standard output'
     raise UserError(f'{where} cannot be written: {error.strerror or error}; set --output to another file') from error
-  finally:
-    if temporary:
-      temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import replacing
 
 FILE_NAME = 'metrics.jsonl'
 
@@ -98,7 +99,8 @@ def drop_after(workdir: str | os.PathLike, step: float) -> int:
   kept = [line.rstrip(b'\n') + b'\n' for line, record in lines if record['step'] <= step]
   content = b''.join(kept)
   if path.exists() and content != path.read_bytes():
-    _replace(path, content)
+    with replacing(path, 'wb') as file:
+      file.write(content)
   return len(lines) - len(kept)
 
 
@@ -132,12 +134,3 @@ def _record(line: bytes) -> dict | None:
   except ValueError:
     return None
   return record if isinstance(record, dict) and isinstance(record.get('step'), int) else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'wb') as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

@@ -1,6 +1,5 @@
 """What all pictures share: colours, bare axes, logarithmic axes in plain numbers, and files written whole."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -8,6 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from paranet_jax.host.files import replacing
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow, which is lost on white.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS = (
@@ -42,10 +43,8 @@ def logarithmic(axis: Axis) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-  """Writes a PNG, whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  with warnings.catch_warnings():
+  """Writes a PNG file atomically."""
+  with replacing(path, 'wb') as file, warnings.catch_warnings():
     # Names in scripts that the font lacks become boxes; a warning for each letter would help nobody.
     warnings.filterwarnings('ignore', message='Glyph .* missing from font')
-    figure.savefig(temporary, format='png')
-  os.replace(temporary, path)
+    figure.savefig(file, format='png')

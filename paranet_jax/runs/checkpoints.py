@@ -15,9 +15,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import damaged_file, file_checksums
+from paranet_jax.host.files import damaged_file, file_checksums, read_object, write_json
 from paranet_jax.runs.finite import is_finite, not_finite
-from paranet_jax.runs.workdir import read_object, write_json
 
 FOLDER = 'checkpoints'
 VARIABLES = ('params', 'batch_stats')

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.workdir import write_json
+from paranet_jax.host.files import write_json
 
 DATASET = 'dataset.json'
 

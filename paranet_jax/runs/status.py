@@ -7,8 +7,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import read_object
 from paranet_jax.runs.checkpoints import Checkpoints
-from paranet_jax.runs.workdir import CONFIG, SUMMARY, changes, read_object
+from paranet_jax.runs.workdir import CONFIG, SUMMARY, changes
 
 
 @dataclasses.dataclass(frozen=True)

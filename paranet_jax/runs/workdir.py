@@ -1,15 +1,15 @@
-"""A run's folder: its configuration, and JSON files written whole or not at all."""
+"""A run's folder and the configuration saved in it."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from paranet_jax.base_config import base_config, family_of, field_names
 from paranet_jax.config import differences
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import read_object, write_json
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
@@ -110,35 +110,3 @@ def _load_config(workdir: Path) -> dict:
     raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir') from error
   except ValueError as error:
     raise UserError(f'{path} is not a JSON object ({error}); restore it, or set --workdir for a new run') from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-  """Reads a JSON object.
-
-  Raises:
-    OSError: the file cannot be read.
-    ValueError: it holds something else.
-  """
-  value = json.loads(path.read_text())
-  if not isinstance(value, dict):
-    raise ValueError(f'it holds {value!r:.40}')
-  return value
-
-
-def write_json(path: Path, value: Any) -> None:
-  """Writes JSON to a file, whole or not at all."""
-  write_text(path, json.dumps(value, indent=2) + '\n')
-
-
-def write_text(path: Path, text: str) -> None:
-  """Writes a text file, whole or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  try:
-    with temporary.open('w') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise

@@ -17,7 +17,8 @@ from paranet_jax.experiments import dry_run as dry_run_lib
 from paranet_jax.experiments import runs as runs_lib
 from paranet_jax.experiments.estimate import Speed
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config, write_json
+from paranet_jax.host.files import write_json
+from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config
 
 NAMES = ['PN3cut-ddd', 'PN3-ddd', 'PN3-xdx', 'PN3-x3d']
 STEPS = 116  # 1,437 training images in batches of 48 are 29 steps an epoch.

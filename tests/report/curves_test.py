@@ -135,7 +135,7 @@ def test_the_picture_is_written_and_replaced_as_a_whole(tmp_path, monkeypatch):
   assert sorted(entry.name for entry in tmp_path.iterdir()) == ['curves.png', 'metrics.jsonl']
 
   def fail_half_way(self, temporary, **kwargs):
-    temporary.write_bytes(b'half')
+    temporary.write(b'half')
     raise OSError('disk full')
 
   before = path.read_bytes()

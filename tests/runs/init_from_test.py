@@ -12,9 +12,10 @@ from paranet_jax import config as config_lib
 from paranet_jax import train
 from paranet_jax.base_config import FAMILIES, base_config
 from paranet_jax.costs import abstract_variables
+from paranet_jax.host.files import write_json
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.init_from import EXIT
-from paranet_jax.runs.workdir import save_config, write_json
+from paranet_jax.runs.workdir import save_config
 from paranet_jax.task import build_task
 
 

@@ -1,13 +1,12 @@
 """Tests of a run's folder and of what is read back from it. How it refuses is tested in main_test.py."""
 
 import json
-import os
 
 import pytest
 
 from paranet_jax.base_config import base_config
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config, write_json
+from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config
 
 
 def changed(**fields):
@@ -80,18 +79,3 @@ def test_another_folder_of_images_is_another_run(tmp_path):
   save_config(tmp_path, changed(data__name='folder', data__data_dir='/cats'))
   with pytest.raises(UserError, match='data.data_dir: /cats -> /dogs'):
     prepare_workdir(tmp_path, changed(data__name='folder', data__data_dir='/dogs'), accept_changes=False)
-
-
-@pytest.mark.parametrize('failure', ['value', 'disk'])
-def test_writing_fails_whole(tmp_path, monkeypatch, failure):
-  path = tmp_path / 'summary.json'
-  write_json(path, {'steps': 1})
-
-  def full(descriptor):
-    raise OSError('no space left')
-
-  if failure == 'disk':
-    monkeypatch.setattr(os, 'fsync', full)
-  with pytest.raises((TypeError, OSError)):
-    write_json(path, {'steps': 2 if failure == 'disk' else object()})
-  assert json.loads(path.read_text()) == {'steps': 1}

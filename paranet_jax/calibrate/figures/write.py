@@ -1,7 +1,6 @@
 """The figures of a calibrated run, each as a picture, as JSON and as CSV, written whole or not at all."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from paranet_jax.calibrate.figures.cost_figures import anytime, budgeted, risk
 from paranet_jax.calibrate.figures.drawing import Drawing
 from paranet_jax.calibrate.figures.exit_figures import histogram, reliability
 from paranet_jax.calibrate.figures.figure_types import FigureData
+from paranet_jax.host.files import replacing, write_json
 from paranet_jax.report.plots import save_figure
-from paranet_jax.runs.workdir import write_json
 
 _DRAW = {draw.__name__: draw for draw in (anytime, budgeted, risk, reliability, histogram, contact_sheet)}
 
@@ -49,9 +48,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  with temporary.open('w', newline='') as file:
+  with replacing(path, newline='') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-  os.replace(temporary, path)
