@@ -6,12 +6,13 @@ import io
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from running import PROGRAMS, TINY, run_command, run_main
+from running import PROGRAMS, run_command
 
 from paranet_jax.calibrate import calibration, latency, report
 from paranet_jax.calibrate.__main__ import main
@@ -68,14 +69,9 @@ def _compiled_once():
 
 
 @pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-  """A trained run whose first exit is not usable."""
-  folder = tmp_path_factory.mktemp('run')
-  longer = '--config.train.batch_size=55', '--config.train.epochs=3', '--config.checkpoint.every_steps=50'
-  longer += ('--config.eval.batch_size=128',)  # So that the last batch is not full.
-  result = run_main(*TINY, *longer, f'--config.data.held_out={HELD_OUT}', f'--workdir={folder}')
-  assert (result.code, result.err) == (0, ''), result
-  return folder
+def workdir(finished_run, tmp_path_factory):
+  """A finished run to write into; its first exit is not usable."""
+  return shutil.copytree(finished_run, tmp_path_factory.mktemp('calibrate') / 'run')
 
 
 @pytest.fixture(scope='module')
