@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from paranet_jax.calibrate.choice import Choice, Ranked, check_budget, choose, rank
+from paranet_jax.calibrate.choice import Ranked, check_budget, choose, rank
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.split_report import exit_rows, summarize
@@ -20,6 +20,7 @@ from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
 from paranet_jax.early.exit_plan import ExitPlan, along, full_network_plan, save_plan, with_thresholds
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
+from paranet_jax.early.policies import Choice
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
@@ -144,8 +145,8 @@ def _plan(request: Request, subject: Subject, temperatures: np.ndarray, choice: 
   plan = dataclasses.replace(
     full_network_plan(subject.checkpoint, subject.exits, tuple(map(int, subject.macs.alone()))),
     score=request.score,
-    policy=choice.policy,
-    target=_target(request),
+    policy=request.policy.name,
+    target=request.target,
     temperatures=tuple(temperatures.tolist()),
     latency=None if subject.ms is None else latency_record([subject.ms]),
     provenance={
@@ -158,16 +159,6 @@ def _plan(request: Request, subject: Subject, temperatures: np.ndarray, choice: 
   plan = with_thresholds(plan, choice.thresholds, subject.macs)
   # Patience sets a number at every exit, so that each is on the path.
   return plan if subject.ms is None else dataclasses.replace(plan, ms=along(subject.ms, visited(choice.thresholds)))
-
-
-def _target(request: Request) -> dict[str, Any]:
-  if request.budget:
-    at = {'batch_size': request.batch_size} if request.budget.unit == 'ms' else {}
-    return {'budget': request.budget.value, 'unit': request.budget.unit, **at}
-  if request.risk is not None:
-    delta = {'delta': request.delta} if request.guarantee == 'ltt' else {}
-    return {'risk': request.risk, **delta, 'guarantee': request.guarantee, 'loss': request.risk_loss}
-  return {'threshold': request.threshold}
 
 
 def _with_measurements(

@@ -6,15 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
 from paranet_jax.host.arguments import Parser, absolute
 from paranet_jax.host.errors import UserError
-
-POLICIES = ('quota', 'optimal')
-GUARANTEES = ('ltt', 'crc')
-RISK_LOSSES = ('gap', 'disagreement')
 
 _MOST = 10**9  # Of what is counted.
 _TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --threshold=0.9'
@@ -37,8 +34,8 @@ class Request:
     workdir: of the run, absolute.
     step: of the checkpoint; None: the latest.
     batch_size: to measure milliseconds at; None: nothing is measured.
-    delta, guarantee, risk_loss: of risk control.
-    policy: of a budget.
+    policy: that chooses the thresholds.
+    options: what the policy's own flags say, by their key in the target.
     curves: draw the figures.
     compilation_cache: folder, 'off', or None for the default.
   """
@@ -48,14 +45,22 @@ class Request:
   budget: Budget | None
   batch_size: int | None
   risk: float | None
-  delta: float
-  guarantee: str
-  risk_loss: str
   threshold: float | None
   score: str
-  policy: str
+  policy: Policy
+  options: dict[str, Any]
   curves: bool
   compilation_cache: str | None
+
+  @property
+  def target(self) -> dict[str, Any]:
+    """The target as exits.json keeps it and the policy reads it."""
+    if self.budget:
+      at = {'batch_size': self.batch_size} if self.budget.unit == 'ms' else {}
+      return {'budget': self.budget.value, 'unit': self.budget.unit, **at, **self.options}
+    if self.risk is not None:
+      return {'risk': self.risk, 'guarantee': self.policy.name, **self.options}
+    return {'threshold': self.threshold, **self.options}
 
 
 def parse(argv: Sequence[str] | None) -> Request:
@@ -68,10 +73,11 @@ def parse(argv: Sequence[str] | None) -> Request:
     UserError: a flag is unknown, misses its value, or does not go with the others.
     SystemExit: `--help` has been answered.
   """
+  _register(argv)
   given = _parser().parse_args(argv)
-  _check_one_target(given)
+  target = _one_target(given)
   score = _one_of('score', given.score or 'max_prob', SCORES)
-  _check_used(given, score)
+  policy = _policy(given, target, score)
   budget = None if given.budget is None else parse_budget(given.budget)
   batch_size = None if given.batch_size is None else _whole('batch-size', given.batch_size, 1)
   if budget and budget.unit == 'ms' and batch_size is None:
@@ -82,15 +88,22 @@ def parse(argv: Sequence[str] | None) -> Request:
     budget=budget,
     batch_size=batch_size,
     risk=None if given.risk is None else _fraction('risk', given.risk),
-    delta=_fraction('delta', given.delta or '0.1'),
-    guarantee=_one_of('guarantee', given.guarantee or 'ltt', GUARANTEES),
-    risk_loss=_one_of('risk-loss', given.risk_loss or 'gap', RISK_LOSSES),
     threshold=None if given.threshold is None else _threshold(given.threshold, score),
     score=score,
-    policy=_one_of('policy', given.policy or 'optimal', POLICIES),
+    policy=policy,
+    options=_options(given, policy),
     curves=given.curves,
     compilation_cache=given.compilation_cache,
   )
+
+
+def _register(argv: Sequence[str] | None) -> None:
+  """Looks the policy up, as one that is found among the entry points may bring flags of its own."""
+  parser = Parser(add_help=False)
+  parser.add_argument('--policy', nargs='?')
+  name = parser.parse_known_args(argv)[0].policy
+  if name:
+    find_policy(name)
 
 
 def parse_budget(text: str) -> Budget:
@@ -120,12 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     ('budget', 'mean cost an image: multiply-adds (30M, 30e6, 0.5G) or measured milliseconds (2.5ms)'),
     ('batch-size', 'measure milliseconds at this batch size (default with --budget=..ms: 1)'),
     ('risk', 'share of images that may be lost against the full network, such as 0.02'),
-    ('delta', 'of --guarantee=ltt: how often the risk may be missed (default: 0.1)'),
-    ('guarantee', 'ltt (default): the risk holds with probability 1 - delta; crc: it holds on average'),
-    ('risk-loss', 'gap (default): wrong where the full network is right; disagreement: another answer than its'),
     ('threshold', 'one threshold for all exits, on the scale of the score, such as 0.9'),
     ('score', 'max_prob (default), entropy, margin or patience: what says that an exit is sure'),
-    ('policy', 'of --budget: optimal (default) or quota'),
+    ('policy', f'how thresholds are chosen: {_names()}, or a registered one; each target has a default'),
+    ('guarantee', 'the --policy of --risk: ltt (default): it holds with probability 1 - delta; crc: on average'),
+    *((flag.name, flag.help) for flag in _policy_flags()),
     ('compilation_cache', 'folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none'),
   ):
     parser.add_argument(f'--{name}', help=text, metavar=name.upper(), required=name == 'workdir')
@@ -133,26 +145,58 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _check_one_target(given: argparse.Namespace) -> None:
-  found = [f'--{name}' for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None]
+def _one_target(given: argparse.Namespace) -> str:
+  found = [name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None]
   if not found:
     raise UserError(f'expected one target, found none; set {_TARGETS}')
   if len(found) > 1:
-    raise UserError(f'expected one target, found {" and ".join(found)}; leave out all but one')
+    flags = ' and '.join(f'--{name}' for name in found)
+    raise UserError(f'expected one target, found {flags}; leave out all but one')
+  return found[0]
 
 
-def _check_used(given: argparse.Namespace, score: str) -> None:
-  """Refuses a flag that nothing would read."""
-  for name in ('delta', 'guarantee', 'risk_loss'):
-    if getattr(given, name) is not None and given.risk is None:
-      raise UserError(f'--{name.replace("_", "-")} belongs to risk control; set --risk, or leave it out')
-  if given.delta is not None and given.guarantee == 'crc':
-    raise UserError('--delta belongs to --guarantee=ltt, and crc holds on average; leave out --delta')
-  if given.policy is not None and given.budget is None:
-    raise UserError('--policy chooses the thresholds for a budget; set --budget, or leave it out')
-  if score == 'patience' and (given.risk is not None or given.policy is not None):
-    flag = '--policy' if given.risk is None else '--risk'
-    raise UserError(f'{flag} needs a score that ranks the images, found --score=patience; leave one of the two out')
+def _policy(given: argparse.Namespace, target: str, score: str) -> Policy:
+  flag, name = ('policy', given.policy) if given.guarantee is None else ('guarantee', given.guarantee)
+  if None not in (given.policy, given.guarantee):
+    raise UserError('--guarantee is the --policy of --risk, found both; leave one of the two out')
+  if flag == 'guarantee' and target != 'risk':
+    raise UserError('--guarantee belongs to risk control; set --risk, or leave it out')
+  policy = find_policy(name) if name else default_policy(target, score)
+  if not policy and name:
+    raise UserError(f"unknown {flag} '{name}', expected one of {_names(target)}; set --{flag}")
+  if not policy:
+    raise UserError(f'--{target} needs a score that ranks the images, found --score={score}; leave one of the two out')
+  if target not in policy.scores:
+    wanted = ' or '.join(f'--{each}' for each in policy.scores)
+    raise UserError(f'--{flag}={name} belongs to {wanted}, found --{target}; leave one of the two out')
+  if score not in policy.scores[target]:
+    wanted = ' or '.join(policy.scores[target])
+    raise UserError(f'--{flag}={name} with --{target} needs a score of {wanted}, found {score}; set --score')
+  return policy
+
+
+def _names(target: str | None = None) -> str:
+  return ', '.join(policy.name for policy in policies() if target is None or target in policy.scores)
+
+
+def _policy_flags() -> list[Flag]:
+  return list({flag.name: flag for policy in policies() for flag in policy.flags}.values())
+
+
+def _options(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
+  """The values of the policy's own flags, by key; a flag of another policy is refused."""
+  for flag in _policy_flags():
+    if flag not in policy.flags and getattr(given, flag.name.replace('-', '_')) is not None:
+      names = ' or '.join(other.name for other in policies() if flag in other.flags)
+      raise UserError(f'--{flag.name} belongs to --policy={names}, found {policy.name}; leave out --{flag.name}')
+  options = {}
+  for flag in policy.flags:
+    text = getattr(given, flag.name.replace('-', '_'))
+    try:
+      options[flag.key] = flag.default if text is None else flag.parse(text)
+    except ValueError as error:
+      raise UserError(f'{flag.name} {error}, found {text}; set --{flag.name}') from error
+  return options
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> str:

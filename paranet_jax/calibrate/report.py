@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.policies import find_policy
 from paranet_jax.report.tables import ABSENT, align, human_count
 
 _UNITS = {'macs': 'multiply-adds', 'ms': 'ms'}
@@ -24,29 +25,23 @@ def report(plan: ExitPlan) -> str:
 
 def _title(plan: ExitPlan) -> list[str]:
   splits = plan.splits
-  what = {
-    'optimal': 'the most accurate thresholds, for',
-    'quota': 'thresholds from quotas, for',
-    'shared': 'one threshold for all exits, for' if 'budget' in plan.target else 'one threshold for all exits,',
-    'ltt': 'one threshold for all exits, so that',
-    'crc': 'one threshold for all exits, so that',
-  }[plan.policy]
   return [
-    f'{plan.name} on {plan.dataset}, step {plan.step}: {what} {_asked(plan)}',
+    f'{plan.name} on {plan.dataset}, step {plan.step}: {_chosen(plan)}',
     f'images are ranked by {plan.score}; temperatures from {splits["temperature"]:,} held-out images, thresholds from '
     f'{splits["thresholds"]:,}',
   ]
 
 
-def _asked(plan: ExitPlan) -> str:
-  target = plan.target
+def _chosen(plan: ExitPlan) -> str:
+  policy, target = find_policy(plan.policy), plan.target
+  what = policy.description if policy else f'thresholds by {plan.policy}'
   if 'budget' in target:
     at = f' at batch size {target["batch_size"]}' if 'batch_size' in target else ''
-    return f'a mean of {_cost(target["budget"], target["unit"])} {_UNITS[target["unit"]]}{at}'
+    return f'{what}, for a mean of {_cost(target["budget"], target["unit"])} {_UNITS[target["unit"]]}{at}'
   if 'risk' in target:
     often = f'with probability {1 - target["delta"]:g}' if 'delta' in target else 'on average'
-    return f'{often} the risk is at most {target["risk"]:g}'
-  return f'{target["threshold"]:g}'
+    return f'{what}, so that {often} the risk is at most {target["risk"]:g}'
+  return f'{what}, {target["threshold"]:g}'
 
 
 def _exit_table(plan: ExitPlan) -> str:
@@ -111,7 +106,7 @@ def _gains_in(plan: ExitPlan, unit: str) -> Iterator[Row]:
 
 
 def _risk_rows(plan: ExitPlan) -> Iterator[Row]:
-  if 'risk' not in plan.target:
+  if 'loss' not in plan.target:
     return
   loss, asked = plan.target['loss'], plan.target['risk']
   risks = [split[loss] for split in (plan.expected, plan.test)]

@@ -137,8 +137,13 @@ def test_what_is_no_budget(text):
 def test_defaults():
   request = parse(['--workdir=runs/a', '--budget=30M'])
   assert request.workdir == Path('runs/a').absolute()
-  assert (request.score, request.policy, request.guarantee, request.risk_loss) == ('max_prob', 'optimal', 'ltt', 'gap')
-  assert (request.delta, request.step, request.batch_size, request.curves) == (0.1, None, None, False)
+  assert (request.score, request.policy.name, request.options) == ('max_prob', 'optimal', {})
+  assert (request.step, request.batch_size, request.curves) == (None, None, False)
+  risk = parse(['--workdir=a', '--risk=0.02'])
+  assert risk.target == {'risk': 0.02, 'guarantee': 'ltt', 'delta': 0.1, 'loss': 'gap'}
+  assert parse(['--workdir=a', '--risk=0.02', '--policy=ltt']) == parse(
+    ['--workdir=a', '--risk=0.02', '--guarantee=ltt']
+  )
   assert parse(['--workdir=a', '--budget=1ms']).batch_size == 1
   assert parse(['--workdir=a', '--budget=1ms', '--batch-size=32']).batch_size == 32
 
@@ -172,9 +177,14 @@ TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --thresh
       ['--threshold=1', '--score=energy'],
       "unknown score 'energy', expected one of max_prob, entropy, margin, patience; set --score",
     ),
-    (['--budget=3M', '--policy=best'], "unknown policy 'best', expected one of quota, optimal; set --policy"),
+    (['--budget=3M', '--policy=best'], "unknown policy 'best', expected one of optimal, quota, shared; set --policy"),
     (['--risk=0.1', '--guarantee=pac'], "unknown guarantee 'pac', expected one of ltt, crc; set --guarantee"),
-    (['--risk=0.1', '--risk-loss=mse'], "unknown risk-loss 'mse', expected one of gap, disagreement; set --risk-loss"),
+    (['--risk=0.1', '--risk-loss=mse'], 'risk-loss must be one of gap, disagreement, found mse; set --risk-loss'),
+    (['--budget=3M', '--guarantee=ltt'], '--guarantee belongs to risk control; set --risk, or leave it out'),
+    (
+      ['--risk=0.1', '--guarantee=ltt', '--policy=ltt'],
+      '--guarantee is the --policy of --risk, found both; leave one of the two out',
+    ),
     (
       ['--budget=1ms', '--batch-size=0'],
       'batch-size must be a whole number from 1 to 1,000,000,000, found 0; set --batch-size',
@@ -182,13 +192,16 @@ TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --thresh
     (['--threshold=1', '--step=last'], 'step must be a whole number from 0 to 1,000,000,000, found last; set --step'),
     (
       ['--threshold=1', '--policy=quota'],
-      '--policy chooses the thresholds for a budget; set --budget, or leave it out',
+      '--policy=quota belongs to --budget, found --threshold; leave one of the two out',
     ),
-    (['--threshold=1', '--delta=0.1'], '--delta belongs to risk control; set --risk, or leave it out'),
-    (['--budget=3M', '--risk-loss=gap'], '--risk-loss belongs to risk control; set --risk, or leave it out'),
+    (['--threshold=1', '--delta=0.1'], '--delta belongs to --policy=ltt, found shared; leave out --delta'),
+    (
+      ['--budget=3M', '--risk-loss=gap'],
+      '--risk-loss belongs to --policy=ltt or crc, found optimal; leave out --risk-loss',
+    ),
     (
       ['--risk=0.1', '--guarantee=crc', '--delta=0.1'],
-      '--delta belongs to --guarantee=ltt, and crc holds on average; leave out --delta',
+      '--delta belongs to --policy=ltt, found crc; leave out --delta',
     ),
     (
       ['--risk=0.1', '--score=patience'],
@@ -196,7 +209,7 @@ TARGETS = '--budget=30M (multiply-adds), --budget=2.5ms, --risk=0.02 or --thresh
     ),
     (
       ['--budget=3M', '--policy=quota', '--score=patience'],
-      '--policy needs a score that ranks the images, found --score=patience; leave one of the two out',
+      '--policy=quota with --budget needs a score of max_prob or entropy or margin, found patience; set --score',
     ),
     (['--budget'], 'argument --budget: expected one argument; see --help'),
     (['--budgt=3M'], 'unrecognized arguments: --budgt=3M; see --help'),
@@ -379,11 +392,11 @@ def test_risk_control_whose_surest_image_loses():
   ranked = Ranked(np.array([np.arange(10.0), np.zeros(10)]), correct.astype(int), correct)
   request = parse(['--workdir=a', '--risk=0.25', '--delta=0.1'])
   choice = choose(request, ranked, PathCosts(2, lambda before, index: 1.0))
-  assert choice.thresholds.tolist() == [np.inf, -np.inf] and choice.policy == 'ltt'
+  assert choice.thresholds.tolist() == [np.inf, -np.inf] and request.policy.name == 'ltt'
   # 0.75^9 <= 0.1: nine images without a loss would do, of ten.
   assert choice.problem == (
-    'risk 0.25 cannot be promised from 10 held-out images: 9 would do if the surest images lost nothing, and they do; '
-    'exits.json keeps the full network; raise --risk, or hold out more images in a new run'
+    'risk 0.25 cannot be promised from 10 held-out images: 9 would do if the most confident images lost nothing, '
+    'and they do; exits.json keeps the full network; raise --risk, or hold out more images in a new run'
   )
 
 

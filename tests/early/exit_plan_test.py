@@ -58,10 +58,7 @@ def test_the_full_network_runs_its_last_exit_alone():
       {'score': 'prob'},
       ': score must be one of max_prob, entropy, margin, patience, found "prob"; {mend} writes it anew',
     ),
-    (
-      {'policy': 'best'},
-      ': policy must be one of quota, optimal, shared, ltt, crc, full, found "best"; {mend} writes it anew',
-    ),
+    ({'policy': None}, ': policy must be text, found null; {mend} writes it anew'),
     ({'target': []}, ': target must be an object, found []; {mend} writes it anew'),
     ({'exits': [2, 1, 3]}, ': exits must be increasing exit numbers, found [2, 1, 3]; {mend} writes it anew'),
     ({'exits': []}, ': exits must be increasing exit numbers, found []; {mend} writes it anew'),

@@ -1,7 +1,11 @@
 """Thresholds from quotas: MSDNet's one-parameter family (Huang et al. 2018, section 5, budgeted batch)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
+from paranet_jax.early.policies.policy import RANKING, Choice, Policy, Samples
 from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point, threshold_between
 
 QS = tuple(j / 20 for j in range(1, 40))
@@ -85,3 +89,10 @@ def envelope(points: list[OperatingPoint]) -> list[OperatingPoint]:
     if not kept or point.accuracy > kept[-1].accuracy:
       kept.append(point)
   return kept
+
+
+def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
+  return Choice(quota_for_budget(samples.confidences, samples.correct, samples.costs, target['budget']).thresholds)
+
+
+QUOTA = Policy('quota', 'thresholds from quotas', {'budget': RANKING}, _choose)

@@ -5,10 +5,13 @@ the risk measured on N samples changes only where lambda passes a confidence, so
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from scipy.stats import binom
 
+from paranet_jax.early.policies.policy import RANKING, Choice, Flag, Policy, Samples
+from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.thresholds import threshold_between
 
 
@@ -41,6 +44,8 @@ def ltt(confidences: np.ndarray, losses: np.ndarray, epsilon: float, delta: floa
   Returns:
     lambda on the confidence scale; +inf (the full network) if nothing qualifies, see `images_needed_ltt`.
   """
+  from scipy.stats import binom  # A second to import, which `calibrate --help` does not wait for.
+
   n = confidences.shape[1]
   counts = np.arange(n + 1)
   qualifies = binom.cdf(counts, n, epsilon) <= delta
@@ -88,6 +93,8 @@ def _last_within(confidences: np.ndarray, losses: np.ndarray, allowed: float) ->
 
 def images_needed_ltt(epsilon: float, delta: float) -> int:
   """The fewest samples with which `ltt` can qualify, none of them with a loss: (1 - epsilon)^n <= delta."""
+  from scipy.stats import binom
+
   n = max(1, math.floor(math.log(delta) / math.log1p(-epsilon)) - 1)
   while binom.cdf(0, n, epsilon) > delta:
     n += 1
@@ -97,3 +104,63 @@ def images_needed_ltt(epsilon: float, delta: float) -> int:
 def images_needed_crc(epsilon: float) -> int:
   """The fewest samples with which `crc` can qualify, none of them with a loss: (n + 1) epsilon >= 1."""
   return max(1, math.ceil(1 / epsilon - 1e-9) - 1)
+
+
+def _choose_ltt(samples: Samples, target: Mapping[str, Any]) -> Choice:
+  epsilon, delta = target['risk'], target['delta']
+  confidence = ltt(samples.confidences, _losses(samples, target), epsilon, delta)
+  return _choice(confidence, images_needed_ltt(epsilon, delta), samples, epsilon)
+
+
+def _choose_crc(samples: Samples, target: Mapping[str, Any]) -> Choice:
+  epsilon = target['risk']
+  confidence = crc(samples.confidences, _losses(samples, target), epsilon)
+  return _choice(confidence, images_needed_crc(epsilon), samples, epsilon)
+
+
+def _losses(samples: Samples, target: Mapping[str, Any]) -> np.ndarray:
+  return performance_gap(samples.correct) if target['loss'] == 'gap' else disagreement(samples.predictions)
+
+
+def _choice(confidence: float, needed: int, samples: Samples, epsilon: float) -> Choice:
+  num_exits, images = samples.correct.shape
+  thresholds = shared_thresholds(confidence, num_exits)
+  if confidence < math.inf or num_exits == 1:
+    return Choice(thresholds)
+  lost = 'would do if the most confident images lost nothing, and they do'
+  why = f'it would need {needed:,}' if images < needed else f'{needed:,} {lost}'
+  return Choice(
+    thresholds,
+    f'risk {epsilon} cannot be promised from {images:,} held-out images: {why}; exits.json keeps the full network; '
+    'raise --risk, or hold out more images in a new run',
+  )
+
+
+def _fraction(text: str) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 < value < 1:
+    raise ValueError('must be between 0 and 1')
+  return value
+
+
+def _loss(text: str) -> str:
+  if text not in LOSSES:
+    raise ValueError(f'must be one of {", ".join(LOSSES)}')
+  return text
+
+
+LOSSES = ('gap', 'disagreement')
+_LOSS = Flag(
+  'risk-loss',
+  'loss',
+  _loss,
+  'gap',
+  'of --risk: gap (default): wrong where the full network is right; disagreement: a different answer',
+)
+_DELTA = Flag('delta', 'delta', _fraction, 0.1, 'of --policy=ltt: how often the risk may be missed (default: 0.1)')
+
+LTT = Policy('ltt', 'one threshold for all exits', {'risk': RANKING}, _choose_ltt, (_DELTA, _LOSS))
+CRC = Policy('crc', 'one threshold for all exits', {'risk': RANKING}, _choose_crc, (_LOSS,))

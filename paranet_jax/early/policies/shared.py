@@ -1,8 +1,13 @@
 """One threshold for all exits."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
+from paranet_jax.early.policies.policy import Choice, Policy, Samples
 from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point
+from paranet_jax.portable.run import SCORES, to_confidence
 
 
 def shared_thresholds(confidence_threshold: float, num_exits: int) -> np.ndarray:
@@ -34,3 +39,13 @@ def patience_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Cos
   if not within:
     raise ValueError(f'a budget of at least {points[0].cost} is needed, got {budget}')
   return max(within, key=lambda point: (point.accuracy, -point.cost))
+
+
+def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
+  if 'budget' in target:
+    return Choice(patience_for_budget(samples.confidences, samples.correct, samples.costs, target['budget']).thresholds)
+  confidence = float(to_confidence(target['threshold'], samples.score))
+  return Choice(shared_thresholds(confidence, samples.costs.num_exits))
+
+
+SHARED = Policy('shared', 'one threshold for all exits', {'threshold': SCORES, 'budget': ('patience',)}, _choose)

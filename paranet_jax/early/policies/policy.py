@@ -1,0 +1,83 @@
+"""What a policy is: a way to choose the thresholds of the exits on held-out images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from paranet_jax.early.thresholds import Costs
+from paranet_jax.portable.run import SCORES
+
+if TYPE_CHECKING:
+  from jaxtyping import Bool, Float, Int  # Takes as long to import as the flags of `calibrate` do without it.
+
+RANKING = tuple(score for score in SCORES if score != 'patience')
+"""The scores that rank images on a continuous scale."""
+
+
+class Samples(NamedTuple):
+  """The held-out images as a policy sees them: K usable exits, N images.
+
+  Attributes:
+    confidences: see `scores.confidences`.
+    score: the score that the confidences come from, one of `SCORES`.
+    costs: of exiting, in the unit of the budget.
+  """
+
+  confidences: Float[np.ndarray, 'K N']
+  predictions: Int[np.ndarray, 'K N']
+  correct: Bool[np.ndarray, 'K N']
+  score: str
+  costs: Costs
+
+
+class Choice(NamedTuple):
+  """What a policy chose.
+
+  Attributes:
+    thresholds: on the confidence scale; +inf: no sample exits there; the last is -inf.
+    problem: why the target cannot be met, in which case no threshold lets a sample exit early.
+  """
+
+  thresholds: Float[np.ndarray, ' K']
+  problem: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """A flag of `python -m paranet_jax.calibrate` that only some policies read.
+
+  Attributes:
+    name: without the dashes.
+    key: of its value in the target.
+    parse: reads the text; raises a ValueError that says what the value must be.
+  """
+
+  name: str
+  key: str
+  parse: Callable[[str], Any]
+  default: Any
+  help: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A way to choose thresholds.
+
+  Attributes:
+    name: as `--policy` and exits.json spell it.
+    description: what it chooses, for the report: 'thresholds from quotas'.
+    scores: the scores that it works with, for each kind of target that it accepts: 'budget', 'risk' or 'threshold'.
+    choose: from the images and the target to thresholds. The target is that of exits.json: one of
+      {'budget': 3e7, 'unit': 'macs'}, {'risk': 0.02} and {'threshold': 0.9}, and the values of `flags` by key.
+    flags: that it reads in addition to its target.
+  """
+
+  name: str
+  description: str
+  scores: Mapping[str, tuple[str, ...]]
+  choose: Callable[[Samples, Mapping[str, Any]], Choice]
+  flags: tuple[Flag, ...] = ()

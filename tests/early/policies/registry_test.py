@@ -1,0 +1,80 @@
+"""The registry of policies: each is found by name, and another package's policy reaches the command line."""
+
+import pytest
+
+from paranet_jax.calibrate.flags import parse
+from paranet_jax.early import policies as registry
+from paranet_jax.early.policies import Policy, default_policy, find_policy, policies, register_policy
+from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import SCORES
+
+PLUGIN = """
+from paranet_jax.early.policies import Choice, Flag, Policy
+from paranet_jax.early.policies.shared import shared_thresholds
+
+def level(text):
+  if not text.isdecimal():
+    raise ValueError('must be a whole number')
+  return int(text)
+
+def choose(samples, target):
+  return Choice(shared_thresholds(target['level'], samples.costs.num_exits))
+
+LEVEL = Flag('level', 'level', level, 7, 'how confident a sample must be')
+POLICY = Policy('plugin', 'one level', {'budget': ('max_prob',)}, choose, (LEVEL,))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch):
+  monkeypatch.setattr(registry, '_POLICIES', dict(registry._POLICIES))
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+  """An installed package with an entry point, as pip leaves it."""
+  (tmp_path / 'a_plugin.py').write_text(PLUGIN)
+  info = tmp_path / 'a_plugin-1.0.dist-info'
+  info.mkdir()
+  (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: a-plugin\nVersion: 1.0\n')
+  (info / 'entry_points.txt').write_text('[paranet_jax.policies]\nplugin = a_plugin:POLICY\n')
+  monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_every_built_in_policy():
+  assert [policy.name for policy in policies()] == ['optimal', 'quota', 'shared', 'ltt', 'crc']
+  assert all(find_policy(policy.name) is policy for policy in policies())
+  defaults = {
+    (target, score): default_policy(target, score) for target in ('budget', 'risk', 'threshold') for score in SCORES
+  }
+  names = {place: policy and policy.name for place, policy in defaults.items()}
+  ranking = {'budget': 'optimal', 'risk': 'ltt', 'threshold': 'shared'}
+  patience = {'budget': 'shared', 'risk': None, 'threshold': 'shared'}
+  assert names == {(t, s): (patience if s == 'patience' else ranking)[t] for t, s in defaults}
+
+
+def test_a_name_is_registered_once():
+  mine = Policy('mine', 'mine', {}, lambda samples, target: None)
+  register_policy(mine)
+  register_policy(mine)
+  assert find_policy('mine') is mine
+  with pytest.raises(ValueError, match='a policy named mine is registered already'):
+    register_policy(Policy('mine', 'another', {}, lambda samples, target: None))
+
+
+def test_a_policy_from_an_entry_point_and_its_flag(plugin):
+  request = parse(['--workdir=a', '--budget=3M', '--policy=plugin'])
+  assert request.policy.name == 'plugin' and request.target == {'budget': 3e6, 'unit': 'macs', 'level': 7}
+  assert parse(['--workdir=a', '--budget=3M', '--policy=plugin', '--level=2']).target['level'] == 2
+  for flags, message in (
+    (['--policy=plugin', '--level=x'], 'level must be a whole number, found x; set --level'),
+    (['--level=2'], '--level belongs to --policy=plugin, found optimal; leave out --level'),
+    (['--policy=other'], "unknown policy 'other', expected one of optimal, quota, shared, plugin; set --policy"),
+  ):
+    with pytest.raises(UserError) as error:
+      parse(['--workdir=a', '--budget=3M', *flags])
+    assert str(error.value) == message
+
+
+def test_without_the_plugin_there_is_no_such_policy():
+  assert find_policy('plugin') is None
