@@ -1,4 +1,4 @@
-"""README.md of a bundle: a model card, with the metadata that model hubs read."""
+"""The README.md of a bundle: a model card with the metadata that model hubs read."""
 
 import json
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.load import LoadedRun
 from paranet_jax.report.tables import human_count
 
-LICENCES = {
-  'cifar100': 'Krizhevsky 2009; distributed for research without a stated licence',
-  'cifar10': 'Krizhevsky 2009; distributed for research without a stated licence',
+LICENSES = {
+  'cifar100': 'Krizhevsky 2009; distributed for research without a stated license',
+  'cifar10': 'Krizhevsky 2009; distributed for research without a stated license',
   'digits': 'Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, CC BY 4.0',
-  'folder': "the exporter's own images; whoever shares this says what may be done with it",
+  'folder': "the exporter's own images; check the terms with whoever shares this bundle",
 }
 _RUN_ONNX = """With Python 3.10 or newer:
 
@@ -21,26 +21,26 @@ pip install numpy onnxruntime pillow
 python run.py photo.png photos/
 ```
 
-`run.py` documents its use from Python, stage by stage too."""
+The docstring of `run.py` shows its use from Python, including one stage at a time."""
 _RUN_STABLEHLO = """```python
 from pathlib import Path
 
 from jax import export
 
 stage = export.deserialize(Path('{stage}.stablehlo').read_bytes())
-logits, *features = stage.call(images)  # As preprocessing.json says.
+logits, *features = stage.call(images)  # Normalized as in preprocessing.json.
 ```
 
-When an image leaves, `exits.json` says. `run.py` is for ONNX stages alone."""
-_UNKNOWN_LICENCE = 'see the data set; not known to the exporter'
+`exits.json` says when an image exits. `run.py` needs ONNX stages."""
+_UNKNOWN_LICENSE = 'not known to the exporter; see the data set'
 
 
 def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], bundle: dict[str, Any]) -> str:
-  """The text.
+  """The text of the model card.
 
   Args:
-    costs: of `costs.exit_costs`.
-    bundle: bundle.json, but for the checksums.
+    costs: as `costs.exit_costs` returns them.
+    bundle: bundle.json, except for the checksums.
   """
   parts = [
     _metadata(run, plan, bundle),
@@ -77,7 +77,7 @@ def _what(run: LoadedRun, bundle: dict[str, Any]) -> str:
   height, width, channels = run.image_shape
   return f"""# {run.config.name} on {run.dataset.name}, with early exits
 
-An image classifier that stops as soon as it is sure: {len(run.dataset.class_names)} classes, images of
+An image classifier that stops as soon as it is confident: {len(run.dataset.class_names)} classes, images of
 {height} x {width} pixels and {channels} channel{'s' * (channels > 1)}, {bundle['dtype']}.
 
 {_RUN_ONNX if 'onnx' in bundle['formats'] else _RUN_STABLEHLO.format(stage=bundle['all_stages'][0])}"""
@@ -94,8 +94,8 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
   ]
   if test:
     rows.append(f'| as calibrated | {_percent(test["accuracy"])} | | {human_count(round(test["cost_macs"]))} | |')
-  header = '| exit | test accuracy (%) | leave there (%) | multiply-adds an image | parameters, with the exits before |'
-  asked = json.dumps(plan.target) if plan.target else 'the last exit'
+  header = '| exit | test accuracy (%) | share of images (%) | multiply-adds per image | parameters up to it |'
+  target = json.dumps(plan.target) if plan.target else 'the last exit'
   return '\n'.join(
     [
       '## Exits',
@@ -104,8 +104,8 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
       '|---|---|---|---|---|',
       *rows,
       '',
-      f'Calibrated for {asked}, by policy `{plan.policy}` and score `{plan.score}`. Accuracies are of the network in',
-      'JAX, in the precision it was trained in, measured when it was calibrated.',
+      f'Calibrated for {target}, with policy `{plan.policy}` and score `{plan.score}`. Accuracies were measured during',
+      'calibration, with the network in JAX at its training precision.',
     ]
   )
 
@@ -114,22 +114,22 @@ def _files(bundle: dict[str, Any]) -> str:
   lines = [
     '## Files',
     '',
-    '`exits.json`: temperatures, thresholds, costs, what was measured. `classes.json`: a name a class, in the order of',
-    'the outputs. `preprocessing.json`: how a picture becomes the input. `weights.safetensors`: what was learned, by',
-    'path. `config.json`: how it was trained. `bundle.json`: every stage with its inputs and outputs, and the',
-    'checksums of all files but this one.',
+    '`exits.json`: temperatures, thresholds, costs and test results. `classes.json`: the class names, in the order of',
+    'the logits. `preprocessing.json`: how an image becomes the input. `weights.safetensors`: the weights by path.',
+    '`config.json`: the training configuration. `bundle.json`: every stage with its inputs and outputs, and the',
+    'checksums of all files except this one.',
   ]
   if 'onnx' in bundle['formats']:
     lines += [
       '',
-      'ONNX, any batch; images [batch, height, width, channel], features [batch, channel, height, width]:',
+      'ONNX, any batch size; images [batch, height, width, channel], features [batch, channel, height, width]:',
       '',
       '| file | takes | gives |',
       '|---|---|---|',
       *(_stage_row(spec) for spec in bundle['stages'].values()),
     ]
   if 'stablehlo' in bundle['formats']:
-    lines += ['', '`*.stablehlo` are read by `jax.export.deserialize(bytes).call`; `bundle.json` has their signatures.']
+    lines += ['', 'Load `*.stablehlo` with `jax.export.deserialize(bytes).call`; `bundle.json` lists their signatures.']
   return '\n'.join(lines)
 
 
@@ -149,9 +149,9 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     '',
     f'Data: {run.dataset.name} {run.dataset.version}, {run.dataset.counts["train"]:,} training, '
     f'{run.dataset.counts["held_out"]:,} held-out and {run.dataset.counts["test"]:,} test images. '
-    f'Licence of the data: {_licence(run)}.',
+    f'License of the data: {_license(run)}.',
     '',
-    f'Trained to step {run.step} from `config.json`, which trains it again when it lies alone in a folder:',
+    f'Trained to step {run.step} with `config.json`. To train it again, copy that file into an empty folder:',
     '',
     '```bash',
     'python -m paranet_jax.main --workdir=FOLDER',
@@ -161,20 +161,20 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     f'Versions: {", ".join(f"{name} {version}" for name, version in bundle["versions"].items())}.',
   ]
   if bundle['dtype'] == 'float16':
-    lines.append('Weights are float16; ONNX Runtime casts them to float32 when it loads, and computes in float32.')
+    lines.append('Weights are stored in float16; ONNX Runtime casts them to float32 and computes in float32.')
   if found:
-    lines.append(f'Against the network in JAX, on {found["images"]:,} {found["of"]} images: {_agreement(found)}.')
+    lines.append(f'Compared with the network in JAX on {found["images"]:,} {found["of"]} images: {_agreement(found)}.')
   return '\n'.join(lines)
 
 
 def _agreement(found: dict[str, Any]) -> str:
-  if found['of'] == 'noise':  # On which the same labels and exits would say little of photographs.
-    return f'logits differ by {found["logits"]:.1e} at most, in units of the largest'
+  if found['of'] == 'noise':  # Equal labels on noise would say little about photographs.
+    return f'logits differ by at most {found["logits"]:.1e}, relative to the largest'
   return f'{_percent(found["labels"])} % the same labels, {_percent(found["exits"])} % the same exits'
 
 
-def _licence(run: LoadedRun) -> str:
-  return LICENCES.get(run.config.data.name.split('/')[0].split(':')[0], _UNKNOWN_LICENCE)
+def _license(run: LoadedRun) -> str:
+  return LICENSES.get(run.config.data.name.split('/')[0].split(':')[0], _UNKNOWN_LICENSE)
 
 
 def _percent(share: float | None) -> str:

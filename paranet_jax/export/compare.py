@@ -1,9 +1,10 @@
-"""How far a bundle's answers are those of the network in JAX."""
+"""How closely a bundle's predictions match those of the network in JAX."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.exit_plan import ExitPlan
@@ -15,26 +16,30 @@ from paranet_jax.portable import run as runtime
 from paranet_jax.steps import Preprocessing
 
 
-def compare(folder: Path, run: LoadedRun, plan: ExitPlan, images: np.ndarray) -> dict[str, Any]:
-  """`agreement` of the bundle in a folder with the run's network in JAX on uint8 images [N, H, W, C]."""
+def compare(folder: Path, run: LoadedRun, plan: ExitPlan, images: UInt8[np.ndarray, 'N H W C']) -> dict[str, Any]:
+  """The `agreement` between the bundle in a folder and the run's network in JAX."""
   preprocessing = Preprocessing(run.dataset.mean, run.dataset.std, crop_padding=0, flip=False)
   split = Split(images, np.zeros(len(images), np.int32))
   logits = split_logits(run.model, run.variables, plan.exits, preprocessing, split, 64)
   return agreement(logits, plan, runtime.load(folder), images)
 
 
-def agreement(logits: np.ndarray, plan: ExitPlan, bundle: runtime.Adaptive, images: np.ndarray) -> dict[str, Any]:
-  """Compares the answers to images.
+def agreement(
+  logits: Float[np.ndarray, 'K N classes'],
+  plan: ExitPlan,
+  bundle: runtime.Adaptive,
+  images: UInt8[np.ndarray, 'N H W C'],
+) -> dict[str, Any]:
+  """Compares the predictions for some images.
 
   Args:
-    logits: of the usable exits by JAX, float32 [K, N, C].
+    logits: of the usable exits, computed by JAX.
     plan: exits.json.
-    images: uint8 [N, H, W, C].
 
   Returns:
-    `images`: N; `labels` and `exits`: shares of the images that get the same label, and leave at the same exit;
-    `exit_labels`: the share of the same labels at each usable exit, if all images went there; `logits`: the largest
-    difference of a logit at any of them, in units of the largest logit where that is above 1.
+    `images`: N; `labels` and `exits`: shares of the images with the same label and the same exit; `exit_labels`: the
+    share with the same label at each usable exit, if all images went there; `logits`: the largest difference between
+    logits at any exit, relative to the largest logit where that is above 1.
   """
   found, theirs = bundle.predict(images), all_logits(bundle, images)
   thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds])
@@ -49,14 +54,14 @@ def agreement(logits: np.ndarray, plan: ExitPlan, bundle: runtime.Adaptive, imag
   }
 
 
-def all_logits(bundle: runtime.Adaptive, images: np.ndarray) -> np.ndarray:
-  """Of every usable exit: float32 [K, N, C]."""
+def all_logits(bundle: runtime.Adaptive, images: UInt8[np.ndarray, 'N H W C']) -> Float[np.ndarray, 'K N classes']:
+  """The bundle's logits at every usable exit."""
   every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
   waves = []
   for first in range(0, len(images), runtime.WAVE):
-    carried, found = every.begin(images[first : first + runtime.WAVE]), []
+    carry, found = every.begin(images[first : first + runtime.WAVE]), []
     for number in every.visited:
-      carried, logits = every.stage(number)(carried)
+      carry, logits = every.stage(number)(carry)
       found.append(logits)
     waves.append(np.stack(found))
   return np.concatenate(waves, axis=1)

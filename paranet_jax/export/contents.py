@@ -1,28 +1,38 @@
-"""bundle.json: the stages of a bundle, and how they go together."""
+"""The files of a bundle besides its stages, without paths of this machine."""
 
+import dataclasses
 import importlib.metadata
+import json
+import shlex
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from paranet_jax.description import environment
-from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.exit_plan import ExitPlan, save_plan
 from paranet_jax.early.load import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.export.onnx import is_nchw
 from paranet_jax.export.stages import Stages, StageSpec, Tensor
+from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
+from paranet_jax.runs.workdir import save_config
+
+_PATH_FLAGS = ('--workdir', '--compilation_cache')
 
 
-def describe(
+def describe_bundle(
   run: LoadedRun, plan: ExitPlan, stages: Stages, formats: Sequence[str], dtype: str, packages: Sequence[str]
 ) -> dict[str, Any]:
-  """bundle.json, but for what is known when the stages are written.
+  """bundle.json, except for the fields that are known once the stages are written.
 
   Args:
     formats: 'onnx', 'stablehlo'.
-    packages: whose versions are told, besides the usual ones.
+    packages: whose versions are listed in addition to the usual ones.
   """
   versions = environment(jax.devices()[:1])['versions']
   versions |= {name: importlib.metadata.version(name) for name in packages}
@@ -56,3 +66,58 @@ def _tensor_entry(tensor: Tensor) -> dict[str, Any]:
   *sides, channels = tensor.shape
   shape = [channels, *sides] if is_nchw(tensor) else list(tensor.shape)
   return {'name': tensor.name, 'shape': ['batch', *shape], 'dtype': 'float32'}
+
+
+def write_contents(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
+  """Writes exits.json, the class names, the preprocessing, the configuration, the weights and run.py."""
+  save_plan(folder, plan)
+  write_text(folder / runtime.CLASSES, json.dumps(run.dataset.class_names, indent=2) + '\n')
+  side, _, channels = run.image_shape
+  preprocessing = {
+    'side': side,
+    'channels': channels,
+    'mean': list(run.dataset.mean),
+    'std': list(run.dataset.std),
+    'resize': runtime.RESIZE,
+    'normalize': '(pixel / 255 - mean) / std, a channel',
+  }
+  write_json(folder / runtime.PREPROCESSING, preprocessing)
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    del config.data.data_dir  # Paths of this machine are private.
+    config.init_from = Path(config.init_from).name
+  save_config(folder, config)
+  save_weights(folder / 'weights.safetensors', run.variables)
+  shutil.copyfile(runtime.__file__, folder / 'run.py')
+
+
+def save_weights(path: Path, variables: Any) -> None:
+  """Writes `params` and `batch_stats` as safetensors, each array under its path (params/exit_1/classifier/kernel)."""
+  from safetensors.numpy import save
+
+  leaves = jax.tree_util.tree_leaves_with_path(variables)
+  names = (jax.tree_util.keystr(place, simple=True, separator='/') for place, _ in leaves)
+  arrays = (np.ascontiguousarray(leaf) for _, leaf in leaves)
+  path.write_bytes(save(dict(zip(names, arrays, strict=True)), {'format': 'flax'}))
+
+
+def without_local_paths(plan: ExitPlan) -> ExitPlan:
+  """The plan without the paths in its command line, from whichever machine calibrated it."""
+  if not plan.provenance or 'command' not in plan.provenance:
+    return plan
+  command = _without_paths(str(plan.provenance['command']))
+  return dataclasses.replace(plan, provenance=plan.provenance | {'command': command})
+
+
+def _without_paths(command: str) -> str:
+  try:
+    words = shlex.split(command)
+  except ValueError:  # Someone edited it, so where a path ends is unknown.
+    return 'python -m paranet_jax.calibrate --workdir=FOLDER'
+  for place, (before, word) in enumerate(zip(['', *words], words, strict=False)):
+    flag, given, _ = word.partition('=')
+    if before in _PATH_FLAGS:
+      words[place] = 'FOLDER'
+    elif flag in _PATH_FLAGS and given:
+      words[place] = f'{flag}=FOLDER'
+  return shlex.join(words)

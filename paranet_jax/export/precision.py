@@ -1,4 +1,4 @@
-"""ONNX stages in fewer bits: weights in float16, or weights and activations in int8."""
+"""ONNX stages in fewer bits: float16 weights, or int8 weights and activations."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,19 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
-from paranet_jax.export.quiet import quiet
+from paranet_jax.export.onnx import quiet
+from paranet_jax.export.stages import IMAGES, Stages
 
+CALIBRATION_IMAGES = 512
 _BATCH = 64
 
 
-def halved(model: Any) -> Any:
-  """The model with its weights stored in float16, each cast to float32 before it is used.
+def calibration_count(images: UInt8[np.ndarray, 'N H W C']) -> int:
+  """How many of the images calibrate the int8 ranges; the bundle is compared with JAX on the rest."""
+  return min(CALIBRATION_IMAGES, len(images) // 2)
 
-  Half the size, and the speed of float32: ONNX Runtime casts when it loads. What a processor computes is float32.
+
+def halved(model: Any) -> Any:
+  """Stores the weights of an ONNX model in float16, each cast to float32 before it is used.
+
+  This halves the file. ONNX Runtime casts when it loads the model, and computes in float32 at the same speed.
 
   Args:
-    model: ONNX, changed in place.
+    model: changed in place.
   """
   from onnx import TensorProto, helper, numpy_helper
 
@@ -36,12 +44,34 @@ def halved(model: Any) -> Any:
   return model
 
 
-def quantized(model: Any, inputs: dict[str, np.ndarray]) -> Any:
-  """The model with convolutions and classifiers in int8 (QDQ, static), by ONNX Runtime's own quantization.
+def quantized_stages(models: dict[str, Any], stages: Stages, images: Float[np.ndarray, 'N H W C']) -> dict[str, Any]:
+  """Quantizes each stage to int8, its ranges taken from the outputs of the float32 stages before it.
 
   Args:
-    model: ONNX.
-    inputs: of held-out images, by the names of the model's inputs, [N, ...], from which the ranges are taken.
+    models: float32 ONNX models by stage name.
+    images: normalized.
+  """
+  import onnxruntime
+
+  found = {}
+  for path in dict.fromkeys((stages.all, stages.visited)):  # Often the same.
+    carry: dict[str, np.ndarray] = {IMAGES: images}
+    for name in path:
+      takes = {tensor.name: carry[tensor.name] for tensor in stages.specs[name].takes}
+      session = onnxruntime.InferenceSession(models[name].SerializeToString(), providers=['CPUExecutionProvider'])
+      gives = [tensor.name for tensor in stages.specs[name].gives]
+      if name not in found:
+        found[name] = _quantized(models[name], takes)
+      if gives:
+        carry |= dict(zip(gives, session.run(gives, takes), strict=True))
+  return found
+
+
+def _quantized(model: Any, inputs: dict[str, np.ndarray]) -> Any:
+  """A model with its convolutions and classifiers in int8 (static QDQ), by ONNX Runtime's quantization.
+
+  Args:
+    inputs: arrays [N, ...] by input name, from which the ranges are taken.
   """
   import onnx
   from onnxruntime import quantization

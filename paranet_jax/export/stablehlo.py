@@ -1,14 +1,25 @@
-"""A stage as StableHLO, for runtimes of XLA: serialized by jax.export, for a free batch and several platforms."""
+"""Stages as StableHLO for XLA runtimes: serialized by jax.export, for any batch size and several platforms."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import export
 
-from paranet_jax.export.stages import StageSpec, Tensor, tracing
+from paranet_jax.export.stages import Stages, StageSpec, tracing
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+
+def write_stablehlo(folder: Path, stages: Stages) -> dict[str, Any]:
+  """Writes a file for each stage; returns the file and the signature of each."""
+  entries = {}
+  for name, spec in stages.specs.items():
+    exported = stablehlo_stage(spec)
+    (folder / f'{name}.stablehlo').write_bytes(exported.serialize())
+    entries[name] = {'file': f'{name}.stablehlo'} | _signature(exported, spec)
+  return entries
 
 
 def stablehlo_stage(spec: StageSpec) -> export.Exported:
@@ -19,14 +30,12 @@ def stablehlo_stage(spec: StageSpec) -> export.Exported:
     return export.export(jax.jit(spec.function), platforms=PLATFORMS)(*shapes)
 
 
-def signature(exported: export.Exported, takes: tuple[Tensor, ...], gives: tuple[Tensor, ...]) -> dict[str, Any]:
-  """What calls it: shapes and types by name, the platforms it was lowered for, and the calling convention."""
+def _signature(exported: export.Exported, spec: StageSpec) -> dict[str, Any]:
+  """What a caller needs: shapes and types by name, the target platforms and the calling convention."""
+  outputs = ['logits', *(tensor.name for tensor in spec.gives)]
   return {
-    'inputs': {tensor.name: str(aval) for tensor, aval in zip(takes, exported.in_avals, strict=True)},
-    'outputs': {
-      name: str(aval)
-      for name, aval in zip(('logits', *(tensor.name for tensor in gives)), exported.out_avals, strict=True)
-    },
+    'inputs': {tensor.name: str(aval) for tensor, aval in zip(spec.takes, exported.in_avals, strict=True)},
+    'outputs': {name: str(aval) for name, aval in zip(outputs, exported.out_avals, strict=True)},
     'platforms': list(exported.platforms),
     'calling_convention_version': exported.calling_convention_version,
   }

@@ -1,24 +1,25 @@
-"""A network cut at its exits, as functions of named arrays: what each stage takes, gives and lets pass."""
+"""A network cut at its exits into functions of named arrays: what each stage takes, gives and passes on."""
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import Var
 
 from paranet_jax.models.layers.backend import PLAIN, compiling_for
 
 IMAGES = 'images'
-_BATCH = 2  # Of the shapes that stages are looked at with; the batch is free in what is exported.
+_BATCH = 2  # For tracing only; exported stages take any batch size.
 
 
 class Tensor(NamedTuple):
-  """`name`, and the shape of one image's part: (H, W, C), or (C,)."""
+  """`name`, and the shape without the batch: (H, W, C), or (C,)."""
 
   name: str
   shape: tuple[int, ...]
@@ -26,15 +27,15 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
-  """What is run from one exit to another.
+  """The computation between two exits.
 
   Attributes:
-    name: of its files.
-    number: of its exit, 1-based.
+    name: its file name without the extension.
+    number: its exit, 1-based.
     function: arrays [B, *shape], in the order of `takes`, -> logits [B, classes], then the arrays of `gives`.
-    takes: of what is carried, what it reads.
-    gives: what it adds to what is carried.
-    keeps: names of what is carried before it and read by a later stage.
+    takes: the features that it reads.
+    gives: the features that it adds.
+    keeps: names of the features that exist before it and that a later stage reads.
   """
 
   name: str
@@ -46,9 +47,9 @@ class StageSpec:
 
 
 class Stages(NamedTuple):
-  """All that is exported of a network: the stages by name, and the names along two paths.
+  """The stages of a network by name, and their names along two paths.
 
-  visited: of the exits that `predict` runs. all: of every usable exit.
+  `visited` leads through the exits that `predict` runs, `all` through every usable exit.
   """
 
   specs: dict[str, StageSpec]
@@ -62,22 +63,22 @@ def cut(
   """Cuts a network at its exits.
 
   Args:
-    model: with the multi-exit interface, computing in float32.
-    variables: its parameters and running statistics.
+    model: has the multi-exit interface and computes in float32.
+    variables: its parameters and batch_stats.
     image_shape: (H, W, C).
-    exits: numbers of the usable exits, 1-based and increasing.
-    visited: those that `predict` runs; a stage after another exit than in `exits` is another stage.
+    exits: the usable exits, 1-based and increasing.
+    visited: the exits that `predict` runs; where it skips one, the stage after it differs from that in `exits`.
   """
   paths = {tuple(exits): _walk(model, variables, image_shape, exits, exits)}
   paths[tuple(visited)] = paths.get(tuple(visited)) or _walk(model, variables, image_shape, exits, visited)
   specs, read_later = {}, {}
   for path in paths.values():
-    carried = {IMAGES}
+    carry = {IMAGES}
     for index, spec in enumerate(path):
       specs[spec.name] = spec
       later = {tensor.name for following in path[index + 1 :] for tensor in following.takes}
-      read_later[spec.name] = read_later.get(spec.name, set()) | carried & later
-      carried |= {tensor.name for tensor in spec.gives}
+      read_later[spec.name] = read_later.get(spec.name, set()) | carry & later
+      carry |= {tensor.name for tensor in spec.gives}
   for name, spec in specs.items():
     specs[name] = dataclasses.replace(spec, keeps=tuple(sorted(read_later[name])))
   names = [tuple(spec.name for spec in paths[tuple(path)]) for path in (visited, exits)]
@@ -86,12 +87,14 @@ def cut(
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-  """How stages are traced: in the operations that exporters know, of which flax's pools divide by an integer."""
+  """Traces with the operations that exporters support; flax's pools divide by an integer, so types are promoted."""
   with compiling_for(PLAIN), jax.numpy_dtype_promotion('standard'):
     yield
 
 
-def _walk(model, variables, image_shape, exits, path) -> list[StageSpec]:
+def _walk(
+  model: Any, variables: Any, image_shape: tuple[int, int, int], exits: Sequence[int], path: Sequence[int]
+) -> list[StageSpec]:
   """The stages along a path, in order."""
   specs, carry, names = [], {}, []
   for index, number in enumerate(path):
@@ -107,8 +110,21 @@ def _name(number: int, before: Sequence[int], usual: Sequence[int]) -> str:
   return f'stage_{number}_after_{"_".join(map(str, before))}' if before else f'stage_{number}_alone'
 
 
-def _stage(model, variables, image_shape, name, number, carry, names) -> tuple[StageSpec, Any, list[str]]:
-  """A stage after what is carried (shapes, and a name for each leaf), and what is carried after it, with its names."""
+def _stage(
+  model: Any,
+  variables: Any,
+  image_shape: tuple[int, int, int],
+  name: str,
+  number: int,
+  carry: Any,
+  names: Sequence[str],
+) -> tuple[StageSpec, Any, list[str]]:
+  """A stage, and the shapes and names of the carry after it.
+
+  Args:
+    carry: shapes of the carry before it.
+    names: of the leaves of `carry`.
+  """
   images = jax.ShapeDtypeStruct((_BATCH, *image_shape), jnp.float32)
 
   def whole(images, carry):
@@ -118,7 +134,7 @@ def _stage(model, variables, image_shape, name, number, carry, names) -> tuple[S
     program, (_, after) = jax.make_jaxpr(whole, return_shape=True)(images, carry)
   jaxpr = program.jaxpr
   given = dict(zip(jaxpr.invars, [IMAGES, *names], strict=True))
-  read = {value for equation in jaxpr.eqns for value in equation.invars if isinstance(value, jax.extend.core.Var)}
+  read = {value for equation in jaxpr.eqns for value in equation.invars if isinstance(value, Var)}
   leaves, structure = jax.tree.flatten(carry)
   takes = [
     Tensor(given[variable], leaf.shape[1:])
@@ -136,7 +152,7 @@ def _stage(model, variables, image_shape, name, number, carry, names) -> tuple[S
 
   def function(*arrays):
     found = dict(zip([tensor.name for tensor in takes], arrays, strict=True))
-    # What no operation reads may be anything.
+    # Inputs that no operation reads may have any value.
     images, *filled = (found.get(label, np.float32(0)) for label in [IMAGES, *names])
     logits, left = whole(images, structure.unflatten(filled))
     left = jax.tree.leaves(left)
@@ -145,8 +161,8 @@ def _stage(model, variables, image_shape, name, number, carry, names) -> tuple[S
   return StageSpec(name, number, function, tuple(takes), tuple(made.values())), after, names_after
 
 
-def _label(path: tuple, number: int, taken: Sequence[str]) -> str:
-  """A name for a leaf of what is carried, such as features_1_2 of block (1, 2)."""
+def _label(path: tuple, number: int, taken: Collection[str]) -> str:
+  """A name for a leaf of the carry, such as features_1_2 for block (1, 2)."""
   parts = re.findall(r'\w+', jax.tree_util.keystr(path))
   label = '_'.join(['features', *(part for part in parts if part != 'values')])
   return label if label not in taken else f'{label}_after_exit_{number}'

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from paranet_jax.export.write import Request, write_bundle
+from paranet_jax.export.bundle import Request, write_bundle
 from paranet_jax.portable import run as runtime
 from tests.export.families_test import IMAGES, made
 

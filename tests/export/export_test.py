@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.export`: what it writes, what it refuses, and that nothing half-written stays."""
+"""`python -m paranet_jax.export`: the files it writes, the requests it rejects, and no partial output."""
 
 import copy
 import dataclasses
@@ -22,7 +22,10 @@ from paranet_jax.costs import exit_costs
 from paranet_jax.data.augment import normalize
 from paranet_jax.data.dataset import Split
 from paranet_jax.export import __main__ as export
-from paranet_jax.export import facts, stage_files, write
+from paranet_jax.export import bundle as bundle_lib
+from paranet_jax.export import compare as compare_lib
+from paranet_jax.export import contents as contents_lib
+from paranet_jax.export import stablehlo
 from paranet_jax.export.card import model_card
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable import run as runtime
@@ -33,22 +36,24 @@ NOISE = np.random.default_rng(1).integers(0, 256, (24, 32, 32, 3), np.uint8)
 
 @pytest.fixture(scope='module', autouse=True)
 def converted():
-  """The stages of the run are cut and converted once; what is done with them and written is each test's own."""
+  """Loads the run, cuts and converts its stages only once; each test writes its own files."""
 
   def once(function, key):
     kept = {}
 
-    def kept_or_made(*arguments):
+    def cached(*arguments):
       name = key(*arguments)
       kept[name] = kept.get(name) or function(*arguments)
       return copy.deepcopy(kept[name]) if isinstance(kept[name], onnx.ModelProto) else kept[name]
 
-    return kept_or_made
+    return cached
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(write, 'cut', once(write.cut, lambda *arguments: arguments[2:]))
-    for name in ('onnx_stage', 'stablehlo_stage'):
-      patch.setattr(stage_files, name, once(getattr(stage_files, name), lambda spec: spec.name))
+    patch.setattr(bundle_lib, 'cut', once(bundle_lib.cut, lambda *arguments: arguments[2:]))
+    patch.setattr(bundle_lib, 'load', once(bundle_lib.load, str))
+    patch.setattr(bundle_lib, 'exit_costs', once(bundle_lib.exit_costs, lambda *_: 'costs'))
+    for module, name in ((bundle_lib, 'onnx_stage'), (stablehlo, 'stablehlo_stage')):
+      patch.setattr(module, name, once(getattr(module, name), lambda spec: spec.name))
     yield
 
 
@@ -58,28 +63,34 @@ def run():
 
 
 @pytest.fixture(scope='module')
+def costs(run):
+  return exit_costs(run.model, run.image_shape)
+
+
+@pytest.fixture(scope='module')
 def logits(run):
-  """Of every exit on the noise: float32 [3, 24, 100]."""
+  """Logits of every exit on the noise, float32 [3, 24, 100]."""
   images = normalize(NOISE, run.dataset.mean, run.dataset.std)
   return np.stack(jax.jit(run.model.apply)(run.variables, images))
 
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
-  """A bundle in both formats, written by the command."""
+  """A bundle in both formats, as the command writes it."""
   folder = tmp_path_factory.mktemp('exported') / 'bundle'
   assert export.main([f'--workdir={PRETRAINED}', f'--out={folder}', '--format=both']) == 0
   return folder
 
 
 @pytest.fixture
-def held_out(monkeypatch):
-  """Noise in the place of the run's held-out images."""
+def held_out(logits, monkeypatch):
+  """Replaces the run's held-out images with noise, and their logits in JAX with those computed above."""
   split = Split(NOISE, np.zeros(len(NOISE), np.int32))
-  monkeypatch.setattr(write, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  monkeypatch.setattr(bundle_lib, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  monkeypatch.setattr(compare_lib, 'split_logits', lambda *given: logits[:, -len(given[4]) :])
 
 
-def test_what_is_in_it(out):
+def test_files(out):
   stages = [f'stage_{number}.{kind}' for number in (1, 2, 3) for kind in ('onnx', 'stablehlo')]
   facts = ['bundle.json', 'classes.json', 'config.json', 'exits.json', 'preprocessing.json']
   assert sorted(path.name for path in out.iterdir()) == sorted(
@@ -101,14 +112,14 @@ def test_what_is_in_it(out):
   }
 
 
-def test_every_file_has_its_checksum(out):
+def test_checksums(out):
   checksums = json.loads((out / 'bundle.json').read_text())['checksums']
   assert {*checksums, 'README.md', 'bundle.json'} == {path.name for path in out.iterdir()}
   for name, digest in checksums.items():
     assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
 
 
-def test_stages_are_described(out):
+def test_stage_descriptions(out):
   bundle = json.loads((out / 'bundle.json').read_text())
   assert (bundle['visited_stages'], bundle['all_stages']) == (['stage_1', 'stage_2', 'stage_3'],) * 2
   assert bundle['all_macs'] == json.loads((PRETRAINED / 'exits.json').read_text())['macs']
@@ -119,7 +130,7 @@ def test_stages_are_described(out):
     assert {tensor['name']: tensor['shape'] for tensor in spec['takes']}.items() <= carried.items()
     assert _shapes(model.graph.input) == [(tensor['name'], tensor['shape']) for tensor in spec['takes']]
     assert _shapes(model.graph.output) == given
-    # Stage i + 1 takes exactly what stage i left.
+    # Stage i + 1 takes exactly what stage i passes on.
     carried = {key: shape for key, shape in carried.items() if key in spec['keeps']} | dict(given[1:])
   assert carried == {}
 
@@ -128,8 +139,8 @@ def _shapes(values):
   return [(v.name, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]) for v in values]
 
 
-def test_the_graph_is_clean(out):
-  """No features are transposed before they are pooled, and a norm is folded or one operation."""
+def test_graph_is_clean(out):
+  """Only images and pooled features are transposed, and each norm is folded or a single operation."""
   pools = {'AveragePool', 'GlobalAveragePool', 'MaxPool'}
   known = pools | {'BatchNormalization', 'Concat', 'Conv', 'Gemm', 'Relu', 'Squeeze', 'Transpose'}
   for number in (1, 2, 3):
@@ -156,9 +167,9 @@ def test_logits(out, logits):
 def test_stablehlo(out, run, logits):
   bundle = json.loads((out / 'bundle.json').read_text())
   assert bundle['formats'] == ['onnx', 'stablehlo']
-  for count in (3, 24):
+  for count, names in ((24, bundle['all_stages']), (3, ['stage_1'])):
     carried = {'images': normalize(NOISE[:count], run.dataset.mean, run.dataset.std)}
-    for expected, name in zip(logits, bundle['all_stages'], strict=True):
+    for expected, name in zip(logits, names, strict=False):
       entry, spec = bundle['stablehlo'][name], bundle['stages'][name]
       stage = jax_export.deserialize((out / entry['file']).read_bytes())
       assert list(entry['inputs']) == [tensor['name'] for tensor in spec['takes']]
@@ -180,7 +191,7 @@ def test_weights(out, run):
     np.testing.assert_array_equal(found['/'.join(key.key for key in path)], leaf)
 
 
-def test_the_model_card(out):
+def test_model_card(out):
   _, header, text = (out / 'README.md').read_text().split('---\n', 2)
   metadata = yaml.safe_load(header)
   assert metadata['pipeline_tag'] == 'image-classification' and metadata['datasets'] == ['cifar100']
@@ -193,17 +204,17 @@ def test_the_model_card(out):
     'python -m paranet_jax.main --workdir=FOLDER',
   ):
     assert line in text.splitlines()
-  assert 'without a stated licence' in text and 'jax2onnx' in text and 'Python 3.10 or newer' in text
+  assert 'without a stated license' in text and 'jax2onnx' in text and 'Python 3.10 or newer' in text
   assert (metadata['license'], metadata['license_name']) == ('other', 'that-of-the-data')
   found = json.loads((out / 'bundle.json').read_text())['agreement']['logits']
-  noise = f'on 16 noise images: logits differ by {found:.1e} at most, in units of the largest.'
+  noise = f'on 16 noise images: logits differ by at most {found:.1e}, relative to the largest.'
   assert noise in text and 'the same exits' not in text
 
 
-def test_the_model_card_of_fewer_bits(out, run):
+def test_model_card_with_agreement_on_held_out_images(out, run, costs):
   agreement = {'images': 1000, 'of': 'held-out', 'labels': 0.999, 'exits': 0.9874, 'logits': 0.01}
   bundle = json.loads((out / 'bundle.json').read_text()) | {'agreement': agreement}
-  card = model_card(run, run.exits, exit_costs(run.model, run.image_shape), bundle)
+  card = model_card(run, run.exits, costs, bundle)
   assert 'on 1,000 held-out images: 99.90 % the same labels, 98.74 % the same exits.\n' in card
 
 
@@ -215,9 +226,9 @@ def test_the_model_card_of_fewer_bits(out, run):
     (['onnx', 'stablehlo'], 'onnxruntime', ['onnx', 'stablehlo']),
   ],
 )
-def test_the_model_card_is_of_its_formats(out, run, formats, library, tags):
+def test_model_card_follows_the_formats(out, run, costs, formats, library, tags):
   bundle = json.loads((out / 'bundle.json').read_text()) | {'formats': formats}
-  _, header, text = model_card(run, run.exits, exit_costs(run.model, run.image_shape), bundle).split('---\n', 2)
+  _, header, text = model_card(run, run.exits, costs, bundle).split('---\n', 2)
   metadata = yaml.safe_load(header)
   assert metadata['library_name'] == library
   assert metadata['tags'] == [*tags, 'early-exit', 'image-classification']
@@ -225,14 +236,14 @@ def test_the_model_card_is_of_its_formats(out, run, formats, library, tags):
   assert ("export.deserialize(Path('stage_1.stablehlo').read_bytes())" in text) == ('onnx' not in formats)
 
 
-def test_where_it_was_made_is_not_told(tmp_path):
+def test_local_paths_are_removed(tmp_path):
   config = (PRETRAINED / 'config.json').read_text()
   copy = shutil.copytree(PRETRAINED, tmp_path / 'mine' / 'run')
   fields = json.loads(config)
   fields['data']['data_dir'] = fields['init_from'] = f'{tmp_path}/mine/other'
   (copy / 'config.json').write_text(json.dumps(fields))
   exits = json.loads((copy / 'exits.json').read_text())
-  # Where it was calibrated; it was moved since.
+  # The run was calibrated in another folder and moved.
   places = f'--workdir={tmp_path}/elsewhere/run --compilation_cache {tmp_path}/cache'
   exits['provenance']['command'] = f'python -m paranet_jax.calibrate {places} --budget=8M'
   (copy / 'exits.json').write_text(json.dumps(exits))
@@ -254,16 +265,16 @@ def test_where_it_was_made_is_not_told(tmp_path):
     ("--workdir='/home/me", '--workdir=FOLDER'),
   ],
 )
-def test_folders_in_a_command(run, flags, written):
+def test_paths_in_a_command(run, flags, written):
   plan = dataclasses.replace(run.exits, provenance={'command': f'python -m paranet_jax.calibrate {flags}'})
-  assert facts.without_place(plan).provenance == {'command': f'python -m paranet_jax.calibrate {written}'}
+  assert contents_lib.without_local_paths(plan).provenance == {'command': f'python -m paranet_jax.calibrate {written}'}
 
 
 @pytest.mark.parametrize('dtype, weights', [('float16', {'FLOAT16'}), ('int8', {'FLOAT', 'INT32', 'INT8', 'UINT8'})])
-def test_fewer_bits(dtype, weights, tmp_path, held_out, logits, capsys):
+def test_reduced_precision(dtype, weights, tmp_path, held_out, logits, capsys):
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', f'--dtype={dtype}']) == 0
   bundle = json.loads((tmp_path / 'out/bundle.json').read_text())
-  found, count = bundle['agreement'], {'float16': 24, 'int8': 12}[dtype]  # Half of them gave int8 its ranges.
+  found, count = bundle['agreement'], {'float16': 24, 'int8': 12}[dtype]  # Half of them calibrate int8.
   assert (found['images'], found['of']) == (count, 'held-out')
   assert 0 < found['logits'] < {'float16': 0.01, 'int8': 0.5}[dtype]
   assert found['labels'] >= {'float16': 0.9, 'int8': 0.5}[dtype]
@@ -283,28 +294,28 @@ def test_fewer_bits(dtype, weights, tmp_path, held_out, logits, capsys):
   assert size < {'float16': 500_000, 'int8': 400_000}[dtype]  # 770 kB in float32.
 
 
-def test_a_float32_bundle_that_computes_something_else_is_not_left(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(write, 'compare', lambda *_: {'logits': 2e-4})
+def test_float32_bundle_that_differs_from_jax_is_rejected(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(bundle_lib, 'compare', lambda *_: {'logits': 2e-4})
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
   assert capsys.readouterr().err == (
     'error: expected exported logits within 1e-04 of those in JAX, found 2.0e-04; '
-    'install the versions of constraints.txt, or set --format=stablehlo\n'
+    'install the versions in constraints.txt, or set --format=stablehlo\n'
   )
   assert not list(tmp_path.iterdir())
 
 
-def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(write, 'model_card', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_interruption_leaves_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(bundle_lib, 'model_card', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 130
   assert not list(tmp_path.iterdir())
 
 
-def test_what_came_in_the_meantime_is_not_replaced(tmp_path, monkeypatch, capsys):
-  def come(*_):
+def test_folder_created_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
+  def create(*_):
     (tmp_path / 'out').mkdir()
     return ''
 
-  monkeypatch.setattr(write, 'model_card', come)
+  monkeypatch.setattr(bundle_lib, 'model_card', create)
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
   assert (
     capsys.readouterr().err
@@ -313,8 +324,8 @@ def test_what_came_in_the_meantime_is_not_replaced(tmp_path, monkeypatch, capsys
   assert contents(tmp_path) == {'out': None}
 
 
-def test_the_folder_of_another_exporter_is_left(tmp_path, capsys):
-  """One on another machine, with the same process id."""
+def test_temporary_folder_of_another_exporter_is_kept(tmp_path, capsys):
+  """Another machine may run one with the same process id."""
   other = tmp_path / f'.out.{os.getpid()}.tmp'
   other.mkdir()
   (other / 'stage_1.onnx').write_text('theirs')
@@ -328,7 +339,7 @@ def test_the_folder_of_another_exporter_is_left(tmp_path, capsys):
 
 @pytest.fixture
 def place(tmp_path):
-  """Runs that do not fit, and places that are taken."""
+  """Runs that cannot be exported, and paths that exist."""
   (tmp_path / 'file').write_text('mine')
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
@@ -344,20 +355,20 @@ def place(tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--out={here}/new'], 'expected a folder, found none; set --workdir'),
-    (['--workdir={run}'], 'expected a folder, found none; set --out'),
+    (['--out={here}/new'], 'the following arguments are required: --workdir; see --help'),
+    (['--workdir={run}'], 'the following arguments are required: --out; see --help'),
     (['--workdir={run}', '--out={here}/new', 'x'], 'unrecognized arguments: x; see --help'),
     (
       ['--workdir={run}', '--out={here}/new', '--format=tflite'],
-      "unknown format 'tflite', expected one of onnx, stablehlo, both; set --format",
+      "argument --format: invalid choice: 'tflite' (choose from ",
     ),
     (
       ['--workdir={run}', '--out={here}/new', '--dtype=int4'],
-      "unknown dtype 'int4', expected one of float32, float16, int8; set --dtype",
+      "argument --dtype: invalid choice: 'int4' (choose from ",
     ),
     (
       ['--workdir={run}', '--out={here}/new', '--dtype=int8', '--format=both'],
-      'StableHLO stages are of float32, found --dtype=int8; set --format=onnx or --dtype=float32',
+      'StableHLO stages are float32 only, found --dtype=int8; set --format=onnx or --dtype=float32',
     ),
     (
       ['--workdir={run}', '--out={here}/folder'],
@@ -373,11 +384,11 @@ def place(tmp_path):
     ),
     (
       ['--workdir={run}', '--out={here}/no/new'],
-      'expected a folder {here}/no to write in, found none; make it, or set --out',
+      'expected a folder {here}/no to write in, found none; create it, or set --out',
     ),
     (
       ['--workdir={run}', f'--out={{here}}/{300 * "a"}/new'],
-      f'expected a folder {{here}}/{300 * "a"} to write in, found none; make it, or set --out',
+      f'expected a folder {{here}}/{300 * "a"} to write in, found none; create it, or set --out',
     ),
     (
       ['--workdir={run}', f'--out={{here}}/{300 * "a"}'],
@@ -400,7 +411,7 @@ def place(tmp_path):
     (['--workdir={here}/damaged', '--out={here}/new'], '{here}/damaged/exits.json is not a JSON object ('),
   ],
 )
-def test_refusals(place, arguments, message, capsys):
+def test_rejected_requests(place, arguments, message, capsys):
   before, places = contents(place), {'run': PRETRAINED, 'here': place}
   assert export.main([argument.format(**places) for argument in arguments]) == 2
   out, err = capsys.readouterr()
@@ -408,30 +419,28 @@ def test_refusals(place, arguments, message, capsys):
   assert contents(place) == before
 
 
-def test_a_folder_that_may_not_be_written_in(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(write.os, 'access', lambda path, mode: path != tmp_path)  # To root, all may be.
+def test_folder_that_is_not_writable(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(bundle_lib.os, 'access', lambda path, mode: path != tmp_path)  # Root may write anywhere.
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
-  assert capsys.readouterr().err == (
-    f'error: expected a folder to write in, found {tmp_path}, which cannot be; set --out\n'
-  )
+  assert capsys.readouterr().err == (f'error: expected a writable folder, found {tmp_path}, which is not; set --out\n')
 
 
 @pytest.mark.parametrize('package', ['jax2onnx', 'onnx', 'onnxruntime', 'safetensors', 'flatbuffers'])
-def test_without_the_exporter(package, tmp_path, monkeypatch, capsys):
-  find_spec = write.importlib.util.find_spec
-  monkeypatch.setattr(write.importlib.util, 'find_spec', lambda name: None if name == package else find_spec(name))
+def test_missing_package(package, tmp_path, monkeypatch, capsys):
+  find_spec = bundle_lib.importlib.util.find_spec
+  monkeypatch.setattr(bundle_lib.importlib.util, 'find_spec', lambda name: None if name == package else find_spec(name))
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=both']) == 2
   assert capsys.readouterr().err == (
-    f'error: expected {package} to export, found none; pip install -r requirements-export.txt\n'
+    f'error: exporting needs {package}, found none; pip install -r requirements-export.txt\n'
   )
   assert not list(tmp_path.iterdir())
 
 
-def test_without_the_held_out_images(tmp_path, monkeypatch, capsys):
+def test_missing_data_set(tmp_path, monkeypatch, capsys):
   def missing(*_, **__):
     raise UserError('expected cifar100, found none; set --config.data.data_dir')
 
-  monkeypatch.setattr(write, 'load_dataset', missing)
+  monkeypatch.setattr(bundle_lib, 'load_dataset', missing)
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--dtype=int8']) == 2
   assert capsys.readouterr().err == 'error: expected cifar100, found none; set --config.data.data_dir\n'
   assert not list(tmp_path.iterdir())
@@ -446,20 +455,20 @@ def test_without_the_held_out_images(tmp_path, monkeypatch, capsys):
   ],
 )
 def test_too_few_held_out_images(dtype, needed, count, split, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(write, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  monkeypatch.setattr(bundle_lib, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', f'--dtype={dtype}']) == 2
   assert capsys.readouterr().err == (
-    f'error: --dtype={dtype} needs {needed} or more, found {count}; '
-    'set --dtype=float32, or hold out more in a new run\n'
+    f'error: --dtype={dtype} needs at least {needed}, found {count}; '
+    'set --dtype=float32, or train with a larger --config.data.held_out\n'
   )
   assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_written(tmp_path, monkeypatch, capsys):
+def test_full_disk(tmp_path, monkeypatch, capsys):
   def full(*_):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(facts, 'save_weights', full)
+  monkeypatch.setattr(contents_lib, 'save_weights', full)
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
   assert capsys.readouterr().err == (
     f'error: {tmp_path}/out cannot be written: No space left on device; set --out to another folder\n'

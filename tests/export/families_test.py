@@ -19,7 +19,7 @@ from paranet_jax.early.load import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences
-from paranet_jax.export import write
+from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.export.compare import all_logits
 from paranet_jax.models.ensemble import Ensemble
 from paranet_jax.models.staged import StagedModel
@@ -115,7 +115,7 @@ def test_exits_that_are_skipped(tmp_path):
   run, plan, logits = made(MODELS['paranet']())
   macs = mac_costs(run.model, (SIDE, SIDE, 3), plan.exits)
   plan = with_thresholds(plan, np.array([plan.confidence_thresholds[0], np.inf, -np.inf]), macs)
-  write.write_bundle(write.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+  bundle_lib.write_bundle(bundle_lib.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
   described = json.loads((tmp_path / 'out/bundle.json').read_text())
   assert described['visited_stages'] == ['stage_1', 'stage_3_after_1']
   assert described['all_stages'] == ['stage_1', 'stage_2', 'stage_3']
@@ -134,8 +134,8 @@ def test_the_bundle_answers_as_the_jax_runtime(name, tmp_path, monkeypatch):
   model = MODELS[name]()
   run, plan, logits = made(model)
   run = dataclasses.replace(run, model=model)
-  monkeypatch.setattr(write, 'compare', lambda *_: {'images': COUNT, 'labels': 1, 'exits': 1, 'logits': 0})
-  write.write_bundle(write.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+  monkeypatch.setattr(bundle_lib, 'compare', lambda *_: {'images': COUNT, 'labels': 1, 'exits': 1, 'logits': 0})
+  bundle_lib.write_bundle(bundle_lib.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
   bundle = runtime.load(tmp_path / 'out', threads=1)
   np.testing.assert_allclose(all_logits(bundle, IMAGES), logits, rtol=1e-4, atol=1e-4 * max(np.abs(logits).max(), 1))
   early = early_exit(run, plan)

@@ -1,0 +1,203 @@
+"""Writes a bundle, file by file, into a temporary folder that takes the requested name once it is complete."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from paranet_jax.costs import exit_costs
+from paranet_jax.data.load import load_dataset
+from paranet_jax.early.exit_plan import ExitPlan, read_plan
+from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.export.card import model_card
+from paranet_jax.export.compare import compare
+from paranet_jax.export.contents import describe_bundle, without_local_paths, write_contents
+from paranet_jax.export.onnx import onnx_stage
+from paranet_jax.export.precision import CALIBRATION_IMAGES, calibration_count, halved, quantized_stages
+from paranet_jax.export.stablehlo import write_stablehlo
+from paranet_jax.export.stages import Stages, cut
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import write_json, write_text
+from paranet_jax.portable import run as runtime
+
+COMPARED_IMAGES = 1000
+NOISE_IMAGES = 16
+TOLERANCE = 1e-4
+"""On float32 logits, relative to the largest logit where that is above 1."""
+
+NEEDS = {'onnx': ('jax2onnx', 'onnx', 'onnxruntime', 'safetensors'), 'stablehlo': ('flatbuffers', 'safetensors')}
+
+
+class Request(NamedTuple):
+  """What to export: `workdir` and `out` are absolute, `formats` holds 'onnx' and 'stablehlo'."""
+
+  workdir: Path
+  out: Path
+  formats: tuple[str, ...]
+  dtype: str
+
+
+def check_request(request: Request) -> None:
+  """Checks, before anything slow, that the bundle can be written.
+
+  Raises:
+    UserError: `out` exists, a package is missing, or the format does not support the precision.
+  """
+  if os.path.lexists(request.out):
+    raise UserError(f'expected no {request.out}, found something there; set --out to another folder')
+  if not os.path.isdir(request.out.parent):  # Unlike Path.is_dir, also False where the name is too long.
+    raise UserError(f'expected a folder {request.out.parent} to write in, found none; create it, or set --out')
+  if not os.access(request.out.parent, os.W_OK | os.X_OK):
+    raise UserError(f'expected a writable folder, found {request.out.parent}, which is not; set --out')
+  if 'stablehlo' in request.formats and request.dtype != 'float32':
+    raise UserError(
+      f'StableHLO stages are float32 only, found --dtype={request.dtype}; set --format=onnx or --dtype=float32'
+    )
+  for name in _packages(request):
+    if importlib.util.find_spec(name) is None:
+      raise UserError(f'exporting needs {name}, found none; pip install -r requirements-export.txt')
+
+
+def _packages(request: Request) -> list[str]:
+  return sorted({name for kind in request.formats for name in NEEDS[kind]})
+
+
+def export_run(request: Request) -> dict[str, Any]:
+  """Writes the bundle of a calibrated run; returns bundle.json.
+
+  Raises:
+    UserError: the run, its exits.json, the folder or (for float16 and int8) the data set does not fit.
+  """
+  check_request(request)
+  run = load(request.workdir)
+  plan = without_local_paths(run.exits or read_plan(request.workdir))
+  return write_bundle(request, run, plan, _images(request, run))
+
+
+def write_bundle(
+  request: Request, run: LoadedRun, plan: ExitPlan, images: UInt8[np.ndarray, 'N H W C']
+) -> dict[str, Any]:
+  """Writes the bundle of a loaded run; returns bundle.json.
+
+  Args:
+    images: on which the bundle is compared with JAX, and int8 is calibrated.
+
+  Raises:
+    UserError: the folder cannot be written, or a float32 bundle does not reproduce the network's logits.
+  """
+  if hasattr(run.model, 'dtype'):
+    run = dataclasses.replace(run, model=run.model.clone(dtype=jnp.float32))
+  stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
+  with _atomic_folder(request.out) as folder:
+    bundle = describe_bundle(run, plan, stages, request.formats, request.dtype, _packages(request))
+    write_contents(folder, run, plan)
+    if 'onnx' in request.formats:
+      _write_onnx(folder, run, stages, request.dtype, images)
+      bundle['checksums'] = _checksums(folder)
+      write_json(folder / runtime.BUNDLE, bundle)
+      bundle['agreement'] = _checked(request, compare(folder, run, plan, _compared(request, images)))
+    if 'stablehlo' in request.formats:
+      bundle['stablehlo'] = write_stablehlo(folder, stages)
+    write_text(folder / 'README.md', model_card(run, plan, exit_costs(run.model, run.image_shape), bundle))
+    bundle['checksums'] = _checksums(folder)
+    write_json(folder / runtime.BUNDLE, bundle)
+  return bundle
+
+
+def _write_onnx(folder: Path, run: LoadedRun, stages: Stages, dtype: str, images: UInt8[np.ndarray, 'N H W C']) -> None:
+  import onnx
+
+  models = {name: onnx_stage(spec) for name, spec in stages.specs.items()}
+  if dtype == 'float16':
+    models = {name: halved(model) for name, model in models.items()}
+  elif dtype == 'int8':
+    mean, std = np.float32(run.dataset.mean), np.float32(run.dataset.std)
+    calibrating = images[: calibration_count(images)].astype(np.float32)
+    models = quantized_stages(models, stages, (calibrating / 255 - mean) / std)
+  for name, model in models.items():
+    onnx.checker.check_model(model)
+    onnx.save(model, folder / f'{name}.onnx')
+
+
+def _compared(request: Request, images: UInt8[np.ndarray, 'N H W C']) -> UInt8[np.ndarray, 'n H W C']:
+  """The images on which the agreement is measured: for int8, those that did not calibrate it."""
+  return images[calibration_count(images) if request.dtype == 'int8' else 0 :][:COMPARED_IMAGES]
+
+
+def _checked(request: Request, found: dict[str, Any]) -> dict[str, Any]:
+  if request.dtype == 'float32' and not found['logits'] <= TOLERANCE:
+    raise UserError(
+      f'expected exported logits within {TOLERANCE:.0e} of those in JAX, found {found["logits"]:.1e}; '
+      'install the versions in constraints.txt, or set --format=stablehlo'
+    )
+  return found | {'of': 'noise' if request.dtype == 'float32' else 'held-out'}
+
+
+def _images(request: Request, run: LoadedRun) -> UInt8[np.ndarray, 'N H W C']:
+  if request.dtype == 'float32':
+    return np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *run.image_shape), np.uint8)
+  images = held_out_images(run)
+  needed = 2 if request.dtype == 'int8' else 1  # int8: one to calibrate on, one to compare.
+  if len(images) < needed:
+    raise UserError(
+      f'--dtype={request.dtype} needs at least {needed} held-out image{"s" * (needed > 1)}, found {len(images)}; '
+      'set --dtype=float32, or train with a larger --config.data.held_out'
+    )
+  return images
+
+
+def held_out_images(run: LoadedRun) -> UInt8[np.ndarray, 'N H W C']:
+  """The run's held-out images, as many as an export uses.
+
+  Raises:
+    UserError: the data set cannot be read.
+  """
+  fields = run.config.model
+  dataset = load_dataset(
+    run.config.data, image_side=fields.image_side, channels=fields.channels, num_classes=fields.num_classes
+  )
+  if dataset.held_out is None:
+    return np.zeros((0, *run.image_shape), np.uint8)
+  return np.asarray(dataset.held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+  """SHA-256 of every file except bundle.json, which holds the checksums, and the model card, which may be edited."""
+  files = (path for path in sorted(folder.iterdir()) if path.name not in ('README.md', runtime.BUNDLE))
+  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@contextlib.contextmanager
+def _atomic_folder(out: Path) -> Iterator[Path]:
+  """A new folder beside `out`, renamed to `out` if the context ends without an error, else removed.
+
+  Raises:
+    UserError: it cannot be written, or `out` exists by then.
+  """
+  folder = None
+  try:
+    folder = _new_folder(out)
+    yield folder
+    if os.path.lexists(out):
+      raise UserError(f'expected no {out}, found something there; set --out to another folder')
+    folder.rename(out)
+  except OSError as error:
+    raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error
+  finally:
+    if folder:  # A folder that mkdir refused belongs to another process.
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder(out: Path) -> Path:
+  folder = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+  folder.mkdir()
+  return folder
