@@ -36,7 +36,7 @@ def _run(request: Request, command: str) -> None:
   print(report(result.plan))
   print(f'\nexits: {path}{replaced}', flush=True)
   if request.curves:
-    from paranet_jax.calibrate.figures.calibration_figures import draw  # matplotlib takes a second to import.
+    from paranet_jax.calibrate.figures import draw  # matplotlib takes a second to import.
 
     print('\n'.join(f'figure: {path}' for path in draw(request.workdir, result) if path.suffix == '.png'))
 

@@ -1,4 +1,4 @@
-"""The easiest and the hardest images of each exit, with what they are and what they were taken for."""
+"""The figure of the easiest and the hardest test images of each exit, with their labels and predictions."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, TransformedBbox
 
-from paranet_jax.calibrate.figures.drawing import Drawing, wrapped_title
-from paranet_jax.calibrate.figures.figure_types import FigureData
+from paranet_jax.calibrate.figures.drawings import Drawing, wrapped_title
+from paranet_jax.calibrate.figures.figure_data import FigureData
 from paranet_jax.report.plots import VERMILLION
 
 # Inches.
@@ -16,11 +16,11 @@ _IMAGE, _CELL_WIDTH, _CELL_HEIGHT = 0.95, 1.25, 1.4
 _LEFT, _GAP, _TOP, _LINE = 1.0, 0.35, 0.55, 0.13
 _TITLE_LINE = 0.22
 
-_LONGEST_NAME = 14  # letters that fit below an image
+_LONGEST_NAME = 14  # Letters that fit below an image.
 
 
 def contact_sheet(data: FigureData) -> Drawing:
-  """A row an exit: the most confident images on the left, the least on the right."""
+  """One row per exit: the most confident images on the left, the least confident on the right."""
   sheet, count = data.sheet, len(data.exits)
   columns = max((np.sum((sheet.exits == k) & ~sheet.hard) for k in range(count)), default=0) or 1
   width = _LEFT + 2 * columns * _CELL_WIDTH + _GAP
@@ -32,22 +32,33 @@ def contact_sheet(data: FigureData) -> Drawing:
   figure = Figure(figsize=(figure_width, height), dpi=150)
   figure.text(0.5, 1 - 0.1 / height, title, ha='center', va='top', fontsize='large', parse_math=False)
   axes = figure.add_axes((0, 0, 1, 1))
-  # One axes measured in inches from the top left corner: every image has its exact place.
+  # One Axes measured in inches from the top left corner gives every image an exact place.
   axes.set(xlim=(0, figure_width), ylim=(height, 0))
   axes.set_axis_off()
   right = _LEFT + columns * _CELL_WIDTH + _GAP
-  axes.text(_LEFT, top - 0.12, 'most confident that left here', fontsize='medium', fontstyle='italic')
-  axes.text(right, top - 0.12, 'least confident that left here', fontsize='medium', fontstyle='italic')
+  axes.text(_LEFT, top - 0.12, 'most confident', fontsize='medium', fontstyle='italic')
+  axes.text(right, top - 0.12, 'least confident', fontsize='medium', fontstyle='italic')
   for k, number in enumerate(data.exits):
     y = top + k * _CELL_HEIGHT
     share = data.shares['test'][k]
-    leavers = f'{100 * share:.1f} %\nleave here' if share else 'nobody\nleaves here'
+    exiting = f'{100 * share:.1f} %\nexit here' if share else 'no image\nexits here'
     axes.text(0.15, y + 0.12, f'exit {number}', fontweight='bold', va='center')
-    axes.text(0.15, y + 0.28, leavers, fontsize=8, color='0.35', va='top')
+    axes.text(0.15, y + 0.28, exiting, fontsize=8, color='0.35', va='top')
     for hard, x in ((False, _LEFT), (True, right)):
       for column, member in enumerate(np.flatnonzero((sheet.exits == k) & (sheet.hard == hard))):
         _draw_image(axes, data, member, x + column * _CELL_WIDTH, y)
-  return Drawing(figure, [_row(data, member) for member in range(len(sheet.exits))])
+  rows = [
+    {
+      'exit': data.exits[sheet.exits[member]],
+      'among': 'hardest' if sheet.hard[member] else 'easiest',
+      'test_image': sheet.numbers[member],
+      'label': data.class_names[sheet.labels[member]],
+      'prediction': data.class_names[sheet.predictions[member]],
+      'probability': sheet.probabilities[member],
+    }
+    for member in range(len(sheet.exits))
+  ]
+  return Drawing(figure, rows)
 
 
 def _draw_image(axes: Axes, data: FigureData, member: int, x: float, y: float) -> None:
@@ -72,23 +83,11 @@ def _draw_image(axes: Axes, data: FigureData, member: int, x: float, y: float) -
 
 
 def _caption(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
-  """A line below an image, cut off where the next image's begins."""
+  """Writes a line below an image, clipped where the next image begins."""
   cell = TransformedBbox(Bbox.from_bounds(x, y - 1, _CELL_WIDTH - 0.03, 2), axes.transData)
   axes.text(x, y, text, fontsize=7, parse_math=False, clip_on=True, **style).set_clip_box(cell)
 
 
 def short(name: str, longest: int) -> str:
-  """A name of at most `longest` letters."""
+  """Shortens a name to at most `longest` letters."""
   return name if len(name) <= longest else f'{name[: longest - 1]}…'
-
-
-def _row(data: FigureData, member: int) -> dict:
-  sheet = data.sheet
-  return {
-    'exit': int(data.exits[sheet.exits[member]]),
-    'among': 'hardest' if sheet.hard[member] else 'easiest',
-    'test_image': int(sheet.numbers[member]),
-    'label': data.class_names[sheet.labels[member]],
-    'prediction': data.class_names[sheet.predictions[member]],
-    'probability': float(sheet.probabilities[member]),
-  }

@@ -1,21 +1,16 @@
-"""From the logits of two splits and a plan to everything the figures show."""
+"""The numbers in the figures, computed from the logits of two splits and a plan.
+
+Accuracies and shares are fractions, 0..1. K counts the usable exits.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
 
 from paranet_jax.calibrate.choice import Ranked, rank
-from paranet_jax.calibrate.figures.figure_types import (
-  SPLITS,
-  Bins,
-  Curve,
-  FigureData,
-  Reliability,
-  Risk,
-  RiskCurve,
-  Sheet,
-)
 from paranet_jax.calibrate.measures import ece, reliability
 from paranet_jax.calibrate.split_report import top_probability
 from paranet_jax.early.exit_plan import ExitPlan
@@ -27,9 +22,126 @@ from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.scores import confidence, to_score
 from paranet_jax.early.thresholds import Costs, OperatingPoint, alone, exits_taken, operating_point
 
-BUDGETS = 25  # of the optimal curve
-SHARED = 100  # thresholds of the risk curve
-EACH = 5  # easiest images of an exit, and as many of the hardest
+SPLITS = ('held_out', 'test')
+BUDGETS = 25  # Points on the optimal curve.
+SHARED = 100  # Thresholds on the risk curve.
+EACH = 5  # Easiest images shown per exit, and as many of the hardest.
+
+PerExit = Float[np.ndarray, ' K']
+
+
+class Curve(NamedTuple):
+  """Mean cost per image and accuracy of one family of thresholds on one split."""
+
+  cost: Float[np.ndarray, ' M']
+  accuracy: Float[np.ndarray, ' M']
+
+
+class RiskCurve(NamedTuple):
+  """Operating points of thresholds shared by all exits, on one split.
+
+  Attributes:
+    speed_up: cost of the last exit alone divided by the mean cost.
+    risk: mean loss against the last exit.
+  """
+
+  speed_up: Float[np.ndarray, ' M']
+  risk: Float[np.ndarray, ' M']
+
+
+class Bins(NamedTuple):
+  """A reliability diagram, see `measures.reliability`, and its expected calibration error."""
+
+  counts: Int[np.ndarray, ' bins']
+  confidence: Float[np.ndarray, ' bins']
+  accuracy: Float[np.ndarray, ' bins']
+  ece: float
+
+
+class Reliability(NamedTuple):
+  """One exit on the test split, before and after dividing its logits by the temperature."""
+
+  temperature: float
+  before: Bins
+  after: Bins
+
+
+@dataclass(frozen=True)
+class Risk:
+  """Risk against speed-up.
+
+  Attributes:
+    loss: 'gap' or 'disagreement', see `policies.risk`.
+    thresholds: shared by all exits, on the scale of the score; NaN: no sample exits early.
+    curves, chosen: by split: one point per threshold; the plan's own point.
+    epsilon: the target risk; None without risk control.
+  """
+
+  loss: str
+  thresholds: Float[np.ndarray, ' M']
+  curves: dict[str, RiskCurve]
+  chosen: dict[str, RiskCurve]
+  epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Sheet:
+  """The test images that exit with the highest and the lowest calibrated probability, grouped by exit.
+
+  Attributes:
+    exits: index of the exit, 0-based, ascending.
+    hard: False for the most confident images of an exit, best first; True for the least confident, worst first.
+    numbers: index of the image in the test split.
+    labels, predictions: class indices.
+    probabilities: of the predicted class.
+  """
+
+  exits: Int[np.ndarray, ' M']
+  hard: Bool[np.ndarray, ' M']
+  numbers: Int[np.ndarray, ' M']
+  labels: Int[np.ndarray, ' M']
+  predictions: Int[np.ndarray, ' M']
+  probabilities: Float[np.ndarray, ' M']
+  images: UInt8[np.ndarray, 'M H W C']
+
+
+@dataclass(frozen=True)
+class FigureData:
+  """Everything that is drawn.
+
+  Attributes:
+    run, dataset: names for the titles.
+    images: number of images in each split.
+    exits: exit numbers, 1-based.
+    unit: of `alone`, `families` and `chosen`: 'macs' (multiply-adds) or 'ms'.
+    macs, ms: multiply-adds and milliseconds per image of each exit alone; ms None: not measured.
+    measured: how `ms` was measured: 'batch size 1, NVIDIA H100'.
+    accuracy: by split, of each exit on all images.
+    alone: cost of each exit alone.
+    families: by name ('quota', 'envelope' and 'optimal', or 'patience'; and 'oracle'), then by split.
+    chosen: by split, the plan's own point.
+    shares: by split, of the images that exit at each exit.
+    accuracy_there: by split, of those images; NaN where no image exits.
+  """
+
+  run: str
+  dataset: str
+  images: dict[str, int]
+  exits: Int[np.ndarray, ' K']
+  class_names: tuple[str, ...]
+  unit: str
+  macs: PerExit
+  ms: PerExit | None
+  measured: str
+  accuracy: dict[str, PerExit]
+  alone: PerExit
+  families: dict[str, dict[str, Curve]]
+  chosen: dict[str, Curve]
+  risk: Risk
+  reliability: tuple[Reliability, ...]
+  shares: dict[str, PerExit]
+  accuracy_there: dict[str, PerExit]
+  sheet: Sheet
 
 
 def figure_data(
@@ -37,27 +149,24 @@ def figure_data(
   held_out: Outputs,
   test: Outputs,
   costs: Costs,
-  images: np.ndarray,
+  images: UInt8[np.ndarray, 'N H W C'],
   class_names: Sequence[str],
-  ms: np.ndarray | None = None,
+  ms: PerExit | None = None,
   measured: str = '',
 ) -> FigureData:
-  """Every family of thresholds is chosen on the held-out split and then applied to both.
+  """Chooses every family of thresholds on the held-out split and applies it to both splits.
 
   Args:
-    plan: temperatures, thresholds and score, for K exits.
-    held_out: of the images that the thresholds were chosen on.
-    test: of the test split.
-    costs: in the plan's unit: ms where a time was budgeted, else multiply-adds.
-    images: uint8 [N, H, W, C] of the test split.
-    class_names: one a class.
-    ms: [K] milliseconds an image of each exit alone, where measured.
-    measured: how, such as 'batch size 1, NVIDIA H100'.
+    held_out: outputs for the images that the thresholds were chosen on.
+    test: outputs for the test split.
+    costs: in the plan's unit: ms for a budget in ms, else multiply-adds.
+    images: of the test split.
+    ms, measured: see `FigureData`.
   """
   temperatures = np.array(plan.temperatures)
   pairs = zip(SPLITS, (held_out, test), strict=True)
   splits = {name: _Split(rank(*outputs, plan.score, temperatures), costs, plan.score) for name, outputs in pairs}
-  thresholds = _plan_thresholds(plan)
+  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds[:-1]] + [-np.inf])
   chosen = {name: split.point(thresholds) for name, split in splits.items()}
   return FigureData(
     run=plan.name,
@@ -95,21 +204,16 @@ class _Split(NamedTuple):
 
   def accuracy_there(self, thresholds: np.ndarray) -> np.ndarray:
     taken = self.taken(thresholds)
-    leaving = [correct[taken == k] for k, correct in enumerate(self.ranked.correct)]
-    return np.array([correct.mean() if len(correct) else np.nan for correct in leaving])
+    exiting = [correct[taken == k] for k, correct in enumerate(self.ranked.correct)]
+    return np.array([correct.mean() if len(correct) else np.nan for correct in exiting])
 
   def risk_curve(self, family: Sequence[np.ndarray], loss: str) -> RiskCurve:
     gap = loss == 'gap'
     losses = performance_gap(self.ranked.correct) if gap else disagreement(self.ranked.predictions)
-    everyone = np.arange(losses.shape[1])
+    samples = np.arange(losses.shape[1])
     cost = np.array([self.point(thresholds).cost for thresholds in family])
-    risk = np.array([losses[self.taken(thresholds), everyone].mean() for thresholds in family])
+    risk = np.array([losses[self.taken(thresholds), samples].mean() for thresholds in family])
     return RiskCurve(alone(self.costs)[-1] / cost, risk)
-
-
-def _plan_thresholds(plan: ExitPlan) -> np.ndarray:
-  early = [np.inf if threshold is None else threshold for threshold in plan.confidence_thresholds[:-1]]
-  return np.array([*early, -np.inf])
 
 
 def _curve(points: Sequence[OperatingPoint]) -> Curve:
@@ -121,8 +225,9 @@ def _families(splits: dict[str, _Split], costs: Costs) -> dict[str, dict[str, Cu
     family: {name: _curve([split.point(each) for each in chosen]) for name, split in splits.items()}
     for family, chosen in _chosen_families(splits['held_out'], costs).items()
   }
-  oracle = {name: Curve(*oracle_curve(split.ranked.correct, costs)) for name, split in splits.items()}
-  return families | {'oracle': oracle}
+  return families | {
+    'oracle': {name: Curve(*oracle_curve(split.ranked.correct, costs)) for name, split in splits.items()}
+  }
 
 
 def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarray]]:
@@ -131,7 +236,7 @@ def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarra
   confidences, _, correct = held_out.ranked
   quota = [held_out.point(quota_thresholds(confidences, q)) for q in QS]
   exit_costs = alone(costs)
-  # Denser where it is cheap, as there accuracy rises fastest.
+  # Denser at low cost, where accuracy rises fastest.
   budgets = np.unique(np.maximum(np.geomspace(exit_costs[0], exit_costs.max(), BUDGETS), exit_costs[0]))
   points = {
     'quota': quota,
@@ -142,9 +247,13 @@ def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarra
 
 
 def _risk(plan: ExitPlan, splits: dict[str, _Split], thresholds: np.ndarray) -> Risk:
-  loss, num_exits = plan.target.get('loss', 'gap'), len(plan.exits)
-  grid = _shared_grid(splits['held_out'])
-  family = [shared_thresholds(threshold, num_exits) for threshold in grid]
+  loss = plan.target.get('loss', 'gap')
+  # From +inf, where no sample exits early, down to where all exit at once.
+  grid, early = np.array([np.inf]), splits['held_out'].ranked.confidences[:-1]
+  if early.size:
+    quantiles = np.quantile(early, np.linspace(0, 1, SHARED), method='nearest')
+    grid = np.array([np.inf, *np.unique(quantiles)[::-1]])
+  family = [shared_thresholds(threshold, len(plan.exits)) for threshold in grid]
   return Risk(
     loss=loss,
     thresholds=np.where(grid < np.inf, to_score(grid, plan.score), np.nan),
@@ -152,15 +261,6 @@ def _risk(plan: ExitPlan, splits: dict[str, _Split], thresholds: np.ndarray) -> 
     chosen={name: split.risk_curve([thresholds], loss) for name, split in splits.items()},
     epsilon=plan.target.get('risk'),
   )
-
-
-def _shared_grid(held_out: _Split) -> np.ndarray:
-  """Thresholds from +inf, where nobody leaves, down to where everybody does."""
-  early = held_out.ranked.confidences[:-1]
-  if not early.size:
-    return np.array([np.inf])
-  quantiles = np.quantile(early, np.linspace(0, 1, SHARED), method='nearest')
-  return np.array([np.inf, *np.unique(quantiles)[::-1]])
 
 
 def _reliability(logits: np.ndarray, temperature: float, labels: np.ndarray) -> Reliability:
@@ -175,24 +275,24 @@ def _reliability(logits: np.ndarray, temperature: float, labels: np.ndarray) -> 
 
 def _sheet(test: Outputs, temperatures: np.ndarray, taken: np.ndarray, images: np.ndarray) -> Sheet:
   logits, labels = test
-  exits, hard, numbers, sure = [], [], [], []
+  exits, hard, numbers, probabilities = [], [], [], []
   for k, temperature in enumerate(temperatures):
     there = np.flatnonzero(taken == k)
     confidences = confidence(logits[k, there], 'max_prob', temperature)
     ranking = np.argsort(-confidences, kind='stable')
     shown = min(2 * EACH, len(there))
-    # Of an odd number the one in the middle counts as easy.
-    order = np.concatenate([ranking[: shown - shown // 2], ranking[::-1][: shown // 2]])
+    hardest = shown // 2  # The middle one of an odd number counts as easy.
+    order = np.concatenate([ranking[: shown - hardest], ranking[::-1][:hardest]])
     exits += [k] * shown
-    hard += [False] * (shown - shown // 2) + [True] * (shown // 2)
+    hard += [False] * (shown - hardest) + [True] * hardest
     numbers += there[order].tolist()
-    sure += to_score(confidences[order], 'max_prob').tolist()
+    probabilities += to_score(confidences[order], 'max_prob').tolist()
   return Sheet(
     exits=np.array(exits),
     hard=np.array(hard),
     numbers=np.array(numbers),
     labels=labels[numbers],
     predictions=logits[exits, numbers].argmax(-1),
-    probabilities=np.array(sure),
+    probabilities=np.array(probabilities),
     images=images[numbers],
   )

@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from paranet_jax.calibrate.figures.figure_data import figure_data
-from paranet_jax.calibrate.figures.figure_types import SPLITS, FigureData
+from paranet_jax.calibrate.figures.figure_data import SPLITS, FigureData, figure_data
 from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.exit_plan import ExitPlan, full_network_plan
 from paranet_jax.early.logits import Outputs
