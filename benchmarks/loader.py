@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import cli, network, report
 from benchmarks.network import Size
 from benchmarks.timing import in_turn
-from paranet_jax.data.dataset import Source, Split
-from paranet_jax.data.records import StoredImages
+from paranet_jax.data.dataset import Source, Split, StoredImages
 from paranet_jax.data.sources.folder import folder_source
 from paranet_jax.data.sources.tfds import tfds_source
 from paranet_jax.data.stream import Stream, TrainBatches, num_workers
@@ -79,19 +79,23 @@ def small_images(options: argparse.Namespace, folder: Path) -> Split:
   """CIFAR-100's training images, or noise, at the size of the network."""
   side = options.size.side
   if options.data_dir:
-    source = tfds_source('cifar100', options.data_dir, side, 3)
+    source = tfds_source(ConfigDict({'name': 'cifar100', 'data_dir': options.data_dir}), side, 3)
     if source is None:
       raise UserError('expected tensorflow-datasets to know cifar100, found that it does not')
     return as_split(source, side)
   write_images(folder / 'small', (side, side), 'png')
-  return as_split(folder_source(str(folder / 'small'), side, 3, test_fraction=0.1, on_corrupt='refuse'), side)
+  return as_split(open_folder(folder / 'small', side), side)
 
 
 def photographs(folder: Path) -> Split:
   """JPEG files of PHOTO_SIZE, read at PHOTO_SIDE."""
   write_images(folder / 'photos', PHOTO_SIZE, 'jpg')
-  source = folder_source(str(folder / 'photos'), PHOTO_SIDE, 3, test_fraction=0.1, on_corrupt='refuse')
-  return as_split(source, PHOTO_SIDE)
+  return as_split(open_folder(folder / 'photos', PHOTO_SIDE), PHOTO_SIDE)
+
+
+def open_folder(folder: Path, side: int) -> Source:
+  """The images of a folder, a tenth of which are test images."""
+  return folder_source(ConfigDict({'data_dir': str(folder), 'test_fraction': 0.1, 'on_corrupt': 'refuse'}), side, 3)
 
 
 def write_images(folder: Path, size: tuple[int, int], suffix: str) -> None:
@@ -105,7 +109,7 @@ def write_images(folder: Path, size: tuple[int, int], suffix: str) -> None:
 
 
 def as_split(source: Source, side: int) -> Split:
-  """The training images, with labels that nobody looks at."""
+  """The training images, with labels that are not used."""
   records = source.records('train')
   images = StoredImages(records, np.arange(len(records)), (side, side, 3))
   return Split(images, network.random_labels(len(records)))

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from paranet_jax.base_config import FAMILIES, base_config, family_of, field_names
+from paranet_jax.data.known import known_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.registry import COMMON, build_model, targets
 from paranet_jax.regimes import REGIMES, check_regime
@@ -236,7 +237,7 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
     field, old, new = prefix + key, saved.get(key), current.get(key)
     if isinstance(old, dict) and isinstance(new, dict):
       found += differences(old, new, f'{field}.')
-    elif old != new and not (field == 'data.data_dir' and current.get('name') != 'folder'):
+    elif old != new and not (field == 'data.data_dir' and not known_dataset(current.get('name', '')).in_data_dir):
       found.append(f'{field}: {old} -> {new}')
   return found
 

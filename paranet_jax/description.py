@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from paranet_jax import __version__
 from paranet_jax import config as config_lib
 from paranet_jax.costs import exit_costs
-from paranet_jax.data.load import known_num_classes
+from paranet_jax.data.known import known_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.targets import describe_target
 
@@ -32,7 +32,7 @@ def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, An
     UserError: the configuration does not hold, or the number of classes is not known without the data.
   """
   config_lib.validate(config)
-  num_classes = config.model.num_classes or num_classes or known_num_classes(config.data.name)
+  num_classes = config.model.num_classes or num_classes or known_dataset(config.data.name).num_classes
   if num_classes is None:
     raise UserError(
       f"the number of classes of data set '{config.data.name}' is not known without reading it; "

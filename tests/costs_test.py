@@ -11,7 +11,7 @@ import tiny
 
 from paranet_jax.config import build_model
 from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds, parameter_sizes
-from paranet_jax.data.load import known_num_classes
+from paranet_jax.data.known import known_dataset
 from paranet_jax.models.paranet import ParaNet
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
@@ -231,7 +231,7 @@ def test_shipped_configurations(config):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   found = module.get_config(*argument)
-  model = build_model(found, known_num_classes(found.data.name))
+  model = build_model(found, known_dataset(found.data.name).num_classes)
   name, costs = SHIPPED[config]
   assert found.name == name
   assert list(zip(column(model, 'params'), column(model, 'macs'), strict=True)) == costs

@@ -13,8 +13,7 @@ from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.split_report import exit_rows, summarize
 from paranet_jax.calibrate.temperature import fit_temperature
-from paranet_jax.data.dataset import Split
-from paranet_jax.data.splits import max_drawable, stratified_indices
+from paranet_jax.data.dataset import Split, max_drawable, stratified_indices
 from paranet_jax.description import cpu_name, environment
 from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
 from paranet_jax.early.exit_plan import ExitPlan, along, full_network_plan, save_plan, with_thresholds

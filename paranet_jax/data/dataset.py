@@ -1,23 +1,108 @@
-"""What a data set is before decoding (`Source`) and after (`Split`, `Dataset`)."""
+"""What a data set is before decoding (`Source`, `Records`) and after (`Dataset`, `Split`), and how splits are drawn."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt8
 
-from paranet_jax.data.records import Records, StoredImages
+from paranet_jax.host.errors import UserError
+
+Images = UInt8[np.ndarray, 'N H W C']
+Labels = Int32[np.ndarray, ' N']
+"""Indices into the data set's class names."""
+
+
+class Records(Protocol):
+  """The encoded images and the labels of a split. Pickled for the worker processes that read them."""
+
+  def __len__(self) -> int:
+    """The number of records, including corrupt ones."""
+    ...
+
+  def read(self, numbers: Sequence[int]) -> tuple[Sequence[UInt8[np.ndarray, 'H W C'] | None], Labels]:
+    """Returns images, None for a corrupt record that is skipped, and labels.
+
+    Raises:
+      UserError: a record is damaged and must not be skipped.
+    """
+    ...
+
+
+@dataclass(frozen=True)
+class Source:
+  """A data set that was found and checked, and can be decoded.
+
+  Attributes:
+    records: maps 'train' or 'test' to its images, to be read in any order.
+    fingerprint: changes with the files; None where decoding is too cheap to be worth a cache.
+  """
+
+  name: str
+  version: str
+  class_names: tuple[str, ...]
+  records: Callable[[str], Records]
+  fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredImages:
+  """Images that stay in their files: indexed like an array [N, H, W, C], and decoded each time.
+
+  Attributes:
+    records: where the images are.
+    numbers: which of the records.
+    image_shape: (H, W, C).
+  """
+
+  records: Records
+  numbers: Int64[np.ndarray, ' N']
+  image_shape: tuple[int, int, int]
+
+  def __len__(self) -> int:
+    return len(self.numbers)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(N, H, W, C)."""
+    return (len(self), *self.image_shape)
+
+  def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+    chosen = np.arange(len(self))[index]
+    parts = np.array_split(np.atleast_1d(chosen), min(max(chosen.size, 1), os.cpu_count() or 1))
+    with ThreadPoolExecutor(len(parts)) as pool:
+      images = np.concatenate(list(pool.map(self.read, parts)))
+    return images if np.ndim(chosen) else images[0]
+
+  def subset(self, indices: Int[np.ndarray, ' n']) -> 'StoredImages':
+    """Some of the images, without reading them."""
+    return StoredImages(self.records, self.numbers[indices], self.image_shape)
+
+  def read(self, indices: Int[np.ndarray, ' n']) -> UInt8[np.ndarray, 'n H W C']:
+    """Decodes images in one thread.
+
+    Raises:
+      UserError: an image is damaged, or has been damaged since it was first read.
+    """
+    images, _ = self.records.read(self.numbers[indices].tolist())
+    readable = [image for image in images if image is not None]
+    if len(readable) < len(images):
+      raise UserError(
+        f'expected images that could be read when the run started, found {len(images) - len(readable)} of '
+        f'{len(images)} corrupt since then: start again'
+      )
+    return np.stack(readable) if readable else np.zeros((0, *self.image_shape), np.uint8)
 
 
 @dataclass(frozen=True)
 class Split:
-  """Images and their labels.
+  """Images, in memory, memory-mapped read-only or stored in their files, and their labels."""
 
-  images: uint8 [N, H, W, C], possibly a read-only memory map, or read anew from their files whenever they are indexed.
-  labels: int32 [N], indices into the data set's class names.
-  """
-
-  images: np.ndarray | StoredImages
-  labels: np.ndarray
+  images: Images | StoredImages
+  labels: Labels
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -27,9 +112,9 @@ class Split:
     """Whether the images stay in their files."""
     return isinstance(self.images, StoredImages)
 
-  def take(self, indices: np.ndarray) -> 'Split':
-    """These of the images; stored ones are not read."""
-    images = self.images.subset(indices) if self.streamed else self.images[indices]
+  def take(self, indices: Int[np.ndarray, ' n']) -> 'Split':
+    """Some of the examples; stored images are not read."""
+    images = self.images.subset(indices) if isinstance(self.images, StoredImages) else self.images[indices]
     return Split(images, self.labels[indices])
 
 
@@ -37,9 +122,11 @@ class Split:
 class Dataset:
   """A decoded image classification data set.
 
-  mean, std: one value a channel, in units of 0..1 pixel values, of the whole training split (`held_out` included).
-  crop_padding: pixels of padding on each side before the random crop, 0 for no crop. flip: mirror at random.
-  skipped: corrupt files left out of all splits together.
+  Attributes:
+    mean, std: one value per channel, for pixel values in 0..1, over the whole training split (including `held_out`).
+    crop_padding: pixels of padding on each side before the random crop; 0: no crop.
+    flip: whether training images are mirrored at random.
+    skipped: corrupt files left out of both splits.
   """
 
   name: str
@@ -55,20 +142,38 @@ class Dataset:
   skipped: int = 0
 
 
-@dataclass(frozen=True)
-class Source:
-  """A data set that was found and checked, and can be decoded.
+def stratified_indices(
+  labels: Int[np.ndarray, ' N'], count: int, seed: int
+) -> tuple[Int64[np.ndarray, ' kept'], Int64[np.ndarray, ' drawn']]:
+  """Draws exactly `count` examples, from each class in proportion to its size (largest remainder).
 
-  counts: images in 'train' and in 'test', corrupt ones included.
-  read: maps 'train' or 'test' to chunks of images (uint8 [n, H, W, C]) and labels (int32 [n]).
-  records: the same images for 'train' or 'test' in any order, one by one.
-  fingerprint: changes with the files; None where decoding is too cheap to be worth a cache.
+  Every class keeps at least one example.
+
+  Args:
+    labels: class of each example.
+    count: how many to draw, from 0 to `max_drawable(labels)`.
+    seed: independent of a run's seed, so that all runs share one split.
+
+  Returns:
+    The sorted indices that are kept and those that are drawn.
+
+  Raises:
+    ValueError: count is out of range. Callers check it first and name the flag.
   """
+  classes, sizes = np.unique(labels, return_counts=True)
+  if not 0 <= count <= max_drawable(labels):
+    raise ValueError(f'cannot draw {count} of {len(labels)} examples in {len(classes)} classes')
+  share = count * sizes / max(len(labels), 1)
+  quota = np.floor(share).astype(np.int64)
+  while quota.sum() < count:
+    quota[np.argmax(np.where(quota < sizes - 1, share - quota, -np.inf))] += 1
+  # RandomState, not default_rng: only its stream is guaranteed to be the same in every NumPy version.
+  random = np.random.RandomState(seed)
+  drawn = [random.permutation(np.flatnonzero(labels == c))[:q] for c, q in zip(classes, quota, strict=True)]
+  drawn = np.sort(np.concatenate([*drawn, np.zeros(0, np.int64)]))
+  return np.setdiff1d(np.arange(len(labels)), drawn, assume_unique=True), drawn
 
-  name: str
-  version: str
-  class_names: tuple[str, ...]
-  counts: dict[str, int]
-  read: Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]]
-  records: Callable[[str], Records]
-  fingerprint: str | None
+
+def max_drawable(labels: Int[np.ndarray, ' N']) -> int:
+  """The largest number of examples that can be drawn if each class keeps one."""
+  return len(labels) - len(np.unique(labels))

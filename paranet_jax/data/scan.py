@@ -1,8 +1,8 @@
 """Splits whose images stay in their files, after one pass over all of them.
 
-The pass reads every image once, in worker processes, and keeps what has to be known of all of them: labels, which can
-be read, and the mean and deviation of the training images. It is written to PARANET_CACHE_DIR (default
-~/.cache/paranet_jax) and not repeated until the files or the size of the images change.
+The pass reads every image once, in worker processes, and finds the labels, which images are readable, and the mean and
+standard deviation of the training images. The result is kept in PARANET_CACHE_DIR (default ~/.cache/paranet_jax) until
+the files or the image size change.
 """
 
 import io
@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from paranet_jax.data.cache import Decoded, entry_folder, statistics_of_sums
-from paranet_jax.data.dataset import Source, Split
-from paranet_jax.data.records import Records, StoredImages
+from paranet_jax.data.cache import Decoded, check_readable, entry_folder, statistics_of_sums
+from paranet_jax.data.dataset import Records, Source, Split, StoredImages
 from paranet_jax.data.stream import Stream
-from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import replacing
 
 _CHUNK = 256  # Images read at a time.
@@ -26,13 +24,13 @@ _FILE = 'stored.npz'
 
 
 def load_stored(source: Source, image_side: int, channels: int, workers: int | None) -> Decoded:
-  """The source's splits with stored images, in the order and with the statistics that they have when decoded.
+  """The source's splits with stored images, in the same order and with the same statistics as when decoded.
 
   Args:
-    workers: processes of the first pass, see `Stream`.
+    workers: processes for the pass over all images, see `Stream`.
 
   Raises:
-    UserError: an image is damaged and not to be skipped, or all of a class are.
+    UserError: an image is damaged and must not be skipped, or all images of a class are.
   """
   image_shape = (image_side, image_side, channels)
   facts = _restore(source, image_shape) or _scan(source, image_shape, workers)
@@ -46,7 +44,7 @@ def load_stored(source: Source, image_side: int, channels: int, workers: int | N
 
 @dataclass(frozen=True)
 class _Chunks:
-  """Facts of one chunk of images after another: labels, which are readable, sums of the pixels and their squares."""
+  """For each chunk of images: labels, which are readable, and the sums of the pixel values and of their squares."""
 
   records: Records
   channels: int
@@ -68,11 +66,12 @@ class _Chunks:
 def _scan(source: Source, image_shape: tuple[int, int, int], workers: int | None) -> dict[str, Any]:
   facts = {}
   for split in ('train', 'test'):
-    logging.info('Reading the %d %s images of %s once', source.counts[split], split, source.name)
-    with Stream(_Chunks(source.records(split), image_shape[-1]), workers) as chunks:
+    records = source.records(split)
+    logging.info('Reading the %d %s images of %s once', len(records), split, source.name)
+    with Stream(_Chunks(records, image_shape[-1]), workers) as chunks:
       found = list(chunks)
     labels, readable = (np.concatenate([chunk[name] for chunk in found]) for name in ('labels', 'readable'))
-    _check_classes(source, split, labels, readable)
+    check_readable(source, split, labels, readable)
     facts |= {f'{split}_labels': labels, f'{split}_readable': readable}
     if split == 'train':
       total, squares = np.sum([chunk['sums'] for chunk in found], axis=0).astype(np.float64)
@@ -80,14 +79,6 @@ def _scan(source: Source, image_shape: tuple[int, int, int], workers: int | None
       facts['mean'], facts['std'] = statistics_of_sums(total, squares, pixels)
   _save(source, image_shape, facts)
   return facts
-
-
-def _check_classes(source: Source, split: str, labels: np.ndarray, readable: np.ndarray) -> None:
-  lost = np.setdiff1d(labels, labels[readable])
-  if len(lost):
-    raise UserError(
-      f'expected images of class {source.class_names[lost[0]]!r} in {split}, found only corrupt files: mend them'
-    )
 
 
 def _path(source: Source, image_shape: tuple[int, int, int]) -> Path:
@@ -99,7 +90,7 @@ def _restore(source: Source, image_shape: tuple[int, int, int]) -> dict[str, np.
     return None
   path = _path(source, image_shape)
   try:
-    # Read whole first: closing is then certain. The archive's own checksums say whether it is whole.
+    # Read into memory first, so that the file is closed; the archive's own checksums are verified.
     with np.load(io.BytesIO(path.read_bytes())) as archive:
       return dict(archive)
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -117,4 +108,4 @@ def _save(source: Source, image_shape: tuple[int, int, int], facts: dict[str, An
     with replacing(path, 'wb') as file:
       np.savez(file, **facts)
   except OSError as error:
-    logging.warning('Going on without keeping what was found in %s: %s', path, error)
+    logging.warning('Continuing without writing %s: %s', path, error)

@@ -4,16 +4,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from paranet_jax.data.known import known_dataset
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.load import LoadedRun
 from paranet_jax.report.tables import human_count
 
-LICENSES = {
-  'cifar100': 'Krizhevsky 2009; distributed for research without a stated license',
-  'cifar10': 'Krizhevsky 2009; distributed for research without a stated license',
-  'digits': 'Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, CC BY 4.0',
-  'folder': "the exporter's own images; check the terms with whoever shares this bundle",
-}
 _RUN_ONNX = """With Python 3.10 or newer:
 
 ```bash
@@ -32,7 +27,6 @@ logits, *features = stage.call(images)  # Normalized as in preprocessing.json.
 ```
 
 `exits.json` says when an image exits. `run.py` needs ONNX stages."""
-_UNKNOWN_LICENSE = 'not known to the exporter; see the data set'
 
 
 def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], bundle: dict[str, Any]) -> str:
@@ -149,7 +143,7 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     '',
     f'Data: {run.dataset.name} {run.dataset.version}, {run.dataset.counts["train"]:,} training, '
     f'{run.dataset.counts["held_out"]:,} held-out and {run.dataset.counts["test"]:,} test images. '
-    f'License of the data: {_license(run)}.',
+    f'License of the data: {known_dataset(run.config.data.name).license}.',
     '',
     f'Trained to step {run.step} with `config.json`. To train it again, copy that file into an empty folder:',
     '',
@@ -171,10 +165,6 @@ def _agreement(found: dict[str, Any]) -> str:
   if found['of'] == 'noise':  # Equal labels on noise would say little about photographs.
     return f'logits differ by at most {found["logits"]:.1e}, relative to the largest'
   return f'{_percent(found["labels"])} % the same labels, {_percent(found["exits"])} % the same exits'
-
-
-def _license(run: LoadedRun) -> str:
-  return LICENSES.get(run.config.data.name.split('/')[0].split(':')[0], _UNKNOWN_LICENSE)
 
 
 def _percent(share: float | None) -> str:

@@ -35,8 +35,7 @@ from benchmarks import (
 from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
-from paranet_jax.data.dataset import Split
-from paranet_jax.data.records import StoredImages
+from paranet_jax.data.dataset import Split, StoredImages
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.huge_pages import VARIABLE
 from paranet_jax.losses import exit_losses, total_loss

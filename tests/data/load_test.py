@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from paranet_jax.data.load import known_num_classes, load_dataset
+from paranet_jax.data.known import known_dataset
+from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 
 
@@ -21,7 +22,7 @@ def load(image_side=8, channels=1, num_classes=None, **changes):
   'name, expected', [('cifar100', 100), ('cifar10', 10), ('digits', 10), ('imagenet2012', 1000), ('folder', None)]
 )
 def test_known_num_classes(name, expected):
-  assert known_num_classes(name) == expected
+  assert known_dataset(name).num_classes == expected
 
 
 def test_digits():
@@ -66,7 +67,7 @@ ERRORS = [
   ({'name': 'cifra100'}, "unknown data set 'cifra100'; nearest: cifar100.*; set --config.data.name="),
   ({'name': 'folders'}, "unknown data set 'folders'; nearest: folder"),
   ({'name': 'qqqqq'}, "unknown data set 'qqqqq'; nearest: cifar100, cifar10, digits, folder; set --config.data.name="),
-  ({'channels': 2}, 'expected 1 .grey. or 3 .RGB. channels, found 2: set --config.model.channels=3'),
+  ({'channels': 2}, 'expected 1 .gray. or 3 .RGB. channels, found 2: set --config.model.channels=3'),
   ({'num_classes': 7}, FIRST_OUTSIDE + 'lasses=10'),
   (
     {'held_out': -1},

@@ -78,7 +78,7 @@ def test_a_class_of_corrupt_images_alone(photos):
   for path in (photos / 'dog').iterdir():
     path.write_bytes(b'no picture')
   with pytest.raises(
-    UserError, match="expected images of class 'dog' in train, found only corrupt files: mend them"
+    UserError, match="expected images of class 'dog' in train, found only corrupt files: fix or remove them"
   ) as error:
     load('folder', photos, on_corrupt='skip')
   assert '\n' not in str(error.value)
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_written_again(photos, cache_folder, caplog):
 def test_without_a_cache_it_goes_on(photos, cache_folder, caplog):
   cache_folder.write_text('a file where the folder should be')
   assert load('folder', photos).train.streamed
-  assert 'Going on without keeping what was found' in caplog.text
+  assert 'Continuing without writing' in caplog.text
 
 
 # 1,797 images of 6 x 6 pixels and 3 channels.

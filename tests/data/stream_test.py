@@ -16,8 +16,7 @@ import pytest
 from paranet_jax import devices as devices_lib
 from paranet_jax.data import stream as stream_lib
 from paranet_jax.data.batches import epoch_order
-from paranet_jax.data.dataset import Split
-from paranet_jax.data.records import StoredImages
+from paranet_jax.data.dataset import Split, StoredImages
 from paranet_jax.data.stream import EvalBatches, Stream, TrainBatches, num_workers
 from paranet_jax.host.errors import UserError
 
@@ -75,7 +74,7 @@ def test_a_part_of_a_split_is_not_read():
 
 
 def test_an_image_that_became_corrupt():
-  message = 'expected the images that could be read when the run began, found 2 of 3 corrupt since: start again'
+  message = 'expected images that could be read when the run started, found 2 of 3 corrupt since then: start again'
   with pytest.raises(UserError, match=message):
     split(corrupt=(4, 8)).images.read(np.array([2, 4, 5]))
 

@@ -1,71 +1,67 @@
-"""A folder of the user's own images, one folder a class."""
+"""A folder of the user's own images, one folder per class."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from absl import logging
+from jaxtyping import Int32, UInt8
+from ml_collections import ConfigDict
 from PIL import UnidentifiedImageError
 
 from paranet_jax.data.cache import fingerprint
-from paranet_jax.data.dataset import Source
-from paranet_jax.data.decode import decode_image
-from paranet_jax.data.splits import max_drawable, stratified_indices
+from paranet_jax.data.dataset import Source, max_drawable, stratified_indices
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import SUFFIXES, decode_image
 
-_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
-_CHUNK = 256  # Images decoded at a time.
+_SUFFIXES = SUFFIXES[:4]  # Prediction also reads .gif, .bmp and .tif.
 _TEST_SEED = 2017
 
+_ByClass = dict[str, list[Path]]
 
-def folder_source(data_dir: str, image_side: int, channels: int, *, test_fraction: float, on_corrupt: str) -> Source:
-  """Images of `data_dir`/train/<class>/ and `data_dir`/test/<class>/, or of `data_dir`/<class>/ alone.
+
+def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
+  """Images in `data_dir`/train/<class>/ and `data_dir`/test/<class>/, or only in `data_dir`/<class>/.
 
   In the second form `test_fraction` of the images, stratified by class with a fixed seed, become the test split.
   Suffixes are .png, .jpg, .jpeg and .webp in any case; hidden files are ignored; class names are sorted. Images are
-  scaled so that the short side is `image_side`, then cropped at the centre (see `fit_image`).
-
-  Args:
-    on_corrupt: 'refuse' raises for an image that cannot be decoded, 'skip' leaves it out.
+  scaled so that the short side is `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded
+  is an error if `on_corrupt` is 'refuse', and is left out if it is 'skip'.
 
   Raises:
-    UserError: the folder, its images or its classes are missing or do not fit; on reading, an image is corrupt.
+    UserError: the folder, its images or its classes are missing or do not fit.
   """
+  on_corrupt = data_config.on_corrupt
   if on_corrupt not in ('refuse', 'skip'):
     raise UserError(f"expected 'refuse' or 'skip', found {on_corrupt!r}: set --config.data.on_corrupt=skip")
-  if not data_dir:
+  if not data_config.data_dir:
     raise UserError('expected a folder of images, found none given: name it with --config.data.data_dir=...')
-  root = Path(data_dir).expanduser()
+  root = Path(data_config.data_dir).expanduser()
   if not root.is_dir():
     raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
-  splits = _find_splits(root) or _draw_splits(root, test_fraction)
+  splits = _find_splits(root) or _draw_splits(root, data_config.test_fraction)
   class_names = tuple(sorted(splits['train']))
   if len(class_names) < 2:
     raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
   listed = {split: _flatten(by_class, class_names) for split, by_class in splits.items()}
 
-  def records(split: str) -> '_FolderRecords':
+  def records(split: str) -> _FolderRecords:
     files, labels = listed[split]
-    return _FolderRecords(
-      [str(file) for file in files], labels, image_side, channels, skip_corrupt=on_corrupt == 'skip'
-    )
+    return _FolderRecords(list(map(str, files)), labels, image_side, channels, skip_corrupt=on_corrupt == 'skip')
 
   all_files = [file for files, _ in listed.values() for file in files]
   return Source(
     name='folder',
     version='',
     class_names=class_names,
-    counts={split: len(files) for split, (files, _) in listed.items()},
-    read=lambda split: _read(records(split), class_names),
     records=records,
-    fingerprint=fingerprint(root, all_files, test_fraction, on_corrupt),
+    fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
   )
 
 
-def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]] | None:
-  """Images by split and class where there are train/ and test/; None where there is neither."""
+def _find_splits(root: Path) -> dict[str, _ByClass] | None:
+  """The images in train/ and test/; None if neither exists."""
   present = [split for split in ('train', 'test') if (root / split).is_dir()]
   if not present:
     return None
@@ -80,8 +76,8 @@ def _find_splits(root: Path) -> dict[str, dict[str, list[Path]]] | None:
   return splits
 
 
-def _find_classes(folder: Path) -> dict[str, list[Path]]:
-  """Sorted image files by class name."""
+def _find_classes(folder: Path) -> _ByClass:
+  """The images of each class folder; there is at least one per class."""
   by_class = {
     entry.name: sorted(f for f in entry.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith('.'))
     for entry in folder.iterdir()
@@ -95,8 +91,8 @@ def _find_classes(folder: Path) -> dict[str, list[Path]]:
   return by_class
 
 
-def _draw_splits(root: Path, test_fraction: float) -> dict[str, dict[str, list[Path]]]:
-  """Images by split and class, the test images drawn from the one folder of class folders."""
+def _draw_splits(root: Path, test_fraction: float) -> dict[str, _ByClass]:
+  """The images in one folder of class folders, part of them drawn for the test split."""
   by_class = _find_classes(root)
   files, labels = _flatten(by_class, tuple(sorted(by_class)))
   count = round(test_fraction * len(files))
@@ -105,15 +101,15 @@ def _draw_splits(root: Path, test_fraction: float) -> dict[str, dict[str, list[P
       f'expected a share that leaves each of {len(by_class)} classes an image to train on and at least one to test on, '
       f'found {test_fraction} of {len(files)} images in {root}: set --config.data.test_fraction=0.2'
     )
-  splits = {'train': {}, 'test': {}}
+  splits: dict[str, _ByClass] = {'train': {}, 'test': {}}
   for split, indices in zip(splits, stratified_indices(labels, count, _TEST_SEED), strict=True):
     for index in indices:
       splits[split].setdefault(files[index].parent.name, []).append(files[index])
   return splits
 
 
-def _flatten(by_class: dict[str, list[Path]], class_names: tuple[str, ...]) -> tuple[list[Path], np.ndarray]:
-  """All files, ordered by class, and their labels: int32 [N]."""
+def _flatten(by_class: _ByClass, class_names: tuple[str, ...]) -> tuple[list[Path], Int32[np.ndarray, ' N']]:
+  """All files, ordered by class, and their labels."""
   by_label = [by_class.get(name, []) for name in class_names]
   labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_label])
   return [file for files in by_label for file in files], labels
@@ -121,8 +117,8 @@ def _flatten(by_class: dict[str, list[Path]], class_names: tuple[str, ...]) -> t
 
 @dataclass(frozen=True)
 class _FolderRecords:
-  files: list[str]  # Paths would be many times as large, in every worker.
-  labels: np.ndarray
+  files: list[str]  # Paths would take many times the memory, in each worker.
+  labels: Int32[np.ndarray, ' N']
   image_side: int
   channels: int
   skip_corrupt: bool
@@ -130,45 +126,23 @@ class _FolderRecords:
   def __len__(self) -> int:
     return len(self.files)
 
-  def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray | None], np.ndarray]:
-    return [self.decode(self.files[number]) for number in numbers], self.labels[list(numbers)]
+  def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n']]:
+    return [self._decode(self.files[number]) for number in numbers], self.labels[list(numbers)]
 
-  def decode(self, file: str) -> np.ndarray | None:
-    return _decode(Path(file), self.image_side, self.channels, skip_corrupt=self.skip_corrupt)
-
-
-def _read(records: _FolderRecords, class_names: tuple[str, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  files, labels = records.files, records.labels
-  readable = np.zeros(len(class_names), np.int64)
-  with ThreadPoolExecutor() as pool:
-    for start in range(0, len(files), _CHUNK):
-      images = list(pool.map(records.decode, files[start : start + _CHUNK]))
-      good = [place for place, image in enumerate(images) if image is not None]
-      if good:
-        good_labels = labels[start : start + _CHUNK][good]
-        readable += np.bincount(good_labels, minlength=len(class_names))
-        yield np.stack([images[place] for place in good]), good_labels
-  for label in np.unique(labels):
-    if not readable[label]:
-      folder = Path(files[int(np.argmax(labels == label))]).parent
-      raise UserError(f'expected images of class {class_names[label]!r}, found only corrupt files: mend {folder}')
-
-
-def _decode(file: Path, image_side: int, channels: int, *, skip_corrupt: bool) -> np.ndarray | None:
-  """uint8 [side, side, channels], or None for a corrupt file that is to be skipped."""
-  try:
-    encoded = file.read_bytes()
-  except OSError as error:
-    raise UserError(f'expected a readable image, found {error.strerror} at {file}: change its permissions') from error
-  try:
-    return decode_image(encoded, image_side, channels)
-  except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
-    unknown = isinstance(error, UnidentifiedImageError)  # Whose message names an object in memory, not the file.
-    reason = 'no known image format' if unknown else ' '.join(str(error).split()) or type(error).__name__
-    if skip_corrupt:
-      logging.warning('Skipping corrupt image %s: %s', file, reason)
-      return None
-    raise UserError(
-      f'expected an image, found a corrupt file {file} ({reason}): mend or remove it, or set '
-      f'--config.data.on_corrupt=skip'
-    ) from error
+  def _decode(self, file: str) -> UInt8[np.ndarray, 'H W C'] | None:
+    try:
+      encoded = Path(file).read_bytes()
+    except OSError as error:
+      raise UserError(f'expected a readable image, found {error.strerror} at {file}: change its permissions') from error
+    try:
+      return decode_image(encoded, self.image_side, self.channels)
+    except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
+      unknown = isinstance(error, UnidentifiedImageError)  # Its message names an object in memory, not the file.
+      reason = 'no known image format' if unknown else ' '.join(str(error).split()) or type(error).__name__
+      if self.skip_corrupt:
+        logging.warning('Skipping corrupt image %s: %s', file, reason)
+        return None
+      raise UserError(
+        f'expected an image, found a corrupt file {file} ({reason}): fix or remove it, or set '
+        f'--config.data.on_corrupt=skip'
+      ) from error

@@ -1,8 +1,14 @@
-"""Data sets of tensorflow-datasets in array_record form, without TensorFlow. The only file that knows tfds."""
+"""Data sets prepared by tensorflow-datasets as array_record files, without TensorFlow. The only file that imports tfds.
+
+CIFAR-10 and CIFAR-100 are also prepared here, from the official archives ("binary version") of
+https://www.cs.toronto.edu/~kriz/cifar.html. A record there is the label bytes (CIFAR-10: one; CIFAR-100: coarse, fine)
+and 3,072 bytes of pixels, channel by channel.
+"""
 
 import contextlib
 import io
 import os
+import tarfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,37 +19,37 @@ from urllib.parse import urlsplit
 import numpy as np
 import requests
 import tensorflow_datasets as tfds
+from jaxtyping import Int32, UInt8
+from ml_collections import ConfigDict
+from PIL import Image
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.resource import get_dl_fname
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
-from paranet_jax.data.decode import decode_image
-from paranet_jax.data.sources.cifar_archive import read_label_names, read_records
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import decode_image
 
-_PREPARABLE = ('cifar10', 'cifar100')  # The others' own code needs TensorFlow to prepare them.
-_CHUNK = 1000  # Examples read at a time: twice as fast as one by one.
-_HOST_TIMEOUT = 3.0  # Seconds; tfds by itself would retry for minutes.
+_PREPARABLE = ('cifar10', 'cifar100')  # tfds needs TensorFlow to prepare the others.
+_CIFAR_SHAPE = (3, 32, 32)
+_HOST_TIMEOUT = 3.0  # Seconds; tfds alone would retry for minutes.
 
 
 def dataset_names() -> list[str]:
-  """The names tfds knows by its own code."""
+  """The names of the data sets that tfds has code for."""
   return tfds.list_builders(with_community_datasets=False)
 
 
-def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Source | None:
-  """An image classification data set prepared in `data_dir`, or None if tfds does not know the name.
+def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Source | None:
+  """An image classification data set prepared in `data_dir` ('': ~/tensorflow_datasets); None if its name is unknown.
 
-  CIFAR-10 and CIFAR-100 are downloaded and prepared there first if need be. The test split is 'test', or 'validation'
-  where there is no 'test'.
-
-  Args:
-    data_dir: '' for tfds's own default, ~/tensorflow_datasets.
+  CIFAR-10 and CIFAR-100 are downloaded and prepared there first if necessary. The test split is 'test', or 'validation'
+  if there is no 'test'.
 
   Raises:
-    UserError: the data set is not prepared, in another format, damaged, or not image classification.
+    UserError: the data set is not prepared, has another format, is damaged, or is not image classification.
   """
+  name, data_dir = data_config.name, data_config.data_dir
   builder = _open_builder(name, data_dir)
   if builder is None:
     return None
@@ -59,7 +65,7 @@ def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Sou
       f'but {", ".join(builder.info.splits)}: choose another data set with --config.data.name=...'
     )
 
-  def records(split: str) -> '_TfdsRecords':
+  def records(split: str) -> _TfdsRecords:
     source = builder.as_data_source(splits[split], decoders={keys[0]: tfds.decode.SkipDecoding()})
     return _TfdsRecords(source, str(builder.data_dir), keys, image_side, channels)
 
@@ -68,8 +74,6 @@ def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Sou
     name=name,
     version=str(builder.version),
     class_names=tuple(builder.info.features[keys[1]].names),
-    counts={split: builder.info.splits[stored].num_examples for split, stored in splits.items()},
-    read=lambda split: _read(records(split)),
     records=records,
     fingerprint=fingerprint(folder, sorted(folder.iterdir())),
   )
@@ -77,11 +81,11 @@ def tfds_source(name: str, data_dir: str, image_side: int, channels: int) -> Sou
 
 def _open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
   try:
-    with contextlib.redirect_stdout(io.StringIO()):  # Some data sets' modules print about a missing TensorFlow.
+    with contextlib.redirect_stdout(io.StringIO()):  # Some data sets' modules print that TensorFlow is missing.
       return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
   except tfds.core.DatasetNotFoundError:
     return None
-  except Exception as error:  # Names that do not parse, unknown versions, damaged metadata: each its own exception.
+  except Exception as error:  # A name that does not parse, an unknown version, damaged metadata.
     raise UserError(
       f'expected a data set that tensorflow-datasets can open, found {name!r} ({_one_line(error)}): see '
       f'--config.data.name=... and --config.data.data_dir=...'
@@ -89,7 +93,7 @@ def _open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-  # is_prepared() logs a warning where the first condition fails.
+  # is_prepared() logs a warning if the first condition fails.
   return (builder.data_path / 'dataset_info.json').exists() and builder.is_prepared()
 
 
@@ -97,10 +101,10 @@ def _check_format(builder: tfds.core.DatasetBuilder) -> None:
   formats = [file_format.value for file_format in builder.info.available_file_formats()]
   if 'array_record' in formats:
     return
-  mend = 'choose another folder with --config.data.data_dir=... and it is prepared there'
+  fix = 'choose another folder with --config.data.data_dir=..., and the data set is prepared there'
   if builder.name not in _PREPARABLE:
-    mend = _build_command(builder, 'OTHER_FOLDER')
-  raise UserError(f'expected array_record files in {builder.data_dir}, found {", ".join(formats)}: {mend}')
+    fix = _build_command(builder, 'OTHER_FOLDER')
+  raise UserError(f'expected array_record files in {builder.data_dir}, found {", ".join(formats)}: {fix}')
 
 
 def _build_command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
@@ -111,22 +115,16 @@ def _build_command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
 
 
 def _feature_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
-  """The names of the image and the label among the features."""
+  """The names of the image feature and the label feature."""
   features, keys = builder.info.features, builder.info.supervised_keys or ('image', 'label')
   found = [features[key] if isinstance(key, str) and key in features else None for key in keys]
   match found:
     case [tfds.features.Image(), tfds.features.ClassLabel()] if found[0].np_dtype != np.float32:
       return keys
   raise UserError(
-    f'expected image classification (8 or 16 bit images and one class label each), found {_one_line(features)} in '
+    f'expected image classification (8-bit or 16-bit images with one class label), found {_one_line(features)} in '
     f'{builder.name}: choose another data set with --config.data.name=...'
   )
-
-
-def _read(records: '_TfdsRecords') -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  for start in range(0, len(records), _CHUNK):
-    images, labels = records.read(range(start, min(start + _CHUNK, len(records))))
-    yield np.stack(images), labels
 
 
 @dataclass(frozen=True)
@@ -140,24 +138,24 @@ class _TfdsRecords:
   def __len__(self) -> int:
     return len(self.source)
 
-  def read(self, numbers: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+  def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n']]:
     image_key, label_key = self.keys
     try:
       examples = self.source.__getitems__(list(numbers))
       images = [decode_image(example[image_key], self.image_side, self.channels) for example in examples]
     except (RuntimeError, OSError) as error:
       raise UserError(
-        f'expected whole files in {self.folder}, found damage ({_one_line(error)}): remove that folder and prepare '
+        f'expected intact files in {self.folder}, found damage ({_one_line(error)}): remove that folder and prepare '
         f'the data set again'
       ) from error
     return images, np.array([example[label_key] for example in examples], np.int32)
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-  """Downloads (or takes from the manual folder) and prepares CIFAR-10 or CIFAR-100 where the builder looks for it.
+  """Downloads CIFAR-10 or CIFAR-100, or takes it from the manual folder, and prepares it where the builder looks.
 
   Raises:
-    UserError: another data set; or host, archive or folder do not serve.
+    UserError: it is another data set, or the host, the archive or the folder cannot be used.
   """
   if builder.name not in _PREPARABLE:
     raise UserError(
@@ -177,12 +175,12 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
       f'expected to prepare {builder.name} in {builder.data_dir_root}, found: {_one_line(error)}: choose another '
       f'folder with --config.data.data_dir=... or start again'
     ) from error
-  if not _is_prepared(builder):  # tfds leaves a folder alone that is there, whatever it holds.
+  if not _is_prepared(builder):  # tfds does not touch a folder that exists, whatever it contains.
     raise UserError(f'expected {builder.name} or nothing in {builder.data_dir}, found other files: remove that folder')
 
 
 def _check_archive(builder: tfds.core.DatasetBuilder) -> None:
-  """Raises UserError at once if the archive is not on this machine and its host does not answer."""
+  """Raises UserError immediately if the archive is not on this machine and its host does not answer."""
   url, downloads = builder.archive_url, Path(builder.data_dir_root) / 'downloads'
   known = builder.url_infos[url]
   manual = downloads / 'manual' / known.filename
@@ -204,7 +202,7 @@ def _host_answers(url: str, timeout: float = _HOST_TIMEOUT) -> bool:
     except requests.RequestException:
       pass
 
-  # In a thread, because looking up the host's name obeys no timeout.
+  # In a thread, because looking up the host's name has no timeout.
   thread = threading.Thread(target=ask, daemon=True)
   thread.start()
   thread.join(timeout)
@@ -212,10 +210,10 @@ def _host_answers(url: str, timeout: float = _HOST_TIMEOUT) -> bool:
 
 
 def _archive_builder(parent: type[tfds.core.DatasetBuilder]) -> type[tfds.core.DatasetBuilder]:
-  """tfds's own CIFAR builder, but reading the archive with the standard library where `parent` needs TensorFlow."""
+  """tfds's own CIFAR builder, except that it reads the archive with the standard library instead of TensorFlow."""
 
   class ArchiveBuilder(parent, skip_registration=True):
-    __module__ = parent.__module__  # Recorded in the prepared set, and where tfds finds the checksums.
+    __module__ = parent.__module__  # Recorded in the prepared data set; tfds finds the checksums by it.
     name = parent.name
 
     @property
@@ -226,17 +224,36 @@ def _archive_builder(parent: type[tfds.core.DatasetBuilder]) -> type[tfds.core.D
       cifar = self._cifar_info
       archive = Path(dl_manager.download(cifar.url))
       for key, file in zip(cifar.label_keys, cifar.label_files, strict=True):
-        self.info.features[key].names = read_label_names(archive, cifar.prefix + file)
+        self.info.features[key].names = _read_member(archive, cifar.prefix + file).decode().split()
       files = {'train': cifar.train_files, 'test': cifar.test_files}
       return {split: self._generate_examples(split, archive, names) for split, names in files.items()}
 
     def _generate_examples(self, split: str, archive: Path, files: list[str]) -> Iterator[tuple[int, dict]]:
       cifar = self._cifar_info
-      records = read_records(archive, [cifar.prefix + file for file in files], len(cifar.label_keys))
+      records = _read_cifar(archive, [cifar.prefix + file for file in files], len(cifar.label_keys))
       for index, (labels, image) in enumerate(records):
         yield index, {'id': f'{split}_{index:05d}', 'image': image, **dict(zip(cifar.label_keys, labels, strict=True))}
 
   return ArchiveBuilder
+
+
+def _read_cifar(archive: Path, members: Sequence[str], num_labels: int) -> Iterator[tuple[list[int], bytes]]:
+  """Yields the labels of each record and its image as PNG."""
+  for member in members:
+    records = np.frombuffer(_read_member(archive, member), np.uint8).reshape(-1, num_labels + np.prod(_CIFAR_SHAPE))
+    for record in records:
+      pixels = record[num_labels:].reshape(_CIFAR_SHAPE).transpose(1, 2, 0)
+      encoded = io.BytesIO()
+      Image.fromarray(np.ascontiguousarray(pixels)).save(encoded, 'PNG')
+      yield record[:num_labels].tolist(), encoded.getvalue()
+
+
+def _read_member(archive: Path, member: str) -> bytes:
+  with tarfile.open(archive, 'r|gz') as tar:  # As a stream: the archive is decompressed only up to the member.
+    for entry in tar:
+      if entry.name == member and (file := tar.extractfile(entry)):
+        return file.read()
+  raise KeyError(f'{member} in {archive}')
 
 
 def _one_line(message: object) -> str:

@@ -107,7 +107,7 @@ def spoil(path):
 def test_corrupt_file_is_named(root):
   write_both(root)
   spoil(root / 'train/dog/b.PNG')
-  message = 'found a corrupt file .*/train/dog/b.PNG .*mend or remove it, or set --config.data.on_corrupt=skip'
+  message = 'found a corrupt file .*/train/dog/b.PNG .*fix or remove it, or set --config.data.on_corrupt=skip'
   with pytest.raises(UserError, match=message):
     load(root)
 
@@ -129,12 +129,12 @@ def test_corrupt_files_are_skipped_and_counted(root):
 def test_class_of_corrupt_files_only(root):
   write_both(root)
   spoil(root / 'train/ant/e.webp')
-  with pytest.raises(UserError, match="images of class 'ant', found only corrupt files: mend .*/train/ant"):
+  with pytest.raises(UserError, match="images of class 'ant' in train, found only corrupt files: fix or remove them"):
     load(root, on_corrupt='skip')
 
 
 def test_more_images_than_a_chunk(root, monkeypatch):
-  monkeypatch.setattr('paranet_jax.data.sources.folder._CHUNK', 3)
+  monkeypatch.setattr('paranet_jax.data.cache._READ', 3)
   write_one_folder(root)
   spoil(root / 'ant/0.png')
   dataset = load(root, on_corrupt='skip')

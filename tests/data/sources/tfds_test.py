@@ -318,14 +318,14 @@ def test_damaged_file(tmp_path):
   for file in folder.glob('*.array_record*'):
     file.write_bytes(file.read_bytes()[:1000])
   with pytest.raises(
-    UserError, match='expected whole files in .*tiny_shapes/1.0.0, found damage .*: remove that folder'
+    UserError, match='expected intact files in .*tiny_shapes/1.0.0, found damage .*: remove that folder'
   ):
     load('tiny_shapes', tmp_path)
 
 
 def test_damaged_image(tmp_path):
   prepare(tmp_path, 'tiny_shapes', image_and_label(), [{'image': png(1)[:30], 'label': 0}] * 2)
-  with pytest.raises(UserError, match='expected whole files in .*, found damage'):
+  with pytest.raises(UserError, match='expected intact files in .*, found damage'):
     load('tiny_shapes', tmp_path)
 
 
@@ -342,11 +342,11 @@ def test_another_format(name, tmp_path):
   folder = prepare(tmp_path, name, image_and_label(), [{'image': png(1), 'label': 0}] * 2, version=version)
   info = folder / 'dataset_info.json'
   info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-  mend = {
-    'cifar10': 'choose another folder with --config.data.data_dir=... and it is prepared there',
+  fix = {
+    'cifar10': 'choose another folder with --config.data.data_dir=..., and the data set is prepared there',
     'tiny_shapes': 'run `tfds build tiny_shapes --file_format=array_record --data_dir=OTHER_FOLDER` where TensorFlow',
   }[name]
-  with pytest.raises(UserError, match=f'expected array_record files in {folder}, found tfrecord: {mend}'):
+  with pytest.raises(UserError, match=f'expected array_record files in {folder}, found tfrecord: {fix}'):
     load(name, tmp_path)
 
 
@@ -405,7 +405,10 @@ def test_cifar100(cifar100_dir):
     np.testing.assert_array_equal(np.bincount(split.labels, minlength=100), per_class)
   np.testing.assert_allclose(dataset.mean, (0.50707516, 0.48654887, 0.44091784), atol=1e-8)
   np.testing.assert_allclose(dataset.std, (0.26733429, 0.25643846, 0.27615047), atol=1e-8)
-  stored, numbers = tfds_source.tfds_source('cifar100', cifar100_dir, 32, 3).records('train'), [49_999, 7, 7, 20_000]
+  stored, numbers = (
+    tfds_source.tfds_source(ConfigDict({'name': 'cifar100', 'data_dir': cifar100_dir}), 32, 3).records('train'),
+    [49_999, 7, 7, 20_000],
+  )
   images, labels = stored.read(numbers)
   whole = load('cifar100', cifar100_dir).train
   np.testing.assert_array_equal(images, whole.images[numbers])

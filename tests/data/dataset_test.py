@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from paranet_jax.data.splits import max_drawable, stratified_indices
+from paranet_jax.data.dataset import max_drawable, stratified_indices
 
 # Class sizes, how many to draw, and how many come from each class by the largest remainder, worked out by hand.
 DRAWS = [
@@ -39,5 +39,5 @@ def test_classes_may_be_absent():
 def test_refuses_what_would_empty_a_class(count):
   labels = np.repeat([0, 1, 2], [6, 3, 1])
   assert max_drawable(labels) == 7
-  with pytest.raises(ValueError, match=f'cannot draw {count} of 10 examples of 3 classes'):
+  with pytest.raises(ValueError, match=f'cannot draw {count} of 10 examples in 3 classes'):
     stratified_indices(labels, count, seed=0)

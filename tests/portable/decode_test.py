@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paranet_jax.data.decode import decode_image
+from paranet_jax.portable.run import decode_image
 
 
 def encoded(pixels, mode=None, format='PNG', **options):
