@@ -1,4 +1,4 @@
-# The fields of a configuration are only known at run time, so every attribute of a ConfigDict may exist and be anything.
+# The fields of a configuration are known at run time only: every attribute of a ConfigDict may exist and be anything.
 from collections.abc import Iterator
 from typing import Any
 
