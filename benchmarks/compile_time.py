@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cli, peers, report
 from benchmarks.fresh_process import in_fresh_process
 from benchmarks.network import Size
-from paranet_jax.plan.topology import has_libtpu
+from paranet_jax.plan.target import has_libtpu
 
 TPU_CHIPS = 4
 

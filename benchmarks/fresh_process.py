@@ -21,7 +21,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.machine import OFF, use_compilation_cache
 from paranet_jax.models.layers.backend import compiling_for
-from paranet_jax.plan.topology import topology_devices
+from paranet_jax.plan.target import topology_devices
 from paranet_jax.steps import init_state, make_eval_step
 
 

@@ -1,7 +1,4 @@
-"""`python -m paranet_jax.plan`: memory, work and time of a run before it is paid for, on devices that need not be here.
-
-User errors are one line and exit code 2.
-"""
+"""`python -m paranet_jax.plan`: the memory, work and time of a run, for devices that this machine may lack."""
 
 import argparse
 import json
@@ -15,22 +12,20 @@ from paranet_jax.host.huge_pages import use_huge_pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command with these arguments (None: those of the process); returns the exit code."""
+  """Runs the command with these arguments (default: sys.argv); returns the exit code."""
   return exit_code(lambda: _run(*_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   parser = Parser(
     prog='python -m paranet_jax.plan',
-    description='Compiles the training step of a run for some devices, and says what it needs and how long it takes.',
+    description='Compiles the training step of a run for some devices, and reports its needs and its time.',
     epilog='--config.section.field=value overrides a field, as in paranet_jax.main.',
   )
   add = parser.add_argument
   add('--config', required=True, help='Configuration file.')
-  add('--topology', help='TPU slice to compile for, such as v5e:2x2 or v4:2x2x2 (default: the devices that are here).')
-  add(
-    '--devices', type=positive, help='The first so many devices; on a CPU, it is divided into so many (default: all).'
-  )
+  add('--topology', help='TPU slice to compile for, such as v5e:2x2 (default: the devices of this machine).')
+  add('--devices', type=positive, help='Number of devices; a CPU is divided into that many (default: all).')
   add('--json', action='store_true', help='Print one JSON object.')
   arguments, rest = parser.parse_known_args(argv)
   unknown = [argument for argument in rest if not argument.startswith('--config.')]
@@ -40,11 +35,11 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-  # jax takes a second to import, and a mistyped flag should not wait for it.
+  # jax takes a second to import; flags are checked first.
   from paranet_jax.config import validate
   from paranet_jax.host.processes import refuse_several
   from paranet_jax.plan.plan import build_plan
-  from paranet_jax.plan.report import as_json, report
+  from paranet_jax.plan.plan_text import as_json, as_text
   from paranet_jax.plan.target import choose_target
 
   refuse_several('plan')
@@ -52,10 +47,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   override(config, overrides)
   validate(config)
   if config.seeds > 1:
-    raise UserError(f'a plan is of one run, found {config.seeds} seeds; leave --config.seeds out')
+    raise UserError(f'a plan covers one run, found {config.seeds} seeds; leave out --config.seeds')
   target = choose_target(arguments.topology, arguments.devices)
   plan = build_plan(config, target, lambda message: print(message, file=sys.stderr, flush=True))
-  print(json.dumps(as_json(plan)) if arguments.json else report(plan))
+  print(json.dumps(as_json(plan)) if arguments.json else as_text(plan))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The plan of a run: its step compiled for the devices it is to have, and what follows from it."""
+"""The plan of a run: its compiled step, the time that it takes, and the largest batch that fits."""
 
 import importlib.metadata
 from collections.abc import Callable
@@ -8,11 +8,9 @@ import jax
 from ml_collections import ConfigDict
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.plan.chips import Chip
 from paranet_jax.plan.data_size import dataset_like
-from paranet_jax.plan.estimate import Estimate, estimate, largest_batch, second_batch
 from paranet_jax.plan.step import StepFacts, compile_step, step_seconds
-from paranet_jax.plan.target import Target
+from paranet_jax.plan.target import Chip, Target
 from paranet_jax.task import Task, build_task
 
 _TOO_LARGE = 'RESOURCE_EXHAUSTED'
@@ -20,16 +18,30 @@ _TOO_LARGE = 'RESOURCE_EXHAUSTED'
 Progress = Callable[[str], None]
 
 
+class Estimate(NamedTuple):
+  """Seconds per step: the parts of a roofline bound, and the compiler's estimate (None: it gives none)."""
+
+  arithmetic: float
+  memory: float
+  collectives: float
+  compiler: float | None
+
+  @property
+  def step(self) -> float:
+    """The roofline bound: arithmetic and memory traffic overlap, each at its peak; collectives do not."""
+    return max(self.arithmetic, self.memory) + self.collectives
+
+
 class Plan(NamedTuple):
-  """What is known of a run before it is paid for.
+  """What is known about a run before it starts.
 
   Attributes:
-    asked: the batch of the configuration.
-    task: the run with that batch or, if it does not fit, with the largest of its halves that does.
-    facts: of its step.
-    other: of the step of another batch; None: there are too few images for one.
-    largest: batch that fits, by the line through both.
-    measured: seconds of a step that was run; None where the devices are not here.
+    asked: the batch size of the configuration.
+    task: the run with that batch size, halved until it fits.
+    facts: its step.
+    other: the step with another batch size; None: there are too few images for one.
+    largest: the largest batch that fits, on the line through both.
+    measured: seconds per executed step; None where the devices are elsewhere.
   """
 
   asked: int
@@ -45,18 +57,18 @@ class Plan(NamedTuple):
 
 
 def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
-  """Compiles the step for two batches, and runs it where its devices are here.
+  """Compiles the step for two batch sizes, and runs it if the devices are on this machine.
 
   Args:
-    progress: is told what is being done.
+    progress: called with a message before each slow operation.
 
   Raises:
-    UserError: the configuration or the data does not fit, or not even one image a device does.
+    UserError: the configuration or the data is invalid, or not even one image per device fits.
   """
   count, asked = len(target.devices), config.train.batch_size
   if asked % count:
     raise UserError(
-      f'train.batch_size {asked} cannot be shared evenly by {count} devices; set --config.train.batch_size or --devices'
+      f'{count} devices cannot share train.batch_size {asked} evenly; set --config.train.batch_size or --devices'
     )
   task, compiled, facts = _compile(build_task(config, dataset_like(config)), target, progress)
   chip = target.chip()
@@ -83,7 +95,7 @@ def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
 
 
 def _compile(task: Task, target: Target, progress: Progress) -> tuple[Task, jax.stages.Compiled, StepFacts]:
-  """Compiles the step, of half the batch while the compiler finds that it does not fit."""
+  """Compiles the step, halving the batch while it does not fit."""
   batch, count = task.config.train.batch_size, len(target.devices)
   progress(f'compiling a step of {batch:,} images for {target.name} ...')
   try:
@@ -94,8 +106,8 @@ def _compile(task: Task, target: Target, progress: Progress) -> tuple[Task, jax.
     half = batch // 2 // count * count
     if not half:
       raise UserError(
-        f'a step of {batch} images does not fit {target.name}, and no smaller batch can be shared by them; '
-        'set --topology to a chip with more memory, or fields of --config.model to a smaller network'
+        f'a step of {batch} images does not fit {target.name}, the smallest batch that they can share; '
+        'set --topology to a chip with more memory, or --config.model fields to a smaller network'
       ) from error
     progress(f'{batch:,} images do not fit')
   return _compile(_with_batch(task, half), target, progress)
@@ -105,3 +117,44 @@ def _with_batch(task: Task, batch_size: int) -> Task:
   config = task.config.copy_and_resolve_references()
   config.train.batch_size = batch_size
   return build_task(config, task.dataset)
+
+
+def estimate(facts: StepFacts, chip: Chip, count: int) -> Estimate:
+  """The time of a step on `count` chips; in a ring all-reduce, each sends 2 (n - 1) / n of the bytes."""
+  sent = 2 * (count - 1) / count * facts.collectives.size
+  return Estimate(
+    arithmetic=facts.flops / chip.flops,
+    memory=facts.traffic / chip.bandwidth,
+    collectives=sent / chip.links if chip.links else 0.0,
+    compiler=facts.cycles / chip.clock if facts.cycles and chip.clock else None,
+  )
+
+
+def second_batch(first: StepFacts, chip: Chip, count: int, most: int) -> int:
+  """The second batch to compile: half of what would fit if all temporary memory grew with the batch.
+
+  Args:
+    count: devices, which share a batch evenly.
+    most: images in the training set.
+  """
+  free = chip.memory - first.arguments - first.code
+  guess = free / max(first.temporary, 1) * first.batch_size / 2
+  batch = int(min(guess, most)) // count * count
+  if batch > first.batch_size:
+    return batch
+  smaller = first.batch_size // 2 // count * count
+  return smaller or 2 * first.batch_size
+
+
+def largest_batch(one: StepFacts, other: StepFacts, chip: Chip, count: int, most: int) -> int:
+  """The largest batch, from 0 to `most` images, that `count` devices share and that fits.
+
+  Memory is assumed to grow linearly with the batch, on the line through the two compiled steps.
+  """
+  if one.batch_size == other.batch_size:  # Only this batch was compiled.
+    return one.batch_size
+  slope = (other.memory - one.memory) / (other.batch_size - one.batch_size)
+  if slope <= 0:
+    return most // count * count
+  batch = one.batch_size + (chip.memory - one.memory) / slope
+  return max(int(min(batch, most)) // count * count, 0)

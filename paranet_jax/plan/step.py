@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that need not be here, and what its program says of itself."""
+"""The real training step, compiled for devices that this machine may lack, and what its program needs."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.costs import multiply_adds
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.plan import hlo
-from paranet_jax.plan.traffic import Collectives, collectives, memory_traffic
+from paranet_jax.plan.hlo import Collectives, collectives, memory_traffic
 from paranet_jax.steps import zero_totals
 from paranet_jax.task import Task
 
@@ -29,15 +29,15 @@ class StepFacts:
 
   Attributes:
     batch_size: images of the global batch.
-    arguments: bytes of the state, the data set (of a streamed one: the batch, and those read ahead) and the order, of
-      which the results take the place.
-    temporary: bytes besides, at the most at a time.
-    code: bytes of the program; 0 where the backend does not say.
-    flops: floating-point operations, two a multiply-add, of convolutions and matrix products.
-    traffic: bytes to and from main memory (see `traffic.memory_traffic`).
+    arguments: bytes of the state, the order, and the data set (if streamed: the batch and those read ahead); the
+      results reuse them.
+    temporary: peak bytes of all other arrays.
+    code: bytes of the program; 0: the backend does not report it.
+    flops: floating-point operations of convolutions and matrix products, two per multiply-add.
+    traffic: bytes to and from main memory (see `hlo.memory_traffic`).
     collectives: of the step.
-    cycles: what the compiler takes each instruction for, added up; None where it does not say.
-    compile_seconds: of the program, its tracing left out.
+    cycles: the compiler's estimates for all instructions, added up; None: it gives none.
+    compile_seconds: of the program, without tracing.
   """
 
   batch_size: int
@@ -52,12 +52,12 @@ class StepFacts:
 
   @property
   def memory(self) -> int:
-    """Bytes that a device needs."""
+    """Bytes that the step needs on a device."""
     return self.arguments + self.temporary + self.code
 
 
 def step_arguments(task: Task, devices: Sequence[jax.Device]) -> tuple[Any, ...]:
-  """Shapes of a step's arguments: state, totals, images, labels and order."""
+  """Shapes of the arguments of a step: state, totals, images, labels and order."""
   train, batch_size = task.dataset.train, task.config.train.batch_size
   share = batch_size // len(devices)
   order = (task.steps_per_epoch, share)
@@ -76,7 +76,7 @@ def step_arguments(task: Task, devices: Sequence[jax.Device]) -> tuple[Any, ...]
 
 
 def _shared(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> tuple[int, ...]:
-  """With an axis for the devices, if they are several."""
+  """The shape with a device axis in front if there are several devices."""
   return shape if len(devices) == 1 else (len(devices), *shape)
 
 
@@ -85,7 +85,7 @@ def _images_axis(task: Task) -> dict[str, int]:
 
 
 def _read_ahead(task: Task, count: int) -> int:
-  """Bytes of the batches on a device that a streamed run has there besides the one that it trains on."""
+  """Bytes of the batches that a streamed run holds on a device in addition to the current one."""
   if not task.dataset.train.streamed:
     return 0
   from paranet_jax.data.stream import READ_AHEAD  # grain takes half a second to import.
@@ -94,10 +94,10 @@ def _read_ahead(task: Task, count: int) -> int:
 
 
 def compile_step(task: Task, devices: Sequence[jax.Device]) -> tuple[jax.stages.Compiled, StepFacts]:
-  """Compiles the step of a run's last phase, the one in which all its exits train.
+  """Compiles the step of a run's last phase, in which all its exits train.
 
   Raises:
-    jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler finds that it does not fit.
+    jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED if the step does not fit.
   """
   step = devices_lib.run_on(
     list(devices), functools.partial(task.train_step, phase=task.phases[-1]), **_images_axis(task)
@@ -128,7 +128,7 @@ def compile_step(task: Task, devices: Sequence[jax.Device]) -> tuple[jax.stages.
 
 
 def step_seconds(task: Task, devices: Sequence[jax.Device], compiled: jax.stages.Compiled, steps: int = 5) -> float:
-  """Runs the compiled step on devices that are here; seconds of a step, the first two left out."""
+  """Runs the compiled step on devices of this machine; returns seconds per step, after two steps of warm-up."""
   devices = list(devices)
   whole = devices_lib.replicated(devices)
   state, totals = jax.device_put((task.init_state(), zero_totals(task.phases[-1].targets)), whole)
@@ -149,7 +149,7 @@ def _in_memory(task: Task, devices: list[jax.Device]) -> tuple[jax.Array, ...]:
 
 
 def _streamed(task: Task, devices: list[jax.Device]) -> tuple[jax.Array, ...]:
-  """One batch, which is there: reading it is not of the step. Each device's order is as its share comes."""
+  """One batch, already read, since reading is not part of the step; each device trains on its share in order."""
   train, batch_size = task.dataset.train, task.config.train.batch_size
   place = devices_lib.replicated(devices) if len(devices) == 1 else devices_lib.shared(devices)
   *_, images, labels, order = step_arguments(task, devices)

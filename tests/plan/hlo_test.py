@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from paranet_jax.plan import hlo
-from paranet_jax.plan.hlo import Array
-from paranet_jax.plan.traffic import Collectives, collectives, memory_traffic
+from paranet_jax.plan.hlo import Array, Collectives, collectives, memory_traffic
 
 # As a TPU's compiler writes it: no trip count, padded tiles, memory of the core as S(1).
 PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[4,4]{1,0})->f32[4,4]{1,0}}

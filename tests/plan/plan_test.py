@@ -1,4 +1,4 @@
-"""Tests of `python -m paranet_jax.plan`, on CPU devices; where libtpu is installed, for TPUs that are not here too."""
+"""Tests of `python -m paranet_jax.plan` on CPU devices and, where libtpu is installed, for TPUs."""
 
 import dataclasses
 import importlib.util
@@ -19,15 +19,20 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.plan import __main__ as plan
 from paranet_jax.plan import plan as build_lib
 from paranet_jax.plan import target as target_lib
-from paranet_jax.plan import topology as topology_lib
-from paranet_jax.plan.chips import CHIPS, Chip, measured_chip
 from paranet_jax.plan.data_size import dataset_like
-from paranet_jax.plan.estimate import Estimate, estimate, largest_batch, second_batch
-from paranet_jax.plan.report import report
+from paranet_jax.plan.hlo import Collectives
+from paranet_jax.plan.plan import Estimate, estimate, largest_batch, second_batch
+from paranet_jax.plan.plan_text import as_text
 from paranet_jax.plan.step import StepFacts
-from paranet_jax.plan.target import Target, choose_target
-from paranet_jax.plan.topology import split_topology, topology_devices
-from paranet_jax.plan.traffic import Collectives
+from paranet_jax.plan.target import (
+  CHIPS,
+  Chip,
+  Target,
+  choose_target,
+  measured_chip,
+  split_topology,
+  topology_devices,
+)
 
 # 1,137 training images are 71 steps of 16.
 TINY = (
@@ -65,13 +70,13 @@ def refusal(*arguments) -> str:
 
 @pytest.fixture(scope='module', autouse=True)
 def devices():
-  """Makes the devices of the tests, before a plan makes as many as it is asked for."""
+  """Creates the devices of the tests before a plan can create its own number."""
   jax.devices()
 
 
 @pytest.fixture
 def any_chip(monkeypatch):
-  """In the place of the measured peaks."""
+  """Replaces the measured peaks."""
   monkeypatch.setattr(target_lib, 'measured_chip', lambda device, count: CHIP)
 
 
@@ -89,13 +94,13 @@ def network():
 
 
 def forward_macs():
-  """Of an image."""
+  """Multiply-adds of the forward pass of an image."""
   (costs,) = exit_costs(network(), (8, 8, 3))
   return costs['macs']
 
 
 def state_bytes():
-  """Of the parameters and of the statistics of the network, in float32."""
+  """Bytes of the parameters and of the batch_stats, in float32."""
   shapes = abstract_variables(network(), (8, 8, 3))
   params, statistics = (sum(leaf.size for leaf in jax.tree.leaves(shapes[key])) for key in ('params', 'batch_stats'))
   return 4 * params, 4 * statistics
@@ -106,18 +111,18 @@ def plans():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(target_lib, 'measured_chip', lambda device, count: CHIP)
     one = planned('--devices=1')
-    patch.setattr(build_lib, 'second_batch', lambda *_: 10_000)  # More than there are images: it is not compiled.
+    patch.setattr(build_lib, 'second_batch', lambda *_: 10_000)  # More than the data set holds, so it is not compiled.
     return {1: one, 2: planned('--devices=2')}
 
 
-def test_memory_of_a_device(plans):
+def test_memory_per_device(plans):
   params, statistics = state_bytes()
   data_set = 1137 * (8 * 8 * 3 + 4)
   for count, found in plans.items():
     order = 71 * 16 * 4 // count
-    totals = 4 * 4  # The loss, and of the exit loss, cross-entropy and accuracy.
+    totals = 4 * 4  # The total loss, and the loss, cross-entropy and accuracy of the exit.
     expected = 2 * params + statistics + data_set + order + totals
-    # Step and seed besides, and the addresses of the results.
+    # In addition: step, seed and the addresses of the results.
     assert expected < found['memory']['arguments'] < expected + 1000
     parts = ('arguments', 'temporary', 'code')
     assert found['memory']['needed'] == sum(found['memory'][part] for part in parts)
@@ -125,7 +130,7 @@ def test_memory_of_a_device(plans):
 
 
 @pytest.mark.parametrize('count', [1, 2])
-def test_a_streamed_data_set_is_not_on_the_devices(any_chip, monkeypatch, count):
+def test_streamed_data_set_stays_on_the_host(any_chip, monkeypatch, count):
   monkeypatch.setattr(build_lib, 'second_batch', lambda *_: 10_000)
   found = planned('--config.data.streaming=True', f'--devices={count}')
   params, statistics = state_bytes()
@@ -144,7 +149,7 @@ def test_a_streamed_data_set_is_not_on_the_devices(any_chip, monkeypatch, count)
     ('imagenet2012', 224, False, False),
   ],
 )
-def test_what_would_be_streamed(name, side, asked, streamed):
+def test_which_data_sets_are_streamed(name, side, asked, streamed):
   config = base_config()
   config.data.update(name=name, streaming=asked)
   config.model.image_side = side
@@ -158,7 +163,7 @@ def test_what_would_be_streamed(name, side, asked, streamed):
 def test_two_devices_share_the_work(plans):
   one, two = plans[1], plans[2]
   assert one['flops'] == 2 * two['flops']
-  # Backwards, a convolution takes two more, but for the first one, whose images need no gradient.
+  # The backward pass costs twice the forward pass, except for the first convolution: images need no gradient.
   assert 2 * 2 * forward_macs() * 16 < one['flops'] <= 2 * 3 * forward_macs() * 16
   assert two['memory_traffic_bytes'] < one['memory_traffic_bytes']
   assert one['collectives'] == {'count': 0, 'size': 0}
@@ -188,31 +193,31 @@ def test_time_and_run(plans):
       'unknown configuration field train.batchsize; did you mean train.batch_size? All are in '
       'paranet_jax/base_config.py',
     ),
-    ([*TINY, '--config.seeds=2'], 'a plan is of one run, found 2 seeds; leave --config.seeds out'),
+    ([*TINY, '--config.seeds=2'], 'a plan covers one run, found 2 seeds; leave out --config.seeds'),
     (
       [*TINY, '--devices=3'],
-      'train.batch_size 16 cannot be shared evenly by 3 devices; set --config.train.batch_size or --devices',
+      '3 devices cannot share train.batch_size 16 evenly; set --config.train.batch_size or --devices',
     ),
     (
       [*TINY, '--topology=v5e'],
-      'topology must be a chip and the shape of its slice, such as v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, '
+      'expected a topology of a chip and a slice shape, such as v4:2x2x1, v5e:2x2, v5p:2x2x1, v6e:2x2, '
       "found 'v5e'; set --topology",
     ),
   ],
 )
-def test_refusals(flags, message):
+def test_rejected_flags(flags, message):
   assert refusal(*flags) == message
 
 
-def test_more_devices_than_there_are():
+def test_too_many_devices():
   count = len(jax.local_devices())
   assert refusal(*TINY, f'--devices={count + 1}') == (
-    f'devices must be at most {count}, all that are here, found {count + 1}; set --devices'
+    f'expected at most {count} devices, the number in this machine, found {count + 1}; set --devices'
   )
 
 
 def test_without_libtpu(monkeypatch):
-  monkeypatch.setattr(topology_lib, 'has_libtpu', lambda: False)
+  monkeypatch.setattr(target_lib, 'has_libtpu', lambda: False)
   assert refusal(*TINY, '--topology=v5e:2x2') == (
     'compiling for v5e:2x2 needs libtpu, found none; pip install -r requirements-tpu.txt'
   )
@@ -220,14 +225,14 @@ def test_without_libtpu(monkeypatch):
 
 @pytest.fixture
 def libtpu(monkeypatch):
-  """Leaves the environment as it was."""
-  for name in topology_lib._WITHOUT_TPU:
+  """Pretends that libtpu is installed, and restores the environment."""
+  for name in target_lib._WITHOUT_TPU:
     monkeypatch.setenv(name, os.environ.get(name, ''))
-  monkeypatch.setattr(topology_lib, 'has_libtpu', lambda: True)
+  monkeypatch.setattr(target_lib, 'has_libtpu', lambda: True)
   return monkeypatch
 
 
-def test_a_topology_that_libtpu_does_not_know(libtpu):
+def test_topology_unknown_to_libtpu(libtpu):
   from jax.experimental import topologies
 
   def refuse(**_):
@@ -235,7 +240,7 @@ def test_a_topology_that_libtpu_does_not_know(libtpu):
 
   libtpu.setattr(topologies, 'get_topology_desc', refuse)
   assert refusal(*TINY, '--topology=v5e:3x3') == (
-    'libtpu knows no topology \'v5e:3x3\' (INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible); '
+    'libtpu does not know topology \'v5e:3x3\' (INVALID_ARGUMENT: Topology layout "v5e:3x3" is not divisible); '
     'set --topology, such as v5e:2x2'
   )
 
@@ -245,10 +250,10 @@ def test_a_topology_that_libtpu_does_not_know(libtpu):
   [
     ('v5e:2x2', {}),
     ('v5e:1x1', {'chips_per_host_bounds': (1, 1, 1)}),
-    ('v4:2x2x2', {'chip_config_name': 'megacore'}),  # Or each chip would be two devices.
+    ('v4:2x2x2', {'chip_config_name': 'megacore'}),  # Without it, each chip would be two devices.
   ],
 )
-def test_what_libtpu_is_asked(libtpu, name, options):
+def test_options_for_libtpu(libtpu, name, options):
   from jax.experimental import topologies
 
   asked = {}
@@ -268,7 +273,7 @@ def test_topologies(name, chip, count):
 
 
 @pytest.mark.parametrize('name', ['v5e:2x2x1', 'v4:2x2', 'v9:2x2', 'v5e:0x2', 'v5e:x', '', 'v5e:2x2 '])
-def test_what_is_no_topology(name):
+def test_invalid_topologies(name):
   with pytest.raises(UserError, match=f"found '{name}'; set --topology$"):
     split_topology(name)
 
@@ -286,9 +291,9 @@ def test_estimate():
 @pytest.mark.parametrize(
   'memory, batch_size, count, most, expected',
   [
-    (8e6, 16, 4, 1000, 24),  # 6.5 MB free are 52 images of 0.125 MB: half of them, shared by 4.
-    (8e6, 16, 4, 20, 20),  # No more than there are.
-    (4e6, 16, 4, 1000, 8),  # 2.5 MB are 20 images, half of which is less than there were: half of those.
+    (8e6, 16, 4, 1000, 24),  # 6.5 MB free hold 52 images of 0.125 MB: half of them, rounded down to a multiple of 4.
+    (8e6, 16, 4, 20, 20),  # Capped by the data set.
+    (4e6, 16, 4, 1000, 8),  # 2.5 MB hold 20 images, half of which is below the first batch: half of that.
     (4e6, 4, 4, 1000, 8),
   ],
 )
@@ -313,13 +318,13 @@ def test_largest_batch(temporary, count, most, expected):
   assert largest_batch(other, FACTS, CHIP, count, most) == expected
 
 
-def test_largest_batch_where_nothing_larger_fits():
+def test_largest_batch_from_one_step():
   assert largest_batch(FACTS, FACTS, CHIP, 1, 1000) == 16
 
 
 @pytest.fixture
 def small_devices(monkeypatch, any_chip):
-  """A compiler that finds more than so many images too large; what it was asked to compile."""
+  """Replaces the compiler by one that rejects batches above a limit; returns the batches that it compiled."""
   asked = []
 
   def limit(most, reason='RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm'):
@@ -337,59 +342,59 @@ def small_devices(monkeypatch, any_chip):
   return limit
 
 
-def test_a_batch_that_does_not_fit(small_devices):
+def test_batch_that_does_not_fit(small_devices):
   asked = small_devices(50)
   found = planned('--config.train.batch_size=200', '--devices=2')
-  assert asked == [200, 100, 50, 24]  # The last for how memory grows.
+  assert asked == [200, 100, 50, 24]  # The last one shows how memory grows.
   assert (found['batch_size'], found['fits'], found['largest_batch']) == (50, False, 52)
   code, out, err = run_plan(*TINY, '--config.train.batch_size=200', '--devices=2')
   assert code == 0
-  assert out.startswith('a step of 200 images does not fit; this is of the largest of its halves that does\n')
+  assert out.startswith('a step of 200 images does not fit; the batch was halved until it did\n')
   assert '200 images do not fit\n' in err
 
 
-def test_not_even_the_smallest_fits(small_devices):
+def test_smallest_batch_that_does_not_fit(small_devices):
   small_devices(1)
   code, out, err = run_plan(*TINY, '--devices=2')
   assert (code, out) == (2, '')
   assert err.splitlines()[-1].startswith('error: a step of 2 images does not fit 2 x cpu')
-  assert err.endswith('set --topology to a chip with more memory, or fields of --config.model to a smaller network\n')
+  assert err.endswith('set --topology to a chip with more memory, or --config.model fields to a smaller network\n')
 
 
-def test_other_errors_of_the_compiler_are_its_own(small_devices):
+def test_other_compiler_errors_pass_through(small_devices):
   small_devices(1, 'INTERNAL: a bug')
   with pytest.raises(jax.errors.JaxRuntimeError, match='a bug'):
     run_plan(*TINY, '--devices=2')
 
 
 REPORT = """\
-PN1-d on digits: a training step of 16 images on 4 x TPU v5 lite (v5e:2x2), 4 a device
-compiled in 12 s by jax 1.2
+PN1-d on digits: a training step of 16 images on 4 x TPU v5 lite (v5e:2x2), 4 per device
+compiled in 12 s with jax 1.2
 
-memory of a device
+memory per device
 state, data set and order    1 MB
 temporary                    2 MB
 code                       500 kB
-in all                     3.5 MB
-it has                       8 MB
+total                      3.5 MB
+available                    8 MB
 43.8 % used
-largest batch that fits: 60 images (linear in the batch, from 16 and 32 images compiled)
+largest batch that fits: 60 images (extrapolated from steps compiled for 16 and 32 images)
 
-a step, each device
+step, per device
 floating-point operations        0.0 G
-to and from main memory           3 MB
+main memory traffic               3 MB
 collectives                400 kB in 7
 
-time                              ms  images/s  71 steps
-arithmetic at its peak             5
-main memory at its peak            3
-collectives                      1.2
-a step at best                   6.2     2,581       0 s
-a step by the compiler's cycles   20       800       1 s
-a step, measured                  31       516       2 s
-measured / at best: 5.00
+time                        ms  images/s  71 steps
+arithmetic at peak           5
+main memory at peak          3
+collectives                1.2
+step, roofline bound       6.2     2,581       0 s
+step, compiler's estimate   20       800       1 s
+step, measured              31       516       2 s
+measured / bound: 5.00
 
-assumed:
+assumptions:
 - a device does 0.002 TFLOP/s and moves 1 GB/s, 0.5 GB/s sent to other chips (a page)
 """
 
@@ -413,15 +418,15 @@ def test_report():
     measured=0.031,
     versions={'jax': '1.2'},
   )
-  text = report(found)
+  text = as_text(found)
   assert text.splitlines()[: len(REPORT.splitlines())] == REPORT.splitlines()
-  assert "- the compiler's cycles are of a core at 1.00 GHz, and leave waiting for others out" in text
-  everything = report(found._replace(largest=1136, other=None))
+  assert "- the compiler's estimate counts the cycles of a 1.00 GHz core, without waiting for others" in text
+  everything = as_text(found._replace(largest=1136, other=None))
   assert 'largest batch that fits: 1,136 images, the whole data set\n' in everything
 
 
 @pytest.mark.parametrize('held_out, padding, flip', [(0, None, None), (300, 2, True)])
-def test_a_data_set_like_the_real_one(held_out, padding, flip):
+def test_stand_in_matches_the_real_data_set(held_out, padding, flip):
   config = base_config()
   config.data.update(name='digits', held_out=held_out, crop_padding=padding, flip=flip)
   config.model.image_side = 8
@@ -433,20 +438,30 @@ def test_a_data_set_like_the_real_one(held_out, padding, flip):
   assert len(ours.class_names) == len(real.class_names)
 
 
-def test_a_data_set_that_is_not_known_is_read(tmp_path):
+def test_unknown_data_set_is_read(tmp_path):
   config = base_config()
   config.data.update(name='folder', data_dir=str(tmp_path / 'none'))
   with pytest.raises(UserError, match='none'):
     dataset_like(config)
 
 
-def test_what_this_machine_has():
+def test_measured_chip(monkeypatch):
+  """A product of 2 * 2,048^3 FLOP in 0.5 s; 256 MB read and written in 0.25 s; four devices share them."""
+  seconds = iter([0.5, 0.25] * 2)
+  monkeypatch.setattr(target_lib, '_seconds', lambda *_: next(seconds))
   one, shared = (measured_chip(jax.devices()[0], count) for count in (1, 4))
-  assert one.flops > 0 and one.bandwidth > 0
-  assert one.memory == 4 * shared.memory > 2**28
+  assert (one.flops, one.bandwidth) == (4 * 2048**3, 2 * 2**28 / 0.25)
+  assert (one.memory, one.flops, one.bandwidth) == (4 * shared.memory, 4 * shared.flops, 4 * shared.bandwidth)
+  assert one.memory > 2**28
 
 
-def test_devices_that_are_here():
+def test_seconds_of_the_fastest_call(monkeypatch):
+  clock = iter([0, 9, 10, 13, 20, 22, 30, 34])
+  monkeypatch.setattr(target_lib.time, 'perf_counter', lambda: next(clock))
+  assert target_lib._seconds(lambda x: x, 1) == 2
+
+
+def test_devices_of_this_machine():
   target = choose_target(None, 1)
   assert target.here and target.devices == jax.local_devices()[:1] and target.name.startswith('1 x cpu (')
 

@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as one JSON object."""
+"""A plan as text, and as one JSON object."""
 
 from typing import Any
 
@@ -8,23 +8,23 @@ from paranet_jax.report.progress import human_duration
 from paranet_jax.report.tables import align
 
 
-def report(plan: Plan) -> str:
-  """The plan in plain text, its assumptions last."""
+def as_text(plan: Plan) -> str:
+  """The plan in plain text, with its assumptions at the end."""
   task, facts, count = plan.task, plan.facts, len(plan.target.devices)
   title = (
     f'{task.config.name} on {task.config.data.name}: a training step of {facts.batch_size:,} images on '
-    f'{plan.target.name}, {facts.batch_size // count:,} a device'
+    f'{plan.target.name}, {facts.batch_size // count:,} per device'
   )
   compiled = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
-  lines = [title, f'compiled in {facts.compile_seconds:.0f} s by {compiled}']
+  lines = [title, f'compiled in {facts.compile_seconds:.0f} s with {compiled}']
   if facts.batch_size != plan.asked:
-    lines.insert(0, f'a step of {plan.asked:,} images does not fit; this is of the largest of its halves that does')
+    lines.insert(0, f'a step of {plan.asked:,} images does not fit; the batch was halved until it did')
   sections = (_memory(plan), _work(facts), _time(plan), _assumptions(plan))
   return '\n'.join([*lines, *(f'\n{section}' for section in sections)])
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-  """`batch_size` and what the report says of it, in bytes and seconds, of one device where not said otherwise."""
+  """The plan in bytes and seconds; memory, work and traffic are per device."""
   facts, estimate = plan.facts, plan.estimate
   return {
     'name': plan.task.config.name,
@@ -60,47 +60,47 @@ def _memory(plan: Plan) -> str:
   rows = [
     ('state, data set and order', _bytes(facts.arguments)),
     ('temporary', _bytes(facts.temporary)),
-    ('code', _bytes(facts.code) if facts.code else 'not told'),
-    ('in all', _bytes(facts.memory)),
-    ('it has', _bytes(chip.memory)),
+    ('code', _bytes(facts.code) if facts.code else 'unknown'),
+    ('total', _bytes(facts.memory)),
+    ('available', _bytes(chip.memory)),
   ]
-  verdict = f'{100 * facts.memory / chip.memory:.1f} % used' if facts.memory <= chip.memory else 'it does not fit'
+  verdict = f'{100 * facts.memory / chip.memory:.1f} % used' if facts.memory <= chip.memory else 'does not fit'
   largest = f'largest batch that fits: {plan.largest:,} images'
   if plan.largest == len(plan.task.dataset.train) // len(plan.target.devices) * len(plan.target.devices):
     largest += ', the whole data set'
   if plan.other:
-    largest += f' (linear in the batch, from {facts.batch_size:,} and {plan.other.batch_size:,} images compiled)'
-  return '\n'.join([*align(('memory of a device', ''), rows, left=(0,)), verdict, largest])
+    largest += f' (extrapolated from steps compiled for {facts.batch_size:,} and {plan.other.batch_size:,} images)'
+  return '\n'.join([*align(('memory per device', ''), rows, left=(0,)), verdict, largest])
 
 
 def _work(facts: StepFacts) -> str:
   rows = [
     ('floating-point operations', f'{facts.flops / 1e9:.1f} G'),
-    ('to and from main memory', _bytes(facts.traffic)),
+    ('main memory traffic', _bytes(facts.traffic)),
     ('collectives', f'{_bytes(facts.collectives.size)} in {facts.collectives.count}'),
   ]
-  return '\n'.join(align(('a step, each device', ''), rows, left=(0,)))
+  return '\n'.join(align(('step, per device', ''), rows, left=(0,)))
 
 
 def _time(plan: Plan) -> str:
   estimate, steps = plan.estimate, plan.task.total_steps
   rows = [
-    ('arithmetic at its peak', _milliseconds(estimate.arithmetic), '', ''),
-    ('main memory at its peak', _milliseconds(estimate.memory), '', ''),
+    ('arithmetic at peak', _milliseconds(estimate.arithmetic), '', ''),
+    ('main memory at peak', _milliseconds(estimate.memory), '', ''),
     ('collectives', _milliseconds(estimate.collectives), '', ''),
-    _whole(plan, 'a step at best', estimate.step),
+    _step_row(plan, 'step, roofline bound', estimate.step),
   ]
   if estimate.compiler is not None:
-    rows.append(_whole(plan, "a step by the compiler's cycles", estimate.compiler))
+    rows.append(_step_row(plan, "step, compiler's estimate", estimate.compiler))
   if plan.measured is not None:
-    rows.append(_whole(plan, 'a step, measured', plan.measured))
+    rows.append(_step_row(plan, 'step, measured', plan.measured))
   lines = align(('time', 'ms', 'images/s', f'{steps:,} steps'), rows, left=(0,))
   if plan.measured is not None:
-    lines.append(f'measured / at best: {plan.measured / estimate.step:.2f}')
+    lines.append(f'measured / bound: {plan.measured / estimate.step:.2f}')
   return '\n'.join(lines)
 
 
-def _whole(plan: Plan, what: str, seconds: float) -> tuple[str, str, str, str]:
+def _step_row(plan: Plan, what: str, seconds: float) -> tuple[str, str, str, str]:
   speed = plan.facts.batch_size / seconds
   return what, _milliseconds(seconds), f'{speed:,.0f}', human_duration(seconds * plan.task.total_steps)
 
@@ -109,22 +109,22 @@ def _assumptions(plan: Plan) -> str:
   chip = plan.chip
   links = '' if chip.links is None else f', {chip.links / 1e9:.4g} GB/s sent to other chips'
   lines = [
-    'assumed:',
+    'assumptions:',
     f'- a device does {chip.flops / 1e12:.3g} TFLOP/s and moves {chip.bandwidth / 1e9:.4g} GB/s{links} ({chip.source})',
-    '- at best: arithmetic and main memory overlap, both at their peak; collectives are added',
-    '- operations are those of convolutions and matrix products; a program is taken to read and write main memory',
-    '  once for each operand and result of an instruction, nothing from caches',
-    '- neither the latency of a collective nor the start of an instruction takes time, so small batches are slower',
+    '- roofline bound: arithmetic and main memory overlap, both at their peak; collectives are added',
+    '- only convolutions and matrix products count as operations; each instruction reads its operands from and writes',
+    '  its results to main memory, without caches',
+    '- the latency of collectives and of starting instructions is ignored, so small batches are slower than this',
   ]
   if chip.links is None and plan.facts.collectives.count:
-    lines.append('- devices of one machine: collectives take no time of their own')
-  if plan.estimate.compiler is not None:
+    lines.append('- devices of one machine: collectives take no time')
+  if plan.estimate.compiler is not None and chip.clock:
     lines.append(
-      f"- the compiler's cycles are of a core at {chip.clock / 1e9:.2f} GHz, and leave waiting for others out"
+      f"- the compiler's estimate counts the cycles of a {chip.clock / 1e9:.2f} GHz core, without waiting for others"
     )
-  lines.append('- a run is its steps alone, without compiling, evaluating and saving')
+  lines.append('- the time of a run includes its steps only, not compiling, evaluating or saving')
   if len(plan.task.phases) > 1:
-    lines.append(f'- every step is like one of the last phase of train.regime={plan.task.config.train.regime}')
+    lines.append(f'- every step costs as much as in the last phase of train.regime={plan.task.config.train.regime}')
   return '\n'.join(lines)
 
 
