@@ -50,10 +50,7 @@ class Instruction(NamedTuple):
 
   def called(self, attribute: str) -> str:
     """The computation that an attribute such as `calls` or `body` names."""
-    found = re.search(rf'\b{attribute}=%?([\w.-]+)', self.attributes)
-    if not found:
-      raise ValueError(f'no {attribute} in {self.attributes[:60]!r}')
-    return found[1]
+    return re.findall(rf'\b{attribute}=%?([\w.-]+)', self.attributes)[0]
 
 
 class Program(NamedTuple):
