@@ -1,13 +1,13 @@
-"""Batches of a few fixed sizes, so that nothing recompiles: splitting, and packing those who are still there."""
+"""Batches of a few fixed sizes, so that nothing recompiles: splitting a wave, and packing the rows that remain."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-NOBODY = -1
+from paranet_jax.portable.run import GONE, Batch, Carried, Packing
 
 
 class Sizes(NamedTuple):
@@ -15,10 +15,10 @@ class Sizes(NamedTuple):
 
   Attributes:
     sizes: increasing.
-    split: rows may be spread over several batches; else one batch, padded to the next size, holds them all.
+    split: rows may be spread over several batches; otherwise one batch, padded to the next size, holds them all.
     wave: rows that go through the stages together; bounds the memory.
-    on_host: rows are packed by NumPy in the memory that the host shares with the device; else on the device, which
-      needs a wave that is one batch.
+    on_host: NumPy packs rows, in memory that the host shares with the device; otherwise the device does, which needs a
+      wave that is one batch.
   """
 
   sizes: tuple[int, ...]
@@ -27,32 +27,19 @@ class Sizes(NamedTuple):
   on_host: bool
 
 
-# PN3-ddd on 2 cores of an AMD EPYC, ms an image in all three stages, one run: 2.84 at batch 1, 2.07 at 4, 1.40 at 16,
+# PN3-ddd on 2 cores of an AMD EPYC, ms per image in all three stages, one run: 2.84 at batch 1, 2.07 at 4, 1.40 at 16,
 # 1.11 at 64, and 1.62 at 256, where the features no longer fit the cache.
 CPU = Sizes((1, 4, 16, 64), split=True, wave=256, on_host=True)
-# Not measured: an accelerator is taken to gain from large batches, and to lose by every call and by moving rows to the
-# host.
+# Not measured: an accelerator is assumed to gain from large batches, and to lose by calls and by copies to the host.
 ACCELERATOR = Sizes((1, 16, 64, 128, 256), split=False, wave=256, on_host=False)
 
 _CALL_ROWS = 4
-"""What a call costs beside its rows, in rows (from the figures above)."""
+"""What a call costs in addition to its rows, in rows (from the figures above)."""
 
 
 def default_sizes() -> Sizes:
   """The sizes for the device that jax uses."""
   return CPU if jax.default_backend() == 'cpu' else ACCELERATOR
-
-
-class Chunk(NamedTuple):
-  """Rows that are computed together.
-
-  rows: int [size], each row's place in the wave; NOBODY where it is padding or has left.
-  images: [size, H, W, C]. carry: the model's, of the stage before.
-  """
-
-  rows: np.ndarray
-  images: Any
-  carry: Any
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,65 +60,86 @@ def cost(parts: Sequence[int]) -> int:
   return sum(parts) + _CALL_ROWS * len(parts)
 
 
-def split(images: np.ndarray, sizes: Sizes) -> list[Chunk]:
-  """A wave of images [n, H, W, C], n >= 1, as chunks with an empty carry."""
-  chunks, start = [], 0
-  for size in cover(len(images), sizes):
-    part = images[start : start + size]
-    rows = np.full(size, NOBODY)
-    rows[: len(part)] = np.arange(start, start + len(part))
-    padding = np.zeros((size - len(part), *images.shape[1:]), images.dtype)
-    chunks.append(Chunk(rows, np.concatenate([part, padding]) if len(padding) else part, {}))
-    start += size
-  return chunks
-
-
-def pack(chunks: Sequence[Chunk], sizes: Sizes, take: Any) -> list[Chunk]:
-  """Drops the rows that have left, unless as much would be computed as before.
+class FixedSizes(Packing):
+  """Packs rows into batches of the fixed sizes.
 
   Args:
-    take: (tree, int rows [size]) -> tree of those rows, on the device.
+    take: (tree, int rows [size]) -> the tree of these rows, on the device.
   """
-  chunks = [chunk for chunk in chunks if (chunk.rows != NOBODY).any()]
-  places = np.concatenate([chunk.rows[chunk.rows != NOBODY] for chunk in chunks]) if chunks else np.zeros(0, int)
-  parts = cover(len(places), sizes) if len(places) else ()
-  if cost(parts) >= cost([len(chunk.rows) for chunk in chunks]):
-    return chunks
-  packed, start = [], 0
-  for size in parts:
-    rows = np.full(size, NOBODY)
-    part = places[start : start + size]
-    rows[: len(part)] = part
-    if sizes.on_host:
-      images, carry = _take_on_host(chunks, start, len(part), size)
-    else:
-      (chunk,) = chunks
-      chosen = np.zeros(size, np.int32)
-      chosen[: len(part)] = np.flatnonzero(chunk.rows != NOBODY)
-      images, carry = take((chunk.images, chunk.carry), chosen)
-    packed.append(Chunk(rows, images, carry))
-    start += size
-  return packed
+
+  def __init__(self, sizes: Sizes, take: Callable[[Any, np.ndarray], Any]):
+    self.wave, self.sizes = sizes.wave, sizes.sizes
+    self._sizes, self._take = sizes, take
+
+  def split(self, carried: Carried) -> list[Batch]:
+    """The batches of a wave of one image or more, padded with zeros."""
+    count, batches, start = len(carried['images']), [], 0
+    for size in cover(count, self._sizes):
+      part = slice(start, min(start + size, count))
+      batches.append(Batch(_padded(np.arange(count)[part], size), _sliced(carried, part, size)))
+      start += size
+    return batches
+
+  def pack(self, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches without the rows that are GONE, unless that would not save any cost."""
+    batches = [batch for batch in batches if (batch.rows != GONE).any()]
+    places = np.concatenate([batch.rows[batch.rows != GONE] for batch in batches]) if batches else np.zeros(0, int)
+    parts = cover(len(places), self._sizes) if len(places) else ()
+    if cost(parts) >= cost([len(batch.rows) for batch in batches]):
+      return batches
+    take = self._on_host if self._sizes.on_host else self._on_device
+    starts = np.cumsum((0, *parts[:-1])).tolist()
+    return [take(batches, start, places[start : start + size], size) for start, size in zip(starts, parts, strict=True)]
+
+  def warm_up(self, carried: Carried) -> None:
+    """Compiles the packing into every smaller size."""
+    for size in () if self._sizes.on_host else self.sizes:
+      if size < len(carried['images']):
+        self._take(_of_network(carried), np.zeros(size, np.int32))
+
+  def _on_device(self, batches: Sequence[Batch], start: int, places: np.ndarray, size: int) -> Batch:
+    (batch,) = batches
+    here = np.zeros(size, np.int32)
+    here[: len(places)] = np.flatnonzero(batch.rows != GONE)
+    own = {name: values[here] for name, values in batch.carried.items() if name.startswith('_')}
+    return Batch(_padded(places, size), self._take(_of_network(batch.carried), here) | own)
+
+  def _on_host(self, batches: Sequence[Batch], start: int, places: np.ndarray, size: int) -> Batch:
+    """The rows from the start-th remaining one on, padded with zeros."""
+    sources, chosen, stop = [], [], start + len(places)
+    for batch in batches:
+      here = np.flatnonzero(batch.rows != GONE)
+      mine = here[max(start, 0) : max(stop, 0)]
+      start, stop = start - len(here), stop - len(here)
+      if len(mine):
+        sources.append(batch.carried)
+        chosen.append(mine)
+
+    def fill(*leaves):
+      out = np.empty((size, *leaves[0].shape[1:]), leaves[0].dtype)
+      first = 0
+      for leaf, rows in zip(leaves, chosen, strict=True):
+        np.take(np.asarray(leaf), rows, axis=0, out=out[first : first + len(rows)], mode='clip')
+        first += len(rows)
+      out[first:] = 0
+      return out
+
+    return Batch(_padded(places, size), jax.tree.map(fill, *sources))
 
 
-def _take_on_host(chunks: Sequence[Chunk], start: int, count: int, size: int) -> Any:
-  """The images and the carry of `count` rows that are still there, from the start-th on, padded to `size`."""
-  sources, chosen = [], []
-  for chunk in chunks:
-    here = np.flatnonzero(chunk.rows != NOBODY)
-    mine = here[max(start, 0) : max(start + count, 0)]
-    start -= len(here)
-    if len(mine):
-      sources.append((chunk.images, chunk.carry))
-      chosen.append(mine)
+def _of_network(carried: Carried) -> Carried:
+  return {name: values for name, values in carried.items() if not name.startswith('_')}
 
-  def fill(*leaves):
-    out = np.empty((size, *leaves[0].shape[1:]), leaves[0].dtype)
-    first = 0
-    for leaf, rows in zip(leaves, chosen, strict=True):
-      np.take(np.asarray(leaf), rows, axis=0, out=out[first : first + len(rows)], mode='clip')
-      first += len(rows)
-    out[first:] = 0
-    return out
 
-  return jax.tree.map(fill, *sources)
+def _padded(places: np.ndarray, size: int) -> np.ndarray:
+  rows = np.full(size, GONE)
+  rows[: len(places)] = places
+  return rows
+
+
+def _sliced(carried: Carried, part: slice, size: int) -> Carried:
+  def take(values):
+    padding = np.zeros((size - (part.stop - part.start), *values.shape[1:]), values.dtype)
+    return np.concatenate([values[part], padding]) if len(padding) else values[part]
+
+  return jax.tree.map(take, carried)

@@ -11,7 +11,6 @@ from paranet_jax import config as config_lib
 from paranet_jax.costs import abstract_variables
 from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
 from paranet_jax.early.exit_plan import EXITS, ExitPlan, calibrate_command, load_plan, read_plan
-from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.checkpoints import Checkpoints
@@ -69,19 +68,6 @@ def load(workdir: str | Path, step: int | None = None) -> LoadedRun:
   plan = load_plan(workdir, checkpoint, trained_exits(config_lib.targets(config))) if calibrated else None
   dataset = dataclasses.replace(dataset, class_names=names)
   return LoadedRun(model, jax.device_put(variables), plan, config, step, dataset)
-
-
-def load_early_exit(workdir: str | Path, step: int | None = None) -> EarlyExit:
-  """What `EarlyExit.load` does.
-
-  Raises:
-    UserError: as `load`; or the run is not calibrated.
-  """
-  run = load(workdir, step)
-  plan = run.exits or read_plan(absolute(workdir))
-  return EarlyExit(
-    run.model, run.variables, plan, run.image_shape, run.dataset.mean, run.dataset.std, run.dataset.class_names
-  )
 
 
 def _calibrated_step(workdir: Path, checkpoints: Checkpoints) -> int:

@@ -1,20 +1,20 @@
-"""Runs an exported early-exit image classifier. Needs Python 3.10, numpy and onnxruntime; Pillow for image files.
+"""Runs an exported early-exit image classifier. Needs Python 3.10, NumPy and onnxruntime; Pillow for image files.
 
-  python run.py photo.png photos/            # one line an image: path, label, probability, exit
-  python run.py --threshold=0.8 photo.png    # leave where the probability is 0.8, not where calibration chose
+  python run.py photo.png photos/            # one line per image: path, label, probability, exit
+  python run.py --threshold=0.8 photo.png    # exit where the probability reaches 0.8, not where calibration chose
 
-In Python, beside the bundle's files:
+In Python, next to the bundle's files:
 
   import run
 
   bundle = run.load('.')
   labels, probabilities, exits, macs = bundle.predict(images)  # uint8 [N, H, W, C], or normalized floats; any N
   answer = bundle.predict_one(images[0])
-  for answer in bundle.anytime(images[0], deadline_ms=5):  # a better answer at each stage, as far as the time goes
+  for answer in bundle.anytime(images[0], deadline_ms=5):  # a better answer after each stage, until time is up
     ...
 
-Stage by stage, for a service that batches requests of its own accord (what is carried are arrays whose first axis is
-the batch, so rows of several requests go together by `join` and part by `select`):
+Stage by stage, for a service that does its own batching (a stage's features are arrays whose first axis is the batch,
+so `join` merges the rows of several requests and `select` takes some of them):
 
   carried = bundle.begin(images)
   for number in bundle.visited:
@@ -23,7 +23,7 @@ the batch, so rows of several requests go together by `join` and part by `select
     answers = bundle.answers(number, logits[leave])
     carried = run.select(carried, ~leave)
 
-This file is the same in every bundle and imports nothing of the package that wrote it.
+This file is the same in every bundle and imports nothing from the package that wrote it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -52,27 +52,32 @@ SCHEMA_VERSION = 1
 BUNDLE, EXITS, CLASSES, PREPROCESSING = 'bundle.json', 'exits.json', 'classes.json', 'preprocessing.json'
 SCORES = ('max_prob', 'entropy', 'margin', 'patience')
 PROVIDERS = ('cpu', 'openvino')
-RESIZE = 'shorter side to `side` (bilinear, antialiased), centre crop'
+RESIZE = 'shorter side to `side` (bilinear, antialiased), center crop'
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 WAVE = 64
 """Images that go through the stages together."""
+GONE = -1
+"""In place of a row's number: the row is padding, or its image has exited."""
 
 _LATENCY_RUNS = 10
-_BROKEN_PIPE = 141  # What the shell reports of a command that SIGPIPE ended.
+_BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
 
-Carried = dict[str, np.ndarray]
-"""What a batch carries from stage to stage, by name, each [n, ...]; what begins with _ is not for the network."""
+Carried = dict[str, Any]
+"""What a batch carries from stage to stage, arrays [n, ...] by name; names with a leading _ are not for the network."""
+
+Stage = Callable[[Carried], 'tuple[Carried, Any]']
+"""From what the batch carries to what it carries on and the logits, float32 [n, classes]."""
 
 
 class BundleError(Exception):
-  """One line saying what was expected, what was found and what mends it."""
+  """One line that says what was expected, what was found, and what fixes it."""
 
 
 class Predictions(NamedTuple):
-  """Of N images, in the order given.
+  """Answers to N images, in the order given.
 
-  labels: int [N]. probabilities: float32 [N, classes], calibrated with the exit's temperature. exits: int [N], 1-based,
-  the exit taken. macs: int [N], multiply-adds spent.
+  labels: int [N]. probabilities: float32 [N, classes], calibrated with the exit's temperature. exits: int [N], the
+  exits taken, 1-based. macs: int [N], multiply-adds spent.
   """
 
   labels: np.ndarray
@@ -82,7 +87,7 @@ class Predictions(NamedTuple):
 
 
 class Prediction(NamedTuple):
-  """Of one image: label, probabilities float32 [classes], exit taken (1-based), multiply-adds spent."""
+  """The answer to one image: label, probabilities float32 [classes], exit taken (1-based), multiply-adds spent."""
 
   label: int
   probabilities: np.ndarray
@@ -90,20 +95,51 @@ class Prediction(NamedTuple):
   macs: int
 
 
-Stage = Callable[[Carried], 'tuple[Carried, np.ndarray]']
-"""From what is carried to what is carried on and the logits, float32 [n, classes]."""
+class Batch(NamedTuple):
+  """Rows that are computed together. rows: int [n], the place of each in the wave, or GONE."""
+
+  rows: np.ndarray
+  carried: Carried
+
+
+class Packing:
+  """How the images of a wave are batched: here in one batch that shrinks as images exit.
+
+  Attributes:
+    wave: images that go through the stages together.
+    sizes: the batch sizes that `predict` runs most.
+  """
+
+  wave: int = WAVE
+  sizes: tuple[int, ...] = (WAVE,)
+
+  def split(self, carried: Carried) -> list[Batch]:
+    """The batches that enter the first stage."""
+    return [Batch(np.arange(len(carried['images'])), carried)]
+
+  def pack(self, batches: Sequence[Batch]) -> list[Batch]:
+    """The batches for the next stage, some of whose rows are GONE."""
+    (batch,) = batches
+    stay = batch.rows != GONE
+    if stay.all():
+      return [batch]
+    return [Batch(batch.rows[stay], select(batch.carried, stay))] if stay.any() else []
+
+  def warm_up(self, carried: Carried) -> None:
+    """Compiles what packing needs after a stage that has left this behind."""
 
 
 class Adaptive:
-  """Runs stages one after the other; whoever is sure enough leaves. Safe to share between threads if the stages are.
+  """Runs stages in turn until an image may exit. Safe to share between threads if the stages are.
 
   Attributes:
     exits: numbers of the usable exits, 1-based, increasing.
     visited: those of them that `predict` runs.
-    macs: multiply-adds of an image that leaves at a visited exit, by its number.
-    thresholds: by exit number the confidence (see `confidence`; under patience the number of equal labels in a row)
-      from which an image leaves; None: nobody leaves there.
-    class_names: one a class.
+    score: what confidences are computed from, one of SCORES.
+    macs: multiply-adds of an image that leaves at a visited exit, by exit number.
+    thresholds: the confidence (see `confidence`; with patience the number of equal labels in a row) from which an image
+      exits, by exit number; None: no image exits there.
+    class_names: one per class.
     image_shape: (H, W, C).
   """
 
@@ -112,53 +148,54 @@ class Adaptive:
     plan: Mapping[str, Any],
     stages: Mapping[int, Stage],
     all_stages: Mapping[int, Stage],
-    all_macs: Sequence[int],
+    all_macs: Sequence[int] | Callable[[], Sequence[int]],
     image_shape: Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
     class_names: Sequence[str],
+    packing: Packing | None = None,
   ):
     """
     Args:
       plan: exits.json.
-      stages: of the visited exits, each after the visited one before.
-      all_stages: of all usable exits, each after the one before.
-      all_macs: multiply-adds of leaving at each usable exit when all are run in turn.
-      mean, std: with which uint8 images are normalized, one a channel, in units of 0..1 pixel values.
+      stages: for the visited exits, each following the visited one before.
+      all_stages: for all usable exits, each following the one before.
+      all_macs: multiply-adds to each usable exit when all are run in turn, or a function that counts them.
+      mean, std: that normalize uint8 images, one per channel, in units of 0..1 pixel values.
+      packing: how `predict` batches images; None: for stages that take any batch size.
     """
-    self.exits, self.visited = tuple(plan['exits']), tuple(plan['visited'])
-    self.score = plan['score']
-    self.thresholds = dict(zip(self.exits, plan['confidence_thresholds'], strict=True))
-    self.macs = dict(zip(self.exits, plan['macs'], strict=True))
+    self._set_plan(plan)
     self.class_names, self.image_shape = tuple(class_names), tuple(image_shape)
-    self._temperatures = dict(zip(self.exits, plan['temperatures'], strict=True))
     self._stages, self._all_stages = stages, all_stages
-    self._all_macs = dict(zip(self.exits, all_macs, strict=True))
+    self._count_macs = all_macs
+    if not callable(all_macs):
+      self._all_macs = dict(zip(self.exits, all_macs, strict=True))
     self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    self._packing = packing or Packing()
     self._lock = threading.Lock()
-    self._measured: list[float] = []
+    self._measured: dict[np.dtype, tuple[float, ...]] = {}
 
   def with_threshold(self, threshold: float) -> Adaptive:
-    """The same network, left at every exit where the score is so high.
+    """The same network with one threshold at every exit.
 
     Args:
-      threshold: on the scale of the score: 0..1, or equal labels in a row under patience.
+      threshold: on the scale of the score: 0..1, or equal labels in a row with patience.
 
     Raises:
-      BundleError: it is not.
+      BundleError: the threshold is not on that scale.
     """
     threshold = _checked_threshold(threshold, self.score)
     return self.with_thresholds([float(to_confidence(threshold, self.score))] * (len(self.exits) - 1) + [0.0])
 
   def with_thresholds(self, confidences: Sequence[float | None]) -> Adaptive:
-    """The same network by these confidences, one for each of `exits`; every exit is run up to where an image leaves."""
+    """The same network with a threshold for each of `exits`; every exit is run up to the one where an image leaves."""
     other = copy.copy(self)
     other.visited, other._stages, other.macs = self.exits, self._all_stages, self._all_macs
     other.thresholds = dict(zip(self.exits, confidences, strict=True))
     return other
 
   def with_budget(self, macs: float) -> Adaptive:
-    """The same network with no image costing more multiply-adds: at the last exit that this allows, all leave.
+    """The same network with no image costing more multiply-adds: all exit at the last exit that the budget allows.
 
     Raises:
       BundleError: the first exit costs more.
@@ -173,6 +210,52 @@ class Adaptive:
     other.visited = visited
     return other
 
+  def predict(self, images: Any) -> Predictions:
+    """Predicts a batch of any size, 0 included.
+
+    Args:
+      images: uint8 [N, H, W, C], or floating point and already normalized.
+
+    Raises:
+      ValueError: the images have a different shape or type.
+    """
+    images = self._checked(np.asarray(images), 4)
+    wave = self._packing.wave
+    parts = [self._predict_wave(images[first : first + wave]) for first in range(0, len(images), wave)]
+    return Predictions(*map(np.concatenate, zip(*parts, strict=True))) if parts else self._empty(0)
+
+  def predict_one(self, image: Any) -> Prediction:
+    """Predicts one image at the lowest latency.
+
+    Args:
+      image: uint8 [H, W, C], or floating point and already normalized.
+
+    Raises:
+      ValueError: the image has a different shape or type.
+    """
+    carried, number, logits = self._begin(self._checked(np.asarray(image), 3)[None]), 0, np.zeros(0)
+    for number in self.visited:
+      carried, logits = self._run(self._stages[number], carried)
+      if self.leaves(number, logits, carried)[0]:
+        break
+    return self._prediction(number, logits, self.macs[number])
+
+  def anytime(self, image: Any, deadline_ms: float | None = None) -> Iterator[Prediction]:
+    """Yields the answer of every usable exit in turn, whatever the thresholds.
+
+    Args:
+      image: uint8 [H, W, C], or floating point and already normalized.
+      deadline_ms: milliseconds from the first `next`. A stage starts only if it should finish in time, judging by
+        `stage_ms`; the first always runs. The last answer yielded is the best one.
+
+    Raises:
+      ValueError: the image or the deadline does not fit.
+    """
+    image = self._checked(np.asarray(image), 3)[None]
+    if deadline_ms is not None and not deadline_ms > 0:
+      raise ValueError(f'expected a deadline of more than 0 ms, found {deadline_ms}')
+    return self._anytime(image, deadline_ms)
+
   def begin(self, images: Any) -> Carried:
     """What the first stage takes.
 
@@ -180,22 +263,16 @@ class Adaptive:
       images: uint8 [n, H, W, C], or floating point and already normalized.
 
     Raises:
-      ValueError: the images have another shape or type.
+      ValueError: the images have a different shape or type.
     """
-    images = self._checked(np.asarray(images), 4)
-    if images.dtype == np.uint8:
-      images = (images.astype(np.float32) / 255 - self._mean) / self._std
-    carried = {'images': np.ascontiguousarray(images, np.float32)}
-    if self.score == 'patience':
-      carried |= {'_label': np.full(len(images), -1), '_streak': np.zeros(len(images))}
-    return carried
+    return self._begin(self._checked(np.asarray(images), 4))
 
   def stage(self, number: int) -> Stage:
-    """What runs exit `number`, one of `visited`: from what the visited exit before left to what is left, and logits."""
+    """The stage of exit `number`, one of `visited`: from what the visited exit before left behind."""
     return functools.partial(self._run, self._stages[number])
 
   def leaves(self, number: int, logits: np.ndarray, carried: Carried) -> np.ndarray:
-    """Which images leave at exit `number`: bool [n], from what its stage gave for them."""
+    """Which images leave at exit `number`: bool [n], from what its stage returned for them."""
     threshold = self.thresholds[number]
     if number == self.visited[-1] or threshold is None:
       return np.full(len(logits), number == self.visited[-1])
@@ -208,105 +285,47 @@ class Adaptive:
     filled = np.full(len(logits), number), np.full(len(logits), self.macs[number])
     return Predictions(logits.argmax(-1), softmax(logits, self._temperatures[number]), *filled)
 
-  def predict(self, images: Any) -> Predictions:
-    """Predicts a batch of any size, 0 included.
+  def stage_ms(self, dtype: Any = np.uint8) -> tuple[float, ...]:
+    """Milliseconds of each usable exit's stage for one image on this machine, run in turn; measured once.
 
     Args:
-      images: uint8 [N, H, W, C], or floating point and already normalized.
-
-    Raises:
-      ValueError: the images have another shape or type.
+      dtype: of the image.
     """
-    images = self._checked(np.asarray(images), 4)
-    parts = [self._predict_wave(images[first : first + WAVE]) for first in range(0, len(images), WAVE)]
-    return Predictions(*map(np.concatenate, zip(*parts, strict=True))) if parts else self._empty(0)
-
-  def predict_one(self, image: Any) -> Prediction:
-    """Predicts one image at the lowest latency.
-
-    Args:
-      image: uint8 [H, W, C], or floating point and already normalized.
-
-    Raises:
-      ValueError: the image has another shape or type.
-    """
-    carried = self.begin(self._checked(np.asarray(image), 3)[None])
-    for number in self.visited:
-      carried, logits = self._run(self._stages[number], carried)
-      if self.leaves(number, logits, carried)[0]:
-        break
-    return self._prediction(number, logits, self.macs[number])
-
-  def anytime(self, image: Any, deadline_ms: float | None = None) -> Iterator[Prediction]:
-    """Yields the answer of every usable exit in turn, whatever the thresholds.
-
-    Args:
-      image: uint8 [H, W, C], or floating point and already normalized.
-      deadline_ms: milliseconds from the first `next`. A stage is begun only if it is expected to be done by then, as
-        it took on this machine when first asked; the first is always run. The last answer yielded is the best there is.
-
-    Raises:
-      ValueError: the image or the deadline does not fit.
-    """
-    carried = self.begin(self._checked(np.asarray(image), 3)[None])
-    if deadline_ms is not None and not deadline_ms > 0:
-      raise ValueError(f'expected a deadline of more than 0 ms, found {deadline_ms}')
-    return self._anytime(carried, deadline_ms)
-
-  def stage_ms(self) -> tuple[float, ...]:
-    """Milliseconds that the stage of each usable exit takes for one image here, all run in turn; measured once."""
+    dtype = np.dtype(dtype)
     with self._lock:
-      if not self._measured:
-        image = np.zeros((1, *self.image_shape), np.uint8)
-        runs = [self._time_stages(image) for _ in range(_LATENCY_RUNS + 1)]
-        self._measured.extend(1e3 * statistics.median(stage) for stage in zip(*runs[1:], strict=True))
-    return tuple(self._measured)
+      if dtype not in self._measured:
+        runs = [self._time_stages(np.zeros((1, *self.image_shape), dtype)) for _ in range(_LATENCY_RUNS + 1)]
+        self._measured[dtype] = tuple(1e3 * statistics.median(stage) for stage in zip(*runs[1:], strict=True))
+    return self._measured[dtype]
 
-  def _run(self, stage: Stage, carried: Carried) -> tuple[Carried, np.ndarray]:
-    given, logits = stage(carried)
-    if '_label' in carried:
-      labels = logits.argmax(-1)
-      streak = np.where(carried['_label'] == labels, carried['_streak'] + 1, 1)
-      given |= {'_label': labels, '_streak': streak}
-    return given, logits
+  def warm_up(self, dtype: Any = np.uint8, batches: bool = True) -> None:
+    """Runs everything that predicting needs once, so that the first answer is not the slowest.
 
-  def _anytime(self, carried: Carried, deadline_ms: float | None) -> Iterator[Prediction]:
-    expected = self.stage_ms() if deadline_ms is not None else ()
-    started = time.perf_counter()
-    for index, number in enumerate(self.exits):
-      spent = 1e3 * (time.perf_counter() - started)
-      if index and expected and spent + expected[index] > deadline_ms:
-        return
-      carried, logits = self._run(self._all_stages[number], carried)
-      yield self._prediction(number, logits, self._all_macs[number])
+    Args:
+      dtype: of the images.
+      batches: warm up `predict` too, not only `predict_one` and `anytime`.
+    """
+    self.stage_ms(dtype)
+    for size in (1, *(self._packing.sizes if batches else ())):
+      carried = self._begin(np.zeros((size, *self.image_shape), dtype))
+      for number in self.visited:
+        carried, _ = self._run(self._stages[number], carried)
+        if number != self.visited[-1]:
+          self._packing.warm_up(carried)
 
-  def _predict_wave(self, images: np.ndarray) -> Predictions:
-    out, rows, carried = self._empty(len(images)), np.arange(len(images)), self.begin(images)
-    for number in self.visited:
-      carried, logits = self._run(self._stages[number], carried)
-      leave = self.leaves(number, logits, carried)
-      if leave.any():
-        for whole, part in zip(out, self.answers(number, logits[leave]), strict=True):
-          whole[rows[leave]] = part
-        rows, carried = rows[~leave], select(carried, ~leave)
-      if not len(rows):
-        break
-    return out
+  def _set_plan(self, plan: Mapping[str, Any]) -> None:
+    self.exits, self.visited, self.score = tuple(plan['exits']), tuple(plan['visited']), plan['score']
+    self.thresholds = dict(zip(self.exits, plan['confidence_thresholds'], strict=True))
+    self.macs = dict(zip(self.exits, plan['macs'], strict=True))
+    self._temperatures = dict(zip(self.exits, plan['temperatures'], strict=True))
 
-  def _prediction(self, number: int, logits: np.ndarray, macs: int) -> Prediction:
-    return Prediction(int(logits[0].argmax()), softmax(logits, self._temperatures[number])[0], number, int(macs))
+  @functools.cached_property
+  def _all_macs(self) -> dict[int, int]:
+    return dict(zip(self.exits, self._count_macs(), strict=True))
 
-  def _empty(self, count: int) -> Predictions:
-    ints = [np.zeros(count, np.int64) for _ in range(3)]
-    return Predictions(ints[0], np.zeros((count, len(self.class_names)), np.float32), ints[1], ints[2])
-
-  def _time_stages(self, image: np.ndarray) -> list[float]:
-    carried, seconds = self.begin(image), []
-    for number in self.exits:
-      started = time.perf_counter()
-      carried, _ = self._run(self._all_stages[number], carried)
-      seconds.append(time.perf_counter() - started)
-    return seconds
+  @functools.cached_property
+  def _num_classes(self) -> int:
+    return len(self.class_names)
 
   def _checked(self, images: np.ndarray, rank: int) -> np.ndarray:
     if images.ndim != rank or images.shape[rank - 3 :] != self.image_shape:
@@ -316,19 +335,87 @@ class Adaptive:
       raise ValueError(f'expected uint8 images, or normalized ones of floating point, found {images.dtype}')
     return images
 
+  def _begin(self, images: np.ndarray) -> Carried:
+    carried = self._inputs(images)
+    if self.score == 'patience':
+      carried |= {'_label': np.full(len(images), -1), '_streak': np.zeros(len(images))}
+    return carried
+
+  def _inputs(self, images: np.ndarray) -> Carried:
+    """What the network takes at first."""
+    if images.dtype == np.uint8:
+      images = (images.astype(np.float32) / 255 - self._mean) / self._std
+    return {'images': np.ascontiguousarray(images, np.float32)}
+
+  def _run(self, stage: Stage, carried: Carried) -> tuple[Carried, np.ndarray]:
+    left, logits = stage(carried)
+    logits = np.asarray(logits)
+    if '_label' in carried:
+      labels = logits.argmax(-1)
+      streak = np.where(carried['_label'] == labels, carried['_streak'] + 1, 1)
+      left |= {'_label': labels, '_streak': streak}
+    return left, logits
+
+  def _anytime(self, image: np.ndarray, deadline_ms: float | None) -> Iterator[Prediction]:
+    expected, carried = None if deadline_ms is None else self.stage_ms(image.dtype), self._begin(image)
+    all_macs, started = self._all_macs, time.perf_counter()
+    for index, number in enumerate(self.exits):
+      spent = 1e3 * (time.perf_counter() - started)
+      if index and expected and deadline_ms and spent + expected[index] > deadline_ms:
+        return
+      carried, logits = self._run(self._all_stages[number], carried)
+      yield self._prediction(number, logits, all_macs[number])
+
+  def _predict_wave(self, images: np.ndarray) -> Predictions:
+    out, batches = self._empty(len(images)), self._packing.split(self._begin(images))
+    for number in self.visited:
+      batches = [self._advance(number, batch, out) for batch in batches]
+      if batches and number != self.visited[-1]:
+        batches = self._packing.pack(batches)
+    return out
+
+  def _advance(self, number: int, batch: Batch, out: Predictions) -> Batch:
+    """Runs a stage, writes the answers of the images that exit into `out`, and marks their rows as GONE."""
+    carried, logits = self._run(self._stages[number], batch.carried)
+    here = np.flatnonzero(batch.rows != GONE)
+    own = {name: values[here] for name, values in carried.items() if name.startswith('_')}
+    leaving = here[self.leaves(number, logits[here], own)]
+    if not len(leaving):
+      return Batch(batch.rows, carried)
+    for whole, part in zip(out, self.answers(number, logits[leaving]), strict=True):
+      whole[batch.rows[leaving]] = part
+    rows = batch.rows.copy()
+    rows[leaving] = GONE
+    return Batch(rows, carried)
+
+  def _prediction(self, number: int, logits: np.ndarray, macs: int) -> Prediction:
+    return Prediction(int(logits[0].argmax()), softmax(logits, self._temperatures[number])[0], number, int(macs))
+
+  def _empty(self, count: int) -> Predictions:
+    ints = [np.zeros(count, np.int64) for _ in range(3)]
+    return Predictions(ints[0], np.zeros((count, self._num_classes), np.float32), ints[1], ints[2])
+
+  def _time_stages(self, image: np.ndarray) -> list[float]:
+    carried, seconds = self._begin(image), []
+    for number in self.exits:
+      started = time.perf_counter()
+      carried, _ = self._run(self._all_stages[number], carried)
+      seconds.append(time.perf_counter() - started)
+    return seconds
+
 
 def select(carried: Carried, rows: Any) -> Carried:
-  """What these rows carry; rows: bool [n], or int."""
+  """What these rows carry. rows: bool [n], or int."""
   return {name: values[rows] for name, values in carried.items()}
 
 
 def join(parts: Sequence[Carried]) -> Carried:
-  """What several batches carry that are at the same stage, as one batch."""
+  """One batch from several that are at the same stage."""
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
-  """Of logits [n, classes] divided by the temperature: float32, computed in float64."""
+  """The softmax of logits [n, classes] divided by the temperature: float32, computed in float64."""
   scaled = logits.astype(np.float64) / temperature
   powers = np.exp(scaled - scaled.max(-1, keepdims=True))
   return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
@@ -343,10 +430,10 @@ def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
   Args:
     logits: [..., C], C >= 2, finite.
     score: 'max_prob' (largest probability p1), 'entropy' (1 + sum p log p / log C) or 'margin' (p1 - p2).
-    temperature: T > 0, by which the logits are divided.
+    temperature: T > 0 that divides the logits.
 
   Returns:
-    float64 [...], >= 0 and finite, higher is surer.
+    float64 [...], >= 0 and finite; higher is more confident.
   """
   logits = np.asarray(logits, np.float64) / temperature
   largest = np.argmax(logits, axis=-1, keepdims=True)
@@ -374,13 +461,13 @@ def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray
 
 
 def _log_sum_exp(x: np.ndarray) -> np.ndarray:
-  # Called after each stage, for one image too: SciPy's takes longer than all the rest of a confidence.
+  # Called after each stage, even for one image: SciPy's takes longer than the rest of a confidence.
   largest = np.max(x, axis=-1, keepdims=True)
   return np.log(np.sum(np.exp(x - largest), axis=-1)) + largest[..., 0]
 
 
 def to_confidence(score_value: Any, score: str) -> np.ndarray:
-  """From the human scale (0.9, or 3 predictions) to the confidence scale; probability 1 becomes +inf: nobody leaves."""
+  """From the scale of the score (0.9, or 3 labels) to that of `confidence`; probability 1 becomes +inf: no exit."""
   value = np.asarray(score_value, np.float64)
   if score == 'patience':
     return value
@@ -389,15 +476,15 @@ def to_confidence(score_value: Any, score: str) -> np.ndarray:
 
 
 def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0) -> Adaptive:
-  """Reads a bundle, and checks its version and the checksums of what it reads.
+  """Reads a bundle, and checks its version and the checksums of the files it needs.
 
   Args:
     folder: of the bundle.
     provider: 'cpu' (ONNX Runtime) or 'openvino'.
-    threads: of a stage, no more than there are cores; 0: as many as there are.
+    threads: per stage, at most the number of cores; 0: one per core.
 
   Raises:
-    BundleError: the bundle, what is installed, or the threads do not fit.
+    BundleError: the bundle is damaged, a package is missing, or the threads are out of range.
   """
   _check_threads(threads)
   folder = Path(folder)
@@ -447,8 +534,8 @@ def _check_threads(threads: int) -> None:
   if threads < 0:
     raise BundleError(f'expected 0 threads or more, found {threads}; set --threads')
   cores = os.cpu_count() or 1
-  if threads > cores:  # Every thread takes memory; 100,000 of them take all there is.
-    raise BundleError(f'expected {cores} threads at most, one a core, found {threads}; set --threads')
+  if threads > cores:  # Each takes memory; 100,000 take all of it.
+    raise BundleError(f'expected {cores} threads at most, one per core, found {threads}; set --threads')
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -484,7 +571,7 @@ def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str
 
 
 Session = Callable[[Sequence[str], Mapping[str, np.ndarray]], 'list[np.ndarray]']
-"""From names of outputs, and inputs by name, to those outputs."""
+"""From the names of outputs, and inputs by name, to those outputs."""
 
 
 def _as_stage(session: Session, spec: Mapping[str, Any]) -> Stage:
@@ -512,7 +599,7 @@ def _maker(provider: str, threads: int) -> Callable[[Path], Session]:
   def make(path: Path) -> Session:
     try:
       return open_session(threads, path)
-    except Exception as error:  # Both have exceptions of their own.
+    except Exception as error:  # Both raise their own exceptions.
       reason = ' '.join(str(error).split())[:300] or type(error).__name__
       raise BundleError(
         f'{module} cannot load {path} ({reason}); export the run again, or pip install -U {module}'
@@ -527,7 +614,7 @@ def _onnxruntime(threads: int, path: Path) -> Session:
   options = onnxruntime.SessionOptions()
   options.intra_op_num_threads = threads
   options.log_severity_level = 3
-  # Or the threads of one stage go on waiting at full speed for more, on the cores that the next stage needs.
+  # Otherwise the threads of one stage keep spinning on the cores that the next stage needs.
   options.add_session_config_entry('session.force_spinning_stop', '1')
   return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider']).run
 
@@ -535,11 +622,11 @@ def _onnxruntime(threads: int, path: Path) -> Session:
 def _openvino(threads: int, path: Path) -> Session:
   import openvino
 
-  # In float32 as ONNX Runtime is: on some processors OpenVINO's own choice is bfloat16, and answers change.
+  # In float32 like ONNX Runtime: on some processors OpenVINO's default is bfloat16, which changes answers.
   config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
   config |= {'INFERENCE_NUM_THREADS': threads} if threads else {}
   model = openvino.Core().compile_model(str(path), 'CPU', config)
-  mine = threading.local()  # A request serves one thread at a time.
+  mine = threading.local()  # A request serves only one thread at a time.
 
   def run(outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     if not hasattr(mine, 'request'):
@@ -551,15 +638,15 @@ def _openvino(threads: int, path: Path) -> Session:
 
 
 def decode_image(encoded: bytes | BinaryIO, side: int, channels: int) -> np.ndarray:
-  """Decodes the bytes of an image, or an open file, turned upright as its EXIF orientation says.
+  """Decodes an image from bytes or an open file, rotated by its EXIF orientation.
 
-  Any format and mode that Pillow opens; of an animation, the first frame.
+  Accepts every format and mode that Pillow opens; takes the first frame of an animation.
 
   Returns:
     uint8 [side, side, channels], see `fit_image`.
 
   Raises:
-    Exception: whatever Pillow raises for bytes that are not a whole image.
+    Exception: any that Pillow raises for bytes that are not a complete image.
   """
   from PIL import Image, ImageOps
 
@@ -568,36 +655,36 @@ def decode_image(encoded: bytes | BinaryIO, side: int, channels: int) -> np.ndar
 
 
 def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
-  """Scales the short side to `side` (bilinear, antialiased) and crops the centre: uint8 [side, side, channels].
+  """Scales the short side to `side` (bilinear, antialiased) and crops the center: uint8 [side, side, channels].
 
-  image: of Pillow. channels: 1 (luminance) or 3 (RGB; transparency is dropped). An image that has the size already is
-  not resampled.
+  image: a Pillow image; one that already has the size is not resampled. channels: 1 (luminance) or 3 (RGB;
+  transparency is dropped).
   """
   from PIL import Image, ImageOps
 
   if image.mode[0] in 'IF':
     image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
-  if 'transparency' in image.info:  # Without this step Pillow warns of palettes that are partly transparent.
+  if 'transparency' in image.info:  # Pillow warns about partly transparent palettes otherwise.
     image = image.convert('RGBA')
   image = image.convert('L' if channels == 1 else 'RGB')
   fitted = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
   return np.asarray(fitted).reshape(side, side, channels)
 
 
-def _to_8_bit(grey: np.ndarray, mode: str) -> np.ndarray:
-  """Scales 16 and 32-bit grey, which Pillow's convert() clips at 255, to 0..255.
+def _to_8_bit(gray: np.ndarray, mode: str) -> np.ndarray:
+  """Scales 16 and 32-bit gray, which Pillow's convert() clips at 255, to 0..255.
 
-  Full white is 65535; of floating-point pixels the least of 1, 255 and 65535 that none exceeds. Where pixels exceed
-  65535, it is their largest. What is negative or not finite becomes black.
+  White is 65535, or for floating-point pixels the smallest of 1, 255 and 65535 that no pixel exceeds. If pixels exceed
+  65535, white is their largest. Negative and non-finite pixels become black.
   """
-  grey = np.nan_to_num(grey.astype(np.float64), nan=0, posinf=0, neginf=0)
-  largest = grey.max()
+  gray = np.nan_to_num(gray.astype(np.float64), nan=0, posinf=0, neginf=0)
+  largest = gray.max()
   white = next((scale for scale in ((1, 255, 65535) if mode == 'F' else (65535,)) if largest <= scale), largest)
-  return np.rint(np.maximum(grey, 0) * (255 / white)).astype(np.uint8)
+  return np.rint(np.maximum(gray, 0) * (255 / white)).astype(np.uint8)
 
 
 def read_image(file: str, side: int, channels: int) -> np.ndarray | str:
-  """An image file as `decode_image` gives it, or the reason why it cannot be read."""
+  """An image file decoded by `decode_image`, or the reason why it cannot be read."""
   from PIL import UnidentifiedImageError
 
   try:
@@ -606,23 +693,23 @@ def read_image(file: str, side: int, channels: int) -> np.ndarray | str:
       return 'not a regular file'
     with open(file, 'rb') as stream:
       return decode_image(stream, side, channels)
-  except UnidentifiedImageError:  # Whose message names an object in memory, not the file.
+  except UnidentifiedImageError:  # Its message names an object in memory, not the file.
     return 'not an image in a known format'
-  except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
+  except Exception as error:  # Damaged bytes make Pillow raise almost anything.
     return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
 def list_images(paths: Sequence[str]) -> list[str]:
-  """Files to read: those named, whatever their suffix, and the images below the folders named, sorted.
+  """The files to read: named files, whatever their suffix, and the images in named folders, sorted.
 
-  In folders the files with one of SUFFIXES, in any case, are images; what is hidden is ignored, links are followed. A
-  folder that cannot be listed is listed itself, so that reading it tells why.
+  In folders, files with one of SUFFIXES in any case are images; hidden files are ignored and links followed. A folder
+  that cannot be listed takes the place of its images, so that reading it reports the reason.
 
   Args:
     paths: files and folders, in the order wanted.
 
   Raises:
-    BundleError: nothing is named, or a folder has no images.
+    BundleError: there are no paths, or a folder has no images.
   """
   if not paths:
     raise BundleError('expected image files or folders of images, found none; name them after the flags')
@@ -639,7 +726,7 @@ def _walk(folder: str) -> list[str]:
   found, seen = [], set()
   for place, folders, names in os.walk(folder, onerror=lambda error: found.append(error.filename), followlinks=True):
     real = os.path.realpath(place)
-    if real in seen:  # A link to a folder above would never end.
+    if real in seen:  # A link to a parent folder.
       folders.clear()
       continue
     seen.add(real)
@@ -650,7 +737,7 @@ def _walk(folder: str) -> list[str]:
 
 
 def printable(text: str) -> str:
-  """Text for one line of a terminal: what would break or control it is written as Python's escapes."""
+  """Text for one line of a terminal: unprintable characters are written as Python's escapes."""
   return ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
@@ -658,15 +745,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments, those of sys.argv if None.
 
   Returns:
-    The exit code: 0; 1: some files could not be read; 2: a user's error, nothing was predicted; 130: it was
-    interrupted; 141: whoever read standard output has stopped.
+    The exit code: 0; 1: some files could not be read; 2: a user error, nothing was predicted; 130: interrupted; 141:
+    the reader of standard output has stopped.
   """
   if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors='backslashreplace')  # For file names that its encoding does not have.
+    sys.stdout.reconfigure(errors='backslashreplace')  # File names may not fit its encoding.
   try:
     given = _parse(argv)
     files = list_images(given.files)
-    return _print(_choose(given), files, given.deadline_ms)
+    return _print(_load(given), files, given.deadline_ms)
   except BundleError as error:
     print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
     return 2
@@ -678,25 +765,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> None:
+  def error(self, message: str) -> NoReturn:
     raise BundleError(f'{message}; see --help')
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = _Parser(
     prog='python run.py',
-    description='Predicts the classes of image files, each at the exit that is sure enough.',
+    description='Predicts the classes of image files, each at the first exit that is confident enough.',
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; of a folder, all images below it.')
+  add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; for a folder, all images in it.')
   add('--bundle', default=os.path.dirname(os.path.abspath(__file__)), help="Folder (default: this file's).")
-  add('--provider', default='cpu', help=f'One of {", ".join(PROVIDERS)} (default: cpu, by ONNX Runtime).')
-  add('--threads', type=int, default=0, help='Of a stage (default, and at most: as many as there are cores).')
-  add('--threshold', type=float, help='Leave where the score is so high (default: what calibration chose).')
-  add('--budget', type=_count, help='Most multiply-adds of an image, such as 5M.')
-  add('--deadline-ms', type=float, help='Milliseconds an image: the best answer by then, whatever the thresholds.')
+  add('--provider', default='cpu', help=f'One of {", ".join(PROVIDERS)} (default: cpu, which is ONNX Runtime).')
+  add('--threads', type=int, default=0, help='Per stage (default and maximum: one per core).')
+  add('--deadline-ms', type=_milliseconds, help='Time per image: the best answer by then, whatever the thresholds.')
+  add('--threshold', type=float, help='Exit where the score reaches this (default: where calibration chose).')
+  add('--budget', type=_count, help='Most multiply-adds per image, such as 5M.')
   return parser.parse_intermixed_args(argv)
+
+
+def _milliseconds(text: str) -> float:
+  value = float(text)
+  if not value > 0:
+    raise argparse.ArgumentTypeError(f'expected more than 0 ms, found {text}')
+  return value
 
 
 def _count(text: str) -> float:
@@ -715,18 +809,16 @@ def _checked_threshold(threshold: float, score: str) -> float:
   return threshold
 
 
-def _choose(given: argparse.Namespace) -> Adaptive:
-  if given.deadline_ms is not None and not given.deadline_ms > 0:
-    raise BundleError(f'expected a deadline of more than 0 ms, found {given.deadline_ms}; set --deadline-ms')
+def _load(given: argparse.Namespace) -> Adaptive:
   if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
-    raise BundleError('--deadline-ms goes on as far as the time does; leave out --threshold and --budget, or it')
+    raise BundleError('--deadline-ms ignores thresholds and budgets; leave out --threshold and --budget, or it')
   bundle = load(given.bundle, given.provider, given.threads)
   bundle = bundle if given.threshold is None else bundle.with_threshold(given.threshold)
   return bundle if given.budget is None else bundle.with_budget(given.budget)
 
 
 def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) -> int:
-  """Prints a row an image as they come, names what cannot be read, and says in the end where images left."""
+  """Prints a row per image at once, reports unreadable files, and summarizes where images exited."""
   try:
     importlib.import_module('PIL')
   except ImportError as error:
@@ -757,7 +849,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
 def _say(line: str) -> None:
   try:
     print(line, flush=True)
-  except OSError as error:  # Python would try once more to write what is left when it ends.
+  except OSError as error:  # Python would try to flush the rest again when it exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
       raise
@@ -768,7 +860,7 @@ def _say(line: str) -> None:
 
 def _read(file: str, image_shape: Sequence[int]) -> np.ndarray | str:
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # Pillow's, of odd but readable files.
+    warnings.simplefilter('ignore')  # Pillow warns about odd but readable files.
     return read_image(file, image_shape[0], image_shape[-1])
 
 

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from paranet_jax.early import chunks
-from paranet_jax.early.chunks import NOBODY, Chunk, Sizes, cost, cover
+from paranet_jax.early.chunks import FixedSizes, Sizes, cost, cover
+from paranet_jax.portable.run import GONE, Batch
 
 SPLIT = Sizes((1, 4, 16, 64), split=True, wave=256, on_host=True)
 WHOLE = Sizes((1, 4, 16), split=False, wave=16, on_host=False)
@@ -42,24 +42,25 @@ def test_cover_costs_the_least():
     assert cost(cover(count, SPLIT)) == min(cost(parts) for parts in ways if sum(parts) >= count)
 
 
-def _rows(chunk):
-  return {int(place): chunk.images[row].item() for row, place in enumerate(chunk.rows) if place != NOBODY}
+def _rows(batch):
+  return {int(place): batch.carried['images'][row].item() for row, place in enumerate(batch.rows) if place != GONE}
 
 
 @pytest.mark.parametrize('sizes', [SPLIT, WHOLE])
 @pytest.mark.parametrize('count', [1, 3, 15, 16])
 def test_split(sizes, count):
   images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
-  parts = chunks.split(images, sizes)
-  assert [len(part.images) for part in parts] == list(cover(count, sizes))
+  parts = FixedSizes(sizes, None).split({'images': images, 'carry': {}, '_streak': np.ones(count)})
+  assert [len(part.carried['images']) for part in parts] == list(cover(count, sizes))
   assert {key: value for part in parts for key, value in _rows(part).items()} == {i: i for i in range(count)}
-  assert all(part.carry == {} for part in parts)
+  assert all(part.carried['carry'] == {} and part.carried['_streak'].sum() == len(_rows(part)) for part in parts)
 
 
-def _chunk(places, first):
-  """A chunk whose images and carry tell the place of each row."""
+def _batch(places, first):
+  """A batch whose arrays say which row of the wave each row is."""
   values = np.arange(first, first + len(places), dtype=np.float32)
-  return Chunk(np.array(places), values.reshape(-1, 1, 1, 1), {'block': values.reshape(-1, 1) * 10})
+  carried = {'images': values.reshape(-1, 1, 1, 1), 'carry': {'block': values.reshape(-1, 1) * 10}, '_label': values}
+  return Batch(np.array(places), carried)
 
 
 @pytest.mark.parametrize('on_host', [True, False])
@@ -68,28 +69,31 @@ def test_pack(on_host):
   taken = []
 
   def take(tree, rows):
-    taken.append(len(rows))
-    return tuple(part[rows] if isinstance(part, np.ndarray) else {'block': part['block'][rows]} for part in tree)
+    taken.append((set(tree), len(rows)))
+    return {'images': tree['images'][rows], 'carry': {'block': tree['carry']['block'][rows]}}
 
-  (packed,) = chunks.pack([_chunk([NOBODY, 1, NOBODY, 3, NOBODY, NOBODY, 6, NOBODY], 0)], sizes, take)
-  assert packed.rows.tolist() == [1, 3, 6, NOBODY]
-  assert packed.images.ravel()[:3].tolist() == [1, 3, 6]
-  assert packed.carry['block'].ravel()[:3].tolist() == [10, 30, 60]
-  assert taken == ([] if on_host else [4])
+  (packed,) = FixedSizes(sizes, take).pack([_batch([GONE, 1, GONE, 3, GONE, GONE, 6, GONE], 0)])
+  assert packed.rows.tolist() == [1, 3, 6, GONE]
+  assert packed.carried['images'].ravel()[:3].tolist() == [1, 3, 6]
+  assert packed.carried['carry']['block'].ravel()[:3].tolist() == [10, 30, 60]
+  assert packed.carried['_label'][:3].tolist() == [1, 3, 6]
+  assert taken == ([] if on_host else [({'images', 'carry'}, 4)])
 
 
-def test_pack_joins_chunks():
-  first = _chunk([0, NOBODY, NOBODY, 3], 0)
-  second = _chunk([NOBODY, 5, NOBODY, NOBODY], 4)
-  (packed,) = chunks.pack([first, second], SPLIT, None)
-  assert packed.rows.tolist() == [0, 3, 5, NOBODY]
-  assert packed.images.ravel().tolist() == [0, 3, 5, 0]
-  assert packed.carry['block'].ravel().tolist() == [0, 30, 50, 0]
+def test_pack_joins_batches():
+  places = [0, GONE, GONE, 3], [GONE, 5, GONE, GONE], [GONE, 9, 10, GONE]
+  packed = FixedSizes(Sizes((1, 4), split=True, wave=12, on_host=True), None).pack(
+    [_batch(rows, 4 * index) for index, rows in enumerate(places)]
+  )
+  assert [batch.rows.tolist() for batch in packed] == [[0, 3, 5, 9], [10]]
+  assert [batch.carried['images'].ravel().tolist() for batch in packed] == [[0, 3, 5, 9], [10]]
+  assert [batch.carried['carry']['block'].ravel().tolist() for batch in packed] == [[0, 30, 50, 90], [100]]
+  (padded,) = FixedSizes(SPLIT, None).pack([_batch(rows, 4 * index) for index, rows in enumerate(places[:2])])
+  assert padded.rows.tolist() == [0, 3, 5, GONE] and padded.carried['images'].ravel().tolist() == [0, 3, 5, 0]
 
 
 def test_pack_moves_nothing_in_vain():
-  nearly_full = _chunk([0, 1, NOBODY, 3], 0)
-  gone = _chunk([NOBODY] * 4, 4)
-  (kept,) = chunks.pack([gone, nearly_full], SPLIT, None)
+  nearly_full, gone = _batch([0, 1, GONE, 3], 0), _batch([GONE] * 4, 4)
+  (kept,) = FixedSizes(SPLIT, None).pack([gone, nearly_full])
   assert kept is nearly_full
-  assert chunks.pack([gone], SPLIT, None) == []
+  assert FixedSizes(SPLIT, None).pack([gone]) == []

@@ -69,7 +69,7 @@ def refusal(capsys, *arguments):
       "unknown provider 'gpu', expected one of cpu, openvino; set --provider",
     ),
     (('--bundle=whole', '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
-    (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one a core, found 5; set --threads'),
+    (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one per core, found 5; set --threads'),
     (('--bundle=whole', '--port=65536'), 'expected a port from 0 to 65535, found 65536; set --port'),
     (('--bundle=whole', '--port=http'), "argument --port: invalid int value: 'http'; see --help"),
     (

@@ -16,7 +16,7 @@ from running import CONFIGS, run_main, saved_state
 
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.devices import pick_devices, place_order, replicated, run_on
-from paranet_jax.early.load import load_early_exit
+from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.staged import StagedModel
 from paranet_jax.report.metrics import read_metrics
@@ -92,7 +92,7 @@ def test_a_run_is_evaluated_and_leaves_early(finished, file):
     assert row.items() <= known.items()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
     assert calibrate.main([f'--workdir={workdir}', '--threshold=0.3']) == 0
-  found = load_early_exit(workdir).predict(np.zeros((3, 8, 8, 3), np.uint8))
+  found = EarlyExit.load(workdir).predict(np.zeros((3, 8, 8, 3), np.uint8))
   assert found.probabilities.shape == (3, 10) and set(found.exits.tolist()) <= set(range(1, EXITS[file] + 1))
 
 

@@ -163,7 +163,7 @@ def test_anytime():
 def test_deadline(monkeypatch, deadline, exits):
   # Stages are expected to take 1, 5 and 20 ms; the caller takes 10 and 15 ms between two of them.
   bundle, now, found = adaptive((0.0, 0.0, 0.0)), [0.0], []
-  monkeypatch.setattr(bundle, 'stage_ms', lambda: (1.0, 5.0, 20.0))
+  monkeypatch.setattr(bundle, 'stage_ms', lambda dtype: (1.0, 5.0, 20.0))
   monkeypatch.setattr(runtime.time, 'perf_counter', lambda: now[0])
   for answer in bundle.anytime(IMAGES[0], deadline_ms=deadline):
     found.append(answer.exit)
