@@ -121,7 +121,7 @@ def risk(data: FigureData) -> Drawing:
     axes.axhline(100 * data.risk.epsilon, color=BLACK, linewidth=1, linestyle=':', label='target risk')
   unit = 'ms' if data.unit == 'ms' else 'multiply-adds'
   axes.set_xlabel(f'speed-up over exit {data.exits[-1]} alone (factor, in {unit})')
-  axes.set_ylabel(f'risk: {_LOSSES[data.risk.loss]} (% of images)')
+  axes.set_ylabel(f'risk (% of images):\n{_LOSSES[data.risk.loss]}')
   bare(axes)
   highest = max(axes.get_ylim()[1], _MIN_RISK_SPAN)
   axes.set_ylim(-0.04 * highest, highest)

@@ -222,7 +222,7 @@ def test_risk_shows_the_risk_asked_for_if_any(epsilon):
     'chosen, test': [[1], [0]],
   } | ({'target risk': [[0, 1], [5, 5]]} if epsilon else {})
   assert axes.get_xlabel() == 'speed-up over exit 3 alone (factor, in multiply-adds)'
-  assert axes.get_ylabel() == 'risk: wrong where the last exit is right (% of images)'
+  assert axes.get_ylabel() == 'risk (% of images):\nwrong where the last exit is right'
   assert drawing.facts == {'loss': 'gap', 'epsilon': epsilon}
   assert drawing.rows[4] == {
     'split': 'test', 'point': 'shared threshold', 'threshold': 0.9, 'speed_up': 2.0, 'risk_percent': 1.0
