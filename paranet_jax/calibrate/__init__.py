@@ -1,1 +1,1 @@
-"""`python -m paranet_jax.calibrate`: thresholds for a budget or a risk."""
+"""`python -m paranet_jax.calibrate`: temperatures, and thresholds for a budget or a risk."""

@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.calibrate`: when a trained run may stop early. User errors are one line and exit code 2."""
+"""`python -m paranet_jax.calibrate`: chooses when a trained run may exit early, and writes exits.json."""
 
 import io
 import shlex
@@ -11,7 +11,7 @@ from paranet_jax.host.huge_pages import use_huge_pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command with these arguments (None: those of the process); returns the exit code."""
+  """Runs the command with these arguments (None: those of the process) and returns the exit code."""
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # For what its encoding does not have.
   argv = sys.argv[1:] if argv is None else argv
@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(request: Request, command: str) -> None:
-  # jax takes a second to import, and a mistyped flag should not wait for it.
+  # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.calibrate.calibration import calibrate
-  from paranet_jax.calibrate.report import report
+  from paranet_jax.calibrate.summary_text import summary_text
   from paranet_jax.early.exit_plan import EXITS
   from paranet_jax.host.machine import use_compilation_cache
   from paranet_jax.host.processes import refuse_several
@@ -29,11 +29,11 @@ def _run(request: Request, command: str) -> None:
   refuse_several('calibrate')
   use_compilation_cache(request.compilation_cache)
   path = request.workdir / EXITS
-  replaced = ', in place of an earlier one' if path.exists() else ''
+  replaced = ', replacing an earlier one' if path.exists() else ''
   result = calibrate(request, command)
   if result.problem:
     raise UserError(result.problem)
-  print(report(result.plan))
+  print(summary_text(result.plan))
   print(f'\nexits: {path}{replaced}', flush=True)
   if request.curves:
     from paranet_jax.calibrate.figures import draw  # matplotlib takes a second to import.

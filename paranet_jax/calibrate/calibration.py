@@ -1,4 +1,4 @@
-"""Calibrates a run: temperatures and thresholds on its held-out images, then how they do on its test images."""
+"""Calibrates a run: temperatures and thresholds from its held-out images, then measurements on its test images."""
 
 import dataclasses
 import datetime
@@ -8,18 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from paranet_jax.calibrate.choice import Ranked, check_budget, choose, rank
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
-from paranet_jax.calibrate.split_report import exit_rows, summarize
-from paranet_jax.calibrate.temperature import fit_temperature
+from paranet_jax.calibrate.measures import Ranked, exit_rows, fit_temperature, rank, summarize
 from paranet_jax.data.dataset import Split, max_drawable, stratified_indices
 from paranet_jax.description import cpu_name, environment
 from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
 from paranet_jax.early.exit_plan import ExitPlan, along, full_network_plan, save_plan, with_thresholds
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
-from paranet_jax.early.policies import Choice
+from paranet_jax.early.policies import Choice, Samples
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
@@ -37,7 +35,7 @@ _HALVES_SEED = 200
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is calibrated: a checkpoint, its K usable exits (1-based numbers), and what a path through them costs."""
+  """What is calibrated: a checkpoint, its K usable exits (1-based numbers), and the costs of the paths through them."""
 
   checkpoint: CheckpointId
   task: Task
@@ -48,9 +46,12 @@ class Subject:
 
 
 class Calibrated(NamedTuple):
-  """The plan that was written, what it was made from, and what kept risk control from it, if anything did.
+  """What `calibrate` did.
 
-  `held_out` are the images that the thresholds were chosen on.
+  Attributes:
+    plan: as written to exits.json.
+    held_out: outputs for the images that the thresholds were chosen on.
+    problem: why the target cannot be met; then the plan runs the full network.
   """
 
   plan: ExitPlan
@@ -61,30 +62,82 @@ class Calibrated(NamedTuple):
 
 
 def calibrate(request: Request, command: str) -> Calibrated:
-  """Calibrates, writes exits.json, and measures the result on the test images.
+  """Calibrates a run, measures the result on the test images and writes exits.json.
 
   Args:
-    request: what is asked for.
     command: the command line, for the record.
 
   Raises:
-    UserError: the run, its data or the target does not fit.
+    UserError: the run or its data cannot be calibrated, or the target is out of range.
   """
   subject = _restore(request)
-  costs = _target_costs(request, subject)
+  costs = subject.ms if request.in_ms and subject.ms else subject.macs
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
   dataset = subject.task.dataset
   print(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images', flush=True)
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
+  # Risk control needs images that the temperatures were not fitted on.
   fitted, chosen = _halves(held_out) if request.risk is not None else (held_out, held_out)
   temperatures = np.array([fit_temperature(logits, fitted.labels) for logits in fitted.logits])
   ranked = rank(*chosen, request.score, temperatures)
   choice = choose(request, ranked, costs)
-  plan = _plan(request, subject, temperatures, choice, command)
-  plan = _with_measurements(plan, request, subject, choice.thresholds, ranked, test)
+  plan = _plan(request, subject, temperatures, choice.thresholds, command)
+  # None becomes NaN.
+  path_costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
+  expected = summarize(ranked, choice.thresholds, *path_costs)
+  expected['single_best'] = _single_best(plan, expected, costs)
+  if request.in_ms and request.batch_size:
+    expected['measured_ms'] = _measured_ms(plan, subject, request.batch_size)
+  test_ranked = rank(*test, request.score, temperatures)
+  tested = summarize(test_ranked, choice.thresholds, *path_costs)
+  rows = exit_rows(test_ranked, *test, choice.thresholds, temperatures)
+  tested['exits'] = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
+  splits = {'temperature': len(fitted.labels), 'thresholds': len(chosen.labels), 'test': len(test.labels)}
+  plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
   save_dataset_facts(request.workdir, dataset)
   save_plan(request.workdir, plan)
   return Calibrated(plan, subject, chosen, test, choice.problem)
+
+
+def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> None:
+  """Rejects a budget that no thresholds can spend.
+
+  Args:
+    costs: in the unit of the budget.
+    exits: numbers of the usable exits, 1-based.
+
+  Raises:
+    UserError: the budget is below the cost of the first exit or above that of the last, or the first costs more.
+  """
+  if not request.budget:
+    return
+  value, unit = request.budget
+  low, high = costs.alone()[[0, -1]]
+  if low > high:
+    raise UserError(
+      f'no budget is within reach: exit {exits[0]} alone takes {_in_unit(low, unit)}, more than exit {exits[-1]} alone '
+      f'with {_in_unit(high, unit)}; set --batch-size, or a --budget of multiply-adds'
+    )
+  # Messages round milliseconds, and a value from a message must be accepted.
+  slack = 1e-3 if unit == 'ms' else 0
+  if not low * (1 - slack) <= value <= high * (1 + slack):
+    raise UserError(
+      f'budget must be from {_in_unit(low, unit)} (exit {exits[0]} alone) to {_in_unit(high, unit)} '
+      f'(exit {exits[-1]} alone), found {_in_unit(value, unit)}; set --budget'
+    )
+
+
+def choose(request: Request, ranked: Ranked, costs: PathCosts) -> Choice:
+  """Chooses thresholds for the target of the request, by its policy.
+
+  Args:
+    ranked: the images to choose on.
+    costs: in the unit of the budget, which has been checked.
+  """
+  target = request.target
+  if request.budget:  # One in milliseconds may be below the cost of the first exit by rounding.
+    target['budget'] = max(request.budget.value, costs.alone()[0])
+  return request.policy.choose(Samples(*ranked, request.score, costs), target)
 
 
 def _restore(request: Request) -> Subject:
@@ -99,19 +152,21 @@ def _restore(request: Request) -> Subject:
     )
   if request.risk is not None and config.data.held_out < 2:
     raise UserError(
-      'risk control needs 2 held-out images or more, to fit the temperatures on some and to test on others, found 1; '
+      'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir'
     )
   task, step, variables = restore_checkpoint(config, request.workdir, request.step, jax.local_devices()[:1])
   exits = trained_exits(task.targets)
-  batch_size = request.batch_size
+  ms = None
+  if request.batch_size:
+    ms = LatencyCosts(task.model, variables, task.image_shape, exits, request.batch_size, request.score)
   return Subject(
     checkpoint=CheckpointId(config.name, config.data.name, step, fingerprint(variables)),
     task=task,
     variables=variables,
     exits=exits,
     macs=mac_costs(task.model, task.image_shape, exits),
-    ms=batch_size and LatencyCosts(task.model, variables, task.image_shape, exits, batch_size, request.score),
+    ms=ms,
   )
 
 
@@ -122,32 +177,30 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
   finite = np.isfinite(logits).all(axis=(1, 2))
   if not finite.all():
     raise UserError(
-      f'expected finite logits, and those of exits {np.array(subject.exits)[~finite].tolist()} are not at step '
+      f'expected finite logits, found others at exits {np.array(subject.exits)[~finite].tolist()} at step '
       f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
     )
   return Outputs(logits, np.asarray(split.labels))
 
 
 def _halves(outputs: Outputs) -> tuple[Outputs, Outputs]:
-  """Two disjoint halves, each class in both where it can be: the one that fits temperatures, the one that tests."""
+  """Two disjoint halves, with each class in both if possible."""
   count = len(outputs.labels) // 2
   classes = outputs.labels if count <= max_drawable(outputs.labels) else np.zeros_like(outputs.labels)
   kept, drawn = stratified_indices(classes, count, _HALVES_SEED)
   return outputs.take(kept), outputs.take(drawn)
 
 
-def _target_costs(request: Request, subject: Subject) -> PathCosts:
-  return subject.ms if request.budget and request.budget.unit == 'ms' else subject.macs
-
-
-def _plan(request: Request, subject: Subject, temperatures: np.ndarray, choice: Choice, command: str) -> ExitPlan:
+def _plan(
+  request: Request, subject: Subject, temperatures: np.ndarray, thresholds: np.ndarray, command: str
+) -> ExitPlan:
   plan = dataclasses.replace(
     full_network_plan(subject.checkpoint, subject.exits, tuple(map(int, subject.macs.alone()))),
     score=request.score,
     policy=request.policy.name,
     target=request.target,
     temperatures=tuple(temperatures.tolist()),
-    latency=None if subject.ms is None else latency_record([subject.ms]),
+    latency=None if subject.ms is None else latency_record(subject.ms),
     provenance={
       'command': command,
       **environment(jax.local_devices()),
@@ -155,29 +208,9 @@ def _plan(request: Request, subject: Subject, temperatures: np.ndarray, choice: 
       'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     },
   )
-  plan = with_thresholds(plan, choice.thresholds, subject.macs)
-  # Patience sets a number at every exit, so that each is on the path.
-  return plan if subject.ms is None else dataclasses.replace(plan, ms=along(subject.ms, visited(choice.thresholds)))
-
-
-def _with_measurements(
-  plan: ExitPlan, request: Request, subject: Subject, thresholds: np.ndarray, ranked: Ranked, test: Outputs
-) -> ExitPlan:
-  temperatures = np.array(plan.temperatures)
-  macs = np.array(plan.macs, np.float64)  # None becomes NaN.
-  ms = None if plan.ms is None else np.array(plan.ms, np.float64)
-  expected = summarize(ranked, thresholds, macs, ms)
-  expected['single_best'] = _single_best(plan, expected, _target_costs(request, subject))
-  if request.budget and request.budget.unit == 'ms':
-    expected['measured_ms'] = _measured_ms(plan, subject, request.batch_size)
-  test_ranked = rank(*test, plan.score, temperatures)
-  tested = summarize(test_ranked, thresholds, macs, ms)
-  rows = exit_rows(test_ranked, *test, thresholds, temperatures)
-  tested['exits'] = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
-  held_out = len(subject.task.dataset.held_out)
-  fitted = held_out - expected['images'] if request.risk is not None else held_out
-  splits = {'temperature': fitted, 'thresholds': expected['images'], 'test': tested['images']}
-  return dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
+  plan = with_thresholds(plan, thresholds, subject.macs)
+  # Patience sets a threshold at every exit, so each is on the path.
+  return plan if subject.ms is None else dataclasses.replace(plan, ms=along(subject.ms, visited(thresholds)))
 
 
 def _single_best(plan: ExitPlan, expected: dict[str, Any], costs: PathCosts) -> int | None:
@@ -187,7 +220,7 @@ def _single_best(plan: ExitPlan, expected: dict[str, Any], costs: PathCosts) -> 
 
 
 def _measured_ms(plan: ExitPlan, subject: Subject, batch_size: int) -> float:
-  """Mean milliseconds an image of the runtime on the held-out images."""
+  """Mean milliseconds per held-out image in the runtime."""
   data, task = subject.task.dataset, subject.task
   runtime = EarlyExit(task.model, subject.variables, plan, task.image_shape, data.mean, data.std)
   runtime.warm_up(batches=batch_size > 1)
@@ -202,3 +235,8 @@ def _measured_ms(plan: ExitPlan, subject: Subject, batch_size: int) -> float:
   for batch in batches:
     predict(batch)
   return 1e3 * (time.perf_counter() - started) / len(images)
+
+
+def _in_unit(cost: float, unit: str) -> str:
+  """A readable cost, precise enough to be set as a budget: `3.413088M` multiply-adds, or `1.234ms`."""
+  return f'{cost:.4g}ms' if unit == 'ms' else f'{round(cost) / 1e6:.10g}M'

@@ -1,4 +1,4 @@
-"""Measured latency of each stage on this machine, and from it the cost of any path in milliseconds an image."""
+"""Measures the latency of each stage on this machine, for the cost of any path in milliseconds per image."""
 
 import collections
 import datetime
@@ -22,16 +22,16 @@ _WARM_UP = 3
 
 
 class LatencyCosts(PathCosts):
-  """Milliseconds an image along any path at one batch size; what is asked for is measured once, then kept.
+  """Milliseconds per image along any path at one batch size; each stage is measured once, when first needed.
 
   Args:
     model: with the multi-exit interface.
-    variables: its parameters and statistics.
+    variables: `params` and `batch_stats`.
     image_shape: (H, W, C).
     exits: numbers of the usable exits, 1-based and increasing.
     batch_size: images that enter each stage together, in the fixed sizes that the runtime computes.
-    score: computed on the host after every stage but the last, as the runtime does before the next one.
-    runs: timed runs of each stage, of which the median counts.
+    score: computed on the host after every stage but the last, as in the runtime.
+    runs: timed runs of each stage; the median counts.
   """
 
   def __init__(
@@ -44,7 +44,7 @@ class LatencyCosts(PathCosts):
     score: str = 'max_prob',
     runs: int = RUNS,
   ):
-    # As the runtime does: a batch is covered by a few fixed sizes.
+    # As in the runtime, a few fixed sizes cover a batch.
     self._sizes = collections.Counter(cover(batch_size, default_sizes()))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     self._stages = Stages(model, variables, exits, image)
@@ -65,7 +65,7 @@ class LatencyCosts(PathCosts):
 
 
 def _run(stage: Callable, arguments: tuple[Any, Any], score: str | None) -> Any:
-  """What the runtime does at a stage: compute, wait for the logits, and rank them."""
+  """Runs a stage as the runtime does: compute, wait for the logits, and rank them."""
   logits, carry = stage(*arguments)
   logits = np.asarray(logits)
   if score == 'patience':
@@ -76,7 +76,7 @@ def _run(stage: Callable, arguments: tuple[Any, Any], score: str | None) -> Any:
 
 
 def compiled_stage(stages: Stages, index: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-  """(uint8 images, carry) -> (logits, carry), with the variables as constants of the program, as in the runtime."""
+  """Compiles (uint8 images, carry) -> (logits, carry), with the variables as constants, as in the runtime."""
   stage = stages.function(index)
   return jax.jit(lambda images, carry: stage(stages.variables, images.astype(jnp.float32), carry))
 
@@ -86,7 +86,7 @@ def _ones(size: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def median_seconds(function: Callable[[], Any], runs: int = RUNS) -> float:
-  """The median time until the result of a call is there, after a few calls that are not timed."""
+  """The median time of a call until its result is ready, after a few warm-up calls."""
   for _ in range(_WARM_UP):
     jax.block_until_ready(function())
   seconds = []
@@ -97,26 +97,19 @@ def median_seconds(function: Callable[[], Any], runs: int = RUNS) -> float:
   return statistics.median(seconds)
 
 
-def latency_record(costs: Sequence[LatencyCosts]) -> dict[str, Any]:
+def latency_record(costs: LatencyCosts) -> dict[str, Any]:
   """What was measured and where, as exits.json keeps it.
 
-  Args:
-    costs: of one model, one for each batch size.
-
   Returns:
-    `device`, `cpu`, `date`, `runs` and `batch_sizes`: for each `batch_size`, `ms_stages` (of each stage in turn) and
-    `ms_alone` (of each exit by itself), in milliseconds an image.
+    `device`, `cpu`, `date`, `runs` and `batch_sizes`, a list of one: `batch_size`, `ms_stages` (each stage in turn) and
+    `ms_alone` (each exit alone), in milliseconds per image.
   """
-  every = tuple(range(costs[0].num_exits))
-  rows = []
-  for cost in costs:
-    cumulative = cost.cumulative(every)
-    stages = [float(last - first) for first, last in zip([0.0, *cumulative[:-1]], cumulative, strict=True)]
-    rows.append({'batch_size': cost.batch_size, 'ms_stages': stages, 'ms_alone': cost.alone().tolist()})
+  cumulative = costs.cumulative(tuple(range(costs.num_exits))).tolist()
+  stages = [last - first for first, last in zip([0.0, *cumulative[:-1]], cumulative, strict=True)]
   return {
     'device': jax.local_devices()[0].device_kind,
     'cpu': cpu_name(),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'runs': costs[0].runs,
-    'batch_sizes': rows,
+    'runs': costs.runs,
+    'batch_sizes': [{'batch_size': costs.batch_size, 'ms_stages': stages, 'ms_alone': costs.alone().tolist()}],
   }

@@ -1,56 +1,200 @@
-"""How good probabilities and confidences are: ECE, negative log-likelihood, Brier score, AUROC. None of no samples."""
+"""Temperature scaling, and how well calibrated and how accurate the exits are on one split.
+
+K counts the usable exits, N the samples (1 or more), C the classes.
+"""
+
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.special import log_softmax
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import brentq
+from scipy.special import log_softmax, softmax
 from scipy.stats import rankdata
+
+from paranet_jax.early.scores import confidence, confidences, to_score
+from paranet_jax.early.thresholds import exits_taken
+
+_WIDTH = float(np.log(1e4))  # T is searched within this factor of the scale of the logits, in both directions.
+
+Logits = Float[np.ndarray, 'N C']
+Labels = Int[np.ndarray, ' N']
+
+
+class Ranked(NamedTuple):
+  """What thresholds see of a split."""
+
+  confidences: Float[np.ndarray, 'K N']
+  predictions: Int[np.ndarray, 'K N']
+  correct: Bool[np.ndarray, 'K N']
+
+
+def rank(
+  logits: Float[np.ndarray, 'K N C'], labels: Labels, score: str, temperatures: Float[np.ndarray, ' K']
+) -> Ranked:
+  """Ranks the samples of a split at every exit by a score, one of `scores.SCORES`."""
+  predictions = logits.argmax(-1)
+  return Ranked(confidences(logits, score, temperatures), predictions, predictions == labels)
+
+
+def fit_temperature(logits: Logits, labels: Labels) -> float:
+  """Finds the T > 0 that minimizes the mean NLL of softmax(logits / T) (Guo et al. 2017, section 4.2).
+
+  The loss is convex in b = 1 / T, so its derivative mean(E[z] - z_label) increases with b and has one root, which is
+  searched over log b. The loss is never above that at T = 1.
+
+  Without a minimum: if every prediction is correct, the loss decreases towards T = 0; the samples do not say how far to
+  go, and T stays 1. If the logits are no better than chance, it decreases towards infinity, and T is 10,000 times their
+  scale (mean of the largest logit minus the mean logit): near uniform. Logits that are all equal keep T = 1.
+
+  Returns:
+    T, to a relative 1e-9; finite.
+  """
+  z = np.asarray(logits, np.float64)
+  z = z - z.max(axis=-1, keepdims=True)
+  of_label = z[np.arange(len(z)), labels]
+  scale = -z.mean()
+  if scale == 0:
+    return 1.0
+
+  def slope(log_b: float) -> float:
+    weights = np.exp(np.exp(log_b) / scale * z)
+    return float(np.mean(np.sum(weights * z, axis=-1) / np.sum(weights, axis=-1) - of_label))
+
+  if slope(_WIDTH) <= 0:
+    return 1.0
+  log_b: Any = -_WIDTH if slope(-_WIDTH) >= 0 else brentq(slope, -_WIDTH, _WIDTH, xtol=1e-10)
+  temperature = float(scale / np.exp(log_b))
+  return temperature if nll(logits, labels, temperature) < nll(logits, labels, 1.0) else 1.0
 
 
 def reliability(
-  confidence_prob: ArrayLike, correct: ArrayLike, bins: int = 15
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The reliability diagram in equal bins ((b - 1) / bins, b / bins] (Guo et al. 2017, section 2).
+  probabilities: Float[np.ndarray, ' N'], correct: Bool[np.ndarray, ' N'], bins: int = 15
+) -> tuple[Int[np.ndarray, ' bins'], Float[np.ndarray, ' bins'], Float[np.ndarray, ' bins']]:
+  """The reliability diagram with equal bins ((b - 1) / bins, b / bins] (Guo et al. 2017, section 2).
 
   Args:
-    confidence_prob: [N], probability given to the predicted class.
-    correct: bool [N].
-    bins: how many.
+    probabilities: of the predicted class.
 
   Returns:
-    Counts int [bins], mean confidence and accuracy float64 [bins], both 0 where the count is 0.
+    Counts, mean probability and accuracy, both 0 where the count is 0.
   """
-  confidence_prob = np.asarray(confidence_prob, np.float64)
-  bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence_prob)
+  bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], probabilities)
   counts = np.bincount(bin_of, minlength=bins)
   divisor = np.maximum(counts, 1)
-  mean_confidence = np.bincount(bin_of, confidence_prob, minlength=bins) / divisor
-  return counts, mean_confidence, np.bincount(bin_of, np.asarray(correct, np.float64), minlength=bins) / divisor
+  means = (
+    np.bincount(bin_of, np.asarray(each, np.float64), minlength=bins) / divisor for each in (probabilities, correct)
+  )
+  return counts, *means
 
 
-def ece(confidence_prob: ArrayLike, correct: ArrayLike, bins: int = 15) -> float | None:
-  """Expected calibration error, 0..1: |accuracy - confidence| of each bin of `reliability`, weighted by its count."""
-  counts, mean_confidence, accuracy = reliability(confidence_prob, correct, bins)
-  return float(np.average(np.abs(accuracy - mean_confidence), weights=counts)) if counts.any() else None
+def ece(probabilities: Float[np.ndarray, ' N'], correct: Bool[np.ndarray, ' N'], bins: int = 15) -> float:
+  """Expected calibration error, 0..1: |accuracy - probability| of each bin of `reliability`, weighted by its count."""
+  counts, mean_probability, accuracy = reliability(probabilities, correct, bins)
+  return float(np.average(np.abs(accuracy - mean_probability), weights=counts))
 
 
-def nll(logits: ArrayLike, labels: ArrayLike, temperature: float = 1.0) -> float | None:
-  """Mean negative log-likelihood of int labels [N] under softmax(logits [N, C] / temperature), nats."""
+def nll(logits: Logits, labels: Labels, temperature: float = 1.0) -> float:
+  """Mean negative log-likelihood of the labels under softmax(logits / temperature), in nats."""
   log_probabilities = log_softmax(np.asarray(logits, np.float64) / temperature, axis=-1)
-  return -float(np.mean(log_probabilities[np.arange(len(labels)), labels])) if len(labels) else None
+  return -float(np.mean(log_probabilities[np.arange(len(labels)), labels]))
 
 
-def brier(probabilities: ArrayLike, labels: ArrayLike) -> float | None:
-  """Mean over samples of sum over classes (p - onehot)^2, 0..2; probabilities [N, C], int labels [N]."""
-  probabilities = np.asarray(probabilities, np.float64)
+def brier(probabilities: Float[np.ndarray, 'N C'], labels: Labels) -> float:
+  """Mean over samples of the sum over classes of (p - onehot)^2, 0..2."""
   of_label = probabilities[np.arange(len(labels)), labels]
-  return float(np.mean(np.sum(probabilities**2, axis=-1) - 2 * of_label + 1)) if len(labels) else None
+  return float(np.mean(np.sum(probabilities**2, axis=-1) - 2 * of_label + 1))
 
 
-def auroc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-  """Probability that a right prediction is surer than a wrong one, ties counting half; None without one of each."""
-  correct = np.asarray(correct, bool)
+def auroc(confidence: Float[np.ndarray, ' N'], correct: Bool[np.ndarray, ' N']) -> float | None:
+  """Probability that a correct prediction has higher confidence than a wrong one, ties counting half.
+
+  None unless there are predictions of both kinds.
+  """
   right = int(correct.sum())
   wrong = len(correct) - right
   if not right or not wrong:
     return None
   return float((rankdata(confidence)[correct].sum() - right * (right + 1) / 2) / (right * wrong))
+
+
+def top_probability(logits: Logits, temperature: float) -> Float[np.ndarray, ' N']:
+  """The largest probability of each sample."""
+  return to_score(confidence(logits, 'max_prob', temperature), 'max_prob')
+
+
+def summarize(
+  ranked: Ranked,
+  thresholds: Float[np.ndarray, ' K'],
+  macs: Float[np.ndarray, ' K'],
+  ms: Float[np.ndarray, ' K'] | None,
+) -> dict[str, Any]:
+  """The plan's operating point on a split.
+
+  Args:
+    thresholds: on the confidence scale.
+    macs, ms: multiply-adds and milliseconds spent up to each exit along the visited path; NaN where not visited.
+
+  Returns:
+    `images`; `cost_macs`, `cost_ms` (means; None: not measured); `accuracy`; `shares` [K]; `exit_accuracy` [K] on all
+    images; `gap` and `disagreement`, the risks against the last exit.
+  """
+  taken = exits_taken(ranked.confidences, thresholds)
+  samples = np.arange(len(taken))
+  correct, predictions = ranked.correct[taken, samples], ranked.predictions[taken, samples]
+  return {
+    'images': len(taken),
+    'cost_macs': float(macs[taken].mean()),
+    'cost_ms': None if ms is None else float(ms[taken].mean()),
+    'accuracy': float(correct.mean()),
+    'shares': (np.bincount(taken, minlength=len(thresholds)) / len(taken)).tolist(),
+    'exit_accuracy': ranked.correct.mean(axis=1).tolist(),
+    'gap': float((ranked.correct[-1] & ~correct).mean()),
+    'disagreement': float((predictions != ranked.predictions[-1]).mean()),
+  }
+
+
+def exit_rows(
+  ranked: Ranked,
+  logits: Float[np.ndarray, 'K N C'],
+  labels: Labels,
+  thresholds: Float[np.ndarray, ' K'],
+  temperatures: Float[np.ndarray, ' K'],
+) -> list[dict[str, Any]]:
+  """Which samples exit where, and how well calibrated each exit is.
+
+  Returns:
+    For each exit: the number of `images` that exit there, their `accuracy` and mean calibrated `confidence`, and the
+    `calibration` on `all` images and on those `leaving`; None where no image exits.
+  """
+  taken = exits_taken(ranked.confidences, thresholds)
+  rows = []
+  for k, temperature in enumerate(temperatures):
+    exiting = taken == k
+    some = bool(exiting.any())
+    leaving = (part[k, exiting] for part in (logits, ranked.confidences))
+    rows.append(
+      {
+        'images': int(exiting.sum()),
+        'accuracy': float(ranked.correct[k, exiting].mean()) if some else None,
+        'confidence': float(top_probability(logits[k], temperature)[exiting].mean()) if some else None,
+        'calibration': {
+          'all': _calibration(logits[k], ranked.confidences[k], labels, temperature),
+          'leaving': _calibration(*leaving, labels[exiting], temperature) if some else None,
+        },
+      }
+    )
+  return rows
+
+
+def _calibration(
+  logits: Logits, confidences: Float[np.ndarray, ' N'], labels: Labels, temperature: float
+) -> dict[str, Any]:
+  """`ece`, `nll` and `brier` as [before, after] temperature scaling, and the `auroc` of the score."""
+  correct = logits.argmax(-1) == labels
+  both = (1.0, temperature)
+  return {
+    'ece': [ece(top_probability(logits, each), correct) for each in both],
+    'nll': [nll(logits, labels, each) for each in both],
+    'brier': [brier(softmax(logits.astype(np.float64) / each, axis=-1), labels) for each in both],
+    'auroc': auroc(confidences, correct),
+  }

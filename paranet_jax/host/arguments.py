@@ -1,6 +1,7 @@
 """The parser of the commands whose flags are not a configuration's."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +24,14 @@ def positive(text: str) -> int:
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text}')
   return int(text)
+
+
+def fraction(text: str) -> float:
+  """A number between 0 and 1, both excluded."""
+  with contextlib.suppress(ValueError):
+    if 0 < float(text) < 1:
+      return float(text)
+  raise argparse.ArgumentTypeError(f'expected a number between 0 and 1, found {text}')
 
 
 def absolute(path: str | Path) -> Path:

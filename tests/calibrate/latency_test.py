@@ -1,4 +1,4 @@
-"""Tests of how latency is measured, on a clock of their own."""
+"""Tests of how latency is measured, on a fake clock."""
 
 import itertools
 
@@ -17,7 +17,7 @@ IMAGE = (tiny.SIDE, tiny.SIDE, 3)
 
 @pytest.fixture
 def timed(monkeypatch):
-  """Collects (rows, score, runs) of what is timed; a stage is said to take 1 ms for each row."""
+  """Collects (rows, score, runs) of what is timed; a stage takes 1 ms per row."""
   calls = []
 
   def pretended(function, runs):
@@ -33,7 +33,7 @@ def test_the_median_of_the_timed_calls(monkeypatch):
   calls, clock = itertools.count(), iter([0, 5, 10, 11, 20, 22])
   monkeypatch.setattr(latency.time, 'perf_counter', lambda: next(clock))
   assert median_seconds(lambda: next(calls), runs=3) == 2  # Of 5, 1 and 2.
-  assert next(calls) == 6  # Three more to warm up, before the clock is read.
+  assert next(calls) == 6  # Three warm-up calls first, before the clock is read.
 
 
 def test_a_result_is_waited_for(monkeypatch):
@@ -48,7 +48,7 @@ def test_a_batch_takes_the_sizes_that_the_runtime_computes(timed, batch_size):
   model = tiny.named('PN3-ddd')
   costs = LatencyCosts(model, tiny.variables(model), IMAGE, (1, 3), batch_size, runs=7)
   sizes = cover(batch_size, default_sizes())
-  # A stage of `rows` rows is said to take `rows` ms, so an image takes 1 ms and more where rows are padding.
+  # A stage takes 1 ms per row, so an image takes 1 ms, and more where rows are padding.
   np.testing.assert_allclose(costs.cumulative((0, 1)), np.array([1, 2]) * sum(sizes) / batch_size)
   distinct = list(dict.fromkeys(sizes))
   assert timed == [(size, score, 7) for score in ('max_prob', None) for size in distinct]
@@ -60,7 +60,7 @@ def test_a_stage_is_measured_with_what_the_runtime_does_after_it(monkeypatch):
   model = tiny.named('PN2-dd')
   costs = LatencyCosts(model, tiny.variables(model), IMAGE, (1, 2), 1, score='entropy', runs=1)
   costs.cumulative((0, 1))
-  assert ranked == [(np.ndarray, 'entropy')] * 4  # Three to warm up and one; the last exit ranks nobody.
+  assert ranked == [(np.ndarray, 'entropy')] * 4  # Three warm-up runs and one; the last exit ranks nothing.
 
 
 def test_the_measured_stage_is_the_stage():
@@ -76,13 +76,10 @@ def test_the_measured_stage_is_the_stage():
 
 def test_what_is_recorded(timed):
   model = tiny.named('PN2cut-dd')
-  variables = tiny.variables(model)
-  record = latency_record([LatencyCosts(model, variables, IMAGE, (1, 2), size, runs=5) for size in (1, 4)])
+  record = latency_record(LatencyCosts(model, tiny.variables(model), IMAGE, (1, 2), 4, runs=5))
   assert record['device'] == jax.local_devices()[0].device_kind and record['cpu'] == cpu_name()
   assert record['runs'] == 5 and record['date'].endswith('+00:00')
-  assert record['batch_sizes'] == [
-    {'batch_size': size, 'ms_stages': [1.0, 1.0], 'ms_alone': [1.0, 1.0]} for size in (1, 4)
-  ]
+  assert record['batch_sizes'] == [{'batch_size': 4, 'ms_stages': [1.0, 1.0], 'ms_alone': [1.0, 1.0]}]
 
 
 @pytest.mark.parametrize(

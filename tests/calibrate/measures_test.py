@@ -1,15 +1,16 @@
-"""Tests of the measures, against numbers worked out by hand and a count over pairs."""
+"""Tests of temperature scaling and of the calibration measures, against hand-computed numbers."""
 
 from math import log
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
-from paranet_jax.calibrate.measures import auroc, brier, ece, nll, reliability
+from paranet_jax.calibrate.measures import auroc, brier, ece, fit_temperature, nll, reliability
 
 # In four bins (0, 0.25], (0.25, 0.5], (0.5, 0.75], (0.75, 1]: 2, 0, 1 and 3 samples.
-CONFIDENCE = [0.25, 0.05, 0.75, 0.8, 0.9, 1.0]
-CORRECT = [True, False, False, True, True, False]
+CONFIDENCE = np.array([0.25, 0.05, 0.75, 0.8, 0.9, 1.0])
+CORRECT = np.array([True, False, False, True, True, False])
 
 
 def test_reliability():
@@ -49,10 +50,78 @@ def test_auroc_counts_pairs_and_ties_half():
 
 @pytest.mark.parametrize('correct', [[True, True], [False, False]])
 def test_auroc_needs_right_and_wrong(correct):
-  assert auroc([0.1, 0.2], correct) is None
+  assert auroc(np.array([0.1, 0.2]), np.array(correct)) is None
 
 
-def test_of_nobody():
-  nobody = np.zeros((0, 3))
-  none = np.zeros(0, int)
-  assert [ece(none, none), auroc(none, none), nll(nobody, none), brier(nobody, none)] == [None] * 4
+def sampled(n, classes, true_temperature, seed):
+  """Logits, and labels drawn from softmax(logits / true_temperature)."""
+  rng = np.random.default_rng(seed)
+  logits = 4 * rng.normal(size=(n, classes))
+  return logits, np.argmax(logits / true_temperature + rng.gumbel(size=logits.shape), axis=-1)
+
+
+@pytest.mark.parametrize('true_temperature', [0.3, 1.0, 2.5])
+@pytest.mark.parametrize('seed', [0, 1, 2])
+def test_within_three_standard_errors_of_the_truth(true_temperature, seed):
+  logits, labels = sampled(4000, 10, true_temperature, seed)
+  p = softmax(logits / true_temperature, axis=-1)
+  # The Fisher information about 1 / T is the variance of the logits under p.
+  information = np.sum(np.sum(p * logits**2, axis=-1) - np.sum(p * logits, axis=-1) ** 2)
+  standard_error = true_temperature**2 / np.sqrt(information)
+  assert abs(fit_temperature(logits, labels) - true_temperature) < 3 * standard_error
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_is_the_minimum(seed):
+  logits, labels = sampled(60, 5, 2.0, seed)
+  found = fit_temperature(logits, labels)
+  grid = found * np.exp(np.linspace(-5, 5, 2001))
+  losses = [nll(logits, labels, temperature) for temperature in grid]
+  np.testing.assert_allclose(grid[np.argmin(losses)], found, rtol=1e-12)
+  assert nll(logits, labels, found) < min(nll(logits, labels, found * factor) for factor in (1 - 1e-6, 1 + 1e-6))
+
+
+@pytest.mark.parametrize('scale', [1e-6, 0.1, 7.0, 1e6])
+def test_follows_the_scale_of_the_logits(scale):
+  logits, labels = sampled(500, 10, 1.5, 3)
+  np.testing.assert_allclose(
+    fit_temperature(scale * logits, labels), scale * fit_temperature(logits, labels), rtol=1e-8
+  )
+
+
+def test_a_constant_added_to_a_sample_changes_nothing():
+  logits, labels = sampled(500, 10, 1.5, 3)
+  shifted = logits + 100 * np.arange(500.0)[:, None]
+  np.testing.assert_allclose(fit_temperature(shifted, labels), fit_temperature(logits, labels), rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+  'logits, labels, expected',
+  [
+    # All right: the loss falls towards T = 0.
+    ([[3.0, 0.0], [0.0, 1.0]], [0, 1], 1.0),
+    ([[2.0, 0.0]], [0], 1.0),
+    # Always wrong: it falls towards infinity; the scale is 1.
+    ([[2.0, 0.0], [0.0, 2.0]], [1, 0], 1e4),
+    ([[2.0, 0.0]], [1], 1e4),
+    # Right half of the time, which is chance.
+    ([[2.0, 0.0], [2.0, 0.0]], [0, 1], 1e4),
+    ([[1.0, 1.0], [1.0, 1.0]], [0, 1], 1.0),
+    # So nearly equal that T = 1 is closer to uniform than 10,000 times the scale.
+    ([[1e-9, 0.0]], [1], 1.0),
+  ],
+)
+def test_where_there_is_no_minimum(logits, labels, expected):
+  assert fit_temperature(np.array(logits), np.array(labels)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_never_raises_the_loss_nor_changes_a_prediction(seed):
+  rng = np.random.default_rng(seed)
+  n, classes = rng.integers(1, 30), rng.integers(2, 6)
+  logits = (10 ** rng.uniform(-3, 3) * rng.normal(size=(n, classes))).astype(np.float32)
+  labels = np.where(rng.random(n) < rng.random(), logits.argmax(-1), rng.integers(0, classes, n))
+  found = fit_temperature(logits, labels)
+  assert 0 < found < np.inf
+  assert nll(logits, labels, found) <= nll(logits, labels)
+  np.testing.assert_array_equal((logits.astype(np.float64) / found).argmax(-1), logits.argmax(-1))

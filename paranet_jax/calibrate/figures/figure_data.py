@@ -10,9 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from paranet_jax.calibrate.choice import Ranked, rank
-from paranet_jax.calibrate.measures import ece, reliability
-from paranet_jax.calibrate.split_report import top_probability
+from paranet_jax.calibrate.measures import Ranked, ece, rank, reliability, top_probability
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.policies.optimal import optimal_curve, oracle_curve

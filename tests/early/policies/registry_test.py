@@ -67,7 +67,7 @@ def test_a_policy_from_an_entry_point_and_its_flag(plugin):
   assert request.policy.name == 'plugin' and request.target == {'budget': 3e6, 'unit': 'macs', 'level': 7}
   assert parse(['--workdir=a', '--budget=3M', '--policy=plugin', '--level=2']).target['level'] == 2
   for flags, message in (
-    (['--policy=plugin', '--level=x'], 'level must be a whole number, found x; set --level'),
+    (['--policy=plugin', '--level=x'], 'argument --level: must be a whole number, found x; see --help'),
     (['--level=2'], '--level belongs to --policy=plugin, found optimal; leave out --level'),
     (['--policy=other'], "unknown policy 'other', expected one of optimal, quota, shared, plugin; set --policy"),
   ):

@@ -1,0 +1,162 @@
+"""The tables that `calibrate` prints, at most 100 columns wide."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.policies import find_policy
+from paranet_jax.report.tables import ABSENT, align, human_count
+
+_UNITS = {'macs': 'multiply-adds', 'ms': 'ms'}
+_LOSSES = {'gap': 'wrong where the last exit is right', 'disagreement': 'answer differs from the last exit'}
+
+Row = tuple[str, str, str]
+
+
+def summary_text(plan: ExitPlan) -> str:
+  """Describes the target, where the test images exit, what that saves, and how well the exits are calibrated.
+
+  Args:
+    plan: from `calibration.calibrate`, with `expected`, `test` and `splits`.
+  """
+  assert plan.expected and plan.test and plan.splits
+  return '\n\n'.join(
+    [
+      _title(plan, plan.splits),
+      _exit_table(plan, plan.test),
+      _gains(plan, plan.expected, plan.test),
+      _calibration_table(plan, plan.test),
+    ]
+  )
+
+
+def _title(plan: ExitPlan, splits: dict[str, int]) -> str:
+  return (
+    f'{plan.name} on {plan.dataset}, step {plan.step}: {_target(plan)}\n'
+    f'score: {plan.score}; temperatures from {splits["temperature"]:,} held-out images, thresholds from '
+    f'{splits["thresholds"]:,}'
+  )
+
+
+def _target(plan: ExitPlan) -> str:
+  policy, target = find_policy(plan.policy), plan.target
+  what = policy.description if policy else f'thresholds by {plan.policy}'
+  if 'budget' in target:
+    at = f' at batch size {target["batch_size"]}' if 'batch_size' in target else ''
+    return f'{what}, for a mean of {_cost(target["budget"], target["unit"])} {_UNITS[target["unit"]]}{at}'
+  if 'risk' in target:
+    often = f'with probability {1 - target["delta"]:g}' if 'delta' in target else 'on average'
+    return f'{what}, so that {often} the risk is at most {target["risk"]:g}'
+  return f'{what}, {target["threshold"]:g}'
+
+
+def _exit_table(plan: ExitPlan, test: dict[str, Any]) -> str:
+  units = _units(plan)
+  header = ('exit', 'threshold', 'images', 'share (%)', 'accuracy (%)', 'confidence', *(_UNITS[u] for u in units))
+  rows = []
+  for k, row in enumerate(test['exits']):
+    costs = (_cost(getattr(plan, unit)[k], unit) for unit in units)
+    shown = (str(row['images']), _percent(test['shares'][k], 1), _percent(row['accuracy']))
+    rows.append((str(plan.exits[k]), _threshold(plan, k), *shown, _number(row['confidence'], 3), *costs))
+  means = (_cost(test[f'cost_{unit}'], unit) for unit in units)
+  rows.append(('all', '', str(test['images']), '100.0', _percent(test['accuracy']), '', *means))
+  title = 'where the test images exit (costs per image; confidence: mean calibrated probability)'
+  return '\n'.join([title, *align(header, rows, ())])
+
+
+def _threshold(plan: ExitPlan, k: int) -> str:
+  threshold, confidence = plan.thresholds[k], plan.confidence_thresholds[k]
+  if k == len(plan.exits) - 1:
+    return 'the rest'
+  if threshold is None or confidence is None:
+    return 'no image'
+  if threshold == 0:
+    return 'all images'
+  if plan.score == 'patience':
+    return f'{threshold:g} equal'
+  # Near 1 the distance from 1 says more.
+  return f'{plan.score} ' + (f'1 - {math.exp(-confidence):.1e}' if threshold > 0.9999 else f'{threshold:.4f}')
+
+
+def _gains(plan: ExitPlan, *splits: dict[str, Any]) -> str:
+  last = plan.exits[-1]
+  rows: list[Row] = [
+    _row('accuracy (%)', (_percent(split['accuracy']) for split in splits)),
+    _row(f'accuracy of exit {last} on all images (%)', (_percent(split['exit_accuracy'][-1]) for split in splits)),
+  ]
+  for unit in _units(plan):
+    rows += _gains_in(plan, unit, *splits)
+  if 'loss' in plan.target:
+    loss, target = plan.target['loss'], plan.target['risk']
+    risks = [split[loss] for split in splits]
+    rows.append(_row(f'risk: {_LOSSES[loss]}', (f'{risk:.4f}' for risk in risks)))
+    rows.append(_row(f'  difference from the target of {target:g}', (f'{risk - target:+.4f}' for risk in risks)))
+  return '\n'.join(align(('', 'held-out images', 'test images'), rows, left=(0,)))
+
+
+def _gains_in(plan: ExitPlan, unit: str, expected: dict[str, Any], test: dict[str, Any]) -> Iterator[Row]:
+  means = [split[f'cost_{unit}'] for split in (expected, test)]
+  yield _row(f'mean {_UNITS[unit]}', (_cost(mean, unit) for mean in means))
+  if plan.target.get('unit') == unit:
+    budget = plan.target['budget']
+    yield _row('  difference from the budget', (f'{100 * (mean / budget - 1):+.2f} %' for mean in means))
+    if 'measured_ms' in expected:
+      yield '  measured in the runtime', _cost(expected['measured_ms'], 'ms'), ABSENT
+  costs = plan.macs_alone if unit == 'macs' or not plan.latency else plan.latency['batch_sizes'][0]['ms_alone']
+  alone = dict(zip(plan.exits, costs, strict=True))
+  last, best = plan.exits[-1], expected['single_best']
+  times = f'  speed-up over exit {last} alone ({_cost(alone[last], unit)})'
+  yield _row(times, (f'{alone[last] / mean:.2f} x' for mean in means))
+  if best is None:
+    yield '  no single exit is as accurate on the held-out images', '', ''
+  elif best != last:
+    words = f'  over exit {best} alone ({_cost(alone[best], unit)}), the cheapest that is as accurate'
+    yield _row(words, (f'{alone[best] / mean:.2f} x' for mean in means))
+
+
+def _calibration_table(plan: ExitPlan, test: dict[str, Any]) -> str:
+  rows = []
+  for k, row in enumerate(test['exits']):
+    calibration = row['calibration']
+    first = str(plan.exits[k]), f'{plan.temperatures[k]:.3f}', f'all {test["images"]:,}'
+    for cells, measured in (
+      (first, calibration['all']),
+      (('', '', f'exiting {row["images"]:,}'), calibration['leaving']),
+    ):
+      changes = (_change(measured, name, scale) for name, scale in (('ece', 100), ('nll', 1), ('brier', 1)))
+      rows.append((*cells, *changes, _number(measured and measured['auroc'], 3)))
+  header = ('exit', 'temperature', 'images', 'ECE (%)', 'NLL (nats)', 'Brier', 'AUROC')
+  title = 'calibration on test images, before -> after temperature scaling (AUROC: correct ranked above wrong)'
+  return '\n'.join([title, *align(header, rows, left=(2,))])
+
+
+def _row(label: str, values: Iterator[str]) -> Row:
+  held_out, test = values
+  return label, held_out, test
+
+
+def _units(plan: ExitPlan) -> tuple[str, ...]:
+  return ('macs',) if plan.ms is None else ('macs', 'ms')
+
+
+def _cost(cost: float | None, unit: str) -> str:
+  if cost is None:
+    return ABSENT
+  return human_count(round(cost)) if unit == 'macs' else f'{cost:.3f}'
+
+
+def _percent(share: float | None, digits: int = 2) -> str:
+  return ABSENT if share is None else f'{100 * share:.{digits}f}'
+
+
+def _number(value: float | None, digits: int) -> str:
+  return ABSENT if value is None else f'{value:.{digits}f}'
+
+
+def _change(measured: dict[str, Any] | None, name: str, scale: float) -> str:
+  if measured is None:
+    return ABSENT
+  before, after = (scale * value for value in measured[name])
+  digits = 2 if scale == 100 else 3
+  return f'{before:.{digits}f} -> {after:.{digits}f}'
