@@ -31,7 +31,7 @@ from benchmarks.own_process import RemoteFunction, own_process
 from benchmarks.timing import in_turn
 from paranet_jax.base_config import base_config
 from paranet_jax.early.exit_plan import with_thresholds
-from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.bundle import Request, held_out_images, write_bundle
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.runs.dataset_facts import DatasetFacts

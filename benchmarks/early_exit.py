@@ -23,9 +23,8 @@ from benchmarks import cli, network, report
 from benchmarks.timing import in_turn
 from paranet_jax.calibrate.latency import LatencyCosts
 from paranet_jax.data.dataset import Split
-from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.exit_plan import ExitPlan, full_network_plan, with_thresholds
-from paranet_jax.early.load import load
+from paranet_jax.early.exit_plan import CheckpointId, ExitPlan, full_network_plan, with_thresholds
+from paranet_jax.early.loaded_run import load
 from paranet_jax.early.logits import split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.early.policies.optimal import optimal_curve, optimal_for_budget

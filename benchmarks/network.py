@@ -15,7 +15,6 @@ from paranet_jax.base_config import base_config
 from paranet_jax.config import build_model
 from paranet_jax.costs import abstract_variables
 from paranet_jax.devices import place_order, replicated, run_on
-from paranet_jax.early.forward import compile_forward
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.optim import make_optimizer, make_schedule
 from paranet_jax.steps import Objective, Preprocessing, TrainState, make_train_step, zero_totals
@@ -144,7 +143,8 @@ def our_training_step(model: Any, size: Size, state: Any, devices: Sequence[jax.
 
 def our_forward(model: ParaNet, variables: dict[str, Any], exits: Sequence[int]) -> Callable[[Any], list[jax.Array]]:
   """The package's forward pass in inference mode: normalized images [B, S, S, 3] to the logits of these exits."""
-  return _waiting(compile_forward(model, jax.device_put(variables), exits))
+  variables = jax.device_put(variables)  # Constants of the program, as in `EarlyExit`.
+  return _waiting(jax.jit(lambda images: model.apply(variables, images, exits=tuple(exits))))
 
 
 def applied_forward(model: Any, variables: dict[str, Any], exits: Sequence[int]) -> Callable[[Any], list[jax.Array]]:

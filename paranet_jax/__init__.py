@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from paranet_jax.early.load import load
+  from paranet_jax.early.loaded_run import load
   from paranet_jax.early.runtime import EarlyExit
 
 __version__ = '0.2.0'
@@ -16,7 +16,7 @@ __all__ = ['EarlyExit', 'load']
 def __getattr__(name: str) -> Any:
   # jax takes a second to import, which the command line does not spend on a mistyped flag.
   if name == 'load':
-    from paranet_jax.early.load import load
+    from paranet_jax.early.loaded_run import load
 
     return load
   if name == 'EarlyExit':

@@ -13,8 +13,15 @@ from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import Ranked, exit_rows, fit_temperature, rank, summarize
 from paranet_jax.data.dataset import Split, max_drawable, stratified_indices
 from paranet_jax.description import cpu_name, environment
-from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
-from paranet_jax.early.exit_plan import ExitPlan, along, full_network_plan, save_plan, with_thresholds
+from paranet_jax.early.exit_plan import (
+  CheckpointId,
+  ExitPlan,
+  along,
+  fingerprint,
+  full_network_plan,
+  save_plan,
+  with_thresholds,
+)
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.early.policies import Choice, Samples

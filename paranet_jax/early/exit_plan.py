@@ -1,15 +1,17 @@
 """exits.json: what `calibrate` chose for one checkpoint and what prediction reads."""
 
 import dataclasses
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Float
 
-from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.scores import SCORES, to_score
 from paranet_jax.early.thresholds import Costs, visited
 from paranet_jax.host.errors import UserError
@@ -21,26 +23,46 @@ SCHEMA_VERSION = 1
 PerExit = tuple[float | None, ...]
 
 
+class CheckpointId(NamedTuple):
+  """What distinguishes checkpoints: the network's name, the data set as configured, the step, and `fingerprint`."""
+
+  name: str
+  dataset: str
+  step: int
+  fingerprint: str
+
+
+def fingerprint(variables: Any) -> str:
+  """A hash over the paths, types, shapes and bytes of `params` and `batch_stats`: 16 hexadecimal digits."""
+  digest = hashlib.sha256()
+  kept = {'params': variables['params'], 'batch_stats': variables['batch_stats']}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+    values = np.ascontiguousarray(leaf)
+    digest.update(f'{jax.tree_util.keystr(path)} {values.dtype} {values.shape}'.encode())
+    digest.update(values.data)
+  return digest.hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExitPlan:
-  """Which exits are run, when a sample leaves, and what that costs. K usable exits: those that were trained.
+  """Which exits are run, when a sample exits, and what that costs. K usable exits: those that were trained.
 
   Attributes:
     name, dataset, step, fingerprint: of the checkpoint, see `CheckpointId`.
     score: what samples are ranked by.
-    policy: how the thresholds were chosen; 'full': nobody leaves early.
-    target: what was asked for, such as {'budget': 3e7, 'unit': 'macs'}; {} for 'full'.
+    policy: how the thresholds were chosen; 'full': no sample exits early.
+    target: the target of calibration, such as {'budget': 3e7, 'unit': 'macs'}; {} for 'full'.
     exits: numbers of the usable exits, 1-based, increasing.
     temperatures: [K].
-    thresholds: [K], on the score's scale; None: nobody leaves there; the last 0.0.
+    thresholds: [K], on the score's scale; None: no sample exits there; the last is 0.0.
     confidence_thresholds: [K], the same on the scale of `scores.confidence`, which prediction compares with.
     visited: numbers of the exits that are run, the last one included.
-    macs: [K], multiply-adds of leaving at each exit along the visited path; None where not visited.
-    ms: [K], the same in milliseconds an image; None: not measured.
-    macs_alone: [K], multiply-adds of each exit by itself.
+    macs: [K], multiply-adds to each exit along the visited path; None where not visited.
+    ms: [K], the same in milliseconds per image; None: not measured.
+    macs_alone: [K], multiply-adds of each exit alone.
     expected, test: {cost_macs, cost_ms, accuracy, shares, ...} on the held-out and on the test split.
-    splits: images that temperature, thresholds and test were fitted or measured on.
-    latency: what was measured, and on which device; None: nothing.
+    splits: the number of images that temperatures, thresholds and test results come from.
+    latency: the measurements and their device; None: nothing was measured.
     provenance: command line, versions, device, date.
   """
 
@@ -67,12 +89,12 @@ class ExitPlan:
 
   @property
   def checkpoint(self) -> CheckpointId:
-    """The checkpoint this was chosen for."""
+    """The checkpoint that this was chosen for."""
     return CheckpointId(self.name, self.dataset, self.step, self.fingerprint)
 
 
 def full_network_plan(checkpoint: CheckpointId, exits: Sequence[int], macs_alone: Sequence[int]) -> ExitPlan:
-  """The plan in which every sample leaves at the last usable exit and only that one is run."""
+  """The plan that runs only the last usable exit."""
   early = len(exits) - 1
   return ExitPlan(
     *checkpoint,
@@ -90,41 +112,41 @@ def full_network_plan(checkpoint: CheckpointId, exits: Sequence[int], macs_alone
   )
 
 
-def with_thresholds(plan: ExitPlan, thresholds: np.ndarray, macs: Costs) -> ExitPlan:
-  """The plan by which samples leave at these thresholds [K] on the confidence scale.
+def with_thresholds(plan: ExitPlan, thresholds: Float[np.ndarray, ' K'], macs: Costs) -> ExitPlan:
+  """The plan with these thresholds on the confidence scale.
 
   Args:
     macs: multiply-adds of the K exits.
   """
   path = visited(thresholds)
-  confidences = np.maximum(thresholds, 0)  # What every confidence reaches is 0 in the file.
-  leaves = np.isfinite(confidences)
+  confidences = np.maximum(thresholds, 0)  # -inf is 0 in the file: every confidence reaches both.
+  exits = np.isfinite(confidences)
   return dataclasses.replace(
     plan,
-    thresholds=_nullable(to_score(confidences, plan.score), leaves),
-    confidence_thresholds=_nullable(confidences, leaves),
+    thresholds=_nullable(to_score(confidences, plan.score), exits),
+    confidence_thresholds=_nullable(confidences, exits),
     visited=tuple(plan.exits[index] for index in path),
     macs=tuple(None if cost is None else int(cost) for cost in along(macs, path)),
   )
 
 
 def along(costs: Costs, path: tuple[int, ...]) -> PerExit:
-  """The cost of leaving at each exit along a path: [K], None off the path."""
+  """The cost of exiting at each exit along a path: [K], None off the path."""
   found = dict(zip(path, costs.cumulative(path).tolist(), strict=True))
   return tuple(found.get(index) for index in range(costs.num_exits))
 
 
-def _nullable(values: np.ndarray, there: np.ndarray) -> PerExit:
-  return tuple(float(value) if known else None for value, known in zip(values, there, strict=True))
+def _nullable(values: np.ndarray, known: np.ndarray) -> PerExit:
+  return tuple(float(value) if is_known else None for value, is_known in zip(values, known, strict=True))
 
 
 def save_plan(workdir: Path, plan: ExitPlan) -> None:
-  """Writes exits.json in place of the one that may be there, whole or not at all."""
+  """Writes exits.json atomically."""
   write_json(workdir / EXITS, {'schema_version': SCHEMA_VERSION, **dataclasses.asdict(plan)})
 
 
 def calibrate_command(workdir: Path) -> str:
-  """A command that writes exits.json anew."""
+  """A command that writes exits.json."""
   return f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9'
 
 
@@ -137,17 +159,17 @@ def load_plan(workdir: Path, checkpoint: CheckpointId, exits: tuple[int, ...]) -
     exits: numbers of its usable exits.
 
   Raises:
-    UserError: there is no exits.json, it is damaged, of another version, belongs to another checkpoint, or has other
+    UserError: exits.json is missing or damaged, has a different version, belongs to another checkpoint, or has other
       exits.
   """
   plan = read_plan(workdir)
   for field, found, expected in zip(CheckpointId._fields, plan.checkpoint, checkpoint, strict=True):
     if found != expected:
       what = 'variables' if field == 'fingerprint' else field
-      mend = f', or set --step={found}' if field == 'step' else ''
+      alternative = f', or set --step={found}' if field == 'step' else ''
       raise UserError(
         f'{workdir / EXITS} belongs to another checkpoint: {what} {found} there, {expected} here; '
-        f'{calibrate_command(workdir)} writes it anew{mend}'
+        f'{_rewrites(workdir)}{alternative}'
       )
   if plan.exits != exits:
     raise _wrong(workdir, 'exits', f'the exits that were trained, {list(exits)}', plan.exits)
@@ -158,55 +180,38 @@ def read_plan(workdir: Path) -> ExitPlan:
   """Reads exits.json, whichever checkpoint it belongs to.
 
   Raises:
-    UserError: there is none, it is damaged, or of another version.
+    UserError: it is missing or damaged, or has a different version.
   """
   path = workdir / EXITS
-  saved = _read_object(workdir)
+  try:
+    saved = read_object(path)
+  except FileNotFoundError as error:
+    raise UserError(f'expected {path}, found none; {calibrate_command(workdir)} writes it') from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not a JSON object ({error}); {_rewrites(workdir)}') from error
   version = saved.get('schema_version')
   if version != SCHEMA_VERSION:
-    raise UserError(
-      f'{path} must have schema_version {SCHEMA_VERSION}, found {version}; {calibrate_command(workdir)} writes it anew'
-    )
+    raise UserError(f'{path} must have schema_version {SCHEMA_VERSION}, found {version}; {_rewrites(workdir)}')
   fields = {}
-  for field in dataclasses.fields(ExitPlan):
-    if field.name not in saved:
-      raise UserError(f'{path} lacks the field {field.name}; {calibrate_command(workdir)} writes it anew')
-    value = saved[field.name]
-    fields[field.name] = tuple(value) if isinstance(value, list) else value
+  for field in _RULES:
+    if field not in saved:
+      raise UserError(f'{path} lacks the field {field}; {_rewrites(workdir)}')
+    fields[field] = tuple(saved[field]) if isinstance(saved[field], list) else saved[field]
   plan = ExitPlan(**fields)
   _check(plan, workdir)
   return plan
 
 
-def _read_object(workdir: Path) -> dict:
-  path = workdir / EXITS
-  try:
-    return read_object(path)
-  except FileNotFoundError as error:
-    raise UserError(f'expected {path}, found none; {calibrate_command(workdir)} writes it') from error
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not a JSON object ({error}); {calibrate_command(workdir)} writes it anew') from error
-
-
-Rule = tuple[Callable[[Any, int], bool], str]
-
-_TOO_LARGE = 2**63  # for the integers of NumPy
-
-
 def _number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63  # NumPy's integers.
 
 
 def _integer(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _each(holds: Callable[[Any], bool], words: str) -> Rule:
-  return lambda values, k: isinstance(values, tuple) and len(values) == k and all(map(holds, values)), words
-
-
-def _is(kind: type, words: str) -> Rule:
-  return lambda value, k: isinstance(value, kind) and not isinstance(value, bool), words
+def _cost(value: Any) -> bool:
+  return value is None or _number(value) and value >= 0
 
 
 def _increasing(values: Any) -> bool:
@@ -214,43 +219,41 @@ def _increasing(values: Any) -> bool:
   return bool(numbers) and list(values) == sorted(set(values))
 
 
-def _thresholds(values: Any, k: int) -> bool:
-  return isinstance(values, tuple) and len(values) == k and all(map(_cost, values)) and values[-1] == 0
+Rule = tuple[Callable[[Any, int], bool], str]
+"""Whether a value is valid, given the number of exits, and what it must be."""
 
 
-def _cost(value: Any) -> bool:
-  return value is None or _number(value) and value >= 0
+def _each(holds: Callable[[Any], bool], words: str) -> Rule:
+  return lambda values, k: isinstance(values, tuple) and len(values) == k and all(map(holds, values)), words
 
 
 def _optional(rule: Rule) -> Rule:
   return lambda value, k: value is None or rule[0](value, k), f'{rule[1]} or null'
 
 
-_TEXT, _OBJECT = _is(str, 'text'), _is(dict, 'an object')
+_TEXT: Rule = (lambda value, k: isinstance(value, str), 'text')
+_OBJECT: Rule = (lambda value, k: isinstance(value, dict), 'an object')
+_NUMBERS: Rule = (lambda value, k: _increasing(value), 'increasing exit numbers')
 _COSTS = _each(_cost, 'a number of 0 or more, or null, for each exit')
-_THRESHOLDS: Rule = (_thresholds, 'a number of 0 or more, or null, for each exit, the last 0')
+_THRESHOLDS: Rule = (lambda values, k: _COSTS[0](values, k) and values[-1] == 0, f'{_COSTS[1]}, the last 0')
 
 _RULES: dict[str, Rule] = {
   'name': _TEXT,
   'dataset': _TEXT,
-  'step': _is(int, 'an integer'),
+  'step': (lambda value, k: _integer(value), 'an integer'),
   'fingerprint': _TEXT,
   'score': (lambda value, k: value in SCORES, f'one of {", ".join(SCORES)}'),
-  'policy': _TEXT,  # Any: a plan predicts where the package that registers its policy is not installed.
+  'policy': _TEXT,  # Any: a plan also predicts where the package that registers its policy is not installed.
   'target': _OBJECT,
-  'exits': (lambda value, k: _increasing(value), 'increasing exit numbers'),
+  'exits': _NUMBERS,
   'temperatures': _each(lambda value: _number(value) and value > 0, 'a number above 0 for each exit'),
   'thresholds': _THRESHOLDS,
   'confidence_thresholds': _THRESHOLDS,
-  'visited': (lambda value, k: _increasing(value), 'increasing exit numbers'),
+  'visited': _NUMBERS,
   'macs': _COSTS,
   'ms': _optional(_COSTS),
   'macs_alone': _each(lambda value: _integer(value) and value > 0, 'an integer above 0 for each exit'),
-  'expected': _optional(_OBJECT),
-  'test': _optional(_OBJECT),
-  'splits': _optional(_OBJECT),
-  'latency': _optional(_OBJECT),
-  'provenance': _optional(_OBJECT),
+  **dict.fromkeys(('expected', 'test', 'splits', 'latency', 'provenance'), _optional(_OBJECT)),
 }
 
 
@@ -260,24 +263,26 @@ def _check(plan: ExitPlan, workdir: Path) -> None:
     value = getattr(plan, field)
     if not holds(value, k):
       raise _wrong(workdir, field, expected, value)
-  pairs = zip(plan.thresholds, plan.confidence_thresholds, strict=True)
-  if not all(_agree(*pair, plan.score) for pair in pairs):
-    raise _wrong(workdir, 'thresholds', 'confidence_thresholds on the scale of the score', plan.thresholds)
-  leaves = {number for number, at in zip(plan.exits, plan.confidence_thresholds, strict=True) if at is not None}
+  for threshold, confidence in zip(plan.thresholds, plan.confidence_thresholds, strict=True):
+    if not _agree(threshold, confidence, plan.score):
+      raise _wrong(workdir, 'thresholds', 'confidence_thresholds on the scale of the score', plan.thresholds)
+  exits = {number for number, at in zip(plan.exits, plan.confidence_thresholds, strict=True) if at is not None}
   runs = {number for number, cost in zip(plan.exits, plan.macs, strict=True) if cost is not None}
-  if not leaves <= set(plan.visited) or runs != set(plan.visited):
+  if not exits <= set(plan.visited) or runs != set(plan.visited):
     raise _wrong(workdir, 'visited', 'the exits that have macs, those with a threshold among them', plan.visited)
 
 
 def _agree(threshold: float | None, confidence: float | None, score: str) -> bool:
   if threshold is None or confidence is None:
     return threshold is confidence
-  return abs(to_score(confidence, score) - threshold) < 1e-9
+  return abs(float(to_score(confidence, score)) - threshold) < 1e-9
 
 
 def _wrong(workdir: Path, field: str, expected: str, found: Any) -> UserError:
   shown = json.dumps(found)
   shown = shown if len(shown) <= 60 else shown[:57] + '...'
-  return UserError(
-    f'{workdir / EXITS}: {field} must be {expected}, found {shown}; {calibrate_command(workdir)} writes it anew'
-  )
+  return UserError(f'{workdir / EXITS}: {field} must be {expected}, found {shown}; {_rewrites(workdir)}')
+
+
+def _rewrites(workdir: Path) -> str:
+  return f'{calibrate_command(workdir)} writes it again'

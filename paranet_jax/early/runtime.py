@@ -75,7 +75,7 @@ class EarlyExit(Adaptive):
     Raises:
       UserError: there is no run, or no exits.json, or it belongs to another checkpoint.
     """
-    from paranet_jax.early.load import load  # Orbax takes seconds to import.
+    from paranet_jax.early.loaded_run import load  # Orbax takes seconds to import.
 
     run = load(workdir, step)
     plan = run.exits or read_plan(absolute(workdir))

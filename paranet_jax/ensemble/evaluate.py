@@ -9,7 +9,7 @@ import jax
 
 from paranet_jax import config as config_lib
 from paranet_jax.costs import exit_costs
-from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.ensemble import Ensemble, ensemble_variables

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.load import load_dataset
 from paranet_jax.early.exit_plan import ExitPlan, read_plan
-from paranet_jax.early.load import LoadedRun, load
+from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.card import model_card
 from paranet_jax.export.compare import compare
 from paranet_jax.export.contents import describe_bundle, without_local_paths, write_contents

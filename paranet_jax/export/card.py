@@ -6,7 +6,7 @@ from typing import Any
 
 from paranet_jax.data.known import known_dataset
 from paranet_jax.early.exit_plan import ExitPlan
-from paranet_jax.early.load import LoadedRun
+from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.report.tables import human_count
 
 _RUN_ONNX = """With Python 3.10 or newer:

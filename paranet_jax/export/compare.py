@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.exit_plan import ExitPlan
-from paranet_jax.early.load import LoadedRun
+from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.early.logits import split_logits
 from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import exits_taken

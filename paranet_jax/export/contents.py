@@ -14,7 +14,7 @@ import numpy as np
 
 from paranet_jax.description import environment
 from paranet_jax.early.exit_plan import ExitPlan, save_plan
-from paranet_jax.early.load import LoadedRun
+from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.export.onnx import is_nchw
 from paranet_jax.export.stages import Stages, StageSpec, Tensor

@@ -15,8 +15,7 @@ import paranet_jax
 from benchmarks import early_exit
 from paranet_jax.base_config import base_config
 from paranet_jax.calibrate import latency
-from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.exit_plan import full_network_plan
+from paranet_jax.early.exit_plan import CheckpointId, full_network_plan
 from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.task import build_task
 

@@ -19,8 +19,7 @@ from paranet_jax.calibrate.__main__ import main
 from paranet_jax.calibrate.calibration import choose
 from paranet_jax.calibrate.flags import parse
 from paranet_jax.calibrate.measures import Ranked
-from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.exit_plan import EXITS, full_network_plan, load_plan, read_plan
+from paranet_jax.early.exit_plan import EXITS, CheckpointId, full_network_plan, load_plan, read_plan
 from paranet_jax.early.path_costs import PathCosts
 
 HELD_OUT, TEST = 300, 360

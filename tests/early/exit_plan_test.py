@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 import tiny
 
-from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
-from paranet_jax.early.exit_plan import EXITS, full_network_plan, load_plan, read_plan, save_plan
+from paranet_jax.early.exit_plan import (
+  EXITS,
+  CheckpointId,
+  fingerprint,
+  full_network_plan,
+  load_plan,
+  read_plan,
+  save_plan,
+)
 from paranet_jax.host.errors import UserError
 
 CHECKPOINT = CheckpointId('PN3-ddd', 'digits', 420, '0123456789abcdef')
@@ -26,6 +33,10 @@ PLAN = dataclasses.replace(
   ms=(0.1, None, 0.3),
   expected={'accuracy': 0.75},
 )
+
+
+def command(workdir):
+  return f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9'
 
 
 def edited(workdir, **changes):
@@ -50,86 +61,63 @@ def test_the_full_network_runs_its_last_exit_alone():
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'schema_version': 2}, ' must have schema_version 1, found 2; {mend} writes it anew'),
-    ({'schema_version': None}, ' must have schema_version 1, found None; {mend} writes it anew'),
-    ({'name': 3}, ': name must be text, found 3; {mend} writes it anew'),
-    ({'step': True}, ': step must be an integer, found true; {mend} writes it anew'),
-    (
-      {'score': 'prob'},
-      ': score must be one of max_prob, entropy, margin, patience, found "prob"; {mend} writes it anew',
-    ),
-    ({'policy': None}, ': policy must be text, found null; {mend} writes it anew'),
-    ({'target': []}, ': target must be an object, found []; {mend} writes it anew'),
-    ({'exits': [2, 1, 3]}, ': exits must be increasing exit numbers, found [2, 1, 3]; {mend} writes it anew'),
-    ({'exits': []}, ': exits must be increasing exit numbers, found []; {mend} writes it anew'),
-    ({'exits': [0, 1, 2]}, ': exits must be increasing exit numbers, found [0, 1, 2]; {mend} writes it anew'),
+    ({'schema_version': 2}, ' must have schema_version 1, found 2'),
+    ({'schema_version': None}, ' must have schema_version 1, found None'),
+    ({'name': 3}, ': name must be text, found 3'),
+    ({'step': True}, ': step must be an integer, found true'),
+    ({'score': 'prob'}, ': score must be one of max_prob, entropy, margin, patience, found "prob"'),
+    ({'policy': None}, ': policy must be text, found null'),
+    ({'target': []}, ': target must be an object, found []'),
+    ({'exits': [2, 1, 3]}, ': exits must be increasing exit numbers, found [2, 1, 3]'),
+    ({'exits': []}, ': exits must be increasing exit numbers, found []'),
+    ({'exits': [0, 1, 2]}, ': exits must be increasing exit numbers, found [0, 1, 2]'),
     (
       {'temperatures': [1.0, 0.0, 1.0]},
-      ': temperatures must be a number above 0 for each exit, found [1.0, 0.0, 1.0]; {mend} writes it anew',
+      ': temperatures must be a number above 0 for each exit, found [1.0, 0.0, 1.0]',
     ),
-    (
-      {'temperatures': [1.0]},
-      ': temperatures must be a number above 0 for each exit, found [1.0]; {mend} writes it anew',
-    ),
+    ({'temperatures': [1.0]}, ': temperatures must be a number above 0 for each exit, found [1.0]'),
     (
       {'thresholds': [0.9, None, 0.5]},
-      ': thresholds must be a number of 0 or more, or null, for each exit, the last 0, found [0.9, null, 0.5]; '
-      '{mend} writes it anew',
+      ': thresholds must be a number of 0 or more, or null, for each exit, the last 0, found [0.9, null, 0.5]',
     ),
     (
       {'confidence_thresholds': [float('nan'), None, 0.0]},
       ': confidence_thresholds must be a number of 0 or more, or null, for each exit, the last 0, '
-      'found [NaN, null, 0.0]; {mend} writes it anew',
+      'found [NaN, null, 0.0]',
     ),
-    (
-      {'macs': [-1, None, 35]},
-      ': macs must be a number of 0 or more, or null, for each exit, found [-1, null, 35]; {mend} writes it anew',
-    ),
-    (
-      {'ms': 'fast'},
-      ': ms must be a number of 0 or more, or null, for each exit or null, found "fast"; {mend} writes it anew',
-    ),
-    (
-      {'macs_alone': [1.5, 2, 3]},
-      ': macs_alone must be an integer above 0 for each exit, found [1.5, 2, 3]; {mend} writes it anew',
-    ),
-    (
-      {'visited': [3]},
-      ': visited must be the exits that have macs, those with a threshold among them, found [3]; {mend} writes it anew',
-    ),
+    ({'macs': [-1, None, 35]}, ': macs must be a number of 0 or more, or null, for each exit, found [-1, null, 35]'),
+    ({'ms': 'fast'}, ': ms must be a number of 0 or more, or null, for each exit or null, found "fast"'),
+    ({'macs_alone': [1.5, 2, 3]}, ': macs_alone must be an integer above 0 for each exit, found [1.5, 2, 3]'),
+    ({'visited': [3]}, ': visited must be the exits that have macs, those with a threshold among them, found [3]'),
     (
       {'visited': [1, 2, 3]},
-      ': visited must be the exits that have macs, those with a threshold among them, found [1, 2, 3]; '
-      '{mend} writes it anew',
+      ': visited must be the exits that have macs, those with a threshold among them, found [1, 2, 3]',
     ),
     (
       {'macs': [2**63, None, 2**63]},
       ': macs must be a number of 0 or more, or null, for each exit, found [9223372036854775808, null, '
-      '9223372036854775808]; {mend} writes it anew',
+      '9223372036854775808]',
     ),
     (
       {'temperatures': [10**400] * 3},
-      ': temperatures must be a number above 0 for each exit, found [1' + 55 * '0' + '...; {mend} writes it anew',
+      ': temperatures must be a number above 0 for each exit, found [1' + 55 * '0' + '...',
     ),
     (
       {'thresholds': [0.8, None, 0.0]},  # Prediction would not see it.
-      ': thresholds must be confidence_thresholds on the scale of the score, found [0.8, null, 0.0]; '
-      '{mend} writes it anew',
+      ': thresholds must be confidence_thresholds on the scale of the score, found [0.8, null, 0.0]',
     ),
     (
       {'thresholds': [None, None, 0.0]},
-      ': thresholds must be confidence_thresholds on the scale of the score, found [null, null, 0.0]; '
-      '{mend} writes it anew',
+      ': thresholds must be confidence_thresholds on the scale of the score, found [null, null, 0.0]',
     ),
-    ({'test': 1}, ': test must be an object or null, found 1; {mend} writes it anew'),
+    ({'test': 1}, ': test must be an object or null, found 1'),
   ],
 )
 def test_a_field_that_does_not_fit(tmp_path, changes, message):
   edited(tmp_path, **changes)
   with pytest.raises(UserError) as error:
     read_plan(tmp_path)
-  mend = f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9'
-  assert str(error.value) == f'{tmp_path / EXITS}{message.format(mend=mend)}'
+  assert str(error.value) == f'{tmp_path / EXITS}{message}; {command(tmp_path)} writes it again'
 
 
 @pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN)])
@@ -145,10 +133,10 @@ def test_a_missing_field(tmp_path, field):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    (None, 'expected {path}, found none; {mend} writes it'),
+    (None, 'expected {path}, found none; {fix} writes it'),
     ('{"name": ', '{path} is not a JSON object (Expecting value'),
     ('[' * 100_000, '{path} is not a JSON object (maximum recursion depth'),
-    ('[1, 2]', '{path} is not a JSON object (it holds [1, 2]); {mend} writes it anew'),
+    ('[1, 2]', '{path} is not a JSON object (it holds [1, 2]); {fix} writes it again'),
     ('\x00\ufffd', '{path} is not a JSON object (Expecting value'),
   ],
 )
@@ -158,8 +146,7 @@ def test_no_file_or_a_damaged_one(tmp_path, text, message):
     path.write_text(text)
   with pytest.raises(UserError) as error:
     read_plan(tmp_path)
-  mend = f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9'
-  assert str(error.value).startswith(message.format(path=path, mend=mend))
+  assert str(error.value).startswith(message.format(path=path, fix=command(tmp_path)))
   assert '\n' not in str(error.value)
 
 
@@ -170,7 +157,7 @@ def test_a_file_that_is_no_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('here', 'difference', 'mend'),
+  ('here', 'difference', 'alternative'),
   [
     ({'name': 'PN3-33d'}, 'name PN3-ddd there, PN3-33d here', ''),
     ({'dataset': 'cifar100'}, 'dataset digits there, cifar100 here', ''),
@@ -178,13 +165,12 @@ def test_a_file_that_is_no_text(tmp_path):
     ({'fingerprint': 'f' * 16}, 'variables 0123456789abcdef there, ffffffffffffffff here', ''),
   ],
 )
-def test_a_file_of_another_checkpoint(tmp_path, here, difference, mend):
+def test_a_file_of_another_checkpoint(tmp_path, here, difference, alternative):
   save_plan(tmp_path, PLAN)
   with pytest.raises(UserError) as error:
     load_plan(tmp_path, CHECKPOINT._replace(**here), PLAN.exits)
   assert str(error.value) == (
-    f'{tmp_path / EXITS} belongs to another checkpoint: {difference}; '
-    f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it anew{mend}'
+    f'{tmp_path / EXITS} belongs to another checkpoint: {difference}; {command(tmp_path)} writes it again{alternative}'
   )
 
 
@@ -194,11 +180,11 @@ def test_exits_that_the_run_does_not_have(tmp_path):
     load_plan(tmp_path, CHECKPOINT, (2, 3))
   assert str(error.value) == (
     f'{tmp_path / EXITS}: exits must be the exits that were trained, [2, 3], found [1, 2, 3]; '
-    f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it anew'
+    f'{command(tmp_path)} writes it again'
   )
 
 
-def test_the_command_that_mends_can_be_pasted(tmp_path):
+def test_the_command_is_quoted(tmp_path):
   with pytest.raises(UserError, match=r"calibrate --workdir='/no such/run' --threshold"):
     read_plan(Path('/no such/run'))
 

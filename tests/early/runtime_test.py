@@ -10,9 +10,8 @@ import pytest
 import tiny
 
 from paranet_jax.costs import exit_costs
-from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.chunks import Sizes
-from paranet_jax.early.exit_plan import full_network_plan
+from paranet_jax.early.exit_plan import CheckpointId, full_network_plan
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.runtime import EarlyExit
 

@@ -406,7 +406,7 @@ def place(tmp_path):
     (
       ['--workdir={here}/other', '--out={here}/new'],
       '{here}/other/exits.json belongs to another checkpoint: variables 0123456789abcdef there, e3f21c5c68617ac1 here; '
-      'python -m paranet_jax.calibrate --workdir={here}/other --threshold=0.9 writes it anew',
+      'python -m paranet_jax.calibrate --workdir={here}/other --threshold=0.9 writes it again',
     ),
     (['--workdir={here}/damaged', '--out={here}/new'], '{here}/damaged/exits.json is not a JSON object ('),
   ],

@@ -12,10 +12,9 @@ import tiny
 
 from paranet_jax import config as config_lib
 from paranet_jax.base_config import base_config
-from paranet_jax.early.checkpoint_id import CheckpointId
 from paranet_jax.early.chunks import Sizes
-from paranet_jax.early.exit_plan import full_network_plan, with_thresholds
-from paranet_jax.early.load import LoadedRun
+from paranet_jax.early.exit_plan import CheckpointId, full_network_plan, with_thresholds
+from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences

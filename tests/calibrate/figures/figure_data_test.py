@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from paranet_jax.calibrate.figures.figure_data import SPLITS, FigureData, figure_data
-from paranet_jax.early.checkpoint_id import CheckpointId
-from paranet_jax.early.exit_plan import ExitPlan, full_network_plan
+from paranet_jax.early.exit_plan import CheckpointId, ExitPlan, full_network_plan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.scores import confidences

@@ -9,8 +9,15 @@ from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
 from paranet_jax.costs import abstract_variables
-from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
-from paranet_jax.early.exit_plan import EXITS, ExitPlan, calibrate_command, load_plan, read_plan
+from paranet_jax.early.exit_plan import (
+  EXITS,
+  CheckpointId,
+  ExitPlan,
+  calibrate_command,
+  fingerprint,
+  load_plan,
+  read_plan,
+)
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.checkpoints import Checkpoints
@@ -75,8 +82,8 @@ def _calibrated_step(workdir: Path, checkpoints: Checkpoints) -> int:
   try:
     return checkpoints.choose(step)
   except UserError as error:
-    checkpoints.choose()  # Where there is none at all, that is what is amiss.
+    checkpoints.choose()  # If there is none at all, this reports that instead.
     raise UserError(
-      f'{workdir / EXITS} is of the checkpoint of step {step}, which is gone; '
-      f'{calibrate_command(workdir)} writes it anew'
+      f'{workdir / EXITS} belongs to the checkpoint of step {step}, which is gone; '
+      f'{calibrate_command(workdir)} writes it again'
     ) from error

@@ -10,8 +10,7 @@ from running import TINY, run_main, saved_state
 
 import paranet_jax
 from paranet_jax.costs import exit_costs
-from paranet_jax.early.checkpoint_id import CheckpointId, fingerprint
-from paranet_jax.early.exit_plan import full_network_plan, save_plan
+from paranet_jax.early.exit_plan import CheckpointId, fingerprint, full_network_plan, save_plan
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.dataset_facts import DATASET
 
@@ -99,7 +98,7 @@ def test_a_calibrated_checkpoint_that_is_gone(calibrated):
   with pytest.raises(UserError) as error:
     paranet_jax.load(calibrated)
   assert str(error.value) == (
-    f'{calibrated}/exits.json is of the checkpoint of step 2, which is gone; {command} writes it anew'
+    f'{calibrated}/exits.json belongs to the checkpoint of step 2, which is gone; {command} writes it again'
   )
   shutil.rmtree(calibrated / 'checkpoints' / '4')
   with pytest.raises(UserError, match='expected a checkpoint in .*, found none; train first'):
