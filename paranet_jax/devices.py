@@ -1,6 +1,6 @@
-"""Where arrays lie and how the one training step runs on one device or on several."""
+"""Where arrays are placed, and how one training step runs on one device or several, for one run or several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -8,14 +8,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.steps import AXIS
+
+AXIS = 'devices'
 
 
 def pick_devices(count: int) -> list[jax.Device]:
-  """The first `count` devices of all processes together, as many of each, one process after another; 0: all.
+  """The first `count` devices over all processes, the same number from each, in the order of processes; 0: all.
 
   Raises:
-    UserError: there are fewer, or the processes cannot have as many each.
+    UserError: there are fewer, or the processes cannot have the same number each.
   """
   processes = jax.process_count()
   devices = [[device for device in jax.devices() if device.process_index == own] for own in range(processes)]
@@ -33,27 +34,33 @@ def pick_devices(count: int) -> list[jax.Device]:
 
 
 def of_this_process(devices: list[jax.Device]) -> list[jax.Device]:
-  """Those of them that this process computes on."""
+  """The devices among them that this process computes on."""
   if jax.process_count() == 1:
     return list(devices)
   return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def replicated(devices: list[jax.Device]) -> NamedSharding:
-  """Whole on every device of this process."""
+  """A full copy on every device of this process."""
   return NamedSharding(_mesh(devices), PartitionSpec())
 
 
 def shared(devices: list[jax.Device]) -> NamedSharding:
-  """Split along the first axis, a part for each device of this process."""
+  """Split along the first axis, one part per device of this process."""
   return NamedSharding(_mesh(devices), PartitionSpec(AXIS))
 
 
+def one_or_shared(devices: list[jax.Device]) -> NamedSharding:
+  """On the device if there is one; otherwise split along the first axis."""
+  return replicated(devices) if len(devices) == 1 else shared(devices)
+
+
 def place_order(order: jax.Array, devices: list[jax.Device]) -> jax.Array:
-  """An epoch's order int32 [steps, B] for the step.
+  """Places an epoch's order, int32 [steps, B].
 
   Returns:
-    As it is, or [devices of this process, steps, B / devices] with a device each: its share of every batch.
+    On one device, the same; on several, [devices of this process, steps, B / devices]: each device's share of every
+    batch.
   """
   if len(devices) == 1:
     return jax.device_put(order, replicated(devices))
@@ -67,17 +74,17 @@ def place_order(order: jax.Array, devices: list[jax.Device]) -> jax.Array:
 def run_on(
   devices: list[jax.Device], make_step: Callable[[str | None], Callable], images_axis: int | None = None
 ) -> Callable[..., Any]:
-  """The training step for these devices: jitted for one, pmapped for several, its state and totals donated.
+  """The training step for these devices: jitted for one, pmapped for several, with state and totals donated.
 
-  In several processes each is given, and returns, what lies on its own devices.
+  In a multi-process run, each process passes and gets the arrays on its own devices.
 
   Args:
-    make_step: from the name of the device axis (None for one device) to the step's body.
-    images_axis: None: every device is given all images and labels; 0: their first axis is of the devices.
+    make_step: returns the step's body, given the name of the device axis (None for one device).
+    images_axis: None: every device gets all images and labels; 0: their first axis is the devices.
   """
   if len(devices) == 1:
     return jax.jit(make_step(None), donate_argnums=(0, 1))
-  # The state is passed whole (None), not stacked: every device holds and returns the same.
+  # The state is passed unstacked (None): every device holds and returns the same.
   in_axes = (None, None, images_axis, images_axis, 0)
   return jax.pmap(
     make_step(AXIS), axis_name=AXIS, in_axes=in_axes, out_axes=None, devices=devices, donate_argnums=(0, 1)
@@ -86,3 +93,56 @@ def run_on(
 
 def _mesh(devices: list[jax.Device]) -> Mesh:
   return Mesh(np.array(of_this_process(devices)), (AXIS,))
+
+
+class OneRun:
+  """The layout of one run: its state is replicated, and every device gets a share of each batch."""
+
+  def __init__(self, devices: list[jax.Device]):
+    self.devices = devices
+
+  def compiled(self, make_step: Callable[[str | None], Callable], images_axis: int | None) -> Callable[..., Any]:
+    """The training step (see `run_on`)."""
+    return run_on(self.devices, make_step, images_axis)
+
+  def join(self, trees: Sequence[Any]) -> Any:
+    """Places the tree of each run, here of the only one."""
+    return jax.device_put(trees[0], replicated(self.devices))
+
+  def order(self, orders: Sequence[jax.Array]) -> jax.Array:
+    """Places each run's order of an epoch (see `place_order`)."""
+    return place_order(orders[0], self.devices)
+
+  def split(self, tree: Any) -> Iterator[Any]:
+    """The tree of each run."""
+    yield tree
+
+
+class SideBySide:
+  """The layout of several runs: every array has a first axis, the runs.
+
+  Each run has a device of its own; on a single device they are vmapped.
+  """
+
+  def __init__(self, devices: list[jax.Device]):
+    self.devices = devices
+
+  def compiled(self, make_step: Callable[[str | None], Callable], images_axis: None = None) -> Callable[..., Any]:
+    """The training step of all runs."""
+    step, in_axes = make_step(None), (0, 0, images_axis, images_axis, 0)
+    if len(self.devices) == 1:
+      return jax.jit(jax.vmap(step, in_axes), donate_argnums=(0, 1))
+    return jax.pmap(step, in_axes=in_axes, devices=self.devices, donate_argnums=(0, 1))
+
+  def join(self, trees: Sequence[Any]) -> Any:
+    """Stacks the tree of each run and places the result."""
+    host = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(trees))
+    return jax.device_put(host, one_or_shared(self.devices))
+
+  order = join
+
+  def split(self, tree: Any) -> Iterator[Any]:
+    """The tree of each run, on the first device, where evaluation runs."""
+    host = jax.device_get(tree)
+    for run in range(len(jax.tree.leaves(host)[0])):
+      yield jax.device_put(jax.tree.map(lambda leaf, run=run: leaf[run], host), self.devices[0])

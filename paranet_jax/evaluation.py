@@ -10,14 +10,14 @@ import numpy as np
 from paranet_jax import devices as devices_lib
 from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
-from paranet_jax.host import processes
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.steps import make_eval_step
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
 MEASURES = ('accuracy', 'top5', 'loss', 'nll')
 
-_AHEAD = 2  # Batches that may wait for the device.
+_AHEAD = 2  # Batches that may be waiting for the device.
 
 Batch = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
 """Images, labels, indices and mask (see `steps.make_eval_step`)."""
@@ -26,12 +26,13 @@ Batch = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
 class Evaluator:
   """Evaluates the exits of a task, each with its own jitted function; splits are placed on the devices once.
 
-  Of several processes each evaluates its share of the batches, on its own devices, and they add up what they found.
+  In a multi-process run, each process evaluates its share of the batches, and the sums are added up.
   """
 
   def __init__(self, task: Task, devices: list[jax.Device]):
     self._task = task
     self._devices = devices
+    self._processes = Coordinator()
     self._steps = {
       number: jax.jit(make_eval_step(task.model, number, task.preprocessing, task.config.loss.label_smoothing))
       for number in trained_exits(task.targets)
@@ -43,8 +44,8 @@ class Evaluator:
     """Evaluates every split.
 
     Returns:
-      {'held_out' (if there is one), 'test': one dict an exit: `exit`, `trained`, and `accuracy`, `top5` (fractions),
-      `loss`, `nll` (nats), None where the exit is not trained}.
+      {'held_out' (if there is such a split), 'test': one dict per exit: `exit`, `trained`, and `accuracy`, `top5`
+      (fractions), `loss`, `nll` (nats), which are None if the exit is not trained}.
     """
     return {name: list(self._exits(params, batch_stats, batches)) for name, batches in self._splits.items()}
 
@@ -53,9 +54,9 @@ class Evaluator:
     for batch in batches():
       for number, step in self._steps.items():
         sums[number].append(step(params, batch_stats, *batch))
-      # A streamed batch takes up memory until its turn comes.
+      # A streamed batch holds memory until its turn comes.
       jax.block_until_ready([own[-_AHEAD] for own in sums.values() if len(own) >= _AHEAD])
-    totals = dict(zip(sums, processes.summed(np.array([_totals(own) for own in sums.values()])), strict=True))
+    totals = dict(zip(sums, self._processes.summed(np.array([_totals(own) for own in sums.values()])), strict=True))
     for number in range(1, self._task.model.num_exits + 1):
       trained = number in totals
       measured = _means(totals[number]) if trained else dict.fromkeys(MEASURES)
@@ -67,7 +68,7 @@ class Evaluator:
     batch_size = -(-min(self._task.config.eval.batch_size, len(split)) // each) * each
     if split.streamed:
       return functools.partial(_streamed, split, batch_size, self._task.config.data.workers, shared)
-    own = slice(jax.process_index(), None, jax.process_count())
+    own = slice(self._processes.index, None, self._processes.count)
     indices, mask = (every[own] for every in eval_batches(len(split), batch_size))
     batches = [jax.device_put(batch, shared) for batch in zip(indices, mask, strict=True)]
     whole = jax.device_put((np.asarray(split.images), np.asarray(split.labels)), devices_lib.replicated(self._devices))
@@ -84,7 +85,7 @@ def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sha
 
 
 def _totals(sums: list[dict[str, jax.Array]]) -> list[float]:
-  """The number of images, and the sum of each measure over them."""
+  """The number of images, and each measure summed over them."""
   # Summed on the host in float64: a count of images in float32 is exact only up to 2^24.
   found = jax.device_get(sums)
   return [float(sum(np.float64(batch[name]) for batch in found)) for name in ('count', *MEASURES)]
@@ -95,5 +96,5 @@ def _means(totals: np.ndarray) -> dict[str, float]:
 
 
 def as_metrics(exits: list[dict]) -> dict[str, float]:
-  """One split's evaluation as values of a metrics line: `exit_1/accuracy`, ..."""
+  """One split's evaluation as the values of a metrics line: `exit_1/accuracy`, ..."""
   return {f'exit_{row["exit"]}/{name}': row[name] for row in exits if row['trained'] for name in MEASURES}

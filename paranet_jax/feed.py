@@ -1,64 +1,98 @@
-"""What each training step reads: the whole training set on the devices, or one batch after another."""
+"""What each training step reads: the whole training set on the devices, or one streamed batch after another."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.task import Task
 
-Feed = Callable[[int], tuple[jax.Array, jax.Array, jax.Array]]
-"""From the number of a step to its images, labels and order (see `steps.make_train_step`); steps come in turn."""
+StepData = tuple[jax.Array, jax.Array, jax.Array]
+"""Images, labels and order (see `steps.make_train_step`)."""
+
+Feed = Callable[[int], StepData]
+"""Returns the data of a step, given its number; steps come in turn."""
+
+
+def images_axis(task: Task) -> int | None:
+  """The axis of images and labels that is split over several devices (see `devices.run_on`)."""
+  return 0 if task.dataset.train.streamed else None
 
 
 @contextlib.contextmanager
 def open_feed(
   task: Task, devices: list[jax.Device], order: Callable[[int], jax.Array], first_step: int
 ) -> Iterator[Feed]:
-  """The feed of a run that begins at `first_step`.
+  """Opens the feed of a run that starts or resumes at `first_step`.
 
   Args:
-    order: the placed order of an epoch, of images in memory.
+    order: returns the placed order of an epoch; used for images in memory.
   """
-  if not task.dataset.train.streamed:
-    yield _whole_set(task, devices, order)
+  train, config = task.dataset.train, task.config
+  if not train.streamed:
+    images, labels = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
+    order = functools.lru_cache(maxsize=1)(order)
+    yield lambda step: (images, labels, order(step // task.steps_per_epoch))
     return
   from paranet_jax.data.stream import Stream, TrainBatches  # grain takes half a second to import.
 
-  config, number, here = task.config, len(devices), len(devices_lib.of_this_process(devices))
-  place = devices_lib.replicated(devices) if number == 1 else devices_lib.shared(devices)
+  here, place = devices_lib.of_this_process(devices), devices_lib.one_or_shared(devices)
   batches = TrainBatches(
-    task.dataset.train,
+    train,
     seed=config.seed,
     batch_size=config.train.batch_size,
     total_steps=task.total_steps,
     first_step=first_step,
-    num_devices=None if number == 1 else here,
+    num_devices=None if len(devices) == 1 else len(here),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  # A device's share of a batch is all that it is given, so its order is as it comes.
-  size = config.train.batch_size // number
-  rows = np.broadcast_to(np.arange(size, dtype=np.int32), (task.steps_per_epoch, size))
-  counting = jax.device_put(rows if number == 1 else np.stack([rows] * here), place)
+  counting = jax.device_put(_counting(task, len(devices), len(here)), place)
   with Stream(batches, config.data.workers, place) as placed:
 
-    def feed(_: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def feed(_: int) -> StepData:
       batch = next(placed)
       return batch['images'], batch['labels'], counting
 
     yield feed
 
 
-def _whole_set(task: Task, devices: list[jax.Device], order: Callable[[int], jax.Array]) -> Feed:
-  train = task.dataset.train
-  images, labels = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
-  order = functools.lru_cache(maxsize=1)(order)
+def _counting(task: Task, count: int, here: int) -> np.ndarray:
+  """The order of streamed batches on `here` of `count` devices: a device gets no more than its share, in order."""
+  share = task.config.train.batch_size // count
+  rows = np.arange(share, dtype=np.int32)
+  return np.broadcast_to(rows, (*_devices_axis(count, here), task.steps_per_epoch, share))
 
-  def feed(step: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return images, labels, order(step // task.steps_per_epoch)
 
-  return feed
+def _devices_axis(count: int, here: int) -> tuple[int, ...]:
+  return () if count == 1 else (here,)
+
+
+def step_data_shapes(task: Task, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Shapes of a step's data on `count` devices of one process."""
+  train, share = task.dataset.train, task.config.train.batch_size // count
+  axis, image_shape = _devices_axis(count, count), train.images.shape[1:]
+  many = (*axis, share) if train.streamed else (len(train),)
+  return (
+    jax.ShapeDtypeStruct((*many, *image_shape), jnp.uint8),
+    jax.ShapeDtypeStruct(many, jnp.int32),
+    jax.ShapeDtypeStruct((*axis, task.steps_per_epoch, share), jnp.int32),
+  )
+
+
+def step_data(task: Task, devices: list[jax.Device]) -> StepData:
+  """Data of one step without reading ahead or shuffling, to time the step alone."""
+  train, batch_size = task.dataset.train, task.config.train.batch_size
+  if train.streamed:
+    images, labels, _ = step_data_shapes(task, len(devices))
+    chosen = np.arange(batch_size)
+    batch = train.images[chosen].reshape(images.shape), train.labels[chosen].reshape(labels.shape)
+    counting = _counting(task, len(devices), len(devices))
+    return jax.device_put((*batch, counting), devices_lib.one_or_shared(devices))
+  rows = np.arange(task.steps_per_epoch * batch_size, dtype=np.int32).reshape(task.steps_per_epoch, -1)
+  whole = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
+  return *whole, devices_lib.place_order(rows, devices)

@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.main`: flags in, one run out. User errors are one line and exit code 2."""
+"""`python -m paranet_jax.main`: trains, evaluates or describes one run."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ def main() -> int:
 
 
 def _run(values: flags.FlagValues, config: ConfigDict) -> None:
-  # jax takes a second to import, and a mistyped flag should not wait for it.
+  # jax takes a second to import, which a mistyped flag should not wait for.
   from paranet_jax import config as config_lib
   from paranet_jax.description import describe
   from paranet_jax.host.machine import use_compilation_cache
@@ -50,7 +50,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> No
 
   if config.seeds > 1:
     raise UserError(
-      f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed} alone'
+      f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed}'
     )
   result = evaluate_checkpoint(config, workdir, values.step)
   _print(values, result, f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}')

@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.pack`: a run to share, in a tenth of its size. User errors are one line and exit code 2."""
+"""`python -m paranet_jax.pack`: packs a run to share it, at a tenth of its size."""
 
 import argparse
 import sys
@@ -9,17 +9,17 @@ from paranet_jax.host.errors import UserError, exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command with these arguments, those of sys.argv if None; returns the exit code."""
+  """Runs the command with these arguments, by default sys.argv's; returns the exit code."""
   return exit_code(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.pack',
-    description='Writes what a run learned (parameters in float16), its log and its configuration to another folder.',
+    description='Writes the parameters of a run (in float16), its log and its configuration to another folder.',
   )
   parser.add_argument('--workdir', type=absolute, help='Folder of a finished run.')
-  parser.add_argument('--out', type=absolute, help='Folder to write; it must not be there, or be empty.')
+  parser.add_argument('--out', type=absolute, help='Folder to write; it must not exist, or be empty.')
   parser.add_argument('--step', type=int, help='Checkpoint (default: the latest).')
   given = parser.parse_args(argv)
   for flag in ('workdir', 'out'):
@@ -29,12 +29,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(given: argparse.Namespace) -> None:
-  from paranet_jax.runs.packed import pack  # jax takes a second to import, and a mistyped flag should not wait for it.
+  from paranet_jax.runs.packed import pack  # jax takes a second to import, which a mistyped flag should not wait for.
 
   step = pack(given.workdir, given.out, given.step)
   size = sum(path.stat().st_size for path in given.out.rglob('*'))
   print(f'packed: {given.out}, step {step}, {size / 1e6:.2f} MB')
-  print(f'its exits, which are its own: python -m paranet_jax.calibrate --workdir={given.out} --budget=...')
+  print(f'its exits must be calibrated again: python -m paranet_jax.calibrate --workdir={given.out} --budget=...')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,8 @@
 """Several seeds of one configuration: a folder each, and the mean and spread of every measure."""
 
+import contextlib
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,18 @@ from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
-from paranet_jax.evaluation import MEASURES
-from paranet_jax.host import processes
+from paranet_jax.devices import SideBySide
+from paranet_jax.evaluation import MEASURES, Evaluator
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
+from paranet_jax.host.processes import Coordinator
+from paranet_jax.host.signals import StopRequest
 from paranet_jax.report.tables import ABSENT, align
+from paranet_jax.runs.record import open_record
 from paranet_jax.runs.status import run_status
 from paranet_jax.runs.workdir import FOLDERS, SUMMARY, prepare_workdir, save_config
-from paranet_jax.side_by_side import train_side_by_side
-from paranet_jax.train import train_and_evaluate
+from paranet_jax.task import Task, agreed_task
+from paranet_jax.train import train_loop, train_missing
 
 
 def train_seeds(
@@ -27,19 +32,20 @@ def train_seeds(
 
   Args:
     workdir: absolute.
-    accept_config_changes: go on with this configuration where a run's saved one differs.
-    at_once: side by side, one a device, or all vmapped on a single one; else one after another, which gives each run
-      bit for bit. None: at once where the devices are no CPUs.
+    accept_config_changes: train with this configuration even if a run's saved one differs.
+    at_once: train side by side, one run per device, or all vmapped on a single device; False: one after another, which
+      reproduces each run bit for bit. None: side by side unless the devices are CPUs.
 
   Returns:
-    What summary.json holds (see `summarize`), or None if a signal stopped a run before its end.
+    The contents of summary.json (see `summarize`), or None if a signal stopped a run before its end.
 
   Raises:
     UserError: the configuration, the data or the workdir does not fit, or a loss is no longer finite.
   """
-  if processes.count() > 1:
+  processes = Coordinator().count
+  if processes > 1:
     raise UserError(
-      f'several seeds are trained in one process, found {processes.count()} processes; set --config.seeds=1, or '
+      f'several seeds are trained in one process, found {processes} processes; set --config.seeds=1, or '
       'start one process'
     )
   configs = seed_configs(config)
@@ -58,7 +64,7 @@ def train_seeds(
     if len(group) > 1 and not _train_group(group, folders, devices, accept_config_changes):
       return None
     for own, folder in zip(group, folders, strict=True):
-      summary = _finish(own, folder, accept_config_changes)
+      summary = train_missing(own, folder, f'seed {own.seed}', accept_config_changes)
       if summary is None:
         return None
       summaries.append(summary)
@@ -81,7 +87,7 @@ def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:
 
 
 def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict]]:
-  """The seeds that are trained at once: all on one device, as many as there are devices, or (0 devices) each alone."""
+  """The seeds to train at once: all on one device, one per device, or (0 devices) each alone."""
   size = len(configs) if num_devices == 1 else max(num_devices, 1)
   return [configs[first : first + size] for first in range(0, len(configs), size)]
 
@@ -92,15 +98,50 @@ def _train_group(
   if all(run_status(folder, own).summary for own, folder in zip(group, folders, strict=True)):
     return True
   print(f'seeds {", ".join(str(own.seed) for own in group)} at once', flush=True)
-  return train_side_by_side(group, folders, devices[: len(group)], accept_config_changes)
+  tasks = [agreed_task(own, Coordinator()) for own in group]
+  if tasks[0].dataset.train.streamed:
+    return True  # Each seed has its own order, and images are read for one run at a time.
+  return _train_side_by_side(tasks, folders, devices[: len(group)], accept_config_changes)
 
 
-def _finish(config: ConfigDict, folder: Path, accept_config_changes: bool) -> dict[str, Any] | None:
-  summary = run_status(folder, config).summary
-  if summary is None:
-    print(f'seed {config.seed}', flush=True)
-    summary = train_and_evaluate(config, folder, accept_config_changes)
-  return summary
+def _train_side_by_side(
+  tasks: Sequence[Task], workdirs: Sequence[Path], devices: list[jax.Device], accept_config_changes: bool
+) -> bool:
+  """Trains runs that differ only in their seed, in lockstep, to the checkpoint of their last step.
+
+  Each becomes what it would become alone on one device, to rounding. Runs whose checkpoints have different steps are
+  left as they are.
+
+  Args:
+    workdirs: one per run, absolute.
+    devices: one, or one per run.
+
+  Returns:
+    Whether no signal stopped them.
+
+  Raises:
+    UserError: as `train.train_and_evaluate`.
+  """
+  for task, workdir in zip(tasks, workdirs, strict=True):
+    prepare_workdir(workdir, task.config, accept_config_changes)
+  layout = SideBySide(devices)
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(StopRequest())
+    records = [
+      stack.enter_context(open_record(task, workdir, Coordinator()))
+      for task, workdir in zip(tasks, workdirs, strict=True)
+    ]
+    if len({record.saved_step for record in records}) > 1:
+      return True
+    states = [record.restore(devices[:1]) for record in records]
+    if len({int(state.step) for state in states}) > 1:  # The latest checkpoint of one was damaged.
+      return True
+    for record in records:
+      record.save_facts()
+    train_loop(records, layout.join(states), layout, Evaluator(tasks[0], devices[:1]), stop)
+  if stop.received:
+    print(f'stopped by {stop.received} after step {records[0].saved_step}, saved; the same command resumes', flush=True)
+  return not stop.received
 
 
 def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -108,7 +149,7 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
   Returns:
     What they share; `seeds`; for every exit of `exits` and `held_out`, each measure as {`mean`, `std` (of the sample,
-    n - 1), `each`}, None where the exit is not trained; `wall_time_s`: of all together.
+    n - 1), `each`}, None if the exit is not trained; `wall_time_s`, the total.
   """
   first = summaries[0]
   result = {key: value for key, value in first.items() if key != 'seed'}
@@ -127,7 +168,7 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 
 
 def seeds_table(summary: dict[str, Any]) -> str:
-  """Mean and standard deviation of every exit, as plain text: accuracies in percent, NLL in nats."""
+  """Mean and standard deviation of every exit as plain text: accuracies in percent, NLL in nats."""
   rows = [
     (name, str(row['exit']), _cell(row['accuracy'], 100, 2), _cell(row['top5'], 100, 2), _cell(row['nll'], 1, 4))
     for name, split in (('held_out', 'held_out'), ('test', 'exits'))

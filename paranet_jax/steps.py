@@ -1,4 +1,4 @@
-"""The train state, the training step and the evaluation of each exit: pure functions of their arguments."""
+"""The train state, the training step and the evaluation of one exit, as pure functions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import Array
+from jaxtyping import Float, Int32, Key, UInt8
 
 from paranet_jax.costs import abstract_variables
 from paranet_jax.data.augment import augment, image_keys, mixup, normalize
 from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, total_loss
 from paranet_jax.targets import LABELS, trained_exits
 
-AXIS = 'devices'
-
-_MODEL_STREAM = 3  # Keeps these random numbers apart from the shuffling's and the augmentation's.
+_MODEL_STREAM = 3  # Separates these random numbers from those of shuffling and augmentation.
 
 
 @struct.dataclass
 class TrainState:
-  """All that a run needs to go on: `step` steps done and `seed`, both int32 scalars, and the trees."""
+  """Everything that a run needs to resume: `step` (steps done) and `seed`, both int32 scalars, and the trees."""
 
   step: jax.Array
   seed: jax.Array
@@ -30,9 +30,9 @@ class TrainState:
 
 
 class Preprocessing(NamedTuple):
-  """From uint8 images to the network's input: per-channel `mean` and `std` in 0..1, and the training augmentation.
+  """How uint8 images become the network's input: per-channel `mean` and `std` in 0..1, and training augmentation.
 
-  `crop_padding` and `cutout` are pixels, `mixup` is alpha; 0 is none.
+  `crop_padding` and `cutout` are in pixels, `mixup` is alpha; 0 turns each off.
   """
 
   mean: tuple[float, ...]
@@ -44,7 +44,7 @@ class Preprocessing(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """The loss: see `losses.exit_losses`."""
+  """The loss (see `losses.exit_losses`)."""
 
   targets: Sequence[int | None]
   exit_weights: Sequence[float]
@@ -58,10 +58,10 @@ class Objective(NamedTuple):
 def init_state(
   model: Any, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, ...]
 ) -> TrainState:
-  """A fresh state.
+  """Makes a fresh state.
 
-  A model that draws its own variables (`model.initial_variables(shapes, seed)`) is not compiled for it; another one's
-  `init` is, as one program.
+  A model that draws its own variables (`model.initial_variables(shapes, seed)`) needs no compilation; otherwise its
+  `init` is compiled as one program.
 
   Args:
     image_shape: (H, W, C).
@@ -85,19 +85,19 @@ def make_train_step(
   frozen: Collection[tuple[str, ...]] = (),
   users: Any = None,
 ) -> Callable:
-  """The body of a training step, for one device, or for each device of `axis_name`.
+  """Makes the body of a training step for one device, or for each device of `axis_name`.
 
   Args:
-    frozen: paths, from the collection on, of the parameters and running statistics that stay as they are. What they
-      compute is that of training, with the batch's statistics.
-    users: how many trained exits use each parameter, a tree like the parameters: gradients are means over them. It is
-      what scaling the gradient at every tensor that exits share would give (gradient equilibrium, Li et al. 2019): a
-      gradient is linear in what comes from each exit. None: their sum.
+    frozen: paths, starting at the collection, of the parameters and running statistics that do not change. Their layers
+      still use the batch's statistics, as in training.
+    users: a tree like the parameters with the number of trained exits that use each one: gradients become means over
+      those exits. Since a gradient is linear in the contribution of each exit, this equals scaling the gradient at
+      every tensor that exits share (gradient equilibrium, Li et al. 2019). None: gradients are sums.
 
   Returns:
     step(state, totals, images, labels, order) -> (state, totals):
       images, labels: the whole training set, uint8 [N, H, W, C] and int32 [N], or this device's share of the batch;
-      order: int32 [steps an epoch, b], of each batch of this epoch, which of them are this device's share;
+      order: int32 [steps per epoch, b], the indices of this device's share of every batch of this epoch;
       totals: {metric: float32 scalar}, to which this step's metrics are added.
     Gradients, statistics and metrics are those of the global batch.
   """
@@ -146,23 +146,21 @@ def make_train_step(
 
 
 def augmented(
-  keys: jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
+  keys: Key[Array, ' B'],
+  images: UInt8[Array, 'B H W C'],
+  labels: Int32[Array, ' B'],
   preprocessing: Preprocessing,
   num_classes: int,
   axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """A training batch, or a device's share of it.
+) -> tuple[Float[Array, 'B H W C'], Array]:
+  """Augments a training batch, or a device's share of it.
 
   Args:
-    keys: random keys [B], of `image_keys`.
-    images: uint8 [B, H, W, C].
-    labels: int32 [B].
+    keys: from `image_keys`.
     axis_name: as in `make_train_step`.
 
   Returns:
-    float32 [B, H, W, C], and the labels or, blended, their shares [B, num_classes].
+    The images, and the labels or, if blended, the share of each class [B, num_classes].
   """
   images = normalize(images, preprocessing.mean, preprocessing.std)
   images = augment(
@@ -175,29 +173,29 @@ def augmented(
 
 
 def _computed_exits(objective: Objective) -> tuple[int, ...]:
-  """The trained exits and those that they learn from."""
+  """The trained exits and the exits that they learn from."""
   trained = trained_exits(objective.targets)
   sources = {source for number in trained for source in objective.teachers.get(number, ())}
   return tuple(sorted({*trained, *sources, *(objective.targets[number - 1] for number in trained)} - {LABELS}))
 
 
 def _restored(variables: Any, before: Any, paths: Collection[tuple[str, ...]]) -> Any:
-  """The variables, those at `paths` as they were before."""
+  """The variables, with those at `paths` reset to `before`."""
   return jax.tree_util.tree_map_with_path(
     lambda path, new, old: old if tuple(key.key for key in path) in paths else new, variables, before
   )
 
 
 def model_rngs(model: Any, seed: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
-  """The random keys of one training step that a model asks for by its `rng_names`, the same on every device."""
+  """The random keys of one training step, one for each of the model's `rng_names`, the same on every device."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _MODEL_STREAM), step)
   return {name: jax.random.fold_in(key, number) for number, name in enumerate(getattr(model, 'rng_names', ()))}
 
 
 def train_metrics(logits: Sequence, labels: jax.Array, losses: dict[int, jax.Array], loss: jax.Array) -> dict:
-  """What a training line shows: the total loss and, an exit, its own loss, its cross-entropy and its accuracy.
+  """The values of a training line: the total loss, and the loss, cross-entropy and accuracy of each exit.
 
-  Of blended labels, float [B, classes], the accuracy is the share of the predicted class.
+  With blended labels, float [B, classes], the accuracy is the share of the predicted class.
   """
   metrics = {'loss': loss}
   for number, own in losses.items():
@@ -221,12 +219,12 @@ def zero_totals(targets: Sequence[int | None]) -> dict[str, jax.Array]:
 
 
 def make_eval_step(model: Any, number: int, preprocessing: Preprocessing, label_smoothing: float) -> Callable:
-  """The evaluation of exit `number` on one batch, computing only what that exit needs.
+  """Makes the evaluation of exit `number` on one batch, which computes only what that exit needs.
 
   Returns:
     step(params, batch_stats, images, labels, indices, mask) -> {'count', 'accuracy', 'top5', 'loss', 'nll'}:
-      sums over the images whose mask is 1; indices int32 [B] into the whole set, None where images and labels are
-      the batch; mask float32 [B].
+      sums over the images whose mask, float32 [B], is 1; indices, int32 [B], select the batch from the whole set, and
+      are None if images and labels are the batch.
     `loss` is the cross-entropy smoothed as in training, `nll` the plain one.
   """
 
@@ -249,17 +247,10 @@ def make_eval_step(model: Any, number: int, preprocessing: Preprocessing, label_
   return eval_step
 
 
-def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """How many classes go before the label: those with a larger logit and, among equal ones, those of a lower number.
+def label_rank(logits: Float[Array, 'B classes'], labels: Int32[Array, ' B']) -> Int32[Array, ' B']:
+  """The number of classes that rank before the label: larger logits and, among equal ones, lower class numbers.
 
-  Rank 0 is what argmax predicts. A label whose logit is not a number ranks last.
-
-  Args:
-    logits: [B, classes].
-    labels: int32 [B].
-
-  Returns:
-    int32 [B].
+  Rank 0 is the prediction of argmax. A label whose logit is NaN ranks last.
   """
   own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
   itself_and_after = (logits == own) & (jnp.arange(logits.shape[-1]) >= labels[:, None])

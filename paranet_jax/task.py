@@ -1,34 +1,41 @@
-"""All that a configuration and its data set determine: built once, then only read."""
+"""Everything that a configuration and its data set determine: built once, then only read."""
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
+from paranet_jax.base_config import field_names
 from paranet_jax.costs import abstract_variables, parameter_sizes, variable_paths
 from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.regimes import Phase, make_phases
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import Targets, trained_exits
 
+_MACHINE_FIELDS = ('data.data_dir', 'data.workers', 'init_from')
+"""May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A model, its data, its objective and its optimiser.
+  """A model, its data, its objective and its optimizer.
 
   Attributes:
-    steps_per_epoch: full batches.
+    steps_per_epoch: full batches per epoch.
     total_steps: length of the run.
-    schedule: learning rate by optimiser update; `updates(step)` counts them.
+    schedule: learning rate by optimizer update.
   """
 
   config: ConfigDict
@@ -49,7 +56,7 @@ class Task:
 
   @property
   def phases(self) -> tuple[Phase, ...]:
-    """Which exits train when."""
+    """Which exits train at which steps."""
     body_steps = config_lib.body_steps(self.config, self.steps_per_epoch)
     return make_phases(self.config.train.regime, self.targets, body_steps, self.total_steps)
 
@@ -59,7 +66,7 @@ class Task:
     return max(round(self.config.eval.every_epochs * self.steps_per_epoch), 1)
 
   def learning_rate(self, step: int) -> float:
-    """Learning rate of the update that step number `step` (from 0) is part of."""
+    """Learning rate of the update that step `step` (from 0) belongs to."""
     return float(self.schedule(step // self.config.train.accumulate_steps))
 
   def init_state(self) -> TrainState:
@@ -67,16 +74,16 @@ class Task:
     return init_state(self.model, self.optimizer, self.config.seed, self.image_shape)
 
   def phase(self, step: int) -> Phase:
-    """The phase that step number `step` (from 0) is in; of the end of the run the last one."""
+    """The phase that step `step` (from 0) belongs to; the last one at the end of the run."""
     return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
 
   def train_step(self, axis_name: str | None = None, phase: Phase | None = None) -> Callable:
-    """The body of the training step of a phase, of the last one unless said (see `steps.make_train_step`)."""
+    """The body of a phase's training step, by default the last phase's (see `steps.make_train_step`)."""
     phase = phase or self.phases[-1]
     whole = phase.targets == self.targets
     return make_train_step(
       self.model,
-      # The states of both are alike: they differ in which parameters decay.
+      # Both have the same state: they differ in which parameters decay.
       self.optimizer if whole else _optimizer(self.config, self.schedule, self.model, phase.targets),
       self.objective._replace(targets=phase.targets),
       self.preprocessing,
@@ -85,15 +92,58 @@ class Task:
       users=_users(self, phase) if self.config.loss.gradient_equilibrium else None,
     )
 
+  def facts(self) -> dict[str, str]:
+    """What determines the training, by name: every field of the configuration and a digest of the data."""
+    facts = {}
+    for name in field_names(self.config):
+      if name not in _MACHINE_FIELDS:
+        value: Any = self.config
+        for part in name.split('.'):
+          value = value[part]
+        facts[name] = repr(value)
+    data = self.dataset
+    facts |= {'data set version': data.version, 'class names': ', '.join(data.class_names)}
+    for name, split in (('training', data.train), ('held-out', data.held_out), ('test', data.test)):
+      if split is not None:
+        facts[f'number of {name} images'] = str(len(split))
+        facts[f'{name} labels'] = hashlib.sha256(np.asarray(split.labels, np.int32).tobytes()).hexdigest()
+    # Rounded, as machines may add in a different order.
+    for name in ('mean', 'std'):
+      facts[f'{name} of the images'] = ', '.join(f'{value:.5f}' for value in getattr(data, name))
+    return facts
+
+  def facts_line(self, devices: list[jax.Device], processes: int) -> str:
+    """One line on the size of the run and what it runs on."""
+    data = self.dataset
+    held_out = f' {len(data.held_out):,} held out,' if data.held_out is not None else ''
+    skipped = f' ({data.skipped:,} corrupt files skipped)' if data.skipped else ''
+    where = f'{len(devices)} x {devices[0].device_kind}' + (f' in {processes} processes' if processes > 1 else '')
+    return (
+      f'images: {len(data.train):,} train,{held_out} {len(data.test):,} test{skipped}; '
+      f'{self.total_steps:,} steps of {self.config.train.batch_size} on {where}'
+    )
+
+
+def agreed_task(config: ConfigDict, processes: Coordinator) -> Task:
+  """Builds the task in every process, process 0 first, and checks that all built the same one.
+
+  Raises:
+    UserError: as `build_task`, or the tasks differ.
+  """
+  task = processes.first_then_others(lambda: build_task(config))
+  if processes.count > 1:
+    processes.check_same(task.facts())
+  return task
+
 
 def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
   """Reads the data set and builds everything that training and evaluation need.
 
   Args:
-    dataset: in place of the one that the configuration names.
+    dataset: replaces the one that the configuration names.
 
   Raises:
-    UserError: whatever of the configuration or the data does not fit.
+    UserError: the configuration or the data does not fit.
   """
   config_lib.validate(config)
   dataset = dataset or load_dataset(

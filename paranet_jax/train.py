@@ -1,91 +1,92 @@
-"""A run: build or restore, train, evaluate, log, save, stop cleanly."""
+"""A run: build or restore, train, evaluate, log, save, and stop cleanly."""
 
+import contextlib
 import functools
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
-from paranet_jax.agreement import check_agreement
 from paranet_jax.config import check_devices
-from paranet_jax.costs import abstract_variables
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.description import describe, environment
-from paranet_jax.evaluation import Evaluator, as_metrics
-from paranet_jax.feed import Feed, open_feed
-from paranet_jax.host import processes
-from paranet_jax.host.errors import UserError, no_room_is_told
-from paranet_jax.host.files import write_json
-from paranet_jax.host.lock import workdir_lock
+from paranet_jax.devices import OneRun, SideBySide
+from paranet_jax.evaluation import Evaluator
+from paranet_jax.feed import Feed, images_axis, open_feed
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.regimes import Phase
 from paranet_jax.report.curves import draw_curves
-from paranet_jax.report.metrics import MetricsWriter
-from paranet_jax.report.progress import Progress, human_duration
+from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
-from paranet_jax.runs.checkpoints import Checkpoints, SavedElsewhere
-from paranet_jax.runs.dataset_facts import save_dataset_facts
-from paranet_jax.runs.finite import not_finite
-from paranet_jax.runs.init_from import take_body
-from paranet_jax.runs.retention import Retention
-from paranet_jax.runs.workdir import SUMMARY, prepare_workdir, save_config
+from paranet_jax.runs.record import RunRecord, open_record
+from paranet_jax.runs.status import run_status
+from paranet_jax.runs.trained import read_task
+from paranet_jax.runs.workdir import SUMMARY, prepare_workdir
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.targets import trained_exits
-from paranet_jax.task import Task, build_task
+from paranet_jax.task import agreed_task
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes: bool = False) -> dict | None:
-  """Trains, or goes on training, and evaluates every exit.
+  """Trains, or resumes training, and evaluates every exit.
 
-  Of several processes the first alone reads and writes in the workdir.
+  In a multi-process run, only process 0 reads and writes the workdir.
 
   Args:
     workdir: absolute.
-    accept_config_changes: go on with this configuration where the run's saved one differs.
+    accept_config_changes: train with this configuration even if the run's saved one differs.
 
   Returns:
-    What summary.json holds, or None if a signal stopped the run before its end, or where another process writes it.
+    The contents of summary.json, or None if a signal stopped the run before its end.
 
   Raises:
     UserError: the configuration, the data or the workdir does not fit, or the loss is no longer finite.
   """
+  processes = Coordinator()
   devices = devices_lib.pick_devices(config.train.devices)
   check_devices(config, len(devices))
-  task = _build_alike(config)
+  task = agreed_task(config, processes)
   processes.once(prepare_workdir, workdir, config, accept_config_changes)
-  description = processes.once(describe, config, len(task.dataset.class_names))
-  processes.once(lambda: print(describe_table(description)))
-  print(_facts(task, devices, workdir), flush=True)
-  with no_room_is_told(workdir), processes.once_within(workdir_lock, workdir), StopRequest() as stop:
-    with Checkpoints(workdir, config.checkpoint.keep) if processes.is_first() else SavedElsewhere() as checkpoints:
-      run = Run(task, devices, workdir, checkpoints, stop)
-      state = run.restore()
-      # Not before: a checkpoint that does not fit leaves the saved one as it is.
-      processes.once(save_config, workdir, config)
-      processes.once(save_dataset_facts, workdir, task.dataset)
-      evaluations = run.train(state)
+  description = describe(config, len(task.dataset.class_names))
+  print(f'{describe_table(description)}\n{task.facts_line(devices, processes.count)}\nworkdir: {workdir}', flush=True)
+  with StopRequest() as stop, open_record(task, workdir, processes) as record:
+    state = record.restore(devices)
+    record.save_facts()
+    evaluator = Evaluator(task, devices)
+    state, evaluations = train_loop([record], state, OneRun(devices), evaluator, stop)
+    if evaluations is None and record.saved_step != task.total_steps:
+      print(f'stopped by {stop.received} after step {record.saved_step}, saved; the same command resumes', flush=True)
+      return None
     if evaluations is None:
-      print(f'stopped by {stop.received} after step {run.saved_step}, saved; the same command goes on', flush=True)
-      return None
-    if not processes.is_first():
-      return None
-    summary = _summary(description, task, evaluations, run.wall_time(), devices)
-    write_json(workdir / SUMMARY, summary)
-    print(f'finished in {human_duration(summary["wall_time_s"])}{run.best()}')
-    print(f'curves: {draw_curves(workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
+      # An earlier start stopped between its last checkpoint and its summary: the metrics are already written.
+      evaluations = [evaluator.evaluate(state.params, state.batch_stats)]
+      print(evaluation_table(evaluations[0]))
+    summary = record.finish(description, evaluations[0], environment(devices))
+    print(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
+    print(f'curves: {processes.once(draw_curves, workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
   return summary
 
 
-def _build_alike(config: ConfigDict) -> Task:
-  task = processes.first_then_others(lambda: build_task(config))
-  check_agreement(task)
-  return task
+def train_missing(
+  config: ConfigDict, workdir: Path, title: str, accept_config_changes: bool = False
+) -> dict[str, Any] | None:
+  """Returns the summary of a finished run; trains one that is not, after printing the title.
+
+  Returns:
+    None if a signal stopped the run.
+
+  Raises:
+    UserError: as `train_and_evaluate`.
+  """
+  summary = run_status(workdir, config).summary
+  if summary is None:
+    print(title, flush=True)
+    summary = train_and_evaluate(config, workdir, accept_config_changes)
+  return summary
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, Any]:
@@ -93,263 +94,138 @@ def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = No
 
   Args:
     workdir: absolute.
-    step: of the checkpoint; None: the latest.
+    step: the checkpoint's; None: the latest.
 
   Returns:
-    `name`, `dataset`, `seed`, `step`, and `splits` as `Evaluator.evaluate` gives them.
+    `name`, `dataset`, `seed`, `step`, and `splits` as returned by `Evaluator.evaluate`.
   """
   devices = devices_lib.pick_devices(config.train.devices)
-  restored = restore_checkpoint(config, workdir, step, devices)
-  evaluations = Evaluator(restored.task, devices).evaluate(**restored.variables)
+  task, step, variables = read_task(config, workdir, step, devices)
   return {
     'name': config.name,
     'dataset': config.data.name,
     'seed': config.seed,
-    'step': restored.step,
-    'splits': evaluations,
+    'step': step,
+    'splits': Evaluator(task, devices).evaluate(**variables),
   }
 
 
-class Restored(NamedTuple):
-  """What a checkpoint belongs to, its step, and its `params` and `batch_stats`."""
-
-  task: Task
-  step: int
-  variables: dict[str, Any]
-
-
-def restore_checkpoint(config: ConfigDict, workdir: Path, step: int | None, devices: list[jax.Device]) -> Restored:
-  """Restores what a checkpoint has learned, and builds the task it was trained on.
+def train_loop(
+  records: Sequence[RunRecord],
+  state: TrainState,
+  layout: OneRun | SideBySide,
+  evaluator: Evaluator,
+  stop: StopRequest,
+) -> tuple[TrainState, list[dict] | None]:
+  """Trains one run, or several side by side, from a state to their end or to a stop, and saves a checkpoint there.
 
   Args:
-    workdir: absolute.
-    step: of the checkpoint; None: the latest.
-    devices: where the variables go, whole on each.
+    records: one per run; the runs differ only in their seed.
+    state: laid out as `layout` does.
+
+  Returns:
+    The state, and the last evaluation of each run; None if a signal came first, or if no step was left.
 
   Raises:
-    UserError: there is no such checkpoint, it does not fit the configuration, or the data does not.
+    UserError: a loss is no longer finite, or a checkpoint could not be written.
   """
-  with processes.once_within(Checkpoints, workdir) as checkpoints:
-    step = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
-    task = _build_alike(config)
-    like = abstract_variables(task.model, task.image_shape)
-    variables = processes.once(lambda: checkpoints.restore_variables(step, like))
-  variables = processes.arrays_from_first(variables or like)
-  return Restored(task, step, jax.device_put(variables, devices_lib.replicated(devices)))
+  task = records[0].task
+  first_step = int(next(iter(layout.split(state.step))))
+
+  def order(epoch: int) -> jax.Array:
+    size, batch_size = len(task.dataset.train), task.config.train.batch_size
+    return layout.order([epoch_order(record.task.config.seed, epoch, size, batch_size) for record in records])
+
+  with contextlib.ExitStack() as stack:
+    progress = stack.enter_context(
+      contextlib.closing(Progress(task.total_steps, task.steps_per_epoch, task.config.train.batch_size))
+    )
+    for record in records:
+      stack.enter_context(record.metrics(first_step))
+    feed = stack.enter_context(open_feed(task, layout.devices, order, first_step))
+    loop = _Loop(records, layout, evaluator, stop, progress)
+    state, step, evaluations = loop.run(state, first_step, feed)
+  loop.save(step, state)
+  for record in records:
+    record.wait()
+  return state, evaluations
 
 
-class Run:
-  """The training loop and its state. Nothing waits for the device but a log line, an evaluation or a checkpoint.
-
-  Attributes:
-    evaluator: of the exits, for runs that differ only in their seed the same.
-    saved_step: of the latest checkpoint; None: there is none.
-  """
+class _Loop:
+  """The training loop. It waits for the device only to log, to evaluate and to save."""
 
   def __init__(
     self,
-    task: Task,
-    devices: list,
-    workdir: Path,
-    checkpoints: Checkpoints,
+    records: Sequence[RunRecord],
+    layout: OneRun | SideBySide,
+    evaluator: Evaluator,
     stop: StopRequest,
-    evaluator: Evaluator | None = None,
+    progress: Progress,
   ):
-    self._task = task
-    self._devices = devices
-    self._workdir = workdir
-    self._checkpoints = checkpoints
+    self._records = records
+    self._task = records[0].task
+    self._layout = layout
+    self._evaluator = evaluator
     self._stop = stop
-    self.evaluator = evaluator or Evaluator(task, devices)
-    self._started = time.monotonic()
-    self._earlier_wall_time = 0.0
-    self._retention = Retention(task, processes.once(lambda: workdir))
-    checkpoints.also_keep = self._retention.kept
-    self.saved_step = checkpoints.latest_step()
+    self._progress = progress
 
-  def wall_time(self) -> float:
-    """Seconds spent on this run, earlier starts that reached a checkpoint included."""
-    return self._earlier_wall_time + time.monotonic() - self._started
-
-  def restore(self) -> TrainState:
-    """The state of the latest checkpoint, or a fresh one.
-
-    Raises:
-      UserError: the checkpoint is of another architecture or optimizer, or of a step after the end of this run; or a
-        fresh state was to have the body of a run that does not fit.
-    """
-    state = self._restored_or_fresh() if processes.is_first() else _like(self._task, self._devices)
-    self.saved_step, self._earlier_wall_time = processes.from_first([self.saved_step, self._earlier_wall_time])
-    state = jax.device_put(processes.arrays_from_first(state), devices_lib.replicated(self._devices))
-    # With accepted changes the seed may be another one; the order of the images follows the configuration's too.
-    return state.replace(seed=jax.device_put(np.int32(self._task.config.seed), devices_lib.replicated(self._devices)))
-
-  def _restored_or_fresh(self) -> TrainState:
-    step, total = self._checkpoints.latest_step(), self._task.total_steps
-    if step is None:
-      state, source = self._task.init_state(), self._task.config.init_from
-      return take_body(state, Path(source)) if source else state
-    if step > total:
-      raise UserError(
-        f'the run is at step {step} and this configuration ends at step {total}; '
-        'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
-      )
-    step, state, meta = self._checkpoints.restore_latest(_like(self._task, self._devices))
-    self.saved_step = step
-    self._earlier_wall_time = meta['wall_time_s']
-    print(f'going on from the checkpoint of step {step} of {total}', flush=True)
-    return state
-
-  def best(self) -> str:
-    """Says which checkpoint is kept for being the best, or nothing."""
-    step = self._retention.best(self._checkpoints.steps())
-    return '' if step is None else f'; best by {self._task.config.checkpoint.keep_best}: step {step}'
-
-  def train(self, state: TrainState) -> dict | None:
-    """Trains from this state to the end; returns the last evaluation, or None if a signal came first."""
-    task = self._task
-    first_step = int(state.step)
-    batch_size = task.config.train.batch_size
-    with processes.once_within(MetricsWriter, self._workdir, first_step) as writer:
-      progress = Progress(task.total_steps, task.steps_per_epoch, batch_size)
-      self._writer, self._progress = writer, progress
-      try:
-        with open_feed(task, self._devices, self._order, first_step) as feed:
-          state, evaluations = self._loop(state, first_step, feed)
-      finally:
-        progress.close()
-    step = int(state.step)
-    if evaluations is None and step == task.total_steps:
-      # Stopped after its last checkpoint and before its summary: the lines of this evaluation are written already.
-      evaluations = self.evaluator.evaluate(state.params, state.batch_stats)
-      print(evaluation_table(evaluations))
-    if evaluations is None:
-      self._save(step, state)
-    self._checkpoints.wait()
-    return evaluations
-
-  def _loop(self, state: TrainState, step: int, feed: Feed) -> tuple[TrainState, dict | None]:
+  def run(self, state: TrainState, step: int, feed: Feed) -> tuple[TrainState, int, list[dict] | None]:
     task, config = self._task, self._task.config
     phase, train_step, zeros = self._enter_phase(step)
-    clock, eval_every = _Clock(config.train.batch_size), task.evaluation_steps
+    clock, evaluation_steps = Clock(config.train.batch_size), task.evaluation_steps
     totals, logged, evaluations = _copy(zeros), step, None
     while step < task.total_steps and not self._stop.requested(step):
       state, totals = train_step(state, totals, *feed(step))
       step += 1
-      clock.stepped(totals)
+      if not clock.running:
+        jax.block_until_ready(totals)  # The first step compiles: wait for it once, and count from there.
+      clock.step()
       last = step == task.total_steps
       if last or step == phase.end or step % config.log.every_steps == 0:
-        self._log(step, totals, step - logged, clock, phase)
+        self._log(step, totals, step - logged, clock.images_per_second(), phase)
         totals, logged = _copy(zeros), step
-      if last or step % eval_every == 0:
+      if last or step % evaluation_steps == 0:
         evaluations = self._evaluate(step, state)
         clock.restart()
-      if last or self._retention.saves_after(step):
-        self._save(step, state)
+      if last or self._records[0].saves_after(step):
+        self.save(step, state)
         clock.restart()
       if step == phase.end and not last:
         phase, train_step, zeros = self._enter_phase(step)
-        totals, clock = _copy(zeros), _Clock(config.train.batch_size)
-    return state, evaluations if step == task.total_steps else None
+        totals, clock = _copy(zeros), Clock(config.train.batch_size)
+    return state, step, evaluations if step == task.total_steps else None
 
   def _enter_phase(self, step: int) -> tuple[Phase, Callable, dict[str, jax.Array]]:
-    """The phase that a step is in, its training step, and totals of 0."""
+    """The phase of a step, its training step, and totals of 0."""
     phase = self._task.phase(step)
-    axes = {'images_axis': 0} if self._task.dataset.train.streamed else {}
-    train_step = devices_lib.run_on(self._devices, functools.partial(self._task.train_step, phase=phase), **axes)
-    zeros = jax.device_put(zero_totals(phase.targets), devices_lib.replicated(self._devices))
-    return phase, train_step, zeros
+    train_step = self._layout.compiled(functools.partial(self._task.train_step, phase=phase), images_axis(self._task))
+    return phase, train_step, self._layout.join([zero_totals(phase.targets)] * len(self._records))
 
-  def _order(self, epoch: int) -> jax.Array:
-    config = self._task.config
-    order = epoch_order(config.seed, epoch, len(self._task.dataset.train), config.train.batch_size)
-    return devices_lib.place_order(order, self._devices)
+  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, speed: float, phase: Phase) -> None:
+    rates = {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
+    for record, own in zip(self._records, self._layout.split(totals), strict=True):
+      means = {name: float(total) / steps for name, total in jax.device_get(own).items()}
+      losses = {number: means[f'exit_{number}/loss'] for number in trained_exits(phase.targets)}
+      record.log(step, losses, means | rates)
+      self._progress.update(step, losses, speed)
 
-  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, clock: '_Clock', phase: Phase) -> None:
-    trained = trained_exits(phase.targets)
-    means = {name: float(total) / steps for name, total in jax.device_get(totals).items()}
-    if not math.isfinite(means['loss']):
-      bad = [number for number in trained if not math.isfinite(means[f'exit_{number}/loss'])]
-      self._checkpoints.wait()
-      raise processes.told_once(not_finite(f'the loss (exits {bad or "together"})', step, self.saved_step))
-    self._checkpoints.check()
-    speed = clock.images_per_second()
-    means |= {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
-    self._write(step, 'train', means)
-    losses = {number: means[f'exit_{number}/loss'] for number in trained}
-    self._progress.update(step, losses, speed)
-
-  def _evaluate(self, step: int, state: TrainState) -> dict[str, list[dict]]:
-    evaluations = self.evaluator.evaluate(state.params, state.batch_stats)
-    for split, exits in evaluations.items():
-      self._write(step, split, as_metrics(exits))
-    if 'held_out' in evaluations:
-      self._retention.note(step, as_metrics(evaluations['held_out']))
-    self._progress.message(f'after step {step}:\n{evaluation_table(evaluations)}')
+  def _evaluate(self, step: int, state: TrainState) -> list[dict[str, list[dict]]]:
+    evaluations = []
+    for record, own in zip(self._records, self._layout.split(state), strict=True):
+      if len(self._records) > 1:
+        self._progress.message(f'seed {record.task.config.seed}')
+      evaluations.append(self._evaluator.evaluate(own.params, own.batch_stats))
+      record.log_evaluation(step, evaluations[-1])
+      self._progress.message(f'after step {step}:\n{evaluation_table(evaluations[-1])}')
     return evaluations
 
-  def _write(self, step: int, split: str, values: dict[str, float]) -> None:
-    processes.once(lambda: self._writer.write(step, step / self._task.steps_per_epoch, split, values))
-
-  def _save(self, step: int, state: TrainState) -> None:
-    if step == self.saved_step:
-      return
-    self._checkpoints.save(step, state, {'seed': self._task.config.seed, 'wall_time_s': self.wall_time()})
-    self.saved_step = step
-
-
-class _Clock:
-  """Images a second since the last restart; compilation, evaluation and saving are left out."""
-
-  def __init__(self, batch_size: int):
-    self._batch_size = batch_size
-    self._started: float | None = None
-    self._steps = 0
-
-  def stepped(self, result: Any) -> None:
-    if self._started is None:
-      # The first step compiles: wait for it once, and count from there.
-      jax.block_until_ready(result)
-      self.restart()
-    else:
-      self._steps += 1
-
-  def restart(self) -> None:
-    self._started, self._steps = time.monotonic(), 0
-
-  def images_per_second(self) -> float:
-    elapsed = time.monotonic() - self._started
-    return self._steps * self._batch_size / elapsed if self._steps else math.nan
+  def save(self, step: int, state: TrainState) -> None:
+    """Saves the checkpoint of every run, unless it has been saved."""
+    if step != self._records[0].saved_step:
+      for record, own in zip(self._records, self._layout.split(state), strict=True):
+        record.save(step, own)
 
 
 def _copy(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  # The step is given its totals' buffers, so the zeros themselves are kept apart.
+  # A step is given the buffers of its totals, so the zeros are kept apart.
   return jax.tree.map(lambda leaf: leaf.copy(), totals)
-
-
-def _like(task: Task, devices: list) -> TrainState:
-  """What a restored state is to be like: its shapes, whole on each device."""
-  whole = devices_lib.replicated(devices)
-  shapes = jax.eval_shape(task.init_state)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), shapes)
-
-
-def _facts(task: Task, devices: list, workdir: Path) -> str:
-  data = task.dataset
-  held_out = f' {len(data.held_out):,} held out,' if data.held_out is not None else ''
-  skipped = f' ({data.skipped:,} corrupt files skipped)' if data.skipped else ''
-  where = f'{len(devices)} x {devices[0].device_kind}'
-  where += f' in {processes.count()} processes' if processes.count() > 1 else ''
-  return (
-    f'images: {len(data.train):,} train,{held_out} {len(data.test):,} test{skipped}; '
-    f'{task.total_steps:,} steps of {task.config.train.batch_size} on {where}\n'
-    f'workdir: {workdir}'
-  )
-
-
-def _summary(description: dict, task: Task, evaluations: dict, wall_time: float, devices: list) -> dict[str, Any]:
-  exits = [cost | measured for cost, measured in zip(description['exits'], evaluations['test'], strict=True)]
-  summary = description | {'steps': task.total_steps, 'exits': exits}
-  if 'held_out' in evaluations:
-    summary['held_out'] = evaluations['held_out']
-  return summary | environment(devices) | {'wall_time_s': round(wall_time, 1)}

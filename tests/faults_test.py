@@ -1,4 +1,4 @@
-"""Faults in the real training process: whatever comes, the same command goes on and ends where it would have."""
+"""Faults in the real training process: after each, the same command resumes and ends where it would have ended."""
 
 import os
 import random
@@ -114,10 +114,10 @@ def test_a_checkpoint_that_is_cut_off(tmp_path, whole):
   with start(*LONG, workdir=workdir) as process:
     out, err = process.communicate()
   assert (process.returncode, err) == (0, '')
-  named, going_on = (line for line in out.splitlines() if line.startswith(('checkpoint', 'going on')))
+  named, resumed = (line for line in out.splitlines() if line.startswith(('checkpoint', 'resuming')))
   assert named.startswith(f'checkpoint {folder} is damaged (')
   assert named.endswith(f'); moved to {workdir}/damaged_checkpoints/330')
-  assert going_on == 'going on from the checkpoint of step 300 of 330'
+  assert resumed == 'resuming from the checkpoint at step 300 of 330'
   shutil.rmtree(workdir / 'damaged_checkpoints')
   assert_ends_as(workdir, whole)
 
@@ -129,16 +129,16 @@ def test_a_full_disk(tmp_path, whole):
   assert (code, err) == (
     2,
     f'error: the checkpoint of step 120 cannot be written to {tmp_path}/checkpoints (File too large), '
-    'and the one of step 60 is whole; make room or mend that, and the same command goes on\n',
+    'and the one of step 60 is intact; fix that or make room, and the same command resumes\n',
   )
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['60']
   code, err = run(*silent, workdir=tmp_path, fault=('full', 'open .*/events.out', '1'))
   assert (code, err) == (
     2,
-    f'error: {tmp_path} cannot be written (File too large), and its checkpoints are whole; '
-    'make room, and the same command goes on\n',
+    f'error: {tmp_path} cannot be written (File too large), and its checkpoints are intact; '
+    'make room, and the same command resumes\n',
   )
-  code, err = run(*silent, workdir=tmp_path, fault=('full', 'open .*/config.json.*tmp', '1'))
+  code, err = run(*silent, workdir=tmp_path, fault=('full', 'open .*/config.json.tmp', '1'))
   assert code == 2 and err.startswith(f'error: {tmp_path} cannot be written (File too large)')
   assert not list(tmp_path.glob('*.tmp'))
   assert run(*silent, workdir=tmp_path) == (0, '')

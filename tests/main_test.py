@@ -173,9 +173,9 @@ def test_describing_a_data_set_whose_classes_are_not_known():
 @pytest.mark.parametrize(
   ('workdir', 'message'),
   [
-    ('file', 'workdir {0} must be a folder, and there is a file; set --workdir'),
-    ('file/below', 'workdir {0} must be a folder, and there is a file; set --workdir'),
-    ('x' * 300, 'workdir {0} cannot be made: File name too long; set --workdir'),
+    ('file', 'workdir {0} must be a folder, found a file; set --workdir'),
+    ('file/below', 'workdir {0} must be a folder, found a file; set --workdir'),
+    ('x' * 300, 'workdir {0} cannot be created: File name too long; set --workdir'),
   ],
 )
 def test_a_workdir_that_cannot_be(tmp_path, workdir, message):
@@ -187,7 +187,7 @@ def test_a_workdir_that_cannot_be(tmp_path, workdir, message):
 def test_a_workdir_that_is_not_writable(tmp_path, monkeypatch):
   # Not by its permissions: root may write everywhere.
   monkeypatch.setattr(os, 'access', lambda path, mode: False)
-  assert refusal(*TINY, f'--workdir={tmp_path}') == f'workdir {tmp_path} must be writable, and is not; set --workdir'
+  assert refusal(*TINY, f'--workdir={tmp_path}') == f'workdir {tmp_path} is not writable; set --workdir'
   assert not contents(tmp_path)
 
 

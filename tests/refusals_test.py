@@ -10,7 +10,7 @@ from running import TINY, refusal, run_main
 def test_a_file_in_place_of_a_folder(tmp_path, name):
   (tmp_path / name).write_text('mine')
   message = refusal(*TINY, f'--workdir={tmp_path}')
-  assert message == f'workdir {tmp_path / name} must be a folder, and there is a file; set --workdir'
+  assert message == f'workdir {tmp_path / name} must be a folder, found a file; set --workdir'
   assert (tmp_path / name).read_text() == 'mine'
 
 
@@ -22,7 +22,7 @@ def test_a_damaged_checkpoint(tmp_path):
     for mode in ('train', 'eval'):
       message = refusal(f'--workdir={tmp_path / "run"}', f'--mode={mode}', started=mode == 'train')
       assert message.startswith(f'checkpoint {folder} is damaged (')
-      assert message.endswith('); move that folder away to do without it')
+      assert message.endswith('); move that folder away to continue without it')
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def kill(at_step):
 
 def assert_stopped(result, workdir, name, step):
   assert (result.code, result.err) == (0, '')
-  assert result.out.splitlines()[-1] == f'stopped by {name} after step {step}, saved; the same command goes on'
+  assert result.out.splitlines()[-1] == f'stopped by {name} after step {step}, saved; the same command resumes'
   assert saved_state(workdir).step == step
   assert not (workdir / 'summary.json').exists()
 
@@ -82,7 +82,7 @@ def test_stopped_after_every_step(tmp_path, whole):
       result = run_main(*TINY, f'--workdir={tmp_path}')
     assert_stopped(result, tmp_path, 'SIGINT', step)
     if step > 1:
-      assert f'going on from the checkpoint of step {step - 1} of {NUM_STEPS}' in result.out.splitlines()
+      assert f'resuming from the checkpoint at step {step - 1} of {NUM_STEPS}' in result.out.splitlines()
   assert_ends_as(tmp_path, whole)
 
 
@@ -227,7 +227,7 @@ def test_a_checkpoint_of_format_0(tmp_path):
     assert found['splits'][split][0]['nll'] == pytest.approx(expected[split]['exit_1/nll'], rel=1e-5)
   longer = '--config.train.epochs=1', '--config.train.max_steps=0', '--accept_config_changes'
   result = run_main(f'--workdir={tmp_path}', *longer)
-  assert result.code == 0 and 'going on from the checkpoint of step 3 of 5' in result.out.splitlines()
+  assert result.code == 0 and 'resuming from the checkpoint at step 3 of 5' in result.out.splitlines()
   assert saved_state(tmp_path).step == 5
 
 

@@ -9,9 +9,9 @@ from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_mai
 
 from paranet_jax.command_line import parse
 from paranet_jax.config import default_workdir
+from paranet_jax.devices import SideBySide
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import seeds_table, summarize, train_seeds
-from paranet_jax.side_by_side import _SideBySide
 from paranet_jax.train import train_and_evaluate
 
 SEEDS = (3, 4)
@@ -30,15 +30,15 @@ BOTH = (*SHORT, '--config.seed=3', '--config.seeds=2')
 def _programs():
   with pytest.MonkeyPatch.context() as patch:
     PROGRAMS.install(patch)
-    enter_phase, kept = _SideBySide._enter_phase, {}
+    compiled, kept = SideBySide.compiled, {}
 
-    def enter_phase_once(self, step):
-      devices = len(self._devices)
+    def compiled_once(self, *arguments):
+      devices = len(self.devices)
       if devices not in kept:
-        kept[devices] = enter_phase(self, step)
+        kept[devices] = compiled(self, *arguments)
       return kept[devices]
 
-    patch.setattr(_SideBySide, '_enter_phase', enter_phase_once)
+    patch.setattr(SideBySide, 'compiled', compiled_once)
     yield
 
 
@@ -126,14 +126,14 @@ def test_a_folder_of_other_runs(together, alone, tmp_path):
   workdir, _ = together
   before = contents(workdir)
   assert refusal(*SHORT, '--config.seed=3', '--config.seeds=3', f'--workdir={workdir}') == (
-    f'workdir {workdir} holds a run with another configuration: seeds: 2 -> 3 (saved -> now); '
-    'set --workdir for a new run, or --accept_config_changes to go on with the new one'
+    f'workdir {workdir} holds a run with a different configuration: seeds: 2 -> 3 (saved -> now); '
+    'set --workdir for a new run, or --accept_config_changes to train with the new one'
   )
   assert refusal(*BOTH, f'--workdir={alone}/seed_3', '--accept_config_changes') == (
     f'workdir {alone}/seed_3 holds a single run, found 2 seeds; set --workdir for new runs'
   )
   assert refusal(f'--workdir={workdir}', '--mode=eval') == (
-    f'--mode=eval evaluates one run, found 2 seeds; set --workdir={workdir}/seed_3 alone'
+    f'--mode=eval evaluates one run, found 2 seeds; set --workdir={workdir}/seed_3'
   )
   assert refusal(*TINY, f'--config.seed={2**31 - 1}', '--config.seeds=2', f'--workdir={tmp_path}/new') == (
     'seed must be an integer of 32 bits, found 2147483648; set --config.seed'
@@ -182,23 +182,22 @@ def test_at_once_is_the_same_to_rounding(alone, tmp_path, capsys, devices):
 
 def test_stopped_at_once_and_going_on(alone, tmp_path, monkeypatch):
   _, config = parse(['main', *BOTH])
-  enter_phase = _SideBySide._enter_phase
-  steps = []
+  compiled, steps = SideBySide.compiled, []
 
-  def stopping(self, step):
-    phase, train_step, zeros = enter_phase(self, step)
+  def stopping(*arguments):
+    train_step = compiled(*arguments)
 
     def stopping_step(state, *rest):
       steps.append(state.step.tolist())
       os.kill(os.getpid(), signal.SIGTERM)
       return train_step(state, *rest)
 
-    return phase, stopping_step, zeros
+    return stopping_step
 
-  monkeypatch.setattr(_SideBySide, '_enter_phase', stopping)
+  monkeypatch.setattr(SideBySide, 'compiled', stopping)
   assert train_seeds(config, tmp_path, at_once=True) is None
   assert train_seeds(config, tmp_path, at_once=True) is None
-  # One seed goes on by itself, and then they are no longer in step.
+  # One seed resumes alone, and then they are no longer in lockstep.
   _, own = parse(['main', *SHORT, '--config.seed=4'])
   assert train_and_evaluate(own, tmp_path / 'seed_4')['steps'] == 3
   summary = train_seeds(config, tmp_path, at_once=True)

@@ -69,7 +69,7 @@ def test_stopped_and_going_on(tmp_path, streamed, step):
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, send(signal.SIGTERM, step))
     result = run_main(*RUN, f'--workdir={tmp_path}', *STREAMED)
-  assert result.out.splitlines()[-1] == f'stopped by SIGTERM after step {step}, saved; the same command goes on'
+  assert result.out.splitlines()[-1] == f'stopped by SIGTERM after step {step}, saved; the same command resumes'
   trained(tmp_path, *STREAMED)
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(streamed), strict=True)
 
@@ -90,7 +90,7 @@ def test_a_signal_to_the_group_leaves_the_workers_to_the_run(tmp_path, streamed)
     before_each_step(patch, act)
     result = run_main(*RUN, f'--workdir={tmp_path}', *worker)
   assert (result.code, result.err) == (0, '')
-  assert result.out.splitlines()[-1] == 'stopped by SIGTERM after step 9, saved; the same command goes on'
+  assert result.out.splitlines()[-1] == 'stopped by SIGTERM after step 9, saved; the same command resumes'
   assert multiprocessing.active_children() == []
   trained(tmp_path, *worker)
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(streamed), strict=True)

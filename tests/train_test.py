@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_main, saved_state
 
-from paranet_jax import train
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.workdir import restore_config
+from paranet_jax.task import build_task
 
 WORKDIR = 'runs/PN3-x3d-digits-s0'
 
@@ -90,7 +90,7 @@ def test_summary_of_the_exits(summary):
 
 def test_the_numbers_are_those_of_the_saved_network(finished, summary):
   workdir, _ = finished
-  task, state = train.build_task(restore_config(workdir)), saved_state(workdir)
+  task, state = build_task(restore_config(workdir)), saved_state(workdir)
   apply = jax.jit(functools.partial(task.model.apply, {'params': state.params, 'batch_stats': state.batch_stats}))
   for rows, split in ((summary['exits'], task.dataset.test), (summary['held_out'], task.dataset.held_out)):
     images = (split.images / 255 - task.dataset.mean) / task.dataset.std
@@ -179,7 +179,7 @@ def test_a_finished_run_is_not_trained_again(finished, summary, monkeypatch, con
   before = contents(workdir)
   (workdir / 'summary.json').unlink()
   result = run_main(*config, f'--workdir={workdir}')
-  assert result.code == 0 and 'going on from the checkpoint of step 10 of 10' in result.out.splitlines()
+  assert result.code == 0 and 'resuming from the checkpoint at step 10 of 10' in result.out.splitlines()
   again = json.loads((workdir / 'summary.json').read_text())
   assert again | {'wall_time_s': None} == summary | {'wall_time_s': None}
   assert again['wall_time_s'] >= summary['wall_time_s'] - 1
@@ -194,9 +194,9 @@ def test_another_configuration_is_refused_with_its_differences(finished):
   before = contents(workdir)
   message = refusal(*TINY, f'--workdir={workdir}', '--config.train.learning_rate=0.2', '--config.data.held_out=0')
   assert message == (
-    f'workdir {workdir} holds a run with another configuration: data.held_out: 300 -> 0; '
+    f'workdir {workdir} holds a run with a different configuration: data.held_out: 300 -> 0; '
     'train.learning_rate: 0.1 -> 0.2 (saved -> now); '
-    'set --workdir for a new run, or --accept_config_changes to go on with the new one'
+    'set --workdir for a new run, or --accept_config_changes to train with the new one'
   )
   assert contents(workdir) == before
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, change, what)
   workdir, _ = finished
   before = contents(workdir)
   message = refusal(*TINY, f'--workdir={workdir}', f'--config.{change}', '--accept_config_changes', started=True)
-  assert message.startswith(f'checkpoint {workdir}/checkpoints/10 is of another architecture or optimizer: ')
+  assert message.startswith(f'checkpoint {workdir}/checkpoints/10 has a different architecture or optimizer: ')
   assert what in message and message.endswith('set --config to the one it was trained with, or --workdir')
   assert contents(workdir) == before
 

@@ -29,10 +29,10 @@ from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.dataset_facts import save_dataset_facts
+from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import prepare_folder, restore_config
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
-from paranet_jax.train import restore_checkpoint
 
 FIGURES = 'exits'
 """Folder of a run's figures."""
@@ -162,7 +162,7 @@ def _restore(request: Request) -> Subject:
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir'
     )
-  task, step, variables = restore_checkpoint(config, request.workdir, request.step, jax.local_devices()[:1])
+  task, step, variables = read_task(config, request.workdir, request.step, jax.local_devices()[:1])
   exits = trained_exits(task.targets)
   ms = None
   if request.batch_size:

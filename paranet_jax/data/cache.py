@@ -108,10 +108,10 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
   entry.mkdir(parents=True, exist_ok=True)
   index: dict[str, Any] = {}
   for split in ('train', 'test'):
-    with replacing(entry / f'{split}.npy', 'wb') as file:
+    with replacing(entry / f'{split}.npy', 'wb', shared=True) as file:
       index[f'{split}_labels'], index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
   index['mean'], index['std'] = channel_statistics(np.load(entry / 'train.npy', mmap_mode='r'))
-  with replacing(entry / 'index.npz', 'wb') as file:
+  with replacing(entry / 'index.npz', 'wb', shared=True) as file:
     np.savez(file, **index)
 
 

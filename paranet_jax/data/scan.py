@@ -105,7 +105,7 @@ def _save(source: Source, image_shape: tuple[int, int, int], facts: dict[str, An
   path = _path(source, image_shape)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, 'wb') as file:
+    with replacing(path, 'wb', shared=True) as file:
       np.savez(file, **facts)
   except OSError as error:
     logging.warning('Continuing without writing %s: %s', path, error)

@@ -1,14 +1,9 @@
-"""A finished run in one line: its model, its variables, its exits."""
+"""Reading a run with its calibrated exits."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import jax
-from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
-from paranet_jax.costs import abstract_variables
 from paranet_jax.early.exit_plan import (
   EXITS,
   CheckpointId,
@@ -21,60 +16,48 @@ from paranet_jax.early.exit_plan import (
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.checkpoints import Checkpoints
-from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
-from paranet_jax.runs.workdir import restore_config
+from paranet_jax.runs.trained import TrainedRun, read_run
 from paranet_jax.targets import trained_exits
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedRun:
-  """A run, read from its folder.
+class LoadedRun(TrainedRun):
+  """A run, read from its folder without its data set.
 
   Attributes:
-    model: with the multi-exit interface: `model.apply(variables, images)` gives one [B, classes] an exit.
+    model: with the multi-exit interface: `model.apply(variables, images)` returns one [B, classes] per exit.
     variables: `params` and `batch_stats`.
-    exits: what `calibrate` chose; None: the run is not calibrated.
     config: the run's configuration.
-    step: of the checkpoint.
-    dataset: class names, one an output of the model, and the mean and std that uint8 images are normalized with.
+    step: the checkpoint's.
+    dataset: class names, one per output of the model, and the mean and std that normalize uint8 images.
+    exits: what `calibrate` chose; None: the run is not calibrated.
   """
 
-  model: Any
-  variables: Any
-  exits: ExitPlan | None
-  config: ConfigDict
-  step: int
-  dataset: DatasetFacts
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C)."""
-    return config_lib.image_shape(self.config)
+  exits: ExitPlan | None = None
 
 
 def load(workdir: str | Path, step: int | None = None) -> LoadedRun:
-  """Reads a run: its data set is not needed.
+  """Reads a run; its data set is not needed.
 
   Args:
     workdir: of the run.
-    step: of the checkpoint; None: the one that exits.json was made for, or else the latest.
+    step: the checkpoint's; None: the one that exits.json was made for, or else the latest.
 
   Raises:
-    UserError: there is no run, no such checkpoint, or exits.json is damaged or belongs to another checkpoint.
+    UserError: there is no run or no such checkpoint, or exits.json is damaged or belongs to another checkpoint.
   """
   workdir = absolute(workdir)
-  config = restore_config(workdir)
-  image_shape, calibrated = config_lib.image_shape(config), (workdir / EXITS).exists()
-  dataset = restore_dataset_facts(workdir, channels=image_shape[-1])
-  model = config_lib.build_model(config, len(dataset.class_names))
-  names = output_names(dataset.class_names, config.model.num_classes or len(dataset.class_names))
-  with Checkpoints(workdir) as checkpoints:
-    step = _calibrated_step(workdir, checkpoints) if step is None and calibrated else checkpoints.choose(step)
-    variables = checkpoints.restore_variables(step, abstract_variables(model, image_shape))
-  checkpoint = CheckpointId(config.name, config.data.name, step, fingerprint(variables))
-  plan = load_plan(workdir, checkpoint, trained_exits(config_lib.targets(config))) if calibrated else None
-  dataset = dataclasses.replace(dataset, class_names=names)
-  return LoadedRun(model, jax.device_put(variables), plan, config, step, dataset)
+  calibrated = (workdir / EXITS).exists()
+
+  def choose(checkpoints: Checkpoints) -> int:
+    return _calibrated_step(workdir, checkpoints) if step is None and calibrated else checkpoints.choose(step)
+
+  run = read_run(workdir, choose)
+  plan = None
+  if calibrated:
+    checkpoint = CheckpointId(run.config.name, run.config.data.name, run.step, fingerprint(run.variables))
+    plan = load_plan(workdir, checkpoint, trained_exits(config_lib.targets(run.config)))
+  return LoadedRun(**vars(run), exits=plan)
 
 
 def _calibrated_step(workdir: Path, checkpoints: Checkpoints) -> int:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print('error:', *str(error).replace('--config.', '--set=').split(), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print('stopped at once; the same command goes on', file=sys.stderr)
+    print('stopped at once; the same command resumes', file=sys.stderr)
     return STOPPED
 
 

@@ -11,7 +11,7 @@ from paranet_jax.experiments.protocols import Protocol, run_command, run_config
 from paranet_jax.experiments.published import FIGURE_NETWORK, TABLES
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.status import RunStatus, run_status
-from paranet_jax.train import train_and_evaluate
+from paranet_jax.train import train_missing
 
 RUNS = 'runs'
 
@@ -70,7 +70,8 @@ def status(run: PlannedRun) -> RunStatus:
   found = run_status(run.workdir, run.config)
   if found.changed:
     raise UserError(
-      f'{run.workdir} holds a run with another configuration: {"; ".join(found.changed)} (saved -> now); set --workdir'
+      f'{run.workdir} holds a run with a different configuration: {"; ".join(found.changed)} (saved -> now); '
+      'set --workdir'
     )
   return found
 
@@ -84,18 +85,15 @@ def run_missing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]] | None:
   Raises:
     UserError: a run's folder, data or loss is not what it must be.
   """
-  found = [status(run).summary for run in runs]
-  for number, run in enumerate(runs):
-    if found[number] is None:
-      print(f'run {number + 1} of {len(runs)}: {run}\n{run.command}', flush=True)
-      found[number] = _train(run)
-      if found[number] is None:
-        return None
-  return found
-
-
-def _train(run: PlannedRun) -> dict[str, Any] | None:
-  try:
-    return train_and_evaluate(run.config, run.workdir)
-  except UserError as error:
-    raise UserError(f'run {run}: {error}') from error
+  for run in runs:
+    status(run)  # Before hours of training.
+  summaries = []
+  for number, run in enumerate(runs, 1):
+    try:
+      summary = train_missing(run.config, run.workdir, f'run {number} of {len(runs)}: {run}\n{run.command}')
+    except UserError as error:
+      raise UserError(f'run {run}: {error}') from error
+    if summary is None:
+      return None
+    summaries.append(summary)
+  return summaries

@@ -1,16 +1,16 @@
-"""The parser of the commands whose flags are not a configuration's."""
+"""Flags of the commands: a parser, types of values, and the place of a process among several."""
 
 import argparse
 import contextlib
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from paranet_jax.host.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse's, without abbreviations; whatever is mistyped is a `UserError`."""
+  """An argparse parser without abbreviations that raises `UserError`."""
 
   def __init__(self, **options):
     super().__init__(allow_abbrev=False, **options)
@@ -35,5 +35,13 @@ def fraction(text: str) -> float:
 
 
 def absolute(path: str | Path) -> Path:
-  """A path as the user wrote it, made absolute; a home folder that is not there stays as it is written."""
+  """Makes a user's path absolute; a home folder that does not exist stays as written."""
   return Path(os.path.expanduser(path)).absolute()
+
+
+class Place(NamedTuple):
+  """A process's position as given by flags; all None if the cluster's environment gives it or the process is alone."""
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None

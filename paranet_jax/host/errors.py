@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how a command answers it."""
+"""The exception for what a user can fix, and how a command reports it."""
 
 import contextlib
 import errno
@@ -12,29 +12,29 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-  """A mistake of the user's: one line saying what was expected, what was found and what mends it.
+  """A user's mistake, in one line: what was expected, what was found, and what fixes it.
 
   A command prints the line and exits with code 2, without a traceback.
   """
 
 
 @contextlib.contextmanager
-def no_room_is_told(workdir: Path) -> Iterator[None]:
-  """Turns the error of a full disk, a quota or a limit into a `UserError`."""
+def report_no_room(workdir: Path) -> Iterator[None]:
+  """Turns an error caused by a full disk, a quota or a size limit into a `UserError`."""
   try:
     yield
   except OSError as error:
     if error.errno not in _NO_ROOM:
       raise
     raise UserError(
-      f'{workdir} cannot be written ({error.strerror}), and its checkpoints are whole; '
-      'make room, and the same command goes on'
+      f'{workdir} cannot be written ({error.strerror}), and its checkpoints are intact; '
+      'make room, and the same command resumes'
     ) from error
 
 
 def exit_code(run: Callable[[], object]) -> int:
-  """Runs a command: 0; 2 after a `UserError`, whose line it prints; 130 if it was interrupted."""
-  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
+  """Runs a command and returns 0; 2 after a `UserError`, whose line it prints; 130 if it was interrupted."""
+  logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
   try:
     run()
   except UserError as error:

@@ -10,16 +10,16 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = 'w', **options: Any) -> Iterator[IO]:
+def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any) -> Iterator[IO]:
   """Opens a file that replaces `path` when the context ends without an error, and is discarded otherwise.
-
-  Several processes may write the same path at once: the last one wins.
 
   Args:
     mode: 'w' or 'wb'.
+    shared: several processes may write the path at once, and the last one wins. Otherwise the temporary name is fixed,
+      so that the next write takes the place of what a kill left behind.
     **options: as for `open`.
   """
-  temporary = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.tmp')
+  temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.tmp' if shared else f'{path.name}.tmp')
   try:
     with temporary.open(mode, **options) as file:
       yield file

@@ -1,4 +1,4 @@
-"""Memory of the C library in huge pages, with which a CPU computes faster."""
+"""Huge pages for the memory of the C library, with which a CPU computes faster."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ _MODES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 def use_huge_pages() -> None:
-  """Starts this program anew with glibc asking for huge pages, unless it does so already or the system has none.
+  """Restarts this program with glibc requesting huge pages, unless it already does or the system has none.
 
-  XLA's CPU backend takes a program's temporary memory anew at every call, and the kernel clears and maps it in pages of
-  4 KiB or of 2 MiB. PN3-ddd at batch 64 on 2 cores of an AMD EPYC, one process each, two runs: 136 and 209 images/s
-  in training, 846 and 971 in inference. glibc reads the setting only when a process starts.
+  XLA's CPU backend allocates a program's temporary memory at every call, and the kernel clears and maps it in pages of
+  4 KiB or of 2 MiB. PN3-ddd at batch 64 on 2 cores of an AMD EPYC, one process each: 136 and 209 images/s in training,
+  846 and 971 in inference. glibc reads the setting only when a process starts.
 
-  Call it first, from a program's main module: what runs so far is run again.
+  Call it first in a program's main module: everything before it runs twice.
   """
   settings = os.environ.get(VARIABLE, '')
   if SETTING in settings or not _on_request():
@@ -28,12 +28,12 @@ def use_huge_pages() -> None:
 
 
 def with_setting(settings: str) -> str:
-  """The value of the environment variable with huge pages in it."""
+  """The value of the environment variable with huge pages added."""
   return ':'.join(filter(None, [settings, f'{SETTING}=1']))
 
 
 def _on_request() -> bool:
-  """Whether the system gives huge pages to a process that asks for them."""
+  """Whether the system gives huge pages to a process that requests them."""
   try:
     linux = sys.platform == 'linux' and 'glibc' in os.confstr('CS_GNU_LIBC_VERSION')
     return linux and '[madvise]' in _MODES.read_text()

@@ -1,4 +1,4 @@
-"""One training process a workdir: a lock that the operating system drops when its process dies."""
+"""One training process per workdir: a lock that the operating system releases when its process dies."""
 
 import contextlib
 import errno
@@ -20,8 +20,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 def workdir_lock(workdir: Path) -> Iterator[None]:
   """Holds `workdir/lock`, which names its holder and is removed at the end.
 
-  What a killed process left behind is not locked, and is taken over. Where the file system has no locks, nothing is
-  held, and a line says so.
+  A file left behind by a killed process is not locked, and is taken over. If the file system has no locks, a line says
+  so, and nothing is held.
 
   Args:
     workdir: an existing folder.
@@ -41,10 +41,10 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str]:
-  file = path.open('a+')  # Not 'w': until it is locked, what it says is the other's.
+  file = path.open('a+')  # Not 'w': until it is locked, its contents belong to another process.
   try:
-    # Unlike flock's, this lock is no child's: workers that outlive a killed run do not hold it. It goes with the first
-    # descriptor of the file that this process closes, so there is only one.
+    # Unlike flock's, this lock is not inherited: workers that outlive a killed run do not hold it. It is released with
+    # the first descriptor of the file that this process closes, so there is only one.
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
     file.seek(0)
@@ -54,9 +54,9 @@ def _locked(path: Path) -> IO[str]:
       raise UserError(
         f'workdir {path.parent} is in use by {holder}; wait for it or stop it, or set --workdir'
       ) from error
-    print(f'workdir {path.parent} cannot be locked ({error.strerror}): train in it once at a time', flush=True)
+    print(f'workdir {path.parent} cannot be locked ({error.strerror}): run one training there at a time', flush=True)
   if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
     return file
-  # Its holder removed it between our opening it and locking it.
+  # Its holder removed it after we opened it and before we locked it.
   file.close()
   return _locked(path)

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a run compiles nothing."""
+"""The compilation cache, with which the second start of a run compiles nothing."""
 
 import hashlib
 import importlib.metadata
@@ -12,15 +12,15 @@ OFF = 'off'
 
 
 def use_compilation_cache(folder: str | None = None) -> Path | None:
-  """Turns jax's persistent compilation cache on, before anything is compiled.
+  """Turns jax's persistent compilation cache on; call it before anything is compiled.
 
-  An entry that cannot be read is compiled again: jax warns and goes on.
+  An entry that cannot be read is compiled again: jax warns and continues.
 
   Args:
-    folder: where; None: `compiled` in PARANET_CACHE_DIR (default ~/.cache/paranet_jax); 'off': no cache.
+    folder: None: `compiled` in PARANET_CACHE_DIR (default ~/.cache/paranet_jax); 'off': no cache.
 
   Returns:
-    The folder used, one below for each kind of machine; None if off or if it cannot be written.
+    The folder used, a subfolder for this kind of machine; None if the cache is off or not writable.
   """
   if folder == OFF:
     jax.config.update('jax_enable_compilation_cache', False)
@@ -30,17 +30,17 @@ def use_compilation_cache(folder: str | None = None) -> Path | None:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError:
-    return None  # A cache is no reason to stop.
+    return None  # Training works without a cache.
   jax.config.update('jax_compilation_cache_dir', str(path))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   return path
 
 
 def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
-  """Names what compiled code depends on: the versions and the CPU with its instruction sets.
+  """A hash of what compiled code depends on: the versions, and the CPU with its instruction sets.
 
-  XLA compiles for the CPU it runs on. Another machine's program may use instructions that this one lacks, and would
-  end the process.
+  XLA compiles for the CPU it runs on. A program compiled on another machine may use instructions that this one lacks,
+  and would crash the process.
   """
   try:
     lines = cpuinfo.read_text().splitlines()

@@ -1,8 +1,8 @@
-"""Who of the processes of a run is there: when one is gone, the others say which and end.
+"""Watches the processes of a run: when one dies, the others say which one and end.
 
-jax ends them too, with a log of many lines that names a number, and of a process that was killed only when its
-heartbeats have been missed. Here every process holds a connection to the first one, which tells the others: the system
-closes the connections of a process that dies, however it dies, and of a machine that dies the heartbeats are missed.
+jax's own heartbeat is not enough: it notices a killed process only after the timeout, and then aborts the others with a
+long log that names a number. Here every process holds a connection to process 0, which passes the news on: the system
+closes the connections of a process that dies, however it dies, and a machine that dies misses heartbeats.
 """
 
 import contextlib
@@ -15,7 +15,9 @@ import threading
 import time
 from typing import NamedTuple, NoReturn
 
-_GRACE = 1.0  # Seconds in which this process may come to its own end, with a better reason: often all fail alike.
+from paranet_jax.host.signals import set_c_handler
+
+_GRACE = 1.0  # Seconds for this process to end with a better reason of its own: often all fail alike.
 
 
 class Member(NamedTuple):
@@ -26,19 +28,20 @@ class Member(NamedTuple):
   pid: int
 
   def ended(self, count: int, failed: bool) -> str:
-    """Says that it has ended: with an error that it has told (`failed`), or without a word."""
+    """The message that it has ended, after reporting an error (`failed`) or without a word."""
     who = f'process {self.index} of {count} (host {self.host}, pid {self.pid})'
     if failed:
-      return f'{who} has ended with an error that it has told, and so all end'
-    return f'{who} is gone, and so all end; start all of them again: the run goes on from its last checkpoint'
+      return f'{who} reported an error and has ended, and so all end'
+    return f'{who} is gone, and so all end; start all of them again: the run resumes from its last checkpoint'
 
 
 class Watch:
-  """The connections of this process, each read by a thread; the first process has one to every other.
+  """The connections of this process, each read by a thread; process 0 has one to every other.
 
   Args:
-    index, count: of this process, and of all.
-    heartbeat_timeout: seconds without a sign of life after which a process is gone.
+    index: of this process.
+    count: of all processes.
+    heartbeat_timeout: seconds without a heartbeat after which a process counts as dead.
   """
 
   def __init__(self, index: int, count: int, heartbeat_timeout: float):
@@ -51,14 +54,14 @@ class Watch:
     _hold_aborts()
 
   def listen(self) -> int:
-    """Waits for the other processes, in the background; returns the port."""
+    """Accepts the other processes in the background; returns the port."""
     server = socket.create_server(('', 0), backlog=self._count)
     self._start(self._accept, server)
     self._start(self._beat)
     return server.getsockname()[1]
 
   def connect(self, hosts: list[str], port: int) -> bool:
-    """Connects to the first process, at whichever of its names answers; False where none does."""
+    """Connects to process 0 at the first of its names that answers; False if none does."""
     for host in hosts:
       with contextlib.suppress(OSError):
         connection = socket.create_connection((host, port), timeout=10)
@@ -68,19 +71,19 @@ class Watch:
     return False
 
   def wait(self) -> None:
-    """Gives the threads the time to end this process for another one's death, if that is why something failed."""
+    """Gives the threads time to end this process, if it failed because another one died."""
     time.sleep(2 * _GRACE)
 
   def leave(self, done: bool) -> None:
-    """What becomes of the others no longer ends this process.
+    """Stops watching: from now on the death of another process does not end this one.
 
     Args:
-      done: the run is at its end, so that the others miss nothing here; else they are told, and given the time to end.
+      done: the run has finished. Otherwise this process has failed: the others are notified and get time to end.
     """
     self._leaving = True
     self._send('done' if done else 'failed')
     if not done:
-      # jax would end the others with a long log as soon as the first process is gone; they need 1.5 of these.
+      # jax would end the others with a long log as soon as process 0 is gone; they need 1.5 of these.
       time.sleep((4 if self._me.index == 0 else 0.5) * _GRACE)
 
   def _accept(self, server: socket.socket) -> None:
@@ -110,7 +113,7 @@ class Watch:
 
   def _read(self, connection: socket.socket) -> None:
     member, failed = None, False
-    # Of what is no process of ours (ValueError) nothing is expected.
+    # ValueError: a stranger, not one of our processes.
     with contextlib.suppress(OSError, ValueError), connection.makefile(encoding='utf-8') as lines:
       index, host, pid = lines.readline().split()
       member = Member(int(index), host, int(pid))
@@ -133,19 +136,17 @@ class Watch:
         return
       self._send(f'end {reason}')
       print(f'error: {reason}', file=sys.stderr, flush=True)
-      time.sleep(_GRACE / 2)  # The others read what was sent, before jax tells them that the coordinator is gone.
+      time.sleep(_GRACE / 2)  # Time for the others to read it, before jax aborts them for a missing coordinator.
       os._exit(1)
 
 
 def _hold_aborts() -> None:
-  """Lets six seconds pass before an abort ends this process.
+  """Delays an abort by six seconds.
 
-  Without the first process, which coordinates, jax aborts the others at once, from a thread of its own that cannot be
-  told otherwise; in those seconds the watch says who is gone. The handler is C's `sleep`: it is given the number of the
-  signal, which is 6, and waits for so many seconds in the thread that aborts, and Python's threads go on.
+  Without process 0, the coordinator, jax aborts the others at once, from a thread of its own, and has no setting
+  against it; in those seconds the watch reports who died. The handler is C's `sleep`: it gets the number of the signal,
+  which is 6, and sleeps so many seconds in the thread that aborts, while Python's threads continue.
   """
   if sys.platform == 'linux':
     library = ctypes.CDLL(None)
-    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    library.signal.restype = ctypes.c_void_p
-    library.signal(int(signal.SIGABRT), ctypes.cast(library.sleep, ctypes.c_void_p))
+    set_c_handler(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p).value)

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import multiply_adds
+from paranet_jax.feed import images_axis, step_data, step_data_shapes
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.plan import hlo
 from paranet_jax.plan.hlo import Collectives, collectives, memory_traffic
@@ -57,31 +56,16 @@ class StepFacts:
 
 
 def step_arguments(task: Task, devices: Sequence[jax.Device]) -> tuple[Any, ...]:
-  """Shapes of the arguments of a step: state, totals, images, labels and order."""
-  train, batch_size = task.dataset.train, task.config.train.batch_size
-  share = batch_size // len(devices)
-  order = (task.steps_per_epoch, share)
-  images = _shared((share, *train.images.shape[1:]), devices) if train.streamed else train.images.shape
+  """Shapes of a step's arguments: state, totals, images, labels and order."""
   shapes = (
     jax.eval_shape(task.init_state),
     jax.eval_shape(functools.partial(zero_totals, task.phases[-1].targets)),
-    jax.ShapeDtypeStruct(images, jnp.uint8),
-    jax.ShapeDtypeStruct(images[:-3], jnp.int32),
-    jax.ShapeDtypeStruct(_shared(order, devices), jnp.int32),
+    *step_data_shapes(task, len(devices)),
   )
   if len(devices) > 1:
     return shapes  # The step knows its devices.
   place = devices_lib.replicated(list(devices))
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-
-
-def _shared(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> tuple[int, ...]:
-  """The shape with a device axis in front if there are several devices."""
-  return shape if len(devices) == 1 else (len(devices), *shape)
-
-
-def _images_axis(task: Task) -> dict[str, int]:
-  return {'images_axis': 0} if task.dataset.train.streamed else {}
 
 
 def _read_ahead(task: Task, count: int) -> int:
@@ -99,9 +83,7 @@ def compile_step(task: Task, devices: Sequence[jax.Device]) -> tuple[jax.stages.
   Raises:
     jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED if the step does not fit.
   """
-  step = devices_lib.run_on(
-    list(devices), functools.partial(task.train_step, phase=task.phases[-1]), **_images_axis(task)
-  )
+  step = devices_lib.run_on(list(devices), functools.partial(task.train_step, phase=task.phases[-1]), images_axis(task))
   arguments = step_arguments(task, devices)
   with compiling_for(devices[0].platform):
     flops = 2 * multiply_adds(step, *arguments)[0]
@@ -132,28 +114,10 @@ def step_seconds(task: Task, devices: Sequence[jax.Device], compiled: jax.stages
   devices = list(devices)
   whole = devices_lib.replicated(devices)
   state, totals = jax.device_put((task.init_state(), zero_totals(task.phases[-1].targets)), whole)
-  images, labels, order = _streamed(task, devices) if task.dataset.train.streamed else _in_memory(task, devices)
+  data = step_data(task, devices)
   started = 0.0
   for step in range(2 + steps):
     if step == 2:
       started = time.perf_counter()
-    state, totals = jax.block_until_ready(compiled(state, totals, images, labels, order))
+    state, totals = jax.block_until_ready(compiled(state, totals, *data))
   return (time.perf_counter() - started) / steps
-
-
-def _in_memory(task: Task, devices: list[jax.Device]) -> tuple[jax.Array, ...]:
-  train = task.dataset.train
-  images, labels = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
-  rows = np.arange(task.steps_per_epoch * task.config.train.batch_size, dtype=np.int32)
-  return images, labels, devices_lib.place_order(rows.reshape(task.steps_per_epoch, -1), devices)
-
-
-def _streamed(task: Task, devices: list[jax.Device]) -> tuple[jax.Array, ...]:
-  """One batch, already read, since reading is not part of the step; each device trains on its share in order."""
-  train, batch_size = task.dataset.train, task.config.train.batch_size
-  place = devices_lib.replicated(devices) if len(devices) == 1 else devices_lib.shared(devices)
-  *_, images, labels, order = step_arguments(task, devices)
-  chosen = np.arange(batch_size)
-  counting = np.broadcast_to(np.arange(order.shape[-1], dtype=np.int32), order.shape)
-  batch = train.images[chosen].reshape(images.shape), train.labels[chosen].reshape(labels.shape), counting
-  return jax.device_put(batch, place)

@@ -158,7 +158,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
       yield sys.stdout
       return
     # A name that is not UTF-8 is written with escapes, as on standard output.
-    with replacing(path, encoding='utf-8', errors='backslashreplace', newline='') as stream:
+    with replacing(path, shared=True, encoding='utf-8', errors='backslashreplace', newline='') as stream:
       yield stream
   except OSError as error:
     if path is None:  # Python would try once more to write what is left when it ends.

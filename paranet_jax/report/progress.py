@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from typing import TextIO
 
 
@@ -69,6 +70,36 @@ class Progress:
       fields['speed'] = f'{images_per_second:.{0 if images_per_second >= 100 else 1}f} images/s'
       fields['left'] = f'{human_duration(seconds)} left'
     return fields
+
+
+class Clock:
+  """Measures images/s since the last restart, so that compiling, evaluating and saving do not count.
+
+  Attributes:
+    running: whether it has been started, which the first step does.
+  """
+
+  def __init__(self, batch_size: int):
+    self.running = False
+    self._batch_size = batch_size
+    self._started = 0.0
+    self._steps = 0
+
+  def step(self) -> None:
+    """Counts a step; the first one starts the clock instead."""
+    if self.running:
+      self._steps += 1
+    else:
+      self.restart()
+
+  def restart(self) -> None:
+    """Counts from here."""
+    self.running, self._started, self._steps = True, time.monotonic(), 0
+
+  def images_per_second(self) -> float:
+    """NaN before a step is counted."""
+    elapsed = time.monotonic() - self._started
+    return self._steps * self._batch_size / elapsed if self._steps else math.nan
 
 
 def human_duration(seconds: float) -> str:

@@ -16,15 +16,14 @@ from absl import logging
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import damaged_file, file_checksums, read_object, write_json
-from paranet_jax.runs.finite import is_finite, not_finite
 
 FOLDER = 'checkpoints'
 VARIABLES = ('params', 'batch_stats')
-"""What evaluation needs of a state."""
+"""The parts of a state that evaluation needs."""
 DAMAGED = 'damaged_checkpoints'
 CHECKSUMS = 'checksums.json'
 FORMAT = 1
-"""0: without checksums."""
+"""Format 0 has no checksums."""
 
 _UNFINISHED = '*.orbax-checkpoint-tmp*'
 _DELETED = 'deleted'
@@ -32,16 +31,16 @@ _COMMITTED = 'commit_success.txt'
 
 
 class DamagedError(UserError):
-  """A checkpoint cannot be read, or holds something else than was saved; `what` says which and why."""
+  """A checkpoint cannot be read, or differs from what was saved; `what` says which and why."""
 
   def __init__(self, folder: Path, reason: str):
     self.what = f'checkpoint {folder} is damaged ({reason})'
-    super().__init__(f'{self.what}; move that folder away to do without it')
+    super().__init__(f'{self.what}; move that folder away to continue without it')
 
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
-    """Not asked here: asked of a step that is past, jax would agree on one that no process comes to."""
+    """Never: `StopRequest` asks jax, and asking about a past step would agree on one that no process reaches."""
     return False
 
 
@@ -49,11 +48,11 @@ class Checkpoints:
   """The checkpoints of a run in `workdir/checkpoints`, one folder a step. A context manager.
 
   Args:
-    workdir: absolute. Only one process at a time may open it to save in it.
-    keep: latest checkpoints kept; None: all, and nothing is made or removed.
+    workdir: absolute. Only one process at a time may open it to save there.
+    keep: number of latest checkpoints to keep; None: read only, so that nothing is created or removed.
 
   Attributes:
-    also_keep: of the steps it is given those whose checkpoints are kept besides the latest.
+    also_keep: given the steps of the checkpoints, returns those to keep in addition to the latest.
   """
 
   def __init__(self, workdir: Path, keep: int | None = None):
@@ -61,7 +60,7 @@ class Checkpoints:
     self._keep = keep
     self._folder = workdir / FOLDER
     self._manager = self._open() if keep or self._folder.exists() else None
-    # Not orbax's own: before it returns it prepares every array, ten times as long as copying them takes.
+    # Not orbax's own thread: before orbax returns it prepares every array, which takes ten times as long as a copy.
     self._background = ThreadPoolExecutor(1)
     self._saving: Future | None = None
     if keep:
@@ -73,15 +72,19 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       create=False,
       preservation_policy=self if self._keep else None,
-      todelete_subdir=_DELETED,  # A rename is whole: a kill while one is deleted leaves nothing that looks like one.
+      # A rename is atomic: a kill during deletion leaves nothing that looks like a checkpoint.
+      todelete_subdir=_DELETED,
       enable_async_checkpointing=False,
-      # Of several processes the first alone saves: every one has the whole state.
+      # Only process 0 saves: every process has the full state.
       multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
     )
     return _Manager(self._folder, options=options)
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    """Which checkpoints stay: this is orbax's preservation policy."""
+    """Says which checkpoints stay; orbax calls this as its preservation policy.
+
+    Not orbax's `BestN`, which ranks by metrics stored inside each checkpoint: those of 0.1.0 have none.
+    """
     steps = [checkpoint.step for checkpoint in checkpoints]
     kept = {*steps[-self._keep :], *self.also_keep(steps)}
     return [step in kept for step in steps]
@@ -93,7 +96,7 @@ class Checkpoints:
     try:
       self.wait()
     except UserError:
-      if kind is None:  # Else there is an earlier error to tell.
+      if kind is None:  # Otherwise an earlier error is on its way.
         raise
     finally:
       self._background.shutdown()
@@ -101,16 +104,16 @@ class Checkpoints:
         self._manager.close()
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints, the latest last."""
+    """Steps of the checkpoints, in increasing order."""
     self.wait()
     return sorted(self._manager.all_steps()) if self._manager is not None else []
 
   def latest_step(self) -> int | None:
-    """Step of the latest checkpoint."""
+    """Step of the latest checkpoint, if any."""
     return max(self.steps(), default=None)
 
   def choose(self, step: int | None = None) -> int:
-    """The step asked for, or the latest.
+    """Returns the requested step, or the latest.
 
     Raises:
       UserError: there is no such checkpoint.
@@ -123,31 +126,31 @@ class Checkpoints:
     return steps[-1] if step is None else step
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Saves a state, in the background, and returns when it has been copied to the host.
+    """Copies a state to the host, then saves it in the background.
 
-    A save that is still under way is waited for.
+    Waits for the previous save first.
 
     Args:
       step: steps done.
       state: a tree of arrays.
-      meta: JSON values kept beside it.
+      meta: JSON values saved with it.
 
     Raises:
-      UserError: the save before failed (see `wait`).
+      UserError: the previous save failed (see `wait`).
     """
     self.wait()
     self._saving = self._background.submit(self._write, step, _host_copy(state), meta)
 
   def check(self) -> None:
-    """Raises what `wait` would, if the save has come to its end."""
+    """Raises what `wait` would raise, if the save has finished."""
     if self._saving is not None and self._saving.done():
       self.wait()
 
   def wait(self) -> None:
-    """Waits for the save that is under way.
+    """Waits for the save in progress, if any.
 
     Raises:
-      UserError: the state was not finite, and is not saved; or there was no room for it.
+      UserError: the state was not finite, and is not saved; or the disk was full.
     """
     saving, self._saving = self._saving, None
     if saving is not None:
@@ -155,7 +158,7 @@ class Checkpoints:
 
   def _write(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     saved_step = self._manager.latest_step()
-    if not is_finite(state):
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
       raise not_finite('the state', step, saved_step)
     meta = meta | {'format': FORMAT, 'shapes': _shapes(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -164,33 +167,33 @@ class Checkpoints:
         self._manager.save(step, args=args)
       folder = self._folder / str(step)
       for marker in folder.rglob(_COMMITTED):
-        marker.write_text('')  # That it is there counts; it named a folder of this machine.
+        marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
       write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
       self._tidy()
-      last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is whole'
+      last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is intact'
       raise UserError(
         f'the checkpoint of step {step} cannot be written to {self._folder} ({_reason(error)}), and {last}; '
-        'make room or mend that, and the same command goes on'
+        'fix that or make room, and the same command resumes'
       ) from error
     self._tidy()
 
   def _tidy(self) -> None:
-    """Removes what a kill or a full disk left half written or half deleted."""
+    """Removes checkpoints that a kill or a full disk left half written or half deleted."""
     for path in (*self._folder.glob(_UNFINISHED), self._folder / _DELETED):
       shutil.rmtree(path, ignore_errors=True)
 
   def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]]:
-    """Restores the latest checkpoint that is whole; damaged ones after it are named and moved away.
+    """Restores the latest intact checkpoint; damaged ones after it are reported and moved away.
 
     Args:
-      like: as of `restore`.
+      like: see `restore`.
 
     Returns:
       Its step, its state and its meta.
 
     Raises:
-      UserError: there is no whole one, or it is of another architecture or optimiser.
+      UserError: there is none, or it has a different architecture or optimizer.
     """
     while True:
       step = self.latest_step()
@@ -215,10 +218,10 @@ class Checkpoints:
 
     Args:
       step: an existing one (see `choose`).
-      like: a state of the same structure; each array goes where the one here lies.
+      like: a state of the same structure; each array is placed like the one here.
 
     Raises:
-      UserError: the checkpoint is damaged, of another architecture or optimiser, or of weights alone.
+      UserError: the checkpoint is damaged, has a different architecture or optimizer, or holds weights only.
     """
     meta = self._read_meta(step)
     saved = meta.pop('shapes')
@@ -228,7 +231,7 @@ class Checkpoints:
     return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
   def read_variables(self, step: int) -> dict[str, Any]:
-    """The parameters and running statistics of whatever model was saved, as trees of float32 NumPy arrays.
+    """Reads the parameters and running statistics of any model, as trees of float32 NumPy arrays.
 
     Args:
       step: an existing one (see `choose`).
@@ -247,7 +250,7 @@ class Checkpoints:
       like: {'params', 'batch_stats'}, a tree of the same structure.
 
     Raises:
-      UserError: the checkpoint is damaged, or of another architecture.
+      UserError: the checkpoint is damaged, or has a different architecture.
     """
     shapes = self._read_meta(step)['shapes']
     saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
@@ -257,17 +260,17 @@ class Checkpoints:
 
   def _read_variables(self, step: int) -> dict[str, Any]:
     state = self._read(step, state=ocp.args.StandardRestore()).state
-    # What was packed is of half the precision.
+    # A packed run has parameters in float16.
     return jax.tree.map(partial(np.asarray, dtype=np.float32), {name: state.get(name) or {} for name in VARIABLES})
 
   def _read_meta(self, step: int) -> dict[str, Any]:
-    """Reads it, once the files are found to be what was written: orbax does not see that everywhere."""
+    """Reads the meta after verifying the files, since orbax does not notice every kind of damage."""
     self._check_files(step)
     meta = self._read(step, meta=ocp.args.JsonRestore()).meta
     found = meta.pop('format', 0)
     if found > FORMAT:
       raise UserError(
-        f'checkpoint {self._folder / str(step)} is of format {found}, and this version reads up to {FORMAT}; '
+        f'checkpoint {self._folder / str(step)} has format {found}, and this version reads up to {FORMAT}; '
         'update paranet_jax, or set --workdir'
       )
     return meta
@@ -278,7 +281,7 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise
-    except Exception as error:  # orbax raises errors of many kinds for damage, plain Exception among them.
+    except Exception as error:  # orbax raises many kinds of errors for damage, plain Exception among them.
       reason = type(error).__name__
     raise self._damaged(step, reason)
 
@@ -286,7 +289,7 @@ class Checkpoints:
     folder = self._folder / str(step)
     try:
       saved = read_object(folder / CHECKSUMS)
-    except FileNotFoundError:  # Of format 0, or of a run that was killed before they were written.
+    except FileNotFoundError:  # Format 0, or the run was killed before it wrote them.
       return
     except ValueError:
       raise self._damaged(step, CHECKSUMS) from None
@@ -300,7 +303,7 @@ class Checkpoints:
   def _check_whole(self, step: int, saved: dict[str, list[int]]) -> None:
     if all(path.split('/')[0] in VARIABLES for path in saved):
       raise UserError(
-        f'checkpoint {self._folder / str(step)} holds weights alone, which are not trained on; '
+        f'checkpoint {self._folder / str(step)} holds weights only, which cannot be trained further; '
         'start another run from them with --config.init_from, and another --workdir'
       )
 
@@ -308,51 +311,33 @@ class Checkpoints:
     for path in [*wanted, *saved]:
       if saved.get(path) != wanted.get(path):
         raise UserError(
-          f'checkpoint {self._folder / str(step)} is of another architecture or optimizer: {path} is '
+          f'checkpoint {self._folder / str(step)} has a different architecture or optimizer: {path} is '
           f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} in this configuration; '
           'set --config to the one it was trained with, or --workdir'
         )
 
 
-class SavedElsewhere:
-  """What a process has in the place of `Checkpoints` where another one saves: it only knows of what step."""
+def not_finite(what: str, step: int, saved_step: int | None) -> UserError:
+  """The error of a run whose loss or state is not finite.
 
-  def __init__(self):
-    self.also_keep = None
-    self._steps = []
-
-  def __enter__(self) -> 'SavedElsewhere':
-    return self
-
-  def __exit__(self, *unused) -> None:
-    pass
-
-  def steps(self) -> list[int]:
-    """Steps of the checkpoints that were saved since this process began."""
-    return self._steps
-
-  def latest_step(self) -> int | None:
-    """Step of the latest of them."""
-    return max(self._steps, default=None)
-
-  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Takes note of it."""
-    self._steps.append(step)
-
-  def check(self) -> None:
-    """Does nothing."""
-
-  def wait(self) -> None:
-    """Does nothing."""
+  Args:
+    step: where it was found.
+    saved_step: the latest checkpoint's; None: there is none.
+  """
+  saved = 'nothing is saved' if saved_step is None else f'the last checkpoint is of step {saved_step}'
+  return UserError(
+    f'{what} is no longer finite at step {step}, and {saved}; '
+    'lower --config.train.learning_rate or set --config.train.clip_norm, in a new --workdir'
+  )
 
 
 def _host_copy(state: Any) -> Any:
   arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
-  # All on their way at once; on a CPU there is no way to go, and asking takes as long as the copy.
+  # All transfers at once; on a CPU there is none, and asking takes as long as the copy.
   if any(device.platform != 'cpu' for array in arrays[:1] for device in array.devices()):
     for array in arrays:
       array.copy_to_host_async()
-  # A real copy: the next step is given the state's buffers (donation), which on a CPU the host shares.
+  # A real copy: the next step reuses the state's buffers (donation), which on a CPU the host shares.
   return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 
 
@@ -363,7 +348,7 @@ def _shapes(state: Any) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _raised_not_logged() -> Iterator[None]:
-  """Keeps orbax from telling its errors twice, with the tracebacks of its threads."""
+  """Keeps orbax from also logging its errors, with the tracebacks of its threads."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.FATAL)
   try:
@@ -373,6 +358,6 @@ def _raised_not_logged() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-  """Such as `No space left on device`, in whichever of orbax's ways it is said."""
+  """The reason in short, such as `No space left on device`, in whichever form orbax gives it."""
   said = re.search(r'([^:]+) \[os_error_code', str(error))
   return said[1].strip() if said else getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]

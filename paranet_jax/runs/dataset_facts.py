@@ -1,4 +1,4 @@
-"""dataset.json: what prediction needs of the data set, so that it works where the images are not."""
+"""dataset.json: what prediction needs to know about the data set, so that it works without the images."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ DATASET = 'dataset.json'
 
 @dataclasses.dataclass(frozen=True)
 class DatasetFacts:
-  """What a run's data set is called, its classes, and how its images are normalized.
+  """The name of a run's data set, its classes, and how its images are normalized.
 
   Attributes:
-    class_names: one a class.
-    mean, std: one a channel, in units of 0..1 pixel values.
+    class_names: one per class.
+    mean, std: one per channel, for pixel values of 0..1.
     counts: images in 'train', 'held_out' and 'test'.
   """
 
@@ -33,7 +33,7 @@ class DatasetFacts:
 
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
-  """The facts of a data set."""
+  """Collects the facts of a data set."""
   splits = {'train': dataset.train, 'held_out': dataset.held_out, 'test': dataset.test}
   return DatasetFacts(
     name=dataset.name,
@@ -46,12 +46,12 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
 
 
 def output_names(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
-  """One name an output of a model, which may have more or fewer outputs than its data set has classes."""
+  """One name per output of a model, which may have more or fewer outputs than its data set has classes."""
   return (*class_names[:num_outputs], *(f'class {number}' for number in range(len(class_names), num_outputs)))
 
 
 def save_dataset_facts(workdir: Path, dataset: Dataset) -> None:
-  """Writes dataset.json, unless the same is there already."""
+  """Writes dataset.json, unless it is up to date."""
   saved = json.loads(json.dumps(dataclasses.asdict(dataset_facts(dataset))))
   try:
     same = json.loads((workdir / DATASET).read_text()) == saved
@@ -72,15 +72,15 @@ def restore_dataset_facts(workdir: Path, channels: int) -> DatasetFacts:
     UserError: there is none, or it is damaged.
   """
   path = workdir / DATASET
-  mend = f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9 writes it anew'
+  fix = f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9 writes it again'
   try:
     saved = json.loads(path.read_text())
   except FileNotFoundError as error:
-    raise UserError(f'expected {path}, found none; {mend}') from error
+    raise UserError(f'expected {path}, found none; {fix}') from error
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not a JSON object ({error}); {mend}') from error
+    raise UserError(f'{path} is not a JSON object ({error}); {fix}') from error
   if not _fits(saved, channels):
-    raise UserError(f'{path} must hold name, version, class_names, mean, std and counts, found {saved!r:.60}; {mend}')
+    raise UserError(f'{path} must hold name, version, class_names, mean, std and counts, found {saved!r:.60}; {fix}')
   return DatasetFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
 
 

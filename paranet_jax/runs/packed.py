@@ -1,4 +1,4 @@
-"""A run to share: what it learned at half the precision, its log and its configuration, and no state to train on."""
+"""Packing a run to share it: parameters at half precision, the log and the configuration, without optimizer state."""
 
 import shutil
 from pathlib import Path
@@ -17,34 +17,34 @@ _CARRIED = (SUMMARY, METRICS, DATASET)
 
 
 def pack(workdir: Path, out: Path, step: int | None = None) -> int:
-  """Writes a run's parameters in float16 and its running statistics in float32, as a run in another folder.
+  """Writes a run's parameters in float16 and its running statistics in float32 to another folder.
 
-  The folder is a run to all that reads one, `init_from` too; it only cannot be trained on. Its exits.json is its own:
-  thresholds of the rounded network are not those of the other.
+  Every command, and `init_from`, reads that folder as a run, but it cannot be trained further. It gets no exits.json:
+  the thresholds of the original do not hold for the rounded network.
 
   Args:
     workdir: absolute, of a finished run.
-    out: absolute; it must not be there, or be empty.
-    step: of the checkpoint; None: the latest.
+    out: absolute; must not exist, or be empty.
+    step: the checkpoint's; None: the latest.
 
   Returns:
     The step of the checkpoint.
 
   Raises:
-    UserError: there is no finished run or no such checkpoint, a parameter is too large for float16, or the folder is
-      taken.
+    UserError: there is no finished run or no such checkpoint, a parameter is too large for float16, or `out` is not
+      empty.
   """
   config = restore_config(workdir)
   restore_dataset_facts(workdir, channels=config.model.channels)
   if not (workdir / SUMMARY).exists():
-    raise UserError(f'expected a finished run, with its {SUMMARY}, and {workdir} has none; train it to its end first')
+    raise UserError(f'expected a finished run, and {workdir} has no {SUMMARY}; train it to its end first')
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.choose(step)
     variables = _rounded(checkpoints.read_variables(step))
   _check_free(out)
   prepare_folder(out)
   with config.unlocked():
-    del config.data.data_dir  # Where the data set lies on this machine is nobody else's.
+    del config.data.data_dir  # The data set's folder on this machine is of no use to others.
   save_config(out, config)
   for name in _CARRIED:
     shutil.copyfile(workdir / name, out / name)
@@ -62,4 +62,4 @@ def _rounded(variables: dict[str, Any]) -> dict[str, Any]:
 
 def _check_free(out: Path) -> None:
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f'expected no folder {out}, or an empty one, found something there; set --out')
+    raise UserError(f'expected {out} to be missing or an empty folder, found something there; set --out')

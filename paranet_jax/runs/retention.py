@@ -1,4 +1,4 @@
-"""When a run saves checkpoints, and which it keeps besides the latest."""
+"""When a run saves checkpoints, and which it keeps in addition to the latest."""
 
 import math
 from collections.abc import Iterable
@@ -9,15 +9,14 @@ from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
 HIGHER_IS_BETTER = {'accuracy': True, 'top5': True, 'loss': False, 'nll': False}
-"""What a checkpoint can be kept for: measures of the last trained exit on the images held out."""
+"""Measures by which the best checkpoint can be kept: of the last trained exit on the held-out split."""
 
 
 class Retention:
   """Which checkpoints stay: the best by `checkpoint.keep_best`, and one every `checkpoint.keep_every_epochs`.
 
   Args:
-    workdir: whose metrics.jsonl says how good the checkpoints that are there already are; None: another process keeps
-      them.
+    workdir: its metrics.jsonl has the measures of existing checkpoints; None: another process keeps them.
   """
 
   def __init__(self, task: Task, workdir: Path | None):
@@ -33,13 +32,13 @@ class Retention:
         self.note(line['step'], line)
 
   def note(self, step: int, held_out: dict[str, float]) -> None:
-    """Takes note of an evaluation on the images held out, as its line of metrics.jsonl says it."""
+    """Records an evaluation on the held-out split, given as its line of metrics.jsonl."""
     value = held_out.get(self._key)
     if value is not None and math.isfinite(value):
       self._measured[step] = value if HIGHER_IS_BETTER[self._measure] else -value
 
   def saves_after(self, step: int) -> bool:
-    """Whether this step ends with a checkpoint: of those that may be the best, every one that is evaluated."""
+    """Whether a checkpoint is due after this step; if the best is kept, one is due after every evaluation."""
     return (
       step % self._every_steps == 0
       or self._is_kept(step)
@@ -47,13 +46,13 @@ class Retention:
     )
 
   def kept(self, steps: Iterable[int]) -> set[int]:
-    """Of these checkpoints' steps those to keep, however old they are; of equally good ones the latest."""
+    """The steps among these whose checkpoints stay, however old; the latest of equally good ones."""
     kept = {step for step in steps if self._is_kept(step)}
     best = self.best(steps)
     return kept if best is None else kept | {best}
 
   def best(self, steps: Iterable[int]) -> int | None:
-    """The step of the best of these checkpoints; None: none is kept for that, or none has been evaluated."""
+    """The step of the best of these checkpoints; None: none is kept as the best, or none has been evaluated."""
     measured = {step: self._measured[step] for step in steps if step in self._measured}
     return max(measured, key=lambda step: (measured[step], step), default=None)
 

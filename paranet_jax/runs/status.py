@@ -1,4 +1,4 @@
-"""How far a run is, from what is in its folder; changes nothing."""
+"""How far a run has got, from the contents of its folder; nothing is changed."""
 
 import dataclasses
 from pathlib import Path
@@ -14,12 +14,12 @@ from paranet_jax.runs.workdir import CONFIG, SUMMARY, changes
 
 @dataclasses.dataclass(frozen=True)
 class RunStatus:
-  """How far a run is.
+  """How far a run has got.
 
   Attributes:
-    changed: the fields in which it differs from the configuration asked for; of such a run nothing else is said.
-    step: of the latest checkpoint; None: there is none.
-    summary: what summary.json holds, once the run is finished.
+    changed: the fields that differ from the requested configuration; if there are any, nothing else is reported.
+    step: the latest checkpoint's; None: there is none.
+    summary: the contents of summary.json, once the run has finished.
   """
 
   changed: list[str]
@@ -33,7 +33,7 @@ class RunStatus:
 
 
 def run_status(workdir: Path, config: ConfigDict) -> RunStatus:
-  """Looks at a run's folder.
+  """Inspects a run's folder.
 
   Args:
     workdir: absolute.
@@ -47,7 +47,7 @@ def run_status(workdir: Path, config: ConfigDict) -> RunStatus:
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest_step()
   summary = _read_summary(workdir / SUMMARY)
-  # A finished run that was given more epochs, and went on, is not finished.
+  # A finished run that was resumed with more epochs is not finished.
   finished = summary is not None and (step is None or step <= summary['steps'])
   return RunStatus([], step, summary if finished else None)
 
@@ -60,5 +60,5 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
   except FileNotFoundError:
     return None
   except ValueError as error:
-    raise UserError(f'{path} is not the summary of a run ({error}); delete it, and it is written anew') from error
+    raise UserError(f'{path} is not the summary of a run ({error}); delete it, and it is written again') from error
   return summary

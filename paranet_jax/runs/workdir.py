@@ -17,14 +17,14 @@ FOLDERS = ('checkpoints', 'tensorboard')
 
 
 def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
-  """Makes the folder, or compares the configuration with the one saved in it.
+  """Creates the folder, or compares the configuration with the one saved in it.
 
   Args:
     workdir: absolute.
     accept_changes: the configuration may differ from the saved one.
 
   Raises:
-    UserError: the folder cannot be written, or holds a run with another configuration.
+    UserError: the folder cannot be written, or holds a run with a different configuration.
   """
   prepare_folder(workdir)
   for name in FOLDERS:
@@ -35,31 +35,31 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> 
 
 
 def prepare_folder(folder: Path) -> None:
-  """Makes a folder that can be written.
+  """Creates a folder, or checks that it is writable.
 
   Raises:
-    UserError: it cannot be.
+    UserError: it cannot be created or is not writable.
   """
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
-    raise UserError(f'workdir {folder} must be a folder, and there is a file; set --workdir') from error
+    raise UserError(f'workdir {folder} must be a folder, found a file; set --workdir') from error
   except OSError as error:
-    raise UserError(f'workdir {folder} cannot be made: {error.strerror}; set --workdir') from error
+    raise UserError(f'workdir {folder} cannot be created: {error.strerror}; set --workdir') from error
   if not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(f'workdir {folder} must be writable, and is not; set --workdir')
+    raise UserError(f'workdir {folder} is not writable; set --workdir')
 
 
 def save_config(workdir: Path, config: ConfigDict) -> None:
-  """Saves the configuration in place of the one that may be there."""
+  """Saves the configuration, replacing an earlier one."""
   write_json(workdir / CONFIG, _as_saved(config))
 
 
 def restore_config(workdir: Path) -> ConfigDict:
-  """The saved configuration; fields that it does not have yet take their defaults.
+  """Reads the saved configuration; fields that it lacks take their defaults.
 
   Raises:
-    UserError: there is none, or its fields are not those of this version.
+    UserError: there is none, or it has fields that this version does not know.
   """
   saved, path = _load_config(workdir), workdir / CONFIG
   config = base_config(family=family_of(saved))
@@ -69,7 +69,7 @@ def restore_config(workdir: Path) -> ConfigDict:
   try:
     config.update(saved)
   except (TypeError, ValueError) as error:
-    raise UserError(f'{path} does not fit ({error}); mend it, or set --config') from error
+    raise UserError(f'{path} does not fit ({error}); fix it, or set --config') from error
   return config
 
 
@@ -87,13 +87,13 @@ def _check_same(workdir: Path, config: ConfigDict) -> None:
   changed = changes(workdir, config)
   if changed:
     raise UserError(
-      f'workdir {workdir} holds a run with another configuration: {"; ".join(changed)} (saved -> now); '
-      'set --workdir for a new run, or --accept_config_changes to go on with the new one'
+      f'workdir {workdir} holds a run with a different configuration: {"; ".join(changed)} (saved -> now); '
+      'set --workdir for a new run, or --accept_config_changes to train with the new one'
     )
 
 
 def _with_defaults(saved: dict, defaults: dict) -> dict:
-  """A saved configuration with the fields that came after it."""
+  """A saved configuration with the fields that were added later."""
   sections = {key for key, value in saved.items() if isinstance(value, dict) and isinstance(defaults.get(key), dict)}
   return defaults | saved | {key: _with_defaults(saved[key], defaults[key]) for key in sections}
 

@@ -44,7 +44,7 @@ def rejected(*arguments, started=False):
 @pytest.fixture(scope='module', autouse=True)
 def _compiled_once():
   """Keeps what every calibration of the one run would compute again."""
-  restore, logits, kept = calibration.restore_checkpoint, calibration.split_logits, {}
+  restore, logits, kept = calibration.read_task, calibration.split_logits, {}
 
   def restore_once(config, workdir, step, devices):
     key = workdir, step
@@ -60,7 +60,7 @@ def _compiled_once():
 
   with pytest.MonkeyPatch.context() as patch:
     PROGRAMS.install(patch)
-    patch.setattr(calibration, 'restore_checkpoint', restore_once)
+    patch.setattr(calibration, 'read_task', restore_once)
     patch.setattr(calibration, 'split_logits', logits_once)
     yield
 
@@ -80,7 +80,7 @@ def alone(workdir):
 @pytest.fixture(scope='module')
 def logits(workdir):
   """By split, the logits of the usable exits and the labels, without the package's preprocessing and batches."""
-  restored = calibration.restore_checkpoint(calibration.restore_config(workdir), workdir, None, jax.local_devices()[:1])
+  restored = calibration.read_task(calibration.restore_config(workdir), workdir, None, jax.local_devices()[:1])
   data, found = restored.task.dataset, {}
   forward = jax.jit(lambda images: restored.task.model.apply(restored.variables, images))
   for name, split in (('held_out', data.held_out), ('test', data.test)):
@@ -146,13 +146,13 @@ def test_a_folder_without_a_run(folder):
 
 def test_a_folder_that_cannot_be_written(workdir, monkeypatch):
   monkeypatch.setattr(os, 'access', lambda path, mode: path != workdir)
-  message = f'workdir {workdir} must be writable, and is not; set --workdir'
+  message = f'workdir {workdir} is not writable; set --workdir'
   assert rejected(f'--workdir={workdir}', '--threshold=0.9') == message
 
 
 def test_figures_that_cannot_be_written(workdir):
   (workdir / 'exits').write_text('')
-  message = f'workdir {workdir}/exits must be a folder, and there is a file; set --workdir'
+  message = f'workdir {workdir}/exits must be a folder, found a file; set --workdir'
   assert rejected(f'--workdir={workdir}', '--threshold=0.9', '--curves') == message
   (workdir / 'exits').unlink()
 

@@ -88,7 +88,7 @@ def test_a_checkpoint_of_another_architecture(workdir, tmp_path):
   copy = shutil.copytree(workdir, tmp_path / 'run')
   text = (copy / 'config.json').read_text()
   (copy / 'config.json').write_text(text.replace('"growth_rate": 4', '"growth_rate": 5'))
-  with pytest.raises(UserError, match='is of another architecture or optimizer: batch_stats/'):
+  with pytest.raises(UserError, match='has a different architecture or optimizer: batch_stats/'):
     paranet_jax.load(copy)
 
 

@@ -187,7 +187,7 @@ def test_killed_between_a_run_and_the_tables(short, tmp_path, monkeypatch):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('paranet_jax.experiments.write.save_results', killed)
-    assert run_experiments(*arguments)[::2] == (130, 'stopped at once; the same command goes on\n')
+    assert run_experiments(*arguments)[::2] == (130, 'stopped at once; the same command resumes\n')
   (tmp_path / 'results.json').unlink(missing_ok=True)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('paranet_jax.experiments.write.write_text', killed)
@@ -305,7 +305,7 @@ def test_a_run_of_another_configuration(short, tmp_path):
   config = json.loads((run / 'config.json').read_text())
   (run / 'config.json').write_text(json.dumps(config | {'seed': 7}))
   assert refusal('table2', *SHORT, '--seeds=2', f'--workdir={tmp_path}/copy') == (
-    f'{run} holds a run with another configuration: seed: 7 -> 1 (saved -> now); set --workdir'
+    f'{run} holds a run with a different configuration: seed: 7 -> 1 (saved -> now); set --workdir'
   )
 
 

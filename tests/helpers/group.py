@@ -26,15 +26,15 @@ from paranet_jax.train import train_and_evaluate
 def recorded(run_on, batches, pause):
   """In the place of `devices.run_on`: keeps what each step is given, after a pause of so many seconds."""
 
-  def recording_run_on(devices, make_step, **axes):
-    train_step = run_on(devices, make_step, **axes)
+  def recording_run_on(devices, make_step, images_axis):
+    train_step = run_on(devices, make_step, images_axis)
 
     def step(state, totals, images, labels, order):
       time.sleep(pause)
       rows = np.asarray(order)
       rows = rows[..., int(state.step) % rows.shape[-2], :]
       images_ = np.asarray(images)
-      if axes.get('images_axis') == 0 and len(devices) > 1:  # A share for each device, in order.
+      if images_axis == 0 and len(devices) > 1:  # A share for each device, in order.
         chosen = [share[row] for share, row in zip(images_, rows, strict=True)]
       else:
         chosen = images_[rows]

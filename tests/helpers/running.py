@@ -87,7 +87,7 @@ def summary_of(workdir: Path) -> dict[str, Any]:
 
 def saved_state(workdir: Path) -> Any:
   """The state of the latest checkpoint, as NumPy arrays."""
-  like = train.build_task(restore_config(workdir)).init_state()
+  like = task_lib.build_task(restore_config(workdir)).init_state()
   with Checkpoints(workdir) as checkpoints:
     state, _ = checkpoints.restore(checkpoints.choose(), like)
   return jax.tree.map(np.asarray, state)
@@ -97,8 +97,8 @@ def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
   """Calls act(step, state) before each training step; what it returns, if anything, is the state to go on from."""
   run_on = devices_lib.run_on
 
-  def acting_run_on(devices, make_step, **axes):
-    train_step = run_on(devices, make_step, **axes)
+  def acting_run_on(*arguments):
+    train_step = run_on(*arguments)
     return lambda state, *rest: train_step(act(int(state.step), state) or state, *rest)
 
   monkeypatch.setattr(devices_lib, 'run_on', acting_run_on)
@@ -118,7 +118,7 @@ class SharedPrograms:
   def __init__(self):
     self._kept = {}
     self._build = {
-      'task': train.build_task,
+      'task': task_lib.build_task,
       'description': train.describe,
       'evaluator': train.Evaluator,
       'step': devices_lib.run_on,
@@ -127,7 +127,7 @@ class SharedPrograms:
 
   def install(self, patch: Any) -> None:
     """Puts itself in place."""
-    patch.setattr(train, 'build_task', self._task)
+    patch.setattr(task_lib, 'build_task', self._task)
     patch.setattr(train, 'describe', lambda config, *rest: self._keep('description', config, config, *rest))
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
     patch.setattr(devices_lib, 'run_on', self._step)
@@ -137,9 +137,9 @@ class SharedPrograms:
     task = self._keep('task', config, config)
     return dataclasses.replace(task, config=config, total_steps=config_lib.total_steps(config, task.steps_per_epoch))
 
-  def _step(self, devices, step, **axes):
+  def _step(self, devices, step, *axes):
     task, phase = step.func.__self__, step.keywords['phase']
-    return self._keep('step', task.config, devices, step, *axes.values(), phase=phase.targets)
+    return self._keep('step', task.config, devices, step, *axes, phase=phase.targets)
 
   def _state(self, model, optimizer, seed, image_shape):
     key = 'state', model, optimizer, seed, image_shape

@@ -27,12 +27,18 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failure):
 
 def test_the_last_of_two_writers_wins(tmp_path):
   path = tmp_path / 'entry'
-  with replacing(path, 'wb') as first:
-    with replacing(path, 'wb') as second:
+  with replacing(path, 'wb', shared=True) as first:
+    with replacing(path, 'wb', shared=True) as second:
       second.write(b'second')
     first.write(b'first')
   assert path.read_bytes() == b'first'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_next_write_removes_what_a_kill_left_behind(tmp_path):
+  (tmp_path / 'summary.json.tmp').write_text('{"ste')
+  write_json(tmp_path / 'summary.json', {'steps': 1})
+  assert [path.name for path in tmp_path.iterdir()] == ['summary.json']
 
 
 def test_only_a_json_object_is_read(tmp_path):

@@ -9,18 +9,17 @@ import types
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from running import QUICKSTART, refusal, run_command
 
-from paranet_jax import devices, train
+from paranet_jax import devices, seeds
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.host import processes
+from paranet_jax.host.arguments import Place
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.place import Place
 from paranet_jax.plan import __main__ as plan
 from paranet_jax.predict import __main__ as predict
-from paranet_jax.runs.checkpoints import SavedElsewhere
+from paranet_jax.runs.record import RunRecord
 
 REPO = Path(__file__).resolve().parents[2]
 SLURM = {
@@ -87,7 +86,7 @@ def test_alone_nothing_is_joined(monkeypatch, env, place):
   monkeypatch.setattr(jax.distributed, 'initialize', None)
   out = sys.stdout
   with processes.joined(place, 100):
-    assert processes.is_first() and processes.count() == 1 and sys.stdout is out
+    assert processes.Coordinator().count == 1 and sys.stdout is out
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_commands_of_one_process(monkeypatch, name, command, arguments):
 
 
 def test_several_seeds(monkeypatch, tmp_path):
-  monkeypatch.setattr(processes, 'count', lambda: 2)
+  monkeypatch.setattr(seeds, 'Coordinator', lambda: types.SimpleNamespace(count=2))
   assert refusal(QUICKSTART, '--config.seeds=2', f'--workdir={tmp_path}') == (
     'several seeds are trained in one process, found 2 processes; set --config.seeds=1, or start one process'
   )
@@ -172,28 +171,27 @@ class Left:
 
 
 @pytest.mark.parametrize(
-  ('wrap', 'first', 'told'),
+  ('wrap', 'first', 'printed'),
   [
     (UserError, True, 'error: no\n'),
-    (UserError, False, 'error: process 0 of 1: no\n'),
-    (lambda text: processes.told_once(UserError(text)), True, 'error: no\n'),
-    (lambda text: processes.told_once(UserError(text)), False, ''),
+    (UserError, False, 'error: process 1 of 2: no\n'),
+    (lambda text: processes.reported_once(UserError(text)), True, 'error: no\n'),
+    (lambda text: processes.reported_once(UserError(text)), False, ''),
   ],
 )
-def test_what_all_find_alike_is_told_once(monkeypatch, capsys, wrap, first, told):
+def test_an_error_in_all_processes_is_reported_once(monkeypatch, capsys, wrap, first, printed):
   codes = []
-  monkeypatch.setattr(processes, 'is_first', lambda: first)
+  coordinator = types.SimpleNamespace(is_first=first, index=int(not first), count=2)
   monkeypatch.setattr(os, '_exit', codes.append)
-  processes._end(wrap('no'), Left())
-  assert (codes, capsys.readouterr().err) == ([2], told)
+  processes._end(wrap('no'), Left(), coordinator)
+  assert (codes, capsys.readouterr().err) == ([2], printed)
 
 
-def test_where_another_process_saves_the_step_that_was_restored_is_told():
-  run = object.__new__(train.Run)
-  run.saved_step, run._checkpoints = 6, SavedElsewhere()
-  phase = types.SimpleNamespace(targets=(0,))
+def test_a_process_that_does_not_save_names_the_checkpoint_that_was_restored():
+  record = object.__new__(RunRecord)
+  record.saved_step, record._checkpoints = 6, None
   with pytest.raises(UserError, match='at step 9, and the last checkpoint is of step 6; '):
-    run._log(9, {'loss': np.float32('nan'), 'exit_1/loss': np.float32('nan')}, 1, None, phase)
+    record.log(9, {1: float('nan')}, {'loss': float('nan')})
 
 
 def python(program, *arguments):
@@ -218,8 +216,9 @@ def test_where_the_others_do_not_come():
   program = """
 import sys
 from paranet_jax.host import processes
+from paranet_jax.host.arguments import Place
 processes.JOIN_SECONDS = 3
-with processes.joined(processes.Place(sys.argv[1], 2, 1), 10):
+with processes.joined(Place(sys.argv[1], 2, 1), 10):
   pass
 """
   place = f'localhost:{free_port()}'
@@ -227,8 +226,8 @@ with processes.joined(processes.Place(sys.argv[1], 2, 1), 10):
   _, err = process.communicate(timeout=120)
   assert (process.returncode, err.splitlines()[-1]) == (
     2,
-    f'error: the other processes did not come at {place} within 3 s; start all of them with the same --coordinator, '
-    'which process 0 must be reached at, or set --num_processes=1 to train alone',
+    f'error: the other processes did not join at {place} within 3 s; start all of them with the same --coordinator, '
+    'where process 0 must be reachable, or set --num_processes=1 to train alone',
   )
 
 
@@ -276,7 +275,7 @@ def test_the_watch_names_who_is_gone(members, victim, number):
     assert process.wait(timeout=60) == 1
     assert err == (
       f'error: process {victim} of 3 (host {socket.gethostname()}, pid {members[victim].pid}) is gone, and so all end; '
-      'start all of them again: the run goes on from its last checkpoint\n'
+      'start all of them again: the run resumes from its last checkpoint\n'
     )
 
 
@@ -301,8 +300,8 @@ def test_who_is_done_is_not_missed(members):
 
 def has_failed(process, index):
   return (
-    f'error: process {index} of 3 (host {socket.gethostname()}, pid {process.pid}) has ended with an error that it has '
-    'told, and so all end\n'
+    f'error: process {index} of 3 (host {socket.gethostname()}, pid {process.pid}) reported an error and has '
+    'ended, and so all end\n'
   )
 
 

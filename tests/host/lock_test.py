@@ -102,7 +102,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, told
     with workdir_lock(tmp_path):
       pass
     assert capsys.readouterr().out == (
-      f'workdir {tmp_path} cannot be locked ({os.strerror(number)}): train in it once at a time\n'
+      f'workdir {tmp_path} cannot be locked ({os.strerror(number)}): run one training there at a time\n'
     )
   else:
     with pytest.raises(UserError, match='is in use by another process; wait for it'), workdir_lock(tmp_path):

@@ -89,7 +89,7 @@ def is_gone(process, index, count):
   """The line that says so."""
   return (
     f'error: process {index} of {count} (host {socket.gethostname()}, pid {process.pid}) is gone, and so all end; '
-    'start all of them again: the run goes on from its last checkpoint'
+    'start all of them again: the run resumes from its last checkpoint'
   )
 
 
@@ -142,15 +142,15 @@ def stopped(tmp_path_factory):
     [*LONGER, f'--workdir={folder}/stopped', '--slow'],
   )
   out = read_until(processes[0], f'workdir: {folder}/stopped', 'epoch')
-  refused = 'found in process 1 another seed than in process 0 (here 0); start all of them with the same flags and data'
-  assert f'all processes must train the same, {refused}\n' in out
+  refused = 'found a difference between process 1 and process 0 in seed (here 0); start all of them with the same'
+  assert f'all processes must train the same, {refused} flags and data\n' in out
   assert not (folder / 'refused').exists()
   assert '3 steps of 100 on 4 x cpu in 2 processes\n' in out and 'Gloo' not in out
   processes[1].send_signal(signal.SIGTERM)
   codes, outs, errs = ended(processes)
   assert codes == [0, 0], errs
   *_, last = outs[0].splitlines()
-  assert last.startswith('stopped by a preemption notice after step ') and last.endswith('; the same command goes on')
+  assert last.startswith('stopped by a preemption notice after step ') and last.endswith('; the same command resumes')
   assert outs[1] == '' and errs[0] == ''
   assert 1 < saved_state(folder / 'stopped').step < 40
   return folder
@@ -167,7 +167,7 @@ def test_stopped_and_going_on(stopped):
   process = popen(command, DEVICES='2', PYTHON=sys.executable)
   (code,), (out,), (err,) = ended([process])
   assert (code, err) == (0, '')
-  assert f'going on from the checkpoint of step {step} of 40\n' in out
+  assert f'resuming from the checkpoint at step {step} of 40\n' in out
   chex.assert_trees_all_equal(saved_state(stopped / 'stopped'), saved_state(stopped / 'whole'), strict=True)
   assert measured(stopped / 'stopped') == measured(stopped / 'whole')
   assert summary_of(stopped / 'stopped') == summary_of(stopped / 'whole')

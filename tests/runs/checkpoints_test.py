@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
         with pytest.raises(UserError) as error:
           restore()
         assert str(error.value).startswith(named)
-        assert str(error.value).endswith('); move that folder away to do without it')
+        assert str(error.value).endswith('); move that folder away to continue without it')
     with Checkpoints(tmp_path, 9) as checkpoints:
       step, state, _ = checkpoints.restore_latest(noise(0))
       assert (step, state['step']) == (4, 4)
@@ -263,7 +263,7 @@ def test_a_later_format_is_refused(tmp_path):
   with pytest.raises(UserError) as error, Checkpoints(tmp_path, 9) as checkpoints:
     checkpoints.restore_latest(tree())
   assert str(error.value) == (
-    f'checkpoint {tmp_path}/checkpoints/4 is of format 2, and this version reads up to 1; '
+    f'checkpoint {tmp_path}/checkpoints/4 has format 2, and this version reads up to 1; '
     'update paranet_jax, or set --workdir'
   )
 
@@ -287,7 +287,7 @@ def test_another_architecture_is_refused(tmp_path, like, difference):
   with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
     checkpoints.restore(12, like)
   assert str(error.value) == (
-    f'checkpoint {tmp_path}/checkpoints/12 is of another architecture or optimizer: {difference}; '
+    f'checkpoint {tmp_path}/checkpoints/12 has a different architecture or optimizer: {difference}; '
     'set --config to the one it was trained with, or --workdir'
   )
 

@@ -69,11 +69,11 @@ def test_every_output_has_a_name(outputs, names):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (lambda path: path.unlink(), 'expected {path}, found none; {mend}'),
+    (lambda path: path.unlink(), 'expected {path}, found none; {fix}'),
     (lambda path: path.write_text('{'), '{path} is not a JSON object (Expecting property name'),
     (
       lambda path: path.write_text('[1]'),
-      '{path} must hold name, version, class_names, mean, std and counts, found [1]; {mend}',
+      '{path} must hold name, version, class_names, mean, std and counts, found [1]; {fix}',
     ),
     (
       lambda path: _edit(path, mean=[0.5]),
@@ -103,8 +103,8 @@ def test_no_file_or_a_damaged_one(tmp_path, change, message):
   change(path)
   with pytest.raises(UserError) as error:
     restore_dataset_facts(tmp_path, channels=3)
-  mend = f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it anew'
-  assert str(error.value).startswith(message.format(path=path, mend=mend))
+  fix = f'python -m paranet_jax.calibrate --workdir={tmp_path} --threshold=0.9 writes it again'
+  assert str(error.value).startswith(message.format(path=path, fix=fix))
 
 
 def _edit(path, **changes):

@@ -1,4 +1,4 @@
-"""Tests of a run that starts from the body of another."""
+"""Tests of a run that starts from the backbone of another."""
 
 import json
 import shutil
@@ -12,9 +12,12 @@ from paranet_jax import config as config_lib
 from paranet_jax import train
 from paranet_jax.base_config import FAMILIES, base_config
 from paranet_jax.costs import abstract_variables
+from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.init_from import EXIT
+from paranet_jax.runs.record import open_record
 from paranet_jax.runs.workdir import save_config
 from paranet_jax.task import build_task
 
@@ -46,28 +49,28 @@ def save_run(folder, settings):
 
 
 def restore(settings, workdir, save=False):
-  """The state that a run begins or goes on with."""
+  """The state that a run starts or resumes from."""
   task = build_task(settings)
-  with Checkpoints(workdir, 1) as checkpoints:
-    run = train.Run(task, jax.devices()[:1], workdir, checkpoints, None)
-    state = run.restore()
+  workdir.mkdir(exist_ok=True)
+  with open_record(task, workdir, Coordinator()) as record:
+    state = record.restore(jax.devices()[:1])
     if save:
-      checkpoints.save(0, state, {'seed': 0, 'wall_time_s': 0.0})
+      record.save(0, state)
   return state
 
 
 @pytest.mark.parametrize('fields', [{}, {'model__num_classes': 12, 'seed': 1, 'train__optimizer': 'adamw'}])
-def test_the_body_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, standard_promotion):
+def test_the_backbone_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, standard_promotion):
   source = by_path(save_run(tmp_path / 'source', config()))
   settings = config(**fields, init_from=str(tmp_path / 'source'))
   begun, drawn = restore(settings, tmp_path / 'new', save=True), build_task(settings).init_state()
-  assert f'body of {tmp_path}/source after step 5, exits new' in capsys.readouterr().out
+  assert f'backbone from {tmp_path}/source at step 5, new exits' in capsys.readouterr().out
   begun, drawn = by_path(begun), by_path(drawn)
   assert begun.keys() == drawn.keys()
   for path, value in begun.items():
     expected = drawn if path.split('/')[1] in ('exit_1', 'exit_2') else source
     np.testing.assert_array_equal(value, expected[path], err_msg=path, strict=True)
-  # What goes on does not read it again.
+  # A resumed run does not read it again.
   shutil.rmtree(tmp_path / 'source')
   for path, value in by_path(restore(settings, tmp_path / 'new')).items():
     np.testing.assert_array_equal(value, begun[path])
@@ -87,7 +90,7 @@ def test_it_is_in_the_saved_configuration(tmp_path, monkeypatch):
   save_run(tmp_path / 'source', config())
   fields = ('model.bn_size=2', 'model.growth_rate=2', 'model.image_side=8', 'name=PN2-2d', 'init_from=source')
   # A run without steps: stopped before the first.
-  monkeypatch.setattr(train.Run, 'train', lambda *unused: None)
+  monkeypatch.setattr(train, 'train_loop', lambda records, state, *unused: (state, None))
   result = run_main(*TINY, '--workdir=new', *(f'--config.{field}' for field in fields))
   assert result.code == 0, result
   assert json.loads((tmp_path / 'new' / 'config.json').read_text())['init_from'] == f'{tmp_path}/source'
@@ -100,7 +103,7 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, missing):
     (source / name).mkdir(parents=True)
   message = refusal(*TINY, f'--workdir={tmp_path}/new', f'--config.init_from={source}', started=True)
   assert message == (
-    f'init_from must be the folder of a finished run, with its {missing}, and {source} has none; set --config.init_from'
+    f'init_from must be the folder of a finished run, and {source} has no {missing}; set --config.init_from'
   )
 
 
@@ -118,12 +121,12 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, missing):
     ),
   ],
 )
-def test_the_body_of_another_architecture_is_refused(tmp_path, fields, what):
+def test_the_backbone_of_a_different_architecture_is_refused(tmp_path, fields, what):
   source = tmp_path / 'source'
   save_run(source, config())
-  with pytest.raises(train.UserError) as error:
+  with pytest.raises(UserError) as error:
     restore(config(**fields, init_from=str(source)), tmp_path / 'new')
   assert str(error.value) == (
-    f'the body of init_from {source} does not fit: {what} in this configuration; '
+    f'the backbone of init_from {source} does not fit: {what} in this configuration; '
     f'set --config to the network of {source}/config.json, or --config.init_from'
   )

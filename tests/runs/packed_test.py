@@ -81,12 +81,12 @@ def test_it_is_not_trained_on_but_another_run_starts_from_it(packed, tmp_path):
   before = contents(packed)
   message = refusal(f'--workdir={packed}', '--config.train.max_steps=3', '--accept_config_changes', started=True)
   assert message == (
-    f'checkpoint {packed}/checkpoints/2 holds weights alone, which are not trained on; '
+    f'checkpoint {packed}/checkpoints/2 holds weights only, which cannot be trained further; '
     'start another run from them with --config.init_from, and another --workdir'
   )
   assert contents(packed) == before
   code, out, _ = run_main(*TINY, *STEPS, f'--config.init_from={packed}', f'--workdir={tmp_path}')
-  assert code == 0 and f'body of {packed} after step 2, exits new' in out
+  assert code == 0 and f'backbone from {packed} at step 2, new exits' in out
 
 
 @pytest.mark.parametrize(
@@ -97,18 +97,18 @@ def test_it_is_not_trained_on_but_another_run_starts_from_it(packed, tmp_path):
     (['--workdir=w', '--out=o', '--step=x'], "argument --step: invalid int value: 'x'; see --help"),
     (
       ['--workdir={run}', '--out={here}'],
-      'expected no folder {here}, or an empty one, found something there; set --out',
+      'expected {here} to be missing or an empty folder, found something there; set --out',
     ),
     (
       ['--workdir={run}', '--out={here}/file'],
-      'expected no folder {here}/file, or an empty one, found something there; ',
+      'expected {here}/file to be missing or an empty folder, found something there; ',
     ),
-    (['--workdir={run}', '--out={here}/file/x'], 'workdir {here}/file/x must be a folder, and there is a file; '),
+    (['--workdir={run}', '--out={here}/file/x'], 'workdir {here}/file/x must be a folder, found a file; '),
     (['--workdir={run}', '--out={here}/x', '--step=5'], 'no checkpoint of step 5 in {run}/checkpoints, found [1, 2]; '),
     (['--workdir={here}', '--out={here}/x'], 'expected a run with a config.json in {here}, found none; set --workdir'),
     (
       ['--workdir={stopped}', '--out={here}/x'],
-      'expected a finished run, with its summary.json, and {stopped} has none; train it to its end first',
+      'expected a finished run, and {stopped} has no summary.json; train it to its end first',
     ),
   ],
 )

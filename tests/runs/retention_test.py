@@ -4,17 +4,17 @@ import json
 import math
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from running import TINY, before_each_step, refusal, run_main, send
 
 from paranet_jax.base_config import base_config
 from paranet_jax.evaluation import MEASURES
-from paranet_jax.host import processes
-from paranet_jax.runs.checkpoints import SavedElsewhere
+from paranet_jax.host.processes import Coordinator
+from paranet_jax.runs.record import RunRecord
 from paranet_jax.runs.retention import HIGHER_IS_BETTER, Retention
 from paranet_jax.targets import parse_name
-from paranet_jax.train import Run
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -31,15 +31,14 @@ def retention(workdir, **fields):
 
 
 @pytest.mark.parametrize('first', [True, False])
-def test_the_first_process_alone_reads_what_was_measured(tmp_path, monkeypatch, first):
+def test_only_process_0_reads_the_metrics(tmp_path, first):
   (tmp_path / 'metrics.jsonl').write_text(json.dumps({'step': 4, 'split': 'held_out', 'exit_2/nll': 0.5}) + '\n')
-  monkeypatch.setattr(processes, 'is_first', lambda: first)
   config = base_config()
   config.checkpoint.keep_best = 'nll'
   targets = parse_name('PN2-2d').targets
   task = SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10)
-  run = Run(task, [], tmp_path, SavedElsewhere(), None, evaluator=object())
-  assert run._retention.best([4, 8]) == (4 if first else None)
+  record = RunRecord(task, tmp_path, mock.Mock() if first else None, Coordinator())
+  assert record._retention.best([4, 8]) == (4 if first else None)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from paranet_jax import agreement
 from paranet_jax.base_config import FAMILIES, base_config
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.host import processes
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.task import Task
 
 
@@ -25,47 +25,49 @@ def task(of_data=None, family='paranet', **fields):
 
 
 class Together:
-  """What processes tell each other, among threads."""
+  """What processes exchange, among threads."""
 
   def __init__(self, number):
-    self.own, self._barrier, self._told, self._parts = threading.local(), threading.Barrier(number), [], []
+    self.barrier, self.first, self.parts = threading.Barrier(number), [], []
+
+
+class Thread(Coordinator):
+  """The coordinator of a thread that stands for a process."""
+
+  def __init__(self, index, count, together):
+    self.index, self.count, self._together = index, count, together
 
   def from_first(self, value):
-    if self.own.index == 0:
+    if self.is_first:
       assert len(json.dumps(value)) <= processes._MESSAGE
-      self._told.append(value)
-    self._barrier.wait()
-    return self._told[0]
+      self._together.first.append(value)
+    self._together.barrier.wait()
+    return self._together.first[0]
 
   def summed(self, values):
-    self._parts.append(values)
-    self._barrier.wait()
-    return sum(self._parts)
+    self._together.parts.append(values)
+    self._together.barrier.wait()
+    return sum(self._together.parts)
 
 
-def refusals(monkeypatch, tasks):
-  """What each process says; None: it goes on."""
+def refusals(tasks):
+  """The error of each process, or None."""
   together = Together(len(tasks))
 
   def check(index, own):
-    together.own.index = index
     try:
-      agreement.check_agreement(own)
+      Thread(index, len(tasks), together).check_same(own.facts())
     except UserError as error:
       return str(error)
 
-  monkeypatch.setattr(processes, 'count', lambda: len(tasks))
-  monkeypatch.setattr(processes, 'index', lambda: together.own.index)
-  monkeypatch.setattr(processes, 'from_first', together.from_first)
-  monkeypatch.setattr(processes, 'summed', together.summed)
   with ThreadPoolExecutor(len(tasks)) as threads:
     return list(threads.map(check, range(len(tasks)), tasks))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_what_is_of_the_machine_may_differ(monkeypatch, family):
+def test_what_belongs_to_the_machine_may_differ(family):
   others = [task(family=family, data__data_dir='/b', data__workers=3, init_from='/c')] * 2
-  assert refusals(monkeypatch, [task(family=family), *others]) == [None] * 3
+  assert refusals([task(family=family), *others]) == [None] * 3
 
 
 LABELS = Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 0, 1], np.int32))
@@ -84,19 +86,19 @@ FEWER = Split(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, 1], np.int32))
     ({}, {'of_data': {'class_names': ('a', 'c')}}, 'class names', ('a, b', 'a, c')),
   ],
 )
-def test_the_first_field_that_differs_is_told_in_all(monkeypatch, one, other, name, values):
-  assert refusals(monkeypatch, [task(**one), task(**one), task(**other)]) == [
-    f'all processes must train the same, found in process 2 another {name} than in process 0 (here {value}); start '
-    'all of them with the same flags and data'
+def test_every_process_names_the_first_field_that_differs(one, other, name, values):
+  assert refusals([task(**one), task(**one), task(**other)]) == [
+    f'all processes must train the same, found a difference between process 2 and process 0 in {name} '
+    f'(here {value}); start all of them with the same flags and data'
     for value in (values[0], *values)
   ]
 
 
-def test_labels(monkeypatch):
-  one, other = refusals(monkeypatch, [task(), task(of_data={'test': LABELS})])
-  assert 'found in process 1 another test labels than in process 0 (here ' in one and one != other
+def test_labels():
+  one, other = refusals([task(), task(of_data={'test': LABELS})])
+  assert 'found a difference between process 1 and process 0 in test labels (here ' in one and one != other
 
 
-def test_another_family(monkeypatch):
-  found = refusals(monkeypatch, [task(), task(family='msdnet')])
-  assert 'found in process 1 another model.' in found[0]
+def test_another_family():
+  found = refusals([task(), task(family='msdnet')])
+  assert 'between process 1 and process 0 in model.' in found[0]

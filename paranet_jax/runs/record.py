@@ -1,0 +1,182 @@
+"""What a run writes to its folder while it trains: metrics, checkpoints, and at its end the summary."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from paranet_jax import devices as devices_lib
+from paranet_jax.evaluation import as_metrics
+from paranet_jax.host.errors import UserError, report_no_room
+from paranet_jax.host.files import write_json
+from paranet_jax.host.lock import workdir_lock
+from paranet_jax.host.processes import Coordinator, reported_once
+from paranet_jax.report.metrics import MetricsWriter
+from paranet_jax.runs.checkpoints import Checkpoints, not_finite
+from paranet_jax.runs.dataset_facts import save_dataset_facts
+from paranet_jax.runs.init_from import take_backbone
+from paranet_jax.runs.retention import Retention
+from paranet_jax.runs.workdir import SUMMARY, save_config
+from paranet_jax.steps import TrainState
+from paranet_jax.task import Task
+
+
+@contextlib.contextmanager
+def open_record(task: Task, workdir: Path, processes: Coordinator) -> Iterator['RunRecord']:
+  """Locks a run's folder and opens its record.
+
+  Args:
+    workdir: absolute, of an existing folder.
+
+  Raises:
+    UserError: another process trains there, or the disk is full.
+  """
+  keep = task.config.checkpoint.keep
+  with (
+    report_no_room(workdir),
+    processes.once_within(workdir_lock, workdir),
+    processes.once_within(Checkpoints, workdir, keep) as checkpoints,
+  ):
+    yield RunRecord(task, workdir, checkpoints, processes)
+
+
+class RunRecord:
+  """The record of a run. Only process 0 reads and writes the folder; the others keep count of the steps saved.
+
+  Attributes:
+    task: of the run.
+    saved_step: the latest checkpoint's; None: there is none.
+  """
+
+  def __init__(self, task: Task, workdir: Path, checkpoints: Checkpoints | None, processes: Coordinator):
+    self.task = task
+    self.saved_step: int | None = None
+    self._workdir = workdir
+    self._checkpoints = checkpoints
+    self._processes = processes
+    self._writer: MetricsWriter | None = None
+    self._started = time.monotonic()
+    self._earlier_wall_time = 0.0
+    self._retention = Retention(task, workdir if checkpoints else None)
+    if checkpoints:
+      checkpoints.also_keep = self._retention.kept
+      self.saved_step = checkpoints.latest_step()
+
+  def restore(self, devices: list[jax.Device]) -> TrainState:
+    """Restores the latest checkpoint, or makes a fresh state, and replicates it on the devices.
+
+    Raises:
+      UserError: the checkpoint has a different architecture or optimizer, or a step after the end of this run; or the
+        backbone named by `init_from` does not fit.
+    """
+    whole = devices_lib.replicated(devices)
+    like = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), jax.eval_shape(self.task.init_state)
+    )
+    state = self._restored_or_fresh(self._checkpoints, like) if self._checkpoints else like
+    self.saved_step, self._earlier_wall_time = self._processes.from_first([self.saved_step, self._earlier_wall_time])
+    state = jax.device_put(self._processes.arrays_from_first(state), whole)
+    # The seed may be among the changes that were accepted; the order of the images follows the configuration's as well.
+    return state.replace(seed=jax.device_put(np.int32(self.task.config.seed), whole))
+
+  def _restored_or_fresh(self, checkpoints: Checkpoints, like: Any) -> TrainState:
+    total = self.task.total_steps
+    if self.saved_step is None:
+      state, source = self.task.init_state(), self.task.config.init_from
+      return take_backbone(state, Path(source)) if source else state
+    if self.saved_step > total:
+      raise UserError(
+        f'the run is at step {self.saved_step} and this configuration ends at step {total}; '
+        'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
+      )
+    self.saved_step, state, meta = checkpoints.restore_latest(like)
+    self._earlier_wall_time = meta['wall_time_s']
+    print(f'resuming from the checkpoint at step {self.saved_step} of {total}', flush=True)
+    return state
+
+  def save_facts(self) -> None:
+    """Writes config.json and dataset.json; not before `restore`, which refuses a configuration that does not fit."""
+    self._processes.once(save_config, self._workdir, self.task.config)
+    self._processes.once(save_dataset_facts, self._workdir, self.task.dataset)
+
+  @contextlib.contextmanager
+  def metrics(self, first_step: int) -> Iterator[None]:
+    """Opens the metrics of a run that starts or resumes at this step."""
+    with self._processes.once_within(MetricsWriter, self._workdir, first_step) as self._writer:
+      yield
+
+  def log(self, step: int, losses: dict[int, float], means: dict[str, float]) -> None:
+    """Writes a training line.
+
+    Args:
+      losses: of each trained exit.
+      means: `loss` and other values, averaged over the steps since the last line.
+
+    Raises:
+      UserError: a loss is no longer finite, or the save in the background failed.
+    """
+    if not math.isfinite(means['loss']):
+      bad = [number for number, loss in losses.items() if not math.isfinite(loss)]
+      self.wait()
+      raise reported_once(not_finite(f'the loss (exits {bad or "together"})', step, self.saved_step))
+    if self._checkpoints:
+      self._checkpoints.check()
+    self._write(step, 'train', means)
+
+  def log_evaluation(self, step: int, evaluations: dict[str, list[dict]]) -> None:
+    """Writes a line for every split."""
+    for split, exits in evaluations.items():
+      self._write(step, split, as_metrics(exits))
+    if 'held_out' in evaluations:
+      self._retention.note(step, as_metrics(evaluations['held_out']))
+
+  def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+    if self._writer:
+      self._writer.write(step, step / self.task.steps_per_epoch, split, values)
+
+  def saves_after(self, step: int) -> bool:
+    """Whether a checkpoint is due after this step."""
+    return self._retention.saves_after(step)
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Saves a checkpoint in the background, unless the latest one has this step."""
+    if step == self.saved_step:
+      return
+    if self._checkpoints:
+      self._checkpoints.save(step, state, {'seed': self.task.config.seed, 'wall_time_s': self._wall_time()})
+    self.saved_step = step
+
+  def wait(self) -> None:
+    """Waits for the save in the background.
+
+    Raises:
+      UserError: it failed.
+    """
+    if self._checkpoints:
+      self._checkpoints.wait()
+
+  def _wall_time(self) -> float:
+    """Seconds spent on this run, including earlier starts up to their last checkpoint."""
+    return self._earlier_wall_time + time.monotonic() - self._started
+
+  def finish(
+    self, description: dict[str, Any], evaluations: dict[str, list[dict]], environment: dict[str, Any]
+  ) -> dict[str, Any]:
+    """Writes summary.json; returns its contents."""
+    exits = [cost | measured for cost, measured in zip(description['exits'], evaluations['test'], strict=True)]
+    summary = description | {'steps': self.task.total_steps, 'exits': exits}
+    if 'held_out' in evaluations:
+      summary['held_out'] = evaluations['held_out']
+    summary |= environment | {'wall_time_s': round(self._wall_time(), 1)}
+    self._processes.once(write_json, self._workdir / SUMMARY, summary)
+    return summary
+
+  def best(self) -> str:
+    """Says which checkpoint is kept as the best, if any."""
+    step = self._retention.best(self._checkpoints.steps()) if self._checkpoints else None
+    return '' if step is None else f'; best by {self.task.config.checkpoint.keep_best}: step {step}'

@@ -1,0 +1,93 @@
+"""Reading a trained run: its configuration, its model and the variables of a checkpoint."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from paranet_jax import config as config_lib
+from paranet_jax import devices as devices_lib
+from paranet_jax.costs import abstract_variables
+from paranet_jax.host.processes import Coordinator
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
+from paranet_jax.runs.workdir import restore_config
+from paranet_jax.task import Task, agreed_task
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+  """A run, read from its folder without its data set.
+
+  Attributes:
+    model: with the multi-exit interface: `model.apply(variables, images)` returns one [B, classes] per exit.
+    variables: `params` and `batch_stats`.
+    config: the run's configuration.
+    step: the checkpoint's.
+    dataset: class names, one per output of the model, and the mean and std that normalize uint8 images.
+  """
+
+  model: Any
+  variables: Any
+  config: ConfigDict
+  step: int
+  dataset: DatasetFacts
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, C)."""
+    return config_lib.image_shape(self.config)
+
+
+def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.choose) -> TrainedRun:
+  """Reads a run.
+
+  Args:
+    workdir: absolute.
+    choose: the checkpoint's step.
+
+  Raises:
+    UserError: there is no run or no such checkpoint, or it does not fit the configuration.
+  """
+  config = restore_config(workdir)
+  image_shape = config_lib.image_shape(config)
+  dataset = restore_dataset_facts(workdir, channels=image_shape[-1])
+  num_classes = len(dataset.class_names)
+  model = config_lib.build_model(config, num_classes)
+  with Checkpoints(workdir) as checkpoints:
+    step = choose(checkpoints)
+    variables = checkpoints.restore_variables(step, abstract_variables(model, image_shape))
+  names = output_names(dataset.class_names, config.model.num_classes or num_classes)
+  return TrainedRun(model, jax.device_put(variables), config, step, dataclasses.replace(dataset, class_names=names))
+
+
+class TrainedTask(NamedTuple):
+  """A task built from its data set, a checkpoint's step, and that checkpoint's `params` and `batch_stats`."""
+
+  task: Task
+  step: int
+  variables: dict[str, Any]
+
+
+def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list[jax.Device]) -> TrainedTask:
+  """Builds a task, reading its data set, and restores the variables of a checkpoint.
+
+  Args:
+    workdir: absolute.
+    step: the checkpoint's; None: the latest.
+    devices: where the variables are replicated.
+
+  Raises:
+    UserError: there is no such checkpoint, or it or the data does not fit the configuration.
+  """
+  processes = Coordinator()
+  with processes.once_within(Checkpoints, workdir) as checkpoints:
+    step = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
+    task = agreed_task(config, processes)
+    like = abstract_variables(task.model, task.image_shape)
+    variables = processes.once(lambda: checkpoints.restore_variables(step, like))
+  variables = processes.arrays_from_first(variables or like)
+  return TrainedTask(task, step, jax.device_put(variables, devices_lib.replicated(devices)))
