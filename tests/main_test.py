@@ -110,8 +110,7 @@ def test_refused_names(tmp_path, name, said):
     ),
     (
       'train.batch_size=1144',
-      'expected at most 1137 images a batch (the training images there are), found 1144: '
-      'lower --config.train.batch_size',
+      'expected at most 1137 images per batch (all training images), found 1144: lower --config.train.batch_size',
     ),
   ],
 )

@@ -1,32 +1,37 @@
-"""Normalization, random crop, mirroring, cutout and mixup, to be run inside the jitted step."""
+"""Normalization, random crop, mirroring, cutout and mixup, as pure functions that run inside the jitted step."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Num, UInt8
 
-_AUGMENT_STREAM = 1  # Keeps these random numbers apart from the shuffling's.
-# Of an image's key, beside the crop's and the flip's, which are 0 and 1.
+_AUGMENT_STREAM = 1  # Separates these random numbers from those of shuffling.
+# Folded into an image's key; crop and flip use the two halves of its split.
 _CUTOUT, _MIXUP = 2, 3
 
 
 def normalize(
-  images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: jnp.dtype = jnp.float32
-) -> jax.Array:
-  """uint8 [B, H, W, C] -> (images / 255 - mean) / std a channel, computed in float32, returned in `dtype`."""
-  mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-  return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+  images: UInt8[Array, 'B H W C'] | UInt8[np.ndarray, 'B H W C'],
+  mean: Sequence[float],
+  std: Sequence[float],
+  dtype: jnp.dtype = jnp.float32,
+) -> Float[Array, 'B H W C']:
+  """(images / 255 - mean) / std per channel, computed in float32 and returned in `dtype`."""
+  scaled: Any = images.astype(jnp.float32) / 255
+  return ((scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)
 
 
-def image_keys(seed: jax.Array | int, epoch: jax.Array | int, step: jax.Array | int, places: jax.Array) -> jax.Array:
-  """One random key for each image of a batch, whatever the number of devices the batch is spread over.
+def image_keys(
+  seed: Int[Array, ''] | int, epoch: Int[Array, ''] | int, step: Int[Array, ''] | int, places: Int[Array, ' B']
+) -> Key[Array, ' B']:
+  """One random key per image, independent of the number of devices that share the batch.
 
   Args:
     seed, epoch, step: of the run; may be traced int32.
-    places: int32 [B], the images' places in the global batch.
-
-  Returns:
-    Random keys [B].
+    places: the images' places in the global batch.
   """
   key = jax.random.key(seed)
   for part in (_AUGMENT_STREAM, epoch, step):
@@ -34,21 +39,19 @@ def image_keys(seed: jax.Array | int, epoch: jax.Array | int, step: jax.Array | 
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
 
 
-def augment(keys: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool, cutout: int = 0) -> jax.Array:
-  """Shifts each image by up to crop_padding pixels each way, mirrors every other one and cuts a square out, at random.
+def augment(
+  keys: Key[Array, ' B'], images: Num[Array, 'B H W C'], *, crop_padding: int, flip: bool, cutout: int = 0
+) -> Num[Array, 'B H W C']:
+  """Randomly shifts images by up to crop_padding pixels, mirrors half of them, and cuts a square out of each.
 
-  Runs on normalized images: the border that a shift uncovers and the square are 0, which there is the training set's
-  mean colour (as in DenseNet's code, where padding follows normalization).
+  Runs on normalized images: the border that a shift uncovers and the square are 0, which is the training set's mean
+  color (as in DenseNet's code, which pads after normalization).
 
   Args:
-    keys: random keys [B], of `image_keys`.
-    images: [B, H, W, C], any dtype.
-    crop_padding: pixels added on each side before cropping to H x W again; 0 for no crop.
+    keys: of `image_keys`.
+    crop_padding: pixels added on each side before cropping to H x W again; 0: no crop.
     flip: whether to mirror left and right with probability 1/2.
-    cutout: side in pixels of the square, whose middle is anywhere in the image (DeVries and Taylor 2017); 0 for none.
-
-  Returns:
-    [B, H, W, C] of the same dtype.
+    cutout: side of the square in pixels, centered anywhere in the image (DeVries and Taylor 2017); 0: no square.
   """
 
   def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -64,32 +67,33 @@ def augment(keys: jax.Array, images: jax.Array, *, crop_padding: int, flip: bool
   return jax.vmap(augment_one)(keys, images)
 
 
-def _cut_out(key: jax.Array, image: jax.Array, side: int) -> jax.Array:
-  middle = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
+def _cut_out(key: jax.Array, image: Num[Array, 'H W C'], side: int) -> Num[Array, 'H W C']:
+  center = jax.random.randint(key, (2,), 0, jnp.asarray(image.shape[:2]))
   rows, columns = (
     (jnp.arange(size) >= place - side // 2) & (jnp.arange(size) < place - side // 2 + side)
-    for size, place in zip(image.shape, middle, strict=False)
+    for size, place in zip(image.shape, center, strict=False)
   )
   return jnp.where((rows[:, None] & columns)[..., None], jnp.zeros_like(image), image)
 
 
 def mixup(
-  keys: jax.Array, images: jax.Array, labels: jax.Array, *, alpha: float, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """Blends each image and its label with those at the mirrored place of the global batch (Zhang et al. 2018).
+  keys: Key[Array, ' B'],
+  images: Float[Array, 'B H W C'],
+  labels: Float[Array, 'B classes'],
+  *,
+  alpha: float,
+  axis_name: str | None = None,
+) -> tuple[Float[Array, 'B H W C'], Float[Array, 'B classes']]:
+  """Blends each augmented image and its one-hot label with those at the mirrored place of the global batch.
 
-  Place p of B gets m x[p] + (1 - m) x[B - 1 - p], with m from Beta(alpha, alpha), drawn for each image. The order of
-  a batch is random, and so the partner is; on several devices each one's partners are all on one other.
+  Place p of B gets m x[p] + (1 - m) x[B - 1 - p], with m drawn from Beta(alpha, alpha) for each image (Zhang et al.
+  2018). The order of a batch is random, so the partner is too; on several devices, all partners of one device's images
+  are on one other device.
 
   Args:
-    keys: random keys [B], of `image_keys`.
-    images: [B, H, W, C], float, augmented.
-    labels: float [B, classes], one-hot.
+    keys: of `image_keys`.
     alpha: above 0; the higher, the more even the blend.
-    axis_name: device axis over which the batch is spread, in order.
-
-  Returns:
-    Images and labels of the same shapes.
+    axis_name: device axis that the batch is split over, in order.
   """
   share = jax.vmap(lambda key: jax.random.beta(jax.random.fold_in(key, _MIXUP), alpha, alpha))(keys)
 

@@ -1,29 +1,32 @@
-"""Which images make which batch, as pure functions of (seed, epoch)."""
+"""Which images form which batch, as pure functions of (seed, epoch)."""
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float32, Int, Int32
 
 from paranet_jax.host.errors import UserError
 
-_SHUFFLE_STREAM = 0  # Keeps these random numbers apart from the augmentation's.
+_SHUFFLE_STREAM = 0  # Separates these random numbers from those of augmentation.
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
   """Full batches in an epoch; the remainder is dropped.
 
   Raises:
-    UserError: there is not one full batch.
+    UserError: there is no full batch.
   """
   if batch_size > num_examples:
     raise UserError(
-      f'expected at most {num_examples} images a batch (the training images there are), found {batch_size}: '
+      f'expected at most {num_examples} images per batch (all training images), found {batch_size}: '
       f'lower --config.train.batch_size'
     )
   return num_examples // batch_size
 
 
-def epoch_order(seed: jax.Array | int, epoch: jax.Array | int, num_examples: int, batch_size: int) -> jax.Array:
-  """The shuffled training order: int32 [steps, batch_size] indices, each image at most once, anew every epoch.
+def epoch_order(
+  seed: Int[Array, ''] | int, epoch: Int[Array, ''] | int, num_examples: int, batch_size: int
+) -> Int32[Array, 'steps batch_size']:
+  """The training order of an epoch: shuffled indices, each image at most once.
 
   seed and epoch may be traced int32; num_examples and batch_size are static.
   """
@@ -33,12 +36,10 @@ def epoch_order(seed: jax.Array | int, epoch: jax.Array | int, num_examples: int
   return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def eval_batches(num_examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Every example once, in order, the last batch padded.
-
-  Returns:
-    (indices, mask): int32 and float32 [ceil(num_examples / batch_size), batch_size]; padding has index 0 and mask 0.
-  """
+def eval_batches(
+  num_examples: int, batch_size: int
+) -> tuple[Int32[np.ndarray, 'steps batch_size'], Float32[np.ndarray, 'steps batch_size']]:
+  """Indices of all examples in order, and their mask; padding in the last batch has index 0 and mask 0."""
   steps = -(-num_examples // batch_size)
   indices = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
   real = indices < num_examples

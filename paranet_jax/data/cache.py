@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from absl import logging
@@ -116,15 +116,15 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
 
 
 def _write_images(
-  file: BinaryIO, source: Source, split: str, image_shape: tuple[int, ...]
+  file: IO[bytes], source: Source, split: str, image_shape: tuple[int, ...]
 ) -> tuple[Int32[np.ndarray, ' N'], int]:
   """Writes a .npy file chunk by chunk; returns the labels and the images' CRC-32."""
   # Plain writes, not a writable memory map: on a full disk, a map dies of SIGBUS instead of raising OSError.
   _write_header(file, len(source.records(split)), image_shape)
   labels, crc = [np.zeros(0, np.int32)], 0
   for images, chunk_labels in _chunks(source, split):
-    file.write(images)
-    crc = zlib.crc32(images, crc)
+    file.write(images.data)
+    crc = zlib.crc32(images.data, crc)
     labels.append(chunk_labels)
   labels = np.concatenate(labels)
   file.seek(0)
@@ -162,7 +162,7 @@ def check_readable(
     )
 
 
-def _write_header(file: BinaryIO, count: int, image_shape: tuple[int, ...]) -> None:
+def _write_header(file: IO[bytes], count: int, image_shape: tuple[int, ...]) -> None:
   header = {'descr': '|u1', 'fortran_order': False, 'shape': (count, *image_shape)}
   np.lib.format.write_array_header_1_0(file, header)
 

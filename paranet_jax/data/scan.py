@@ -52,8 +52,8 @@ class _Chunks:
   def __len__(self) -> int:
     return -(-len(self.records) // _CHUNK)
 
-  def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-    chosen = range(number * _CHUNK, min((number + 1) * _CHUNK, len(self.records)))
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    chosen = range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.records)))
     images, labels = self.records.read(chosen)
     sums = np.zeros((2, self.channels), np.uint64)
     for image in images:

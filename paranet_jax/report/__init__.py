@@ -1,1 +1,1 @@
-"""How results are shown: tables, plots, progress and metrics files."""
+"""How results are reported: tables, plots, progress and metrics files."""

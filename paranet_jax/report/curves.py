@@ -1,37 +1,39 @@
-"""The picture of a run: cross-entropy and accuracy of each exit against epochs."""
+"""The learning curves of a run: cross-entropy and accuracy of each exit by epoch."""
 
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from paranet_jax.report.metrics import read_metrics
-from paranet_jax.report.plots import bare, exit_colour, logarithmic, save_figure
+from paranet_jax.report.plots import bare, exit_color, logarithmic, save_figure
 
 FILE_NAME = 'curves.png'
 
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
   'train': {'linestyle': '-', 'linewidth': 0.8, 'alpha': 0.5},
   'held_out': {'linestyle': '--', 'linewidth': 1.5, 'marker': 's', 'markersize': 4, 'markerfacecolor': 'white'},
   'test': {'linestyle': '-', 'linewidth': 1.8, 'marker': 'o', 'markersize': 5},
 }
-_MAX_MARKED = 40  # points of a curve; with more the markers would touch
-_MAX_TRAIN_POINTS = 300  # with more the noise would hide the other curves
+_MAX_MARKED = 40  # Points per curve; more markers would touch each other.
+_MAX_TRAIN_POINTS = 300  # The noise of more would hide the other curves.
 
-# (exit, split) -> epochs [N], values [N]
 Series = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
+"""Epochs [N] and values [N] by (exit, split)."""
 
 
 def draw_curves(workdir: str | os.PathLike) -> Path:
-  """Draws `workdir/metrics.jsonl` into `workdir/curves.png`, atomically, and returns the picture's path.
+  """Draws `workdir/metrics.jsonl` into `workdir/curves.png` atomically and returns the path of the figure.
 
   Raises:
-    UserError: if the measurements cannot be read, as `read_metrics`.
+    UserError: the metrics cannot be read, see `read_metrics`.
   """
   path = Path(workdir) / FILE_NAME
   save_figure(curves_figure(workdir), path)
@@ -39,19 +41,19 @@ def draw_curves(workdir: str | os.PathLike) -> Path:
 
 
 def curves_figure(workdir: str | os.PathLike) -> Figure:
-  """Returns the picture: cross-entropy (nats) on the left, accuracy (%) on the right, against epochs.
+  """Plots cross-entropy (nats) on the left and accuracy (%) on the right by epoch.
 
-  Cross-entropy is `exit_p/nll`; where a split has none of an exit, `exit_p/loss` takes its place and the axis says so.
-  A panel without measurements says that too. Long training curves are averaged over neighbouring points.
+  Cross-entropy is `exit_p/nll`, or `exit_p/loss` if a split has no `nll` for an exit; the axis label then says 'loss'.
+  Long training curves are averaged over neighboring points.
 
   Raises:
-    UserError: if the measurements cannot be read, as `read_metrics`.
+    UserError: the metrics cannot be read, see `read_metrics`.
   """
-  # A checkpoint may be evaluated again after later ones.
+  # An earlier checkpoint may have been evaluated after later ones.
   records = sorted(read_metrics(workdir), key=lambda record: record['step'])
   entropy, loss, accuracy = (_series(records, quantity) for quantity in ('nll', 'loss', 'accuracy'))
-  figure = Figure(figsize=(10, 4.8), dpi=150, layout='constrained')
-  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)
+  layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
+  figure = Figure(figsize=(10, 4.8), dpi=150, layout=layout)
   figure.suptitle(_title(Path(workdir)))
   left, right = figure.subplots(1, 2)
   _draw_panel(left, loss | entropy, 'cross-entropy (nats)' if loss.keys() <= entropy.keys() else 'loss')
@@ -67,7 +69,7 @@ def _series(records: list[dict], quantity: str) -> Series:
     for key, value in record.items():
       match = re.fullmatch(rf'exit_(\d+)/{quantity}', key)
       if match and record['split'] in _STYLES:
-        # A loss that was not finite was written as null: a gap in the curve.
+        # A loss that is not finite is saved as null and becomes a gap in the curve.
         points.setdefault((int(match[1]), record['split']), []).append(
           (record['epoch'], np.nan if value is None else value)
         )
@@ -79,12 +81,12 @@ def _draw_panel(axes: Axes, series: Series, label: str) -> None:
   axes.set_xlabel('epoch')
   axes.set_ylabel(label)
   bare(axes)
-  # Test curves last, on top of the noisier ones.
+  # Test curves are drawn last, on top of noisier ones.
   for (number, split), (x, y) in sorted(series.items(), key=lambda item: list(_STYLES).index(item[0][1])):
     if split == 'train':
       x, y = _thin(x), _thin(y)
-    style = _STYLES[split] | ({} if len(x) <= _MAX_MARKED else {'marker': None})
-    axes.plot(x, y, color=exit_colour(number), **style)
+    style: dict[str, Any] = _STYLES[split] | ({} if len(x) <= _MAX_MARKED else {'marker': None})
+    axes.plot(x, y, color=exit_color(number), **style)
   if series:
     axes.locator_params(axis='x', steps=(1, 2, 5, 10))
   else:
@@ -99,17 +101,17 @@ def _thin(values: np.ndarray) -> np.ndarray:
 
 
 def _choose_scale(axes: Axes, series: Series) -> None:
-  """A logarithmic axis where losses span more than a factor of ten, with ticks in plain numbers."""
+  """Uses a logarithmic axis if the losses span more than a factor of ten."""
   values = np.concatenate([y[np.isfinite(y)] for _, y in series.values()]) if series else np.ones(1)
   if 0 < 10 * values.min() < values.max():
     logarithmic(axes.yaxis)
 
 
 def _draw_legend(figure: Figure, keys: set[tuple[int, str]]) -> None:
-  """One legend below both panels: a colour for each exit, a line style for each split."""
+  """One legend below both panels, with a color per exit and a line style per split."""
   exits = sorted({number for number, _ in keys})
   splits = [split for split in _STYLES if split in {split for _, split in keys}]
-  handles = [Line2D([], [], color=exit_colour(number), linewidth=3, label=f'exit {number}') for number in exits]
+  handles = [Line2D([], [], color=exit_color(number), linewidth=3, label=f'exit {number}') for number in exits]
   handles += [Line2D([], [], color='0.3', label=split.replace('_', ' '), **_STYLES[split]) for split in splits]
   if handles:
     figure.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), 8), frameon=False)

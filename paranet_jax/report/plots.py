@@ -1,17 +1,17 @@
-"""What all pictures share: colours, bare axes, logarithmic axes in plain numbers, and files written whole."""
+"""Common style of all figures: colors, axes, and PNG files that are written atomically."""
 
 import warnings
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from paranet_jax.host.files import replacing
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow, which is lost on white.
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS = (
+# Okabe and Ito's palette for color-blind readers, without yellow, which is hard to see on white.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS = (
   '#0072B2',
   '#D55E00',
   '#009E73',
@@ -22,19 +22,19 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS = (
 )
 
 
-def exit_colour(number: int) -> str:
-  """The colour of an exit, 1-based."""
-  return COLOURS[(number - 1) % len(COLOURS)]
+def exit_color(number: int) -> str:
+  """The color of exit `number`, counted from 1."""
+  return COLORS[(number - 1) % len(COLORS)]
 
 
 def bare(axes: Axes) -> None:
-  """A light grid behind the data, and no frame above and on the right."""
+  """Draws a light grid behind the data, and no frame at the top and on the right."""
   axes.grid(color='0.9')
   axes.set_axisbelow(True)
   axes.spines[['top', 'right']].set_visible(False)
 
 
-def logarithmic(axis: Axis) -> None:
+def logarithmic(axis: XAxis | YAxis) -> None:
   """Makes an axis logarithmic, with ticks in plain numbers."""
   axis.axes.set(**{f'{axis.axis_name}scale': 'log'})
   axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -45,6 +45,6 @@ def logarithmic(axis: Axis) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
   """Writes a PNG file atomically."""
   with replacing(path, 'wb') as file, warnings.catch_warnings():
-    # Names in scripts that the font lacks become boxes; a warning for each letter would help nobody.
+    # A character that the font lacks becomes a box; one warning per character is noise.
     warnings.filterwarnings('ignore', message='Glyph .* missing from font')
     figure.savefig(file, format='png')

@@ -1,4 +1,4 @@
-"""How far training is, on the terminal: one live line, or plain lines where there is no terminal."""
+"""Training progress: one live line on a terminal, plain lines elsewhere."""
 
 import math
 import os
@@ -11,14 +11,14 @@ from typing import TextIO
 class Progress:
   """Shows epoch, step, loss per exit, images/s and the time left.
 
-  On a terminal one line is rewritten in place and never wraps: where it does not fit, the step and then the speed are
-  left out. Elsewhere (a pipe, a log file) every update is a line of its own.
+  On a terminal, one line is rewritten in place. It never wraps: if it is too long, the step and then the speed are left
+  out. Elsewhere (a pipe, a log file), each update is a separate line.
 
   Args:
-    total_steps: steps of the whole training, those before a resume included.
-    steps_per_epoch: optimiser steps an epoch.
-    batch_size: images a step over all devices, to turn images/s into time left.
-    stream: standard output if None, where the tables go too, so that a log keeps their order.
+    total_steps: steps of the whole training, including those before a resume.
+    steps_per_epoch: optimizer steps per epoch.
+    batch_size: images per step over all devices, to turn images/s into time left.
+    stream: None: standard output, like the tables, so that a log keeps their order.
   """
 
   def __init__(self, total_steps: int, steps_per_epoch: int, batch_size: int, stream: TextIO | None = None):
@@ -33,24 +33,24 @@ class Progress:
     """Shows the state after `step` steps.
 
     Args:
-      step: optimiser steps taken so far.
-      losses: the loss of each trained exit, by the exit's number from 1.
-      images_per_second: training speed, without compilation; where it is not positive, speed and time are left out.
+      step: optimizer steps taken so far.
+      losses: the loss of each trained exit, by its number from 1.
+      images_per_second: training speed, without compilation; if it is not positive, speed and time are left out.
     """
     fields = self._fields(step, losses, images_per_second)
     if self._live:
-      # One column stays free: a full line wraps on some terminals.
+      # One column stays free, because a full line wraps on some terminals.
       self._line = _fit(fields, shutil.get_terminal_size().columns - 1)
       self._write(f'\r{self._line}\x1b[K')
     else:
       self._write('  '.join(fields.values()) + '\n')
 
   def message(self, text: str) -> None:
-    """Prints text, one or more lines, above the live line."""
+    """Prints one or more lines above the live line."""
     self._write(f'\r\x1b[K{text}\n{self._line}' if self._line else f'{text}\n')
 
   def close(self) -> None:
-    """Ends the live line, which stays to be read."""
+    """Ends the live line, which stays visible."""
     if self._line:
       self._write('\n')
     self._line = ''
@@ -103,7 +103,7 @@ class Clock:
 
 
 def human_duration(seconds: float) -> str:
-  """Returns a duration in its two largest units: `42 s`, `5 min 07 s`, `1 h 05 min`, `2 d 03 h`."""
+  """Formats a duration in its two largest units: `42 s`, `5 min 07 s`, `1 h 05 min`, `2 d 03 h`."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   days, hours = divmod(hours, 24)

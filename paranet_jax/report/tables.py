@@ -1,18 +1,17 @@
-"""Plain-text tables of a model's exits for a terminal, at most 100 columns wide."""
+"""Plain-text tables of a model's exits, at most 100 columns wide."""
 
 from collections.abc import Sequence
 
 ABSENT = '—'
 
-_DESCRIBE_NOTE = 'macs: multiply-adds an image; own: what this stage adds; alone: what this exit needs by itself.'
+_DESCRIBE_NOTE = 'macs: multiply-adds an image; own: added by this stage; alone: needed by this exit alone.'
 
 
 def describe_table(description: dict) -> str:
-  """Returns what would be trained: a title, one row per exit and a note on the columns.
+  """Formats what would be trained: a title, one row per exit and a note on the columns.
 
   Args:
-    description: `name`, `dataset` and `exits`, a list of `exit`, `trained`, `learns_from`, `own_params`, `params`,
-      `own_macs`, `macs` and `macs_alone`; other entries are not shown.
+    description: of `describe`; entries other than `name`, `dataset` and `exits` are ignored.
   """
   counts = ('own_params', 'params', 'own_macs', 'macs', 'macs_alone')
   exits = description['exits']
@@ -29,11 +28,11 @@ def describe_table(description: dict) -> str:
 
 
 def evaluation_table(evaluations: dict[str, Sequence[dict]]) -> str:
-  """Returns one row per split and exit: accuracy and top-5 accuracy in percent, loss, and NLL in nats.
+  """Formats one row per split and exit: accuracy and top-5 accuracy in percent, loss, and NLL in nats.
 
   Args:
-    evaluations: for each split a list of `exit`, `trained`, `accuracy`, `top5` (fractions 0..1), `loss`, `nll`. What is
-      None, and everything measured of an exit that is not trained, is shown as a dash.
+    evaluations: for each split a list of `exit`, `trained`, `accuracy`, `top5` (fractions 0..1), `loss`, `nll`. None,
+      and all metrics of an exit that is not trained, are shown as a dash.
   """
   columns = (('accuracy', 100, 2), ('top5', 100, 2), ('loss', 1, 4), ('nll', 1, 4))
   rows = [
@@ -46,9 +45,9 @@ def evaluation_table(evaluations: dict[str, Sequence[dict]]) -> str:
 
 
 def human_count(count: int) -> str:
-  """Returns a count to be read, not computed with: `9,999`, `198.5 k`, `3.41 M`, `1.23 G`."""
+  """Formats a count for reading: `9,999`, `198.5 k`, `3.41 M`, `1.23 G`."""
   for unit, size, digits in (('G', 1e9, 2), ('M', 1e6, 2), ('k', 1e3, 1)):
-    # The bound is where rounding reaches one unit, so that 999,960 reads 1.00 M and not 1000.0 k.
+    # Compare after rounding, so that 999,960 is 1.00 M and not 1000.0 k.
     if count >= 10_000 and round(count / size, digits) >= 1:
       return f'{count / size:.{digits}f} {unit}'
   return f'{count:,}'
@@ -61,7 +60,7 @@ def _number(entry: dict, key: str, scale: float, digits: int) -> str:
 
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-  """Aligns the columns numbered in `left` left and all others right."""
+  """Formats a table; the columns numbered in `left` are left-aligned, all others right-aligned."""
   columns = zip(header, *rows, strict=True)
   formats = [f'{"<" if i in left else ">"}{max(map(len, column))}' for i, column in enumerate(columns)]
   return ['  '.join(map(format, row, formats)).rstrip() for row in (header, *rows)]

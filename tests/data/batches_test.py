@@ -12,7 +12,7 @@ def test_steps_per_epoch(num_examples, batch_size, steps):
 
 
 def test_refuses_a_batch_larger_than_the_training_set():
-  with pytest.raises(UserError, match='at most 3 images a batch .*, found 4: lower --config.train.batch_size'):
+  with pytest.raises(UserError, match='at most 3 images per batch .*, found 4: lower --config.train.batch_size'):
     steps_per_epoch(3, 4)
 
 

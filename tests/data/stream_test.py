@@ -139,7 +139,7 @@ def test_processes_share_an_evaluation():
 
 def test_worker_processes_give_the_same_batches_and_end():
   batches, device = train_batches(), jax.devices()[1]
-  with Stream(batches, 2, device) as placed:
+  with Stream(batches, 2, jax.sharding.SingleDeviceSharding(device)) as placed:
     found = [next(placed) for _ in range(4)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2

@@ -148,7 +148,6 @@ def test_a_broken_line_that_is_not_a_torn_last_one_is_named_and_nothing_is_lost(
     with pytest.raises(UserError) as error:
       action()
     assert str(error.value) == (
-      f'expected a JSON object with a step on every line of {path}, found {broken!r} on line 2; '
-      'mend or delete that line'
+      f'expected a JSON object with a step on every line of {path}, found {broken!r} on line 2; fix or delete that line'
     )
   assert path.read_bytes() == before

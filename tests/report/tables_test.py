@@ -35,7 +35,7 @@ def test_describe_table():
     '   1  —               198,460    198,460   3,413,088   3,413,088   3,413,088',
     '   2  exit 3          594,412    792,872  17,449,824  20,862,912  17,449,824',
     '   3  labels        1,264,156  2,057,028  77,815,392  98,678,304  77,815,392',
-    'macs: multiply-adds an image; own: what this stage adds; alone: what this exit needs by itself.',
+    'macs: multiply-adds an image; own: added by this stage; alone: needed by this exit alone.',
   ]
 
 

@@ -5,6 +5,7 @@ Source: the test part of UCI's Optical Recognition of Handwritten Digits (Alpayd
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -22,10 +23,11 @@ def digits_source(_: ConfigDict, image_side: int, channels: int) -> Source:
   """1,437 training and 360 test digits, upsampled (bilinear) to image_side, gray repeated over the channels."""
   from sklearn.datasets import load_digits  # Takes a second to import.
 
-  digits = load_digits()
+  digits: Any = load_digits()
   pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # Values are 0..16.
   labels = digits.target.astype(np.int32)
-  indices = dict(zip(('train', 'test'), stratified_indices(labels, _TEST_COUNT, _TEST_SEED), strict=True))
+  train, test = stratified_indices(labels, _TEST_COUNT, _TEST_SEED)
+  indices = {'train': train, 'test': test}
   return Source(
     name='digits',
     version='1.0.0',

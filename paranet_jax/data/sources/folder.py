@@ -41,7 +41,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   if not root.is_dir():
     raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
   splits = _find_splits(root) or _draw_splits(root, data_config.test_fraction)
-  class_names = tuple(sorted(splits['train']))
+  class_names = sorted(splits['train'])
   if len(class_names) < 2:
     raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
   listed = {split: _flatten(by_class, class_names) for split, by_class in splits.items()}
@@ -54,7 +54,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   return Source(
     name='folder',
     version='',
-    class_names=class_names,
+    class_names=tuple(class_names),
     records=records,
     fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
   )
@@ -94,7 +94,7 @@ def _find_classes(folder: Path) -> _ByClass:
 def _draw_splits(root: Path, test_fraction: float) -> dict[str, _ByClass]:
   """The images in one folder of class folders, part of them drawn for the test split."""
   by_class = _find_classes(root)
-  files, labels = _flatten(by_class, tuple(sorted(by_class)))
+  files, labels = _flatten(by_class, sorted(by_class))
   count = round(test_fraction * len(files))
   if not 1 <= count <= max_drawable(labels):
     raise UserError(
@@ -108,7 +108,7 @@ def _draw_splits(root: Path, test_fraction: float) -> dict[str, _ByClass]:
   return splits
 
 
-def _flatten(by_class: _ByClass, class_names: tuple[str, ...]) -> tuple[list[Path], Int32[np.ndarray, ' N']]:
+def _flatten(by_class: _ByClass, class_names: Sequence[str]) -> tuple[list[Path], Int32[np.ndarray, ' N']]:
   """All files, ordered by class, and their labels."""
   by_label = [by_class.get(name, []) for name in class_names]
   labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_label])

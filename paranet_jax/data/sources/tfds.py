@@ -34,6 +34,8 @@ _PREPARABLE = ('cifar10', 'cifar100')  # tfds needs TensorFlow to prepare the ot
 _CIFAR_SHAPE = (3, 32, 32)
 _HOST_TIMEOUT = 3.0  # Seconds; tfds alone would retry for minutes.
 
+_Builder = Any  # A tfds.core.DatasetBuilder, whose features and attributes depend on the data set.
+
 
 def dataset_names() -> list[str]:
   """The names of the data sets that tfds has code for."""
@@ -79,7 +81,8 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
   )
 
 
-def _open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
+def _open_builder(name: str, data_dir: str) -> _Builder:
+  """None if tfds does not know the name."""
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # Some data sets' modules print that TensorFlow is missing.
       return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
@@ -92,12 +95,12 @@ def _open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
     ) from error
 
 
-def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+def _is_prepared(builder: _Builder) -> bool:
   # is_prepared() logs a warning if the first condition fails.
   return (builder.data_path / 'dataset_info.json').exists() and builder.is_prepared()
 
 
-def _check_format(builder: tfds.core.DatasetBuilder) -> None:
+def _check_format(builder: _Builder) -> None:
   formats = [file_format.value for file_format in builder.info.available_file_formats()]
   if 'array_record' in formats:
     return
@@ -107,17 +110,17 @@ def _check_format(builder: tfds.core.DatasetBuilder) -> None:
   raise UserError(f'expected array_record files in {builder.data_dir}, found {", ".join(formats)}: {fix}')
 
 
-def _build_command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
+def _build_command(builder: _Builder, data_dir: str) -> str:
   return (
     f'run `tfds build {builder.name} --file_format=array_record --data_dir={data_dir}` where TensorFlow is installed, '
     f'and name that folder with --config.data.data_dir=...'
   )
 
 
-def _feature_keys(builder: tfds.core.DatasetBuilder) -> tuple[str, str]:
+def _feature_keys(builder: _Builder) -> tuple[str, str]:
   """The names of the image feature and the label feature."""
   features, keys = builder.info.features, builder.info.supervised_keys or ('image', 'label')
-  found = [features[key] if isinstance(key, str) and key in features else None for key in keys]
+  found: list[Any] = [features[key] if isinstance(key, str) and key in features else None for key in keys]
   match found:
     case [tfds.features.Image(), tfds.features.ClassLabel()] if found[0].np_dtype != np.float32:
       return keys
@@ -151,7 +154,7 @@ class _TfdsRecords:
     return images, np.array([example[label_key] for example in examples], np.int32)
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+def _prepare(builder: _Builder) -> None:
   """Downloads CIFAR-10 or CIFAR-100, or takes it from the manual folder, and prepares it where the builder looks.
 
   Raises:
@@ -179,7 +182,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     raise UserError(f'expected {builder.name} or nothing in {builder.data_dir}, found other files: remove that folder')
 
 
-def _check_archive(builder: tfds.core.DatasetBuilder) -> None:
+def _check_archive(builder: _Builder) -> None:
   """Raises UserError immediately if the archive is not on this machine and its host does not answer."""
   url, downloads = builder.archive_url, Path(builder.data_dir_root) / 'downloads'
   known = builder.url_infos[url]
@@ -209,10 +212,10 @@ def _host_answers(url: str, timeout: float = _HOST_TIMEOUT) -> bool:
   return bool(answers)
 
 
-def _archive_builder(parent: type[tfds.core.DatasetBuilder]) -> type[tfds.core.DatasetBuilder]:
+def _archive_builder(parent: Any) -> Any:
   """tfds's own CIFAR builder, except that it reads the archive with the standard library instead of TensorFlow."""
 
-  class ArchiveBuilder(parent, skip_registration=True):
+  class ArchiveBuilder(parent, skip_registration=True):  # pyright: ignore  # The parent is known at run time only.
     __module__ = parent.__module__  # Recorded in the prepared data set; tfds finds the checksums by it.
     name = parent.name
 
