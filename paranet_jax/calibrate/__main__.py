@@ -1,6 +1,5 @@
 """`python -m paranet_jax.calibrate`: chooses when a trained run may exit early, and writes exits.json."""
 
-import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,6 @@ from paranet_jax.host.huge_pages import use_huge_pages
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process) and returns the exit code."""
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors='backslashreplace')  # For what its encoding does not have.
   argv = sys.argv[1:] if argv is None else argv
   return exit_code(lambda: _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv])))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,15 +33,20 @@ def report_no_room(workdir: Path) -> Iterator[None]:
     ) from error
 
 
-def exit_code(run: Callable[[], object]) -> int:
-  """Runs a command and returns 0; 2 after a `UserError`, whose line it prints; 130 if it was interrupted."""
+def exit_code(run: Callable[[], int | None]) -> int:
+  """Runs a command and returns its exit code, 0 if it returns None.
+
+  Returns 2 after a `UserError`, whose line it prints, and 130 if the command was interrupted.
+  """
   logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # For characters that its encoding lacks.
   try:
-    run()
+    return run() or 0
   except UserError as error:
-    print('error:', *str(error).split(), file=sys.stderr)
+    line = ' '.join(str(error).split())
+    print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)
     return 130
-  return 0

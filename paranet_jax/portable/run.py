@@ -60,7 +60,7 @@ GONE = -1
 """In place of a row's number: the row is padding, or its image has exited."""
 
 _LATENCY_RUNS = 10
-_BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
+BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
 
 Carried = dict[str, Any]
 """What a batch carries from stage to stage, arrays [n, ...] by name; names with a leading _ are not for the network."""
@@ -758,7 +758,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
     return 2
   except BrokenPipeError:
-    return _BROKEN_PIPE
+    return BROKEN_PIPE
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)
     return 130

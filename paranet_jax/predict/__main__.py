@@ -1,7 +1,6 @@
-"""`python -m paranet_jax.predict`: image files in, their classes out. User errors are one line and exit code 2."""
+"""`python -m paranet_jax.predict`: predicts the classes of image files with a calibrated run."""
 
 import argparse
-import io
 import os
 import sys
 import warnings
@@ -10,117 +9,85 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
-from paranet_jax.host.arguments import Parser
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.arguments import Parser, absolute, positive
+from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
-from paranet_jax.portable.run import printable
-from paranet_jax.predict.files import Batch, list_images, read_batches
-from paranet_jax.predict.output import (
-  FORMATS,
-  check_output,
-  make_format,
-  open_output,
-  prediction_rows,
-)
-from paranet_jax.predict.progress import LiveLine, Tally
-
-_BROKEN_PIPE = 141  # What the shell reports of a command that SIGPIPE ended.
+from paranet_jax.portable.run import BROKEN_PIPE, BundleError, list_images, printable
+from paranet_jax.predict.image_files import read_batches
+from paranet_jax.predict.output import FORMATS, check_output, make_format, open_output, prediction_rows
+from paranet_jax.predict.tally import LiveLine, Tally
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command with these arguments, those of sys.argv if None.
+  """Runs the command with these arguments (None: those of the process).
 
   Returns:
-    The exit code: 0; 1: some files could not be read; 2: a user's error, nothing was predicted or written; 130: it was
-    interrupted; 141: whoever read standard output has stopped.
+    The exit code: 0; 1: some files were unreadable; 2: a user's error, nothing was predicted or written; 130:
+    interrupted; 141: the reader of standard output has stopped.
   """
-  logging.set_verbosity(logging.WARNING)  # orbax tells much at INFO that is not for the reader of a terminal.
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors='backslashreplace')  # For file names that its encoding does not have.
   try:
-    arguments = _parse(argv)
-    return _run(arguments, list_images(arguments.files))
-  except UserError as error:
-    print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
-    return 2
+    return exit_code(lambda: _run(_parse(argv)))
   except BrokenPipeError:
-    return _BROKEN_PIPE
-  except KeyboardInterrupt:
-    print('stopped at once', file=sys.stderr)
-    return 130
-
-
-def _path(text: str) -> Path:
-  return Path(os.path.expanduser(text))
+    return BROKEN_PIPE
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.predict',
-    description='Predicts the classes of image files, each at the exit that is sure enough, as RUN/exits.json says.',
+    description='Predicts the classes of image files, each at the first exit that is confident enough by exits.json.',
   )
   add = parser.add_argument
-  add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; of a folder, all images below it.')
-  add('--workdir', help='Folder of a run that was calibrated.')
+  add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; a folder stands for all images below it.')
+  add('--workdir', required=True, type=absolute, metavar='RUN', help='Folder of a calibrated run.')
   add('--step', type=int, help='Checkpoint (default: the one that was calibrated).')
-  add('--top', type=int, default=5, help='Classes told of each image, surest first (default: 5).')
-  add('--format', default='table', help=f'One of {", ".join(FORMATS)} (default: table).')
-  add('--output', type=_path, help='File to write, whole or not at all (default: standard output).')
-  add('--overwrite', action='store_true', help='Replace the --output file that is there.')
-  add('--batch-size', type=int, default=256, help='Images predicted at a time (default: 256).')
+  add('--top', type=positive, default=5, help='Classes reported per image, most probable first (default: 5).')
+  add('--format', choices=FORMATS, default='table', help='Default: table.')
+  add('--output', type=lambda text: Path(os.path.expanduser(text)), help='File to write (default: standard output).')
+  add('--overwrite', action='store_true', help='Replace an existing --output file.')
+  add('--batch-size', type=positive, default=256, help='Images predicted at a time (default: 256).')
   add('--compilation_cache', help='Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.')
-  arguments = parser.parse_intermixed_args(argv)
-  _check(arguments)
-  return arguments
+  given = parser.parse_intermixed_args(argv)
+  if given.output:
+    check_output(given.output, given.overwrite)
+  try:
+    given.files = list_images(given.files)
+  except BundleError as error:
+    raise UserError(str(error)) from error
+  return given
 
 
-def _check(arguments: argparse.Namespace) -> None:
-  if not arguments.workdir:
-    raise UserError('expected the folder of a run, found none; set --workdir')
-  if arguments.format not in FORMATS:
-    raise UserError(f"unknown format '{arguments.format}', expected one of {', '.join(FORMATS)}; set --format")
-  for flag in ('top', 'batch_size'):
-    if getattr(arguments, flag) < 1:
-      name = '--' + flag.replace('_', '-')
-      raise UserError(f'{name} must be 1 or more, found {getattr(arguments, flag)}; set {name}')
-  if arguments.output:
-    check_output(arguments.output, arguments.overwrite)
-
-
-def _run(arguments: argparse.Namespace, files: list[str]) -> int:
-  # jax takes a second to import, and a mistyped flag should not wait for it.
+def _run(given: argparse.Namespace) -> int:
+  # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.early.runtime import EarlyExit
   from paranet_jax.host.machine import use_compilation_cache
   from paranet_jax.host.processes import refuse_several
 
   refuse_several('predict')
-  use_compilation_cache(arguments.compilation_cache)
-  early_exit = EarlyExit.load(_path(arguments.workdir).absolute(), step=arguments.step)
+  use_compilation_cache(given.compilation_cache)
+  early_exit = EarlyExit.load(given.workdir, step=given.step)
   tally = Tally(early_exit.plan)
-  # Where the rows themselves appear on the terminal, a live line would be in their way.
-  in_the_way = arguments.output is None and sys.stdout.isatty()
-  line = LiveLine(sys.stderr, len(files), sys.stderr.isatty() and not in_the_way)
+  # A live line would be in the way of rows on the same terminal.
+  rows_on_terminal = given.output is None and sys.stdout.isatty()
+  line = LiveLine(sys.stderr, len(given.files), sys.stderr.isatty() and not rows_on_terminal)
   interrupted = False
   try:
-    _predict(early_exit, files, arguments, tally, line)
+    _predict(early_exit, given, tally, line)
   except KeyboardInterrupt:
     interrupted = True
-    unwritten = f', and {arguments.output} was not written' if arguments.output else ''
-    line.message(f'stopped after {tally.images + tally.unreadable:,} of {len(files):,} files{unwritten}')
+    unwritten = f', and {given.output} was not written' if given.output else ''
+    line.message(f'stopped after {tally.images + tally.unreadable:,} of {len(given.files):,} files{unwritten}')
   line.message(tally.summary())
   return 130 if interrupted else int(tally.unreadable > 0)
 
 
-def _predict(early_exit: Any, files: list[str], arguments: argparse.Namespace, tally: Tally, line: LiveLine) -> None:
-  """Writes a row a file as they come; what cannot be read is told on the way."""
-  top = min(arguments.top, len(early_exit.class_names))
+def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: LiveLine) -> None:
+  """Writes one row per file as the batches come, and reports unreadable files."""
+  top = min(given.top, len(early_exit.class_names))
   side, _, channels = early_exit.image_shape
-  batches = read_batches(files, side, channels, arguments.batch_size)
-  with open_output(arguments.output) as stream, closing(batches), warnings.catch_warnings():
-    warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.bundle\.run')  # Of odd but readable files.
-    format = make_format(arguments.format, files, early_exit.class_names, top, stream)
+  batches = read_batches(given.files, side, channels, given.batch_size)
+  with open_output(given.output) as stream, closing(batches), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.portable\.run')  # About odd but readable files.
+    format = make_format(given.format, given.files, early_exit.class_names, top, stream)
     stream.write(format.before)
     line.update(0, 0)
     try:
@@ -130,16 +97,12 @@ def _predict(early_exit: Any, files: list[str], arguments: argparse.Namespace, t
         stream.write(''.join(map(format.row, rows)))
         stream.flush()
         tally.add(predictions.exits, predictions.macs, len(batch.unreadable))
-        _tell(batch, tally, line)
+        for file, reason in batch.unreadable:
+          line.message(f'error: {printable(file)}: {reason}')
+        line.update(tally.images + tally.unreadable, tally.images_per_second)
     finally:
-      stream.write(format.after)  # JSON stays JSON when it ends early.
+      stream.write(format.after)  # Keeps JSON valid after an interrupt.
       stream.flush()
-
-
-def _tell(batch: Batch, tally: Tally, line: LiveLine) -> None:
-  for file, reason in batch.unreadable:
-    line.message(f'error: {printable(file)}: {reason}')
-  line.update(tally.images + tally.unreadable, tally.images_per_second)
 
 
 if __name__ == '__main__':

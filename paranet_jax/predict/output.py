@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -19,41 +19,41 @@ from paranet_jax.portable.run import printable
 from paranet_jax.report.tables import human_count
 
 FORMATS = ('table', 'json', 'csv')
-_LONGEST_FILE, _LONGEST_LABEL = 60, 24  # Characters; a longer name moves the rest of its own row alone.
+_LONGEST_FILE, _LONGEST_LABEL = 60, 24  # Characters; a longer name only shifts the rest of its own row.
 
 
 class Format(Protocol):
-  """The text before, of and after rows that are written as they come."""
+  """The text before and after the rows, and that of each row, written as they come."""
 
   before: str
   after: str
 
   def row(self, row: dict[str, Any]) -> str:
     """The text of one of `prediction_rows`."""
+    ...
 
 
 def prediction_rows(files: Sequence[str], predictions: Any, class_names: Sequence[str], top: int) -> list[dict]:
-  """One JSON object a file: `file`, `label`, `probability`, `exit`, `macs` and `top`, a list of {label, probability}.
+  """One JSON object per file: `file`, `label`, `probability`, `exit`, `macs` and `top`, a list of {label, probability}.
 
   Args:
-    files: [N].
-    predictions: of the runtime, with labels [N], probabilities [N, C], exits [N] and macs [N].
-    class_names: [C].
-    top: how many classes, at most C, surest first, so that the label predicted comes first.
+    predictions: the runtime's `Predictions`.
+    top: number of classes, at most all, most probable first; the predicted label always comes first.
   """
   ranked = np.array(predictions.probabilities, np.float64)
-  ranked[np.arange(len(files)), predictions.labels] = np.inf  # Also where float32 has made several equal.
+  ranked[np.arange(len(files)), predictions.labels] = np.inf  # Float32 may make several equal.
   order = np.argsort(-ranked, axis=1, kind='stable')[:, :top]
   rows = []
   for i, file in enumerate(files):
     best = [{'label': class_names[c], 'probability': float(f'{predictions.probabilities[i, c]:.6g}')} for c in order[i]]
-    leaving = {'exit': int(predictions.exits[i]), 'macs': int(predictions.macs[i])}
-    rows.append({'file': file, **best[0], **leaving, 'top': best})
+    rows.append(
+      {'file': file, **best[0], 'exit': int(predictions.exits[i]), 'macs': int(predictions.macs[i]), 'top': best}
+    )
   return rows
 
 
 class JsonFormat:
-  """One list, an object a line."""
+  """One list, with one object per line."""
 
   before, after = '[', '\n]\n'
 
@@ -67,7 +67,7 @@ class JsonFormat:
 
 
 class CsvFormat:
-  """file, label, probability, exit, macs, then label_2, probability_2 and so on for the next best classes."""
+  """file, label, probability, exit, macs, then label_2, probability_2 and so on for the runners-up."""
 
   after = ''
 
@@ -87,12 +87,11 @@ def _csv_line(values: Sequence[Any]) -> str:
 
 
 class TableFormat:
-  """Aligned columns whose widths are known from the start; the next best classes as far as `columns` reach.
+  """Aligned columns, and as many of the next best classes as fit.
 
   Args:
-    files: all that may come.
-    class_names: all there are.
-    columns: of the terminal; None: there is no limit.
+    files, class_names: all that may occur, for the widths of the columns.
+    columns: width of the terminal; None: no limit.
   """
 
   after = ''
@@ -122,8 +121,8 @@ def _width(texts: Sequence[str], most: int) -> int:
   return min(most, max(map(len, texts)))
 
 
-def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top: int, stream: TextIO) -> Format:
-  """The format of a name in FORMATS, for a stream; the arguments are those of the formats."""
+def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top: int, stream: IO[str]) -> Format:
+  """Makes one of FORMATS for a stream."""
   if name == 'json':
     return JsonFormat()
   if name == 'csv':
@@ -132,36 +131,32 @@ def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-  """Refuses a file that cannot be written, or that is there already.
-
-  Raises:
-    UserError: so it is.
-  """
+  """Raises a `UserError` for a file that cannot be written or already exists."""
   if os.path.lexists(path) and not os.path.isfile(path):
-    raise UserError(f'--output must be a file, and {path} is none; set --output')
+    raise UserError(f'--output must be a file, and {path} is not one; set --output')
   if os.path.lexists(path) and not overwrite:
-    raise UserError(f'{path} is there already; set --output to another file, or --overwrite')
+    raise UserError(f'{path} already exists; set --output to another file, or --overwrite')
   if not os.path.isdir(path.parent):
-    raise UserError(f'--output must be in a folder, and there is no {path.parent}; make it, or set --output')
+    raise UserError(f'--output must be in an existing folder, and {path.parent} is none; make it, or set --output')
 
 
 @contextmanager
-def open_output(path: Path | None) -> Iterator[TextIO]:
-  """A stream to write to: standard output, or a file that appears whole when the context ends without an error.
+def open_output(path: Path | None) -> Iterator[IO[str]]:
+  """Opens standard output, or a file that appears only when the context ends without an error.
 
   Raises:
     UserError: it cannot be written.
-    BrokenPipeError: whoever read standard output has stopped.
+    BrokenPipeError: the reader of standard output has stopped.
   """
   try:
     if path is None:
       yield sys.stdout
       return
-    # A name that is not UTF-8 is written with escapes, as on standard output.
+    # A file name that is not UTF-8 is escaped, as on standard output.
     with replacing(path, shared=True, encoding='utf-8', errors='backslashreplace', newline='') as stream:
       yield stream
   except OSError as error:
-    if path is None:  # Python would try once more to write what is left when it ends.
+    if path is None:  # Otherwise Python tries to write the rest again at exit.
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
       raise

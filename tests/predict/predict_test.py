@@ -16,13 +16,13 @@ from PIL import Image
 from paranet_jax.host.errors import UserError
 from paranet_jax.predict.__main__ import main
 from paranet_jax.predict.output import TableFormat, open_output, prediction_rows
-from paranet_jax.predict.progress import LiveLine, Tally
+from paranet_jax.predict.tally import LiveLine, Tally
 
 MACS = {1: 1_000, 3: 40_000}
 
 
 class Fake:
-  """Grey g is class g // 64 with probability 0.7, the next has 0.2; even classes leave at exit 1, odd at exit 3."""
+  """Gray g is class g // 64 with probability 0.7, the next has 0.2; even classes exit at 1, odd ones at 3."""
 
   class_names = ('ant', 'bee', 'cow', 'dog')
   image_shape = (8, 8, 3)
@@ -44,7 +44,7 @@ class Fake:
 
 @pytest.fixture(autouse=True)
 def fake(tmp_path, monkeypatch):
-  """What was loaded; the real runtime, which takes seconds to import and to compile, is not."""
+  """Replaces the real runtime, which takes seconds to import and to compile; holds what was loaded."""
   loaded = []
 
   def load(workdir, step=None):
@@ -75,7 +75,7 @@ def row(file, label, exit, *runners_up):
 
 
 SUMMARY = (
-  '3 images; exit 1: 66.7 %; exit 3: 33.3 %; 14.0 k multiply-adds an image, 2.14 x fewer than exit 3 alone (30.0 k)\n'
+  '3 images; exit 1: 66.7 %; exit 3: 33.3 %; 14.0 k multiply-adds per image, 2.14 x fewer than exit 3 alone (30.0 k)\n'
 )
 
 
@@ -86,7 +86,7 @@ def test_json(predict, fake, tmp_path):
     row('a.png', 'ant', 1, ('bee', 0.2)),
     row('b.png', 'bee', 3, ('cow', 0.2)),
   ]
-  assert out.count('\n') == 5  # An object a line.
+  assert out.count('\n') == 5  # One object per line.
   assert (code, err) == (0, SUMMARY)  # (1,000 + 1,000 + 40,000) / 3 = 14,000.
   assert fake[0].asked == (tmp_path / 'run', 7)
 
@@ -129,14 +129,14 @@ def test_a_table_on_a_terminal_keeps_to_its_width():
     {'label': 'y' * 30, 'probability': 0.1},
   ]
   values = {'label': 'z', 'probability': 0.5, 'exit': 2, 'macs': 5, 'top': best}
-  # 60 of the file and 24 of the label leave no place; the long name moves its own row.
+  # 60 characters for the file and 24 for the label leave no room; the long name only shifts its own row.
   assert table.row({'file': 'a', **values}) == f'{"a":60}  {"z":24}  {"0.500":>11}  {2:>4}  {5:>8}\n'
   assert table.row({'file': long, **values}).startswith(f'{long}  z  ')
   narrow = TableFormat(['a', 'b\n'], ['z'], columns=60)
   assert narrow.row({'file': 'b\n', **values}) == 'b\\n   z            0.500     2         5  z 0.250\n'
 
 
-def test_the_label_predicted_comes_first_where_probabilities_are_equal():
+def test_the_predicted_label_comes_first_among_equal_probabilities():
   equal = types.SimpleNamespace(
     labels=np.array([2]), probabilities=np.float32([[0.5, 0, 0.5]]), exits=np.array([1]), macs=np.array([1])
   )
@@ -192,39 +192,41 @@ def test_pillow_warnings_do_not_leak(predict, monkeypatch):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['a.png', '--format=xml'], "unknown format 'xml', expected one of table, json, csv; set --format"),
-    (['a.png', '--top=0'], '--top must be 1 or more, found 0; set --top'),
-    (['a.png', '--top=x'], "argument --top: invalid int value: 'x'; see --help"),
-    (['a.png', '--batch-size=-1'], '--batch-size must be 1 or more, found -1; set --batch-size'),
-    (['a.png', '--workdir='], 'expected the folder of a run, found none; set --workdir'),
+    (['a.png', '--top=0'], 'argument --top: expected an integer of 1 or more, found 0; see --help'),
+    (['a.png', '--batch-size=-1'], 'argument --batch-size: expected an integer of 1 or more, found -1; see --help'),
     (
       ['a.png', '--output=~nobody-here/x'],
-      '--output must be in a folder, and there is no ~nobody-here; make it, or set --output',
+      '--output must be in an existing folder, and ~nobody-here is none; make it, or set --output',
     ),
     (['a.png', '--tops=1'], 'unrecognized arguments: --tops=1; see --help'),
     ([], 'expected image files or folders of images, found none; name them after the flags'),
-    (['a.png', '--output=b.png'], 'b.png is there already; set --output to another file, or --overwrite'),
-    (['a.png', '--output=.', '--overwrite'], '--output must be a file, and . is none; set --output'),
-    (['a.png', '--output=no/x'], '--output must be in a folder, and there is no no; make it, or set --output'),
+    (['a.png', '--output=b.png'], 'b.png already exists; set --output to another file, or --overwrite'),
+    (['a.png', '--output=.', '--overwrite'], '--output must be a file, and . is not one; set --output'),
+    (['a.png', '--output=no/x'], '--output must be in an existing folder, and no is none; make it, or set --output'),
   ],
 )
-def test_refused(predict, fake, arguments, message):
+def test_rejected(predict, fake, arguments, message):
   assert predict(*arguments) == (2, '', f'error: {message}\n')
   assert not fake  # Before anything is loaded.
 
 
-def test_what_the_runtime_refuses_is_one_line(predict, monkeypatch):
+def test_a_user_error_of_the_runtime_is_one_line(predict, monkeypatch):
   def refuse(workdir, step):
-    raise UserError('expected exits.json,\n  found none')
+    raise UserError('expected exits.json,\n  found \x1b')
 
   monkeypatch.setattr(sys.modules['paranet_jax.early.runtime'].EarlyExit, 'load', refuse)
-  assert predict('a.png', '--output=o') == (2, '', 'error: expected exits.json, found none\n')
+  assert predict('a.png', '--output=o') == (2, '', 'error: expected exits.json, found \\x1b\n')
   assert not Path('o').exists()
 
 
 def test_no_workdir(capsys):
   assert main(['a.png']) == 2
-  assert capsys.readouterr().err == 'error: expected the folder of a run, found none; set --workdir\n'
+  assert capsys.readouterr().err == 'error: the following arguments are required: --workdir; see --help\n'
+
+
+def test_an_unknown_format(predict):
+  code, _, err = predict('a.png', '--format=xml')
+  assert code == 2 and err.startswith("error: argument --format: invalid choice: 'xml' (choose from ")
 
 
 def test_help(capsys):
@@ -262,7 +264,7 @@ def test_interrupted(predict, monkeypatch):
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ZeroDivisionError])
-def test_an_output_file_that_is_not_whole_does_not_appear(predict, monkeypatch, error):
+def test_an_incomplete_output_file_does_not_appear(predict, monkeypatch, error):
   interrupt_after(monkeypatch, 1, error)
   before = sorted(os.listdir())
   arguments = ('a.png', 'b.png', '--batch-size=1', '--output=o')
@@ -295,7 +297,7 @@ class Terminal(io.StringIO):
     return True
 
 
-def test_a_live_line_only_where_the_rows_are_not(monkeypatch, capsys):
+def test_no_live_line_where_the_rows_are(monkeypatch, capsys):
   err = Terminal()
   monkeypatch.setenv('COLUMNS', '80')
   monkeypatch.setattr(sys, 'stderr', err)
@@ -309,7 +311,7 @@ def test_a_live_line_only_where_the_rows_are_not(monkeypatch, capsys):
   assert '\r' not in err.getvalue()
 
 
-def test_the_live_line_tells_speed_and_time_left_and_fits(monkeypatch):
+def test_the_live_line_shows_speed_and_time_left_and_fits(monkeypatch):
   stream = io.StringIO()
   monkeypatch.setenv('COLUMNS', '60')
   LiveLine(stream, 10_000, live=True).update(1_000, 50.0)
@@ -349,7 +351,7 @@ def closed_pipe():
     ),
   ],
 )
-def test_standard_output_that_takes_nothing(open_stdout, code, message):
+def test_standard_output_that_cannot_be_written(open_stdout, code, message):
   program = (
     f'import sys; sys.path[:0] = {[str(Path(__file__).parents[depth]) for depth in (2, 0)]!r}\n'
     'import types, predict_test\n'

@@ -1,4 +1,4 @@
-"""How far the prediction of many images is, on the terminal, and what it came to."""
+"""Counts predictions, and shows their progress on the terminal."""
 
 import os
 import shutil
@@ -16,23 +16,23 @@ class Tally:
   """Counts what was predicted.
 
   Args:
-    plan: the `ExitPlan` that predicts.
-    clock: seconds, for the speed.
+    plan: the `ExitPlan`.
+    clock: in seconds, for the speed.
   """
 
   def __init__(self, plan: Any, clock: Callable[[], float] = time.perf_counter):
     self._plan, self._clock = plan, clock
-    self._leaving = dict.fromkeys(plan.exits, 0)
+    self._exited = dict.fromkeys(plan.exits, 0)
     self._macs = 0
-    # The first batch compiles, so its images and its time are no part of the speed.
+    # The first batch compiles, so the speed leaves it out.
     self._first: tuple[int, float] | None = None
     self._last = 0.0
     self.images = self.unreadable = 0
 
   def add(self, exits: np.ndarray, macs: np.ndarray, unreadable: int) -> None:
-    """Adds a batch: the exits [n], 1-based, and multiply-adds [n] of its images, and how many files were unreadable."""
+    """Adds a batch: the exits [n], 1-based, and multiply-adds [n] of its images, and the number of unreadable files."""
     for number in exits.tolist():
-      self._leaving[number] += 1
+      self._exited[number] += 1
     self._macs += int(np.sum(macs, dtype=np.int64))
     self.images += len(exits)
     self.unreadable += unreadable
@@ -42,17 +42,17 @@ class Tally:
 
   @property
   def images_per_second(self) -> float:
-    """Since the first batch; 0 where there was no other."""
+    """The speed after the first batch; 0 until there is another."""
     images, start = self._first or (0, 0.0)
     return (self.images - images) / (self._last - start) if self._last > start else 0.0
 
   def summary(self) -> str:
-    """One line: images, share leaving at each exit, mean cost, speed-up against the last exit alone, images/s."""
+    """One line: images, share of each exit, mean cost, speed-up over the last exit alone, images/s."""
     parts = [f'{self.images:,} image{"s" * (self.images != 1)}']
     if self.unreadable:
       parts[0] += f', {self.unreadable:,} unreadable'
     if self.images:
-      parts += [f'exit {number}: {100 * count / self.images:.1f} %' for number, count in self._leaving.items()]
+      parts += [f'exit {number}: {100 * count / self.images:.1f} %' for number, count in self._exited.items()]
       parts.append(self._cost())
     if self.images_per_second:
       parts.append(f'{_speed(self.images_per_second)} images/s')
@@ -61,18 +61,17 @@ class Tally:
   def _cost(self) -> str:
     mean, last = self._macs / self.images, self._plan.macs_alone[-1]
     return (
-      f'{human_count(round(mean))} multiply-adds an image, '
+      f'{human_count(round(mean))} multiply-adds per image, '
       f'{last / mean:.2f} x fewer than exit {self._plan.exits[-1]} alone ({human_count(last)})'
     )
 
 
 class LiveLine:
-  """One line of a terminal, rewritten in place; nothing where there is none.
+  """A line that is rewritten in place on a terminal.
 
   Args:
-    stream: where.
-    total: files.
-    live: whether the line is shown, unless the terminal cannot; messages always are.
+    total: number of files.
+    live: show the line, if the terminal can; messages are always printed.
   """
 
   def __init__(self, stream: TextIO, total: int, live: bool):
@@ -80,7 +79,7 @@ class LiveLine:
     self._live = live and os.environ.get('TERM') != 'dumb'
 
   def update(self, done: int, images_per_second: float) -> None:
-    """Shows how many files are done, the speed and the time left, as far as the speed is known."""
+    """Shows how many files are done, and the speed and the time left once they are known."""
     if not self._live:
       return
     line = f'{done:,}/{self._total:,} images'
@@ -91,12 +90,12 @@ class LiveLine:
     self._write(f'\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K')
 
   def message(self, text: str) -> None:
-    """Prints a line in place of the live one, which comes back with the next update."""
+    """Prints a line in place of the live one, which the next update restores."""
     self.clear()
     self._write(f'{text}\n')
 
   def clear(self) -> None:
-    """Takes the live line away."""
+    """Erases the live line."""
     if self._live:
       self._write('\r\x1b[K')
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paranet_jax.host.errors import UserError
-from paranet_jax.predict import files as image_files
-from paranet_jax.predict.files import list_images, read_batches
+from paranet_jax.portable import run
+from paranet_jax.portable.run import BundleError, list_images
+from paranet_jax.predict import image_files
+from paranet_jax.predict.image_files import read_batches
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +35,14 @@ def test_listing(tmp_path):
   assert list_images(['other', 'd', 'missing.png', 'd/c']) == ['other', *found, 'missing.png', 'd/c/z.tiff']
 
 
-def test_a_folder_that_cannot_be_listed_is_told_as_a_file(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_listed_as_a_file(tmp_path, monkeypatch):
   write(tmp_path / 'd' / 'a.png')
 
   def walk(folder, onerror, followlinks):
     onerror(PermissionError(13, 'Permission denied', os.path.join(folder, 'closed')))
     yield folder, [], ['a.png']
 
-  monkeypatch.setattr(image_files.os, 'walk', walk)
+  monkeypatch.setattr(run.os, 'walk', walk)
   assert list_images(['d']) == ['d/a.png', 'd/closed']
 
 
@@ -56,15 +57,15 @@ def test_a_folder_that_cannot_be_listed_is_told_as_a_file(tmp_path, monkeypatch)
     ),
   ],
 )
-def test_refused(tmp_path, paths, message):
+def test_nothing_to_read(tmp_path, paths, message):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'empty' / 'notes.txt').write_text('text')
-  with pytest.raises(UserError) as caught:
+  with pytest.raises(BundleError) as caught:
     list_images(paths)
   assert str(caught.value) == message
 
 
-def test_batches_keep_the_order_and_leave_out_what_cannot_be_read(tmp_path):
+def test_batches_keep_the_order_and_omit_unreadable_files(tmp_path):
   for i in range(7):
     write(tmp_path / f'{i}.png', value=i)
   files = ['0.png', '1.png', 'gone.png', '3.png', '4.png', '5.png', 'gone.png', 'gone.png', 'gone.png', '2.png']
@@ -78,7 +79,7 @@ def test_batches_keep_the_order_and_leave_out_what_cannot_be_read(tmp_path):
   assert list(read_batches([], 2, 3, 3)) == []
 
 
-def test_later_batches_are_decoded_meanwhile_and_no_more_than_two(monkeypatch):
+def test_two_later_batches_are_decoded_ahead(monkeypatch):
   decoded, ready = [], threading.Semaphore(0)
 
   def decode(file, side, channels):
@@ -92,7 +93,7 @@ def test_later_batches_are_decoded_meanwhile_and_no_more_than_two(monkeypatch):
   for taken in range(1, 8):
     assert next(batches).files == files[2 * taken - 2 : 2 * taken]
     for _ in range(6 if taken == 1 else 2):
-      assert ready.acquire(timeout=10)  # Decoded although nobody has asked for it yet.
+      assert ready.acquire(timeout=10)  # Decoded before anything asks for it.
     assert sorted(decoded, key=int) == files[: 2 * taken + 4]
   batches.close()
 
