@@ -4,8 +4,8 @@ A data set of this package is one file in `sources/` and one entry of `_REGISTRY
 that is not here works too. Another package's data set is registered by `register_source`, or found by its name in the
 entry point group `paranet_jax.datasets`, which makes `--config.data.name=shapes` work in every command:
 
-  [project.entry-points."paranet_jax.datasets"]
-  shapes = "my_package.shapes:SHAPES"
+    [project.entry-points."paranet_jax.datasets"]
+    shapes = "my_package.shapes:SHAPES"
 
 with `SHAPES = KnownDataset(open_source=...)` in my_package/shapes.py. Worker processes of `--config.data.streaming`
 unpickle its records, so their class must be importable there.

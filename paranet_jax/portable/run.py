@@ -1,27 +1,27 @@
 """Runs an exported early-exit image classifier. Needs Python 3.10, NumPy and onnxruntime; Pillow for image files.
 
-  python run.py photo.png photos/            # one line per image: path, label, probability, exit
-  python run.py --threshold=0.8 photo.png    # exit where the probability reaches 0.8, not where calibration chose
+    python run.py photo.png photos/            # one line per image: path, label, probability, exit
+    python run.py --threshold=0.8 photo.png    # exit where the probability reaches 0.8, not where calibration chose
 
 In Python, next to the bundle's files:
 
-  import run
+    import run
 
-  bundle = run.load('.')
-  labels, probabilities, exits, macs = bundle.predict(images)  # uint8 [N, H, W, C], or normalized floats; any N
-  answer = bundle.predict_one(images[0])
-  for answer in bundle.anytime(images[0], deadline_ms=5):  # a better answer after each stage, until time is up
-    ...
+    bundle = run.load('.')
+    labels, probabilities, exits, macs = bundle.predict(images)  # uint8 [N, H, W, C], or normalized floats; any N
+    answer = bundle.predict_one(images[0])
+    for answer in bundle.anytime(images[0], deadline_ms=5):  # a better answer after each stage, until time is up
+      ...
 
 Stage by stage, for a service that does its own batching (a stage's features are arrays whose first axis is the batch,
 so `join` merges the rows of several requests and `select` takes some of them):
 
-  carried = bundle.begin(images)
-  for number in bundle.visited:
-    carried, logits = bundle.stage(number)(carried)
-    leave = bundle.leaves(number, logits, carried)
-    answers = bundle.answers(number, logits[leave])
-    carried = run.select(carried, ~leave)
+    carried = bundle.begin(images)
+    for number in bundle.visited:
+      carried, logits = bundle.stage(number)(carried)
+      leave = bundle.leaves(number, logits, carried)
+      answers = bundle.answers(number, logits[leave])
+      carried = run.select(carried, ~leave)
 
 This file is the same in every bundle and imports nothing from the package that wrote it.
 """

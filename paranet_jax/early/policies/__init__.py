@@ -3,8 +3,8 @@
 A policy of this package is one file here and one entry of `_BUILT_IN`. Another package's policy is registered by
 `register_policy`, or found under the entry point group `paranet_jax.policies`:
 
-  [project.entry-points."paranet_jax.policies"]
-  half = "my_package.half:POLICY"
+    [project.entry-points."paranet_jax.policies"]
+    half = "my_package.half:POLICY"
 """
 
 from paranet_jax.early.policies.optimal import OPTIMAL
