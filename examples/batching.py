@@ -1,9 +1,9 @@
-"""Stages run for many requests at once: images that are at the same stage go through it together.
+"""Batches stages across requests: images that wait for the same stage go through it together.
 
-One thread runs one stage at a time. Who leaves after it is answered at once; the others wait for the next stage, among
-all who are there. The next to run is, in this order: the stage of an image that will be late if it is not run now; the
-deepest stage with a full batch waiting; the stage of the image that is due first. An image is due at its deadline, or
-after as long as a full queue should take twice.
+One thread runs one stage at a time. An image that exits after it is answered at once; the others wait for the next
+stage. The next stage to run is, in this order: one with an image that would be late otherwise; the deepest with a full
+batch waiting; the one with the image that is due first. An image is due at its deadline, or after twice the time that a
+full queue should take.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _RUNS = 5
 
 
 class Full(Exception):
-  """There is no room for so many images more."""
+  """There is no room for that many images."""
 
 
 class Answer(NamedTuple):
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 
 class Timings:
-  """Seconds that each visited stage should take, from two sizes measured here, on a straight line between them.
+  """Seconds that each visited stage should take, interpolated between two measured batch sizes.
 
   Attributes:
     visited: exit numbers, 1-based, increasing.
@@ -46,21 +46,21 @@ class Timings:
     self.visited, self._one, self._full, self._batch = tuple(one), one, full, batch
 
   def seconds(self, number: int, count: int = 1) -> float:
-    """Of the stage of exit `number` for `count` images."""
+    """The stage of exit `number` on `count` images."""
     share = (count - 1) / max(self._batch - 1, 1)
     return self._one[number] + share * max(self._full[number] - self._one[number], 0.0)
 
   def alone(self) -> dict[int, float]:
-    """Seconds in which one image alone is through each exit, by its number."""
+    """Seconds until a single image has passed each exit, by its number."""
     return dict(zip(self.visited, np.cumsum([self._one[number] for number in self.visited]).tolist(), strict=True))
 
   def all_stages(self, count: int) -> float:
-    """Of all stages for `count` images."""
+    """All stages on `count` images."""
     return sum(self.seconds(number, count) for number in self.visited)
 
 
 def measure(bundle: Any, batch: int) -> Timings:
-  """Times the visited stages of a bundle on this machine: medians of a few runs, after one that does not count."""
+  """Times the visited stages of a bundle on this machine: medians of a few runs after a warm-up."""
   one, full = (_time_stages(bundle, size) for size in (1, batch))
   return Timings(one, full, batch)
 
@@ -78,7 +78,7 @@ def _time_stages(bundle: Any, size: int) -> dict[int, float]:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Waiting:
-  """An image on its way. number: of the exit that it waits for; last: at which it leaves at the latest."""
+  """An image in the service. number: the exit that it waits for; last: the last one that it may reach."""
 
   image: np.ndarray
   arrived: float
@@ -93,7 +93,7 @@ class Waiting:
 
 @dataclasses.dataclass(slots=True)
 class Runs:
-  """Of one stage: how often it ran, for how many images in all, and in how many seconds."""
+  """Totals of one stage: runs, images, seconds."""
 
   count: int = 0
   images: int = 0
@@ -101,13 +101,13 @@ class Runs:
 
 
 class Scheduler:
-  """Answers images, no more than `capacity` of them at a time. All but `step` may be called from any thread.
+  """Answers images, at most `capacity` at a time. Every method but `step` is thread-safe.
 
   Attributes:
     runs: by exit number.
     exits: images answered, by exit number.
-    seconds: from arrival to answer, of all of them.
-    inside: images that were admitted and not released.
+    seconds: from arrival to answer, summed over images.
+    inside: images admitted and not released.
   """
 
   def __init__(
@@ -123,8 +123,8 @@ class Scheduler:
     Args:
       runtime: the bundle's run.py.
       bundle: what it loaded.
-      batch: most images of a stage's run.
-      clock: of arrivals and deadlines, in seconds.
+      batch: most images per run of a stage.
+      clock: for arrivals and deadlines, in seconds.
     """
     self._runtime, self._bundle, self._timings = runtime, bundle, timings
     self._capacity, self._batch, self._clock = capacity, batch, clock
@@ -143,11 +143,11 @@ class Scheduler:
     self._thread.start()
 
   def alive(self) -> bool:
-    """Whether what is submitted will be answered."""
+    """Whether submitted images will be answered."""
     return self._thread.is_alive()
 
   def close(self) -> None:
-    """Ends the thread once all that was submitted is answered."""
+    """Ends the thread once every submitted image is answered."""
     with self._changed:
       self._closing = True
       self._changed.notify()
@@ -155,10 +155,10 @@ class Scheduler:
       self._thread.join()
 
   def admit(self, count: int) -> None:
-    """Takes room for images; each is given back by `release`.
+    """Reserves room for images; `release` frees it one at a time.
 
     Raises:
-      Full: there is not so much.
+      Full: there is not enough.
     """
     with self._changed:
       if self.inside + count > self._capacity:
@@ -166,21 +166,21 @@ class Scheduler:
       self.inside += count
 
   def release(self) -> None:
-    """Gives back the room of one image."""
+    """Frees the room of one image."""
     with self._changed:
       self.inside -= 1
 
   def submit(self, image: np.ndarray, arrived: float, last: int, deadline: float = math.inf) -> 'Future[Answer]':
-    """Has an image answered.
+    """Queues an image.
 
     Args:
       image: uint8 [H, W, C].
-      arrived: when its request came, by the clock.
-      last: number of the exit at which it leaves at the latest, one of those visited.
-      deadline: by the clock. A stage is not begun if it should not be done by then, but for the first.
+      arrived: when its request arrived, by the clock.
+      last: number of the last exit that it may reach, one of those visited.
+      deadline: by the clock. A stage starts only if it should finish by then, except the first.
 
     Returns:
-      Its answer, or the exception of the stage that failed.
+      Its future answer, or the exception of the stage that failed.
 
     Raises:
       Full: `close` was called, or the thread has ended.
@@ -195,19 +195,19 @@ class Scheduler:
     return sample.answer
 
   def step(self) -> bool:
-    """Runs one stage for some of those who wait; False if nobody does. Called by the thread alone."""
+    """Runs one stage for some waiting images; False if none waits. Only the thread calls it."""
     with self._changed:
       arriving, self._arriving = self._arriving, []
     self._pools[self._timings.visited[0]] += arriving
     now = self._clock()
-    for sample in self._everyone():
+    for sample in self._waiting():
       self._drop_if_late(sample, now)
     if not any(self._pools.values()):
       return False
     number = self._choose(now)
     chosen = self._take(number, now)
     then = now + self._timings.seconds(number, len(chosen))
-    for sample in self._everyone():
+    for sample in self._waiting():
       if sample.reached:
         self._drop_if_late(sample, then)
     self._run(number, chosen)
@@ -216,10 +216,10 @@ class Scheduler:
   def _work(self) -> None:
     try:
       self._work_until_closed()
-    finally:  # Should that ever fail, nobody waits for what will not come.
+    finally:  # If that ever fails, no request waits forever.
       with self._changed:
         self._closing = True
-      for sample in [*self._everyone(), *self._arriving]:
+      for sample in [*self._waiting(), *self._arriving]:
         sample.answer.set_exception(RuntimeError('the thread of the stages has ended'))
 
   def _work_until_closed(self) -> None:
@@ -232,11 +232,11 @@ class Scheduler:
       if closing:
         return
 
-  def _everyone(self) -> list[Waiting]:
+  def _waiting(self) -> list[Waiting]:
     return [sample for pool in self._pools.values() for sample in pool]
 
   def _drop_if_late(self, sample: Waiting, now: float) -> None:
-    """Answers who has no time for another stage; who has been through none yet goes through the first and no other."""
+    """Answers an image that has no time for another stage; one that has passed none goes through the first only."""
     if now + self._timings.seconds(sample.number) <= sample.deadline:
       return
     if sample.reached:
@@ -246,14 +246,14 @@ class Scheduler:
       sample.last, sample.deadline, sample.due = sample.number, math.inf, sample.arrived + self._patience
 
   def _choose(self, now: float) -> int:
-    first = min(self._everyone(), key=lambda sample: sample.due)
+    first = min(self._waiting(), key=lambda sample: sample.due)
     if now + self._longest + self._timings.seconds(first.number) > first.due:
       return first.number
     full = [number for number, pool in self._pools.items() if len(pool) >= self._batch]
     return full[-1] if full else first.number
 
   def _take(self, number: int, now: float) -> list[Waiting]:
-    """Those who are due first, as many as fit a batch that is done before the first deadline among them."""
+    """The images due first, as many as a batch can finish before the earliest of their deadlines."""
     pool = sorted(self._pools[number], key=lambda sample: sample.due)
     count = min(len(pool), self._batch)
     while count > 1 and now + self._timings.seconds(number, count) > min(sample.deadline for sample in pool[:count]):
@@ -267,7 +267,7 @@ class Scheduler:
       carried, logits = self._bundle.stage(number)(self._carried(chosen))
       leave = self._bundle.leaves(number, logits, carried)
       found = self._bundle.answers(number, logits)
-    except Exception as error:  # Whatever it is, it is theirs; the others are still to be answered.
+    except Exception as error:  # It fails these images only.
       for sample in chosen:
         sample.answer.set_exception(error)
       return
@@ -279,7 +279,7 @@ class Scheduler:
       sample.reached = label, float(found.probabilities[row, label]), number
       if leave[row] or number == sample.last:
         self._answer(sample)
-      else:  # By a list of rows, which copies: a view would keep the whole batch in memory.
+      else:  # A list of rows copies them; a view would keep the whole batch in memory.
         sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
         self._pools[sample.number].append(sample)
 

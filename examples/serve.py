@@ -1,13 +1,13 @@
-"""Serves a bundle that `python -m paranet_jax.export` wrote, by HTTP. Needs requirements.txt beside it, and no JAX.
+"""Serves a bundle that `python -m paranet_jax.export` wrote over HTTP. Needs examples/requirements.txt, but not JAX.
 
   python examples/serve.py --bundle=DIR
   curl --data-binary @photo.png localhost:8000/predict
   curl -F image=@a.png -F image=@b.jpg -F deadline_ms=20 localhost:8000/predict
 
-What it answers: service.py. It runs the run.py of the bundle, so serve only bundles that you trust; and it has neither
-TLS nor patience for slow clients of its own, so put a proxy before it where others than this machine can reach it. On
-SIGTERM and Control-C it takes no more requests, answers those it has, and ends with exit code 0. User errors are one
-line and exit code 2.
+service.py describes the answers. The server runs the bundle's run.py, so serve only bundles that you trust. It has
+neither TLS nor protection against slow clients, so put a proxy in front of it where other machines can reach it. On
+SIGTERM and Control-C it refuses new requests, answers those it has, and exits with code 0. User errors are one line and
+exit code 2.
 """
 
 import argparse
@@ -19,19 +19,20 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
-_LONGEST_STOP = 30  # Seconds for a client to take its answer once the service is asked to stop.
+_LONGEST_STOP = 30  # Seconds that clients have to read their answers after a signal.
 
 
 class UserError(Exception):
-  """One line saying what was expected, what was found and what mends it."""
+  """One line that says what was expected, what was found, and what fixes it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments, those of sys.argv if None.
 
   Returns:
-    The exit code: 0, it was asked to stop; 2, a user's error; 130, it was interrupted before it served.
+    The exit code: 0: stopped by a signal; 2: a user error; 130: interrupted before it served.
   """
   try:
     _serve(_parse(argv))
@@ -45,28 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> None:
+  def error(self, message: str) -> NoReturn:
     raise UserError(f'{message}; see --help')
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = _Parser(prog='python serve.py', description='Serves an exported bundle by HTTP.', allow_abbrev=False)
   add = parser.add_argument
-  add('--bundle', type=Path, help='Folder of the bundle.')
-  add('--host', default='127.0.0.1', help='Address to listen at (default: 127.0.0.1, this machine alone).')
-  add('--port', type=int, default=8000, help='0: any that is free (default: 8000).')
-  add('--queue', type=_count, default=256, help='Most images taken in and not answered yet (default: 256).')
-  add('--batch', type=_count, default=64, help='Most images of a run of a stage (default: 64).')
+  add('--bundle', type=Path, required=True, help='Folder of the bundle.')
+  add('--host', default='127.0.0.1', help='Address to listen on (default: 127.0.0.1, this machine only).')
+  add('--port', type=_port, default=8000, help='0: any free port (default: 8000).')
+  add('--queue', type=_count, default=256, help='Most images accepted and not answered yet (default: 256).')
+  add('--batch', type=_count, default=64, help='Most images per run of a stage (default: 64).')
   add('--max-bytes', type=_count, default='10M', help='Of a request (default: 10M).')
   add('--max-pixels', type=_count, default='25M', help='Of an image (default: 25M).')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
-  add('--threads', type=int, default=0, help='Of a stage (default, and at most: as many as there are cores).')
-  given = parser.parse_args(argv)
-  if given.bundle is None:
-    raise UserError('expected the folder of a bundle, found none; set --bundle')
-  if not 0 <= given.port <= 65535:
-    raise UserError(f'expected a port from 0 to 65535, found {given.port}; set --port')
-  return given
+  add('--threads', type=int, default=0, help='Per stage (default and maximum: one per core).')
+  return parser.parse_args(argv)
+
+
+def _port(text: str) -> int:
+  if not text.isdecimal() or int(text) > 65535:
+    raise argparse.ArgumentTypeError(f'expected a port from 0 to 65535, found {text}')
+  return int(text)
 
 
 def _count(text: str) -> int:
@@ -89,9 +91,9 @@ def _serve(given: argparse.Namespace) -> None:
   except ImportError as error:
     needs = Path(__file__).with_name('requirements.txt')
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
-  warnings.filterwarnings('ignore', module='PIL')  # Of odd but readable files.
-  Image.init()  # Which the first image would wait for.
-  Image.MAX_IMAGE_PIXELS = given.max_pixels  # Of more than twice as many, Pillow does not tell how many they are.
+  warnings.filterwarnings('ignore', module='PIL')  # Pillow warns about odd but readable files.
+  Image.init()  # Otherwise the first image waits for it.
+  Image.MAX_IMAGE_PIXELS = given.max_pixels  # Beyond twice this, Pillow refuses an image without its size.
   runtime = _load_runtime(given.bundle)
   try:
     bundle = runtime.load(given.bundle, given.provider, given.threads)
@@ -101,17 +103,17 @@ def _serve(given: argparse.Namespace) -> None:
   batch = min(given.batch, given.queue)
   try:
     timings = measure(bundle, batch)
-  except Exception as error:  # Runtimes that find no memory have exceptions of their own.
+  except Exception as error:  # Each runtime raises its own exception when memory is short.
     listening.close()
     reason = str(error) or type(error).__name__
     raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
   uploads = Uploads(given.max_bytes, given.queue)
   predictor = Predictor(runtime, bundle, timings, scheduler, uploads, given.max_pixels)
-  app = make_app(predictor, scheduler, lambda: _tell(given, listening, timings.alone()))
+  app = make_app(predictor, scheduler, lambda: _report(given, listening, timings.alone()))
   config = uvicorn.Config(app, log_level='warning', access_log=False, timeout_graceful_shutdown=_LONGEST_STOP)
   server = uvicorn.Server(config)
-  for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again what stopped it, once it has stopped.
+  for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again once it has stopped.
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   server.run(sockets=[listening])
 
@@ -120,7 +122,7 @@ def _load_runtime(folder: Path) -> ModuleType:
   """The bundle's run.py as a module.
 
   Raises:
-    UserError: it is not there, or cannot be imported.
+    UserError: it does not exist, or cannot be imported.
   """
   path = folder / 'run.py'
   if not path.is_file():
@@ -140,10 +142,10 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family)
   except OSError as error:
     reason = str(error.strerror).partition(' (while')[0]
-    raise UserError(f'cannot listen at {host} port {port} ({reason}); set --host or --port') from error
+    raise UserError(f'cannot listen on {host} port {port} ({reason}); set --host or --port') from error
 
 
-def _tell(given: argparse.Namespace, listening: socket.socket, alone: dict[int, float]) -> None:
+def _report(given: argparse.Namespace, listening: socket.socket, alone: dict[int, float]) -> None:
   host, port = listening.getsockname()[:2]
   host = f'[{host}]' if ':' in host else host
   exits = ', '.join(f'{1e3 * seconds:.2f}' for seconds in alone.values())

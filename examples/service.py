@@ -1,22 +1,22 @@
-"""The service: `POST /predict`, `GET /healthz`, `GET /metrics`. What it refuses, it refuses as {"error": one line}.
+"""The service: `POST /predict`, `GET /healthz`, `GET /metrics`. A refused request gets {"error": one line}.
 
-`POST /predict` takes one image as its body, or several as files of a form (multipart/form-data), and gives
+`POST /predict` takes one image as its body, or several as files of a form (multipart/form-data), and returns
 
   {"answers": [{"label": 3, "class_name": "3", "probability": 0.98, "exit": 1, "milliseconds": 2.1}, ...]}
 
-in the order sent; milliseconds are from the request's arrival to the answer, with waiting. An image that cannot be
-answered has {"error": "..."} in its place. The status is 200 if any image is answered. If none is, it is what all of
-them have in common (413: too many pixels; 500: the network failed), or 400, with the first "error" beside "answers".
+in the order sent; milliseconds are from the request's arrival to the answer, waiting included. An image that cannot be
+answered has {"error": "..."} in its place. The status is 200 if any image is answered. Otherwise it is the status that
+all images share (413: too many pixels; 500: the network failed), or else 400, with the first "error" next to "answers".
 
-A whole request is refused with 400 (no image, a field or a form that is not understood), 413 (too many bytes, known
-from its head or while it is read) or 503 with Retry-After (no room for its images, or too much being sent at once).
+A whole request is refused with 400 (no image, an unknown field or a malformed form), 413 (too many bytes, declared or
+read) or 503 with Retry-After (no room for its images, or too many bytes in flight).
 
-In the query or the form, at most one of
-  budget_ms: no image goes to an exit that one image alone reaches later than that on this machine, as measured at the
-    start; waiting is not counted.
-  deadline_ms: the best answer that is there so many milliseconds after the request came, with waiting. An image leaves
-    earlier where it is sure enough. A stage is not begun if it should not be done in time, but the first is always
-    run: under load, an answer may come late.
+The query or the form may have one of
+  budget_ms: no image goes to an exit that a single image reaches later than this on this machine, as measured at
+    start-up; waiting does not count.
+  deadline_ms: the best answer available this many milliseconds after the request arrived, waiting included. An image
+    exits earlier where it is confident enough. A stage starts only if it should finish in time, but the first always
+    runs: under load, an answer may be late.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uploads import FIELDS, Refused, Uploads, decode
 
-_GONE = 499  # What nginx logs of a client that did not wait; it is sent to nobody.
+_GONE = 499  # As nginx logs a client that disconnected; never sent.
 _DOCUMENTED = {
   'parameters': [{'name': name, 'in': 'query', 'schema': {'type': 'number'}} for name in FIELDS],
   'requestBody': {
@@ -52,23 +52,23 @@ _DOCUMENTED = {
 }
 
 Outcome = tuple[int, dict[str, Any]]
-"""The status and what is said of one image."""
+"""The status and the answer of one image."""
 
 
 class Predictor:
-  """Answers requests. requests: how many, by status."""
+  """Answers requests. requests: their number by status."""
 
   def __init__(
     self, runtime: ModuleType, bundle: Any, timings: Timings, scheduler: Scheduler, uploads: Uploads, max_pixels: int
   ):
     self._runtime, self._bundle, self._scheduler, self._uploads = runtime, bundle, scheduler, uploads
     self._alone, self._max_pixels = timings.alone(), max_pixels
-    # Pillow decodes without the interpreter's lock, but the stages want the cores too.
+    # Pillow decodes without the interpreter lock, but the stages need cores too.
     self._decoders = ThreadPoolExecutor(2, 'decode')
     self.requests: Counter[int] = Counter()
 
   async def answer(self, request: Request) -> Response:
-    """The response to a request, refused or not."""
+    """The response to a request."""
     arrived = time.perf_counter()
     try:
       async with self._uploads.read(request) as upload:
@@ -76,7 +76,7 @@ class Predictor:
       response = _together(outcomes)
     except Refused as refused:
       response = _refusal(refused.status, refused.reason)
-    except HTTPException as error:  # Of a form that cannot be parsed.
+    except HTTPException as error:  # The form cannot be parsed.
       response = _refusal(error.status_code, str(error.detail))
     except ClientDisconnect:
       response = Response(status_code=_GONE)
@@ -104,9 +104,9 @@ class Predictor:
       answer = await asyncio.wrap_future(self._scheduler.submit(image, arrived, last, deadline))
     except Refused as refused:
       return refused.status, {'error': refused.reason}
-    except Exception as error:  # Of a stage; the other images are still answered.
+    except Exception as error:  # A stage failed; other images are still answered.
       traceback.print_exception(error, file=sys.stderr)
-      return 500, {'error': 'the network failed on this image; the log of the service says how'}
+      return 500, {'error': 'the network failed on this image; see the log of the service'}
     finally:
       self._scheduler.release()
     return 200, {
@@ -118,7 +118,7 @@ class Predictor:
     }
 
   def _last(self, budget_ms: float) -> int:
-    """The number of the last exit that costs no more."""
+    """The number of the last exit within the budget."""
     within = [number for number, seconds in self._alone.items() if 1e3 * seconds <= budget_ms]
     if not within:
       least = math.ceil(1e5 * min(self._alone.values())) / 100
@@ -158,13 +158,13 @@ def make_app(predictor: Predictor, scheduler: Scheduler, started: Callable[[], N
 
   @app.exception_handler(Exception)
   async def failed(_: Request, error: Exception) -> Response:
-    return _refusal(500, 'the service failed; its log says how')
+    return _refusal(500, 'the service failed; see its log')
 
   return app
 
 
 def metric_lines(predictor: Predictor, scheduler: Scheduler) -> Iterator[str]:
-  """In the text format of Prometheus."""
+  """Metrics in the text format of Prometheus."""
   exits, runs = scheduler.exits, scheduler.runs
   yield from _metric('requests_total', 'counter', {f'{{status="{code}"}}': n for code, n in predictor.requests.items()})
   yield from _metric('images_total', 'counter', {f'{{exit="{number}"}}': count for number, count in exits.items()})

@@ -1,4 +1,4 @@
-"""What a request sends: its images and fields, read and decoded within limits."""
+"""Reads the images and fields of a request, within limits."""
 
 import contextlib
 import io
@@ -13,13 +13,13 @@ from starlette.datastructures import UploadFile
 from starlette.types import Message, Receive
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
-"""Of Pillow's; others start programs (EPS) or are rare enough to be less well looked after."""
+"""Those of Pillow's formats that neither start programs (EPS) nor are so rare that few people test them."""
 FIELDS = ('budget_ms', 'deadline_ms')
-_HELD = 16  # Times the largest body: what all requests may hold at once.
+_HELD = 16  # All requests together may hold this many largest bodies.
 
 
 class Refused(Exception):
-  """A status of HTTP, and one line that says why."""
+  """An HTTP status, and one line that says why."""
 
   def __init__(self, status: int, reason: str):
     super().__init__(reason)
@@ -34,14 +34,14 @@ class Upload(NamedTuple):
 
 
 class Uploads:
-  """Reads requests, none larger than `max_bytes`, and no more at once than 16 of those would hold."""
+  """Reads requests of at most `max_bytes` each, and of 16 times that together."""
 
   def __init__(self, max_bytes: int, max_images: int):
     self._max_bytes, self._max_images, self._held = max_bytes, max_images, 0
 
   @contextlib.asynccontextmanager
   async def read(self, request: Request) -> AsyncIterator[Upload]:
-    """The upload of a request, whose bytes count as held until the context ends.
+    """Reads a request, whose bytes count as held until the context ends.
 
     Raises:
       Refused: 400, 413 or 503.
@@ -77,7 +77,7 @@ class Uploads:
     if self._held > _HELD * self._max_bytes:
       raise Refused(503, 'too many bytes are being sent at once; try again')
     if body.is_form and not message.get('more_body') and not body.tail.rstrip().endswith(b'--'):
-      # The parser would leave out the file that was cut, without a word.
+      # The parser would silently drop the file that was cut.
       raise Refused(400, 'expected a whole form, found no boundary that closes it; send it again')
     return message
 
@@ -101,7 +101,7 @@ def read_fields(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
   """The fields of a request, by name.
 
   Raises:
-    Refused: 400; one is unknown, no positive number, or not alone.
+    Refused: 400; a field is unknown, not a positive number, or not the only one.
   """
   found = {}
   for name, text in pairs:
@@ -124,10 +124,10 @@ def _positive(name: str, text: str) -> float:
 
 
 def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int) -> np.ndarray:
-  """The image as the bundle takes it, uint8 [H, W, C]; what run.py's `decode_image` gives, within limits.
+  """Decodes an image for the bundle like run.py's `decode_image`, within limits: uint8 [H, W, C].
 
   Raises:
-    Refused: 400, it is no image; 413, it has too many pixels, which is known before they are decoded.
+    Refused: 400, it is not an image; 413, it has too many pixels, which is checked before they are decoded.
   """
   from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -143,5 +143,5 @@ def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_
     raise Refused(413, f'expected at most {max_pixels:,} pixels, found many more; send a smaller image') from error
   except UnidentifiedImageError as error:
     raise Refused(400, f'not an image in a known format ({", ".join(FORMATS)})') from error
-  except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
+  except Exception as error:  # Damaged bytes make Pillow raise almost anything.
     raise Refused(400, ' '.join(str(error).split())[:200] or type(error).__name__) from error

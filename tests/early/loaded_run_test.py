@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from running import TINY, run_main, saved_state
+from running import saved_state
 
 import paranet_jax
 from paranet_jax.costs import exit_costs
@@ -15,33 +15,25 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.runs.dataset_facts import DATASET
 
 
-@pytest.fixture(scope='module')
-def workdir(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('run')
-  steps = '--config.train.max_steps=4', '--config.checkpoint.every_steps=2'
-  assert run_main(*TINY, *steps, '--config.data.held_out=300', f'--workdir={folder}').code == 0
-  return folder
-
-
 @pytest.fixture
-def calibrated(workdir, tmp_path):
-  """A copy in which everybody leaves at exit 2 of the run's first checkpoint, which is not its latest."""
-  copy = shutil.copytree(workdir, tmp_path / 'run')
-  run = paranet_jax.load(copy, step=2)
+def calibrated(finished_run, tmp_path):
+  """A copy in which every sample exits at exit 2, calibrated for the first checkpoint, which is not the latest."""
+  copy = shutil.copytree(finished_run, tmp_path / 'run')
+  run = paranet_jax.load(copy, step=50)
   alone = [cost['macs_alone'] for cost in exit_costs(run.model, run.image_shape)][1:]
-  checkpoint = CheckpointId(run.config.name, run.config.data.name, 2, fingerprint(run.variables))
+  checkpoint = CheckpointId(run.config.name, run.config.data.name, 50, fingerprint(run.variables))
   plan = full_network_plan(checkpoint, (2, 3), alone)
-  everybody = {'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0)}
-  plan = dataclasses.replace(plan, **everybody, visited=(2, 3), macs=(alone[0], alone[1]))
+  every_sample = {'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0)}
+  plan = dataclasses.replace(plan, **every_sample, visited=(2, 3), macs=(alone[0], alone[1]))
   save_plan(copy, plan)
   return copy
 
 
-def test_a_run_that_is_not_calibrated(workdir):
-  run = paranet_jax.load(str(workdir))
-  assert (run.step, run.exits, run.image_shape) == (4, None, (16, 16, 3))
+def test_a_run_that_is_not_calibrated(finished_run):
+  run = paranet_jax.load(str(finished_run))
+  assert (run.step, run.exits, run.image_shape) == (60, None, (16, 16, 3))
   assert run.config.name == 'PN3-x3d' and run.dataset.class_names == tuple('0123456789')
-  state = saved_state(workdir)
+  state = saved_state(finished_run)
   jax.tree.map(np.testing.assert_array_equal, run.variables, {'params': state.params, 'batch_stats': state.batch_stats})
   logits = run.model.apply(run.variables, np.zeros((2, 16, 16, 3), np.float32), exits=(3,))
   assert logits[2].shape == (2, 10)
@@ -49,7 +41,7 @@ def test_a_run_that_is_not_calibrated(workdir):
 
 def test_a_calibrated_run_is_its_own_checkpoint(calibrated):
   run = paranet_jax.load(calibrated)
-  assert (run.step, run.exits.visited) == (2, (2, 3))
+  assert (run.step, run.exits.visited) == (50, (2, 3))
   early = paranet_jax.EarlyExit.load(calibrated)
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
   found = early.predict(images)
@@ -67,15 +59,15 @@ def test_the_data_set_is_not_read(calibrated, monkeypatch):
 
 
 def test_exits_of_another_checkpoint(calibrated):
-  with pytest.raises(UserError, match='exits.json belongs to another checkpoint: step 2 there, 4 here; .* --step=2'):
-    paranet_jax.load(calibrated, step=4)
+  with pytest.raises(UserError, match='exits.json belongs to another checkpoint: step 50 there, 60 here; .* --step=50'):
+    paranet_jax.load(calibrated, step=60)
 
 
-def test_a_run_without_exits_does_not_predict(workdir):
+def test_a_run_without_exits_does_not_predict(finished_run):
   with pytest.raises(UserError) as error:
-    paranet_jax.EarlyExit.load(workdir)
-  command = f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9'
-  assert str(error.value) == f'expected {workdir}/exits.json, found none; {command} writes it'
+    paranet_jax.EarlyExit.load(finished_run)
+  command = f'python -m paranet_jax.calibrate --workdir={finished_run} --threshold=0.9'
+  assert str(error.value) == f'expected {finished_run}/exits.json, found none; {command} writes it'
 
 
 def test_a_run_without_the_facts_of_its_data_set(calibrated):
@@ -84,8 +76,8 @@ def test_a_run_without_the_facts_of_its_data_set(calibrated):
     paranet_jax.load(calibrated)
 
 
-def test_a_checkpoint_of_another_architecture(workdir, tmp_path):
-  copy = shutil.copytree(workdir, tmp_path / 'run')
+def test_a_checkpoint_of_another_architecture(finished_run, tmp_path):
+  copy = shutil.copytree(finished_run, tmp_path / 'run')
   text = (copy / 'config.json').read_text()
   (copy / 'config.json').write_text(text.replace('"growth_rate": 4', '"growth_rate": 5'))
   with pytest.raises(UserError, match='has a different architecture or optimizer: batch_stats/'):
@@ -93,19 +85,19 @@ def test_a_checkpoint_of_another_architecture(workdir, tmp_path):
 
 
 def test_a_calibrated_checkpoint_that_is_gone(calibrated):
-  shutil.rmtree(calibrated / 'checkpoints' / '2')
+  shutil.rmtree(calibrated / 'checkpoints' / '50')
   command = f'python -m paranet_jax.calibrate --workdir={calibrated} --threshold=0.9'
   with pytest.raises(UserError) as error:
     paranet_jax.load(calibrated)
   assert str(error.value) == (
-    f'{calibrated}/exits.json belongs to the checkpoint of step 2, which is gone; {command} writes it again'
+    f'{calibrated}/exits.json belongs to the checkpoint of step 50, which is gone; {command} writes it again'
   )
-  shutil.rmtree(calibrated / 'checkpoints' / '4')
+  shutil.rmtree(calibrated / 'checkpoints' / '60')
   with pytest.raises(UserError, match='expected a checkpoint in .*, found none; train first'):
     paranet_jax.load(calibrated)
 
 
-def test_a_home_that_nobody_has_is_no_run():
+def test_an_unknown_home_folder():
   with pytest.raises(UserError, match=r'expected a run with a config\.json in .*/~nobody-here/run, found none'):
     paranet_jax.load('~nobody-here/run')
 

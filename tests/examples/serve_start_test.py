@@ -1,4 +1,4 @@
-"""Tests of what the service says where it cannot start: one line, and exit code 2."""
+"""Tests of a service that cannot start: one line, and exit code 2."""
 
 import io
 import os
@@ -6,26 +6,22 @@ import shutil
 import signal
 import socket
 import sys
-from pathlib import Path
 
+import batching
 import pytest
+import serve
 import tiny_bundle
+import uploads
 import uvicorn
 from PIL import Image
+from serving import EXAMPLES
 
 from paranet_jax.portable import run as run_file
-
-EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
-sys.path.insert(0, str(EXAMPLES))
-
-import batching  # noqa: E402
-import serve  # noqa: E402
-import uploads  # noqa: E402
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Bundles, of which `whole` alone is as it should be."""
+  """Bundles; all but `whole` are damaged."""
   folder = tmp_path_factory.mktemp('bundles')
   whole = tiny_bundle.write(folder / 'whole')
   for name, change in CHANGED.items():
@@ -53,7 +49,7 @@ def refusal(capsys, *arguments):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ((), 'expected the folder of a bundle, found none; set --bundle'),
+    ((), 'the following arguments are required: --bundle; see --help'),
     (('--bundle=none',), 'expected a bundle with a run.py in none, found none; set --bundle'),
     (('--bundle=bare',), 'expected a bundle with a run.py in bare, found none; set --bundle'),
     (
@@ -70,8 +66,8 @@ def refusal(capsys, *arguments):
     ),
     (('--bundle=whole', '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
     (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one per core, found 5; set --threads'),
-    (('--bundle=whole', '--port=65536'), 'expected a port from 0 to 65535, found 65536; set --port'),
-    (('--bundle=whole', '--port=http'), "argument --port: invalid int value: 'http'; see --help"),
+    (('--bundle=whole', '--port=65536'), 'argument --port: expected a port from 0 to 65535, found 65536; see --help'),
+    (('--bundle=whole', '--port=http'), 'argument --port: expected a port from 0 to 65535, found http; see --help'),
     (
       ('--bundle=whole', '--queue=0'),
       "argument --queue: expected an integer of 1 or more, such as 64 or 10M, found '0'; see --help",
@@ -83,7 +79,7 @@ def refusal(capsys, *arguments):
     (('--bundle=whole', '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
     (
       ('--bundle=whole', '--host=192.0.2.1'),
-      'cannot listen at 192.0.2.1 port 8000 (Cannot assign requested address); set --host or --port',
+      'cannot listen on 192.0.2.1 port 8000 (Cannot assign requested address); set --host or --port',
     ),
   ],
 )
@@ -104,7 +100,7 @@ def test_a_port_that_is_taken(folder, capsys):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
     assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}') == (
-      f'cannot listen at 127.0.0.1 port {port} (Address already in use); set --host or --port'
+      f'cannot listen on 127.0.0.1 port {port} (Address already in use); set --host or --port'
     )
 
 
@@ -116,7 +112,7 @@ def test_a_port_that_is_taken(folder, capsys):
     (RuntimeError('Failed to allocate memory'), 'Failed to allocate memory'),
   ],
 )
-def test_a_batch_that_has_no_room(folder, monkeypatch, capsys, error, reason):
+def test_a_batch_that_does_not_fit_in_memory(folder, monkeypatch, capsys, error, reason):
   def measure(bundle, batch):
     raise error
 
@@ -161,7 +157,7 @@ def test_a_signal_just_before_it_serves(folder, monkeypatch):
   ],
 )
 def test_pillow_refuses_no_image_that_the_service_takes(folder, monkeypatch, side, message):
-  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # By itself it would refuse more than 200.
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)  # Alone, Pillow would refuse more than 200.
   encoded, found = io.BytesIO(), []
   Image.new('RGB', (side, side)).save(encoded, 'png')
 

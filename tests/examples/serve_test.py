@@ -1,29 +1,19 @@
-"""Tests of the service as a user starts it, where importing JAX or this package fails: nothing is lost or mixed up."""
+"""Tests of the service as a user starts it, without JAX or this package: no request is lost or mixed up."""
 
-import http.client
-import io
-import json
-import os
 import queue
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import tiny_bundle
-from PIL import Image
+from serving import PNG, Server, encoded, form, of_pixels, wait_until
 
 from paranet_jax.portable import run
 
-EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
 MAX_BYTES, QUEUE = 50_000, 64
 NO_IMAGE = 'not an image in a known format (PNG, JPEG, WEBP, GIF, BMP, TIFF)'
 NONE_SENT = 'expected an image, found none; send one as the body, or several as files of a form'
@@ -31,75 +21,12 @@ TOO_LARGE = 'expected at most 50,000 bytes, found more; send fewer or smaller im
 SEVERAL = 'expected one of budget_ms and deadline_ms, once, found several; leave out all but one'
 
 
-class Reply(NamedTuple):
-  status: int
-  headers: dict[str, str]
-  body: Any
-
-
-class Server:
-  """`python examples/serve.py`, started; it says where it listens."""
-
-  def __init__(self, folder: Path, bundle: Path, *flags: str):
-    blocked = folder / 'blocked'
-    blocked.mkdir(exist_ok=True)
-    for name in ('jax', 'flax', 'paranet_jax', 'tensorflow', 'torch'):
-      (blocked / f'{name}.py').write_text('raise ImportError("the service does without")\n')
-    self.process = subprocess.Popen(
-      [sys.executable, '-W', 'error', EXAMPLES / 'serve.py', f'--bundle={bundle}', '--port=0', '--threads=1', *flags],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      cwd=folder,
-      env=os.environ | {'PYTHONPATH': str(blocked)},
-    )
-    self.line = self.process.stdout.readline()
-    found = re.fullmatch(
-      rf'serving {re.escape(str(bundle))} at http://127\.0\.0\.1:(\d+)/predict; '
-      r'its exits take (\d+\.\d\d), (\d+\.\d\d), (\d+\.\d\d) ms an image\n',
-      self.line,
-    )
-    if not found:
-      self.process.kill()
-    assert found, (self.line, self.process.communicate())
-    self.port, self.exit_ms = int(found[1]), [float(text) for text in found.groups()[1:]]
-
-  def connect(self) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
-
-  def ask(self, method: str, path: str, body: Any = None, headers: Any = (), over: Any = None) -> Reply:
-    """Sends a request, over a connection that is open, or one of its own."""
-    connection = over or self.connect()
-    connection.request(method, path, body, dict(headers))
-    response = connection.getresponse()
-    text = response.read()
-    if not over:
-      connection.close()
-    json_body = response.getheader('content-type') == 'application/json'
-    return Reply(response.status, dict(response.getheaders()), json.loads(text) if json_body else text.decode())
-
-  def metrics(self) -> dict[str, float]:
-    lines = self.ask('GET', '/metrics').body.splitlines()
-    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith('#'))}
-
-  def stop(self, number: int = signal.SIGTERM) -> None:
-    """Asks it to stop, and has it say nothing more."""
-    self.process.send_signal(number)
-    assert self.process.communicate(timeout=60) == ('', '')
-    assert self.process.returncode == 0
-
-
-def start(folder: Path, *flags: str, **fields: Any) -> Server:
-  bundle = folder / 'bundle'
-  return Server(folder, tiny_bundle.write(bundle, **fields), *flags)
-
-
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
-  server = start(tmp_path_factory.mktemp('served'), f'--max-bytes={MAX_BYTES}', f'--queue={QUEUE}')
+  folder = tmp_path_factory.mktemp('served')
+  server = Server(folder, tiny_bundle.write(folder / 'bundle'), f'--max-bytes={MAX_BYTES}', f'--queue={QUEUE}')
   yield server
-  if server.process.returncode is None:
-    server.stop()
+  server.stop(signal.SIGINT)
 
 
 @pytest.fixture(scope='module')
@@ -107,29 +34,8 @@ def bundle(tmp_path_factory):
   return run.load(tiny_bundle.write(tmp_path_factory.mktemp('bundle') / 'bundle'), threads=1)
 
 
-def encoded(seed: int, kind: str = 'PNG', size: tuple[int, int] = (8, 8)) -> bytes:
-  pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-  out = io.BytesIO()
-  Image.fromarray(pixels).save(out, kind)
-  return out.getvalue()
-
-
-def of_pixels(width: int, height: int) -> bytes:
-  out = io.BytesIO()
-  Image.new('1', (width, height)).save(out, 'PNG')
-  return out.getvalue()
-
-
-def form(files: Any, fields: Any = (), end: str = '--border--\r\n') -> tuple[bytes, dict[str, str]]:
-  """The body of a form and its headers."""
-  parts = [f'--border\r\nContent-Disposition: form-data; name="{n}"\r\n\r\n{v}\r\n'.encode() for n, v in fields]
-  head = b'--border\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
-  parts += [head + file + b'\r\n' for file in files]
-  return b''.join([*parts, end.encode()]), {'Content-Type': 'multipart/form-data; boundary=border'}
-
-
 def matches(found: dict[str, Any], expected: run.Prediction | str) -> bool:
-  """Whether this is the answer to that image, or the reason why it has none."""
+  """Whether this answers the image as expected, with a prediction or a reason."""
   if isinstance(expected, str):
     return found == {'error': expected}
   label = expected.label
@@ -139,7 +45,7 @@ def matches(found: dict[str, Any], expected: run.Prediction | str) -> bool:
 
 
 class Job(NamedTuple):
-  """A request and what is expected: of each image the answer or a reason; of a request without images, a reason."""
+  """A request, and its expected answers or reasons by image; for a request without images, one reason."""
 
   path: str
   body: Any
@@ -149,7 +55,7 @@ class Job(NamedTuple):
 
 
 def jobs(bundle: run.Adaptive) -> list[Job]:
-  """Hundreds, each with images of its own."""
+  """Hundreds of requests with different images."""
   many_pixels = of_pixels(6000, 5000)
   too_many = 'expected at most 25,000,000 pixels, found 6000 x 5000; send a smaller image'
 
@@ -244,7 +150,6 @@ def test_of_hundreds_of_requests_at_once_none_is_lost_or_mixed_up(server, bundle
   assert after['paranet_queue_images'] == 0
 
 
-PNG = encoded(0)
 REFUSED = {
   'nothing': ('/predict', b'', {}, 400, NONE_SENT),
   'a form without files': ('/predict', *form([], [('budget_ms', '5')]), 400, NONE_SENT),
@@ -325,13 +230,6 @@ def test_what_is_said_to_be_large_is_not_waited_for(server):
     assert client.recv(12) == b'HTTP/1.1 413'
 
 
-def wait_until(holds: Any) -> None:
-  last = time.monotonic() + 60
-  while not holds():
-    assert time.monotonic() < last
-    time.sleep(0.005)
-
-
 def test_a_client_that_leaves_is_forgotten(server):
   with socket.create_connection(('127.0.0.1', server.port)) as client:
     client.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n' + PNG[:10])
@@ -349,70 +247,62 @@ def test_says_what_it_takes(server):
   assert list(predict['requestBody']['content']) == ['image/*', 'multipart/form-data']
 
 
-@pytest.fixture(scope='module')
-def slow(tmp_path_factory):
-  """Of whose images none leaves before it must."""
-  return tiny_bundle.write(tmp_path_factory.mktemp('slow') / 'bundle', probability=1, work=384)
-
-
-def test_what_does_not_fit_the_queue_is_refused_and_the_rest_is_answered(tmp_path, slow):
-  server = Server(tmp_path, slow, '--queue=3', '--batch=2')
-  body, headers = form([PNG, PNG])
-  replies = []
-
-  def client():
-    for _ in range(4):
-      replies.append(server.ask('POST', '/predict', body, headers))
-
-  threads = [threading.Thread(target=client) for _ in range(6)]
+def together(count: int, client: Any) -> list[threading.Thread]:
+  threads = [threading.Thread(target=client, args=(index,)) for index in range(count)]
   for thread in threads:
     thread.start()
-  for thread in threads:
+  return threads
+
+
+def test_overload_limits_and_a_stop_while_images_are_queued(tmp_path):
+  bundle = tiny_bundle.write(tmp_path / 'bundle', probability=1, work=384)  # Slow, and no image exits early.
+  server, reference = Server(tmp_path, bundle, '--queue=12', '--batch=4'), run.load(bundle, threads=1)
+
+  body, headers = form([PNG] * 4)
+  replies = []
+
+  def several(_):
+    for _ in range(3):
+      replies.append(server.ask('POST', '/predict', body, headers))
+
+  for thread in together(6, several):
     thread.join()
   statuses = Counter(str(reply.status) for reply in replies)
-  assert sum(statuses.values()) == 24 and set(statuses) == {'200', '503'}
+  assert sum(statuses.values()) == 18 and set(statuses) == {'200', '503'}
   for reply in replies:
     if reply.status == 503:
-      assert reply.body == {'error': 'no room for 2 images now; try again'} and reply.headers['retry-after'] == '1'
+      assert reply.body == {'error': 'no room for 4 images now; try again'} and reply.headers['retry-after'] == '1'
     else:
-      assert [answer['exit'] for answer in reply.body['answers']] == [3, 3]
+      assert [answer['exit'] for answer in reply.body['answers']] == [3] * 4
   metrics = server.metrics()
   assert {status: metrics[f'paranet_requests_total{{status="{status}"}}'] for status in statuses} == statuses
-  assert metrics['paranet_images_total{exit="3"}'] == 2 * statuses['200'] and metrics['paranet_queue_images'] == 0
-  assert server.ask('POST', '/predict', body, headers).status == 200
-  server.stop(signal.SIGINT)
+  assert metrics['paranet_images_total{exit="3"}'] == 4 * statuses['200'] and metrics['paranet_queue_images'] == 0
 
-
-def test_how_far_an_image_goes_and_what_is_queued_when_it_is_asked_to_stop(tmp_path, slow):
-  server, reference = Server(tmp_path, slow, '--batch=4'), run.load(slow, threads=1)
   for number in (1, 2):  # Between what two exits take, as the first line said.
     budget = (server.exit_ms[number - 1] + server.exit_ms[number]) / 2
     (answer,) = server.ask('POST', f'/predict?budget_ms={budget}', PNG).body['answers']
     assert answer['exit'] == number
   for deadline, exits in ((server.exit_ms[2] - server.exit_ms[1], (1, 2)), (60_000, (3,))):
     (answer,) = server.ask('POST', f'/predict?deadline_ms={deadline}', PNG).body['answers']
-    assert answer['exit'] in exits  # In the first, the last stage alone takes as long.
+    assert answer['exit'] in exits  # The first deadline is as long as the last stage alone.
 
-  images = [[encoded(8 * request + row) for row in range(8)] for request in range(6)]
+  images = [[encoded(4 * request + row) for row in range(4)] for request in range(3)]
   replies = {}
-
-  def client(request):
-    replies[request] = server.ask('POST', '/predict', *form(images[request]))
+  before = server.metrics()['paranet_images_total{exit="3"}']
 
   def all_taken():
     metrics = server.metrics()
-    return metrics['paranet_queue_images'] + metrics['paranet_images_total{exit="3"}'] == 48 + before
+    return metrics['paranet_queue_images'] + metrics['paranet_images_total{exit="3"}'] == 12 + before
 
-  before = server.metrics()['paranet_images_total{exit="3"}']
-  threads = [threading.Thread(target=client, args=(request,)) for request in range(6)]
-  for thread in threads:
-    thread.start()
+  threads = together(
+    3, lambda request: replies.update({request: server.ask('POST', '/predict', *form(images[request]))})
+  )
   wait_until(all_taken)
-  assert len(replies) < 6  # Some are still queued.
+  assert len(replies) < 3  # Some are still queued.
   server.stop()
   for thread in threads:
     thread.join()
-  assert len(replies) == 6
+  assert len(replies) == 3
   for request, reply in replies.items():
     assert reply.status == 200
     expected = [reference.predict_one(run.decode_image(image, 8, 3)) for image in images[request]]

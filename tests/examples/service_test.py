@@ -1,23 +1,18 @@
-"""Tests of the service when something is wrong that no client did; the application is called without a server."""
+"""Tests of the service when it fails itself; the application is called without a server."""
 
 import asyncio
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_bundle
+from batching import Scheduler, measure
 from fastapi import Request
+from service import Predictor, make_app
+from serving import PNG, form
+from uploads import Refused, Uploads
 
 from paranet_jax.portable import run
-from tests.examples.serve_test import PNG, form
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'examples'))
-
-from batching import Scheduler, measure  # noqa: E402
-from service import Predictor, make_app  # noqa: E402
-from uploads import Refused, Uploads  # noqa: E402
 
 MAX_BYTES = 1000
 
@@ -61,7 +56,7 @@ def service(bundle):
   service.scheduler.close()
 
 
-def test_its_thread_lives_as_long_as_it_does(bundle):
+def test_the_thread_lives_as_long_as_the_application(bundle):
   service, told = Service(bundle), []
   app = make_app(service.predictor, service.scheduler, lambda: told.append(service.scheduler.alive()))
 
@@ -73,7 +68,7 @@ def test_its_thread_lives_as_long_as_it_does(bundle):
   assert not service.scheduler.alive()
 
 
-def test_it_says_that_its_thread_has_ended(service):
+def test_a_thread_that_has_ended_is_reported(service):
   assert service.ask('GET', '/healthz')[::2] == (200, {'status': 'ok'})
   service.scheduler.close()
   status, headers, body = service.ask('GET', '/healthz')
@@ -90,14 +85,14 @@ def test_a_stage_that_fails(service, bundle, monkeypatch, capsys):
   with monkeypatch.context() as patch:
     patch.setattr(bundle, 'stage', failing)
     status, _, body = service.ask('POST', '/predict', *form([PNG, PNG]))
-  failed = {'error': 'the network failed on this image; the log of the service says how'}
+  failed = {'error': 'the network failed on this image; see the log of the service'}
   assert (status, body) == (500, failed | {'answers': [failed, failed]})
   assert 'ArithmeticError: of this stage' in capsys.readouterr().err
   assert service.ask('POST', '/predict', PNG)[0] == 200
   assert service.predictor.requests == {500: 1, 200: 1} and service.scheduler.inside == 0
 
 
-def test_what_nobody_has_thought_of(service, monkeypatch):
+def test_an_unexpected_failure(service, monkeypatch):
   def failing(count):
     raise ArithmeticError('of ours')
 
@@ -107,7 +102,7 @@ def test_what_nobody_has_thought_of(service, monkeypatch):
   assert service.predictor.requests == {500: 1}
 
 
-def test_all_that_is_sent_at_once_is_bounded():
+def test_bytes_in_flight_are_bounded():
   uploads = Uploads(MAX_BYTES, 8)
 
   def read(size):

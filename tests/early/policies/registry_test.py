@@ -1,12 +1,23 @@
 """The registry of policies: each is found by name, and another package's policy reaches the command line."""
 
-import pytest
+import json
+import shutil
 
+import numpy as np
+import pytest
+from PIL import Image
+from running import run_command
+
+import paranet_jax
+from paranet_jax.calibrate.__main__ import main as calibrate
 from paranet_jax.calibrate.flags import parse
 from paranet_jax.early import policies as registry
 from paranet_jax.early.policies import Policy, default_policy, find_policy, policies, register_policy
+from paranet_jax.export.__main__ import main as export
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable import run
 from paranet_jax.portable.run import SCORES
+from paranet_jax.predict.__main__ import main as predict
 
 PLUGIN = """
 from paranet_jax.early.policies import Choice, Flag, Policy
@@ -32,7 +43,7 @@ def _restored(monkeypatch):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-  """An installed package with an entry point, as pip leaves it."""
+  """A package with an entry point, installed the way pip does it."""
   (tmp_path / 'a_plugin.py').write_text(PLUGIN)
   info = tmp_path / 'a_plugin-1.0.dist-info'
   info.mkdir()
@@ -78,3 +89,22 @@ def test_a_policy_from_an_entry_point_and_its_flag(plugin):
 
 def test_without_the_plugin_there_is_no_such_policy():
   assert find_policy('plugin') is None
+
+
+def test_a_policy_from_outside_serves_every_command(finished_run, plugin, tmp_path, monkeypatch):
+  workdir = shutil.copytree(finished_run, tmp_path / 'run')
+  alone = [cost['macs_alone'] for cost in json.loads((workdir / 'summary.json').read_text())['exits']]
+  flags = f'--budget={alone[2]}', '--policy=plugin', '--level=0'
+  result = run_command(calibrate, f'--workdir={workdir}', *flags)
+  assert (result.code, result.err) == (0, '') and ': one level, for a mean of ' in result.out
+  monkeypatch.undo()  # The package is not installed where the run is used.
+  monkeypatch.setattr(registry, '_POLICIES', {})
+  loaded = paranet_jax.load(workdir)
+  assert (loaded.exits.policy, loaded.exits.target['level'], loaded.exits.thresholds) == ('plugin', 0, (0.0, 0.0))
+  image = np.zeros((16, 16, 3), np.uint8)
+  Image.fromarray(image).save(tmp_path / 'a.png')
+  result = run_command(predict, f'--workdir={workdir}', tmp_path / 'a.png')
+  assert (result.code, result.out.splitlines()[1].split()[0]) == (0, str(tmp_path / 'a.png'))
+  assert run_command(export, f'--workdir={workdir}', f'--out={tmp_path / "bundle"}').code == 0
+  assert run.load(tmp_path / 'bundle').predict_one(image).exit == 2
+  assert 'plugin' in (tmp_path / 'bundle' / 'README.md').read_text()

@@ -1,18 +1,13 @@
-"""Tests of the service's stages: what runs next, with whom, and who is answered when. The clock is the test's."""
+"""Tests of the scheduler: which stage runs next on which images, and when they are answered, by a clock of the test."""
 
 import math
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
+from batching import Full, Scheduler, Timings, measure
 
 from paranet_jax.portable import run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'examples'))
-
-from batching import Full, Scheduler, Timings, measure  # noqa: E402
 
 BATCH = 4
 ONE, FULL = {1: 1.0, 2: 2.0, 3: 4.0}, {1: 2.5, 2: 5.0, 3: 10.0}
@@ -21,7 +16,7 @@ CLASSES = 256
 
 
 class Bundle:
-  """Images are (label, exit at which it is sure); a stage takes as long as it should by the clock."""
+  """Images are (label, exit); a stage advances the clock by the time it should take."""
 
   visited, image_shape = (1, 2, 3), (1, 1, 2)
 
@@ -54,7 +49,7 @@ class Bundle:
 
 
 class Queue:
-  """A scheduler of such a bundle whose steps the test takes."""
+  """A scheduler that the test steps."""
 
   def __init__(self):
     self.bundle = Bundle()
@@ -74,7 +69,7 @@ def queue():
   return Queue()
 
 
-def test_who_stays_is_packed_with_others_at_that_stage(queue):
+def test_images_at_the_same_stage_are_batched(queue):
   answers = [queue.send(label, sure=3 if label % 2 else 1) for label in range(8)]
   queue.scheduler.step()
   assert [answer.done() for answer in answers] == [True, False] * 2 + [False] * 4
@@ -102,7 +97,7 @@ def test_without_a_full_batch_the_oldest_goes_first(queue):
 
 
 @pytest.mark.parametrize(('late_by', 'chosen'), [(-0.1, (1, [1, 2, 3, 4])), (0.1, (2, [0]))])
-def test_who_has_waited_long_goes_before_a_full_batch(queue, late_by, chosen):
+def test_an_image_that_waited_long_goes_before_a_full_batch(queue, late_by, chosen):
   queue.send(0)
   queue.scheduler.step()
   queue.bundle.now = PATIENCE - FULL[3] - ONE[2] + late_by
@@ -116,13 +111,13 @@ def test_who_has_waited_long_goes_before_a_full_batch(queue, late_by, chosen):
   ('deadline', 'exit', 'seconds'),
   [(0.5, 1, 1), (1, 1, 1), (2.9, 1, 1), (3, 2, 3), (6.9, 2, 3), (7, 3, 7), (99, 3, 7)],
 )
-def test_a_stage_is_not_begun_if_it_should_be_late(queue, deadline, exit, seconds):
+def test_a_stage_that_would_be_late_does_not_start(queue, deadline, exit, seconds):
   answer = queue.send(9, deadline=deadline)
   assert queue.finish() == [(number, [9]) for number in range(1, exit + 1)]
   assert (answer.result(0).exit, answer.result(0).seconds) == (exit, seconds)
 
 
-def test_with_a_deadline_who_is_sure_leaves_early(queue):
+def test_a_confident_image_exits_before_its_deadline(queue):
   answer = queue.send(9, sure=2, deadline=99)
   queue.finish()
   assert answer.result(0).exit == 2
@@ -136,7 +131,7 @@ def test_a_batch_is_small_enough_for_the_first_deadline_in_it(queue):
   assert queue.bundle.log == [(1, [3, 0, 1])]
 
 
-def test_one_that_comes_too_late_anyway_makes_no_batch_small(queue):
+def test_an_image_that_is_late_anyway_shrinks_no_batch(queue):
   for label in range(3):
     queue.send(label)
   late = queue.send(3, deadline=0.1)
@@ -145,7 +140,7 @@ def test_one_that_comes_too_late_anyway_makes_no_batch_small(queue):
   assert late.result(0).exit == 1
 
 
-def test_who_would_be_late_after_what_runs_next_is_answered_before(queue):
+def test_an_image_that_the_next_stage_would_make_late_is_answered_first(queue):
   first = queue.send(0, deadline=3.9)
   queue.scheduler.step()
   queue.send(1, deadline=3.5)
@@ -155,13 +150,13 @@ def test_who_would_be_late_after_what_runs_next_is_answered_before(queue):
 
 
 @pytest.mark.parametrize('last', [1, 2, 3])
-def test_nobody_goes_further_than_asked(queue, last):
+def test_no_image_passes_its_last_exit(queue, last):
   answer = queue.send(5, last=last)
   queue.finish()
   assert answer.result(0).exit == last
 
 
-def test_a_stage_that_fails_fails_who_is_in_it(queue):
+def test_a_failing_stage_fails_its_images_only(queue):
   queue.bundle.broken = 2
   answers = [queue.send(label, sure=3 if label else 1) for label in range(5)]
   queue.finish()
@@ -186,7 +181,7 @@ def test_room(queue):
   assert queue.scheduler.inside == 8
 
 
-def test_the_thread_answers_all_and_ends_when_it_is_closed(queue):
+def test_the_thread_answers_every_image_before_it_closes(queue):
   answers = {}
 
   def send(offset):
@@ -211,7 +206,7 @@ def test_the_thread_answers_all_and_ends_when_it_is_closed(queue):
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
-def test_nobody_waits_for_a_thread_that_has_ended(queue):
+def test_a_thread_that_ended_fails_what_waits(queue):
   answer = queue.send(0)
   del queue.bundle.now
   queue.scheduler.start()
