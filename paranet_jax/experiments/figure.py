@@ -1,4 +1,4 @@
-"""figure2.png: accuracy against cost of the three exits, ours and the paper's, beside published systems."""
+"""figure2.png: accuracy against cost of the three exits, ours and the paper's, with published systems."""
 
 import textwrap
 from pathlib import Path
@@ -16,26 +16,26 @@ _MILLION = 1e6
 
 
 def draw_figure(section: dict[str, Any], protocol: str, path: Path) -> None:
-  """Draws and writes the picture, whole or not at all.
+  """Draws the picture and writes it atomically.
 
   Args:
-    section: as `results.section` gives it.
+    section: as `results.section` returns it.
     protocol: its name.
   """
   save_figure(anytime_figure(section, protocol), path)
 
 
 def anytime_figure(section: dict[str, Any], protocol: str) -> Figure:
-  """The picture. Published systems are drawn only where they were measured on the same data set."""
-  figure = Figure(figsize=(8, 5.6), dpi=150, layout='constrained')
-  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
-  figure.suptitle('ParaNet PN3-ddd: accuracy for a budget')
+  """The picture. Published systems appear only if they were measured on the same data set."""
+  figure = Figure(figsize=(8, 5.6), dpi=150)
+  figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.08)
+  figure.suptitle('ParaNet PN3-ddd: accuracy for a compute budget')
   axes = figure.subplots()
   axes.set_title(textwrap.fill(conditions(section, protocol), 100), fontsize='small')
   _draw_ours(axes, section)
   if section['dataset'] == 'cifar100':
     _draw_others(axes, section)
-  axes.set_xlabel('cost of an image, exits tried in turn (M multiply-adds)')
+  axes.set_xlabel('cost per image, exits tried in turn (M multiply-adds)')
   axes.set_ylabel(f'test accuracy on {section["dataset"]} (%)')
   axes.margins(0.08)
   bare(axes)
@@ -61,6 +61,6 @@ def _draw_others(axes: Axes, section: dict[str, Any]) -> None:
   macs = [point['macs'] / _MILLION for point in paper]
   style = {'color': VERMILLION, 'marker': 's', 'linewidth': 1.8, 'linestyle': '--'}
   axes.plot(macs, [point['accuracy'] for point in paper], label='PN3-ddd, the paper (costs by our count)', **style)
-  for curve, (colour, marker) in zip(section['published'], _PUBLISHED, strict=True):
-    style = {'color': colour, 'marker': marker, 'linewidth': 1, 'markersize': 5}
+  for curve, (color, marker) in zip(section['published'], _PUBLISHED, strict=True):
+    style = {'color': color, 'marker': marker, 'linewidth': 1, 'markersize': 5}
     axes.plot(curve['macs_millions'], curve['accuracy'], label=f'{curve["label"]} (published)', **style)

@@ -1,4 +1,4 @@
-"""table1.md and table2.md: the paper's numbers, ours, their difference, and what made them."""
+"""table1.md and table2.md: the paper's numbers, ours, their difference, and the runs behind them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from paranet_jax.report.progress import human_duration
 
 _ROWS = ('network', 'pipeline', 'paper (%)', 'ours (%)', 'difference', 'multiply-adds', 'parameters')
-_EFFECTS = ('difference of', 'pipeline', 'paper', 'ours', 'each seed')
+_EFFECTS = ('difference', 'pipeline', 'paper', 'ours', 'each seed')
 _RUNS = ('run', 'steps', 'wall time', 'device')
 
 
@@ -14,7 +14,7 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
   """One of the paper's tables.
 
   Args:
-    section: as `results.section` gives it.
+    section: as `results.section` returns it.
     protocol: its name.
   """
   commands = [run['command'] for run in section['runs']]
@@ -23,8 +23,8 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
     section['question'],
     conditions(section, protocol),
     _table(_ROWS, [_row(row) for row in section['rows']]),
-    'Accuracy on the test images of the last checkpoint; multiply-adds an image and parameters are those of this exit '
-    'and the ones before it, tried in turn. Difference: ours - paper.',
+    'Test accuracy of the last checkpoint; multiply-adds per image and parameters include this exit and the ones '
+    'before it, tried in turn. Difference: ours - paper.',
     _table(_EFFECTS, [_effect(effect) for effect in section['effects']]),
     _table(_RUNS, [_run(run) for run in section['runs']]),
     '\n'.join(['```bash', *commands, '```']),
@@ -33,10 +33,10 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
 
 
 def conditions(section: dict[str, Any], protocol: str) -> str:
-  """What is reduced, and over how many seeds: one paragraph."""
+  """One paragraph: what is reduced, and over how many seeds."""
   seeds = ', '.join(map(str, section['seeds']))
   many = len(section['seeds']) > 1
-  spread = f'seeds {seeds} (mean +- standard deviation, n - 1)' if many else f'seed {seeds} alone'
+  spread = f'seeds {seeds} (mean +- standard deviation, n - 1)' if many else f'seed {seeds} only'
   changes = '; '.join(section['reduced'])
   reduced = f'Reduced (paper -> here): {changes}.' if changes else "Nothing is reduced: the paper's own training."
   other = '' if section['dataset'] == 'cifar100' else f' Not comparable: on {section["dataset"]}, not on CIFAR-100.'

@@ -1,4 +1,4 @@
-"""How long and on what the paper's networks are trained again, and what the command line changes in it."""
+"""Protocols: how the paper's networks are trained, and what the command line changes in that."""
 
 import shlex
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from paranet_jax.base_config import base_config
 from paranet_jax.command_line import override
 from paranet_jax.host.errors import UserError
 
-# Field of the configuration: value, as on the command line.
+# Configuration fields and values, as on the command line.
 PROTOCOLS = {
   'paper': {},
-  'tenth': {'train.epochs': '13'},  # The drops follow: at epochs 5 and 10.
+  'tenth': {'train.epochs': '13'},  # The learning rate then drops at epochs 5 and 10.
   'smoke': {
     'model.layers_per_block': '1',
     'model.growth_rate': '4',
@@ -26,18 +26,18 @@ PROTOCOLS = {
   },
 }
 
-_OF_EACH_RUN = ('name', 'seed', 'seeds')
+_SET_PER_RUN = ('name', 'seed', 'seeds')
 
 
 class Protocol(NamedTuple):
-  """A protocol and what is changed in it: `overrides` maps fields to values as on the command line."""
+  """A protocol by name, with `overrides`: fields and values as on the command line."""
 
   name: str
   overrides: dict[str, str]
 
   @property
   def arguments(self) -> list[str]:
-    """For `python -m paranet_jax.main`."""
+    """The flags for `python -m paranet_jax.main`."""
     fields = PROTOCOLS[self.name] | self.overrides
     return [f'--config.{field}={value}' for field, value in sorted(fields.items())]
 
@@ -46,26 +46,24 @@ def parse_protocol(name: str, assignments: Sequence[str]) -> Protocol:
   """Reads `--protocol` and each `--set`.
 
   Raises:
-    UserError: there is no such protocol, or an assignment is not `field=value`, or is of what differs between runs.
+    UserError: an assignment is not `field=value`, or sets a field that differs between runs.
   """
-  if name not in PROTOCOLS:
-    raise UserError(f"unknown protocol '{name}', expected one of {', '.join(PROTOCOLS)}; set --protocol")
   overrides = {}
   for assignment in assignments:
     field, equals, value = assignment.partition('=')
     if not (field and equals):
       raise UserError(f"expected --set=field=value, such as --set=model.layers_per_block=4, found '{assignment}'")
-    if field in _OF_EACH_RUN:
-      raise UserError(f'{field} is of each run by itself, found --set={assignment}; leave it out, or set --seeds')
+    if field in _SET_PER_RUN:
+      raise UserError(f'{field} differs between the runs, found --set={assignment}; leave it out, or set --seeds')
     overrides[field] = value
   return Protocol(name, overrides)
 
 
 def run_config(protocol: Protocol, name: str, seed: int) -> ConfigDict:
-  """The configuration of one run, as `main` makes it from `run_command`.
+  """The configuration of one run, the same that `main` builds from `run_command`.
 
   Raises:
-    UserError: an override does not hold.
+    UserError: an override is invalid.
   """
   config = base_config(name)
   override(config, [*protocol.arguments, f'--config.seed={seed}'])
@@ -81,12 +79,12 @@ def run_command(protocol: Protocol, name: str, seed: int, workdir: Path) -> str:
 
 
 def default_workdir(protocol: Protocol) -> str:
-  """`results/<protocol>`, with what is changed in it."""
+  """`results/<protocol>`, followed by the overrides."""
   changed = [f'{field}={value}'.replace('/', '_') for field, value in sorted(protocol.overrides.items())]
   return '-'.join([f'results/{protocol.name}', *changed])
 
 
 def reductions(config: ConfigDict) -> list[str]:
-  """In what a run differs from the paper's own, as `field: the paper's -> here`."""
+  """The differences between a run and the paper's, each as `field: the paper's -> here`."""
   paper, here = base_config(config.name).to_dict(), config.to_dict()
   return [change for change in config_lib.differences(paper, here) if not change.startswith('seed:')]

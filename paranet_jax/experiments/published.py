@@ -1,13 +1,13 @@
-"""What the paper measured, and the systems its Figure 2 stands beside. Accuracies are percent on CIFAR-100's test set.
+"""The paper's measurements, and the systems in its Figure 2. Accuracies are percentages on the CIFAR-100 test set.
 
-The paper (arXiv 1808.08308) does not say over how many runs its standard deviations are, and gives none for PN3-ddd.
+The paper (arXiv 1808.08308) does not say how many runs its standard deviations cover, and gives none for PN3-ddd.
 """
 
 from typing import NamedTuple
 
 
 class Row(NamedTuple):
-  """One accuracy of the paper: `std` is None where it gives none."""
+  """One accuracy in the paper; `std` is None where it gives none."""
 
   network: str
   exit: int
@@ -19,9 +19,8 @@ class Table(NamedTuple):
   """One table of the paper.
 
   Attributes:
-    title: what it is about.
-    question: what it is to answer.
-    rows: as the paper has them.
+    question: what the table answers.
+    rows: in the paper's order.
     treated, control: the networks whose difference answers the question.
   """
 
@@ -33,14 +32,14 @@ class Table(NamedTuple):
 
   @property
   def networks(self) -> tuple[str, ...]:
-    """Each once, in the order of the rows."""
+    """Each network once, in the order of the rows."""
     return tuple(dict.fromkeys(row.network for row in self.rows))
 
 
 TABLES = {
   'table1': Table(
     title='Table 1: cascading',
-    question='Does the cascade (PN3) help against none (PN3cut)?',
+    question='Is the cascade (PN3) better than none (PN3cut)?',
     rows=(
       Row('PN3cut-ddd', 1, 50.39, 0.248),
       Row('PN3cut-ddd', 2, 65.584, 0.132),
@@ -54,7 +53,7 @@ TABLES = {
   ),
   'table2': Table(
     title='Table 2: logit matching',
-    question="Does matching the third pipeline's logits (x3d) help the second against the labels (xdx)?",
+    question="Does the second pipeline learn more from the third one's logits (x3d) than from the labels (xdx)?",
     rows=(Row('PN3-xdx', 2, 65.674, 0.346), Row('PN3-x3d', 2, 67.024, 0.311)),
     treated='PN3-x3d',
     control='PN3-xdx',
@@ -63,7 +62,7 @@ TABLES = {
 
 FIGURE = 'figure2'
 FIGURE_NETWORK = 'PN3-ddd'  # "We calculate FLOP counts for each of the pipelines in PN3-ddd" (section 4.3).
-FIGURE_MACS = (3_413_088, 23_538_720, 125_943_456)  # Of its exits, by our count (docs/paper.md); the paper tells none.
+FIGURE_MACS = (3_413_088, 23_538_720, 125_943_456)  # For its exits, by our count (docs/paper.md); the paper gives none.
 
 EXPERIMENTS = (*TABLES, FIGURE)
 
@@ -77,12 +76,12 @@ class Curve(NamedTuple):
   accuracy: tuple[float, ...]
 
 
-# The paper gives its figure's points only as a picture; these stand for its ensembles and its MSDNet. Its FractalNet
-# is left out: nobody published accuracy against cost for it.
+# The paper shows its points only in a picture, so these stand in for its ensembles and its MSDNet. Its FractalNet is
+# omitted: accuracy against cost has not been published for it.
 CURVES = (
   Curve(
     'MSDNet, 7 exits',
-    'Huang et al. 2018, accuracies of a rerun by others; costs as this repository counts them',
+    'Huang et al. 2018, accuracies from a rerun by others; costs as counted by this repository',
     (13.26, 23.25, 35.76, 44.81, 55.62, 66.53, 75.49),
     (63.05, 65.41, 67.81, 69.20, 69.87, 70.63, 71.53),
   ),

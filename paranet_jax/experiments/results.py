@@ -1,6 +1,6 @@
-"""From the summaries of runs to the numbers of the tables and the figure: plain values, as results.json has them.
+"""The results: the numbers of the tables and the figure, from the summaries of runs, and the files that show them.
 
-Accuracies are percent. A standard deviation is the sample's (n - 1), over seeds; None of a single one.
+Accuracies are percentages. Standard deviations are over seeds, with n - 1; None for a single seed.
 """
 
 import json
@@ -9,27 +9,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paranet_jax.experiments.markdown import table_markdown
+from paranet_jax.experiments.planned_runs import PlannedRun, networks
 from paranet_jax.experiments.protocols import Protocol, reductions
-from paranet_jax.experiments.published import CURVES, FIGURE, FIGURE_MACS, FIGURE_NETWORK, TABLES, Row, Table
-from paranet_jax.experiments.runs import PlannedRun, networks
+from paranet_jax.experiments.published import (
+  CURVES,
+  EXPERIMENTS,
+  FIGURE,
+  FIGURE_MACS,
+  FIGURE_NETWORK,
+  TABLES,
+  Row,
+  Table,
+)
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import write_json
+from paranet_jax.host.files import write_json, write_text
+from paranet_jax.runs.workdir import prepare_folder
 
 RESULTS = 'results.json'
+FILES = {name: f'{name}.png' if name == FIGURE else f'{name}.md' for name in EXPERIMENTS}
 
 Finished = list[tuple[PlannedRun, dict[str, Any]]]
 
 
 def section(experiment: str, finished: Finished) -> dict[str, Any]:
-  """What results.json holds of one experiment.
+  """The section of results.json for one experiment.
 
   Args:
-    finished: runs and their summaries, all seeds of every network that it compares.
+    finished: runs and their summaries, with all seeds of every network that the experiment compares.
 
   Returns:
-    `title`, `dataset`, `reduced` (a list of `field: the paper's -> here`), `seeds`, `rows`, `effects` (of a table),
-    `paper` and `published` (of the figure), and `runs`: for each its `run`, `command`, `steps`, `wall_time_s`,
-    `device`, `versions`.
+    `title`, `dataset`, `reduced` (a list of `field: the paper's -> here`), `seeds`, `rows`, `effects` (tables only),
+    `paper` and `published` (figure only), and `runs`, each with `run`, `command`, `steps`, `wall_time_s`, `device`
+    and `versions`.
   """
   ours = [(run, summary) for run, summary in finished if run.name in networks(experiment)]
   config = ours[0][0].config
@@ -85,7 +97,7 @@ def _row(row: Row, finished: Finished) -> dict[str, Any]:
 
 
 def _effect(treated: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
-  """Seed by seed: two networks of a seed see the same images in the same order."""
+  """The difference seed by seed: with equal seeds, two networks see the same images in the same order."""
   each = [a - b for a, b in zip(treated['each_seed'], control['each_seed'], strict=True)]
   return {
     'what': f'{treated["network"]} - {control["network"]}',
@@ -106,31 +118,30 @@ def _run(run: PlannedRun, summary: dict[str, Any]) -> dict[str, Any]:
   return {'run': str(run), 'command': run.command} | kept
 
 
-def load_results(workdir: Path, protocol: Protocol, files: Sequence[str]) -> dict[str, Any]:
-  """results.json as it is, or as it starts; changes nothing.
+def load_results(workdir: Path, protocol: Protocol) -> dict[str, Any]:
+  """Reads results.json; without one, returns its initial content.
 
   Args:
     workdir: absolute.
-    files: the names that will be written there.
 
   Raises:
-    UserError: the folder holds results of another protocol, or what is not ours, or results.json is damaged.
+    UserError: the folder holds results of another protocol or files of another program, or results.json is damaged.
   """
   path = workdir / RESULTS
   if not path.exists():
-    strange = [name for name in files if (workdir / name).exists()]
-    if strange:
-      raise UserError(f'{workdir} holds {strange[0]} and no {RESULTS}, so it is not of this command; set --workdir')
+    foreign = [name for name in FILES.values() if (workdir / name).exists()]
+    if foreign:
+      raise UserError(f'{workdir} holds {foreign[0]} but no {RESULTS}, so this command did not write it; set --workdir')
     return {'protocol': protocol.name, 'overrides': protocol.overrides, 'experiments': {}}
   try:
     results = json.loads(path.read_text())
     found = Protocol(results['protocol'], results['overrides'])
     results['experiments'].items()
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'{path} is not what this command writes ({error!r:.60}); restore it, or set --workdir') from error
+    raise UserError(f'{path} is damaged ({error!r:.60}); restore it, or set --workdir') from error
   if found != protocol:
     raise UserError(
-      f'{workdir} holds results of {_describe(found)}, found {_describe(protocol)}; set --workdir for new ones'
+      f'{workdir} holds results of {_describe(found)}, found {_describe(protocol)}; set --workdir to another folder'
     )
   return results
 
@@ -140,6 +151,39 @@ def _describe(protocol: Protocol) -> str:
   return f'--protocol={protocol.name}{changed}'
 
 
-def save_results(workdir: Path, results: dict[str, Any]) -> None:
-  """Writes results.json, whole or not at all."""
+def claim(workdir: Path, results: dict[str, Any]) -> None:
+  """Creates the folder if needed, and records its protocol before anything is trained.
+
+  Args:
+    workdir: absolute.
+    results: as `load_results` returns them.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
+  prepare_folder(workdir)
   write_json(workdir / RESULTS, results)
+
+
+def write_results(workdir: Path, results: dict[str, Any], experiments: Sequence[str], finished: Finished) -> str:
+  """Writes the file of each experiment, then results.json; returns the text to print.
+
+  Args:
+    results: as `load_results` returns them; sections of other experiments are kept.
+    finished: the runs and their summaries.
+  """
+  sections = {name: section(name, finished) for name in experiments}
+  lines = []
+  for name, found in sections.items():
+    path = workdir / FILES[name]
+    if name == FIGURE:
+      from paranet_jax.experiments.figure import draw_figure  # matplotlib takes a second to import.
+
+      draw_figure(found, results['protocol'], path)
+    else:
+      text = table_markdown(found, results['protocol'])
+      write_text(path, text)
+      lines.append(text)
+    lines.append(f'written: {path}')
+  write_json(workdir / RESULTS, results | {'experiments': results['experiments'] | sections})
+  return '\n'.join(lines)

@@ -1,14 +1,14 @@
-"""Tests of what the tables and the figure hold, from summaries written by hand."""
+"""Tests of the numbers, the tables and the figure, from summaries written by hand."""
 
 import pytest
 
 from paranet_jax.config import drop_epochs
 from paranet_jax.experiments.figure import anytime_figure
 from paranet_jax.experiments.markdown import table_markdown
+from paranet_jax.experiments.planned_runs import plan_runs
 from paranet_jax.experiments.protocols import Protocol, default_workdir, parse_protocol, run_config
 from paranet_jax.experiments.published import CURVES, EXPERIMENTS, FIGURE_MACS, TABLES
 from paranet_jax.experiments.results import section
-from paranet_jax.experiments.runs import plan_runs
 from paranet_jax.models.msdnet import MSDNet
 from paranet_jax.optim import make_schedule
 from tests.costs_test import PN3
@@ -18,7 +18,7 @@ TENTH = Protocol('tenth', {'model.layers_per_block': '4'})
 
 @pytest.fixture
 def finished(tmp_path):
-  """Runs of every network with two seeds: exit p of network i is right on 40 + 10 p + i + 2 s percent with seed s."""
+  """Runs of every network with two seeds: with seed s, exit p of network i is right on 40 + 10 p + i + 2 s percent."""
   runs = plan_runs(EXPERIMENTS, TENTH, 2, tmp_path / 'results')
   names = list(dict.fromkeys(run.name for run in runs))
 
@@ -33,7 +33,7 @@ def finished(tmp_path):
   return [(run, summary(run)) for run in runs]
 
 
-def test_runs_are_planned_once_and_seed_by_seed(finished):
+def test_each_run_is_planned_once_seed_by_seed(finished):
   names = ['PN3cut-ddd', 'PN3-ddd', 'PN3-xdx', 'PN3-x3d']
   assert [str(run) for run, _ in finished] == [f'{name}-s{seed}' for seed in (0, 1) for name in names]
 
@@ -74,7 +74,7 @@ def test_table_2_as_text(finished, tmp_path):
   assert text.splitlines() == [
     '# Table 2: logit matching',
     '',
-    "Does matching the third pipeline's logits (x3d) help the second against the labels (xdx)?",
+    "Does the second pipeline learn more from the third one's logits (x3d) than from the labels (xdx)?",
     '',
     'Protocol tenth, seeds 0, 1 (mean +- standard deviation, n - 1). Reduced (paper -> here): '
     'model.layers_per_block: 16 -> 4; train.epochs: 130.0 -> 13.0.',
@@ -84,10 +84,10 @@ def test_table_2_as_text(finished, tmp_path):
     '| PN3-xdx | 2 | 65.674 +- 0.346 | 63.00 +- 1.41 | -2.67 | 2,000 | 200 |',
     '| PN3-x3d | 2 | 67.024 +- 0.311 | 64.00 +- 1.41 | -3.02 | 2,000 | 200 |',
     '',
-    'Accuracy on the test images of the last checkpoint; multiply-adds an image and parameters are those of this exit '
-    'and the ones before it, tried in turn. Difference: ours - paper.',
+    'Test accuracy of the last checkpoint; multiply-adds per image and parameters include this exit and the ones '
+    'before it, tried in turn. Difference: ours - paper.',
     '',
-    '| difference of | pipeline | paper | ours | each seed |',
+    '| difference | pipeline | paper | ours | each seed |',
     '| --- | --- | --- | --- | --- |',
     '| PN3-x3d - PN3-xdx | 2 | +1.35 | +1.00 +- 0.00 | +1.00, +1.00 |',
     '',
@@ -101,13 +101,11 @@ def test_table_2_as_text(finished, tmp_path):
   ]
 
 
-def test_one_seed_and_another_data_set_are_told(finished):
+def test_table_of_one_seed_and_another_data_set(finished):
   found = section('table2', [pair for pair in finished if pair[0].seed == 0])
   text = table_markdown(found | {'dataset': 'digits', 'reduced': []}, 'smoke')
   assert '| PN3-xdx | 2 | 65.674 +- 0.346 | 62.00 | -3.67 | 2,000 | 200 |' in text.splitlines()
-  assert (
-    "Protocol smoke, seed 0 alone. Nothing is reduced: the paper's own training. Not comparable: on digits," in text
-  )
+  assert "Protocol smoke, seed 0 only. Nothing is reduced: the paper's own training. Not comparable: on digits," in text
 
 
 @pytest.mark.parametrize('dataset', ['cifar100', 'digits'])
@@ -121,13 +119,13 @@ def test_figure_2(finished, dataset):
   paper = lines.pop('PN3-ddd, the paper (costs by our count)', None)
   assert paper == ([[3.413088, 48.23], [23.53872, 65.63], [125.943456, 76.24]] if dataset == 'cifar100' else None)
   assert list(lines) == ([f'{curve.label} (published)' for curve in CURVES] if dataset == 'cifar100' else [])
-  assert axes.get_xlabel() == 'cost of an image, exits tried in turn (M multiply-adds)'
+  assert axes.get_xlabel() == 'cost per image, exits tried in turn (M multiply-adds)'
   assert axes.get_ylabel() == f'test accuracy on {dataset} (%)'
   assert len(axes.containers) == 1  # The standard deviations of two seeds.
   assert not anytime_figure(found | {'seeds': [0]}, 'tenth').axes[0].containers
 
 
-def test_the_papers_figures():
+def test_published_numbers():
   rows = {(row.network, row.exit): (row.accuracy, row.std) for table in TABLES.values() for row in table.rows}
   assert rows == {
     ('PN3cut-ddd', 1): (50.39, 0.248),
@@ -166,11 +164,11 @@ def test_epochs_and_drops(protocol, epochs, drops):
     (('train.epochs=2', 'data.name=a/b'), 'results/tenth-data.name=a_b-train.epochs=2'),
   ],
 )
-def test_the_folder_says_what_is_changed(assignments, folder):
+def test_default_folder_names_the_overrides(assignments, folder):
   assert default_workdir(parse_protocol('tenth', assignments)) == folder
 
 
-def test_what_is_set_goes_before_the_protocol():
+def test_overrides_win_over_the_protocol():
   config = run_config(parse_protocol('tenth', ('train.epochs=2', 'loss.exit_weights=(1,2,3)')), 'PN3-x3d', 4)
   assert (config.name, config.seed, config.train.epochs) == ('PN3-x3d', 4, 2.0)
   assert config.loss.exit_weights == (1, 2, 3)

@@ -1,4 +1,4 @@
-"""The runs behind the tables: which there are, how far each is, and training what is missing."""
+"""The runs behind the tables: their list, their state, and training the missing ones."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -18,11 +18,11 @@ RUNS = 'runs'
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-  """One training.
+  """One training run.
 
   Attributes:
     workdir: absolute.
-    command: what trains it alone.
+    command: trains this run alone.
   """
 
   name: str
@@ -36,15 +36,15 @@ class PlannedRun:
 
 
 def plan_runs(experiments: Iterable[str], protocol: Protocol, seeds: int, workdir: Path) -> list[PlannedRun]:
-  """The runs of some experiments, each once: every network with seed 0, then with seed 1, and so on.
+  """The runs that some experiments need, each once: every network with seed 0, then with seed 1, and so on.
 
   Args:
-    experiments: of `published.EXPERIMENTS`.
-    seeds: 0 to seeds - 1.
+    experiments: names from `published.EXPERIMENTS`.
+    seeds: how many; seeds are 0 to seeds - 1.
     workdir: as the user wrote it.
 
   Raises:
-    UserError: an override does not hold.
+    UserError: an override is invalid.
   """
   names = dict.fromkeys(name for experiment in experiments for name in networks(experiment))
   return [_plan(name, seed, protocol, workdir) for seed in range(seeds) for name in names]

@@ -1,9 +1,10 @@
-"""How long a run will take on this machine, from a few of its steps."""
+"""What `--dry-run` prints: the state of every run, and how long the rest takes, estimated from a few steps."""
 
 import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,16 +15,19 @@ from paranet_jax.config import check_devices
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.evaluation import Evaluator
+from paranet_jax.experiments.planned_runs import PlannedRun, status
+from paranet_jax.report.progress import human_duration
+from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.task import Task, build_task
 
-_SECONDS = 3.0  # Of steps that are timed after the first, which compiles.
+_SECONDS = 3.0  # Time spent on steps after the first, which compiles.
 _MOST_STEPS = 50
-_IMAGES = 500  # Of a split that are evaluated.
+_IMAGES = 500  # Images of each split that are evaluated.
 
 
 class Speed(NamedTuple):
-  """Seconds: `start` until the first step and evaluation are compiled, then a `step` and an `evaluation` each."""
+  """Seconds: `start` until the first step and evaluation are compiled, then per `step` and `evaluation`."""
 
   start: float
   step: float
@@ -33,15 +37,44 @@ class Speed(NamedTuple):
   evaluation_steps: int
 
   def seconds_left(self, step: int) -> float:
-    """Of a run that has done `step` steps."""
+    """Seconds until the end of a run that has completed `step` steps."""
     if step >= self.total_steps:
       return self.start
     evaluations = math.ceil(self.total_steps / self.evaluation_steps) - step // self.evaluation_steps
     return self.start + (self.total_steps - step) * self.step + evaluations * self.evaluation
 
 
+def dry_run(runs: Sequence[PlannedRun]) -> str:
+  """Lists the runs, and times a few steps of each network that has unfinished runs; writes nothing.
+
+  Raises:
+    UserError: a run's folder, the data or the devices do not fit.
+  """
+  found = [status(run) for run in runs]
+  unfinished = {run.name: run.config for run, state in zip(runs, found, strict=True) if not state.summary}
+  speeds = {name: measure(config) for name, config in unfinished.items()}
+  lefts = [
+    0.0 if state.summary else speeds[run.name].seconds_left(state.step or 0)
+    for run, state in zip(runs, found, strict=True)
+  ]
+  rows = [
+    (str(run), str(state), human_duration(left) if left else ABSENT)
+    for run, state, left in zip(runs, found, lefts, strict=True)
+  ]
+  lines = align(('run', 'state', 'time left'), rows, left=(0, 1))
+  return '\n'.join([*lines, *map(_speed, speeds.items()), f'total: {human_duration(sum(lefts))}'])
+
+
+def _speed(measured: tuple[str, Speed]) -> str:
+  name, speed = measured
+  return (
+    f'{name}: {speed.total_steps:,} steps of {1000 * speed.step:.3g} ms, an evaluation of {speed.evaluation:.3g} s '
+    f'every {speed.evaluation_steps:,}, {speed.start:.3g} s to start (measured now)'
+  )
+
+
 def measure(config: ConfigDict) -> Speed:
-  """Trains a few steps and evaluates a few images, and forgets them.
+  """Trains a few steps and evaluates a few images, and discards the result.
 
   Raises:
     UserError: the configuration, the data or the devices do not fit.
@@ -64,7 +97,7 @@ def measure(config: ConfigDict) -> Speed:
 
 
 def _time_steps(task: Task, devices: list[jax.Device], state: TrainState) -> tuple[float, float, TrainState]:
-  """When the first step was done, seconds of each later one, and the state after them."""
+  """When the first step finished, seconds per later step, and the state after them."""
   config, train = task.config, task.dataset.train
   whole = devices_lib.replicated(devices)
   images, labels = jax.device_put((train.images, train.labels), whole)
@@ -81,7 +114,7 @@ def _time_steps(task: Task, devices: list[jax.Device], state: TrainState) -> tup
 
 
 def _time_evaluation(task: Task, devices: list[jax.Device], state: TrainState) -> tuple[float, float]:
-  """Seconds of the first evaluation of a part of the splits, and of a later one of the whole."""
+  """Seconds of a first evaluation on part of the splits, and of a later one on all of them."""
   part = dataclasses.replace(task, dataset=_part(task.dataset))
   started = time.monotonic()
   evaluator = Evaluator(part, devices)
