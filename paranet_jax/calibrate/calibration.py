@@ -11,7 +11,7 @@ import numpy as np
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import Ranked, exit_rows, fit_temperature, rank, summarize
-from paranet_jax.data.dataset import Split, max_drawable, stratified_indices
+from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.description import cpu_name, environment
 from paranet_jax.early.exit_plan import (
   CheckpointId,
@@ -81,6 +81,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   costs = subject.ms if request.in_ms and subject.ms else subject.macs
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
   dataset = subject.task.dataset
+  assert dataset.held_out is not None  # As the configuration says.
   print(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images', flush=True)
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Risk control needs images that the temperatures were not fitted on.
@@ -94,7 +95,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   expected = summarize(ranked, choice.thresholds, *path_costs)
   expected['single_best'] = _single_best(plan, expected, costs)
   if request.in_ms and request.batch_size:
-    expected['measured_ms'] = _measured_ms(plan, subject, request.batch_size)
+    expected['measured_ms'] = _measured_ms(plan, subject, dataset.held_out.images, request.batch_size)
   test_ranked = rank(*test, request.score, temperatures)
   tested = summarize(test_ranked, choice.thresholds, *path_costs)
   rows = exit_rows(test_ranked, *test, choice.thresholds, temperatures)
@@ -226,12 +227,11 @@ def _single_best(plan: ExitPlan, expected: dict[str, Any], costs: PathCosts) -> 
   return plan.exits[min(accurate, key=lambda k: costs.alone()[k])] if accurate else None
 
 
-def _measured_ms(plan: ExitPlan, subject: Subject, batch_size: int) -> float:
-  """Mean milliseconds per held-out image in the runtime."""
+def _measured_ms(plan: ExitPlan, subject: Subject, images: Images | StoredImages, batch_size: int) -> float:
+  """Mean milliseconds per image in the runtime."""
   data, task = subject.task.dataset, subject.task
   runtime = EarlyExit(task.model, subject.variables, plan, task.image_shape, data.mean, data.std)
   runtime.warm_up(batches=batch_size > 1)
-  images = data.held_out.images
   batches = [images[first : first + batch_size] for first in range(0, len(images), batch_size)]
 
   def predict(batch):

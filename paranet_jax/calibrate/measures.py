@@ -81,10 +81,8 @@ def reliability(
   bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], probabilities)
   counts = np.bincount(bin_of, minlength=bins)
   divisor = np.maximum(counts, 1)
-  means = (
-    np.bincount(bin_of, np.asarray(each, np.float64), minlength=bins) / divisor for each in (probabilities, correct)
-  )
-  return counts, *means
+  mean_probability = np.bincount(bin_of, probabilities, minlength=bins) / divisor
+  return counts, mean_probability, np.bincount(bin_of, correct, minlength=bins) / divisor
 
 
 def ece(probabilities: Float[np.ndarray, ' N'], correct: Bool[np.ndarray, ' N'], bins: int = 15) -> float:
@@ -170,19 +168,14 @@ def exit_rows(
   rows = []
   for k, temperature in enumerate(temperatures):
     exiting = taken == k
-    some = bool(exiting.any())
-    leaving = (part[k, exiting] for part in (logits, ranked.confidences))
-    rows.append(
-      {
-        'images': int(exiting.sum()),
-        'accuracy': float(ranked.correct[k, exiting].mean()) if some else None,
-        'confidence': float(top_probability(logits[k], temperature)[exiting].mean()) if some else None,
-        'calibration': {
-          'all': _calibration(logits[k], ranked.confidences[k], labels, temperature),
-          'leaving': _calibration(*leaving, labels[exiting], temperature) if some else None,
-        },
-      }
-    )
+    row: dict[str, Any] = {'images': int(exiting.sum()), 'accuracy': None, 'confidence': None}
+    calibration = {'all': _calibration(logits[k], ranked.confidences[k], labels, temperature), 'leaving': None}
+    if exiting.any():
+      row['accuracy'] = float(ranked.correct[k, exiting].mean())
+      row['confidence'] = float(top_probability(logits[k], temperature)[exiting].mean())
+      there = logits[k, exiting], ranked.confidences[k, exiting], labels[exiting]
+      calibration['leaving'] = _calibration(*there, temperature)
+    rows.append(row | {'calibration': calibration})
   return rows
 
 

@@ -22,14 +22,14 @@ def draw(workdir: Path, calibrated: Calibrated) -> list[Path]:
   subject, plan = calibrated.subject, calibrated.plan
   dataset, ms = subject.task.dataset, subject.ms
   measured = ''
-  if ms is not None:
+  if ms is not None and plan.latency:
     device = plan.latency['device']
     measured = f'batch size {ms.batch_size}, {plan.latency["cpu"] if device == "cpu" else device}'
   data = figure_data(
     plan,
     calibrated.held_out,
     calibrated.test,
-    ms if plan.target.get('unit') == 'ms' else subject.macs,
+    ms if ms is not None and plan.target.get('unit') == 'ms' else subject.macs,
     dataset.test.images,
     output_names(dataset.class_names, calibrated.test.logits.shape[-1]),
     ms=None if ms is None else ms.alone(),

@@ -45,7 +45,7 @@ def contact_sheet(data: FigureData) -> Drawing:
     axes.text(0.15, y + 0.12, f'exit {number}', fontweight='bold', va='center')
     axes.text(0.15, y + 0.28, exiting, fontsize=8, color='0.35', va='top')
     for hard, x in ((False, _LEFT), (True, right)):
-      for column, member in enumerate(np.flatnonzero((sheet.exits == k) & (sheet.hard == hard))):
+      for column, member in enumerate(np.flatnonzero((sheet.exits == k) & (sheet.hard == hard)).tolist()):
         _draw_image(axes, data, member, x + column * _CELL_WIDTH, y)
   rows = [
     {

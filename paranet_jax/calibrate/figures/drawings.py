@@ -3,29 +3,39 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from paranet_jax.calibrate.figures.figure_data import SPLITS, FigureData, Reliability
 from paranet_jax.report.plots import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, bare, logarithmic
 
-_CHOSEN = {'linestyle': '', 'marker': '*', 'markersize': 20, 'color': ORANGE, 'markeredgecolor': 'black', 'zorder': 3}
-_FAMILIES = {
+Style = dict[str, Any]
+
+_CHOSEN: Style = {
+  'linestyle': '',
+  'marker': '*',
+  'markersize': 20,
+  'color': ORANGE,
+  'markeredgecolor': 'black',
+  'zorder': 3,
+}
+_FAMILIES: dict[str, tuple[str, Style]] = {
   'oracle': ('oracle bound', {'color': BLACK, 'linestyle': ':', 'marker': 'd', 'markersize': 4}),
   'quota': ('quota family', {'color': SKY, 'linewidth': 1, 'marker': '.', 'markersize': 5}),
   'envelope': ('envelope of the quota family', {'color': BLUE, 'linewidth': 1.5}),
   'optimal': ('optimal thresholds', {'color': VERMILLION, 'linewidth': 1.5}),
   'patience': ('patience', {'color': VERMILLION, 'linewidth': 1.5, 'marker': 's', 'markersize': 5}),
 }
-_SPLIT_STYLES = {
+_SPLIT_STYLES: dict[str, Style] = {
   'held_out': {'color': VERMILLION, 'linestyle': '--', 'markerfacecolor': 'white'},
   'test': {'color': BLUE, 'linestyle': '-'},
 }
-_STATES = {
+_STATES: dict[str, Style] = {
   'before': {'color': VERMILLION, 'linestyle': '--', 'marker': 's', 'markersize': 4, 'markerfacecolor': 'white'},
   'after': {'color': BLUE, 'linestyle': '-', 'marker': 'o', 'markersize': 4},
 }
@@ -115,7 +125,7 @@ def risk(data: FigureData) -> Drawing:
     curve, chosen = data.risk.curves[split], data.risk.chosen[split]
     style = _SPLIT_STYLES[split]
     axes.plot(curve.speed_up, 100 * curve.risk, label=_split_label(data, split), **style)
-    fill = {'markerfacecolor': 'white'} if split == 'held_out' else {}
+    fill: Style = {'markerfacecolor': 'white'} if split == 'held_out' else {}
     axes.plot(chosen.speed_up, 100 * chosen.risk, label=f'chosen, {split.replace("_", " ")}', **_CHOSEN | fill)
   if data.risk.epsilon is not None:
     axes.axhline(100 * data.risk.epsilon, color=BLACK, linewidth=1, linestyle=':', label='target risk')
@@ -197,7 +207,7 @@ def _diagram(axes: Axes, exit_: Reliability, number: int) -> None:
 def _counts(axes: Axes, exit_: Reliability) -> None:
   for (state, style), bins in zip(_STATES.items(), exit_[1:], strict=True):
     edges = np.linspace(0, 100, len(bins.counts) + 1)
-    fill = {'fill': True, 'alpha': 0.25, 'linewidth': 0} if state == 'after' else {'linestyle': '--'}
+    fill: Style = {'fill': True, 'alpha': 0.25, 'linewidth': 0} if state == 'after' else {'linestyle': '--'}
     axes.stairs(100 * bins.counts / bins.counts.sum(), edges, color=style['color'], **fill)
   axes.set_ylim(bottom=0)
   axes.locator_params(axis='y', nbins=2)
@@ -256,8 +266,8 @@ def cost_scale(unit: str, costs: np.ndarray) -> tuple[float, str]:
 
 
 def _new_figure(data: FigureData, what: str, width: float, height: float) -> Figure:
-  figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
-  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)
+  layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
+  figure = Figure(figsize=(width, height), dpi=150, layout=layout)
   figure.suptitle(wrapped_title(data, what, width), parse_math=False)
   return figure
 
@@ -266,12 +276,19 @@ def _split_label(data: FigureData, split: str) -> str:
   return f'{split.replace("_", " ")} ({data.images[split]:,} images)'
 
 
-def _numbered_marks(axes: Axes, x: np.ndarray, y: np.ndarray, numbers: Sequence[int], **style: Any) -> None:
+def _numbered_marks(axes: Axes, x: np.ndarray, y: np.ndarray, numbers: Iterable[int], **style: Any) -> None:
   """Draws discs that contain the exit numbers, joined by a line if `style` has a linestyle."""
   axes.plot(x, y, **{'linestyle': '', 'marker': 'o', 'markersize': 11, 'markeredgecolor': 'white', 'zorder': 4} | style)
-  for number, *place in zip(numbers, x, y, strict=True):
+  for number, left, up in zip(numbers, x, y, strict=True):
     axes.annotate(
-      str(number), place, color='white', fontsize=7, fontweight='bold', ha='center', va='center_baseline', zorder=5
+      str(number),
+      (left, up),
+      color='white',
+      fontsize=7,
+      fontweight='bold',
+      ha='center',
+      va='center_baseline',
+      zorder=5,
     )
 
 

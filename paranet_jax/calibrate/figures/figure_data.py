@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from paranet_jax.calibrate.measures import Ranked, ece, rank, reliability, top_probability
+from paranet_jax.data.dataset import Images, StoredImages
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.policies.optimal import optimal_curve, oracle_curve
@@ -147,7 +148,7 @@ def figure_data(
   held_out: Outputs,
   test: Outputs,
   costs: Costs,
-  images: UInt8[np.ndarray, 'N H W C'],
+  images: Images | StoredImages,
   class_names: Sequence[str],
   ms: PerExit | None = None,
   measured: str = '',
@@ -235,7 +236,7 @@ def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarra
   quota = [held_out.point(quota_thresholds(confidences, q)) for q in QS]
   exit_costs = alone(costs)
   # Denser at low cost, where accuracy rises fastest.
-  budgets = np.unique(np.maximum(np.geomspace(exit_costs[0], exit_costs.max(), BUDGETS), exit_costs[0]))
+  budgets = np.unique(np.maximum(np.geomspace(exit_costs[0], exit_costs.max(), BUDGETS), exit_costs[0])).tolist()
   points = {
     'quota': quota,
     'envelope': envelope(quota),
@@ -271,7 +272,7 @@ def _reliability(logits: np.ndarray, temperature: float, labels: np.ndarray) -> 
   return Reliability(float(temperature), bins(1.0), bins(temperature))
 
 
-def _sheet(test: Outputs, temperatures: np.ndarray, taken: np.ndarray, images: np.ndarray) -> Sheet:
+def _sheet(test: Outputs, temperatures: np.ndarray, taken: np.ndarray, images: Images | StoredImages) -> Sheet:
   logits, labels = test
   exits, hard, numbers, probabilities = [], [], [], []
   for k, temperature in enumerate(temperatures):
@@ -292,5 +293,5 @@ def _sheet(test: Outputs, temperatures: np.ndarray, taken: np.ndarray, images: n
     labels=labels[numbers],
     predictions=logits[exits, numbers].argmax(-1),
     probabilities=np.array(probabilities),
-    images=images[numbers],
+    images=images[np.array(numbers)],
   )
