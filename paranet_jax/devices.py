@@ -1,7 +1,7 @@
 """Where arrays are placed, and how one training step runs on one device or several, for one run or several."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -9,10 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paranet_jax.host.errors import UserError
 
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib has no stubs.
+
 AXIS = 'devices'
 
 
-def pick_devices(count: int) -> list[jax.Device]:
+def pick_devices(count: int) -> list[Device]:
   """The first `count` devices over all processes, the same number from each, in the order of processes; 0: all.
 
   Raises:
@@ -33,29 +35,29 @@ def pick_devices(count: int) -> list[jax.Device]:
   return [device for own in devices for device in own[:each]]
 
 
-def of_this_process(devices: list[jax.Device]) -> list[jax.Device]:
+def of_this_process(devices: list[Device]) -> list[Device]:
   """The devices among them that this process computes on."""
   if jax.process_count() == 1:
     return list(devices)
   return [device for device in devices if device.process_index == jax.process_index()]
 
 
-def replicated(devices: list[jax.Device]) -> NamedSharding:
+def replicated(devices: list[Device]) -> NamedSharding:
   """A full copy on every device of this process."""
   return NamedSharding(_mesh(devices), PartitionSpec())
 
 
-def shared(devices: list[jax.Device]) -> NamedSharding:
+def shared(devices: list[Device]) -> NamedSharding:
   """Split along the first axis, one part per device of this process."""
   return NamedSharding(_mesh(devices), PartitionSpec(AXIS))
 
 
-def one_or_shared(devices: list[jax.Device]) -> NamedSharding:
+def one_or_shared(devices: list[Device]) -> NamedSharding:
   """On the device if there is one; otherwise split along the first axis."""
   return replicated(devices) if len(devices) == 1 else shared(devices)
 
 
-def place_order(order: jax.Array, devices: list[jax.Device]) -> jax.Array:
+def place_order(order: jax.Array | np.ndarray, devices: list[Device]) -> jax.Array:
   """Places an epoch's order, int32 [steps, B].
 
   Returns:
@@ -72,7 +74,7 @@ def place_order(order: jax.Array, devices: list[jax.Device]) -> jax.Array:
 
 
 def run_on(
-  devices: list[jax.Device], make_step: Callable[[str | None], Callable], images_axis: int | None = None
+  devices: list[Device], make_step: Callable[[str | None], Callable], images_axis: int | None = None
 ) -> Callable[..., Any]:
   """The training step for these devices: jitted for one, pmapped for several, with state and totals donated.
 
@@ -91,14 +93,14 @@ def run_on(
   )
 
 
-def _mesh(devices: list[jax.Device]) -> Mesh:
+def _mesh(devices: list[Device]) -> Mesh:
   return Mesh(np.array(of_this_process(devices)), (AXIS,))
 
 
 class OneRun:
   """The layout of one run: its state is replicated, and every device gets a share of each batch."""
 
-  def __init__(self, devices: list[jax.Device]):
+  def __init__(self, devices: list[Device]):
     self.devices = devices
 
   def compiled(self, make_step: Callable[[str | None], Callable], images_axis: int | None) -> Callable[..., Any]:
@@ -124,10 +126,10 @@ class SideBySide:
   Each run has a device of its own; on a single device they are vmapped.
   """
 
-  def __init__(self, devices: list[jax.Device]):
+  def __init__(self, devices: list[Device]):
     self.devices = devices
 
-  def compiled(self, make_step: Callable[[str | None], Callable], images_axis: None = None) -> Callable[..., Any]:
+  def compiled(self, make_step: Callable[[str | None], Callable], images_axis: int | None) -> Callable[..., Any]:
     """The training step of all runs."""
     step, in_axes = make_step(None), (0, 0, images_axis, images_axis, 0)
     if len(self.devices) == 1:

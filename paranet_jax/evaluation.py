@@ -29,7 +29,7 @@ class Evaluator:
   In a multi-process run, each process evaluates its share of the batches, and the sums are added up.
   """
 
-  def __init__(self, task: Task, devices: list[jax.Device]):
+  def __init__(self, task: Task, devices: list[devices_lib.Device]):
     self._task = task
     self._devices = devices
     self._processes = Coordinator()

@@ -25,7 +25,7 @@ def images_axis(task: Task) -> int | None:
 
 @contextlib.contextmanager
 def open_feed(
-  task: Task, devices: list[jax.Device], order: Callable[[int], jax.Array], first_step: int
+  task: Task, devices: list[devices_lib.Device], order: Callable[[int], jax.Array], first_step: int
 ) -> Iterator[Feed]:
   """Opens the feed of a run that starts or resumes at `first_step`.
 
@@ -84,7 +84,7 @@ def step_data_shapes(task: Task, count: int) -> tuple[jax.ShapeDtypeStruct, ...]
   )
 
 
-def step_data(task: Task, devices: list[jax.Device]) -> StepData:
+def step_data(task: Task, devices: list[devices_lib.Device]) -> StepData:
   """Data of one step without reading ahead or shuffling, to time the step alone."""
   train, batch_size = task.dataset.train, task.config.train.batch_size
   if train.streamed:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
@@ -93,7 +92,7 @@ def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict
 
 
 def _train_group(
-  group: list[ConfigDict], folders: list[Path], devices: list[jax.Device], accept_config_changes: bool
+  group: list[ConfigDict], folders: list[Path], devices: list[devices_lib.Device], accept_config_changes: bool
 ) -> bool:
   if all(run_status(folder, own).summary for own, folder in zip(group, folders, strict=True)):
     return True
@@ -105,7 +104,7 @@ def _train_group(
 
 
 def _train_side_by_side(
-  tasks: Sequence[Task], workdirs: Sequence[Path], devices: list[jax.Device], accept_config_changes: bool
+  tasks: Sequence[Task], workdirs: Sequence[Path], devices: list[devices_lib.Device], accept_config_changes: bool
 ) -> bool:
   """Trains runs that differ only in their seed, in lockstep, to the checkpoint of their last step.
 
@@ -162,9 +161,10 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
-  if None in values:
+  numbers = [value for value in values if value is not None]
+  if len(numbers) < len(values):
     return None
-  return {'mean': statistics.mean(values), 'std': statistics.stdev(values), 'each': values}
+  return {'mean': statistics.mean(numbers), 'std': statistics.stdev(numbers), 'each': numbers}
 
 
 def seeds_table(summary: dict[str, Any]) -> str:

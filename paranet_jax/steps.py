@@ -13,7 +13,7 @@ from jaxtyping import Float, Int32, Key, UInt8
 from paranet_jax.costs import abstract_variables
 from paranet_jax.data.augment import augment, image_keys, mixup, normalize
 from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, total_loss
-from paranet_jax.targets import LABELS, trained_exits
+from paranet_jax.targets import LABELS, Targets, trained_exits
 
 _MODEL_STREAM = 3  # Separates these random numbers from those of shuffling and augmentation.
 
@@ -46,7 +46,7 @@ class Preprocessing(NamedTuple):
 class Objective(NamedTuple):
   """The loss (see `losses.exit_losses`)."""
 
-  targets: Sequence[int | None]
+  targets: Targets
   exit_weights: Sequence[float]
   matching: str
   temperature: float
@@ -56,7 +56,7 @@ class Objective(NamedTuple):
 
 
 def init_state(
-  model: Any, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, ...]
+  model: Any, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
 ) -> TrainState:
   """Makes a fresh state.
 
@@ -211,7 +211,7 @@ def train_metrics(logits: Sequence, labels: jax.Array, losses: dict[int, jax.Arr
   return metrics
 
 
-def zero_totals(targets: Sequence[int | None]) -> dict[str, jax.Array]:
+def zero_totals(targets: Targets) -> dict[str, jax.Array]:
   """Totals before the first step of a log interval."""
   numbers = trained_exits(targets)
   names = ['loss', *(f'exit_{number}/{what}' for number in numbers for what in ('loss', 'nll', 'accuracy'))]

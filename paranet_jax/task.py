@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
+from paranet_jax import devices as devices_lib
 from paranet_jax.base_config import field_names
 from paranet_jax.costs import abstract_variables, parameter_sizes, variable_paths
 from paranet_jax.data.batches import steps_per_epoch
@@ -112,7 +113,7 @@ class Task:
       facts[f'{name} of the images'] = ', '.join(f'{value:.5f}' for value in getattr(data, name))
     return facts
 
-  def facts_line(self, devices: list[jax.Device], processes: int) -> str:
+  def facts_line(self, devices: list[devices_lib.Device], processes: int) -> str:
     """One line on the size of the run and what it runs on."""
     data = self.dataset
     held_out = f' {len(data.held_out):,} held out,' if data.held_out is not None else ''

@@ -35,7 +35,7 @@ def with_setting(settings: str) -> str:
 def _on_request() -> bool:
   """Whether the system gives huge pages to a process that requests them."""
   try:
-    linux = sys.platform == 'linux' and 'glibc' in os.confstr('CS_GNU_LIBC_VERSION')
+    linux = sys.platform == 'linux' and 'glibc' in (os.confstr('CS_GNU_LIBC_VERSION') or '')
     return linux and '[madvise]' in _MODES.read_text()
   except (OSError, ValueError):  # Another C library; another kernel.
     return False

@@ -82,13 +82,15 @@ def joined(place: Place, heartbeat_timeout: int) -> Iterator[None]:
 
 
 def _initialize(place: Place, heartbeat_timeout: int) -> None:
-  by_flags = {'cluster_detection_method': 'deactivate'} if place.coordinator else {}
   late = threading.Timer(JOIN_SECONDS - 1, _no_process_came, (place,))  # A moment before jax aborts.
   late.daemon = True
   late.start()
   try:
     jax.distributed.initialize(
-      *place, heartbeat_timeout_seconds=heartbeat_timeout, initialization_timeout=JOIN_SECONDS, **by_flags
+      *place,
+      cluster_detection_method='deactivate' if place.coordinator else None,
+      heartbeat_timeout_seconds=heartbeat_timeout,
+      initialization_timeout=JOIN_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
     raise UserError(

@@ -7,20 +7,22 @@ closes the connections of a process that dies, however it dies, and a machine th
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from paranet_jax.host.signals import set_c_handler
 
 _GRACE = 1.0  # Seconds for this process to end with a better reason of its own: often all fail alike.
 
 
-class Member(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Member:
   """One process of a run."""
 
   index: int

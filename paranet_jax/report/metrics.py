@@ -5,7 +5,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tensorboardX import RecordWriter
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -45,15 +45,13 @@ class MetricsWriter:
   def __exit__(self, *unused) -> None:
     self.close()
 
-  def write(
-    self, step: int, epoch: float, split: Literal['train', 'held_out', 'test'], values: dict[str, float]
-  ) -> None:
+  def write(self, step: int, epoch: float, split: str, values: dict[str, float]) -> None:
     """Appends one line, and one TensorBoard scalar tagged `split/key` for each value.
 
     Args:
       step: optimizer steps taken so far.
       epoch: epochs trained so far, with their fraction.
-      split: the split that was evaluated.
+      split: 'train', 'held_out' or 'test'.
       values: for example `exit_1/accuracy` (a fraction), `exit_1/loss`, `learning_rate`, `images_per_second`.
         A value that is not finite is saved as null, so that the line is strict JSON.
     """

@@ -1,6 +1,6 @@
 """Plain-text tables of a model's exits, at most 100 columns wide."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ABSENT = '—'
 
@@ -27,7 +27,7 @@ def describe_table(description: dict) -> str:
   return '\n'.join([title, *align(header, rows, left=(1,)), _DESCRIBE_NOTE])
 
 
-def evaluation_table(evaluations: dict[str, Sequence[dict]]) -> str:
+def evaluation_table(evaluations: Mapping[str, Sequence[dict]]) -> str:
   """Formats one row per split and exit: accuracy and top-5 accuracy in percent, loss, and NLL in nats.
 
   Args:

@@ -80,13 +80,18 @@ class Checkpoints:
     )
     return _Manager(self._folder, options=options)
 
+  @property
+  def _opened(self) -> ocp.CheckpointManager:
+    assert self._manager is not None, f'there is no {self._folder}'
+    return self._manager
+
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     """Says which checkpoints stay; orbax calls this as its preservation policy.
 
     Not orbax's `BestN`, which ranks by metrics stored inside each checkpoint: those of 0.1.0 have none.
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
-    kept = {*steps[-self._keep :], *self.also_keep(steps)}
+    kept = {*(steps[-self._keep :] if self._keep else steps), *self.also_keep(steps)}
     return [step in kept for step in steps]
 
   def __enter__(self) -> 'Checkpoints':
@@ -157,14 +162,14 @@ class Checkpoints:
       saving.result()
 
   def _write(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    saved_step = self._manager.latest_step()
+    saved_step = self._opened.latest_step()
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
       raise not_finite('the state', step, saved_step)
     meta = meta | {'format': FORMAT, 'shapes': _shapes(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _raised_not_logged():
-        self._manager.save(step, args=args)
+        self._opened.save(step, args=args)
       folder = self._folder / str(step)
       for marker in folder.rglob(_COMMITTED):
         marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
@@ -196,7 +201,7 @@ class Checkpoints:
       UserError: there is none, or it has a different architecture or optimizer.
     """
     while True:
-      step = self.latest_step()
+      step = self.choose()
       try:
         return step, *self.restore(step, like)
       except DamagedError as error:
@@ -210,7 +215,7 @@ class Checkpoints:
     number = sum(1 for path in folder.iterdir() if path.name.split('.')[0] == str(step))
     target = folder / (f'{step}.{number}' if number else str(step))
     (self._folder / str(step)).rename(target)
-    self._manager.reload()
+    self._opened.reload()
     return target
 
   def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -278,7 +283,7 @@ class Checkpoints:
   def _read(self, step: int, **items: Any) -> Any:
     try:
       with _raised_not_logged():
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        return self._opened.restore(step, args=ocp.args.Composite(**items))
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # orbax raises many kinds of errors for damage, plain Exception among them.

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.host.errors import UserError
@@ -81,7 +82,8 @@ def restore_dataset_facts(workdir: Path, channels: int) -> DatasetFacts:
     raise UserError(f'{path} is not a JSON object ({error}); {fix}') from error
   if not _fits(saved, channels):
     raise UserError(f'{path} must hold name, version, class_names, mean, std and counts, found {saved!r:.60}; {fix}')
-  return DatasetFacts(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+  fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+  return DatasetFacts(**fields)
 
 
 def _fits(saved: object, channels: int) -> bool:

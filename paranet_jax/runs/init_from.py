@@ -1,5 +1,6 @@
 """Fine-tuning: a new run takes its backbone from a finished one, and its exits are new."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def take_backbone(state: TrainState, run: Path) -> TrainState:
   _check_same_shapes(run, saved, _backbone(fresh))
   print(f'backbone from {run} at step {step}, new exits', flush=True)
   taken = jax.tree_util.tree_map_with_path(lambda path, leaf: saved.get(_name(path), leaf), fresh)
-  return state.replace(**taken)
+  return dataclasses.replace(state, **taken)
 
 
 def _backbone(variables: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run writes to its folder while it trains: metrics, checkpoints, and at its end the summary."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ class RunRecord:
       checkpoints.also_keep = self._retention.kept
       self.saved_step = checkpoints.latest_step()
 
-  def restore(self, devices: list[jax.Device]) -> TrainState:
+  def restore(self, devices: list[devices_lib.Device]) -> TrainState:
     """Restores the latest checkpoint, or makes a fresh state, and replicates it on the devices.
 
     Raises:
@@ -82,7 +83,7 @@ class RunRecord:
     self.saved_step, self._earlier_wall_time = self._processes.from_first([self.saved_step, self._earlier_wall_time])
     state = jax.device_put(self._processes.arrays_from_first(state), whole)
     # The seed may be among the changes that were accepted; the order of the images follows the configuration's as well.
-    return state.replace(seed=jax.device_put(np.int32(self.task.config.seed), whole))
+    return dataclasses.replace(state, seed=jax.device_put(np.int32(self.task.config.seed), whole))
 
   def _restored_or_fresh(self, checkpoints: Checkpoints, like: Any) -> TrainState:
     total = self.task.total_steps

@@ -34,7 +34,7 @@ class Retention:
   def note(self, step: int, held_out: dict[str, float]) -> None:
     """Records an evaluation on the held-out split, given as its line of metrics.jsonl."""
     value = held_out.get(self._key)
-    if value is not None and math.isfinite(value):
+    if self._measure is not None and value is not None and math.isfinite(value):
       self._measured[step] = value if HIGHER_IS_BETTER[self._measure] else -value
 
   def saves_after(self, step: int) -> bool:

@@ -72,7 +72,7 @@ class TrainedTask(NamedTuple):
   variables: dict[str, Any]
 
 
-def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list[jax.Device]) -> TrainedTask:
+def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list[devices_lib.Device]) -> TrainedTask:
   """Builds a task, reading its data set, and restores the variables of a checkpoint.
 
   Args:
@@ -85,9 +85,9 @@ def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list
   """
   processes = Coordinator()
   with processes.once_within(Checkpoints, workdir) as checkpoints:
-    step = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
+    chosen: int = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
     task = agreed_task(config, processes)
     like = abstract_variables(task.model, task.image_shape)
-    variables = processes.once(lambda: checkpoints.restore_variables(step, like))
+    variables = processes.once(lambda: checkpoints.restore_variables(chosen, like))
   variables = processes.arrays_from_first(variables or like)
-  return TrainedTask(task, step, jax.device_put(variables, devices_lib.replicated(devices)))
+  return TrainedTask(task, chosen, jax.device_put(variables, devices_lib.replicated(devices)))

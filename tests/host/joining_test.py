@@ -93,7 +93,7 @@ def test_alone_nothing_is_joined(monkeypatch, env, place):
   ('place', 'env', 'asked'),
   [
     (Place('a:1', 2, 1), SLURM, ('a:1', 2, 1, {'cluster_detection_method': 'deactivate'})),
-    (Place(), SLURM, (None, None, None, {})),
+    (Place(), SLURM, (None, None, None, {'cluster_detection_method': None})),
   ],
 )
 def test_joining_takes_the_flags_or_what_the_cluster_says(monkeypatch, place, env, asked):
