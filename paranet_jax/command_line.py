@@ -11,8 +11,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from paranet_jax.base_config import field_names
-from paranet_jax.host.arguments import Place
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.watch import Place
 
 MODES = ('train', 'eval', 'describe')
 

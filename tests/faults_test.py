@@ -80,7 +80,6 @@ KILLED_WHILE = {
   'a checkpoint is saved and its step not yet followed by a log line': ('shutil.rmtree .*/deleted', 2),
   'a log line is written and its step not yet saved': (r'os.mkdir .*/120\.orbax-checkpoint-tmp ', 1),
   'at random': None,
-  'at random again': None,
   'an old checkpoint is deleted': ('os.rename .*/deleted/', 1),
   'summary.json is written': ('os.rename .*/summary.json ', 1),
 }

@@ -1,10 +1,10 @@
-"""Flags of the commands: a parser, types of values, and the place of a process among several."""
+"""Flags of the commands: a parser and types of values."""
 
 import argparse
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from paranet_jax.host.errors import UserError
 
@@ -37,11 +37,3 @@ def fraction(text: str) -> float:
 def absolute(path: str | Path) -> Path:
   """Makes a user's path absolute; a home folder that does not exist stays as written."""
   return Path(os.path.expanduser(path)).absolute()
-
-
-class Place(NamedTuple):
-  """A process's position as given by flags; all None if the cluster's environment gives it or the process is alone."""
-
-  coordinator: str | None = None
-  num_processes: int | None = None
-  process_id: int | None = None

@@ -15,9 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from paranet_jax.host.arguments import Place
 from paranet_jax.host.errors import UserError, exit_code
-from paranet_jax.host.watch import Watch
+from paranet_jax.host.watch import Place, Watch
 
 JOIN_SECONDS = 300
 """How long a process waits for the others to join."""

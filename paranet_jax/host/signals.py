@@ -1,12 +1,13 @@
 """Stopping on request: the first SIGINT, SIGTERM or preemption notice is recorded, a second signal acts at once."""
 
-import ctypes
 import signal
 import threading
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+from paranet_jax.host.watch import set_c_handler
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = 'a preemption notice'
@@ -76,18 +77,6 @@ class StopRequest:
     if self._jax_handler is not None and self._acts is None:
       set_c_handler(signal.SIGTERM, self._jax_handler)
     self._previous = {}
-
-
-def set_c_handler(number: signal.Signals, handler: int | None) -> int | None:
-  """Sets a handler as C does, from any thread; returns the one before.
-
-  Args:
-    handler: address of a C function; None: the default action.
-  """
-  library = ctypes.CDLL(None)
-  library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-  library.signal.restype = ctypes.c_void_p
-  return library.signal(int(number), handler)
 
 
 def _let_signals_act() -> None:

@@ -6,7 +6,6 @@ closes the connections of a process that dies, however it dies, and a machine th
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import signal
@@ -14,11 +13,17 @@ import socket
 import sys
 import threading
 import time
-from typing import NoReturn
-
-from paranet_jax.host.signals import set_c_handler
+from typing import NamedTuple, NoReturn
 
 _GRACE = 1.0  # Seconds for this process to end with a better reason of its own: often all fail alike.
+
+
+class Place(NamedTuple):
+  """A process's position as given by flags; all None if the cluster's environment gives it or the process is alone."""
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,5 +155,21 @@ def _hold_aborts() -> None:
   which is 6, and sleeps so many seconds in the thread that aborts, while Python's threads continue.
   """
   if sys.platform == 'linux':
+    import ctypes
+
     library = ctypes.CDLL(None)
     set_c_handler(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p).value)
+
+
+def set_c_handler(number: signal.Signals, handler: int | None) -> int | None:
+  """Sets a handler as C does, from any thread; returns the one before.
+
+  Args:
+    handler: address of a C function; None: the default action.
+  """
+  import ctypes  # Not for the command line, which imports this file.
+
+  library = ctypes.CDLL(None)
+  library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+  library.signal.restype = ctypes.c_void_p
+  return library.signal(int(number), handler)

@@ -15,8 +15,8 @@ from running import QUICKSTART, refusal, run_command
 from paranet_jax import devices, seeds
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.host import processes
-from paranet_jax.host.arguments import Place
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.watch import Place
 from paranet_jax.plan import __main__ as plan
 from paranet_jax.predict import __main__ as predict
 from paranet_jax.runs.record import RunRecord
@@ -216,7 +216,7 @@ def test_where_the_others_do_not_come():
   program = """
 import sys
 from paranet_jax.host import processes
-from paranet_jax.host.arguments import Place
+from paranet_jax.host.watch import Place
 processes.JOIN_SECONDS = 3
 with processes.joined(Place(sys.argv[1], 2, 1), 10):
   pass
