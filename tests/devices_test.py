@@ -47,10 +47,10 @@ class Training:
     self.state = jax.device_put(tiny.state(model, optimizer), self._whole)
     self.totals = self.zeros()
 
-  def _counted(self, body):
+  def _counted(self, inner):
     def step(*arguments):
       self.traces += 1
-      return body(*arguments)
+      return inner(*arguments)
 
     return step
 

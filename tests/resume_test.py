@@ -1,4 +1,4 @@
-"""Tests that a run which was stopped, at whatever step, ends where the one that was not stopped does."""
+"""Tests that a run stopped at any step ends like one that was not stopped."""
 
 import json
 import os
@@ -27,7 +27,7 @@ NUM_STEPS = 10
 
 
 class Killed(BaseException):
-  """The end of the process, as far as one can have it in a test."""
+  """Stands for the end of the process."""
 
 
 @pytest.fixture(scope='module')
@@ -184,7 +184,7 @@ def test_another_number_of_devices(tmp_path, before, after):
       changed = '--config.train.max_steps=5', f'--config.train.devices={count}', '--accept_config_changes'
       assert run_main(*own, *changed).code == 0
       order = np.asarray(orders[-1])
-      # [devices, steps, B / devices] to [steps, B]: the images of each step, whoever has them.
+      # [devices, steps, B / devices] to [steps, B]: the images of each step, on whatever device.
       batches.append(order if count == 1 else order.swapaxes(0, 1).reshape(order.shape[1], -1))
       states.append(saved_state(tmp_path / str(count)))
   np.testing.assert_array_equal(*batches)

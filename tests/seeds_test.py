@@ -53,7 +53,7 @@ def together(_programs, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def alone(_programs, tmp_path_factory):
-  """The folder in which each seed was trained by itself."""
+  """The folder in which each seed was trained alone."""
   folder = tmp_path_factory.mktemp('alone')
   for seed in SEEDS:
     assert run_main(*SHORT, f'--config.seed={seed}', f'--workdir={folder}/seed_{seed}').code == 0
@@ -180,7 +180,7 @@ def test_at_once_is_the_same_to_rounding(alone, tmp_path, capsys, devices):
     assert [line['exit_1/loss'] for line in lines] == pytest.approx([line['exit_1/loss'] for line in wanted], rel=1e-4)
 
 
-def test_stopped_at_once_and_going_on(alone, tmp_path, monkeypatch):
+def test_stopped_at_once_and_resumed(alone, tmp_path, monkeypatch):
   _, config = parse(['main', *BOTH])
   compiled, steps = SideBySide.compiled, []
 

@@ -65,7 +65,7 @@ def test_on_two_devices(tmp_path):
 
 # Within the first epoch, at its end, within the second.
 @pytest.mark.parametrize('step', [2, 5, 8])
-def test_stopped_and_going_on(tmp_path, streamed, step):
+def test_stopped_and_resumed(tmp_path, streamed, step):
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, send(signal.SIGTERM, step))
     result = run_main(*RUN, f'--workdir={tmp_path}', *STREAMED)
@@ -78,7 +78,7 @@ def test_a_signal_to_the_group_leaves_the_workers_to_the_run(tmp_path, streamed)
   worker = (*STREAMED, '--config.data.workers=1')
 
   def act(step, _):
-    if step == 1:  # The run goes on as it does where several processes agree on a later step.
+    if step == 1:  # The run continues, as when several processes agree on a later step.
       (process,) = multiprocessing.active_children()
       process.terminate()
       process.join(0.5)

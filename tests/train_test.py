@@ -29,7 +29,7 @@ def _in_a_folder_of_its_own(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(_in_a_folder_of_its_own, tmp_path_factory):
-  """The folder and the output of a run that was not told where to go."""
+  """The folder and the output of a run without --workdir."""
   result = run_main(*TINY)
   assert (result.code, result.err) == (0, ''), result
   return (tmp_path_factory.getbasetemp() / 'here0' / WORKDIR).absolute(), result.out

@@ -1,8 +1,8 @@
 """The training program with one fault in it: `python tests/fault.py FAULT EVENT NUMBER ARGUMENT...`.
 
-The fault comes at the NUMBERth audit event of Python's (an open, a rename, ...) that EVENT, a regular expression,
-matches as `name path...`. The program itself is not changed: `kill` is SIGKILL before that call takes effect, and
-`full` is a file system on which no file can grow from then on.
+The fault occurs at the NUMBERth Python audit event (an open, a rename, ...) that matches EVENT, a regular expression
+for `name path...`. The program itself is unchanged: `kill` sends SIGKILL before that call takes effect, and `full`
+makes the file system one on which no file can grow from then on.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Trainings in one of several processes: `python tests/group.py ARGUMENTS`, JSON: one list of flags a training.
+"""One process of several that train together: `python tests/helpers/group.py ARGUMENTS`, JSON: flags of each training.
 
-The first one's flags say which process this is. What every step was given, uint8 [steps, b, H, W, C] of this process's
-share of the batches, is kept in the workdir as `batches_<process>.npy`. With `--slow` among the flags of a training its
-steps take 50 ms or more, so that a signal comes before its end. With `--refused` it is to be refused, and the first one
-prints how.
+The flags of the first training say which process this is. The images that every step gets, uint8 [steps, b, H, W, C]
+of this process's share of the batches, are saved in the workdir as `batches_<process>.npy`. With the flag `--slow`, the
+steps of a training take 50 ms or more, so that a signal arrives before its end. A training with the flag `--refused`
+must be refused, and process 0 prints the message.
 """
 
 import json
@@ -24,7 +24,7 @@ from paranet_jax.train import train_and_evaluate
 
 
 def recorded(run_on, batches, pause):
-  """In the place of `devices.run_on`: keeps what each step is given, after a pause of so many seconds."""
+  """A `devices.run_on` whose steps pause for so many seconds and keep the images they get."""
 
   def recording_run_on(devices, make_step, images_axis):
     train_step = run_on(devices, make_step, images_axis)
@@ -34,7 +34,7 @@ def recorded(run_on, batches, pause):
       rows = np.asarray(order)
       rows = rows[..., int(state.step) % rows.shape[-2], :]
       images_ = np.asarray(images)
-      if images_axis == 0 and len(devices) > 1:  # A share for each device, in order.
+      if images_axis == 0 and len(devices) > 1:  # One share per device, in order.
         chosen = [share[row] for share, row in zip(images_, rows, strict=True)]
       else:
         chosen = images_[rows]
@@ -47,7 +47,7 @@ def recorded(run_on, batches, pause):
 
 
 def train(arguments):
-  """One training, its batches recorded."""
+  """Runs one training and records its batches."""
   pause = 0.05 if '--slow' in arguments else 0
   values, config = parse(['group', *(argument for argument in arguments if argument != '--slow')])
   batches, run_on = [], devices_lib.run_on

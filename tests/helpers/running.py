@@ -1,4 +1,4 @@
-"""The program as a user runs it, but within the test's process and on a run of seconds."""
+"""Runs the program as a user does, but in the test's process and for seconds."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def run_main(*arguments: Any) -> Result:
 
 
 def run_command(command: Callable[..., int], *arguments: Any) -> Result:
-  """A command that is given these arguments, in this process."""
+  """Runs a command with these arguments in this process."""
   out, err = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     code = command(list(map(str, arguments)))
@@ -64,7 +64,7 @@ def run_command(command: Callable[..., int], *arguments: Any) -> Result:
 
 
 def refusal(*arguments: Any, started: bool = False) -> str:
-  """The one line in which these arguments are refused; a run that had started has said what it is before."""
+  """The one-line error for these arguments; a run that had `started` has printed its description first."""
   code, out, err = run_main(*arguments)
   assert bool(out) == started, out
   assert code == 2 and err.startswith('error: ') and err.endswith('\n') and err.count('\n') == 1, (code, err)
@@ -81,7 +81,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def summary_of(workdir: Path) -> dict[str, Any]:
-  """What summary.json says, but for the time that the run took."""
+  """The contents of summary.json without the wall time."""
   return json.loads((workdir / 'summary.json').read_text()) | {'wall_time_s': None}
 
 
@@ -94,7 +94,7 @@ def saved_state(workdir: Path) -> Any:
 
 
 def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
-  """Calls act(step, state) before each training step; what it returns, if anything, is the state to go on from."""
+  """Calls act(step, state) before each training step; if it returns a state, training continues from it."""
   run_on = devices_lib.run_on
 
   def acting_run_on(*arguments):
@@ -105,14 +105,14 @@ def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
 
 
 def send(number: int, at_step: int) -> Callable[[int, Any], None]:
-  """An act for `before_each_step`: a signal while this step, counted from 1, is under way."""
+  """An act for `before_each_step`: a signal during this step, counted from 1."""
   return lambda step, _: os.kill(os.getpid(), number) if step + 1 == at_step else None
 
 
 class SharedPrograms:
-  """Stands in for what is built for a run, so that runs which differ only in their cadence compile programs once.
+  """Keeps what is built for a run, so that runs which differ only in their cadence compile programs once.
 
-  The state, the checkpoints, the files and the loop are each run's own.
+  Each run has its own state, checkpoints, files and loop.
   """
 
   def __init__(self):
@@ -126,7 +126,7 @@ class SharedPrograms:
     }
 
   def install(self, patch: Any) -> None:
-    """Puts itself in place."""
+    """Replaces what builds a run."""
     patch.setattr(task_lib, 'build_task', self._task)
     patch.setattr(train, 'describe', lambda config, *rest: self._keep('description', config, config, *rest))
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
@@ -145,7 +145,7 @@ class SharedPrograms:
     key = 'state', model, optimizer, seed, image_shape
     if key not in self._kept:
       state = self._build['state'](model, optimizer, seed, image_shape)
-      if isinstance(state.step, jax.core.Tracer):  # Asked for its shapes alone.
+      if isinstance(state.step, jax.core.Tracer):  # Only its shapes are wanted.
         return state
       self._kept[key] = jax.tree.map(np.asarray, state)
     return jax.tree.map(np.copy, self._kept[key])
@@ -154,7 +154,7 @@ class SharedPrograms:
     same = config.copy_and_resolve_references()
     with same.unlocked():
       del same.eval, same.checkpoint, same.log, same.train.max_steps, same.init_from
-      if kind != 'description':  # Which tells it; the programs take it from the state.
+      if kind != 'description':  # The programs take the seed from the state.
         del same.seed
     key = kind, phase, same.to_json(), *(len(argument) for argument in arguments if isinstance(argument, list))
     if key not in self._kept:

@@ -1,4 +1,4 @@
-"""What the devices tell each other in a training step, read from the program that is compiled for eight of them."""
+"""What the devices exchange in a training step, read from the program compiled for eight of them."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def size(tree):
 def statistics_size(params):
   """Bytes of a mean and a mean of squares of every channel that a convolution gives.
 
-  Each is normalized once, whoever reads it; the running statistics, which every reader has of its own, are more.
+  A channel is normalized once, however many layers read it, while every reader has running statistics of its own.
   """
   kernels = {
     jax.tree_util.keystr(path): leaf

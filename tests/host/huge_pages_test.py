@@ -1,4 +1,4 @@
-"""Huge pages: a program that starts itself anew, once."""
+"""Tests that a program restarts itself with huge pages, once."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES'), resource.getrusage(resourc
 
 
 def run(tmp_path, variable):
-  """What the program prints: its arguments, the variable as it has it, and how many pages it was given."""
+  """What the program prints: its arguments, its value of the variable, and its number of page faults."""
   (tmp_path / 'program.py').write_text(PROGRAM)
   root = Path(__file__).resolve().parents[2]
   env = os.environ | {'PYTHONPATH': str(root), 'GLIBC_TUNABLES': variable}
@@ -30,7 +30,7 @@ def run(tmp_path, variable):
 
 
 @pytest.mark.skipif(not allocator._on_request(), reason='this system has no huge pages on request')
-def test_the_program_starts_anew_with_its_arguments(tmp_path):
+def test_the_program_restarts_with_its_arguments(tmp_path):
   arguments, variable, faults = run(tmp_path, '')
   assert (arguments, variable) == ("['one', '--two=3 4']", 'glibc.malloc.hugetlb=1')
   # Twenty times 80 MB are 400,000 pages of 4 KiB.
@@ -49,7 +49,7 @@ def test_other_settings_stay(before, after):
 
 @pytest.fixture
 def started(monkeypatch, tmp_path):
-  """What is started anew, on a system that has huge pages on request."""
+  """The commands that are restarted, on a system with huge pages on request."""
   commands = []
   monkeypatch.setattr(os, 'execv', lambda path, arguments: commands.append(arguments))
   monkeypatch.setattr(os, 'confstr', lambda name: 'glibc 2.36')
@@ -81,7 +81,7 @@ def no_libc(name):
     lambda patch: allocator._MODES.write_text('always madvise [never]\n'),
   ],
 )
-def test_elsewhere_nothing_is_started(started, monkeypatch, elsewhere):
+def test_elsewhere_nothing_is_restarted(started, monkeypatch, elsewhere):
   elsewhere(monkeypatch)
   allocator.use_huge_pages()
   assert started == []

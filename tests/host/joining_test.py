@@ -1,4 +1,4 @@
-"""How processes join, what is refused before they do, and how the watch ends them; none of it trains."""
+"""How processes join, what is refused before, and how the watch ends them; nothing is trained."""
 
 import os
 import signal
@@ -120,7 +120,7 @@ def test_joining_takes_the_flags_or_what_the_cluster_says(monkeypatch, place, en
     ('predict', predict.main, ['--workdir=none', __file__]),
   ],
 )
-def test_commands_of_one_process(monkeypatch, name, command, arguments):
+def test_single_process_commands_refuse_a_cluster(monkeypatch, name, command, arguments):
   set_env(monkeypatch, SLURM)
   code, out, err = run_command(command, *arguments)
   assert (code, out) == (2, '')
@@ -148,7 +148,7 @@ def test_several_seeds(monkeypatch, tmp_path):
   ],
 )  # fmt: skip
 def test_devices_of_several_processes(monkeypatch, asked, each, found):
-  """As many of each, one process after another, in whatever order jax lists them."""
+  """The same number from each process, in the order of processes, however jax lists them."""
   here = [types.SimpleNamespace(process_index=p, number=n) for n in range(3) for p in (1, 0) if n < each[p]]
   monkeypatch.setattr(jax, 'devices', lambda: here)
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
@@ -164,7 +164,7 @@ def test_devices_of_several_processes(monkeypatch, asked, each, found):
 
 
 class Left:
-  """In the place of a watch."""
+  """Replaces a watch."""
 
   def leave(self, done):
     assert not done
@@ -212,7 +212,7 @@ def free_port():
     return free.getsockname()[1]
 
 
-def test_where_the_others_do_not_come():
+def test_the_others_do_not_join():
   program = """
 import sys
 from paranet_jax.host import processes
@@ -251,7 +251,7 @@ else:
 
 @pytest.fixture
 def members():
-  """Three processes with a watch and nothing else."""
+  """Three processes that only run a watch."""
   first = python(MEMBER, 0, 0)
   port = int(first.stdout.readline())
   others = [python(MEMBER, index, port) for index in (1, 2)]
@@ -264,10 +264,10 @@ def members():
     process.communicate()
 
 
-# A process that is stopped stands for a machine that is gone: its connections stay open, and it says nothing more.
+# A stopped process stands for a machine that died: its connections stay open, and it is silent.
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize('victim', [0, 2])
-def test_the_watch_names_who_is_gone(members, victim, number):
+def test_the_watch_names_the_process_that_died(members, victim, number):
   members[victim].send_signal(number)
   for index in {0, 1, 2} - {victim}:
     process = members[index]
@@ -279,7 +279,7 @@ def test_the_watch_names_who_is_gone(members, victim, number):
     )
 
 
-def test_where_the_first_one_cannot_be_reached():
+def test_process_0_cannot_be_reached():
   program = f"""
 from paranet_jax.host.watch import Watch
 print(Watch(1, 2, 5).connect(['nowhere.invalid', 'localhost'], {free_port()}))
@@ -287,14 +287,14 @@ print(Watch(1, 2, 5).connect(['nowhere.invalid', 'localhost'], {free_port()}))
   assert python(program).communicate(timeout=60) == ('False\n', '')
 
 
-def tell(process, how):
+def send(process, how):
   process.stdin.write(f'{how}\n')
   process.stdin.flush()
 
 
-def test_who_is_done_is_not_missed(members):
+def test_a_process_that_is_done_ends_no_other(members):
   for process in members:
-    tell(process, 'done')
+    send(process, 'done')
     assert (process.wait(timeout=60), process.stderr.read()) == (0, '')
 
 
@@ -305,15 +305,15 @@ def has_failed(process, index):
   )
 
 
-def test_who_fails_with_all_ends_as_it_does_and_the_rest_with_a_line(members):
-  tell(members[0], 'failed')
-  tell(members[1], 'failed')
+def test_processes_that_fail_together_end_alone_and_the_rest_with_a_line(members):
+  send(members[0], 'failed')
+  send(members[1], 'failed')
   assert [process.wait(timeout=60) for process in members] == [0, 0, 1]
   assert [process.stderr.read() for process in members] == ['', '', has_failed(members[0], 0)]
 
 
-def test_the_first_one_outlives_those_who_are_told_of_its_failure(members):
-  tell(members[0], 'failed')
+def test_process_0_outlives_the_others_after_its_own_failure(members):
+  send(members[0], 'failed')
   for process in members[1:]:
     assert process.wait(timeout=60) == 1
     assert process.stderr.read() == has_failed(members[0], 0)
@@ -321,7 +321,7 @@ def test_the_first_one_outlives_those_who_are_told_of_its_failure(members):
   assert members[0].wait(timeout=60) == 0
 
 
-def test_the_first_one_passes_another_ones_failure_on(members):
-  tell(members[2], 'failed')
+def test_process_0_passes_on_the_failure_of_another(members):
+  send(members[2], 'failed')
   assert [process.wait(timeout=60) for process in members] == [1, 1, 0]
   assert [process.stderr.read() for process in members] == [has_failed(members[2], 2)] * 2 + ['']

@@ -56,7 +56,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
   assert not (tmp_path / 'lock').exists()
 
 
-def test_at_its_end_a_process_lets_go(tmp_path):
+def test_a_process_releases_the_lock_at_its_end(tmp_path):
   with holder(tmp_path) as process:
     process.communicate()
   assert not list(tmp_path.iterdir())
@@ -91,14 +91,14 @@ def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('number', 'told'), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False), (errno.EAGAIN, False)]
+  ('number', 'reported'), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False), (errno.EAGAIN, False)]
 )
-def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, told):
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, reported):
   def fail(*unused):
     raise OSError(number, os.strerror(number))
 
   monkeypatch.setattr(fcntl, 'lockf', fail)
-  if told:
+  if reported:
     with workdir_lock(tmp_path):
       pass
     assert capsys.readouterr().out == (

@@ -44,7 +44,7 @@ LONGER = (*RUN, '--config.train.max_steps=40')
 
 
 def start(processes, devices, *trainings):
-  """Starts the processes of a group, which trains so often (see group.py); PROCESS in a flag is the process's index."""
+  """Starts the processes of a group (see group.py); PROCESS in a flag becomes the index of the process."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -63,7 +63,7 @@ def popen(command, **env):
 
 
 def read_until(process, *beginnings):
-  """Reads what a process prints up to a line that begins so, then on to the next one; returns it all."""
+  """Reads the output of a process up to a line with each of these beginnings in turn; returns it all."""
   lines = []
   for beginning in beginnings:
     for line in process.stdout:
@@ -76,17 +76,17 @@ def read_until(process, *beginnings):
 
 
 def ended(processes):
-  """Exit codes, and the rest of the outputs and errors; none may hang."""
+  """Exit codes, remaining outputs and errors of processes, which must not hang."""
   try:
-    told = [process.communicate(timeout=240) for process in processes]
+    outputs = [process.communicate(timeout=240) for process in processes]
   finally:
     for process in processes:
       process.kill()
-  return [process.returncode for process in processes], [out for out, _ in told], [err for _, err in told]
+  return [process.returncode for process in processes], [out for out, _ in outputs], [err for _, err in outputs]
 
 
 def is_gone(process, index, count):
-  """The line that says so."""
+  """The line that reports a dead process."""
   return (
     f'error: process {index} of {count} (host {socket.gethostname()}, pid {process.pid}) is gone, and so all end; '
     'start all of them again: the run resumes from its last checkpoint'
@@ -108,14 +108,14 @@ def relative_difference(workdir, other):
 
 
 def measured(workdir):
-  """Every line of the metrics but for its speed, as (step, split, values)."""
+  """Every line of the metrics without its speed, as (step, split, values)."""
   names = ('step', 'split', 'images_per_second')
   lines = read_metrics(workdir)
   return [(line['step'], line['split'], {k: v for k, v in line.items() if k not in names}) for line in lines]
 
 
 def assert_alike(workdir, other, processes):
-  """Whether a run of so many processes was, batch for batch, the other one, in one process."""
+  """Checks that a run of so many processes equals the run of one process, batch for batch."""
   shares = [np.load(workdir / f'batches_{index}.npy') for index in range(processes)]
   np.testing.assert_array_equal(np.concatenate(shares, axis=1), np.load(other / 'batches_0.npy'))
   assert len({share.shape for share in shares}) == 1
@@ -131,7 +131,7 @@ def assert_alike(workdir, other, processes):
 
 @pytest.fixture(scope='module')
 def stopped(tmp_path_factory):
-  """The folder with the runs of two processes of two devices each, the last of which a signal to one has stopped."""
+  """Folder of the runs of two processes with two devices each; a signal to one of them has stopped the last run."""
   folder = tmp_path_factory.mktemp('group')
   processes = start(
     *(2, 2),
@@ -157,11 +157,11 @@ def stopped(tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', ['memory', 'streamed'])
-def test_two_processes_of_two_devices_are_one(stopped, alone, kind):
+def test_two_processes_of_two_devices_equal_one(stopped, alone, kind):
   assert_alike(stopped / kind, alone, 2)
 
 
-def test_stopped_and_going_on(stopped):
+def test_stopped_and_resumed(stopped):
   step = int(saved_state(stopped / 'stopped').step)
   command = [REPO / 'launch' / 'local.sh', *LONGER, f'--workdir={stopped}/stopped']
   process = popen(command, DEVICES='2', PYTHON=sys.executable)
@@ -173,7 +173,7 @@ def test_stopped_and_going_on(stopped):
   assert summary_of(stopped / 'stopped') == summary_of(stopped / 'whole')
 
 
-def test_four_processes_are_one_and_end_with_one_of_them(tmp_path, alone):
+def test_four_processes_equal_one_and_end_when_one_dies(tmp_path, alone):
   processes = start(
     *(4, 1),
     [*THREE, f'--workdir={tmp_path}/memory', '--heartbeat_timeout=10'],
@@ -190,7 +190,7 @@ def test_four_processes_are_one_and_end_with_one_of_them(tmp_path, alone):
     assert_alike(tmp_path / kind, alone, 4)
 
 
-def test_without_the_first_one_the_others_end(tmp_path):
+def test_the_others_end_without_process_0(tmp_path):
   processes = start(2, 1, [*RUN, f'--workdir={tmp_path}'])
   read_until(processes[0], 'epoch')
   processes[0].kill()

@@ -74,7 +74,7 @@ def test_the_latest_are_kept(tmp_path, keep, kept):
   assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == kept
 
 
-def test_others_are_kept_besides(tmp_path):
+def test_others_are_kept_in_addition(tmp_path):
   with Checkpoints(tmp_path, 1) as checkpoints:
     checkpoints.also_keep = lambda steps: {step for step in steps if step in (1, 3)}
     for step in (1, 2, 3, 4, 5):
@@ -122,17 +122,17 @@ def test_it_is_saved_in_the_background(tmp_path, held):
 UNFIT = tree() | {'half': jnp.float32([1, np.nan])}
 
 
-@pytest.mark.parametrize('told', ['check', 'wait', 'steps', 'save', 'end'])
-def test_what_is_not_finite_is_not_saved(tmp_path, told):
+@pytest.mark.parametrize('reported', ['check', 'wait', 'steps', 'save', 'end'])
+def test_what_is_not_finite_is_not_saved(tmp_path, reported):
   save(tmp_path, 4)
   with pytest.raises(UserError) as error, Checkpoints(tmp_path, 2) as checkpoints:
     checkpoints.save(8, UNFIT, {})
-    if told == 'check':
+    if reported == 'check':
       while not checkpoints._saving.done():
         pass
-    if told != 'end':
-      getattr(checkpoints, told)(*((12, tree(), {}) if told == 'save' else ()))
-      raise AssertionError('nothing was told')
+    if reported != 'end':
+      getattr(checkpoints, reported)(*((12, tree(), {}) if reported == 'save' else ()))
+      raise AssertionError('nothing was reported')
   assert str(error.value).startswith('the state is no longer finite at step 8, and the last checkpoint is of step 4; ')
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['4']
 
