@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from benchmarks.peers import available_cores
-from paranet_jax.description import cpu_name, environment
+from paranet_jax.host.machine import cpu_name, environment
 
 EXTRAS = ('torch', 'onnxruntime', 'openvino', 'libtpu')
 COLUMNS = ('what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit')

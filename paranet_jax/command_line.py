@@ -1,4 +1,4 @@
-"""From the command line to flags and a configuration. Whatever is mistyped is a `UserError`."""
+"""Reads the command line into flags and a configuration. A mistake in it is a `UserError`."""
 
 import difflib
 import re
@@ -10,17 +10,20 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from paranet_jax.base_config import field_names
+from paranet_jax.base_config import RENAMED, field_names
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.watch import Place
 
 MODES = ('train', 'eval', 'describe')
+CONFIGS = Path(__file__).with_name('configs')
+"""The repository's `configs/`, which the wheel holds as a folder of the package."""
 
-_OVERRIDE = re.compile(r'--?(?:no)?config\.([^=]*)')
+_OVERRIDE = re.compile(r'^(--?(?:no)?config\.)([^=]*)')
+_PARANET_FILE = re.compile(r'pn([1-9])(cut)?_([1-9dx]+)\.py')
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
-  """Reads the flags, and the configuration with what they override in it.
+  """Reads the flags and the configuration, with the fields that the flags override.
 
   Args:
     argv: the program's name, then its arguments.
@@ -29,11 +32,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
     The flags, and the configuration of `--config`, or the one saved in `--workdir` where there is no `--config`.
 
   Raises:
-    UserError: a flag, a field or a file is not what it must be.
-    SystemExit: `--help` has been answered.
+    UserError: a flag, a field or a file is wrong.
+    SystemExit: after `--help`.
   """
   values = _define_flags()
-  rest = _consume(values, argv, known_only=True)
+  rest = _renamed(_consume(values, argv, known_only=True))
   if values.help:
     print(f'usage: python -m paranet_jax.main --config=FILE [--config.section.field=value ...]{values.get_help()}')
     raise SystemExit
@@ -43,11 +46,11 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
   if values.step is not None and values.mode != 'eval':
     raise UserError(f'--step chooses the checkpoint to evaluate, found --mode={values.mode}; set --mode=eval')
   if values.json and values.mode == 'train':
-    raise UserError('--json prints what describe or eval finds, found --mode=train; set --mode')
+    raise UserError('--json prints the result of describe or eval, found --mode=train; set --mode')
   _check_place(values)
   config = _load_config(values)
   _check_overrides(config, rest)
-  # From here on `config` is the configuration itself, with a flag for each field that is overridden.
+  # From here on, `--config` stands for the configuration itself, with a flag for each overridden field.
   del values.config
   config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=rest)
   unexpected = _consume(values, rest)[1:]
@@ -57,15 +60,15 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> None:
-  """Changes fields as the command line does.
+  """Changes fields in place, as the command line does.
 
   Args:
-    config: changed in place.
     arguments: each `--config.section.field=value`.
 
   Raises:
-    UserError: a field is unknown, or its value is of another type.
+    UserError: a field is unknown, or its value has another type.
   """
+  arguments = _renamed(arguments)
   _check_overrides(config, arguments)
   values = flags.FlagValues()
   config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=arguments)
@@ -77,7 +80,12 @@ def _define_flags() -> flags.FlagValues:
   values.set_gnu_getopt()
   for define, name, default, text in (
     (flags.DEFINE_bool, 'help', False, 'Show this help.'),
-    (flags.DEFINE_string, 'config', None, 'Configuration file; fields: paranet_jax/base_config.py.'),
+    (
+      flags.DEFINE_string,
+      'config',
+      None,
+      'Configuration file, or paranet_jax:NAME for a file in configs/; fields: paranet_jax/base_config.py.',
+    ),
     (flags.DEFINE_string, 'workdir', None, 'Folder of the run (default: runs/<name>-<dataset>-s<seed>).'),
     (flags.DEFINE_string, 'mode', 'train', f'One of {", ".join(MODES)}.'),
     (flags.DEFINE_integer, 'step', None, 'Checkpoint for --mode=eval (default: the latest).'),
@@ -91,21 +99,25 @@ def _define_flags() -> flags.FlagValues:
       flags.DEFINE_string,
       'coordinator',
       None,
-      'HOST:PORT at which the others reach process 0, of several that train together (default: as TPU pods, SLURM and '
-      'Open MPI say).',
+      'HOST:PORT of process 0 in a multi-process run (default: from TPU pods, SLURM or Open MPI).',
     ),
-    (flags.DEFINE_integer, 'num_processes', None, 'How many there are; 1: this one trains alone.'),
-    (flags.DEFINE_integer, 'process_id', None, 'Which of them this one is, from 0.'),
-    (flags.DEFINE_integer, 'heartbeat_timeout', 100, 'Seconds without a sign of life, then a process counts as dead.'),
+    (flags.DEFINE_integer, 'num_processes', None, 'Number of processes; 1: this one trains alone.'),
+    (flags.DEFINE_integer, 'process_id', None, 'Index of this process, from 0.'),
+    (
+      flags.DEFINE_integer,
+      'heartbeat_timeout',
+      100,
+      'Seconds without a heartbeat until a process counts as dead.',
+    ),
     (flags.DEFINE_bool, 'json', False, 'Print one JSON object (--mode=describe and eval).'),
-    (flags.DEFINE_bool, 'accept_config_changes', False, 'Go on with a run although its saved configuration differs.'),
+    (flags.DEFINE_bool, 'accept_config_changes', False, 'Continue a run whose saved configuration differs.'),
   ):
     define(name, default, text, flag_values=values)
   return values
 
 
 def place(values: flags.FlagValues) -> Place:
-  """Where the flags put this process among several."""
+  """The place that the flags give this process among several."""
   return Place(values.coordinator, values.num_processes, values.process_id)
 
 
@@ -118,14 +130,14 @@ def _check_place(values: flags.FlagValues) -> None:
   if None in (coordinator, number, index):
     raise UserError(
       f'--coordinator, --num_processes and --process_id go together, found {coordinator}, {number} and {index}; '
-      'set all of them, or none where the cluster says it'
+      'set all of them, or none where the cluster provides them'
     )
   if not re.fullmatch(r'.+:\d+', coordinator):
     raise UserError(f'--coordinator must be HOST:PORT, found {coordinator}')
   if not 0 <= index < number:
     raise UserError(f'--process_id must be from 0 to --num_processes - 1, found {index} of {number}')
   if values.mode == 'describe':
-    raise UserError('--mode=describe is of one process; leave --coordinator, --num_processes and --process_id out')
+    raise UserError('--mode=describe runs in one process; remove --coordinator, --num_processes and --process_id')
 
 
 def _consume(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
@@ -148,12 +160,16 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
 
 
 def load_config(flag: str) -> ConfigDict:
-  """The configuration that `get_config` of a Python file returns, given what follows `:` in the flag.
+  """The configuration that `get_config` of a Python file returns.
+
+  Args:
+    flag: value of `--config`: FILE or FILE:ARGUMENT of `get_config`, where FILE is a path or, for a file in `configs/`
+      that an installed package has too, `paranet_jax:NAME`.
 
   Raises:
     UserError: there is no such file, it fails, or it returns something else.
   """
-  path, *argument = flag.split(':', 1)
+  path, argument = _split(flag)
   _check_exists(Path(path))
   try:
     config = runpy.run_path(path).get('get_config', lambda *_: None)(*argument)
@@ -162,10 +178,23 @@ def load_config(flag: str) -> ConfigDict:
   except (Exception, SystemExit) as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     place = f'line {lines[-1]} of {path}' if lines else path
-    raise UserError(f'{place} raises {type(error).__name__}: {_one_line(error)}; mend it or set --config') from error
+    raise UserError(f'{place} raises {type(error).__name__}: {_one_line(error)}; fix it or set --config') from error
   if not isinstance(config, ConfigDict):
     raise UserError(f'{path} must have a function get_config that returns a ConfigDict; see configs/quickstart.py')
   return config
+
+
+def _split(flag: str) -> tuple[str, list[str]]:
+  """File and arguments that `--config` names."""
+  path, *argument = flag.split(':', 1)
+  if path == 'paranet_jax' and argument:
+    name, *argument = argument[0].split(':', 1)
+    path = str(CONFIGS / f'{name}.py')
+  old = _PARANET_FILE.fullmatch(Path(path).name)
+  if old and not Path(path).exists():  # A file for each name, such as configs/pn3_x3d.py, in 0.1.0.
+    pipelines, cut, suffix = old.groups(default='')
+    return str(Path(path).with_name('paranet.py')), [f'PN{pipelines}{cut}-{suffix}']
+  return path, argument
 
 
 def _check_exists(path: Path) -> None:
@@ -177,13 +206,18 @@ def _check_exists(path: Path) -> None:
 
 def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
   known = field_names(config)
-  for field in (match[1] for match in map(_OVERRIDE.match, argv) if match):
+  for field in (match[2] for match in map(_OVERRIDE.match, argv) if match):
     if field not in known:
       near = difflib.get_close_matches(field, known, 1)
       hint = f'did you mean {near[0]}? All are' if near else 'all are'
       raise UserError(f'unknown configuration field {field}; {hint} in paranet_jax/base_config.py')
 
 
+def _renamed(argv: Sequence[str]) -> list[str]:
+  """The same arguments with the present names of fields."""
+  return [_OVERRIDE.sub(lambda match: match[1] + RENAMED.get(match[2], match[2]), argument, 1) for argument in argv]
+
+
 def _one_line(error: Exception) -> str:
-  # ml_collections lists every field beside the misspelt one.
+  # ml_collections lists every field next to the misspelled one.
   return ' '.join(re.sub(r'Other fields present: .*\}"\\n', '', str(error)).split())

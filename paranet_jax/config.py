@@ -1,157 +1,38 @@
-"""What a configuration must hold, and what is derived from it."""
+"""What a configuration must satisfy as a whole, and the values derived from it."""
 
-import math
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from paranet_jax.base_config import FAMILIES, base_config, family_of, field_names
+from paranet_jax.base_config import base_config, family_of, field_names, fields_of
 from paranet_jax.data.known import known_dataset
 from paranet_jax.host.errors import UserError
-from paranet_jax.models.registry import COMMON, build_model, targets
-from paranet_jax.regimes import REGIMES, check_regime
-from paranet_jax.targets import distill_teachers, trained_exits
+from paranet_jax.models.registry import COMMON, build_model, family_names, find_family, targets
+from paranet_jax.targets import check_regime, distill_teachers, trained_exits
 
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _one_of(*choices: Any) -> Rule:
-  return lambda value: value in choices, 'one of ' + ', '.join(map(str, choices))
-
-
-def _at_least(low: float) -> Rule:
-  return lambda value: low <= value < math.inf, f'{low} or more'
-
-
-def _tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
-  def holds(values):
-    return all(isinstance(v, kind) and not isinstance(v, bool) and low <= v < math.inf for v in values)
-
-  return holds, f'numbers of {low} or more, such as "(1,2,3)"'
-
-
-_POSITIVE: Rule = (lambda value: 0 < value < math.inf, 'more than 0 and finite')
-_EPOCHS: Rule = (lambda value: 0 < value <= 1e6, 'more than 0 and at most 1,000,000')
-_PART: Rule = (lambda value: 0 < value <= 1, 'more than 0 and at most 1')
-_SHARE: Rule = (lambda value: 0 <= value <= 1, 'from 0 to 1')
-_TIMES: Rule = _tuple_of((int, float), 0)
-
-FAMILY_CONFIGS = {
-  'paranet': 'paranet',
-  'densenet': 'densenet_bc_100_12',
-  'resnet': 'resnet_110',
-  'msdnet': 'msdnet_anytime',
-  'fractalnet': 'fractalnet_20',
-}
-"""A file in `configs/` of each family."""
-
-RULES: dict[str, Rule] = {
-  'seed': (lambda value: -(2**31) <= value < 2**31, 'an integer of 32 bits'),
-  'seeds': _at_least(1),
-  'model.layers_per_block': _at_least(1),
-  'model.growth_rate': _at_least(1),
-  'model.bn_size': _at_least(1),
-  'model.blocks': _tuple_of(int, 1),
-  'model.halvings': _tuple_of(int, 0),
-  'model.cascade': (
-    lambda value: re.fullmatch(r'(\d\.\d+(,\d\.\d+)*)?', value) is not None,
-    "receiving blocks 'pipeline.block' separated by commas, such as 2.2,3.3",
-  ),
-  'model.stem': _one_of('3x3', '7x7'),
-  'model.entry_pool': _one_of('max', 'avg', 'max3x3'),
-  'model.entry_order': _one_of('stem_first', 'pool_first'),
-  'model.depth': _at_least(1),
-  'model.compression': _PART,
-  'model.block': _one_of('basic', 'preactivation', 'bottleneck'),
-  'model.num_blocks': _at_least(1),
-  'model.base': _at_least(1),
-  'model.step_mode': _one_of('even', 'lin_grow'),
-  'model.step': _at_least(1),
-  'model.initial_channels': _at_least(1),
-  'model.growth_factors': _tuple_of(int, 1),
-  'model.bottleneck_factors': _tuple_of(int, 1),
-  'model.reduction': _PART,
-  'model.columns': _at_least(2),
-  'model.widths': _tuple_of(int, 1),
-  'model.dropout': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
-  'model.block_dropout': (
-    lambda values: all(isinstance(v, int | float) and 0 <= v < 1 for v in values),
-    'rates from 0 to less than 1, such as "(0.0,0.1)"',
-  ),
-  'model.local_drop_path': _SHARE,
-  'model.global_drop_path': _SHARE,
-  'model.num_classes': _at_least(2),
-  'model.image_side': _at_least(1),
-  'model.channels': _one_of(1, 3),
-  'model.dtype': _one_of('float32', 'bfloat16'),
-  'model.scan_layers': _at_least(1),
-  'data.held_out': _at_least(0),
-  'data.test_fraction': (lambda value: 0 < value < 1, 'between 0 and 1'),
-  'data.on_corrupt': _one_of('refuse', 'skip'),
-  'data.crop_padding': _at_least(0),
-  'data.workers': _at_least(0),
-  'loss.matching': _one_of('squared_error', 'kl'),
-  'loss.temperature': _POSITIVE,
-  'loss.hard_label_weight': _SHARE,
-  'loss.distill': _one_of('none', 'last', 'next', 'later'),
-  'loss.exit_weights': _tuple_of((int, float), 0),
-  'loss.label_smoothing': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
-  'train.epochs': _EPOCHS,
-  'train.max_steps': _at_least(0),
-  'train.regime': _one_of(*REGIMES),
-  'train.body_epochs': _EPOCHS,
-  'train.batch_size': _at_least(1),
-  'train.learning_rate': _POSITIVE,
-  'train.schedule': _one_of('step', 'cosine', 'one_cycle', 'constant'),
-  'train.drops': (
-    lambda values: _TIMES[0](values) and max(values, default=0) <= 1,
-    'shares from 0 to 1, such as "(0.5,0.75)"',
-  ),
-  'train.drop_epochs': _TIMES,
-  'train.drop_factor': _POSITIVE,
-  'train.warmup_epochs': _at_least(0),
-  'train.optimizer': _one_of('sgd', 'adamw'),
-  'train.momentum': (lambda value: 0 <= value < 1, 'from 0 to less than 1'),
-  'train.weight_decay': _at_least(0),
-  'train.decay': _one_of('all', 'kernels'),
-  'train.clip_norm': _at_least(0),
-  'train.accumulate_steps': _at_least(1),
-  'train.cutout': _at_least(0),
-  'train.mixup': _at_least(0),
-  'train.devices': _at_least(0),
-  'eval.every_epochs': _EPOCHS,
-  'eval.batch_size': _at_least(1),
-  'checkpoint.every_steps': _at_least(1),
-  'checkpoint.keep': _at_least(1),
-  'checkpoint.keep_every_epochs': _at_least(0),
-  'checkpoint.keep_best': _one_of('none', 'accuracy', 'top5', 'loss', 'nll'),
-  'log.every_steps': _at_least(1),
-}
-"""What each field with a range must hold: a predicate and how to say it. A derived value (None) is not checked."""
+__all__ = ['build_model', 'targets']  # Part of what a configuration determines, in addition to the functions below.
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks every field by itself, and that the name, the shapes and the exits fit together.
+  """Checks every field alone, and that the name, the shapes and the exits fit together.
 
   Raises:
-    UserError: the first field that does not hold, with the flag that sets it.
+    UserError: the first field that is wrong, with the flag that sets it.
   """
+  family = family_of(config)
   _check_family(config)
-  _check_fields(config, base_config(family=family_of(config)))
-  known = field_names(config)
-  for field, (holds, expected) in RULES.items():
-    value = _get(config, field) if field in known else None
-    if value is not None and not holds(value):
-      raise UserError(f'{field} must be {expected}, found {value}; set --config.{field}')
+  _check_fields(config, base_config(family=family))
+  for name, field in fields_of(family).items():
+    value = _get(config, name)
+    if value is not None and field.rule and not field.rule.holds(value):
+      raise UserError(f'{name} must be {field.rule.expected}, found {value}; set --config.{name}')
   exit_weights(config)
   teachers(config)
   _check_training(config)
   if config.checkpoint.keep_best != 'none' and not config.data.held_out:
     raise UserError(
-      'checkpoint.keep_best chooses by the images held out, found data.held_out 0; '
+      'checkpoint.keep_best needs a held-out split, found data.held_out 0; '
       'set --config.data.held_out, or --config.checkpoint.keep_best=none'
     )
   build_model(config, num_classes=2)
@@ -171,7 +52,8 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
       f'loss.exit_weights must have {num_exits} entries, one an exit of {config.name}, found {weights}; '
       'set --config.loss.exit_weights'
     )
-  or_name = ', or give that exit an x in --config.name' if config.model.family == 'paranet' else ''
+  family = find_family(config.model.family)
+  or_name = ', or give that exit an x in --config.name' if family and family.targets else ''
   for number in trained_exits(targets(config)):
     if not weights[number - 1]:
       raise UserError(
@@ -182,18 +64,19 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
 
 
 def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:
-  """The exits from which an exit that learns from labels learns besides (see `targets.distill_teachers`)."""
+  """The exits that each exit with labels also learns from (see `targets.distill_teachers`)."""
   loss = config.loss
   return distill_teachers(targets(config), loss.distill, loss.hard_label_weight, config.name)
 
 
-def body_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+def backbone_epochs(config: ConfigDict) -> float:
+  """Length of the first phase of a regime that has two, in epochs."""
+  return config.train.epochs / 2 if config.train.backbone_epochs is None else config.train.backbone_epochs
+
+
+def backbone_steps(config: ConfigDict, steps_per_epoch: int) -> int:
   """Length of the first phase of a regime that has two, in steps."""
-  return max(round(_body_epochs(config) * steps_per_epoch), 1)
-
-
-def _body_epochs(config: ConfigDict) -> float:
-  return config.train.epochs / 2 if config.train.body_epochs is None else config.train.body_epochs
+  return max(round(backbone_epochs(config) * steps_per_epoch), 1)
 
 
 def drop_epochs(config: ConfigDict) -> list[float]:
@@ -209,17 +92,14 @@ def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 
 
 def default_workdir(config: ConfigDict) -> str:
-  """`runs/<name>-<dataset>-s<seed>`, in the current folder; a tfds name's config and version stay readable.
-
-  Several seeds are `s<first>to<last>`.
-  """
+  """`runs/<name>-<dataset>-s<seed>`, or `-s<first>to<last>` for several seeds, in the current folder."""
   dataset = config.data.name.replace('/', '_').replace(':', '_')
   last = f'to{config.seed + config.seeds - 1}' if config.seeds > 1 else ''
   return f'runs/{config.name}-{dataset}-s{config.seed}{last}'
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-  """Refuses a batch that the devices cannot share evenly."""
+  """Raises UserError if the devices cannot share a batch evenly."""
   if config.train.batch_size % num_devices:
     raise UserError(
       f'train.batch_size {config.train.batch_size} cannot be shared evenly by {num_devices} devices; '
@@ -230,7 +110,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
 def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
   """The fields in which two configurations differ, as `field: saved -> current`.
 
-  The place of a prepared data set may change between starts; the place of a user's own images says which they are.
+  A prepared data set may move between starts, so its folder is not compared; a folder of images identifies them.
   """
   found = []
   for key in sorted(saved.keys() | current.keys()):
@@ -243,7 +123,7 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
 
 
 def absolute_paths(config: ConfigDict) -> None:
-  """Makes folders absolute, so that a saved configuration does not depend on the folder it was started from."""
+  """Makes folders absolute, so that a saved configuration does not depend on the current folder."""
   for section, field in ((config.data, 'data_dir'), (config, 'init_from')):
     if section[field]:
       section[field] = str(Path(section[field]).expanduser().absolute())
@@ -252,10 +132,10 @@ def absolute_paths(config: ConfigDict) -> None:
 def _check_training(config: ConfigDict) -> None:
   train = config.train
   check_regime(train.regime, targets(config), config.name)
-  if train.regime != 'joint' and _body_epochs(config) >= train.epochs:
+  if train.regime != 'joint' and backbone_epochs(config) >= train.epochs:
     raise UserError(
-      f'train.body_epochs must be less than train.epochs {train.epochs}, found {train.body_epochs}; '
-      'set --config.train.body_epochs'
+      f'train.backbone_epochs must be less than train.epochs {train.epochs}, found {backbone_epochs(config)}; '
+      'set --config.train.backbone_epochs'
     )
   if train.cutout > config.model.image_side:
     raise UserError(
@@ -265,12 +145,17 @@ def _check_training(config: ConfigDict) -> None:
 
 
 def _check_family(config: ConfigDict) -> None:
-  own, found = set(config.get('model', {})) - set(COMMON), config.get('model', {}).get('family')
-  for family, fields in FAMILIES.items():
-    if found is not None and found != family and own == set(fields()):
+  model = config.get('model', {})
+  found, own = model.get('family'), set(model) - set(COMMON)
+  family = find_family(found)
+  if found is None or family and own == set(family.fields):
+    return
+  known = [family for family in map(find_family, family_names()) if family]
+  for family in known:
+    if own == set(family.fields):
       raise UserError(
-        f'model.family must be {family}, whose fields the configuration has, found {found}; for another family set '
-        f'--config to one of {", ".join(f"configs/{name}.py" for name in FAMILY_CONFIGS.values())}'
+        f'model.family must be {family.name}, whose fields the configuration has, found {found}; for another family '
+        f'set --config to one of {", ".join(family.example for family in known)}'
       )
 
 

@@ -11,8 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from ml_collections import ConfigDict
 
+from paranet_jax import config as config_lib
+from paranet_jax.data.known import known_dataset
+from paranet_jax.host.errors import UserError
 from paranet_jax.models.layers.backend import SHAPES, compiling_for
+from paranet_jax.targets import describe_target
 
 Paths = dict[tuple[str, ...], int]
 
@@ -54,6 +59,44 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
       }
     )
   return costs
+
+
+def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, Any]:
+  """What a configuration would train, without reading its data: the facts behind `--mode=describe` and summary.json.
+
+  Args:
+    num_classes: number of classes of the data set, if it has been read.
+
+  Returns:
+    `name`, `dataset`, `seed`, `image_shape` (H, W, C), `num_classes`, and `exits`: for each `exit`, `trained`,
+    `learns_from`, and its costs (see `exit_costs`).
+
+  Raises:
+    UserError: the configuration is wrong, or the number of classes is unknown without the data.
+  """
+  config_lib.validate(config)
+  num_classes = config.model.num_classes or num_classes or known_dataset(config.data.name).num_classes
+  if num_classes is None:
+    raise UserError(
+      f"the number of classes of data set '{config.data.name}' is not known without reading it; "
+      'set --config.model.num_classes'
+    )
+  model = config_lib.build_model(config, num_classes)
+  image_shape = config_lib.image_shape(config)
+  targets = config_lib.targets(config)
+  teachers = config_lib.teachers(config)
+  exits = []
+  for cost, target in zip(exit_costs(model, image_shape), targets, strict=True):
+    learns_from = describe_target(target, teachers.get(cost['exit'], ()), config.loss.hard_label_weight)
+    exits.append({'exit': cost['exit'], 'trained': target is not None, 'learns_from': learns_from, **cost})
+  return {
+    'name': config.name,
+    'dataset': config.data.name,
+    'seed': config.seed,
+    'image_shape': list(image_shape),
+    'num_classes': num_classes,
+    'exits': exits,
+  }
 
 
 def abstract_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None = None) -> Any:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-LABELS = 0
+from paranet_jax.targets import LABELS
+
 NO_TEACHERS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 

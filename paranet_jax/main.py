@@ -20,7 +20,7 @@ def main() -> int:
 def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   # jax takes a second to import, which a mistyped flag should not wait for.
   from paranet_jax import config as config_lib
-  from paranet_jax.description import describe
+  from paranet_jax.costs import describe
   from paranet_jax.host.machine import use_compilation_cache
   from paranet_jax.host.processes import joined
   from paranet_jax.report.tables import describe_table

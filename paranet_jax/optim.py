@@ -1,6 +1,6 @@
-"""Learning rate schedules and optimisers, from plain values to optax."""
+"""Learning rate schedules and optimizers: configuration values to optax."""
 
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,30 +21,30 @@ def make_schedule(
   drop_factor: float = 0.1,
   warmup_epochs: float = 0.0,
 ) -> Schedule:
-  """Learning rate as a function of the number of updates done.
+  """Learning rate as a function of the number of updates done, usable inside jit.
 
   Args:
-    kind: 'step' (times `drop_factor` at each of `drop_epochs`), 'cosine' (to 0), 'one_cycle' (from a 25th up for 30 %,
-      then down to a 250,000th; Smith and Topin 2018) or 'constant'.
-    learning_rate: the highest.
+    kind: 'step' (times `drop_factor` at each of `drop_epochs`), 'cosine' (to 0), 'one_cycle' (from 1/25 up for 30 % of
+      the run, then down to 1/250,000; Smith and Topin 2018) or 'constant'.
+    learning_rate: the highest value.
     epochs: length of the run.
-    updates_per_epoch: optimiser updates an epoch.
-    drop_epochs: of 'step', in epochs.
+    updates_per_epoch: optimizer updates an epoch.
+    drop_epochs: when 'step' drops, in epochs.
     drop_factor: of 'step'.
-    warmup_epochs: linear up to the schedule's value, in epochs; not of 'one_cycle', which has its own.
-
-  Returns:
-    A function of the update count, usable inside jit.
+    warmup_epochs: linear up to the schedule's value, in epochs; 'one_cycle' has its own.
   """
   updates = max(round(epochs * updates_per_epoch), 1)
-  drops = [round(drop * updates_per_epoch) for drop in drop_epochs]
   warmup = 0 if kind == 'one_cycle' else round(warmup_epochs * updates_per_epoch)
-  factor = {
-    'step': lambda count: math.prod(jnp.where(count < drop, 1.0, drop_factor) for drop in drops),
-    'cosine': lambda count: _cosine(1.0, 0.0, count / updates),
-    'one_cycle': lambda count: _one_cycle(count / updates),
-    'constant': jnp.ones_like,
-  }[kind]
+  drops = Counter(round(drop * updates_per_epoch) for drop in drop_epochs)
+  if kind == 'step':
+    factor = optax.piecewise_constant_schedule(1.0, {drop: drop_factor**times for drop, times in drops.items()})
+  elif kind == 'constant':
+    factor = optax.constant_schedule(1.0)
+  elif kind == 'cosine':
+    factor = _stretched(optax.cosine_decay_schedule(1.0, 1), 1, updates)
+  else:
+    # Length 10, because optax rounds the peak, at 30 %, down to a whole number.
+    factor = _stretched(optax.cosine_onecycle_schedule(10, 1.0), 10, updates)
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
@@ -53,13 +53,8 @@ def make_schedule(
   return schedule
 
 
-def _cosine(start: float, end: float, part: jax.Array) -> jax.Array:
-  return end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(part, 0.0, 1.0))) / 2
-
-
-def _one_cycle(part: jax.Array) -> jax.Array:
-  up, down = _cosine(1 / 25, 1.0, part / 0.3), _cosine(1.0, 1 / 250_000, (part - 0.3) / 0.7)
-  return jnp.where(part < 0.3, up, down)
+def _stretched(schedule: Schedule, length: int, updates: int) -> Schedule:
+  return lambda count: schedule(count / updates * length)
 
 
 def make_optimizer(
@@ -73,11 +68,11 @@ def make_optimizer(
   clip_norm: float = 0.0,
   accumulate_steps: int = 1,
 ) -> optax.GradientTransformation:
-  """An optimiser over the parameters.
+  """An optimizer of the parameters.
 
   Args:
     kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code) or 'adamw' (decoupled).
-    schedule: learning rate by update.
+    schedule: learning rate by number of updates done.
     momentum: of 'sgd'; b1 of 'adamw'.
     nesterov: Nesterov momentum, of both.
     weight_decay: coefficient.
@@ -98,14 +93,12 @@ def make_optimizer(
 
 
 def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:
-  """Which parameters decay: of those that a loss reaches, 'all', or the 'kernels' alone.
-
-  What no loss reaches stays as it was initialised: decay would only wear it away.
+  """Tree of bool: which parameters decay. A parameter that no loss reaches does not: decay would only shrink it.
 
   Args:
     params: the tree of parameters.
     reached: paths of the parameters that the trained exits use.
-    which: 'all' or 'kernels'.
+    which: 'all' of these, or the 'kernels' alone.
   """
 
   def decays(path, _):

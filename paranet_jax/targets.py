@@ -1,18 +1,23 @@
-"""The name language: `PN3-x3d` says which network it is and what each of its exits learns from.
+"""What each exit learns from, and when: the name language, distillation and training regimes.
 
+`PN3-x3d` names a network and the target of each of its exits.
 `PN<P>[cut]-<suffix>`: P pipelines, with the cascade or (`cut`) without, and one character a pipeline:
 `d` = the true label, a digit q = the logits of pipeline q, `x` = nothing (paper, section 3.4).
 """
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 from paranet_jax.host.errors import UserError
 
 LABELS = 0
-"""What an exit with `d` learns from, where a matched exit has its teacher's number (1-based) and an `x` has None."""
+"""Target of an exit with `d`; an exit that matches another has that exit's number (1-based), and an `x` has None."""
 
 Targets = tuple[int | None, ...]
+
+REGIMES = ('joint', 'disjoint', 'mixed')
+"""Which exits train when: all together, or the backbone with the last exit first (Kubaty et al. 2025)."""
 
 _NAME = re.compile(r'PN([1-9])(cut)?-(.*)', re.DOTALL)
 
@@ -27,13 +32,7 @@ class ModelName:
 
 
 def parse_name(name: str) -> ModelName:
-  """Parses `PN<P>[cut]-<suffix>`.
-
-  Args:
-    name: for example `PN3-ddd`, `PN3cut-33d`, `PN4-444d`; P is 1 to 9.
-
-  Returns:
-    The network and the target of each of its exits.
+  """Parses `PN<P>[cut]-<suffix>`, for example `PN3-ddd`, `PN3cut-33d`, `PN4-444d`; P is 1 to 9.
 
   Raises:
     UserError: the name has another form, or its suffix is refused (see `parse_suffix`).
@@ -41,7 +40,7 @@ def parse_name(name: str) -> ModelName:
   match = _NAME.fullmatch(name)
   if not match:
     raise UserError(
-      f'name {name!r} is not of the form PN<P>[cut]-<suffix> with P from 1 to 9, such as PN3-ddd or PN3cut-33d; '
+      f'name {name!r} does not have the form PN<P>[cut]-<suffix> with P from 1 to 9, such as PN3-ddd or PN3cut-33d; '
       'set --config.name'
     )
   num_pipelines = int(match[1])
@@ -80,12 +79,12 @@ def parse_suffix(suffix: str, num_pipelines: int, name: str) -> Targets:
 
 
 def trained_exits(targets: Targets) -> tuple[int, ...]:
-  """The 1-based numbers of the exits that have a loss."""
+  """Numbers, 1-based, of the exits that have a loss."""
   return tuple(number for number, target in enumerate(targets, 1) if target is not None)
 
 
 def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, name: str) -> dict[int, tuple[int, ...]]:
-  """The exits from which an exit that learns from labels learns besides.
+  """The teachers of each exit that learns from labels and from later exits.
 
   Args:
     targets: one an exit.
@@ -94,7 +93,7 @@ def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, n
     name: of the network, for the messages.
 
   Returns:
-    {exit: its teachers}, both 1-based, the exits without any left out.
+    {exit: its teachers}, both 1-based, without the exits that have none.
 
   Raises:
     UserError: no exit would have a teacher, or one would learn from no label, directly or through its teachers.
@@ -122,6 +121,60 @@ def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, n
         'teachers; raise --config.loss.hard_label_weight, or set --config.loss.distill'
       )
   return teachers
+
+
+class Phase(NamedTuple):
+  """Steps of a run in which the same exits train.
+
+  Attributes:
+    end: the phase's last step plus 1, counted from 0.
+    targets: what each exit learns from; None: it does not train.
+    frozen: the exit whose parameters and running statistics, the backbone included, do not change.
+  """
+
+  end: int
+  targets: Targets
+  frozen: int | None = None
+
+
+def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps: int) -> tuple[Phase, ...]:
+  """The phases of a run.
+
+  Args:
+    regime: 'joint': all exits from the start; 'disjoint': the last trained exit alone, then, with all that it uses
+      frozen, the others; 'mixed': the last trained exit alone, then all.
+    backbone_steps: length of the first of two phases.
+    total_steps: length of the run.
+  """
+  if regime == 'joint':
+    return (Phase(total_steps, targets),)
+  last = trained_exits(targets)[-1]
+  backbone = tuple(target if number == last else None for number, target in enumerate(targets, 1))
+  if regime == 'mixed':
+    return (Phase(backbone_steps, backbone), Phase(total_steps, targets))
+  others = tuple(None if number == last else target for number, target in enumerate(targets, 1))
+  return (Phase(backbone_steps, backbone), Phase(total_steps, others, frozen=last))
+
+
+def check_regime(regime: str, targets: Targets, name: str) -> None:
+  """Raises UserError if a regime has two phases and only one exit trains, or the last one learns from another exit.
+
+  Args:
+    name: of the network, for the messages.
+  """
+  trained = trained_exits(targets)
+  if regime == 'joint':
+    return
+  if len(trained) == 1:
+    raise UserError(
+      f'train.regime {regime!r} trains the last exit first and then others, and {name} trains exit {trained[0]} alone; '
+      'set --config.train.regime'
+    )
+  if targets[trained[-1] - 1] != LABELS:
+    raise UserError(
+      f'train.regime {regime!r} trains the last exit alone first, from labels, and exit {trained[-1]} of {name} learns '
+      f'from exit {targets[trained[-1] - 1]}; set --config.train.regime'
+    )
 
 
 def describe_target(target: int | None, teachers: tuple[int, ...] = (), hard_label_weight: float = 0.0) -> str:

@@ -21,9 +21,8 @@ from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
-from paranet_jax.regimes import Phase, make_phases
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
-from paranet_jax.targets import Targets, trained_exits
+from paranet_jax.targets import Phase, Targets, make_phases, trained_exits
 
 _MACHINE_FIELDS = ('data.data_dir', 'data.workers', 'init_from')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
@@ -58,8 +57,8 @@ class Task:
   @property
   def phases(self) -> tuple[Phase, ...]:
     """Which exits train at which steps."""
-    body_steps = config_lib.body_steps(self.config, self.steps_per_epoch)
-    return make_phases(self.config.train.regime, self.targets, body_steps, self.total_steps)
+    backbone_steps = config_lib.backbone_steps(self.config, self.steps_per_epoch)
+    return make_phases(self.config.train.regime, self.targets, backbone_steps, self.total_steps)
 
   @property
   def evaluation_steps(self) -> int:

@@ -11,14 +11,14 @@ from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.config import check_devices
+from paranet_jax.costs import describe
 from paranet_jax.data.batches import epoch_order
-from paranet_jax.description import describe, environment
 from paranet_jax.devices import OneRun, SideBySide
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
+from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
-from paranet_jax.regimes import Phase
 from paranet_jax.report.curves import draw_curves
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
@@ -27,7 +27,7 @@ from paranet_jax.runs.status import run_status
 from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import SUMMARY, prepare_workdir
 from paranet_jax.steps import TrainState, zero_totals
-from paranet_jax.targets import trained_exits
+from paranet_jax.targets import Phase, trained_exits
 from paranet_jax.task import agreed_task
 
 

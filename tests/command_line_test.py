@@ -53,10 +53,10 @@ BASE = 'paranet_jax/base_config.py'
     (('--config=.',), 'expected a configuration file at ., found none; set --config, such as configs/quickstart.py'),
     (('--config=',), 'expected a configuration file at ., found none; set --config, such as configs/quickstart.py'),
     (('--config',), f'Missing value for flag --config{SEE}'),
-    (('--config=raises.py',), "line 3 of raises.py raises KeyError: 'model'; mend it or set --config"),
+    (('--config=raises.py',), "line 3 of raises.py raises KeyError: 'model'; fix it or set --config"),
     (
       ('--config=imports.py',),
-      "line 1 of imports.py raises ModuleNotFoundError: No module named 'torch_for_paranet'; mend it or set --config",
+      "line 1 of imports.py raises ModuleNotFoundError: No module named 'torch_for_paranet'; fix it or set --config",
     ),
     (
       ('--config=nothing.py',),
@@ -73,7 +73,7 @@ BASE = 'paranet_jax/base_config.py'
     (('--config=refuses.py',), 'one line of its own'),
     (
       ('--config=raises.py:PN3-ddd',),
-      'raises.py raises TypeError: get_config() takes 0 positional arguments but 1 was given; mend it or set --config',
+      'raises.py raises TypeError: get_config() takes 0 positional arguments but 1 was given; fix it or set --config',
     ),
     (
       ('--config=good.py', '--config.train.epoch=3'),
@@ -136,7 +136,7 @@ def test_refusals(tmp_path, arguments, message):
 )
 def test_refusals_of_a_file_in_the_words_of_others(file, start, end):
   message = refusal(f'--config={file}')
-  assert message.startswith(start) and message.endswith(f'{end}; mend it or set --config')
+  assert message.startswith(start) and message.endswith(f'{end}; fix it or set --config')
   assert len(message) < 250
 
 
@@ -198,5 +198,5 @@ def test_help(capsys):
 def test_a_configuration_that_exits_is_named(tmp_path):
   path = tmp_path / 'exits.py'
   path.write_text('import sys\nsys.exit(3)\n')
-  with pytest.raises(UserError, match=f'^line 2 of {path} raises SystemExit: 3; mend it or set --config$'):
+  with pytest.raises(UserError, match=f'^line 2 of {path} raises SystemExit: 3; fix it or set --config$'):
     parse(['main', f'--config={path}'])

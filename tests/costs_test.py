@@ -1,7 +1,6 @@
 """Tests of parameters and multiply-adds: the spec's numbers, an independent count, and every shipped configuration."""
 
 import functools
-import importlib.util
 import pathlib
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from paranet_jax.command_line import load_config
 from paranet_jax.config import build_model
 from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds, parameter_sizes
 from paranet_jax.data.known import known_dataset
@@ -167,14 +167,6 @@ PN3 = [(198_460, 3_413_088), (987_704, 23_538_720), (3_405_684, 125_943_456)]
 PN3CUT = [(198_460, 3_413_088), (792_872, 20_862_912), (2_057_028, 98_678_304)]
 SHIPPED = {
   'pn3_ddd': ('PN3-ddd', PN3),
-  'pn3_dxx': ('PN3-dxx', PN3),
-  'pn3_xdx': ('PN3-xdx', PN3),
-  'pn3_xxd': ('PN3-xxd', PN3),
-  'pn3_x3d': ('PN3-x3d', PN3),
-  'pn3_33d': ('PN3-33d', PN3),
-  'pn3_23d': ('PN3-23d', PN3),
-  'pn3cut_ddd': ('PN3cut-ddd', PN3CUT),
-  'pn3cut_33d': ('PN3cut-33d', PN3CUT),
   'paranet': ('PN3-ddd', PN3),
   'paranet:PN3cut-33d': ('PN3cut-33d', PN3CUT),
   'paranet:PN1-d': ('PN1-d', [(198_460, 44_332_128)]),
@@ -226,11 +218,7 @@ SHIPPED = {
 
 @pytest.mark.parametrize('config', SHIPPED)
 def test_shipped_configurations(config):
-  stem, *argument = config.split(':')
-  spec = importlib.util.spec_from_file_location(stem, CONFIGS / f'{stem}.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  found = module.get_config(*argument)
+  found = load_config(f'paranet_jax:{config}')
   model = build_model(found, known_dataset(found.data.name).num_classes)
   name, costs = SHIPPED[config]
   assert found.name == name

@@ -7,9 +7,10 @@ import jax
 import pytest
 from running import CONFIGS, QUICKSTART, contents, run_main
 
-from paranet_jax import description
+from paranet_jax import costs
 from paranet_jax.base_config import base_config
-from paranet_jax.description import describe, environment
+from paranet_jax.costs import describe
+from paranet_jax.host.machine import environment
 
 FULL = f'--config={CONFIGS}/paranet.py'
 SMALL = ('--config.model.layers_per_block=1', '--config.model.growth_rate=2', '--config.model.image_side=8')
@@ -90,9 +91,7 @@ def test_number_of_classes(monkeypatch, data_set, of_the_config, of_the_data, ex
   if of_the_config:
     config.model.num_classes = of_the_config
   found = []
-  monkeypatch.setattr(
-    description, 'exit_costs', lambda model, shape: found.append(model.num_classes) or [{'exit': 1}] * 2
-  )
+  monkeypatch.setattr(costs, 'exit_costs', lambda model, shape: found.append(model.num_classes) or [{'exit': 1}] * 2)
   assert describe(config, of_the_data)['num_classes'] == expected
   assert found == [expected]
 

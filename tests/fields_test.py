@@ -14,9 +14,9 @@ from paranet_jax import devices as devices_lib
 from paranet_jax import evaluation, train
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config, field_names
+from paranet_jax.costs import describe
 from paranet_jax.data import stream
 from paranet_jax.data.augment import image_keys
-from paranet_jax.description import describe
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.losses import exit_losses, total_loss
@@ -234,7 +234,7 @@ FIELDS = {
   'train.epochs': (run, 3.0, {}),
   'train.max_steps': (run, 5, {}),
   'train.regime': (phases, 'mixed', {'name': 'PN2-dd'}),
-  'train.body_epochs': (phases, 0.5, {'name': 'PN2-dd', 'train.regime': 'mixed'}),
+  'train.backbone_epochs': (phases, 0.5, {'name': 'PN2-dd', 'train.regime': 'mixed'}),
   'train.batch_size': (run, 700, {}),
   'train.learning_rate': (updates, 0.2, {}),
   'train.schedule': (updates, 'constant', {}),

@@ -37,7 +37,7 @@ def test_a_damaged_checkpoint(tmp_path):
       ['--config.train.cutout=17'],
       'train.cutout must be at most model.image_side 16, found 17; set --config.train.cutout',
     ),
-    (['--json'], '--json prints what describe or eval finds, found --mode=train; set --mode'),
+    (['--json'], '--json prints the result of describe or eval, found --mode=train; set --mode'),
     (
       ['--config.data.name=a\nb', '--mode=describe'],
       "the number of classes of data set 'a b' is not known without reading it; set --config.model.num_classes",

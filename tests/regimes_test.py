@@ -13,10 +13,10 @@ from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
 from paranet_jax.costs import variable_paths
 from paranet_jax.host.errors import UserError
-from paranet_jax.regimes import Phase, check_regime, make_phases
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.workdir import restore_config
+from paranet_jax.targets import Phase, check_regime, make_phases
 from paranet_jax.task import build_task
 
 
@@ -30,7 +30,7 @@ from paranet_jax.task import build_task
 )
 def test_make_phases(regime, targets, phases):
   expected = tuple(Phase(end, own, frozen) for own, end, frozen in phases)
-  assert make_phases(regime, targets, body_steps=4, total_steps=10) == expected
+  assert make_phases(regime, targets, backbone_steps=4, total_steps=10) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_exits_that_a_regime_of_two_phases_does_not_fit(targets, message):
   ('arguments', 'message'),
   [
     (
-      ('train.regime=disjoint', 'train.body_epochs=2.0'),
-      'train.body_epochs must be less than train.epochs 2.0, found 2.0; set --config.train.body_epochs',
+      ('train.regime=disjoint', 'train.backbone_epochs=2.0'),
+      'train.backbone_epochs must be less than train.epochs 2.0, found 2.0; set --config.train.backbone_epochs',
     ),
     (
       ('train.regime=mixed', 'name=PN1-d'),
@@ -97,12 +97,12 @@ def test_exits_without_parameters_of_their_own_cannot_train_alone():
 
 def test_phases_follow_the_epochs():
   ends = {
-    (regime, epochs): [phase.end for phase in build_task(config(regime=regime, body_epochs=epochs)).phases]
+    (regime, epochs): [phase.end for phase in build_task(config(regime=regime, backbone_epochs=epochs)).phases]
     for regime, epochs in (('joint', 0.5), ('mixed', 0.5), ('mixed', None))
   }
   # 11 steps an epoch.
   assert ends == {('joint', 0.5): [22], ('mixed', 0.5): [6, 22], ('mixed', None): [11, 22]}
-  task = build_task(config(regime='mixed', body_epochs=0.5))
+  task = build_task(config(regime='mixed', backbone_epochs=0.5))
   assert [task.phase(step).end for step in (0, 5, 6, 22)] == [6, 6, 22, 22]
 
 
@@ -125,7 +125,7 @@ def all_paths(task):
 
 # Phases of 3 and 7 steps; checkpoints of steps 3, 6, 9 and 10, and of where it is stopped.
 DISJOINT = (
-  *(*TINY, '--config.name=PN2-2d', '--config.train.regime=disjoint', '--config.train.body_epochs=0.6'),
+  *(*TINY, '--config.name=PN2-2d', '--config.train.regime=disjoint', '--config.train.backbone_epochs=0.6'),
   *('--config.checkpoint.every_steps=3', '--config.checkpoint.keep=9'),
   *('--config.model.growth_rate=2', '--config.model.image_side=8'),
 )

@@ -51,7 +51,7 @@ def test_other_forms_are_refused(name):
   with pytest.raises(UserError) as error:
     parse_name(name)
   assert str(error.value) == (
-    f"name '{name}' is not of the form PN<P>[cut]-<suffix> with P from 1 to 9, such as PN3-ddd or PN3cut-33d; "
+    f"name '{name}' does not have the form PN<P>[cut]-<suffix> with P from 1 to 9, such as PN3-ddd or PN3cut-33d; "
     'set --config.name'
   )
 

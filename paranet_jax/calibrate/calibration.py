@@ -12,7 +12,6 @@ from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import Ranked, exit_rows, fit_temperature, rank, summarize
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
-from paranet_jax.description import cpu_name, environment
 from paranet_jax.early.exit_plan import (
   CheckpointId,
   ExitPlan,
@@ -28,6 +27,7 @@ from paranet_jax.early.policies import Choice, Samples
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.machine import cpu_name, environment
 from paranet_jax.runs.dataset_facts import save_dataset_facts
 from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import prepare_folder, restore_config

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paranet_jax.description import cpu_name
 from paranet_jax.early.chunks import cover, default_sizes
 from paranet_jax.early.path_costs import PathCosts, Stages
 from paranet_jax.early.scores import confidence
+from paranet_jax.host.machine import cpu_name
 
 RUNS = 30
 _WARM_UP = 3

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from paranet_jax.description import environment
 from paranet_jax.early.exit_plan import ExitPlan, save_plan
 from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.export.onnx import is_nchw
 from paranet_jax.export.stages import Stages, StageSpec, Tensor
 from paranet_jax.host.files import write_json, write_text
+from paranet_jax.host.machine import environment
 from paranet_jax.portable import run as runtime
 from paranet_jax.runs.workdir import save_config
 

@@ -1,12 +1,17 @@
-"""The compilation cache, with which the second start of a run compiles nothing."""
+"""This machine: its versions and devices, and compiled programs kept on disk for the next start."""
 
 import hashlib
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
+
+from paranet_jax import __version__
+
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 OFF = 'off'
 
@@ -42,12 +47,30 @@ def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
   XLA compiles for the CPU it runs on. A program compiled on another machine may use instructions that this one lacks,
   and would crash the process.
   """
-  try:
-    lines = cpuinfo.read_text().splitlines()
-  except OSError:
-    lines = []
-  features = {line for line in lines if line.partition(':')[0].strip() in ('model name', 'flags', 'Features')}
+  features = {line for line in _lines(cpuinfo) if line.partition(':')[0].strip() in ('model name', 'flags', 'Features')}
   described = '\n'.join(
     [jax.__version__, importlib.metadata.version('jaxlib'), platform.machine(), platform.processor(), *sorted(features)]
   )
   return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def environment(devices: list[jax.Device]) -> dict[str, Any]:
+  """Versions and device by which a measured number can be reproduced."""
+  versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+  return {
+    'versions': {'paranet_jax': __version__, 'python': platform.python_version(), **versions},
+    'device': {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices)},
+  }
+
+
+def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+  """Model name of this machine's processor."""
+  names = [line.partition(':')[2].strip() for line in _lines(cpuinfo) if line.startswith('model name')]
+  return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(file: Path) -> list[str]:
+  try:
+    return file.read_text().splitlines()
+  except OSError:
+    return []

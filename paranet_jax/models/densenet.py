@@ -6,9 +6,8 @@ With exits along its blocks it is DenseNet-MC, a baseline of MSDNet (Huang et al
 from typing import Any
 
 import flax.linen as nn
-from jax import Array
+import jax.numpy as jnp
 
-from paranet_jax.models.chain import Chain, check_halvings, positions_of
 from paranet_jax.models.layers.conv import Conv
 from paranet_jax.models.layers.dense import (
   DenseBlock,
@@ -21,6 +20,8 @@ from paranet_jax.models.layers.dense import (
 )
 from paranet_jax.models.layers.dense_block import affine_relu
 from paranet_jax.models.layers.dropout import dropout
+from paranet_jax.models.layers.initial import initial_variables
+from paranet_jax.models.multi_exit import Chain, Logits, check_halvings, exit_positions, parse_exits
 
 NUM_BLOCKS = 3
 
@@ -29,6 +30,11 @@ class DenseNet(Chain):
   """Convolution, three dense blocks at sides S, S / 2 and S / 4 with transitions between, BN-ReLU-pool-linear exits.
 
   Attributes:
+    num_classes: width of every exit.
+    image_side: S, pixels.
+    channels: of the images.
+    dtype: of the computation; parameters, statistics and logits are float32.
+    axis_name: device axis over which batch statistics are shared in training.
     depth: L, layers with weights: 6 n + 4 with bottlenecks, 3 n + 4 without, for n dense layers in each block.
     growth_rate: k.
     compression: theta, the share of the channels that a transition keeps, rounded down; 0.5 in DenseNet-BC.
@@ -42,6 +48,11 @@ class DenseNet(Chain):
     ValueError: the shapes do not fit, in one line.
   """
 
+  num_classes: int = 100
+  image_side: int = 32
+  channels: int = 3
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
   depth: int = 100
   growth_rate: int = 12
   compression: float = 0.5
@@ -50,6 +61,8 @@ class DenseNet(Chain):
   dropout: float = 0.0
   scan_layers: int | None = None
 
+  initial_variables = staticmethod(initial_variables)
+
   def __post_init__(self):
     convolutions = NUM_BLOCKS * (1 if self.bn_size is None else 2)
     if self.depth <= 4 or (self.depth - 4) % convolutions:
@@ -57,7 +70,7 @@ class DenseNet(Chain):
     if not 0 < self.compression <= 1:
       raise ValueError(f'compression must be above 0 and at most 1, found {self.compression}')
     check_halvings(self.image_side, NUM_BLOCKS - 1)
-    positions_of(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
+    exit_positions(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
     super().__post_init__()
 
   @property
@@ -73,7 +86,7 @@ class DenseNet(Chain):
   @property
   def exit_positions(self) -> tuple[int, ...]:
     """The dense layers, counted over all blocks, after which the exits hang."""
-    return positions_of(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
+    return exit_positions(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
 
   def segment(self, x: Any, start: int, end: int, train: bool) -> Features:
     """Dense layers start + 1 to end, with the stem and the transitions before them."""
@@ -90,7 +103,7 @@ class DenseNet(Chain):
       start += last - first
     return x
 
-  def exit_logits(self, x: Features, number: int, train: bool) -> Array:
+  def exit_logits(self, x: Features, number: int, train: bool) -> Logits:
     """BN-ReLU-pool-linear."""
     return Exit(self.num_classes, name=f'exit_{number}')(x, train)
 
@@ -102,6 +115,12 @@ class DenseNet(Chain):
     if self.bn_size is None:
       return PlainDenseBlock(number, self.growth_rate, self.axis_name, self.dropout, name=name)
     return DenseBlock(number, self.growth_rate, self.bn_size, self.scan_layers, self.axis_name, self.dropout, name=name)
+
+
+def from_fields(name: str, fields: dict[str, Any]) -> DenseNet:
+  """The network of a run's configuration fields."""
+  bn_size = fields['bn_size'] if fields.pop('bottleneck') else None
+  return DenseNet(**(fields | {'exits': parse_exits(fields['exits']), 'bn_size': bn_size}))
 
 
 class PlainDenseBlock(nn.Module):

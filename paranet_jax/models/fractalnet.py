@@ -153,6 +153,11 @@ class FractalNet(MultiExit):
       raise ValueError(f'dropout {tuple(self.dropout)} must have one rate for each of the {times} blocks, or none')
 
 
+def from_fields(name: str, fields: dict[str, Any]) -> FractalNet:
+  """The network of a run's configuration fields."""
+  return FractalNet(dropout=fields.pop('block_dropout'), **fields)
+
+
 class FractalLayer(nn.Module):
   """Conv3x3-Dropout-BN-ReLU of all the passes at once: the order of the authors' own network files."""
 

@@ -12,18 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.models import msdnet_geometry as geo
-from paranet_jax.models.layers import graph as lazy
 from paranet_jax.models.layers.conv import Classifier, ConvNormRelu
 from paranet_jax.models.layers.initial import initial_variables
-from paranet_jax.models.multi_exit import MultiExit
+from paranet_jax.models.multi_exit import Carry, Graph, Images, Logits, Node
 
 EXIT_CHANNELS = 128
 
-Carry = dict[geo.Node, Array]
-"""The features [B, H, W, C] of nodes (layer, scale) that later exits still read."""
 
-
-class MSDNet(MultiExit):
+class MSDNet(Graph):
   """An MSDNet. Images are normalized floats [B, image_side, image_side, channels].
 
   The defaults are the authors' network for CIFAR-100 with 7 exits for anytime prediction; theirs for budgeted batches
@@ -93,22 +89,8 @@ class MSDNet(MultiExit):
     """One a block."""
     return self.num_blocks
 
-  def _carried(self, features: Carry, number: int) -> Carry:
-    later = [self.geometry.last_node(other) for other in range(number + 1, self.num_exits + 1)]
-    return {node: features[node] for node in lazy.kept(later, self.geometry.reads, features)}
-
-  @nn.compact
-  def _evaluate(self, images, carry, exits, train):
-    geometry, features = self.geometry, dict(carry)
-    for node in lazy.needed(map(geometry.last_node, exits), geometry.reads, features):
-      features[node] = self._node(node, images, features, train)
-    logits = {
-      number: Exit(self.num_classes, self.axis_name, name=f'exit_{number}')(features[geometry.last_node(number)], train)
-      for number in exits
-    }
-    return logits, features
-
-  def _node(self, node: geo.Node, images: Array, features: Carry, train: bool) -> Array:
+  def node_features(self, node: Node, images: Images, features: Carry, train: bool) -> Array:
+    """All features of a scale after a layer, those of the layers before it included."""
     layer, scale = node
     factor, sources = self.growth_factors[scale - 1], self.geometry.reads(node)
     name = f'layer_{layer}_scale_{scale}'
@@ -122,6 +104,15 @@ class MSDNet(MultiExit):
       return x
     channels = math.floor(self.reduction * (x.shape[-1] // factor)) * factor
     return ConvNormRelu(channels, 1, 1, self.axis_name, name=f'transition_{layer}_scale_{scale}')(x, train)
+
+  def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
+    """Two convolutions, pool, linear."""
+    return Exit(self.num_classes, self.axis_name, name=f'exit_{number}')(x, train)
+
+
+def from_fields(name: str, fields: dict[str, Any]) -> MSDNet:
+  """The network of a run's configuration fields."""
+  return MSDNet(**fields)
 
 
 class Layer(nn.Module):

@@ -58,7 +58,7 @@ class Geometry:
     finer = ((layer - 1, scale - 1),) if scale > self.finest(layer - 1) else ()
     return ((layer - 1, scale), *finer)
 
-  def last_node(self, number: int) -> Node:
+  def exit_node(self, number: int) -> Node:
     """The node that exit `number` (1-based) reads: the coarsest scale after its block."""
     return (self.exit_layers[number - 1], self.num_scales)
 

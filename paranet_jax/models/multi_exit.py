@@ -1,56 +1,209 @@
-"""The interface of every multi-exit model here.
+"""The interface of every multi-exit model, and the two ways in which the models here have several exits.
 
-`num_exits`;
-`model.apply(variables, images, exits=...)`: logits of the exits asked for, computing only what they need;
-`model.apply(variables, images, carry, number, method='stage')`: exit `number` and what later stages need, so that
-stopping early skips the rest. Both give the same logits;
-`rng_names`, where training draws random numbers: the keys it needs in `rngs`, the same ones on every device.
+A model has `num_exits` and two ways to run, which give the same logits:
+`model.apply(variables, images, exits=...)`: the logits of the exits asked for, computing only what they need;
+`model.apply(variables, images, carry, number, method='stage')`: exit `number`, and the features that later exits need,
+so that stopping early skips the rest.
+A model whose training draws random numbers names the keys it needs in `rngs` as `rng_names`; they are the same on every
+device.
+
+A network is a `Chain` if each exit reads what follows the exit before it, and a `Graph` if exits share features in
+another way.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol
 
 import flax.linen as nn
+import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
+
+Images = Float[Array, 'B H W C']
+Logits = Float[Array, 'B classes']
+Carry = dict[Any, Any]
+"""Features that later exits need, by what they are features of; {} before the first exit and after the last."""
 
 
 class MultiExit(nn.Module):
-  """Base of the models: they give `num_exits` and `_evaluate`, and `_carried` if not all features are carried on.
+  """Base of the models: a subclass has `num_exits`, `_evaluate`, and `_carried` if it need not carry all features."""
 
-  `_evaluate(images, carry, exits, train)` returns the logits of these exits by their number, and the features that are
-  there then, those of `carry` included.
-  """
+  @property
+  def num_exits(self) -> int:
+    """Number of exits."""
+    raise NotImplementedError
 
-  def __call__(self, images: Array, train: bool = False, exits: Iterable[int] | None = None) -> list[Array | None]:
+  def __call__(self, images: Images, train: bool = False, exits: Iterable[int] | None = None) -> list[Logits | None]:
     """Logits of the exits asked for.
 
     Args:
-      images: [B, H, W, channels], normalized.
+      images: normalized.
       train: normalize with the batch's statistics and update the running ones.
       exits: 1-based; None: all.
 
     Returns:
-      One float32 [B, num_classes] an exit; None for those not asked for.
+      One float32 array an exit; None for those not asked for.
     """
     numbers = range(1, self.num_exits + 1)
     logits, _ = self._evaluate(images, {}, numbers if exits is None else tuple(exits), train)
     return [logits.get(number) for number in numbers]
 
-  def stage(self, images: Array, carry: Any, number: int, train: bool = False) -> tuple[Array, Any]:
+  def stage(self, images: Images, carry: Carry, number: int, train: bool = False) -> tuple[Logits, Carry]:
     """Runs what exit `number` still needs.
 
     Args:
-      images: [B, H, W, channels], normalized; the same at every stage.
+      images: normalized; the same at every stage.
       carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
       number: 1-based exit.
       train: as in `__call__`.
 
     Returns:
-      float32 logits [B, num_classes], and what later exits still need: the model's `Carry`, {} after the last exit.
+      float32 logits, and the features that later exits need; {} after the last exit.
     """
     logits, features = self._evaluate(images, carry, (number,), train)
     return logits[number], self._carried(features, number) if number < self.num_exits else {}
 
-  def _carried(self, features: Any, number: int) -> Any:
-    """Of the features that are there after exit `number`, those that later exits need."""
+  def _evaluate(
+    self, images: Images, carry: Carry, exits: Iterable[int], train: bool
+  ) -> tuple[Mapping[int, Logits], Carry]:
+    """Logits of these exits by number, and all features known then, those of `carry` included."""
+    raise NotImplementedError
+
+  def _carried(self, features: Carry, number: int) -> Carry:
+    """The features among these, known after exit `number`, that later exits need."""
     return features
+
+
+class Chain(MultiExit):
+  """Base of a network that is one chain of layers with exits along it. It carries the features at the last exit run."""
+
+  dtype = jnp.float32  # A field in subclasses.
+
+  @property
+  def exit_positions(self) -> tuple[int, ...]:
+    """Position in the chain, from 1, of the layer that each exit follows; the last one is the end."""
+    raise NotImplementedError
+
+  def segment(self, x: Any, start: int, end: int, train: bool) -> Any:
+    """Features after position `end` from those after position `start`; at 0 they are the images in `dtype`."""
+    raise NotImplementedError
+
+  def exit_logits(self, x: Any, number: int, train: bool) -> Logits:
+    """Float32 logits of exit `number` from the features at its position."""
+    raise NotImplementedError
+
+  @property
+  def num_exits(self) -> int:
+    """Exits along the chain, including the one at its end."""
+    return len(self.exit_positions)
+
+  @nn.compact
+  def _evaluate(self, images, carry, exits, train):
+    exits = tuple(exits)
+    positions = (0, *self.exit_positions)
+    done, x = next(iter(carry.items()), (0, images.astype(self.dtype)))
+    logits = {}
+    for number in range(done + 1, max(exits, default=0) + 1):
+      x = self.segment(x, positions[number - 1], positions[number], train)
+      if number in exits:
+        logits[number] = self.exit_logits(x, number, train)
+    return logits, {max(exits, default=done): x}
+
+
+Node = tuple[int, int]
+"""A place in a graph where features are computed; it sorts after every node that it reads."""
+
+
+class Geometry(Protocol):
+  """Which node reads which: plain arithmetic, no arrays."""
+
+  def reads(self, node: Node) -> Iterable[Node]:
+    """The nodes that a node reads."""
+    ...
+
+  def exit_node(self, number: int) -> Node:
+    """The node that exit `number` (1-based) reads."""
+    ...
+
+
+class Graph(MultiExit):
+  """Base of a network whose features form a graph.
+
+  An exit computes only the nodes that it needs, and a stage carries those that later exits still read.
+  """
+
+  @property
+  def geometry(self) -> Geometry:
+    """The graph."""
+    raise NotImplementedError
+
+  def node_features(self, node: Node, images: Images, features: Carry, train: bool) -> Any:
+    """Features of a node from those of the nodes that it reads, or from the images."""
+    raise NotImplementedError
+
+  def exit_logits(self, x: Any, number: int, train: bool) -> Logits:
+    """Float32 logits of exit `number` from the features of its node."""
+    raise NotImplementedError
+
+  @nn.compact
+  def _evaluate(self, images, carry, exits, train):
+    geometry, features = self.geometry, dict(carry)
+    for node in needed(map(geometry.exit_node, exits), geometry.reads, features):
+      features[node] = self.node_features(node, images, features, train)
+    return {n: self.exit_logits(features[geometry.exit_node(n)], n, train) for n in exits}, features
+
+  def _carried(self, features, number):
+    geometry = self.geometry
+    later = [geometry.exit_node(other) for other in range(number + 1, self.num_exits + 1)]
+    return {node: features[node] for node in kept(later, geometry.reads, features)}
+
+
+def needed(
+  targets: Iterable[Node], reads: Callable[[Node], Iterable[Node]], known: Collection[Node] = ()
+) -> list[Node]:
+  """The nodes of a graph still to compute for these targets, each after the nodes it reads."""
+  missing, pending = set(), list(targets)
+  while pending:
+    node = pending.pop()
+    if node not in missing and node not in known:
+      missing.add(node)
+      pending.extend(reads(node))
+  return sorted(missing)
+
+
+def kept(targets: Collection[Node], reads: Callable[[Node], Iterable[Node]], known: Collection[Node]) -> list[Node]:
+  """The known nodes that are targets, or that a node still needed for the targets reads."""
+  read = {source for node in needed(targets, reads, known) for source in reads(node)}
+  return sorted(read.union(targets).intersection(known))
+
+
+def check_halvings(image_side: int, times: int) -> None:
+  """Raises ValueError unless a side can be halved that often."""
+  if image_side < 1 or image_side % 2**times:
+    raise ValueError(f'image_side must be a multiple of {2**times}, to be halved {times} times, found {image_side}')
+
+
+def parse_exits(text: str) -> str | tuple[int, ...]:
+  """The numbers in '6,12'; other text, such as 'last', as it is."""
+  return tuple(map(int, text.split(','))) if re.fullmatch(r'\d+(,\d+)*', text) else text
+
+
+def exit_positions(exits: str | tuple[int, ...], each: str, groups: int, size: int) -> tuple[int, ...]:
+  """Positions of the exits in a chain of equal groups.
+
+  Args:
+    exits: 'last': one at the end; the word `each`: one after each group; or ascending positions, from 1, after which
+      there is an exit in every group, in addition to the one at the end.
+    each: the word.
+    groups: number of groups.
+    size: length of a group.
+
+  Raises:
+    ValueError: anything else, in one line.
+  """
+  inner = {'last': (), each: (size,)}.get(exits, exits)
+  if isinstance(inner, str) or list(inner) != sorted(set(inner) & set(range(1, size + 1))):
+    raise ValueError(f"exits must be 'last', '{each}' or ascending numbers from 1 to {size}, found {exits!r}")
+  positions = {group * size + place for group in range(groups) for place in inner}
+  return tuple(sorted(positions | {groups * size}))

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
+from paranet_jax.host.errors import UserError
 from paranet_jax.models import paranet_geometry as geo
 from paranet_jax.models.layers.conv import convolve
 from paranet_jax.models.layers.dense import (
@@ -23,15 +23,13 @@ from paranet_jax.models.layers.dense import (
 )
 from paranet_jax.models.layers.dense_block import affine_relu, image_conv3x3
 from paranet_jax.models.layers.initial import initial_variables
-from paranet_jax.models.multi_exit import MultiExit
+from paranet_jax.models.multi_exit import Carry, Graph, Images, Logits, Node
+from paranet_jax.targets import parse_name
 
 _POOLS = {'max': max_pool, 'avg': average_pool, 'max3x3': overlapping_max_pool}
 
-Carry = dict[geo.Block, Features]
-"""The features [B, H, W, C] of blocks (p, b) that later exits still read."""
 
-
-class ParaNet(MultiExit):
+class ParaNet(Graph):
   """A ParaNet (spec: Architecture). Images are normalized floats [B, image_side, image_side, channels].
 
   Attributes:
@@ -64,7 +62,7 @@ class ParaNet(MultiExit):
   bn_size: int = 4
   blocks: tuple[int, ...] | None = None
   halvings: tuple[int, ...] | None = None
-  cascade: bool | tuple[geo.Block, ...] = True
+  cascade: bool | tuple[geo.Node, ...] = True
   stem_norm: bool = False
   stem: str = '3x3'
   entry_pool: str = 'max'
@@ -100,40 +98,33 @@ class ParaNet(MultiExit):
     """P, one exit a pipeline."""
     return self.num_pipelines
 
-  def _carried(self, features: Carry, number: int) -> Carry:
-    kept = self.geometry.kept(range(number + 1, self.num_exits + 1), features)
-    return {block: features[block] for block in sorted(kept)}
+  def node_features(self, node: Node, images: Images, features: Carry, train: bool) -> Features:
+    """A dense block after its transition or the pipeline's entry, and the cascade."""
+    pipeline, index = node
+    if index == 1:
+      x = self._entry(images, pipeline, train)
+    else:
+      name = f'pipeline_{pipeline}_transition_{index - 1}'
+      transition = Transition(self.axis_name, dropout=self.dropout, name=name)
+      x = transition(features[pipeline, index - 1], train)
+    if node in self.geometry.cascade:
+      x = concatenate(x, features[pipeline - 1, index - 1])
+    block = DenseBlock(
+      self.layers_per_block,
+      self.growth_rate,
+      self.bn_size,
+      self.scan_layers,
+      self.axis_name,
+      self.dropout,
+      name=f'pipeline_{pipeline}_block_{index}',
+    )
+    return block(x, train)
 
-  @nn.compact
-  def _evaluate(self, images, carry, exits, train):
-    geometry = self.geometry
-    features = dict(carry)
-    for pipeline, index in geometry.needed(exits, features):
-      if index == 1:
-        x = self._entry(images, pipeline, train)
-      else:
-        name = f'pipeline_{pipeline}_transition_{index - 1}'
-        transition = Transition(self.axis_name, dropout=self.dropout, name=name)
-        x = transition(features[pipeline, index - 1], train)
-      if (pipeline, index) in geometry.cascade:
-        x = concatenate(x, features[pipeline - 1, index - 1])
-      block = DenseBlock(
-        self.layers_per_block,
-        self.growth_rate,
-        self.bn_size,
-        self.scan_layers,
-        self.axis_name,
-        self.dropout,
-        name=f'pipeline_{pipeline}_block_{index}',
-      )
-      features[pipeline, index] = block(x, train)
-    logits = {
-      number: Exit(self.num_classes, name=f'exit_{number}')(features[geometry.last_block(number)], train)
-      for number in exits
-    }
-    return logits, features
+  def exit_logits(self, x: Features, number: int, train: bool) -> Logits:
+    """BN-ReLU-pool-linear."""
+    return Exit(self.num_classes, name=f'exit_{number}')(x, train)
 
-  def _entry(self, images: Array, pipeline: int, train: bool) -> Features:
+  def _entry(self, images: Images, pipeline: int, train: bool) -> Features:
     x = images.astype(self.dtype)
     if self.entry_order == 'pool_first':
       x = self._stem(self._halve(x, pipeline), pipeline, train)
@@ -155,3 +146,25 @@ class ParaNet(MultiExit):
     for _ in range(self.geometry.halvings[pipeline - 1] - self._stem_halvings):
       x = _POOLS[self.entry_pool](x)
     return x
+
+
+def from_fields(name: str, fields: dict[str, Any]) -> ParaNet:
+  """The network of a run's name and configuration fields.
+
+  Raises:
+    UserError: the name is refused, or `blocks` and `halvings` do not fit it.
+    ValueError: the shapes do not fit.
+  """
+  parsed = parse_name(name)
+  cascade = parsed.cascade
+  if fields['cascade'] is not None:
+    edges = (map(int, edge.split('.')) for edge in fields['cascade'].split(',') if edge)
+    cascade = tuple(sorted((pipeline, block) for pipeline, block in edges))
+  model = ParaNet(parsed.num_pipelines, **(fields | {'cascade': cascade}))
+  geometry = model.geometry
+  if len(geometry.blocks) != parsed.num_pipelines:
+    raise UserError(
+      f'model.blocks and model.halvings must have {parsed.num_pipelines} entries, one a pipeline of {name}, '
+      f'found {geometry.blocks} and {geometry.halvings}; set --config.model.blocks and --config.model.halvings'
+    )
+  return model

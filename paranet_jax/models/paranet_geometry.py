@@ -5,11 +5,9 @@ pipeline's entry when b = 1, and, where there is a cascade edge, block (p - 1, b
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
 
-from paranet_jax.models.layers import graph as lazy
-
-Block = tuple[int, int]
+Node = tuple[int, int]
+"""Block (p, b)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Geometry:
   image_side: int
   blocks: tuple[int, ...]
   halvings: tuple[int, ...]
-  cascade: tuple[Block, ...]
+  cascade: tuple[Node, ...]
 
   def __post_init__(self):
     if len(self.blocks) != len(self.halvings):
@@ -64,33 +62,20 @@ class Geometry:
         f'and block {block - 1} of pipeline {pipeline - 1} at {source} x {source}'
       )
 
-  def side(self, block: Block) -> int:
+  def side(self, block: Node) -> int:
     """Side of a block's features, pixels."""
     pipeline, index = block
     return self.image_side // 2 ** (self.halvings[pipeline - 1] + index - 1)
 
-  def last_block(self, pipeline: int) -> Block:
-    """The block that exit `pipeline` reads."""
-    return (pipeline, self.blocks[pipeline - 1])
+  def exit_node(self, number: int) -> Node:
+    """The block that exit `number` (1-based) reads: the last one of its pipeline."""
+    return (number, self.blocks[number - 1])
 
-  def inputs(self, block: Block) -> tuple[Block, ...]:
-    """The blocks that a block reads; none for the first of a pipeline."""
+  def reads(self, block: Node) -> tuple[Node, ...]:
+    """The blocks that a block reads; none for the first block of a pipeline."""
     pipeline, index = block
     own = ((pipeline, index - 1),) if index > 1 else ()
     return own + (((pipeline - 1, index - 1),) if block in self.cascade else ())
-
-  def needed(self, exits: Iterable[int], given: Collection[Block] = ()) -> list[Block]:
-    """The blocks still to compute for these exits, each after what it reads.
-
-    Args:
-      exits: 1-based.
-      given: blocks whose features are there already.
-    """
-    return lazy.needed(map(self.last_block, exits), self.inputs, given)
-
-  def kept(self, exits: Iterable[int], given: Collection[Block]) -> set[Block]:
-    """Of the given blocks, those that these exits still read."""
-    return set(lazy.kept([self.last_block(pipeline) for pipeline in exits], self.inputs, given))
 
 
 def default_blocks(num_pipelines: int) -> tuple[int, ...]:
@@ -103,7 +88,7 @@ def default_halvings(num_pipelines: int) -> tuple[int, ...]:
   return tuple(range(num_pipelines, 0, -1))
 
 
-def full_cascade(blocks: tuple[int, ...]) -> tuple[Block, ...]:
+def full_cascade(blocks: tuple[int, ...]) -> tuple[Node, ...]:
   """Every cascade edge that has a source."""
   return tuple(
     (pipeline, index)

@@ -1,105 +1,252 @@
-"""The network of a configuration: how each family reads its fields."""
+"""The one list of network families: the `model` fields of each, their checks, and how a network is built from them.
 
+A new family is a file in this folder with the network and its `from_fields`, an entry of `_FAMILIES`, and a file in
+`configs/`. A family outside this package needs no change here: see `register_family`.
+
+This module is read for every configuration, so it imports neither jax nor a network: `build` names a function.
+"""
+
+import dataclasses
+import importlib.metadata
+import pkgutil
 import re
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.models.densenet import DenseNet
-from paranet_jax.models.fractalnet import FractalNet
-from paranet_jax.models.msdnet import MSDNet
-from paranet_jax.models.paranet import ParaNet
-from paranet_jax.models.resnet import ResNet
+from paranet_jax.host.fields import FRACTION, RATE, SHARE, Field, Fields, Rule, at_least, derived, one_of, tuple_of
 from paranet_jax.targets import LABELS, Targets, parse_name
 
-COMMON = ('family', 'num_classes', 'image_side', 'channels', 'dtype')
+ENTRY_POINTS = 'paranet_jax.families'
+"""The entry point group by which an installed package offers its families."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """All that configurations and commands need to know about a family of networks.
+
+  Attributes:
+    name: value of `model.family`.
+    example: an example configuration, as `--config` takes it.
+    build: from the run's name and the family's and the common fields to a model with the multi-exit interface (see
+      `multi_exit.py`); a function, or 'module:function', imported when a network is built. It raises ValueError, in one
+      line, where the fields do not fit together.
+    fields: the fields of `model` that this family has in addition to COMMON.
+    fix: the fields that an error of `build` asks the user to set, as in 'depth, .exits or .image_side'.
+    targets: from the run's name to what each exit learns from; None: every exit learns from the labels.
+  """
+
+  name: str
+  example: str
+  build: str | Callable[[str, dict[str, Any]], Any]
+  fields: Fields
+  fix: str = 'image_side'
+  targets: Callable[[str], Targets] | None = None
+
+
+COMMON: Fields = {
+  'family': Field(''),  # A registered family. It says which other fields `model` has, so it cannot be changed later.
+  'num_classes': derived(int, at_least(2)),  # Width of an exit; None: the data set's number of classes.
+  'image_side': Field(32, at_least(1)),  # Pixels; images of another size are resized.
+  'channels': Field(3, one_of(1, 3)),  # 3 (RGB) or 1 (gray).
+  # 'float32' or 'bfloat16', in which the network computes; parameters and statistics stay float32.
+  'dtype': Field('float32', one_of('float32', 'bfloat16')),
+}
 """The fields of `model` that every family has."""
+
+_PARANET: Fields = {
+  'layers_per_block': Field(16, at_least(1)),  # n, dense layers in every block: 16 is L = 100.
+  'growth_rate': Field(12, at_least(1)),  # k, channels that a dense layer adds.
+  'bn_size': Field(4, at_least(1)),  # Bottleneck width, in multiples of growth_rate.
+  'blocks': derived(tuple, tuple_of(int, 1)),  # Dense blocks of each pipeline; None: pipeline p has p.
+  'halvings': derived(tuple, tuple_of(int, 0)),  # 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
+  # Receiving blocks 'pipeline.block', separated by commas ('2.2,3.3'); None: all of them, or none if the name says cut.
+  'cascade': derived(
+    str,
+    Rule(
+      lambda value: re.fullmatch(r'(\d\.\d+(,\d\.\d+)*)?', value) is not None,
+      "receiving blocks 'pipeline.block' separated by commas, such as 2.2,3.3",
+    ),
+  ),
+  'stem_norm': Field(False),  # Batch normalization and ReLU after the stem's convolution.
+  # Convolution of the image: '3x3', or '7x7', which halves it once more by its stride.
+  'stem': Field('3x3', one_of('3x3', '7x7')),
+  # 'max' or 'avg' (2x2) or 'max3x3' (overlapping): how a pipeline's entry halves.
+  'entry_pool': Field('max', one_of('max', 'avg', 'max3x3')),
+  # 'stem_first' or 'pool_first': convolve the image before or after halving it.
+  'entry_order': Field('stem_first', one_of('stem_first', 'pool_first')),
+  'dropout': Field(0.0, RATE),  # Rate after each convolution but a stem's, 0 to less than 1.
+  # Dense layers compiled as one loop in training: changes speed, memory and compile time, not the function; None: the
+  # backend's default, which was measured.
+  'scan_layers': derived(int, at_least(1)),
+}
+
+_DENSENET: Fields = {
+  # L, layers with weights: 6 n + 4 for n dense layers a block, 3 n + 4 without bottlenecks.
+  'depth': Field(100, at_least(1)),
+  'growth_rate': _PARANET['growth_rate'],  # k, channels that a dense layer adds.
+  'compression': Field(0.5, FRACTION),  # theta, share of the channels that a transition keeps: above 0, at most 1.
+  'bottleneck': Field(True),  # Dense layers begin with a 1x1 convolution, the B of DenseNet-BC.
+  'bn_size': _PARANET['bn_size'],  # Width of that convolution, in multiples of growth_rate.
+  # 'last', 'blocks' (after each), or the layers of every block after which there is an exit, in addition to the last
+  # one ('6,12').
+  'exits': Field('last'),
+  'dropout': Field(0.0, RATE),  # Rate after each convolution but the first, 0 to less than 1.
+  'scan_layers': _PARANET['scan_layers'],  # As in a ParaNet; None: the backend's default.
+}
+
+_RESNET: Fields = {
+  # Layers with weights: 6 n + 2 for n residual blocks a stage, 9 n + 2 for bottlenecks.
+  'depth': Field(110, at_least(1)),
+  # 'basic', 'preactivation' or 'bottleneck' (which has pre-activation too).
+  'block': Field('basic', one_of('basic', 'preactivation', 'bottleneck')),
+  # 'last', 'stages' (after each), or the blocks of every stage after which there is an exit, in addition to the last
+  # one ('4,8').
+  'exits': Field('last'),
+}
+
+_MSDNET: Fields = {
+  'num_blocks': Field(7, at_least(1)),  # Blocks of layers, with an exit after each.
+  'base': Field(4, at_least(1)),  # Layers of the first block.
+  # 'even' or 'lin_grow': later blocks have `step` layers, or each `step` layers more than the one before.
+  'step_mode': Field('even', one_of('even', 'lin_grow')),
+  'step': Field(2, at_least(1)),  # Layers.
+  # Of layer 0 at the finest scale; at the others times their growth factor.
+  'initial_channels': Field(16, at_least(1)),
+  # Channels that a layer adds at the finest scale; others times their growth factor.
+  'growth_rate': Field(6, at_least(1)),
+  'growth_factors': Field((1, 2, 4), tuple_of(int, 1)),  # One a scale, finest first.
+  # One a scale: width of a 1x1 convolution, in multiples of what its path adds.
+  'bottleneck_factors': Field((1, 2, 4), tuple_of(int, 1)),
+  'reduction': Field(0.5, FRACTION),  # Share of the channels that a transition keeps: above 0, at most 1.
+}
+
+_FRACTALNET: Fields = {
+  'columns': Field(3, at_least(2)),  # C: blocks have 2^(C - 1) rows; the exits are each column and the whole network.
+  'widths': Field((64, 128, 256, 512, 512), tuple_of(int, 1)),  # Channels of each block.
+  # Rate after each block's convolutions, 0 to less than 1; (): none.
+  'block_dropout': Field(
+    (),
+    Rule(
+      lambda values: all(isinstance(v, int | float) and 0 <= v < 1 for v in values),
+      'rates from 0 to less than 1, such as "(0.0,0.1)"',
+    ),
+  ),
+  'local_drop_path': Field(0.15, SHARE),  # Rate at which a join drops an input, in a step of local drop-path.
+  'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep one column instead.
+}
+
+_FAMILIES = {
+  family.name: family
+  for family in (
+    Family(
+      *('paranet', 'configs/paranet.py', 'paranet_jax.models.paranet:from_fields', _PARANET),
+      fix='image_side, .blocks, .halvings or .cascade',
+      targets=lambda name: parse_name(name).targets,
+    ),
+    Family(
+      *('densenet', 'configs/densenet_bc_100_12.py', 'paranet_jax.models.densenet:from_fields', _DENSENET),
+      fix='depth, .bottleneck, .exits or .image_side',
+    ),
+    Family(
+      *('resnet', 'configs/resnet_110.py', 'paranet_jax.models.resnet:from_fields', _RESNET),
+      fix='depth, .block, .exits or .image_side',
+    ),
+    Family(
+      *('msdnet', 'configs/msdnet_anytime.py', 'paranet_jax.models.msdnet:from_fields', _MSDNET),
+      fix='num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
+    ),
+    Family(
+      *('fractalnet', 'configs/fractalnet_20.py', 'paranet_jax.models.fractalnet:from_fields', _FRACTALNET),
+      fix='widths, .columns, .block_dropout or .image_side',
+    ),
+  )
+}
+
+
+def register_family(family: Family) -> None:
+  """Adds a family to this process: `base_config(family=...)`, and with it every command, knows it from then on.
+
+  Commands find the family of a saved run again by its name, so a family that they should know in every process belongs
+  in an installed package, as an entry point whose value is a `Family`:
+
+      [project.entry-points.'paranet_jax.families']
+      mynet = 'my_package.mynet:FAMILY'
+
+  Raises:
+    ValueError: the name belongs to another family, or a field to all families.
+  """
+  if _FAMILIES.get(family.name, family) != family:
+    raise ValueError(f'there is already a family {family.name!r}')
+  if family.fields.keys() & COMMON.keys():
+    raise ValueError(f'family {family.name!r} has fields that every family has: {", ".join(COMMON)}')
+  _FAMILIES[family.name] = family
+
+
+def find_family(name: Any) -> Family | None:
+  """The family of this name: a built-in or registered one, or that of an entry point; None: there is none.
+
+  Raises:
+    UserError: the package that offers the family fails.
+  """
+  for entry in () if name in _FAMILIES else importlib.metadata.entry_points(group=ENTRY_POINTS, name=str(name)):
+    try:
+      register_family(entry.load())
+    except Exception as error:
+      raise UserError(
+        f'family {name!r}: entry point {entry.value} fails: {error}; fix or uninstall its package'
+      ) from error
+  return _FAMILIES.get(name)
+
+
+def family_names() -> list[str]:
+  """Every family that `model.family` may name."""
+  return list(
+    dict.fromkeys((*_FAMILIES, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))))
+  )
 
 
 def build_model(config: ConfigDict, num_classes: int) -> Any:
-  """The model of a configuration, with the multi-exit interface.
+  """The network of a configuration, with the multi-exit interface.
 
   Args:
-    num_classes: of the data set; `model.num_classes` goes before it.
+    num_classes: number of classes of the data set; `model.num_classes`, if set, takes precedence.
 
   Raises:
-    UserError: a refused name, or shapes that do not fit.
+    UserError: the name is refused, or the fields do not fit together.
   """
-  fields = config.model
-  build, mends = _BUILDERS[fields.family]
-  common = {
-    'num_classes': fields.num_classes or num_classes,
-    'image_side': fields.image_side,
-    'channels': fields.channels,
-    'dtype': jnp.dtype(fields.dtype),
-  }
+  import jax.numpy as jnp
+
+  family = _family_of(config)
+  build = pkgutil.resolve_name(family.build) if isinstance(family.build, str) else family.build
+  fields = {name: value for name, value in config.model.items() if name != 'family'}
+  fields |= {'num_classes': fields['num_classes'] or num_classes, 'dtype': jnp.dtype(fields['dtype'])}
   try:
-    return build(config.name, {name: value for name, value in fields.items() if name not in COMMON}, common)
+    return build(config.name, fields)
   except ValueError as error:
-    raise UserError(f'{error}; set --config.model.{mends}') from error
+    raise UserError(f'{error}; set --config.model.{family.fix}') from error
 
 
 def targets(config: ConfigDict) -> Targets:
-  """What each exit learns from: what a ParaNet's name says, the labels in another family.
+  """What each exit learns from: what a ParaNet's name says, and the labels in another family.
 
   Raises:
-    UserError: a refused name, or shapes that do not fit.
+    UserError: the name is refused, or the fields do not fit together.
   """
-  if config.model.family == 'paranet':
-    return parse_name(config.name).targets
+  family = _family_of(config)
+  if family.targets:
+    return family.targets(config.name)
   if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', config.name):
     raise UserError(f'name must be letters, digits and, after the first, ._-, found {config.name!r}; set --config.name')
   return (LABELS,) * build_model(config, num_classes=2).num_exits
 
 
-def _paranet(name: str, own: dict, common: dict) -> ParaNet:
-  parsed = parse_name(name)
-  cascade = parsed.cascade if own['cascade'] is None else _parse_cascade(own['cascade'])
-  model = ParaNet(parsed.num_pipelines, **(own | {'cascade': cascade}), **common)
-  geometry = model.geometry
-  if len(geometry.blocks) != parsed.num_pipelines:
+def _family_of(config: ConfigDict) -> Family:
+  family = find_family(config.model.family)
+  if family is None:
     raise UserError(
-      f'model.blocks and model.halvings must have {parsed.num_pipelines} entries, one a pipeline of {name}, '
-      f'found {geometry.blocks} and {geometry.halvings}; set --config.model.blocks and --config.model.halvings'
+      f'model.family must be one of {", ".join(family_names())}, found {config.model.family}; set --config'
     )
-  return model
-
-
-def _densenet(_: str, own: dict, common: dict) -> DenseNet:
-  bottleneck = own.pop('bottleneck')
-  return DenseNet(
-    **(own | {'exits': _parse_exits(own['exits']), 'bn_size': own['bn_size'] if bottleneck else None}), **common
-  )
-
-
-def _resnet(_: str, own: dict, common: dict) -> ResNet:
-  return ResNet(**(own | {'exits': _parse_exits(own['exits'])}), **common)
-
-
-def _msdnet(_: str, own: dict, common: dict) -> MSDNet:
-  return MSDNet(**own, **common)
-
-
-def _fractalnet(_: str, own: dict, common: dict) -> FractalNet:
-  return FractalNet(dropout=own.pop('block_dropout'), **own, **common)
-
-
-_BUILDERS: dict[str, tuple[Callable[[str, dict, dict], Any], str]] = {
-  'paranet': (_paranet, 'image_side, .blocks, .halvings or .cascade'),
-  'densenet': (_densenet, 'depth, .bottleneck, .exits or .image_side'),
-  'resnet': (_resnet, 'depth, .block, .exits or .image_side'),
-  'msdnet': (_msdnet, 'num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side'),
-  'fractalnet': (_fractalnet, 'widths, .columns, .block_dropout or .image_side'),
-}
-
-
-def _parse_cascade(text: str) -> tuple[tuple[int, int], ...]:
-  edges = [tuple(map(int, edge.split('.'))) for edge in text.split(',') if edge]
-  return tuple(sorted(edges))
-
-
-def _parse_exits(text: str) -> str | tuple[int, ...]:
-  return tuple(map(int, text.split(','))) if re.fullmatch(r'\d+(,\d+)*', text) else text
+  return family

@@ -3,14 +3,17 @@
 With exits along its stages it is ResNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from paranet_jax.models.chain import Chain, check_halvings, positions_of
 from paranet_jax.models.layers.conv import Classifier, Conv, ConvNormRelu, batch_norm, batch_norm_relu
 from paranet_jax.models.layers.dense import Exit, as_features
+from paranet_jax.models.layers.initial import initial_variables
+from paranet_jax.models.multi_exit import Chain, Logits, check_halvings, exit_positions, parse_exits
 
 WIDTHS = (16, 32, 64)
 """Channels of the 3x3 convolutions of each stage, at sides S, S / 2 and S / 4."""
@@ -71,6 +74,11 @@ class ResNet(Chain):
   """Convolution, three stages of n residual blocks with 16, 32 and 64 channels, and exits.
 
   Attributes:
+    num_classes: width of every exit.
+    image_side: S, pixels.
+    channels: of the images.
+    dtype: of the computation; parameters, statistics and logits are float32.
+    axis_name: device axis over which batch statistics are shared in training.
     depth: layers with weights: 6 n + 2, or 9 n + 2 of bottlenecks.
     block: 'basic' (He et al. 2016a), 'preactivation' or 'bottleneck' (He et al. 2016b; 164 and 1001 layers, of
       pre-activation too).
@@ -82,9 +90,16 @@ class ResNet(Chain):
     ValueError: the shapes do not fit, in one line.
   """
 
+  num_classes: int = 100
+  image_side: int = 32
+  channels: int = 3
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
   depth: int = 110
   block: str = 'basic'
   exits: str | tuple[int, ...] = 'last'
+
+  initial_variables = staticmethod(initial_variables)
 
   def __post_init__(self):
     if self.block not in BLOCKS:
@@ -93,7 +108,7 @@ class ResNet(Chain):
     if self.depth <= 2 or (self.depth - 2) % convolutions:
       raise ValueError(f'depth must be {convolutions} n + 2 for n {self.block} blocks a stage, found {self.depth}')
     check_halvings(self.image_side, len(WIDTHS) - 1)
-    positions_of(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
+    exit_positions(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
     super().__post_init__()
 
   @property
@@ -104,7 +119,7 @@ class ResNet(Chain):
   @property
   def exit_positions(self) -> tuple[int, ...]:
     """The residual blocks, counted over all stages, after which the exits hang."""
-    return positions_of(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
+    return exit_positions(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
 
   def segment(self, x: Array, start: int, end: int, train: bool) -> Array:
     """Residual blocks start + 1 to end, [B, H, W, C], with the stem before the first."""
@@ -118,7 +133,7 @@ class ResNet(Chain):
       x = block_class(WIDTHS[stage], stride, first, self.axis_name, name=name)(x, train)
     return x
 
-  def exit_logits(self, x: Array, number: int, train: bool) -> Array:
+  def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
     """Pool-linear, after BN-ReLU where the blocks are of pre-activation."""
     name = f'exit_{number}'
     if self.block == 'basic':
@@ -129,6 +144,11 @@ class ResNet(Chain):
     if self.block == 'basic':
       return ConvNormRelu(WIDTHS[0], axis_name=self.axis_name, name='stem')(x, train)
     return Conv(WIDTHS[0], name='stem')(x)
+
+
+def from_fields(name: str, fields: dict[str, Any]) -> ResNet:
+  """The network of a run's configuration fields."""
+  return ResNet(**(fields | {'exits': parse_exits(fields['exits'])}))
 
 
 def _subsample(x, stride, channels):

@@ -33,13 +33,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from paranet_jax.models.layers.conv import Classifier
-from paranet_jax.models.multi_exit import MultiExit
-
-Carry = dict[int, Any]
-"""The output of the last stage run, by its number; empty at first and after the last exit."""
+from paranet_jax.models.multi_exit import Chain, Logits
 
 
-class StagedModel(MultiExit):
+class StagedModel(Chain):
   """Stages one after another, each from features to features, with exits after some of them.
 
   A stage or a head is called with `train` if its `__call__` takes an argument of that name, and with `axis_name`, the
@@ -77,21 +74,20 @@ class StagedModel(MultiExit):
       self.default_heads = [Classifier(self.num_classes) for _ in self.exits]
 
   @property
-  def num_exits(self) -> int:
-    """One for each entry of `exits`."""
-    return len(self.exits)
+  def exit_positions(self) -> tuple[int, ...]:
+    """The stage that each exit follows."""
+    return tuple(self.exits)
 
-  def _evaluate(self, images, carry, exits, train):
-    ((done, x),) = carry.items() or {0: images.astype(self.dtype)}.items()
+  def segment(self, x: Any, start: int, end: int, train: bool) -> Any:
+    """Stages start + 1 to end."""
+    for stage in self.stages[start:end]:
+      x = self._call(stage, x, train)
+    return x
+
+  def exit_logits(self, x: Any, number: int, train: bool) -> Logits:
+    """The exit's head."""
     heads = self.default_heads if self.heads is None else self.heads
-    logits = {}
-    for number in sorted(set(exits)):
-      last = self.exits[number - 1]
-      for stage in self.stages[done:last]:
-        x = self._call(stage, x, train)
-      done = last
-      logits[number] = self._call(heads[number - 1], x, train).astype(jnp.float32)
-    return logits, {done: x}
+    return self._call(heads[number - 1], x, train).astype(jnp.float32)
 
   def _call(self, module: nn.Module, x: Any, train: bool) -> Any:
     options = {'train': train, 'axis_name': self.axis_name}

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from paranet_jax.description import cpu_name
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.machine import cpu_name
 
 INSTALL = 'pip install -r requirements-tpu.txt'
 

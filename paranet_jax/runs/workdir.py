@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from paranet_jax.base_config import base_config, family_of, field_names
+from paranet_jax.base_config import RENAMED, base_config, family_of, field_names
 from paranet_jax.config import differences
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
@@ -105,8 +105,17 @@ def _as_saved(config: ConfigDict) -> dict:
 def _load_config(workdir: Path) -> dict:
   path = workdir / CONFIG
   try:
-    return read_object(path)
+    return _present_names(read_object(path))
   except OSError as error:
     raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir') from error
   except ValueError as error:
     raise UserError(f'{path} is not a JSON object ({error}); restore it, or set --workdir for a new run') from error
+
+
+def _present_names(saved: dict) -> dict:
+  """The same configuration with the present names of fields."""
+  for old, new in RENAMED.items():
+    section, name = old.split('.')
+    if name in (fields := saved.get(section, {})):
+      fields[new.removeprefix(f'{section}.')] = fields.pop(name)
+  return saved

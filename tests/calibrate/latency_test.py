@@ -9,8 +9,8 @@ import tiny
 
 from paranet_jax.calibrate import latency
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record, median_seconds
-from paranet_jax.description import cpu_name
 from paranet_jax.early.chunks import cover, default_sizes
+from paranet_jax.host.machine import cpu_name
 
 IMAGE = (tiny.SIDE, tiny.SIDE, 3)
 

@@ -11,7 +11,7 @@ import pytest
 from running import CONFIGS, PROGRAMS, Result, before_each_step, contents, run_command
 
 from paranet_jax.command_line import parse
-from paranet_jax.description import describe
+from paranet_jax.costs import describe
 from paranet_jax.experiments import __main__ as experiments
 from paranet_jax.experiments import planned_runs as runs_lib
 from paranet_jax.experiments import speed as speed_lib

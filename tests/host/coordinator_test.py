@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from paranet_jax.base_config import FAMILIES, base_config
+from paranet_jax.base_config import base_config
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.host import processes
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.processes import Coordinator
+from paranet_jax.models.registry import family_names
 from paranet_jax.task import Task
 
 
@@ -64,7 +65,7 @@ def refusals(tasks):
     return list(threads.map(check, range(len(tasks)), tasks))
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', family_names())
 def test_what_belongs_to_the_machine_may_differ(family):
   others = [task(family=family, data__data_dir='/b', data__workers=3, init_from='/c')] * 2
   assert refusals([task(family=family), *others]) == [None] * 3

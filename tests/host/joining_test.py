@@ -43,12 +43,12 @@ ALL = ('--coordinator=a:1', '--num_processes=2', '--process_id=1')
     (
       ALL[:2],
       '--coordinator, --num_processes and --process_id go together, found a:1, 2 and None; set all of them, or none '
-      'where the cluster says it',
+      'where the cluster provides them',
     ),
     (
       ['--num_processes=2'],
       '--coordinator, --num_processes and --process_id go together, found None, 2 and None; set all of them, or none '
-      'where the cluster says it',
+      'where the cluster provides them',
     ),
     (['--coordinator=a', *ALL[1:]], '--coordinator must be HOST:PORT, found a'),
     ([*ALL[:2], '--process_id=2'], '--process_id must be from 0 to --num_processes - 1, found 2 of 2'),
@@ -56,7 +56,7 @@ ALL = ('--coordinator=a:1', '--num_processes=2', '--process_id=1')
     (['--heartbeat_timeout=4'], '--heartbeat_timeout must be 5 seconds or more, found 4'),
     (
       [*ALL, '--mode=describe'],
-      '--mode=describe is of one process; leave --coordinator, --num_processes and --process_id out',
+      '--mode=describe runs in one process; remove --coordinator, --num_processes and --process_id',
     ),
   ],
 )

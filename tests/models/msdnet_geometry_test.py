@@ -59,7 +59,7 @@ def test_reads(node, reads):
 
 
 def test_exits_read_the_coarsest_scale():
-  assert [BUDGETED.last_node(number) for number in range(1, 6)] == [(1, 3), (3, 3), (6, 3), (10, 3), (15, 3)]
+  assert [BUDGETED.exit_node(number) for number in range(1, 6)] == [(1, 3), (3, 3), (6, 3), (10, 3), (15, 3)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 
+from paranet_jax.models import multi_exit
 from paranet_jax.models.paranet_geometry import Geometry, default_blocks, default_halvings, full_cascade
 
 SIX = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
@@ -42,9 +43,9 @@ def test_full_cascade_has_every_edge_with_a_source(blocks, edges):
   assert full_cascade(blocks) == edges
 
 
-def test_inputs():
+def test_reads():
   net = geometry()
-  assert {block: net.inputs(block) for block in SIX} == {
+  assert {block: net.reads(block) for block in SIX} == {
     (1, 1): (),
     (2, 1): (),
     (2, 2): ((2, 1), (1, 1)),
@@ -52,7 +53,7 @@ def test_inputs():
     (3, 2): ((3, 1), (2, 1)),
     (3, 3): ((3, 2), (2, 2)),
   }
-  assert [net.last_block(pipeline) for pipeline in (1, 2, 3)] == [(1, 1), (2, 2), (3, 3)]
+  assert [net.exit_node(pipeline) for pipeline in (1, 2, 3)] == [(1, 1), (2, 2), (3, 3)]
 
 
 PARTIAL = ((3, 3),)
@@ -76,7 +77,8 @@ PARTIAL = ((3, 3),)
   ],
 )
 def test_needed_blocks(cascade, exits, given, needed):
-  assert geometry(cascade=cascade).needed(exits, given) == needed
+  net = geometry(cascade=cascade)
+  assert multi_exit.needed(map(net.exit_node, exits), net.reads, given) == needed
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,8 @@ def test_needed_blocks(cascade, exits, given, needed):
   ],
 )
 def test_kept_blocks(cascade, exits, given, kept):
-  assert geometry(cascade=cascade).kept(exits, given) == kept
+  net = geometry(cascade=cascade)
+  assert set(multi_exit.kept([*map(net.exit_node, exits)], net.reads, given)) == kept
 
 
 def test_equal_length_pipelines():

@@ -10,12 +10,12 @@ import pytest
 from running import CONFIGS, refusal, run_main
 
 from paranet_jax import config as config_lib
-from paranet_jax.base_config import FAMILIES, base_config, field_names
+from paranet_jax.base_config import base_config, field_names
 from paranet_jax.command_line import parse
-from paranet_jax.config import FAMILY_CONFIGS
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.fractalnet import FractalNet
+from paranet_jax.models.registry import family_names, find_family
 from paranet_jax.models.resnet import ResNet
 from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config
 
@@ -94,7 +94,7 @@ def small_pass(family, *fields):
 
 
 def test_every_family_and_field_is_in_the_tables():
-  assert {'paranet', *SMALL} == {'paranet', *FIELDS} == set(FAMILIES) == set(FAMILY_CONFIGS)
+  assert {'paranet', *SMALL} == {'paranet', *FIELDS} == set(family_names())
   for family, fields in FIELDS.items():
     assert {'family', *fields, *COMMON} == set(base_config(family=family).model)
 
@@ -110,11 +110,10 @@ def test_without_a_change_all_is_the_same(family, standard_promotion):
   assert small_pass(family) == training_pass(small(family))
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', family_names())
 def test_the_file_of_a_family(family):
   """Only the fields of `model` differ between families."""
-  path = CONFIGS / f'{FAMILY_CONFIGS[family]}.py'
-  _, config = parse(['main', f'--config={path}'])
+  _, config = parse(['main', f'--config={CONFIGS.parent / find_family(family).example}'])
   assert config.model.family == family
   others = [name for name in field_names(base_config(family=family)) if not name.startswith('model.')]
   assert others == [name for name in field_names(base_config()) if not name.startswith('model.')]
@@ -124,19 +123,19 @@ def test_a_family_that_is_not_there():
   with pytest.raises(UserError) as error:
     base_config('VGG', 'vgg')
   assert str(error.value) == (
-    "family of base_config must be one of paranet, densenet, resnet, msdnet, fractalnet, found 'vgg'; mend --config"
+    "family of base_config must be one of paranet, densenet, resnet, msdnet, fractalnet, found 'vgg'; fix --config"
   )
 
 
-FILES = ', '.join(f'configs/{name}.py' for name in FAMILY_CONFIGS.values())
+FILES = ', '.join(find_family(name).example for name in family_names())
 
 
 @pytest.mark.parametrize('found', ['paranet', 'vgg'])
 def test_another_family_needs_another_file(found):
   message = refusal(f'--config={CONFIGS}/resnet_110.py', f'--config.model.family={found}', '--mode=describe')
   assert message == (
-    f'model.family must be resnet, whose fields the configuration has, found {found}; for another family set --config '
-    f'to one of {FILES}'
+    f'model.family must be resnet, whose fields the configuration has, found {found}; for another family '
+    f'set --config to one of {FILES}'
   )
 
 

@@ -10,11 +10,12 @@ from running import TINY, refusal, run_main
 
 from paranet_jax import config as config_lib
 from paranet_jax import train
-from paranet_jax.base_config import FAMILIES, base_config
+from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
 from paranet_jax.host.processes import Coordinator
+from paranet_jax.models.registry import family_names
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.init_from import EXIT
 from paranet_jax.runs.record import open_record
@@ -76,7 +77,7 @@ def test_the_backbone_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, s
     np.testing.assert_array_equal(value, begun[path])
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', family_names())
 def test_what_depends_on_the_classes_is_named_exit(family):
   settings = base_config('PN3-ddd' if family == 'paranet' else family, family)
   # No other size of these networks is 97.

@@ -108,6 +108,6 @@ def test_a_run_keeps_one_every_so_many_epochs(tmp_path):
 
 def test_the_best_needs_images_held_out():
   assert refusal(*TINY, '--config.checkpoint.keep_best=nll', '--config.data.held_out=0') == (
-    'checkpoint.keep_best chooses by the images held out, found data.held_out 0; '
+    'checkpoint.keep_best needs a held-out split, found data.held_out 0; '
     'set --config.data.held_out, or --config.checkpoint.keep_best=none'
   )

@@ -1,4 +1,4 @@
-"""Tests of what DenseNet and ResNet share: stages, lazy exits, where exits hang, and that every exit learns."""
+"""Tests of what networks share: chains with lazy exits and their positions, and graphs computed lazily."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from paranet_jax.costs import exit_costs, multiply_adds
-from paranet_jax.models.chain import positions_of
 from paranet_jax.models.densenet import DenseNet
+from paranet_jax.models.multi_exit import exit_positions, kept, needed
 from paranet_jax.models.resnet import ResNet
 
 SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE}
@@ -85,13 +85,13 @@ def features_of_the_exits(model):
   ],
 )
 def test_where_exits_hang(exits, positions):
-  assert positions_of(exits, 'blocks', 3, 4) == positions
+  assert exit_positions(exits, 'blocks', 3, 4) == positions
 
 
 @pytest.mark.parametrize('exits', ['stages', (0,), (5,), (2, 1), (1, 1)])
 def test_exits_that_cannot_hang_are_refused(exits):
   with pytest.raises(ValueError) as error:
-    positions_of(exits, 'blocks', 3, 4)
+    exit_positions(exits, 'blocks', 3, 4)
   assert str(error.value) == f"exits must be 'last', 'blocks' or ascending numbers from 1 to 4, found {exits!r}"
 
 
@@ -126,3 +126,45 @@ def test_half_precision_keeps_float32_statistics_and_logits(case):
   assert {leaf.dtype for leaf in jax.tree.leaves((logits, updated))} == {jnp.dtype('float32')}
   _, carry = jax.eval_shape(lambda: model.apply(variables, images, {}, 1, method='stage'))
   assert {leaf.dtype for leaf in jax.tree.leaves(carry)} == {jnp.dtype('bfloat16')}
+
+
+# 1 <- 2 <- 4 and 1 <- 3 <- 4 <- 5, and 6 alone.
+READS = {(1,): [], (2,): [(1,)], (3,): [(1,)], (4,): [(2,), (3,)], (5,): [(4,)], (6,): []}
+
+
+def nodes(*numbers):
+  return [(number,) for number in numbers]
+
+
+@pytest.mark.parametrize(
+  'targets, given, expected',
+  [
+    ([], [], []),
+    ([1], [], [1]),
+    ([3], [], [1, 3]),
+    ([5], [], [1, 2, 3, 4, 5]),
+    ([5], [2], [1, 3, 4, 5]),
+    ([5], [2, 3], [4, 5]),
+    ([5], [1, 4], [5]),
+    ([5], [5], []),
+    ([6, 2], [], [1, 2, 6]),
+  ],
+)
+def test_needed(targets, given, expected):
+  assert needed(nodes(*targets), READS.get, nodes(*given)) == nodes(*expected)
+
+
+@pytest.mark.parametrize(
+  'targets, given, expected',
+  [
+    ([], [1, 2], []),
+    ([5], [1, 2], [1, 2]),
+    ([5], [1, 2, 3], [2, 3]),
+    ([5], [1, 2, 3, 4], [4]),
+    ([5], [1, 5, 6], [5]),
+    ([2, 6], [1, 6], [1, 6]),
+    ([6], [1, 2], []),
+  ],
+)
+def test_kept(targets, given, expected):
+  assert kept(nodes(*targets), READS.get, nodes(*given)) == nodes(*expected)

@@ -1,0 +1,75 @@
+"""A field of a configuration: its default value and the values it may take."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+class Rule(NamedTuple):
+  """A condition on a value, and how an error message completes 'must be'."""
+
+  holds: Callable[[Any], bool]
+  expected: str
+
+
+class Field(NamedTuple):
+  """Default and rule of one field.
+
+  Attributes:
+    default: None for a derived value: code computes it from other fields unless the user sets it.
+    rule: what a value other than None must satisfy.
+    kind: type of a field whose default is None.
+  """
+
+  default: Any
+  rule: Rule | None = None
+  kind: type | None = None
+
+
+Fields = dict[str, Field]
+"""Fields by name; a field of a section is named `section.field`."""
+
+
+def derived(kind: type, rule: Rule | None = None) -> Field:
+  """A field that is computed from other fields unless the user sets it."""
+  return Field(None, rule, kind)
+
+
+def new_config(fields: Fields) -> ConfigDict:
+  """A configuration with the defaults of these fields, not yet locked."""
+  config = ConfigDict()
+  for path, field in fields.items():
+    section, _, name = path.rpartition('.')
+    if section and section not in config:
+      config[section] = ConfigDict()
+    # A placeholder belongs to one configuration, so each gets its own.
+    (config[section] if section else config)[name] = field.default if field.kind is None else placeholder(field.kind)
+  return config
+
+
+def one_of(*choices: Any) -> Rule:
+  """One of these values."""
+  return Rule(lambda value: value in choices, 'one of ' + ', '.join(map(str, choices)))
+
+
+def at_least(low: float) -> Rule:
+  """A finite number from `low` on."""
+  return Rule(lambda value: low <= value < math.inf, f'{low} or more')
+
+
+def tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
+  """Finite numbers of a type, each `low` or more."""
+
+  def holds(values):
+    return all(isinstance(v, kind) and not isinstance(v, bool) and low <= v < math.inf for v in values)
+
+  return Rule(holds, f'numbers of {low} or more, such as "(1,2,3)"')
+
+
+POSITIVE = Rule(lambda value: 0 < value < math.inf, 'more than 0 and finite')
+FRACTION = Rule(lambda value: 0 < value <= 1, 'more than 0 and at most 1')
+SHARE = Rule(lambda value: 0 <= value <= 1, 'from 0 to 1')
+RATE = Rule(lambda value: 0 <= value < 1, 'from 0 to less than 1')
