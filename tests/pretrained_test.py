@@ -1,4 +1,4 @@
-"""The run that comes with the repository: small, whole, and as good as it says."""
+"""Tests of the pretrained run: small, complete, and as accurate as it says."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from paranet_jax.data.load import load_dataset
 FOLDER = Path(__file__).resolve().parents[1] / 'pretrained'
 IMAGES = 500
 ABSOLUTE = re.compile(rb'(^|[ =:"\'])/[\w.-]+/')
-"""The start of a path from the root on."""
+"""The start of an absolute path."""
 
 
 @pytest.fixture(scope='module')
@@ -24,16 +24,16 @@ def run():
   return paranet_jax.load(FOLDER)
 
 
-def test_it_is_under_two_megabytes():
+def test_size_below_two_megabytes():
   assert sum(path.stat().st_size for path in FOLDER.rglob('*') if path.is_file()) < 2e6
 
 
-def test_its_parameters_are_of_half_the_precision(run):
+def test_parameters_are_exact_in_float16(run):
   for leaf in jax.tree.leaves(run.variables['params']):
     np.testing.assert_array_equal(leaf, np.asarray(leaf).astype(np.float16).astype(np.float32))
 
 
-def test_its_log_ends_with_what_its_summary_says(run):
+def test_the_log_ends_with_the_accuracies_of_the_summary(run):
   lines = [json.loads(line) for line in (FOLDER / 'metrics.jsonl').read_text().splitlines()]
   summary = json.loads((FOLDER / 'summary.json').read_text())
   last = [line for line in lines if line['split'] == 'test'][-1]
@@ -43,19 +43,19 @@ def test_its_log_ends_with_what_its_summary_says(run):
   ]
 
 
-def test_no_path_of_the_machine_that_made_it():
+def test_no_absolute_path():
   for path in FOLDER.rglob('*'):
     if path.is_file():
       assert not ABSOLUTE.search(path.read_bytes()), path
 
 
-@pytest.mark.skipif('PARANET_DATA_DIR' not in os.environ, reason='PARANET_DATA_DIR names no folder of real CIFAR-100')
-def test_it_is_as_accurate_as_it_says(run):
+@pytest.mark.skipif('PARANET_DATA_DIR' not in os.environ, reason='PARANET_DATA_DIR, with CIFAR-100, is not set')
+def test_accuracy_and_cost_on_cifar100(run):
   config = base_config().data
   test = load_dataset(config, image_side=32, channels=3).test
   early = paranet_jax.EarlyExit.load(FOLDER)
   found = early.predict(test.images[:IMAGES])
-  accuracy, told = (found.labels == test.labels[:IMAGES]).mean(), run.exits.test['accuracy']
-  # Three standard deviations of a sample of that size.
-  assert abs(accuracy - told) < 3 * np.sqrt(told * (1 - told) / IMAGES)
+  accuracy, expected = (found.labels == test.labels[:IMAGES]).mean(), run.exits.test['accuracy']
+  # Three standard deviations for a sample of this size.
+  assert abs(accuracy - expected) < 3 * np.sqrt(expected * (1 - expected) / IMAGES)
   assert abs(found.macs.mean() / run.exits.test['cost_macs'] - 1) < 0.1

@@ -1,1 +1,1 @@
-"""`python -m paranet_jax.ensemble`: several runs as one classifier."""
+"""`python -m paranet_jax.ensemble`: several finished runs as one classifier."""

@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.ensemble`: finished runs as one anytime network. User errors are one line and exit code 2."""
+"""`python -m paranet_jax.ensemble`: evaluates finished runs as one anytime network."""
 
 import argparse
 import json
@@ -12,28 +12,26 @@ from paranet_jax.report.tables import align
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command with these arguments, those of sys.argv if None; returns the exit code."""
+  """Runs the command with these arguments (None: those of the process) and returns the exit code."""
   return exit_code(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.ensemble',
-    description="Evaluates the mean of the probabilities of the first 1, 2, ... runs' last exits on the test images.",
+    description="Evaluates the averaged probabilities of the first 1, 2, ... runs' last exits on the test images.",
   )
-  parser.add_argument('workdirs', nargs='*', metavar='RUN', help='Folders of finished runs, the cheapest first.')
+  parser.add_argument('workdirs', nargs='*', metavar='RUN', help='Folders of finished runs, cheapest first.')
   parser.add_argument('--json', action='store_true', help='Print one JSON array.')
   parser.add_argument('--compilation_cache', help='Folder of compiled programs; off: none.')
   given = parser.parse_args(argv)
   if len(given.workdirs) < 2:
-    raise UserError(
-      f'expected the folders of 2 runs or more, found {len(given.workdirs)}; name them one after the other'
-    )
+    raise UserError(f'expected the folders of 2 runs or more, found {len(given.workdirs)}; add them to the command')
   return given
 
 
 def _run(given: argparse.Namespace) -> None:
-  # jax takes a second to import, and a mistyped flag should not wait for it.
+  # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.ensemble.evaluate import evaluate_ensemble, load_ensemble
   from paranet_jax.host.machine import use_compilation_cache
 
@@ -44,18 +42,11 @@ def _run(given: argparse.Namespace) -> None:
 
 def _table(rows: Sequence[dict]) -> str:
   header = ('exit', 'with', 'params', 'macs', 'accuracy (%)', 'top-5 (%)', 'nll')
-  cells = [
-    (
-      str(row['exit']),
-      f'{row["name"]}, seed {row["seed"]}',
-      f'{row["params"]:,}',
-      f'{row["macs"]:,}',
-      f'{100 * row["accuracy"]:.2f}',
-      f'{100 * row["top5"]:.2f}',
-      f'{row["nll"]:.4f}',
-    )
-    for row in rows
-  ]
+  cells = []
+  for row in rows:
+    counts = (f'{row[key]:,}' for key in ('params', 'macs'))
+    measured = f'{100 * row["accuracy"]:.2f}', f'{100 * row["top5"]:.2f}', f'{row["nll"]:.4f}'
+    cells.append((str(row['exit']), f'{row["name"]}, seed {row["seed"]}', *counts, *measured))
   return '\n'.join(align(header, cells, left=(1,)))
 
 

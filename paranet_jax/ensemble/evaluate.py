@@ -1,4 +1,4 @@
-"""Finished runs as one anytime network: exit m is the mean of the probabilities of the first m of them."""
+"""Finished runs as one anytime network: exit m averages the probabilities of the first m runs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from paranet_jax.task import build_task
 
 
 class LoadedEnsemble(NamedTuple):
-  """A model with the multi-exit interface, its `params` and `batch_stats`, and the runs it is made of."""
+  """A model with the multi-exit interface, its `params` and `batch_stats`, and its members."""
 
   model: Ensemble
   variables: Any
@@ -26,32 +26,31 @@ class LoadedEnsemble(NamedTuple):
 
 
 def load_ensemble(workdirs: Sequence[str | Path]) -> LoadedEnsemble:
-  """Makes one network of several finished runs, each with its last exit, in the order given.
+  """Combines the last exits of several finished runs into one network.
 
   Args:
-    workdirs: of runs with the same data set, classes and images; their networks may differ.
+    workdirs: in the order of the exits; the data set, classes and images must agree, the networks may differ.
 
   Raises:
-    UserError: a run cannot be read, or does not go with the first.
+    UserError: a run cannot be read, or does not match the first.
   """
   runs = tuple(map(load, workdirs))
-  first = _reads(runs[0])
+  first = _inputs(runs[0])
   for workdir, run in zip(workdirs, runs, strict=True):
-    there = _reads(run)
-    for what in first:
-      if there[what] != first[what]:
+    for what, found in _inputs(run).items():
+      if found != first[what]:
         raise UserError(
-          f'expected runs of the same {what}, and {workdir} has {there[what]!s:.60} where {workdirs[0]} has '
+          f'expected runs with the same {what}, and {workdir} has {found!s:.60} where {workdirs[0]} has '
           f'{first[what]!s:.60}; leave it out'
         )
     if run.model.num_exits not in trained_exits(config_lib.targets(run.config)):
-      raise UserError(f'expected runs whose last exit is trained, and that of {workdir} is not; leave it out')
+      raise UserError(f'expected runs with a trained last exit, and that of {workdir} is not; leave it out')
   variables = ensemble_variables([run.variables for run in runs])
   return LoadedEnsemble(Ensemble([run.model for run in runs]), variables, runs)
 
 
-def _reads(run: LoadedRun) -> dict[str, Any]:
-  """What has to be the same in every member."""
+def _inputs(run: LoadedRun) -> dict[str, Any]:
+  """What must be the same in every member."""
   dataset = run.dataset
   return {
     'data set': dataset.name,
@@ -65,7 +64,7 @@ def evaluate_ensemble(ensemble: LoadedEnsemble) -> list[dict[str, Any]]:
   """Evaluates every exit on the test images.
 
   Returns:
-    One a member: `exit`, `name`, `seed`, `params` and `macs` (both of all members so far), `accuracy`, `top5`
+    One row per member: `exit`, `name`, `seed`, `params` and `macs` (totals up to this member), `accuracy`, `top5`
     (fractions), `nll` (nats).
 
   Raises:

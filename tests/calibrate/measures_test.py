@@ -26,12 +26,12 @@ def test_ece():
 
 
 def test_ece_uses_15_bins():
-  # 0.34 and 0.39 fall into bins 6 = (5/15, 6/15] both; with 16 bins they would be apart.
-  np.testing.assert_allclose(ece([0.34, 0.39], [True, False]), abs(0.5 - 0.365))
+  # 0.34 and 0.39 both fall into bin 6 = (5/15, 6/15]; 16 bins would separate them.
+  np.testing.assert_allclose(ece(np.array([0.34, 0.39]), np.array([True, False])), abs(0.5 - 0.365))
 
 
 def test_a_probability_of_zero_is_in_the_first_bin():
-  np.testing.assert_array_equal(reliability([0.0, 1.0], [True, True], bins=3)[0], [1, 0, 1])
+  np.testing.assert_array_equal(reliability(np.array([0.0, 1.0]), np.array([True, True]), bins=3)[0], [1, 0, 1])
 
 
 def test_nll_and_brier():
@@ -98,13 +98,13 @@ def test_a_constant_added_to_a_sample_changes_nothing():
 @pytest.mark.parametrize(
   'logits, labels, expected',
   [
-    # All right: the loss falls towards T = 0.
+    # All correct: the loss decreases towards T = 0.
     ([[3.0, 0.0], [0.0, 1.0]], [0, 1], 1.0),
     ([[2.0, 0.0]], [0], 1.0),
-    # Always wrong: it falls towards infinity; the scale is 1.
+    # All wrong: it decreases towards infinity; the scale is 1.
     ([[2.0, 0.0], [0.0, 2.0]], [1, 0], 1e4),
     ([[2.0, 0.0]], [1], 1e4),
-    # Right half of the time, which is chance.
+    # Half correct, which is chance.
     ([[2.0, 0.0], [2.0, 0.0]], [0, 1], 1e4),
     ([[1.0, 1.0], [1.0, 1.0]], [0, 1], 1.0),
     # So nearly equal that T = 1 is closer to uniform than 10,000 times the scale.

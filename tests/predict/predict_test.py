@@ -171,12 +171,12 @@ def test_odd_names(predict):
   for name in names:
     Path(name).write_bytes(image)
   assert [entry['file'] for entry in json.loads(predict(*names, '--format=json')[1])] == names
-  told = [names[0], 'caf\\udce9.png', names[2]]
+  expected = [names[0], 'caf\\udce9.png', names[2]]
   text = predict(*names, '--format=csv')[1]
-  assert [line[0] for line in csv.reader(io.StringIO(text))][1:] == told
+  assert [line[0] for line in csv.reader(io.StringIO(text))][1:] == expected
   assert predict(*names, '--format=csv', '--output=o')[:2] == (0, '')
   assert Path('o').read_text('utf-8') == text
-  assert [line.split('  ')[0] for line in predict(*names)[1].splitlines()[1:]] == ['line\\nbreak.png', *told[1:]]
+  assert [line.split('  ')[0] for line in predict(*names)[1].splitlines()[1:]] == ['line\\nbreak.png', *expected[1:]]
   assert predict('--', names[2][2:])[0] == 0
   Path(latin).write_text('text')
   assert predict(latin)[2].startswith('error: caf\\udce9.png: not an image')

@@ -1,4 +1,4 @@
-"""Tests of what the figures show, against slow references on made-up logits."""
+"""Tests of the numbers in the figures, against slow references on made-up logits."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.scores import confidences
 
-OWN = np.array([10.0, 20.0, 30.0])  # cost that each exit adds; all before it are needed
+OWN = np.array([10.0, 20.0, 30.0])  # What each exit adds to the cost of all before it.
 CLASSES = 4
 
 
 def outputs(seed: int, images: int) -> Outputs:
-  """Three exits, each surer and more often right than the one before."""
+  """Three exits, each more confident and more accurate than the one before."""
   draw = np.random.default_rng(seed)
   labels = draw.integers(0, CLASSES, images)
   logits = draw.normal(size=(3, images, CLASSES)).astype(np.float32)
@@ -36,7 +36,7 @@ PLAN = dataclasses.replace(
 
 
 def data_of(plan: ExitPlan, **changes) -> FigureData:
-  # An exit that is skipped costs nothing here.
+  # A skipped exit costs nothing here.
   costs = PathCosts(3, lambda before, index: OWN[index] + (OWN[:index].sum() if not before else 0))
   return figure_data(plan, HELD_OUT, TEST, costs, IMAGES, 'abcd', **changes)
 
@@ -46,8 +46,8 @@ def data() -> FigureData:
   return data_of(PLAN)
 
 
-def left_at(plan: ExitPlan, split) -> list[int]:
-  """One image after the other, through the exits of the plan."""
+def exits_of(plan: ExitPlan, split) -> list[int]:
+  """The exit of each image, one image after the other."""
   ranked = confidences(split[0], plan.score, plan.temperatures)
   thresholds = [np.inf if threshold is None else threshold for threshold in plan.confidence_thresholds]
   return [next(k for k in range(3) if k == 2 or ranked[k, image] >= thresholds[k]) for image in range(len(split[1]))]
@@ -56,7 +56,7 @@ def left_at(plan: ExitPlan, split) -> list[int]:
 @pytest.mark.parametrize(('name', 'split'), [('held_out', HELD_OUT), ('test', TEST)])
 def test_the_plan_is_applied_to_both_splits(data, name, split):
   logits, labels = split
-  taken = left_at(PLAN, split)
+  taken = exits_of(PLAN, split)
   right = [logits[k, image].argmax() == labels[image] for image, k in enumerate(taken)]
   shares = np.bincount(taken, minlength=3) / len(taken)
   assert shares[1] == 0 < shares[0] < 1
@@ -70,7 +70,7 @@ def test_the_plan_is_applied_to_both_splits(data, name, split):
   assert data.images[name] == len(labels)
 
 
-def test_what_is_known_of_the_plan_is_taken_over(data):
+def test_facts_from_the_plan(data):
   assert (data.run, data.dataset, data.unit, data.ms) == ('PN3', 'toy', 'macs', None)
   assert data.exits.tolist() == [1, 2, 4]
   assert data.macs.tolist() == data.alone.tolist() == [10, 30, 60]
@@ -93,7 +93,7 @@ def test_families_are_chosen_on_the_held_out_split(data):
 
 
 @pytest.mark.parametrize('loss', ['gap', 'disagreement'])
-def test_risk_is_that_of_one_threshold_for_all_exits(loss):
+def test_risk_of_one_threshold_for_all_exits(loss):
   shown = data_of(dataclasses.replace(PLAN, target={'risk': 0.05, 'loss': loss})).risk
   assert (shown.loss, shown.epsilon) == (loss, 0.05)
   for name, (logits, labels) in zip(SPLITS, (HELD_OUT, TEST), strict=True):
@@ -102,52 +102,52 @@ def test_risk_is_that_of_one_threshold_for_all_exits(loss):
     for point in (20, 60, 99):
       threshold = -np.log1p(-shown.thresholds[point])
       plan = dataclasses.replace(PLAN, confidence_thresholds=(threshold * (1 - 1e-9), threshold * (1 - 1e-9), 0.0))
-      taken = left_at(plan, (logits, labels))
+      taken = exits_of(plan, (logits, labels))
       lost = 0
       for image, k in enumerate(taken):
         early, full = logits[k, image].argmax(), logits[2, image].argmax()
         lost += early != full if loss == 'disagreement' else early != labels[image] == full
       assert curve.risk[point] == pytest.approx(lost / len(labels))
       assert curve.speed_up[point] == pytest.approx(60 / np.mean(np.cumsum(OWN)[taken]))
-    # At the last nearly everybody leaves at once, and the plan's own point is there too.
+    # At the lowest threshold nearly all images exit at once.
     assert curve.speed_up[-1] == pytest.approx(6, rel=0.05)
-    at_first = np.mean(np.array(left_at(PLAN, (logits, labels))) == 0)
+    at_first = np.mean(np.array(exits_of(PLAN, (logits, labels))) == 0)
     assert shown.chosen[name].speed_up == pytest.approx(60 / (10 * at_first + 40 * (1 - at_first)))
 
 
-def test_reliability_is_of_the_test_split_before_and_after(data):
+def test_reliability_on_the_test_split_before_and_after(data):
   logits, labels = TEST
   for k, exit_ in enumerate(data.reliability):
     assert exit_.temperature == PLAN.temperatures[k]
     for bins, temperature in ((exit_.before, 1.0), (exit_.after, PLAN.temperatures[k])):
       powers = np.exp(logits[k].astype(float) / temperature)
-      sure = (powers / powers.sum(1, keepdims=True)).max(1)
+      confident = (powers / powers.sum(1, keepdims=True)).max(1)
       right = logits[k].argmax(1) == labels
-      inside = [(low / 15 < sure) & (sure <= (low + 1) / 15) for low in range(15)]
+      inside = [(low / 15 < confident) & (confident <= (low + 1) / 15) for low in range(15)]
       assert bins.counts.tolist() == [each.sum() for each in inside]
-      gaps = [abs(sure[each].sum() - right[each].sum()) for each in inside]
+      gaps = [abs(confident[each].sum() - right[each].sum()) for each in inside]
       assert bins.ece == pytest.approx(sum(gaps) / len(labels))
 
 
-def test_the_sheet_shows_the_surest_and_the_least_sure_of_each_exit(data):
+def test_the_sheet_shows_the_most_and_the_least_confident_images(data):
   logits, labels = TEST
-  sheet, taken = data.sheet, np.array(left_at(PLAN, TEST))
+  sheet, taken = data.sheet, np.array(exits_of(PLAN, TEST))
   assert sheet.exits.tolist() == [0] * 10 + [2] * 10
   assert sheet.hard.tolist() == ([False] * 5 + [True] * 5) * 2
   for k, first in ((0, 0), (2, 10)):
     powers = np.exp(logits[k].astype(float) / PLAN.temperatures[k])
-    sure = (powers / powers.sum(1, keepdims=True)).max(1)
-    ranking = sorted(np.flatnonzero(taken == k), key=lambda image: -sure[image])
+    confident = (powers / powers.sum(1, keepdims=True)).max(1)
+    ranking = sorted(np.flatnonzero(taken == k), key=lambda image: -confident[image])
     numbers = [*ranking[:5], *ranking[:-6:-1]]
     rows = slice(first, first + 10)
     assert sheet.numbers[rows].tolist() == numbers
-    np.testing.assert_allclose(sheet.probabilities[rows], sure[numbers])
+    np.testing.assert_allclose(sheet.probabilities[rows], confident[numbers])
     assert sheet.predictions[rows].tolist() == logits[k, numbers].argmax(1).tolist()
   assert sheet.labels.tolist() == labels[sheet.numbers].tolist()
   assert (sheet.images == IMAGES[sheet.numbers]).all()
 
 
-def test_few_who_leave_are_shown_once():
+def test_few_images_are_shown_once():
   ranked = confidences(TEST[0], 'max_prob', PLAN.temperatures)[0]
   third = np.sort(ranked)[-3]
   sheet = data_of(dataclasses.replace(PLAN, confidence_thresholds=(third - 1e-9, None, 0.0))).sheet
@@ -156,7 +156,7 @@ def test_few_who_leave_are_shown_once():
   assert sorted(sheet.numbers[:3]) == sorted(np.argsort(ranked)[-3:])
 
 
-def test_patience_has_a_family_of_its_own():
+def test_the_family_of_patience():
   plan = dataclasses.replace(PLAN, score='patience', policy='shared', confidence_thresholds=(2.0, 2.0, 0.0), target={})
   data = data_of(plan)
   assert set(data.families) == {'patience', 'oracle'}
@@ -168,7 +168,7 @@ def test_patience_has_a_family_of_its_own():
   assert data.risk.thresholds[1:].tolist() == [2, 1] and data.risk.epsilon is None
 
 
-def test_a_single_exit_has_figures_too():
+def test_a_single_exit():
   plan = full_network_plan(CheckpointId('one', 'toy', 7, 'abc'), (1,), (10,))
   costs = PathCosts(1, lambda before, index: 10.0)
   held_out, test = (Outputs(logits[:1], labels) for logits, labels in (HELD_OUT, TEST))

@@ -1,4 +1,4 @@
-"""Tests of the figures of a calibrated run: what is drawn, that it can be read, and how it is written."""
+"""Tests of the figures of a calibrated run: what is drawn, that it is legible, and how it is written."""
 
 import csv
 import itertools
@@ -26,7 +26,7 @@ from paranet_jax.calibrate.figures.figure_data import (
   Sheet,
 )
 
-LONG = 'a long name of a run that somebody put all hyperparameters into, in $dollars_ '
+LONG = 'a long name of a run that contains all hyperparameters, in $dollars_ '
 
 
 def bins(*counts: int) -> Bins:
@@ -39,7 +39,7 @@ def both(value) -> dict:
 
 
 def made_up(k: int, **changes) -> FigureData:
-  """K exits of k, 2k, 3k M multiply-adds; nobody leaves at the second."""
+  """K exits of 10, 20, 30, ... M multiply-adds; no image exits at the second."""
   macs = np.arange(1, k + 1) * 10e6
   accuracy = np.linspace(0.5, 0.75, k)
   shares = np.ones(k) / k
@@ -96,7 +96,7 @@ def legend(figure) -> list[str]:
 
 
 def written(figure) -> list[tuple[str, Bbox]]:
-  """Every text that is seen, and the pixels it covers."""
+  """Every visible text, and the pixels it covers."""
   figure.draw_without_rendering()
   texts = [*figure.texts, *(text for entry in figure.legends for text in entry.get_texts())]
   for axes in figure.axes:
@@ -114,7 +114,7 @@ def written(figure) -> list[tuple[str, Bbox]]:
 
 @pytest.mark.parametrize('draw', figures.FUNCTIONS, ids=lambda draw: draw.__name__)
 @pytest.mark.parametrize('k', [1, 7])  # 7 panels leave the last place of two rows empty.
-def test_no_text_overlaps_or_leaves_the_picture(draw, k):
+def test_no_text_overlaps_or_crosses_the_border(draw, k):
   data = made_up(k, run=3 * LONG, ms=np.arange(k) + 1.0, measured=f'batch size 1, {LONG}')
   figure = draw(data).figure
   texts = written(figure)
@@ -160,7 +160,7 @@ def test_anytime_has_a_second_panel_for_measured_times():
 
 
 @pytest.mark.parametrize(('last', 'scale'), [(200e6, 'linear'), (201e6, 'log')])
-def test_costs_over_a_factor_of_twenty_are_drawn_logarithmically(last, scale):
+def test_costs_over_a_factor_of_twenty_get_a_logarithmic_axis(last, scale):
   assert anytime(made_up(2, macs=np.array([10e6, last]))).figure.axes[0].get_xscale() == scale
 
 
@@ -210,7 +210,7 @@ def test_budgeted_is_in_the_unit_of_the_plan(unit, label):
 
 
 @pytest.mark.parametrize('epsilon', [0.05, None])
-def test_risk_shows_the_risk_asked_for_if_any(epsilon):
+def test_risk_shows_the_target_if_any(epsilon):
   data = made_up(3)
   drawing = risk(replace(data, risk=replace(data.risk, epsilon=epsilon)))
   (axes,) = drawing.figure.axes
@@ -230,7 +230,7 @@ def test_risk_shows_the_risk_asked_for_if_any(epsilon):
 
 
 @pytest.mark.parametrize(('fastest', 'scale'), [(4.0, 'linear'), (4.1, 'log')])
-def test_speed_ups_over_a_factor_of_four_are_drawn_logarithmically(fastest, scale):
+def test_speed_ups_over_a_factor_of_four_get_a_logarithmic_axis(fastest, scale):
   data = made_up(3)
   curve = RiskCurve(np.array([1.0, 2.0, fastest]), np.array([0.0, 0.0, 0.001]))
   axes = risk(replace(data, risk=replace(data.risk, curves=both(curve), epsilon=None))).figure.axes[0]
@@ -238,7 +238,7 @@ def test_speed_ups_over_a_factor_of_four_are_drawn_logarithmically(fastest, scal
   assert axes.get_ylim()[1] >= 1
 
 
-def test_reliability_leaves_out_bins_of_few_images_and_counts_them():
+def test_reliability_omits_bins_with_few_images_and_counts_them():
   drawing = reliability(made_up(2))
   upper, _, lower, _ = drawing.figure.axes
   confidence, accuracy = 100 * np.linspace(0.01, 0.99, 15), 100 * np.linspace(0.05, 0.9, 15)
@@ -258,7 +258,7 @@ def test_reliability_leaves_out_bins_of_few_images_and_counts_them():
   assert drawing.rows[15]['confidence_percent'] is None  # an empty bin
 
 
-def test_histogram_shows_who_leaves_and_who_is_right():
+def test_histogram_shows_shares_and_accuracies():
   shares = {'held_out': np.array([0.25, 0, 0.75]), 'test': np.array([0.5, 0, 0.5])}
   drawing = histogram(made_up(3, shares=shares))
   upper, lower = drawing.figure.axes
@@ -269,7 +269,7 @@ def test_histogram_shows_who_leaves_and_who_is_right():
   assert [row['share_percent'] for row in drawing.rows] == [25, 0, 75, 50, 0, 50]
 
 
-def test_contact_sheet_names_what_is_wrong():
+def test_contact_sheet_names_the_truth_of_wrong_answers():
   drawing = contact_sheet(made_up(2))
   texts = [text.get_text() for text in drawing.figure.axes[0].texts]
   assert texts.count('WWWWWWWWWWWWW…, 100 %') == 10
@@ -323,7 +323,7 @@ def test_each_figure_is_a_picture_and_its_numbers(tmp_path):
 @pytest.mark.parametrize(
   ('owner', 'method', 'kept'), [(Figure, 'savefig', 'png'), (csv.DictWriter, 'writerows', 'csv')]
 )
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, owner, method, kept):
+def test_files_are_replaced_atomically(tmp_path, monkeypatch, owner, method, kept):
   monkeypatch.setattr(figures, 'FUNCTIONS', (anytime,))
   write_figures(tmp_path, made_up(1))
   before = (tmp_path / f'anytime.{kept}').read_bytes()
@@ -337,6 +337,6 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, owne
   assert (tmp_path / f'anytime.{kept}').read_bytes() == before
 
 
-def test_names_that_the_font_lacks_are_drawn_without_a_warning(tmp_path, monkeypatch):
+def test_names_outside_the_font_raise_no_warning(tmp_path, monkeypatch):
   monkeypatch.setattr(figures, 'FUNCTIONS', (contact_sheet,))
   assert write_figures(tmp_path, made_up(1, run='試験', class_names=('猫', '犬')))
