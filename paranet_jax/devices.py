@@ -97,8 +97,8 @@ def _mesh(devices: list[Device]) -> Mesh:
   return Mesh(np.array(of_this_process(devices)), (AXIS,))
 
 
-class OneRun:
-  """The layout of one run: its state is replicated, and every device gets a share of each batch."""
+class Layout:
+  """How runs lie on devices; here one run, with a replicated state and a share of every batch for each device."""
 
   def __init__(self, devices: list[Device]):
     self.devices = devices
@@ -108,11 +108,11 @@ class OneRun:
     return run_on(self.devices, make_step, images_axis)
 
   def join(self, trees: Sequence[Any]) -> Any:
-    """Places the tree of each run, here of the only one."""
+    """Places the trees of all runs as one."""
     return jax.device_put(trees[0], replicated(self.devices))
 
   def order(self, orders: Sequence[jax.Array]) -> jax.Array:
-    """Places each run's order of an epoch (see `place_order`)."""
+    """Places the order of an epoch of all runs (see `place_order`)."""
     return place_order(orders[0], self.devices)
 
   def split(self, tree: Any) -> Iterator[Any]:
@@ -120,31 +120,23 @@ class OneRun:
     yield tree
 
 
-class SideBySide:
-  """The layout of several runs: every array has a first axis, the runs.
-
-  Each run has a device of its own; on a single device they are vmapped.
-  """
-
-  def __init__(self, devices: list[Device]):
-    self.devices = devices
+class SideBySide(Layout):
+  """The layout of several runs, the first axis of every array: one per device, or vmapped on a single device."""
 
   def compiled(self, make_step: Callable[[str | None], Callable], images_axis: int | None) -> Callable[..., Any]:
-    """The training step of all runs."""
     step, in_axes = make_step(None), (0, 0, images_axis, images_axis, 0)
     if len(self.devices) == 1:
       return jax.jit(jax.vmap(step, in_axes), donate_argnums=(0, 1))
     return jax.pmap(step, in_axes=in_axes, devices=self.devices, donate_argnums=(0, 1))
 
   def join(self, trees: Sequence[Any]) -> Any:
-    """Stacks the tree of each run and places the result."""
     host = jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(trees))
     return jax.device_put(host, one_or_shared(self.devices))
 
-  order = join
+  def order(self, orders: Sequence[jax.Array]) -> jax.Array:
+    return self.join(orders)
 
   def split(self, tree: Any) -> Iterator[Any]:
-    """The tree of each run, on the first device, where evaluation runs."""
-    host = jax.device_get(tree)
+    host = jax.device_get(tree)  # Evaluation runs on the first device.
     for run in range(len(jax.tree.leaves(host)[0])):
       yield jax.device_put(jax.tree.map(lambda leaf, run=run: leaf[run], host), self.devices[0])

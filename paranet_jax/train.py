@@ -13,7 +13,7 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.config import check_devices
 from paranet_jax.costs import describe
 from paranet_jax.data.batches import epoch_order
-from paranet_jax.devices import OneRun, SideBySide
+from paranet_jax.devices import Layout
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
 from paranet_jax.host.machine import environment
@@ -57,7 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
     state = record.restore(devices)
     record.save_facts()
     evaluator = Evaluator(task, devices)
-    state, evaluations = train_loop([record], state, OneRun(devices), evaluator, stop)
+    state, evaluations = train_loop([record], state, Layout(devices), evaluator, stop)
     if evaluations is None and record.saved_step != task.total_steps:
       print(f'stopped by {stop.received} after step {record.saved_step}, saved; the same command resumes', flush=True)
       return None
@@ -113,7 +113,7 @@ def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = No
 def train_loop(
   records: Sequence[RunRecord],
   state: TrainState,
-  layout: OneRun | SideBySide,
+  layout: Layout,
   evaluator: Evaluator,
   stop: StopRequest,
 ) -> tuple[TrainState, list[dict] | None]:
@@ -157,7 +157,7 @@ class _Loop:
   def __init__(
     self,
     records: Sequence[RunRecord],
-    layout: OneRun | SideBySide,
+    layout: Layout,
     evaluator: Evaluator,
     stop: StopRequest,
     progress: Progress,

@@ -22,16 +22,7 @@ from paranet_jax.targets import trained_exits
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun(TrainedRun):
-  """A run, read from its folder without its data set.
-
-  Attributes:
-    model: with the multi-exit interface: `model.apply(variables, images)` returns one [B, classes] per exit.
-    variables: `params` and `batch_stats`.
-    config: the run's configuration.
-    step: the checkpoint's.
-    dataset: class names, one per output of the model, and the mean and std that normalize uint8 images.
-    exits: what `calibrate` chose; None: the run is not calibrated.
-  """
+  """A run with what `calibrate` chose for it as `exits`; None: it is not calibrated."""
 
   exits: ExitPlan | None = None
 
