@@ -1,4 +1,4 @@
-"""The training program with one fault in it: `python tests/fault.py FAULT EVENT NUMBER ARGUMENT...`.
+"""The training program with one fault in it: `python tests/helpers/fault.py FAULT EVENT NUMBER ARGUMENT...`.
 
 The fault occurs at the NUMBERth Python audit event (an open, a rename, ...) that matches EVENT, a regular expression
 for `name path...`. The program itself is unchanged: `kill` sends SIGKILL before that call takes effect, and `full`
