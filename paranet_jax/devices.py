@@ -1,15 +1,14 @@
 """Where arrays are placed, and how one training step runs on one device or several, for one run or several."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paranet_jax.host.errors import UserError
-
-Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib has no stubs.
+from paranet_jax.host.machine import Device
 
 AXIS = 'devices'
 

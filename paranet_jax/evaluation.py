@@ -10,6 +10,7 @@ import numpy as np
 from paranet_jax import devices as devices_lib
 from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
+from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.steps import make_eval_step
 from paranet_jax.targets import trained_exits
@@ -29,7 +30,7 @@ class Evaluator:
   In a multi-process run, each process evaluates its share of the batches, and the sums are added up.
   """
 
-  def __init__(self, task: Task, devices: list[devices_lib.Device]):
+  def __init__(self, task: Task, devices: list[Device]):
     self._task = task
     self._devices = devices
     self._processes = Coordinator()

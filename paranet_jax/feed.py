@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax import devices as devices_lib
+from paranet_jax.host.machine import Device
 from paranet_jax.task import Task
 
 StepData = tuple[jax.Array, jax.Array, jax.Array]
@@ -24,9 +25,7 @@ def images_axis(task: Task) -> int | None:
 
 
 @contextlib.contextmanager
-def open_feed(
-  task: Task, devices: list[devices_lib.Device], order: Callable[[int], jax.Array], first_step: int
-) -> Iterator[Feed]:
+def open_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Array], first_step: int) -> Iterator[Feed]:
   """Opens the feed of a run that starts or resumes at `first_step`.
 
   Args:
@@ -84,7 +83,7 @@ def step_data_shapes(task: Task, count: int) -> tuple[jax.ShapeDtypeStruct, ...]
   )
 
 
-def step_data(task: Task, devices: list[devices_lib.Device]) -> StepData:
+def step_data(task: Task, devices: list[Device]) -> StepData:
   """Data of one step without reading ahead or shuffling, to time the step alone."""
   train, batch_size = task.dataset.train, task.config.train.batch_size
   if train.streamed:

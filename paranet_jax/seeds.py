@@ -14,6 +14,7 @@ from paranet_jax.devices import SideBySide
 from paranet_jax.evaluation import MEASURES, Evaluator
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
+from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.report.tables import ABSENT, align
@@ -92,7 +93,7 @@ def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict
 
 
 def _train_group(
-  group: list[ConfigDict], folders: list[Path], devices: list[devices_lib.Device], accept_config_changes: bool
+  group: list[ConfigDict], folders: list[Path], devices: list[Device], accept_config_changes: bool
 ) -> bool:
   if all(run_status(folder, own).summary for own, folder in zip(group, folders, strict=True)):
     return True
@@ -104,7 +105,7 @@ def _train_group(
 
 
 def _train_side_by_side(
-  tasks: Sequence[Task], workdirs: Sequence[Path], devices: list[devices_lib.Device], accept_config_changes: bool
+  tasks: Sequence[Task], workdirs: Sequence[Path], devices: list[Device], accept_config_changes: bool
 ) -> bool:
   """Trains runs that differ only in their seed, in lockstep, to the checkpoint of their last step.
 

@@ -12,13 +12,13 @@ import optax
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
-from paranet_jax import devices as devices_lib
 from paranet_jax.base_config import field_names
 from paranet_jax.costs import abstract_variables, parameter_sizes, variable_paths
 from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
@@ -112,7 +112,7 @@ class Task:
       facts[f'{name} of the images'] = ', '.join(f'{value:.5f}' for value in getattr(data, name))
     return facts
 
-  def facts_line(self, devices: list[devices_lib.Device], processes: int) -> str:
+  def facts_line(self, devices: list[Device], processes: int) -> str:
     """One line on the size of the run and what it runs on."""
     data = self.dataset
     held_out = f' {len(data.held_out):,} held out,' if data.held_out is not None else ''

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -14,6 +14,8 @@ from paranet_jax import __version__
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 OFF = 'off'
+
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib has no stubs.
 
 
 def use_compilation_cache(folder: str | None = None) -> Path | None:
@@ -54,7 +56,7 @@ def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
   return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def environment(devices: list[jax.Device]) -> dict[str, Any]:
+def environment(devices: list[Device]) -> dict[str, Any]:
   """Versions and device by which a measured number can be reproduced."""
   versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
   return {

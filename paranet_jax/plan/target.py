@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.machine import cpu_name
+from paranet_jax.host.machine import Device, cpu_name
 
 INSTALL = 'pip install -r requirements-tpu.txt'
 
@@ -63,7 +63,7 @@ CHIPS = {
 """By the prefix of the topology name; `source` is the page that publishes the numbers."""
 
 
-def measured_chip(device: jax.Device, count: int) -> Chip:
+def measured_chip(device: Device, count: int) -> Chip:
   """Measures one of `count` equal devices of this machine; CPU devices each get an equal share.
 
   It times a product of 2,048 x 2,048 matrices and a pass over 256 MB, both float32.
@@ -92,7 +92,7 @@ def _seconds(function: Callable, *arguments: jax.Array) -> float:
   return best
 
 
-def _memory(device: jax.Device) -> float:
+def _memory(device: Device) -> float:
   if device.platform == 'cpu':
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   return device.memory_stats()['bytes_limit']
@@ -102,7 +102,7 @@ class Target(NamedTuple):
   """Devices with a readable name; `topology` is None where they are on this machine and can run a step."""
 
   name: str
-  devices: list[jax.Device]
+  devices: list[Device]
   topology: str | None
 
   @property
@@ -165,7 +165,7 @@ def split_topology(name: str) -> tuple[Chip, int]:
   return CHIPS[chip], math.prod(map(int, shape.split('x')))
 
 
-def topology_devices(name: str) -> list[jax.Device]:
+def topology_devices(name: str) -> list[Device]:
   """Devices to compile for, one per chip, on a machine that may lack them. Call it before JAX is used.
 
   Raises:

@@ -16,6 +16,7 @@ from paranet_jax.evaluation import as_metrics
 from paranet_jax.host.errors import UserError, report_no_room
 from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
+from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator, reported_once
 from paranet_jax.report.metrics import MetricsWriter
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
@@ -68,7 +69,7 @@ class RunRecord:
       checkpoints.also_keep = self._retention.kept
       self.saved_step = checkpoints.latest_step()
 
-  def restore(self, devices: list[devices_lib.Device]) -> TrainState:
+  def restore(self, devices: list[Device]) -> TrainState:
     """Restores the latest checkpoint, or makes a fresh state, and replicates it on the devices.
 
     Raises:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import abstract_variables
+from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
@@ -72,7 +73,7 @@ class TrainedTask(NamedTuple):
   variables: dict[str, Any]
 
 
-def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list[devices_lib.Device]) -> TrainedTask:
+def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list[Device]) -> TrainedTask:
   """Builds a task, reading its data set, and restores the variables of a checkpoint.
 
   Args:
