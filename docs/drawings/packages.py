@@ -9,7 +9,7 @@ from svg import Canvas, Palette, write
 ROOT = Path(__file__).parents[2] / 'paranet_jax'
 GROUPS = {
   'commands': ('main', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'command_line'),
-  'training loop': ('train', 'seeds', 'side_by_side', 'agreement'),
+  'training loop': ('train', 'seeds'),
   'task': ('task', 'feed', 'evaluation'),
   'steps': ('steps', 'devices'),
   'config': ('config', 'base_config'),
