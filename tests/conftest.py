@@ -1,5 +1,6 @@
 """How every test runs jax: on eight pretended CPU devices, quick to compile, with strict promotion."""
 
+import json
 import os
 import shutil
 import signal
@@ -35,41 +36,24 @@ def programs():
 
 
 @pytest.fixture(scope='session')
-def finished_run(cache_dir, tmp_path_factory) -> Path:
-  """Workdir of a finished run of 60 steps: PN3-x3d on digits, 300 held-out images, checkpoints at 50 and 60.
+def finished_run(tmp_path_factory) -> Path:
+  """Workdir of a finished run: PN3-x3d on digits, 300 held-out images, checkpoints at steps 47 and 140.
 
-  Read-only: a test that writes into a run copies it first. What a test leaves behind fails the session.
+  Version 0.1.0 trained it as PN3-ddd, which has the same parameters; no test trains it again. Read-only: a test that
+  writes into a run copies it first, and what a test leaves behind fails the session.
   """
-  from running import PROGRAMS, TINY, contents, run_main
+  from running import contents
 
+  source = Path(__file__).resolve().parent / 'fixtures/v0_1_0'
   folder = tmp_path_factory.mktemp('finished') / 'run'
-  flags = (
-    '--config.data.held_out=300',
-    '--config.train.batch_size=55',
-    '--config.train.epochs=3',
-    '--config.checkpoint.every_steps=50',
-    '--config.eval.batch_size=128',  # The last batch is not full.
-  )
-  with pytest.MonkeyPatch.context() as patch:
-    PROGRAMS.install(patch)
-    result = run_main(*TINY, *flags, f'--workdir={folder}')
-  assert (result.code, result.err) == (0, ''), result
+  shutil.copytree(source / 'run', folder, ignore=shutil.ignore_patterns('exits.json'))
+  shutil.copytree(source / 'stopped/checkpoints/47', folder / 'checkpoints/47')
+  for name, changes in (('config.json', {'eval': {'every_epochs': 2.0, 'batch_size': 128}}), ('summary.json', {})):
+    saved = json.loads((folder / name).read_text())  # 128 leaves the last batch of a split partly empty.
+    (folder / name).write_text(json.dumps(saved | changes | {'name': 'PN3-x3d'}))
   before = contents(folder)
   yield folder
   assert contents(folder) == before, 'a test changed the shared run'
-
-
-@pytest.fixture(scope='session')
-def calibrated_run(finished_run, tmp_path_factory) -> Path:
-  """A copy of the finished run, calibrated with `--threshold=0.5`: exits 2 and 3 are usable. Read-only too."""
-  from running import run_command
-
-  from paranet_jax.calibrate.__main__ import main
-
-  folder = shutil.copytree(finished_run, tmp_path_factory.mktemp('calibrated') / 'run')
-  result = run_command(main, f'--workdir={folder}', '--threshold=0.5')
-  assert (result.code, result.err) == (0, ''), result
-  return folder
 
 
 @pytest.fixture

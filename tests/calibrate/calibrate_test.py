@@ -158,7 +158,7 @@ def test_figures_that_cannot_be_written(workdir):
 
 
 def test_a_missing_step(workdir):
-  message = f'no checkpoint of step 3 in {workdir}/checkpoints, found [50, 60]; set --step'
+  message = f'no checkpoint of step 3 in {workdir}/checkpoints, found [47, 140]; set --step'
   assert rejected(f'--workdir={workdir}', '--threshold=0.9', '--step=3') == message
 
 
@@ -168,7 +168,7 @@ def test_logits_that_are_not_finite(workdir, logits, monkeypatch):
   monkeypatch.setattr(calibration, 'split_logits', lambda *_: given)
   (workdir / EXITS).unlink(missing_ok=True)
   assert rejected(f'--workdir={workdir}', '--threshold=0.9', started=True) == (
-    'expected finite logits, found others at exits [3] at step 60; set --step to an earlier checkpoint, '
+    'expected finite logits, found others at exits [3] at step 140; set --step to an earlier checkpoint, '
     'or train a new run'
   )
   assert not (workdir / EXITS).exists()
@@ -198,7 +198,7 @@ def test_a_budget(workdir, alone, logits, policy):
   budget = sum(alone) // 2
   calibrate(f'--workdir={workdir}', f'--budget={budget}', f'--policy={policy}')
   plan = load_plan(workdir, read_plan(workdir).checkpoint, (2, 3))
-  assert (plan.name, plan.dataset, plan.step, plan.exits) == ('PN3-x3d', 'digits', 60, (2, 3))
+  assert (plan.name, plan.dataset, plan.step, plan.exits) == ('PN3-x3d', 'digits', 140, (2, 3))
   assert plan.target == {'budget': budget, 'unit': 'macs'} and plan.policy == policy
   assert plan.macs_alone == tuple(alone) and plan.ms is None and plan.latency is None
   assert plan.splits == {'temperature': HELD_OUT, 'thresholds': HELD_OUT, 'test': TEST}
@@ -332,7 +332,7 @@ def test_what_is_printed(workdir):
   assert lines[-1] == f'exits: {workdir / EXITS}'
   assert again.splitlines()[-1] == f'exits: {workdir / EXITS}, replacing an earlier one'
   assert first.startswith(READING)
-  assert lines[1] == 'PN3-x3d on digits, step 60: one threshold for all exits, 0.5'
+  assert lines[1] == 'PN3-x3d on digits, step 140: one threshold for all exits, 0.5'
   (total,) = (line.split() for line in lines if line.strip().startswith('all') and '100.0' in line)
   assert total[1:4] == [str(TEST), '100.0', f'{100 * plan.test["accuracy"]:.2f}']
   (speed_up,) = (line.split() for line in lines if 'speed-up over exit 3 alone' in line)

@@ -19,9 +19,9 @@ from paranet_jax.runs.dataset_facts import DATASET
 def calibrated(finished_run, tmp_path):
   """A copy in which every sample exits at exit 2, calibrated for the first checkpoint, which is not the latest."""
   copy = shutil.copytree(finished_run, tmp_path / 'run')
-  run = paranet_jax.load(copy, step=50)
+  run = paranet_jax.load(copy, step=47)
   alone = [cost['macs_alone'] for cost in exit_costs(run.model, run.image_shape)][1:]
-  checkpoint = CheckpointId(run.config.name, run.config.data.name, 50, fingerprint(run.variables))
+  checkpoint = CheckpointId(run.config.name, run.config.data.name, 47, fingerprint(run.variables))
   plan = full_network_plan(checkpoint, (2, 3), alone)
   every_sample = {'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0)}
   plan = dataclasses.replace(plan, **every_sample, visited=(2, 3), macs=(alone[0], alone[1]))
@@ -31,7 +31,7 @@ def calibrated(finished_run, tmp_path):
 
 def test_a_run_that_is_not_calibrated(finished_run):
   run = paranet_jax.load(str(finished_run))
-  assert (run.step, run.exits, run.image_shape) == (60, None, (16, 16, 3))
+  assert (run.step, run.exits, run.image_shape) == (140, None, (16, 16, 3))
   assert run.config.name == 'PN3-x3d' and run.dataset.class_names == tuple('0123456789')
   state = saved_state(finished_run)
   jax.tree.map(np.testing.assert_array_equal, run.variables, {'params': state.params, 'batch_stats': state.batch_stats})
@@ -41,7 +41,7 @@ def test_a_run_that_is_not_calibrated(finished_run):
 
 def test_a_calibrated_run_is_its_own_checkpoint(calibrated):
   run = paranet_jax.load(calibrated)
-  assert (run.step, run.exits.visited) == (50, (2, 3))
+  assert (run.step, run.exits.visited) == (47, (2, 3))
   early = paranet_jax.EarlyExit.load(calibrated)
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
   found = early.predict(images)
@@ -59,8 +59,8 @@ def test_the_data_set_is_not_read(calibrated, monkeypatch):
 
 
 def test_exits_of_another_checkpoint(calibrated):
-  with pytest.raises(UserError, match='exits.json belongs to another checkpoint: step 50 there, 60 here; .* --step=50'):
-    paranet_jax.load(calibrated, step=60)
+  with pytest.raises(UserError, match='belongs to another checkpoint: step 47 there, 140 here; .* --step=47'):
+    paranet_jax.load(calibrated, step=140)
 
 
 def test_a_run_without_exits_does_not_predict(finished_run):
@@ -85,14 +85,14 @@ def test_a_checkpoint_of_another_architecture(finished_run, tmp_path):
 
 
 def test_a_calibrated_checkpoint_that_is_gone(calibrated):
-  shutil.rmtree(calibrated / 'checkpoints' / '50')
+  shutil.rmtree(calibrated / 'checkpoints' / '47')
   command = f'python -m paranet_jax.calibrate --workdir={calibrated} --threshold=0.9'
   with pytest.raises(UserError) as error:
     paranet_jax.load(calibrated)
   assert str(error.value) == (
-    f'{calibrated}/exits.json belongs to the checkpoint of step 50, which is gone; {command} writes it again'
+    f'{calibrated}/exits.json belongs to the checkpoint of step 47, which is gone; {command} writes it again'
   )
-  shutil.rmtree(calibrated / 'checkpoints' / '60')
+  shutil.rmtree(calibrated / 'checkpoints' / '140')
   with pytest.raises(UserError, match='expected a checkpoint in .*, found none; train first'):
     paranet_jax.load(calibrated)
 
