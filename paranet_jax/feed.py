@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import numpy as np
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.host.machine import Device
+from paranet_jax.regimes import Phase
+from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.task import Task
 
 StepData = tuple[jax.Array, jax.Array, jax.Array]
@@ -95,3 +99,34 @@ def step_data(task: Task, devices: list[Device]) -> StepData:
   rows = np.arange(task.steps_per_epoch * batch_size, dtype=np.int32).reshape(task.steps_per_epoch, -1)
   whole = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
   return *whole, devices_lib.place_order(rows, devices)
+
+
+def time_steps(
+  train_step: Callable[..., tuple[TrainState, Any]],
+  task: Task,
+  devices: list[Device],
+  phase: Phase,
+  *,
+  seconds: float = 3.0,
+  most: int = 50,
+) -> tuple[float, float, TrainState]:
+  """Trains from step 0 for some seconds, on data that is already on the devices.
+
+  Args:
+    train_step: of this phase, on these devices; may be compiled already.
+    seconds: time spent on steps after the first; at least one is run.
+    most: steps after the first.
+
+  Returns:
+    Seconds until the first step is done, seconds per later step, and the final state.
+  """
+  started = time.perf_counter()
+  whole = devices_lib.replicated(devices)
+  state, totals = jax.device_put((task.init_state(), zero_totals(phase.targets)), whole)
+  data = step_data(task, devices)
+  state, totals = jax.block_until_ready(train_step(state, totals, *data))
+  ready, steps = time.perf_counter(), 0
+  while steps == 0 or (steps < most and time.perf_counter() - ready < seconds):
+    state, totals = jax.block_until_ready(train_step(state, totals, *data))
+    steps += 1
+  return ready - started, (time.perf_counter() - ready) / steps, state

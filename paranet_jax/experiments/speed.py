@@ -12,17 +12,15 @@ from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.config import check_devices
-from paranet_jax.data.batches import epoch_order
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.experiments.planned_runs import PlannedRun, status
+from paranet_jax.feed import images_axis, time_steps
 from paranet_jax.report.progress import human_duration
 from paranet_jax.report.tables import ABSENT, align
-from paranet_jax.steps import TrainState, zero_totals
+from paranet_jax.steps import TrainState
 from paranet_jax.task import Task, build_task
 
-_SECONDS = 3.0  # Time spent on steps after the first, which compiles.
-_MOST_STEPS = 50
 _IMAGES = 500  # Images of each split that are evaluated.
 
 
@@ -83,34 +81,19 @@ def measure(config: ConfigDict) -> Speed:
   devices = devices_lib.pick_devices(config.train.devices)
   check_devices(config, len(devices))
   task = build_task(config)
-  state = jax.device_put(task.init_state(), devices_lib.replicated(devices))
-  compiled, step, state = _time_steps(task, devices, state)
-  first, evaluation = _time_evaluation(task, devices, state)
+  phase = task.phase(0)
+  train_step = devices_lib.run_on(devices, functools.partial(task.train_step, phase=phase), images_axis(task))
+  built = time.monotonic() - started
+  first_step, step, state = time_steps(train_step, task, devices, phase)
+  first_evaluation, evaluation = _time_evaluation(task, devices, state)
   return Speed(
-    start=compiled - started + first,
+    start=built + first_step + first_evaluation,
     step=step,
     evaluation=evaluation,
     steps_per_epoch=task.steps_per_epoch,
     total_steps=task.total_steps,
     evaluation_steps=task.evaluation_steps,
   )
-
-
-def _time_steps(task: Task, devices: list[jax.Device], state: TrainState) -> tuple[float, float, TrainState]:
-  """When the first step finished, seconds per later step, and the state after them."""
-  config, train = task.config, task.dataset.train
-  whole = devices_lib.replicated(devices)
-  images, labels = jax.device_put((train.images, train.labels), whole)
-  order = devices_lib.place_order(epoch_order(config.seed, 0, len(train), config.train.batch_size), devices)
-  phase = task.phase(0)
-  train_step = devices_lib.run_on(devices, functools.partial(task.train_step, phase=phase))
-  totals = jax.device_put(zero_totals(phase.targets), whole)
-  state, totals = jax.block_until_ready(train_step(state, totals, images, labels, order))
-  compiled, steps = time.monotonic(), 0
-  while steps == 0 or (steps < _MOST_STEPS and time.monotonic() - compiled < _SECONDS):
-    state, totals = jax.block_until_ready(train_step(state, totals, images, labels, order))
-    steps += 1
-  return compiled, (time.monotonic() - compiled) / steps, state
 
 
 def _time_evaluation(task: Task, devices: list[jax.Device], state: TrainState) -> tuple[float, float]:

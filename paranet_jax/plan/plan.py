@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from paranet_jax.feed import time_steps
 from paranet_jax.host.errors import UserError
 from paranet_jax.plan.data_size import dataset_like
-from paranet_jax.plan.step import StepFacts, compile_step, step_seconds
+from paranet_jax.plan.step import StepFacts, compile_step
 from paranet_jax.plan.target import Chip, Target
 from paranet_jax.task import Task, build_task
 
@@ -75,7 +76,7 @@ def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
   measured = None
   if target.here:
     progress('running a few steps ...')
-    measured = step_seconds(task, target.devices, compiled)
+    _, measured, _ = time_steps(compiled, task, target.devices, task.phases[-1])
   most = len(task.dataset.train)
   batch, other = second_batch(facts, chip, count, most), None
   if batch <= most:

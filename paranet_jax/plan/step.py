@@ -12,7 +12,7 @@ import jax
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import multiply_adds
-from paranet_jax.feed import images_axis, step_data, step_data_shapes
+from paranet_jax.feed import images_axis, step_data_shapes
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.plan import hlo
 from paranet_jax.plan.hlo import Collectives, collectives, memory_traffic
@@ -107,17 +107,3 @@ def compile_step(task: Task, devices: Sequence[jax.Device]) -> tuple[jax.stages.
     cycles=sum(cycles) or None,
     compile_seconds=seconds,
   )
-
-
-def step_seconds(task: Task, devices: Sequence[jax.Device], compiled: jax.stages.Compiled, steps: int = 5) -> float:
-  """Runs the compiled step on devices of this machine; returns seconds per step, after two steps of warm-up."""
-  devices = list(devices)
-  whole = devices_lib.replicated(devices)
-  state, totals = jax.device_put((task.init_state(), zero_totals(task.phases[-1].targets)), whole)
-  data = step_data(task, devices)
-  started = 0.0
-  for step in range(2 + steps):
-    if step == 2:
-      started = time.perf_counter()
-    state, totals = jax.block_until_ready(compiled(state, totals, *data))
-  return (time.perf_counter() - started) / steps

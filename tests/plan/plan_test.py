@@ -336,7 +336,7 @@ def small_devices(monkeypatch, any_chip):
       return None, dataclasses.replace(FACTS, batch_size=batch_size, temporary=125_000 * batch_size)
 
     monkeypatch.setattr(build_lib, 'compile_step', compile_step)
-    monkeypatch.setattr(build_lib, 'step_seconds', lambda *_: 0.5)
+    monkeypatch.setattr(build_lib, 'time_steps', lambda *_: (1.0, 0.5, None))
     return asked
 
   return limit
