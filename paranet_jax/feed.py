@@ -12,8 +12,8 @@ import numpy as np
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.host.machine import Device
-from paranet_jax.regimes import Phase
 from paranet_jax.steps import TrainState, zero_totals
+from paranet_jax.targets import Phase
 from paranet_jax.task import Task
 
 StepData = tuple[jax.Array, jax.Array, jax.Array]
