@@ -15,13 +15,13 @@ from paranet_jax.ensemble.__main__ import main
 from paranet_jax.ensemble.evaluate import load_ensemble
 from paranet_jax.task import build_task
 
-FIXTURE = Path(__file__).resolve().parents[1] / 'fixtures/v0_1_0/run'
+STOPPED = Path(__file__).resolve().parents[1] / 'fixtures/v0_1_0/stopped'
 
 
 @pytest.fixture(scope='module')
 def workdirs(finished_run):
-  """Two runs with different networks and parameters."""
-  return [finished_run, FIXTURE]
+  """Two runs with different parameters: of steps 140 and 47."""
+  return [finished_run, STOPPED]
 
 
 def test_averaged_probabilities_on_the_test_images(workdirs, capsys):
