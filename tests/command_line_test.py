@@ -1,10 +1,12 @@
 """Tests of how a command line is read, and of what is said where it cannot be."""
 
+from pathlib import Path
+
 import pytest
-from running import QUICKSTART, contents, refusal
+from running import CONFIGS, QUICKSTART, contents, refusal
 
 from paranet_jax.base_config import base_config
-from paranet_jax.command_line import parse
+from paranet_jax.command_line import load_config, override, parse
 from paranet_jax.host.errors import UserError
 
 FILES = {
@@ -200,3 +202,37 @@ def test_a_configuration_that_exits_is_named(tmp_path):
   path.write_text('import sys\nsys.exit(3)\n')
   with pytest.raises(UserError, match=f'^line 2 of {path} raises SystemExit: 3; fix it or set --config$'):
     parse(['main', f'--config={path}'])
+
+
+@pytest.mark.parametrize(
+  ('flag', 'name'),
+  [
+    ('paranet_jax:quickstart', 'PN3-ddd'),
+    ('paranet_jax:paranet:PN4-444d', 'PN4-444d'),
+    ('paranet_jax:resnet_110', 'ResNet-110'),
+    # Files of 0.1.0.
+    (f'{CONFIGS}/pn3_x3d.py', 'PN3-x3d'),
+    (f'{CONFIGS}/pn3cut_33d.py', 'PN3cut-33d'),
+  ],
+)
+def test_names_of_shipped_configurations(flag, name):
+  assert load_config(flag).name == name
+
+
+@pytest.mark.parametrize('name', ['paranet_jax:quikstart', 'paranet_jax:'])
+def test_a_shipped_configuration_that_does_not_exist(name):
+  with pytest.raises(UserError, match=r'^expected a configuration file at .*configs/(quikstart)?\.py, found none; '):
+    load_config(name)
+
+
+def test_a_file_of_ones_own_is_not_taken_for_an_old_name():
+  Path('pn2_dd.py').write_text(FILES['good.py'].replace('get_config', 'get_config, base_config as other'))
+  assert load_config('pn2_dd.py').name == 'PN3-ddd'
+
+
+def test_an_old_field_name_sets_the_present_one():
+  for old in (('--config.train.body_epochs=3',), ('--config.train.body_epochs', '3')):
+    _, config = parse(['main', QUICKSTART, *old])
+    assert config.train.backbone_epochs == 3.0
+  override(config, ['--config.train.body_epochs=4'])
+  assert config.train.backbone_epochs == 4.0

@@ -45,6 +45,16 @@ def test_a_field_that_was_not_known_yet_takes_its_default(tmp_path):
   assert restored.model.blocks is None and restored.log.every_steps == 20 and restored.seed == -5
 
 
+def test_a_field_saved_by_its_old_name_is_the_present_one(tmp_path):
+  saved = json.loads(CHANGED.to_json())
+  del saved['train']['backbone_epochs']
+  (tmp_path / 'config.json').write_text(json.dumps(saved | {'train': saved['train'] | {'body_epochs': 2.0}}))
+  same = CHANGED.copy_and_resolve_references()
+  same.train.backbone_epochs = 2.0
+  assert restore_config(tmp_path).to_dict() == same.to_dict()
+  prepare_workdir(tmp_path, same, accept_changes=False)
+
+
 def test_preparing_makes_the_folder_and_nothing_in_it(tmp_path):
   workdir = tmp_path / 'runs' / 'new'
   prepare_workdir(workdir, CHANGED, accept_changes=False)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from paranet_jax.models.layers.backend import PLAIN, backend
-from paranet_jax.models.layers.dense import as_features, classifier_init, conv_init, global_average, norm_affine
+from paranet_jax.models.layers.dense import as_features, global_average, norm_affine
 from paranet_jax.models.layers.dense_block import affine_relu
+from paranet_jax.models.layers.initial import kernel_init
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
@@ -54,7 +55,7 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    return convolve(x, self.param('kernel', conv_init, shape), self.stride)
+    return convolve(x, self.param('kernel', kernel_init, shape), self.stride)
 
 
 class ConvNormRelu(nn.Module):
@@ -79,4 +80,4 @@ class Classifier(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x = global_average(x)
-    return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(x)
+    return nn.Dense(self.num_classes, kernel_init=kernel_init, name='classifier')(x)

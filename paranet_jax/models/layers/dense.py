@@ -26,10 +26,7 @@ from paranet_jax.models.layers.dense_block import (
   normalize,
 )
 from paranet_jax.models.layers.dropout import dropout
-
-# He et al. (2015) by fan-out and a uniform classifier: what the DenseNet authors' code does.
-conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-classifier_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+from paranet_jax.models.layers.initial import kernel_init
 
 MOMENTUM = 0.9  # PyTorch's 0.1, with which DenseNet was trained.
 
@@ -143,7 +140,7 @@ class Kernel(nn.Module):
 
   @nn.compact
   def __call__(self) -> Array:
-    return parameter(self, 'kernel', conv_init, self.shape)
+    return parameter(self, 'kernel', kernel_init, self.shape)
 
 
 class DenseLayer(nn.Module):
@@ -264,4 +261,4 @@ class Exit(nn.Module):
   def __call__(self, x: Features, train: bool) -> Array:
     values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
     values = global_average(values)
-    return nn.Dense(self.num_classes, kernel_init=classifier_init, name='classifier')(values)
+    return nn.Dense(self.num_classes, kernel_init=kernel_init, name='classifier')(values)

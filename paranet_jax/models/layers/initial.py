@@ -1,10 +1,16 @@
-"""Initial variables drawn on the host, leaf by leaf from the abstract shapes: nothing is compiled."""
+"""Initial variables, as the DenseNet authors' code draws them.
+
+Convolutions are normal with variance 2 / fan-out (He et al. 2015), linear layers uniform within 1 / sqrt(fan-in).
+Training draws them on the host, leaf by leaf from the abstract shapes, so that nothing is compiled; `model.init` draws
+from the same distributions by `kernel_init`.
+"""
 
 import math
 import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 ONES = ('scale', 'var')
@@ -12,10 +18,7 @@ ZEROS = ('bias', 'mean')
 
 
 def initial_variables(shapes: Any, seed: int) -> Any:
-  """Draws the variables of a DenseNet as its authors' code does.
-
-  Convolutions are normal with variance 2 / fan-out (He et al. 2015), linear layers uniform within 1 / sqrt(fan-in).
-  A value depends on the seed and on its own path and shape, not on what else the model has.
+  """Draws variables. A value depends on the seed and on its own path and shape, not on the rest of the model.
 
   Args:
     shapes: tree of shapes and dtypes, its leaves named `kernel`, `scale`, `bias`, `mean` or `var`.
@@ -30,6 +33,21 @@ def initial_variables(shapes: Any, seed: int) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(path, leaf, seed), shapes)
 
 
+def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+  """A flax initializer of the kernel of a convolution or a linear layer."""
+  if len(shape) == 2:
+    return jax.random.uniform(key, shape, dtype, -_scale(shape), _scale(shape))
+  return _scale(shape) * jax.random.normal(key, shape, dtype)
+
+
+def _scale(shape: tuple[int, ...]) -> float:
+  """Bound of a linear layer's kernel, standard deviation of a convolution's."""
+  if len(shape) == 2:
+    return 1 / math.sqrt(shape[0])
+  height, width, _, features = shape
+  return math.sqrt(2 / (height * width * features))
+
+
 def _draw(path: tuple, leaf: jax.ShapeDtypeStruct, seed: int) -> np.ndarray:
   name = path[-1].key
   if name in ONES:
@@ -39,9 +57,8 @@ def _draw(path: tuple, leaf: jax.ShapeDtypeStruct, seed: int) -> np.ndarray:
   if name != 'kernel':
     raise ValueError(f'no initial value is known for {jax.tree_util.keystr(path)}')
   random = np.random.Generator(np.random.Philox([seed % 2**32, zlib.crc32(jax.tree_util.keystr(path).encode())]))
-  if len(leaf.shape) == 2:
-    bound = 1 / math.sqrt(leaf.shape[0])
-    return random.uniform(-bound, bound, leaf.shape).astype(leaf.dtype)
-  height, width, _, features = leaf.shape
-  deviation = math.sqrt(2 / (height * width * features))
-  return (deviation * random.standard_normal(leaf.shape)).astype(leaf.dtype)
+  scale = _scale(leaf.shape)
+  values = (
+    random.uniform(-scale, scale, leaf.shape) if len(leaf.shape) == 2 else scale * random.standard_normal(leaf.shape)
+  )
+  return values.astype(leaf.dtype)
