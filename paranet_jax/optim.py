@@ -36,15 +36,13 @@ def make_schedule(
   updates = max(round(epochs * updates_per_epoch), 1)
   warmup = 0 if kind == 'one_cycle' else round(warmup_epochs * updates_per_epoch)
   drops = Counter(round(drop * updates_per_epoch) for drop in drop_epochs)
-  if kind == 'step':
-    factor = optax.piecewise_constant_schedule(1.0, {drop: drop_factor**times for drop, times in drops.items()})
-  elif kind == 'constant':
-    factor = optax.constant_schedule(1.0)
-  elif kind == 'cosine':
-    factor = _stretched(optax.cosine_decay_schedule(1.0, 1), 1, updates)
-  else:
-    # Length 10, because optax rounds the peak, at 30 %, down to a whole number.
-    factor = _stretched(optax.cosine_onecycle_schedule(10, 1.0), 10, updates)
+  cosine = optax.cosine_decay_schedule(1.0, 1)
+  factor = {
+    'step': optax.piecewise_constant_schedule(1.0, {drop: drop_factor**times for drop, times in drops.items()}),
+    'cosine': lambda count: cosine(count / updates),
+    'one_cycle': lambda count: _one_cycle(count / updates),
+    'constant': optax.constant_schedule(1.0),
+  }[kind]
 
   def schedule(count):
     count = jnp.asarray(count, jnp.float32)
@@ -53,8 +51,13 @@ def make_schedule(
   return schedule
 
 
-def _stretched(schedule: Schedule, length: int, updates: int) -> Schedule:
-  return lambda count: schedule(count / updates * length)
+def _one_cycle(part: jax.Array) -> jax.Array:
+  """As `optax.cosine_onecycle_schedule`, which rounds the peak to a whole update and takes one count at a time."""
+
+  def cosine(start, end, part):
+    return end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(part, 0.0, 1.0))) / 2
+
+  return jnp.where(part < 0.3, cosine(1 / 25, 1.0, part / 0.3), cosine(1.0, 1 / 250_000, (part - 0.3) / 0.7))
 
 
 def make_optimizer(

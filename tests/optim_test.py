@@ -30,7 +30,7 @@ SHORT = {'epochs': 10, 'updates_per_epoch': 10}
     ('one_cycle', {'epochs': 1, 'updates_per_epoch': 1}, {0: 0.004, 1: 0.0}),
   ],
 )
-def test_schedules(kind, options, expected, standard_promotion):
+def test_schedules(kind, options, expected):
   schedule = make_schedule(kind, 0.1, **options)
   counts, rates = list(expected), list(expected.values())
   np.testing.assert_allclose([schedule(count) for count in counts], rates, rtol=1e-5, atol=1e-6)
