@@ -235,7 +235,7 @@ MEMBER = """
 import sys, time
 from paranet_jax.host.watch import Watch
 index, port = map(int, sys.argv[1:])
-watch = Watch(index, 3, heartbeat_timeout=1)
+watch = Watch(index, 3, heartbeat_timeout=3)
 if index == 0:
   print(watch.listen(), flush=True)
 else:
