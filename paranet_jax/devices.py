@@ -74,7 +74,7 @@ def place_order(order: jax.Array | np.ndarray, devices: list[Device]) -> jax.Arr
 
 def run_on(
   devices: list[Device], make_step: Callable[[str | None], Callable], images_axis: int | None = None
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
   """The training step for these devices: jitted for one, pmapped for several, with state and totals donated.
 
   In a multi-process run, each process passes and gets the arrays on its own devices.

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
@@ -16,6 +15,7 @@ from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.experiments.planned_runs import PlannedRun, status
 from paranet_jax.feed import images_axis, time_steps
+from paranet_jax.host.machine import Device
 from paranet_jax.report.progress import human_duration
 from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.steps import TrainState
@@ -96,7 +96,7 @@ def measure(config: ConfigDict) -> Speed:
   )
 
 
-def _time_evaluation(task: Task, devices: list[jax.Device], state: TrainState) -> tuple[float, float]:
+def _time_evaluation(task: Task, devices: list[Device], state: TrainState) -> tuple[float, float]:
   """Seconds of a first evaluation on part of the splits, and of a later one on all of them."""
   part = dataclasses.replace(task, dataset=_part(task.dataset))
   started = time.monotonic()

@@ -13,6 +13,7 @@ import jax
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import multiply_adds
 from paranet_jax.feed import images_axis, step_data_shapes
+from paranet_jax.host.machine import Device
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.plan import hlo
 from paranet_jax.plan.hlo import Collectives, collectives, memory_traffic
@@ -55,7 +56,7 @@ class StepFacts:
     return self.arguments + self.temporary + self.code
 
 
-def step_arguments(task: Task, devices: Sequence[jax.Device]) -> tuple[Any, ...]:
+def step_arguments(task: Task, devices: Sequence[Device]) -> tuple[Any, ...]:
   """Shapes of a step's arguments: state, totals, images, labels and order."""
   shapes = (
     jax.eval_shape(task.init_state),
@@ -77,7 +78,7 @@ def _read_ahead(task: Task, count: int) -> int:
   return READ_AHEAD * task.config.train.batch_size // count * (math.prod(task.dataset.train.images.shape[1:]) + 4)
 
 
-def compile_step(task: Task, devices: Sequence[jax.Device]) -> tuple[jax.stages.Compiled, StepFacts]:
+def compile_step(task: Task, devices: Sequence[Device]) -> tuple[jax.stages.Compiled, StepFacts]:
   """Compiles the step of a run's last phase, in which all its exits train.
 
   Raises:
