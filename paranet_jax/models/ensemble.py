@@ -35,8 +35,8 @@ class Ensemble(MultiExit):
     classes = sorted({member.num_classes for member in self.members})
     if len(classes) != 1:
       raise ValueError(f'the members of an ensemble must have the same classes, not {classes} of them')
-    # A module given twice would be one network; copies have weights of their own.
-    self.networks = [member.clone(parent=None, name=None) for member in self.members]
+    # A module given twice would be one network; copies, of a member's own modules too, have weights of their own.
+    self.networks = [member.clone(parent=None, name=None, _deep_clone=True) for member in self.members]
 
   @property
   def num_exits(self) -> int:

@@ -1,6 +1,7 @@
 """A family from outside the package, offered by an entry point, goes through every command."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -84,7 +85,8 @@ def test_every_command(here):
   run(export, '--workdir=run', '--out=bundle')
   assert json.loads((here / 'bundle/bundle.json').read_text())['all_stages'] == ['stage_1', 'stage_2']
   assert 'mine' in run(plan, '--config=own.py', '--devices=1')
-  assert 'mine, seed 0' in run(ensemble, 'run')
+  shutil.copytree('run', 'other')
+  assert run(ensemble, 'run', 'other').count('mine, seed 0') == 2
 
 
 def test_what_is_refused(here):
