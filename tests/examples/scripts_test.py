@@ -6,6 +6,8 @@ import runpy
 import matplotlib.pyplot as plt
 import pytest
 
+from paranet_jax.models import registry
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 
 
@@ -13,6 +15,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 def run(monkeypatch, tmp_path):
   """Runs an example in a folder of its own; returns its variables."""
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(registry, '_FAMILIES', dict(registry._FAMILIES))
   yield lambda name: runpy.run_path(str(EXAMPLES / name))
   plt.close('all')
 
@@ -25,3 +28,11 @@ def test_train_calibrate_plot(run, tmp_path):
   assert found['costs'][0] == first and max(found['costs']) <= last
   assert found['plan'].test['accuracy'] > 0.5
   assert (tmp_path / 'runs/example/accuracy_against_cost.png').stat().st_size > 0
+
+
+def test_own_backbone(run, capsys):
+  found = run('own_backbone.py')
+  assert found['summary']['name'] == 'OwnBackbone' and len(found['summary']['exits']) == 3
+  assert found['accuracy'] > 0.5
+  assert found['macs'].mean() < found['last']['macs']
+  assert 'early exit: ' in capsys.readouterr().out
