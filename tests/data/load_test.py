@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from paranet_jax.data.known import known_dataset
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 
@@ -16,13 +15,6 @@ def load(image_side=8, channels=1, num_classes=None, **changes):
   config = {'name': 'digits', 'data_dir': '', 'held_out': 0, 'crop_padding': None, 'flip': None}
   config |= {'streaming': None, 'workers': 0, **changes}
   return load_dataset(ConfigDict(config), image_side=image_side, channels=channels, num_classes=num_classes)
-
-
-@pytest.mark.parametrize(
-  'name, expected', [('cifar100', 100), ('cifar10', 10), ('digits', 10), ('imagenet2012', 1000), ('folder', None)]
-)
-def test_known_num_classes(name, expected):
-  assert known_dataset(name).num_classes == expected
 
 
 def test_digits():

@@ -1,0 +1,50 @@
+"""A data set of another package: images in memory whose class is their brightness, found by an entry point."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from paranet_jax.data.dataset import Source
+from paranet_jax.data.known import GROUP, KnownDataset
+
+COUNTS = {'train': 60, 'test': 20}
+CLASSES = ('dark', 'gray', 'bright')
+
+
+@dataclass(frozen=True)
+class _Records:
+  count: int
+  shape: tuple[int, int, int]
+
+  def __len__(self):
+    return self.count
+
+  def read(self, numbers):
+    labels = np.array(numbers, np.int32) % len(CLASSES)
+    values = (100 * labels + numbers).astype(np.uint8)
+    return [np.full(self.shape, value) for value in values], labels
+
+
+def open_shapes(data_config, image_side, channels):
+  shape = (image_side, image_side, channels)
+  return Source('shapes', '2.0', CLASSES, lambda split: _Records(COUNTS[split], shape))
+
+
+SHAPES = KnownDataset(
+  open_shapes,
+  num_classes=len(CLASSES),
+  counts=tuple(COUNTS.values()),
+  mirrored=False,
+  padding_share=4,
+  in_data_dir=True,
+  license='public domain',
+)
+
+
+def install(folder, monkeypatch):
+  """Makes `shapes` look like the data set of an installed package."""
+  info = folder / 'shapes-2.0.dist-info'
+  info.mkdir()
+  (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: shapes\nVersion: 2.0\n')
+  (info / 'entry_points.txt').write_text(f'[{GROUP}]\nshapes = shapes:SHAPES\n')
+  monkeypatch.syspath_prepend(folder)
