@@ -83,6 +83,7 @@ def make_optimizer(
     clip_norm: largest global norm of the gradient; 0: no clipping.
     accumulate_steps: steps whose gradients are averaged into one update.
   """
+  parts: list[optax.GradientTransformation]
   if kind == 'sgd':
     parts = [optax.add_decayed_weights(weight_decay, decay_mask), optax.sgd(schedule, momentum, nesterov)]
   else:

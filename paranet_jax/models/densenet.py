@@ -119,8 +119,10 @@ class DenseNet(Chain):
 
 def from_fields(name: str, fields: dict[str, Any]) -> DenseNet:
   """The network of a run's configuration fields."""
-  bn_size = fields['bn_size'] if fields.pop('bottleneck') else None
-  return DenseNet(**(fields | {'exits': parse_exits(fields['exits']), 'bn_size': bn_size}))
+  fields['exits'] = parse_exits(fields['exits'])
+  if not fields.pop('bottleneck'):
+    fields['bn_size'] = None
+  return DenseNet(**fields)
 
 
 class PlainDenseBlock(nn.Module):

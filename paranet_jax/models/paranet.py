@@ -156,11 +156,12 @@ def from_fields(name: str, fields: dict[str, Any]) -> ParaNet:
     ValueError: the shapes do not fit.
   """
   parsed = parse_name(name)
-  cascade = parsed.cascade
-  if fields['cascade'] is not None:
+  if fields['cascade'] is None:
+    fields['cascade'] = parsed.cascade
+  else:
     edges = (map(int, edge.split('.')) for edge in fields['cascade'].split(',') if edge)
-    cascade = tuple(sorted((pipeline, block) for pipeline, block in edges))
-  model = ParaNet(parsed.num_pipelines, **(fields | {'cascade': cascade}))
+    fields['cascade'] = tuple(sorted((pipeline, block) for pipeline, block in edges))
+  model = ParaNet(parsed.num_pipelines, **fields)
   geometry = model.geometry
   if len(geometry.blocks) != parsed.num_pipelines:
     raise UserError(

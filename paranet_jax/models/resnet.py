@@ -148,7 +148,8 @@ class ResNet(Chain):
 
 def from_fields(name: str, fields: dict[str, Any]) -> ResNet:
   """The network of a run's configuration fields."""
-  return ResNet(**(fields | {'exits': parse_exits(fields['exits'])}))
+  fields['exits'] = parse_exits(fields['exits'])
+  return ResNet(**fields)
 
 
 def _subsample(x, stride, channels):
