@@ -70,24 +70,12 @@ def _bundle(provider: str, folder: Path) -> Answer:
 
 
 def _jax(folder: Path) -> Answer:
-  import dataclasses
-
   from paranet_jax.early.runtime import EarlyExit
 
   network: Network = pickle.loads((folder / SUBJECT).read_bytes())
-  plan = pickle.loads(network.plan)
-
-  def plan_at(point):
-    thresholds = [at if k < point.last else 0.0 for k, at in enumerate(point.thresholds)]
-    visited = tuple(number for k, number in enumerate(plan.exits) if k <= point.last)
-    return dataclasses.replace(
-      plan, confidence_thresholds=tuple(thresholds), visited=visited, macs=network.all_macs, score='max_prob'
-    )
-
-  last = plan_at(Point((None,) * len(plan.exits), len(plan.exits) - 1))
-  model = pickle.loads(network.model)
-  early = EarlyExit(model, network.variables, last, network.image_shape, network.mean, network.std)
-  return partial(_answer, lambda point: early.with_plan(plan_at(point)))
+  model, plan = pickle.loads(network.model), pickle.loads(network.plan)
+  early = EarlyExit(model, network.variables, plan, network.image_shape, network.mean, network.std)
+  return partial(_answer, lambda point: _at(early, point))
 
 
 def _torch(folder: Path) -> Answer:

@@ -1,4 +1,4 @@
-"""The logits of every usable exit on a whole split, as evaluation computes them."""
+"""The logits of every usable exit on a whole split."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from paranet_jax.data.augment import normalize
 from paranet_jax.data.batches import eval_batches
@@ -14,31 +15,27 @@ from paranet_jax.steps import Preprocessing
 
 
 class Outputs(NamedTuple):
-  """What the usable exits say of a split: logits float32 [K, N, C], and labels int [N]."""
+  """The logits of the usable exits on a split, and its labels."""
 
-  logits: np.ndarray
-  labels: np.ndarray
+  logits: Float[np.ndarray, 'K N C']
+  labels: Int[np.ndarray, ' N']
 
-  def take(self, chosen: np.ndarray) -> 'Outputs':
-    """The outputs of these samples."""
+  def take(self, chosen: Int[np.ndarray, ' n']) -> 'Outputs':
+    """The outputs of some samples."""
     return Outputs(self.logits[:, chosen], self.labels[chosen])
 
 
 def split_logits(
   model: Any, variables: Any, exits: Sequence[int], preprocessing: Preprocessing, split: Split, batch_size: int
-) -> np.ndarray:
-  """Logits of the exits on every image, in order.
+) -> Float[np.ndarray, 'K N C']:
+  """Logits of the exits on every image of a split, in order.
 
   Args:
     model: with the multi-exit interface.
     variables: its parameters and statistics.
-    exits: 1-based numbers, K of them.
-    preprocessing: as in evaluation; nothing is augmented.
-    split: N images.
-    batch_size: images at once; changes speed and memory, not the result.
-
-  Returns:
-    float32 [K, N, C].
+    exits: 1-based numbers.
+    preprocessing: that of evaluation; nothing is augmented.
+    batch_size: images at once; affects speed and memory, not the result.
   """
   exits = tuple(exits)
 

@@ -1,4 +1,4 @@
-"""What leaving at each exit costs, along the exits that are really run: skipping a stage may be cheaper."""
+"""The cost of each exit along the exits that are run: skipping a stage may be cheaper."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from paranet_jax.costs import abstract_variables, multiply_adds
 from paranet_jax.early.thresholds import alone
@@ -14,12 +15,12 @@ StepCost = Callable[[tuple[int, ...], int], float]
 
 
 class PathCosts:
-  """The cost of leaving at each visited exit, whatever the unit.
+  """The cost of exiting at each visited exit, in any unit.
 
   Args:
     num_exits: K usable exits.
-    step_cost: from the exits visited before and the next one (indices 0..K-1) to what the next one adds. Asked once
-      for each.
+    step_cost: from the exits visited before and the next one (indices 0..K-1) to the cost that the next one adds.
+      Called once for each path.
   """
 
   def __init__(self, num_exits: int, step_cost: StepCost):
@@ -27,16 +28,16 @@ class PathCosts:
     self._step_cost = step_cost
     self._steps: dict[tuple[int, ...], float] = {}
 
-  def cumulative(self, visited: tuple[int, ...]) -> np.ndarray:
-    """The cost of leaving at each visited exit when exactly these are run in turn: float64 [len(visited)].
+  def cumulative(self, visited: tuple[int, ...]) -> Float[np.ndarray, ' visited']:
+    """The cost of exiting at each visited exit when exactly these are run in turn.
 
     Args:
       visited: increasing indices, 0..K-1.
     """
     return np.cumsum([self._step(tuple(visited[: position + 1])) for position in range(len(visited))], dtype=np.float64)
 
-  def alone(self) -> np.ndarray:
-    """The cost of each exit by itself: float64 [K]."""
+  def alone(self) -> Float[np.ndarray, ' K']:
+    """The cost of each exit alone."""
     return alone(self)
 
   def _step(self, path: tuple[int, ...]) -> float:
@@ -65,14 +66,14 @@ class Stages:
     return lambda variables, images, carry: self.model.apply(variables, images, carry, number, method='stage')
 
   def carry(self, path: tuple[int, ...]) -> Any:
-    """Shapes of what the stages of a path leave for later ones."""
+    """The shapes of the features that a path leaves for later stages."""
     if path not in self._carries:
       before = self.carry(path[:-1])
       _, self._carries[path] = jax.eval_shape(self.function(path[-1]), self.variables, self.images, before)
     return self._carries[path]
 
   def by_carry(self, cost: Callable[[int, Any], float]) -> StepCost:
-    """A step cost from the cost of (index, carry): paths that leave the same behind are asked about once."""
+    """A step cost from the cost of (index, carry), called once for all paths that leave the same shapes behind."""
     known: dict[Any, float] = {}
 
     def step_cost(before: tuple[int, ...], index: int) -> float:
@@ -87,7 +88,7 @@ class Stages:
 
 
 def mac_costs(model: Any, image_shape: tuple[int, int, int], exits: Sequence[int]) -> PathCosts:
-  """Multiply-adds an image along any path, counted on abstract shapes as `paranet_jax.costs` does.
+  """Multiply-adds per image along any path, counted on abstract shapes like `paranet_jax.costs`.
 
   Args:
     model: with the multi-exit interface.

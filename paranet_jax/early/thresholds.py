@@ -1,43 +1,45 @@
-"""Thresholds on the confidence scale: who leaves where, and what that costs and gets right."""
+"""Thresholds on the confidence scale: where samples exit, at what cost and accuracy."""
 
-from typing import NamedTuple, Protocol
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+  from jaxtyping import Bool, Float, Int
 
 
 class Costs(Protocol):
-  """What leaving costs, in multiply-adds or milliseconds."""
+  """What exiting costs, in multiply-adds or milliseconds."""
 
   num_exits: int
 
-  def cumulative(self, visited: tuple[int, ...]) -> np.ndarray:
-    """float64 [len(visited)]: the cost of leaving at each visited exit when exactly these are run in turn."""
+  def cumulative(self, visited: tuple[int, ...]) -> Float[np.ndarray, ' visited']:
+    """The cost of exiting at each visited exit when exactly these are run in turn."""
     ...
 
 
-def alone(costs: Costs) -> np.ndarray:
-  """What each exit by itself costs: float64 [K]."""
+def alone(costs: Costs) -> Float[np.ndarray, ' K']:
+  """The cost of each exit alone."""
   return np.array([costs.cumulative((k,))[0] for k in range(costs.num_exits)])
 
 
 class OperatingPoint(NamedTuple):
-  """Thresholds, and what they give on the samples they were evaluated on."""
+  """Thresholds, and their results on the samples they were evaluated on."""
 
-  thresholds: np.ndarray  # float64 [K], confidence scale; the last is -inf
-  cost: float  # mean cost of a sample
+  thresholds: Float[np.ndarray, ' K']  # confidence scale; the last is -inf
+  cost: float  # mean per sample
   accuracy: float
-  shares: np.ndarray  # float64 [K], of the samples, that leave at each exit
+  shares: Float[np.ndarray, ' K']  # of the samples that exit at each exit
 
 
-def exits_taken(confidences: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-  """The first exit whose threshold a sample reaches, else the last.
+def exits_taken(confidences: Float[np.ndarray, 'K N'], thresholds: ArrayLike) -> Int[np.ndarray, ' N']:
+  """The first exit, 0-based, whose threshold a sample reaches, else the last.
 
   Args:
-    confidences: [K, N].
-    thresholds: [K]; +inf: nobody leaves there.
-
-  Returns:
-    int [N], 0-based.
+    thresholds: [K]; +inf: no sample exits there.
   """
   thresholds = np.asarray(thresholds, np.float64)
   leaves = (confidences >= thresholds[:, None]) & (thresholds[:, None] < np.inf)
@@ -45,32 +47,24 @@ def exits_taken(confidences: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
   return np.argmax(leaves, axis=0)
 
 
-def visited(thresholds: np.ndarray, keep_all: bool = False) -> tuple[int, ...]:
-  """The exits that are run: those at which somebody may leave, and the last.
+def visited(thresholds: Float[np.ndarray, ' K'], keep_all: bool = False) -> tuple[int, ...]:
+  """The exits that are run, 0-based: those where a sample may exit, and the last.
 
   Args:
-    thresholds: [K].
     keep_all: all exits are run, as patience needs the prediction of each.
-
-  Returns:
-    0-based, in rising order.
   """
   last = len(thresholds) - 1
   return tuple(k for k in range(last + 1) if keep_all or k == last or thresholds[k] < np.inf)
 
 
 def operating_point(
-  thresholds: np.ndarray, confidences: np.ndarray, correct: np.ndarray, costs: Costs, keep_all: bool = False
+  thresholds: ArrayLike,
+  confidences: Float[np.ndarray, 'K N'],
+  correct: Bool[np.ndarray, 'K N'],
+  costs: Costs,
+  keep_all: bool = False,
 ) -> OperatingPoint:
-  """What thresholds give on a set of samples.
-
-  Args:
-    thresholds: [K].
-    confidences: [K, N], N >= 1.
-    correct: bool [K, N].
-    costs: of the K exits.
-    keep_all: see `visited`.
-  """
+  """The results of thresholds [K] on N >= 1 samples; keep_all: see `visited`."""
   thresholds = np.asarray(thresholds, np.float64)
   path = list(visited(thresholds, keep_all))
   exit_costs = np.zeros(len(thresholds))
@@ -81,12 +75,12 @@ def operating_point(
   return OperatingPoint(thresholds, float(shares @ exit_costs), float(accuracy), shares)
 
 
-def threshold_between(ranked: np.ndarray, leaving: int) -> float:
-  """The threshold at which the first `leaving` samples leave: halfway to the next, so that ties do not decide.
+def threshold_between(ranked: Float[np.ndarray, ' N'], leaving: int) -> float:
+  """The threshold at which the first `leaving` samples exit: halfway to the next, so that rounding does not decide.
 
   Args:
-    ranked: [N] confidences, highest first; ranked[leaving - 1] > ranked[leaving].
-    leaving: 0..N; 0 gives +inf (nobody leaves), N gives 0.0 (everybody does, as confidences are never negative).
+    ranked: confidences, highest first; ranked[leaving - 1] > ranked[leaving].
+    leaving: 0..N; 0 gives +inf, N gives 0.0, which every confidence reaches.
   """
   if leaving == 0:
     return np.inf
@@ -94,4 +88,4 @@ def threshold_between(ranked: np.ndarray, leaving: int) -> float:
     return 0.0
   leaves, stays = ranked[leaving - 1], ranked[leaving]
   middle = stays + (leaves - stays) / 2
-  return float(middle if middle > stays else leaves)  # neighbouring floats have nothing between them
+  return float(middle if middle > stays else leaves)  # Adjacent floats have nothing between them.

@@ -165,11 +165,12 @@ class Adaptive:
       packing: how `predict` batches images; None: for stages that take any batch size.
     """
     self._set_plan(plan)
-    self.class_names, self.image_shape = tuple(class_names), tuple(image_shape)
+    height, width, channels = image_shape
+    self.class_names, self.image_shape = tuple(class_names), (height, width, channels)
     self._stages, self._all_stages = stages, all_stages
-    self._count_macs = all_macs
+    self._count_macs = all_macs if callable(all_macs) else lambda: all_macs
     if not callable(all_macs):
-      self._all_macs = dict(zip(self.exits, all_macs, strict=True))
+      _ = self._all_macs  # Checks their number.
     self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     self._packing = packing or Packing()
     self._lock = threading.Lock()
@@ -570,7 +571,7 @@ def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str
       )
 
 
-Session = Callable[[Sequence[str], Mapping[str, np.ndarray]], 'list[np.ndarray]']
+Session = Callable[[Sequence[str], Mapping[str, np.ndarray]], Sequence[Any]]
 """From the names of outputs, and inputs by name, to those outputs."""
 
 
@@ -620,7 +621,7 @@ def _onnxruntime(threads: int, path: Path) -> Session:
 
 
 def _openvino(threads: int, path: Path) -> Session:
-  import openvino
+  import openvino  # pyright: ignore[reportMissingImports]  An optional alternative, which the tests do without.
 
   # In float32 like ONNX Runtime: on some processors OpenVINO's default is bfloat16, which changes answers.
   config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}

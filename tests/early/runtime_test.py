@@ -1,4 +1,4 @@
-"""The adaptive runtime gives what the full pass gives, whoever leaves where, and never recompiles."""
+"""EarlyExit answers like the full pass, wherever samples exit, and never recompiles; `run_test` covers the walker."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ EXITS = (1, 2, 3)
 TEMPERATURES = (1.5, 0.7, 2.0)
 SPLIT = Sizes((1, 4), split=True, wave=6, on_host=True)
 WHOLE = Sizes((3, 6), split=False, wave=6, on_host=False)
-# Of one colour each, so that they differ after the pooling.
+# Of one color each, so that they differ after pooling.
 IMAGES = np.random.default_rng(3).integers(0, 256, (13, 1, 1, 3), np.uint8).repeat(8, 1).repeat(8, 2)
 NORMALIZED = (IMAGES / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
 
@@ -42,7 +42,7 @@ MACS = mac_costs(MODEL, SHAPE, EXITS)
 
 
 def plan(thresholds, score='max_prob'):
-  """Thresholds on the confidence scale; None: nobody leaves. Under patience every stage is run."""
+  """Thresholds on the confidence scale; None: no exit. With patience every stage is run."""
   path = tuple(k for k, at in enumerate(thresholds) if at is not None or score == 'patience')
   costs = dict(zip(path, MACS.cumulative(path), strict=True))
   full = full_network_plan(CheckpointId('PN3-ddd', 'digits', 1, ''), EXITS, [int(cost) for cost in MACS.alone()])
@@ -94,16 +94,17 @@ def _expected(logits, thresholds, score):
   return np.array(exits), logits[exits, np.arange(logits.shape[1])].argmax(-1)
 
 
-def _cases():
-  for score, first, second in (('max_prob', 0.75, 1.7), ('entropy', 0.08, 0.8), ('margin', 0.27, 1.2)):
-    for thresholds in ((0.0, 0.0), (first, second), (first, 0.0), (first, 40.0), (40.0, second), (40.0, 40.0)):
-      yield score, (*thresholds, 0.0)
-    yield score, (first, None, 0.0)
-    yield score, (None, second, 0.0)
-    yield score, (None, None, 0.0)
-  for at in (1, 1.5, 2, 3):
-    yield 'patience', (at, at, 0.0)
-  yield 'patience', (None, 2, 0.0)
+CASES = [
+  ('max_prob', (0.0, 0.0, 0.0)),
+  ('max_prob', (0.75, 1.7, 0.0)),
+  ('max_prob', (None, 1.7, 0.0)),
+  ('max_prob', (0.75, None, 0.0)),
+  ('max_prob', (None, None, 0.0)),
+  ('entropy', (0.08, 0.8, 0.0)),
+  ('margin', (0.27, 1.2, 0.0)),
+  ('patience', (2, 2, 0.0)),
+  ('patience', (None, 2, 0.0)),
+]
 
 
 def test_nothing_is_traced_after_warm_up(shared):  # The first test: what others trace would hide what is missing.
@@ -144,7 +145,7 @@ def test_nothing_is_compiled_after_warm_up():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize(('score', 'thresholds'), list(_cases()))
+@pytest.mark.parametrize(('score', 'thresholds'), CASES)
 def test_equals_the_full_pass(shared, logits, score, thresholds):
   runtime = shared.with_plan(plan(thresholds, score))
   found = runtime.predict(IMAGES)
@@ -162,10 +163,21 @@ def test_equals_the_full_pass(shared, logits, score, thresholds):
   np.testing.assert_allclose([row.probabilities for row in one], found.probabilities, rtol=1e-5, atol=1e-7)
 
 
-def test_cases_leave_everywhere(logits):
-  mixed = {score for score, thresholds in _cases() if set(_expected(logits, thresholds, score)[0]) == {0, 1, 2}}
-  assert mixed == {'max_prob', 'entropy', 'margin'}
+def test_the_cases_exit_everywhere(logits):
+  mixed = [score for score, thresholds in CASES if set(_expected(logits, thresholds, score)[0]) == {0, 1, 2}]
+  assert mixed == ['max_prob', 'entropy', 'margin']
   assert set(_expected(logits, (2, 2, 0.0), 'patience')[0]) == {1, 2}
+
+
+def test_thresholds_and_budgets_in_place_of_the_plan(shared):
+  every = shared.with_thresholds((0.75, 1.7, 0.0))
+  np.testing.assert_array_equal(
+    every.predict(IMAGES).exits, shared.with_plan(plan((0.75, 1.7, 0.0))).predict(IMAGES).exits
+  )
+  second = every.with_budget(every.macs[2])
+  np.testing.assert_array_equal(second.predict(IMAGES).exits, np.minimum(every.predict(IMAGES).exits, 2))
+  assert set(shared.with_threshold(1).predict(IMAGES).exits) == {3}
+  assert second.with_plan(plan((None, None, 0.0))).predict_one(IMAGES[0]).exit == 3
 
 
 @pytest.mark.parametrize('count', [0, 1, 2, 5, 6, 7, 12, 13])
@@ -180,7 +192,7 @@ def test_any_batch_size_and_kind_of_array(shared, count):
     assert found.probabilities.shape == (count, 3) and found.macs.shape == (count,)
 
 
-def test_stages_that_nobody_needs_are_not_run(shared, monkeypatch):
+def test_stages_that_no_sample_needs_are_not_run(shared, monkeypatch):
   run = []
   stages = {number: lambda *args, number=number, stage=stage: run.append(number) or stage(*args)
             for number, stage in shared._stages.items()}  # fmt: skip

@@ -1,8 +1,10 @@
 """Thresholds for the highest held-out accuracy within a budget, over all thresholds and sets of exits that are run."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,40 +20,44 @@ from paranet_jax.early.thresholds import (
   visited,
 )
 
-_MOST_EXITS = 4  # of which all sets are tried
-_MOST_FIRST = 5000  # thresholds of a first exit that are tried: all of them on up to so many samples
+if TYPE_CHECKING:
+  from jaxtyping import Bool, Float, Int
+
+_MOST_EXITS = 4  # All sets of so many exits are tried.
+_MOST_FIRST = 5000  # Thresholds of a first exit that are tried: all of them on up to that many samples.
 _ROUNDS = 10
 _ROUNDING = 1e-12
 
 
-def optimal_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Costs, budget: float) -> OperatingPoint:
+def optimal_for_budget(
+  confidences: Float[np.ndarray, 'K N'], correct: Bool[np.ndarray, 'K N'], costs: Costs, budget: float
+) -> OperatingPoint:
   """The thresholds of `optimal_curve` for one budget."""
   return optimal_curve(confidences, correct, costs, [budget])[0]
 
 
 def optimal_curve(
-  confidences: np.ndarray, correct: np.ndarray, costs: Costs, budgets: Sequence[float]
+  confidences: Float[np.ndarray, 'K N'],
+  correct: Bool[np.ndarray, 'K N'],
+  costs: Costs,
+  budgets: Sequence[float] | Float[np.ndarray, ' R'],
 ) -> list[OperatingPoint]:
   """The most accurate thresholds on these samples at each budget.
 
-  With up to four exits every set of exits that is run is tried; with more, all exits and then without those at which
-  nobody leaves. Up to three exits run are solved exactly (on up to 5,000 samples, of more on as many evenly chosen
-  first thresholds). More are solved by ascent from the quotas, two neighbouring exits at a time, which finds a local
-  optimum.
+  With up to four exits every set of exits to run is tried; with more, all exits and then without those where no sample
+  exits. Up to three exits are solved exactly (on up to 5,000 samples; on more, with 5,000 evenly spaced first
+  thresholds). More are solved by ascent from the quotas, two adjacent exits at a time, which finds a local optimum.
 
-  Accuracy on a held-out split is noisy, and budget that is not spent on account of noise helps nobody. So the most
-  accurate point that spends the budget is taken: all of it but 1 %, or but one sample's largest cost divided by N. One
-  that spends less is taken only if it is more accurate by over one standard error of the paired difference, since later
-  exits can do real harm, or if nothing spends the budget. The point is never less accurate than the quotas'.
+  Accuracy on a held-out split is noisy, and a budget left unspent because of noise is wasted. So the search takes the
+  most accurate point that spends the budget: all but 1 % of it, or all but one sample's largest cost divided by N. It
+  takes a point that spends less only if that is more accurate by over one standard error of the paired difference,
+  since later exits can do real harm, or if none spends the budget. The point is never less accurate than the quotas'.
 
   Args:
-    confidences: [K, N].
-    correct: bool [K, N].
-    costs: of the K exits.
-    budgets: mean costs of a sample.
+    budgets: mean costs per sample.
 
   Returns:
-    A point for each budget, of a cost not above it.
+    A point for each budget, whose cost is not above it.
 
   Raises:
     ValueError: a budget is below the first exit's cost.
@@ -65,17 +71,15 @@ def optimal_curve(
   return [search.choose(points, *each) for each in zip(budgets, slacks, quotas, strict=True)]
 
 
-def oracle_curve(correct: np.ndarray, costs: Costs) -> tuple[np.ndarray, np.ndarray]:
+def oracle_curve(
+  correct: Bool[np.ndarray, 'K N'], costs: Costs
+) -> tuple[Float[np.ndarray, ' M'], Float[np.ndarray, ' M']]:
   """The bound with perfect knowledge: a sample goes straight to its cheapest right exit, or else to the cheapest exit.
 
-  Those for whom that costs least go first; between the points the bound is a straight line.
-
-  Args:
-    correct: bool [K, N].
-    costs: of the K exits.
+  Samples for which that costs least come first; between the points the bound is a straight line.
 
   Returns:
-    Mean cost [M] and accuracy [M], M <= K, both rising.
+    Mean cost and accuracy at M <= K points, both rising.
   """
   exit_costs = alone(costs)
   least = exit_costs.min()
@@ -87,50 +91,50 @@ def oracle_curve(correct: np.ndarray, costs: Costs) -> tuple[np.ndarray, np.ndar
 
 
 class Leaving(NamedTuple):
-  """What leaving at an exit means for A samples."""
+  """The outcome of exiting at an exit for A samples."""
 
-  confidence: np.ndarray  # [A]
-  correct: np.ndarray  # bool [A]
-  cost: float  # of one sample
+  confidence: Float[np.ndarray, ' A']
+  correct: Bool[np.ndarray, ' A']
+  cost: float  # per sample
 
 
 class Best(NamedTuple):
   """The most accurate pair of thresholds whose total cost lies in a range."""
 
-  value: float  # how many samples are right, less price times total cost
+  value: float  # number of right samples, less price times total cost
   first: float  # threshold
   second: float  # threshold
 
 
-def tie_ends(ranked: np.ndarray) -> np.ndarray:
-  """How many of the samples [A], ranked highest first, can leave without a tie being split: int, 0 and A included."""
+def tie_ends(ranked: Float[np.ndarray, ' A']) -> Int[np.ndarray, ' ends']:
+  """How many samples, ranked highest first, can exit without splitting a tie, 0 and A included."""
   return np.flatnonzero(np.diff(ranked, prepend=np.inf, append=-np.inf))
 
 
 def sweep_pair(
   first: Leaving,
   second: Leaving,
-  later_correct: np.ndarray,
-  later_cost: np.ndarray,
-  ranges: np.ndarray,
-  leave_first: np.ndarray,
+  later_correct: Float[np.ndarray, ' A'],
+  later_cost: Float[np.ndarray, ' A'],
+  ranges: Float[np.ndarray, 'R 2'],
+  leave_first: Int[np.ndarray, ' L'],
   fewest: int,
   price: float,
 ) -> list[Best | None]:
-  """Tries each number of samples that leave at the first exit with all that may leave at the second.
+  """The best thresholds of two consecutive exits, all others fixed, by sorting and cumulative sums.
 
   Args:
     first: the earlier exit, for the A samples that reach it.
-    second: the later exit, for the same.
-    later_correct: [A], whether a sample that leaves at neither is right where it leaves.
-    later_cost: [A], its cost there, at least the second exit's.
-    ranges: [R, 2], lowest and highest total cost of the A samples.
-    leave_first: int, how many may leave at the first exit, each one of its `tie_ends`.
-    fewest: how many leave at the second at least.
-    price: what a unit of cost is worth in right samples; below 1 / total cost it only decides between equals.
+    second: the later exit, for the same samples.
+    later_correct: whether a sample that passes both is right where it exits.
+    later_cost: its cost there, at least the second exit's.
+    ranges: lowest and highest total cost of the A samples.
+    leave_first: how many samples may exit at the first exit, each one of its `tie_ends`.
+    fewest: how many samples exit at the second at least.
+    price: of a unit of cost, in right samples; below 1 / total cost it only breaks ties.
 
   Returns:
-    The best of each range, None where no pair lies in it.
+    The best of each range; None: no pair lies in it.
   """
   by_first, by_second = np.argsort(-first.confidence), np.argsort(-second.confidence)
   position = np.empty_like(by_first)
@@ -154,13 +158,13 @@ def sweep_pair(
     found = np.maximum.reduceat(np.append(value, -np.inf), within)[::2]
     for r in np.flatnonzero((begin < end) & (found > most)):
       most[r] = found[r]
-      leaving_second = ends[begin[r] + np.argmax(value[begin[r] : end[r]])]
-      thresholds = threshold_between(ranked_first, leaving), threshold_between(ranked, leaving_second)
+      leaving_second = int(ends[begin[r] + np.argmax(value[begin[r] : end[r]])])
+      thresholds = threshold_between(ranked_first, int(leaving)), threshold_between(ranked, leaving_second)
       best[r] = Best(float(most[r]), *thresholds)
   return best
 
 
-def _cumulative(steps: np.ndarray, start: float) -> np.ndarray:
+def _cumulative(steps: np.ndarray, start: Any) -> np.ndarray:
   """start, start + steps[0], ...: [len(steps) + 1]."""
   return np.cumsum(np.concatenate([[start], steps]))
 
@@ -173,7 +177,7 @@ class _Search:
     self.num_exits, self.n = confidences.shape
     self.samples = np.arange(self.n)
     self.largest_step = max(costs.cumulative(tuple(range(self.num_exits)))) / self.n
-    self.price = 0.5 / (self.largest_step * self.n**2)  # of equally accurate points the cheapest
+    self.price = 0.5 / (self.largest_step * self.n**2)  # The cheapest of equally accurate points wins.
 
   def run(self, ranges: np.ndarray, starts: list[OperatingPoint]) -> list[OperatingPoint]:
     """Points for each range of mean costs [R, 2], from one start each."""
@@ -191,7 +195,7 @@ class _Search:
     return points
 
   def point(self, thresholds: dict[int, float]) -> OperatingPoint:
-    """Of the thresholds by exit; nobody leaves at the others but the last."""
+    """The point with these thresholds by exit; no sample leaves at the others but the last."""
     values = np.full(self.num_exits, np.inf)
     values[-1] = -np.inf
     for k, threshold in thresholds.items():
@@ -202,7 +206,7 @@ class _Search:
     return Leaving(self.confidences[k, samples], self.correct[k, samples], cost)
 
   def solve(self, path: tuple[int, ...], ranges: np.ndarray) -> list[OperatingPoint]:
-    """The best points that run two or three exits."""
+    """The best points that run the two or three exits of a path."""
     *early, last = path
     path_costs = self.costs.cumulative(path)
     exits = [self.leaving(k, cost, self.samples) for k, cost in zip(early, path_costs[:-1], strict=True)]
@@ -215,7 +219,7 @@ class _Search:
     return [self.point(dict(zip(early, best[-len(early) :], strict=True))) for best in found if best]
 
   def ascend(self, start: OperatingPoint, cost_range: np.ndarray) -> OperatingPoint:
-    """Improves thresholds two neighbouring exits at a time, then again without the exits that are left unused."""
+    """Improves thresholds two adjacent exits at a time, and again without the exits that this leaves unused."""
     point, path = start, ()
     while visited(point.thresholds) != path and len(visited(point.thresholds)) > 2:
       path = visited(point.thresholds)
@@ -239,7 +243,7 @@ class _Search:
     exit_costs: np.ndarray,
     cost_range: np.ndarray,
   ) -> float:
-    """Sets the thresholds of a pair to better ones than of value `most`, if there are any, and returns the value."""
+    """Improves the thresholds of a pair in place if their value can exceed `most`; returns the value."""
     exits = exits_taken(self.confidences, thresholds)
     alive = np.flatnonzero(exits >= pair[0])
     gone = np.flatnonzero(exits < pair[0])
@@ -262,7 +266,7 @@ class _Search:
       self.price,
     )
     value = best.value + gone_correct - self.price * gone_cost if best else -np.inf
-    if value <= most + _ROUNDING * self.n:
+    if not best or value <= most + _ROUNDING * self.n:
       return most
     thresholds[list(pair)] = best.first, best.second
     return value
@@ -277,7 +281,7 @@ class _Search:
     return max(spending[0], quota, key=lambda point: point.accuracy)
 
   def standard_error(self, a: OperatingPoint, b: OperatingPoint) -> float:
-    """Of the difference of two points' accuracies on the same samples."""
+    """The standard error of the difference of two accuracies on the same samples."""
     right = [self.correct[exits_taken(self.confidences, p.thresholds), self.samples] * 1.0 for p in (a, b)]
     return float(np.std(right[0] - right[1]) / np.sqrt(self.n))
 

@@ -1,31 +1,32 @@
 """Thresholds from quotas: MSDNet's one-parameter family (Huang et al. 2018, section 5, budgeted batch)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from paranet_jax.early.policies.policy import RANKING, Choice, Policy, Samples
 from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point, threshold_between
 
+if TYPE_CHECKING:
+  from jaxtyping import Bool, Float
+
 QS = tuple(j / 20 for j in range(1, 40))
 
 
-def quota_thresholds(confidences: np.ndarray, q: float) -> np.ndarray:
-  """Exit k takes the floor(N p_k) surest of the samples still there, p_k = q^k / sum_m q^m.
+def quota_thresholds(confidences: Float[np.ndarray, 'K N'], q: float) -> Float[np.ndarray, ' K']:
+  """Exit k takes the floor(N p_k) most confident of the remaining samples, p_k = q^k / sum_m q^m.
 
-  Ties leave too. An exit whose quota is 0, or more than the samples still there, takes nobody.
+  Ties exit too. An exit whose quota is 0, or more than the remaining samples, takes none.
 
   Args:
-    confidences: [K, N].
-    q: >= 0, finite; below 1 favours early exits, 1 gives all exits the same quota, 0 everything to the first.
-
-  Returns:
-    float64 [K], confidence scale.
+    q: >= 0, finite; below 1 favors early exits, 1 gives all exits the same quota, 0 everything to the first.
   """
   num_exits, n = confidences.shape
   weights = np.power(float(q), np.arange(num_exits))
-  # 1e-9: a quota that is whole, but for rounding, is not one less.
+  # 1e-9: rounding must not make a whole quota one less.
   quotas = np.floor(n * weights / weights.sum() + 1e-9).astype(int)
   thresholds = np.full(num_exits, np.inf)
   thresholds[-1] = -np.inf
@@ -40,7 +41,9 @@ def quota_thresholds(confidences: np.ndarray, q: float) -> np.ndarray:
   return thresholds
 
 
-def quota_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Costs, budget: float) -> OperatingPoint:
+def quota_for_budget(
+  confidences: Float[np.ndarray, 'K N'], correct: Bool[np.ndarray, 'K N'], costs: Costs, budget: float
+) -> OperatingPoint:
   """The member of the family that spends the budget, by bisection on q.
 
   A larger q moves samples to later exits, one at a time where confidences are not tied, so its cost rises in steps of
@@ -48,10 +51,7 @@ def quota_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Costs,
   budget and a larger one above it there is thus always a step that crosses the budget upwards: bisection finds it.
 
   Args:
-    confidences: [K, N].
-    correct: bool [K, N].
-    costs: of the K exits.
-    budget: mean cost of a sample.
+    budget: mean cost per sample.
 
   Returns:
     A point whose cost is not above the budget, and, where confidences are not tied, within one sample's largest cost

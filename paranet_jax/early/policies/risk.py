@@ -1,12 +1,14 @@
 """One threshold for all exits whose risk against the full network is controlled (Jazbec et al. 2024).
 
-Samples leave at the first exit whose confidence reaches lambda. From lambda = +inf (the full network, no loss) down,
-the risk measured on N samples changes only where lambda passes a confidence, so the search visits those and no grid.
+Samples exit at the first exit whose confidence reaches lambda. As lambda falls from +inf (the full network, no loss),
+the risk measured on N samples changes only where lambda passes a confidence, so the search visits these, not a grid.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,30 +16,33 @@ from paranet_jax.early.policies.policy import RANKING, Choice, Flag, Policy, Sam
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.thresholds import threshold_between
 
+if TYPE_CHECKING:
+  from jaxtyping import Bool, Float, Int
 
-def performance_gap(correct: np.ndarray) -> np.ndarray:
-  """1 where an exit is wrong and the last is right, else 0: bool [K, N] to float64 [K, N]; needs labels."""
+
+def performance_gap(correct: Bool[np.ndarray, 'K N']) -> Float[np.ndarray, 'K N']:
+  """1 where an exit is wrong and the last is right, else 0; needs labels."""
   return (correct[-1] & ~correct).astype(np.float64)
 
 
-def disagreement(predictions: np.ndarray) -> np.ndarray:
-  """1 where an exit predicts another class than the last, else 0: int [K, N] to float64 [K, N]; needs no labels."""
+def disagreement(predictions: Int[np.ndarray, 'K N']) -> Float[np.ndarray, 'K N']:
+  """1 where an exit predicts another class than the last, else 0; needs no labels."""
   return (predictions != predictions[-1]).astype(np.float64)
 
 
-def ltt(confidences: np.ndarray, losses: np.ndarray, epsilon: float, delta: float) -> float:
+def ltt(confidences: Float[np.ndarray, 'K N'], losses: Float[np.ndarray, 'K N'], epsilon: float, delta: float) -> float:
   """Learn then test: with probability 1 - delta over the samples, the true risk at lambda is at most epsilon.
 
   Every lambda from +inf down is tested in turn with the exact binomial tail (the probability of so few losses among N
-  if each had probability epsilon), as both losses are 0 or 1. The first whose p-value is above delta ends it, and the
-  one before is returned. The p-value only depends on how many losses there are, so testing between neighbouring
-  confidences tests every real lambda. The sequence tested is thus the whole line, which does not depend on the samples,
-  although the points at which it is evaluated do: a lambda of too high a risk is returned only if the largest such
-  lambda was rejected, which has probability delta.
+  if each had probability epsilon), as both losses are 0 or 1. The search stops at the first p-value above delta and
+  returns the lambda before. The p-value depends only on the number of losses, so testing between adjacent confidences
+  tests every real lambda. The tested sequence is thus the whole line, which does not depend on the samples, although
+  the points at which it is evaluated do: a lambda whose risk is too high is returned only if the largest such lambda
+  was rejected, which has probability delta.
 
   Args:
-    confidences: [K, N], of samples that fitted neither the network nor the temperatures.
-    losses: 0 or 1, [K, N], of leaving at each exit; 0 in the last row.
+    confidences: of samples that fitted neither the network nor the temperatures.
+    losses: 0 or 1, of exiting at each exit; 0 in the last row.
     epsilon: risk, in (0, 1).
     delta: in (0, 1).
 
@@ -52,16 +57,16 @@ def ltt(confidences: np.ndarray, losses: np.ndarray, epsilon: float, delta: floa
   return _last_within(confidences, losses, int(np.sum(qualifies)) - 1)
 
 
-def crc(confidences: np.ndarray, losses: np.ndarray, epsilon: float) -> float:
+def crc(confidences: Float[np.ndarray, 'K N'], losses: Float[np.ndarray, 'K N'], epsilon: float) -> float:
   """Conformal risk control: the expected risk at lambda is at most epsilon (Angelopoulos et al. 2024, theorem 1).
 
-  The smallest lambda at which the mean loss is at most ((N + 1) epsilon - 1) / N, after each sample's loss was replaced
-  by its largest over all lambdas above. The mean's running maximum would not do: the guarantee needs samples whose
-  losses are each monotone.
+  The smallest lambda at which the mean loss is at most ((N + 1) epsilon - 1) / N, where each sample's loss is its
+  largest over all lambdas above. The mean's running maximum would not do: the guarantee needs the loss of each sample
+  to be monotone.
 
   Args:
-    confidences: [K, N], of samples that fitted neither the network nor the temperatures.
-    losses: in [0, 1], [K, N], of leaving at each exit; 0 in the last row.
+    confidences: of samples that fitted neither the network nor the temperatures.
+    losses: in [0, 1], of exiting at each exit; 0 in the last row.
     epsilon: risk, in (0, 1).
 
   Returns:
@@ -69,7 +74,7 @@ def crc(confidences: np.ndarray, losses: np.ndarray, epsilon: float) -> float:
   """
   n = confidences.shape[1]
   peaks = np.maximum.accumulate(confidences[:-1], axis=0)
-  # No lambda lets a sample leave at an exit that is no surer than one before it.
+  # No lambda lets a sample exit where it is no more confident than at an exit before.
   reached = np.diff(peaks, axis=0, prepend=-np.inf) > 0
   possible = np.vstack([np.where(reached, losses[:-1], 0.0), losses[-1:]])
   monotone = np.maximum.accumulate(possible[::-1], axis=0)[::-1]
@@ -77,12 +82,12 @@ def crc(confidences: np.ndarray, losses: np.ndarray, epsilon: float) -> float:
 
 
 def _last_within(confidences: np.ndarray, losses: np.ndarray, allowed: float) -> float:
-  """The lambda before the total loss first exceeds what is allowed, going down from +inf: a `threshold_between`."""
-  allowed += 1e-9  # rounding is no loss
+  """The lambda, going down from +inf, before the total loss first exceeds what is allowed: a `threshold_between`."""
+  allowed += 1e-9  # Rounding is not a loss.
   if allowed < 0:
     return np.inf
-  # A sample leaves at exit k while lambda is at most the largest of its first k confidences and above that of its first
-  # k - 1. Passing the former, going down, swaps the loss of exit k + 1 for that of exit k.
+  # A sample exits at exit k while lambda is at most the largest of its first k confidences and above that of its first
+  # k - 1. When lambda falls past the former, the loss of exit k replaces that of exit k + 1.
   peaks = np.maximum.accumulate(confidences[:-1], axis=0).ravel()
   changes = (losses[:-1] - losses[1:]).ravel()
   levels, event = np.unique(-peaks, return_inverse=True)
@@ -92,7 +97,7 @@ def _last_within(confidences: np.ndarray, losses: np.ndarray, allowed: float) ->
 
 
 def images_needed_ltt(epsilon: float, delta: float) -> int:
-  """The fewest samples with which `ltt` can qualify, none of them with a loss: (1 - epsilon)^n <= delta."""
+  """The fewest samples, none with a loss, with which `ltt` can qualify: (1 - epsilon)^n <= delta."""
   from scipy.stats import binom
 
   n = max(1, math.floor(math.log(delta) / math.log1p(-epsilon)) - 1)
@@ -102,7 +107,7 @@ def images_needed_ltt(epsilon: float, delta: float) -> int:
 
 
 def images_needed_crc(epsilon: float) -> int:
-  """The fewest samples with which `crc` can qualify, none of them with a loss: (n + 1) epsilon >= 1."""
+  """The fewest samples, none with a loss, with which `crc` can qualify: (n + 1) epsilon >= 1."""
   return max(1, math.ceil(1 / epsilon - 1e-9) - 1)
 
 

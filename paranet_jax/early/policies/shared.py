@@ -1,7 +1,9 @@
 """One threshold for all exits."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -9,23 +11,27 @@ from paranet_jax.early.policies.policy import Choice, Policy, Samples
 from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point
 from paranet_jax.portable.run import SCORES, to_confidence
 
+if TYPE_CHECKING:
+  from jaxtyping import Bool, Float
 
-def shared_thresholds(confidence_threshold: float, num_exits: int) -> np.ndarray:
-  """The same threshold, on the confidence scale, at every exit but the last: float64 [num_exits]."""
+
+def shared_thresholds(confidence_threshold: float, num_exits: int) -> Float[np.ndarray, ' K']:
+  """The same threshold, on the confidence scale, at every exit but the last."""
   return np.append(np.full(num_exits - 1, float(confidence_threshold)), -np.inf)
 
 
-def patience_for_budget(confidences: np.ndarray, correct: np.ndarray, costs: Costs, budget: float) -> OperatingPoint:
-  """The most accurate patience within a budget; of equals the cheapest.
+def patience_for_budget(
+  confidences: Float[np.ndarray, 'K N'], correct: Bool[np.ndarray, 'K N'], costs: Costs, budget: float
+) -> OperatingPoint:
+  """The most accurate patience within a budget; the cheapest on ties.
 
   Args:
-    confidences: [K, N] from `scores.patience`.
-    correct: bool [K, N].
-    costs: of the K exits, all of which are run up to where a sample leaves.
-    budget: mean cost of a sample. There are only K patiences, so up to a whole exit's cost may be left over.
+    confidences: from `scores.patience`.
+    costs: of the exits, all of which are run up to the one where a sample exits.
+    budget: mean cost per sample. There are only K patiences, so up to one exit's cost may be left over.
 
   Returns:
-    The point, whose thresholds are the patience t = 1..K: so many equal predictions in a row.
+    The point, whose thresholds are the patience t = 1..K: that many equal predictions in a row.
 
   Raises:
     ValueError: the budget is below the first exit's cost.
