@@ -1,28 +1,24 @@
 #!/usr/bin/env bash
-# Trains in several processes on this machine, each with CPU devices of its own: what a cluster does, to try it.
-# On GPUs or a TPU of one machine, one process takes all devices and needs no launcher.
+# Trains in several processes on this machine, each with its own CPU devices, to try out what a cluster does.
+# The GPUs or the TPU of one machine need no launcher: one process uses all devices.
 #
 #   PROCESSES=2 DEVICES=1 launch/local.sh [--dry-run] ARGUMENTS
 #
-# Runs `python -m paranet_jax.main ARGUMENTS` in all of them. --dry-run prints what would run. What the first one prints
-# is seen, and the errors of all. A signal is passed on to all, which save and stop; a second one kills them. If one
-# fails, all end, with its exit code.
+# Runs `python -m paranet_jax.main ARGUMENTS` in each. --dry-run prints the commands instead. Process 0 prints the
+# progress, and all of them their errors. A signal goes to all processes, which save and stop; a second one kills them.
+# If one process fails, all end, with its exit code.
 #
 # Variables:
 #   PROCESSES  default: 2
-#   DEVICES    CPU devices of each process; default: 1
-#   PORT       at which the processes find each other; default: one from 20000 to 39999, of this shell's number
+#   DEVICES    CPU devices per process; default: 1
+#   PORT       where the processes find each other; default: from 20000 to 39999, derived from this shell's pid
 #   PYTHON     default: .venv/bin/python
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 
 PROCESSES="${PROCESSES:-2}" DEVICES="${DEVICES:-1}" PORT="${PORT:-$((20000 + $$ % 20000))}"
 PYTHON="${PYTHON:-.venv/bin/python}"
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
 
 dry_run=''
 if [[ "${1:-}" = --dry-run ]]; then
@@ -30,11 +26,11 @@ if [[ "${1:-}" = --dry-run ]]; then
   shift
 fi
 for name in PROCESSES DEVICES PORT; do
-  [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name must be a number of 1 or more, found '${!name}'"
+  [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name must be an integer of 1 or more, found '${!name}'"
 done
-[[ -x "$PYTHON" || -n "$dry_run" ]] || fail "expected $PYTHON, found none; launch/quickstart.sh makes .venv"
+[[ -x "$PYTHON" || -n "$dry_run" ]] || fail "expected $PYTHON, found none; launch/quickstart.sh creates .venv"
 
-# The command of process $1, after what a run itself is told.
+# Sets `command` to the command of process $1; the other arguments go to the run.
 command_of() {
   command=(env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$DEVICES" "$PYTHON" -m paranet_jax.main "${@:2}")
   command+=(--coordinator="localhost:$PORT" --num_processes="$PROCESSES" --process_id="$1")
@@ -59,7 +55,7 @@ for ((index = 0; index < PROCESSES; index++)); do
   fi
 done
 
-# Looked at in turn rather than waited for: any of them may be the first to end, and a signal must be passed on.
+# Polls rather than waits: any process may be the first to end, and a signal must be passed on.
 code=0 failed_at=''
 while ((${#pids[@]})); do
   sleep 0.2
@@ -76,7 +72,7 @@ while ((${#pids[@]})); do
     fi
   done
   pids=("${running[@]+"${running[@]}"}")
-  # The others end by themselves, saying why, but for those that still wait for the one that never came.
+  # The others end on their own and say why, except those still waiting for a process that never joined.
   if [[ -n "$failed_at" ]] && ((${#pids[@]} && SECONDS - failed_at >= 5)); then
     kill -s KILL "${pids[@]}" 2>/dev/null || true
   fi

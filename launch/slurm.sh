@@ -3,26 +3,28 @@
 #
 #   launch/slurm.sh [--dry-run] ARGUMENTS
 #
-# --dry-run prints what would be submitted. All tasks train one model together, on all nodes: see docs/scaling.md. Two
-# minutes before the time is up, or when the job is preempted, they save and stop, and the job queues itself again until
-# summary.json is there; what fails stays stopped. .venv must be there: launch/test.sh or launch/quickstart.sh makes it.
+# --dry-run prints the job instead of submitting it. All tasks on all nodes train one model together: see
+# docs/scaling.md. Two minutes before the time limit, or when the job is preempted, they save and stop, and the job
+# requeues itself until summary.json exists; after an error it does not. .venv must exist: launch/quickstart.sh or
+# launch/test.sh creates it.
 #
 # Variables:
 #   NODES      default: 1
-#   TASKS      processes a node; default: GPUS, or 1 without them
-#   GPUS       GPUs a node, a process each; default: none, CPUs
-#   CPUS       cores a process; default: 8
-#   HOURS      of the job, then it queues itself again; default: 24
+#   TASKS      processes per node; default: GPUS, or 1 without GPUs
+#   GPUS       GPUs per node, one process each; default: none, CPUs are used
+#   CPUS       cores per process; default: 8
+#   HOURS      time limit, after which the job requeues itself; default: 24
 #   PARTITION  default: the cluster's own
 #   ACCOUNT    default: the cluster's own
-#   WORKDIR    of the run, on a file system that all nodes see; default: runs/slurm
+#   WORKDIR    of the run, on a file system that all nodes share; default: runs/slurm
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 
-# Who looks whether the run is at its end looks in WORKDIR for its summary.
+# The job looks for summary.json in WORKDIR to see whether the run is finished.
 for argument in "$@"; do
   [[ ! "$argument" =~ ^--?(workdir|mode)(=|$) ]] ||
-    { echo "error: the job trains in WORKDIR until it is at its end, found $argument; set WORKDIR, and leave it out" >&2 && exit 2; }
+    fail "the job trains in WORKDIR until it is finished, found $argument; set WORKDIR, and leave the flag out"
 done
 dry_run=''
 if [[ "${1:-}" = --dry-run ]]; then
@@ -30,7 +32,7 @@ if [[ "${1:-}" = --dry-run ]]; then
   shift
 fi
 [[ -x .venv/bin/python || -n "$dry_run" ]] ||
-  { echo 'error: expected .venv/bin/python, found none; launch/quickstart.sh makes it' >&2 && exit 2; }
+  fail "expected .venv/bin/python, found none; launch/quickstart.sh creates it"
 GPUS="${GPUS:-}" CPUS="${CPUS:-8}" WORKDIR="${WORKDIR:-runs/slurm}"
 options=(
   --job-name=paranet
@@ -46,7 +48,7 @@ options=(
   ${PARTITION:+"--partition=$PARTITION"}
   ${ACCOUNT:+"--account=$ACCOUNT"}
 )
-# srun is told again: since Slurm 22.05 it does not take the job's.
+# Since Slurm 22.05, srun no longer inherits --cpus-per-task from the job.
 job="$(printf ' %q' srun --cpus-per-task="$CPUS" .venv/bin/python -m paranet_jax.main --workdir="$WORKDIR" "$@")"
 job="#!/usr/bin/env bash
 set -euo pipefail

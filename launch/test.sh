@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests in two processes; arguments go to pytest (-n0: in one). The tests of real CIFAR-100 run where
-# PARANET_DATA_DIR holds it.
+# Runs the tests in two processes; arguments go to pytest (-n0: one process). The tests on real CIFAR-100 run if
+# PARANET_DATA_DIR holds it. launch/test_slow.sh runs the slow tests.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh

@@ -3,40 +3,36 @@
 #
 #   ZONE=us-west4-a launch/tpu_vm.sh [--dry-run] ACTION [ARGUMENTS]
 #
-#   create   makes the VM (or slice), or takes the one that is there
+#   create   creates the VM (or slice), or uses the existing one
 #   setup    copies this folder to all workers and installs it there
-#   run      starts `python -m paranet_jax.main ARGUMENTS` on all workers, or finds it running, and streams worker 0's log
-#   train    all three; makes the VM anew and goes on from the last checkpoint whenever it has been preempted
+#   run      starts `python -m paranet_jax.main ARGUMENTS` on all workers unless it is running; streams worker 0's log
+#   train    all three; after each preemption, recreates the VM and resumes from the last checkpoint
 #   logs     streams the log of a run that was started before
-#   delete   deletes the VM, and its disk with it
+#   delete   deletes the VM and its disk
 #
-# --dry-run prints what would run, a command a line, as if there were no VM yet, and runs nothing.
+# --dry-run prints the commands, one per line, for the case that no VM exists yet, and runs nothing.
 #
 # Variables:
 #   ZONE      such as us-west4-a (no default)
 #   PROJECT   default: gcloud's own
-#   NAME      of the VM; default: paranet
+#   NAME      name of the VM; default: paranet
 #   TYPE      accelerator type; default: v5litepod-4, which is v5e:2x2; v5litepod-16 is v5e:4x4
-#   RUNTIME   software version of the VM; default: the one for TYPE
+#   RUNTIME   software version of the VM; default: depends on TYPE
 #   TIER      standard (default), spot or preemptible
-#   QUEUED    1: wait in a queue until there is room; default: fail if there is none now
-#   RUNS      NFS export (Filestore) that all workers mount as runs/, such as 10.0.0.2:/share. The disk of a VM goes with
-#             it, so what may be preempted needs one; default: runs/ is on the disk of each worker
-#   POLL      seconds between looks at what is waited for; default: 60
+#   QUEUED    1: wait in a queue for capacity; default: fail if there is none now
+#   RUNS      NFS export (Filestore) that all workers mount as runs/, such as 10.0.0.2:/share; required for preemptible
+#             VMs, which lose their disks; default: runs/ is on the disk of each worker
+#   POLL      seconds between status checks; default: 60
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 
 NAME="${NAME:-paranet}" TYPE="${TYPE:-v5litepod-4}" TIER="${TIER:-standard}" QUEUED="${QUEUED:-}" RUNS="${RUNS:-}"
 POLL="${POLL:-60}" dry_run=''
 WORKER=paranet_jax/launch/tpu_worker.sh
-STOPPED=75 # How tpu_worker.sh ends where the run was stopped before its end.
+STOPPED=75 # Exit code of tpu_worker.sh if the run was stopped before its end.
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-# Runs a command, or prints it as a shell reads it.
+# Runs a command, or prints it quoted for a shell.
 run_or_print() {
   if [[ -n "$dry_run" ]]; then
     printf '%q' "$1" && printf ' %q' "${@:2}" && echo
@@ -56,7 +52,7 @@ on_worker() {
   tpus tpu-vm ssh "$NAME" --worker="$1" --command="${command% }"
 }
 
-# Of the VM: READY, PREEMPTED, ...; of a request in the queue: ACTIVE, SUSPENDED, ...; nothing where there is none.
+# Prints the state of the VM (READY, PREEMPTED, ...) or of the queued request (ACTIVE, SUSPENDED, ...), if one exists.
 state() {
   [[ -z "$dry_run" ]] || return 0
   if [[ -n "$QUEUED" ]]; then
@@ -66,7 +62,7 @@ state() {
   fi
 }
 
-is_there() {
+is_ready() {
   [[ "$(state)" =~ ^(READY|ACTIVE)$ ]]
 }
 
@@ -83,10 +79,10 @@ create() {
   elif [[ -z "$found" ]]; then
     tpus tpu-vm create "$NAME" --accelerator-type="$TYPE" --version="$RUNTIME" "${tier[@]}"
   fi
-  while [[ -z "$dry_run" ]] && ! is_there; do
+  while [[ -z "$dry_run" ]] && ! is_ready; do
     found="$(state)"
     echo "waiting for $NAME: $found" >&2
-    [[ "$found" != FAILED ]] || fail "the request for $TYPE has failed; set another ZONE or TYPE"
+    [[ "$found" != FAILED ]] || fail "the request for $TYPE failed; set another ZONE or TYPE"
     sleep "$POLL"
   done
 }
@@ -102,8 +98,8 @@ setup() {
   on_worker all bash "$WORKER" install ${RUNS:+"$RUNS"}
 }
 
-# Streams until the run ends by itself: a lost connection is taken up again and, by the action train, a lost VM made anew.
-# What fails is looked at after a while, because the workers of a slice that is being preempted do not end at once.
+# Streams the log until the run ends. Reconnects after a lost connection; the action train also recreates a lost VM.
+# After a failure it waits before it checks the VM, because the workers of a preempted slice do not end at once.
 run() {
   local code
   on_worker all bash "$WORKER" start "$@"
@@ -111,15 +107,15 @@ run() {
     code="$(on_worker 0 bash "$WORKER" code 2>/dev/null || true)"
     [[ -z "$code" || "$action" = train ]] || return "$code"
     sleep "$POLL"
-    if ! is_there; then
-      [[ "$action" = train ]] || fail "$NAME is gone; the action train makes it anew and goes on"
-      echo "$NAME is gone: making it anew" >&2
+    if ! is_ready; then
+      [[ "$action" = train ]] || fail "$NAME is gone; the action train recreates it and resumes"
+      echo "$NAME is gone; recreating it" >&2
       create
       setup
     elif [[ -n "$code" && "$code" != "$STOPPED" ]]; then
       return "$code"
     fi
-    on_worker all bash "$WORKER" start "$@" || true # What is running is left alone.
+    on_worker all bash "$WORKER" start "$@" || true # Does nothing if the run is alive.
   done
 }
 
@@ -162,8 +158,8 @@ case "$TIER" in
   spot | preemptible) tier=("--$TIER") ;;
   *) fail "TIER must be standard, spot or preemptible, found '$TIER'" ;;
 esac
-[[ "$TIER" != preemptible || -z "$QUEUED" ]] || fail "what is queued can be spot and not preemptible; set TIER=spot"
+[[ "$TIER" != preemptible || -z "$QUEUED" ]] || fail "a queued VM can be spot but not preemptible; set TIER=spot"
 [[ "$TIER" = standard || "$action" != train || -n "$RUNS" ]] ||
-  fail "a VM that is preempted loses its disk, and the checkpoints with it; set RUNS to an NFS export"
+  fail "a preempted VM loses its disk and the checkpoints on it; set RUNS to an NFS export"
 [[ -n "$dry_run" ]] || command -v gcloud >/dev/null || fail "gcloud is needed; see https://cloud.google.com/sdk/docs/install"
 "$action" "${@:2}"

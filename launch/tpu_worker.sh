@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh runs on each worker:
+# The commands that launch/tpu_vm.sh runs on each worker:
 #
 #   install [EXPORT]   installs this folder; EXPORT is an NFS share to mount as runs/
 #   start ARGUMENTS    starts paranet_jax.main in the background, unless it is running; it outlives the connection
-#   follow             streams the log until the run has ended, and ends with its exit code; 75: it was stopped before its
-#                      end and saved, as by a notice of preemption
-#   code               prints that code, or nothing while the run goes on
+#   follow             streams the log until the run ends, and exits with its code; 75: the run was stopped and saved
+#                      before its end, for example by a preemption notice
+#   code               prints that code, or nothing while the run continues
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source launch/common.sh
 
 packages() {
   sudo apt-get -qq update && sudo apt-get -qq install -y "$@" >/dev/null
@@ -25,7 +26,7 @@ install_here() {
   prepare_venv requirements.txt requirements-tpu.txt
 }
 
-# The lock is of the run, which inherits it. Its exit code is kept beside its log.
+# The run inherits the lock. Its exit code is written next to its log.
 start() {
   exec 9>run.lock
   if ! flock --nonblock 9; then
@@ -33,7 +34,7 @@ start() {
     return
   fi
   rm -f run.code run.log
-  # shellcheck disable=SC2016 # Expanded by the shell that is started.
+  # shellcheck disable=SC2016 # The new shell expands it.
   setsid bash -c '"$@" >run.log 2>&1; code=$?
     if [[ "$(tail -n 1 run.log)" = "stopped by "* ]]; then code=75; fi; echo $code >run.code' - \
     .venv/bin/python -m paranet_jax.main "$@" </dev/null >/dev/null 2>&1 &
@@ -53,5 +54,5 @@ case "${1:-}" in
   start) start "${@:2}" ;;
   follow) follow ;;
   code) if [[ -e run.code ]]; then cat run.code; fi ;;
-  *) echo "error: expected install, start, follow or code, found '${1:-}'" >&2 && exit 2 ;;
+  *) fail "expected install, start, follow or code, found '${1:-}'" ;;
 esac

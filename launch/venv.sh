@@ -1,12 +1,9 @@
 # shellcheck shell=bash
-# Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` makes .venv and installs the
-# requirement files into it, pinned by constraints.txt. A copy of what was installed stays in .venv, so a second run
-# installs nothing and needs no network, and an interrupted one is completed. Nothing is ever deleted.
+# Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` creates .venv and installs the
+# requirement files into it, pinned by constraints.txt. A copy of the installed files stays in .venv, so a second run
+# installs nothing and needs no network, and an interrupted run is completed. Nothing is ever deleted.
 
-fail() {
-  echo "$*" >&2
-  exit 2
-}
+source launch/common.sh
 
 # Prints the version of the Python named by $1 (nothing if it does not run); false if it is too old.
 python_version() {
@@ -18,7 +15,7 @@ find_python() {
   local candidates=(python3.13 python3.12 python3.11 python3)
   [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
-    # By running it: pyenv puts names on PATH that only print an error.
+    # Runs it, because pyenv puts names on PATH that only print an error.
     version="$(python_version "$candidate")" && echo "$candidate" && return
     [[ -z "$version" ]] || found+=" $candidate ($version)"
   done
@@ -31,7 +28,7 @@ make_venv() {
   if [[ ! -e .venv/bin/python && ! -L .venv/bin/python ]]; then
     python="$(find_python)"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-      fail "$python cannot make virtual environments: its venv module is missing" \
+      fail "$python cannot create virtual environments: its venv module is missing" \
         "(Debian, Ubuntu: apt install python3-venv)."
     "$python" -m venv --without-pip .venv
   fi
@@ -39,7 +36,7 @@ make_venv() {
     fail "Python 3.11 or newer is needed in .venv; found: ${version:-one that no longer runs}." \
       "Move .venv away and run this again."
   .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --default-pip >/dev/null ||
-    fail "pip is needed in .venv; ensurepip could not put it there (Debian, Ubuntu: apt install python3-venv)."
+    fail "pip is needed in .venv; ensurepip could not install it (Debian, Ubuntu: apt install python3-venv)."
 }
 
 install() {
@@ -48,7 +45,7 @@ install() {
   [[ "$(cat "$file" constraints.txt)" != "$(cat "$stamp" 2>/dev/null)" ]] || return 0
   echo "Installing $file into .venv ..." >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" -c constraints.txt ||
-    fail "pip could not install $file (its reason is above; installing needs a network). Run this again to go on."
+    fail "pip could not install $file (its reason is above; installing needs a network). Run this again to resume."
   cat "$file" constraints.txt >"$stamp"
 }
 

@@ -1,4 +1,4 @@
-"""The scripts that start runs elsewhere: what their dry runs print, and what they do when a machine goes away."""
+"""The scripts that start runs elsewhere: the output of their dry runs, and their behavior when a machine is lost."""
 
 import os
 import pathlib
@@ -35,12 +35,12 @@ def dry_run(script, *arguments, **env):
 
 
 def ssh(worker, command):
-  """The line that runs a command on workers."""
+  """The line that runs a command on some workers."""
   return f'gcloud compute tpus tpu-vm ssh paranet --worker={worker} {shlex.quote("--command=" + command)} --zone=z'
 
 
 def same(lines, expected):
-  """Whether a shell reads the same from the lines."""
+  """Asserts that a shell parses both lists of lines to the same words."""
   assert [shlex.split(line) for line in lines] == [shlex.split(line) for line in expected]
 
 
@@ -127,12 +127,12 @@ def test_setup_on_the_disks_of_the_workers():
     (
       ['create'],
       {'ZONE': 'z', 'TIER': 'preemptible', 'QUEUED': '1'},
-      'what is queued can be spot and not preemptible; set TIER=spot',
+      'a queued VM can be spot but not preemptible; set TIER=spot',
     ),
     (
       ['train'],
       {'ZONE': 'z', 'TIER': 'spot'},
-      'a VM that is preempted loses its disk, and the checkpoints with it; set RUNS to an NFS export',
+      'a preempted VM loses its disk and the checkpoints on it; set RUNS to an NFS export',
     ),
   ],
 )
@@ -141,7 +141,7 @@ def test_refusals(arguments, env, message):
   assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
 
 
-# A cloud: `state` holds what a VM is; the first time its log is followed, it is taken away and the connection lost.
+# A stub of gcloud: `state` holds the state of the VM; following its log for the first time changes it and fails.
 GCLOUD = """#!{bash}
 echo "$*" >>'{root}/log'
 case "$*" in
@@ -162,7 +162,7 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-  """Makes a PATH with a gcloud, and gives what it was asked to do."""
+  """Creates a PATH with the stub, and lists the actions that it was asked for."""
 
   def make(state='PREEMPTED', lost=255, code=0, kept=''):
     stub = tmp_path / 'gcloud'
@@ -182,15 +182,15 @@ def cloud(tmp_path):
 
 
 @pytest.mark.parametrize('kept', ['', 3, 75])
-def test_a_preempted_vm_is_made_anew(cloud, kept):
+def test_preempted_vm_is_recreated(cloud, kept):
   make, asked = cloud
   result = run('tpu_vm.sh', 'train', CONFIG, path=make(kept=kept), ZONE='z', TIER='spot', RUNS='1.2.3.4:/s', POLL='0')
-  assert (result.returncode, result.stderr) == (0, 'paranet is gone: making it anew\n')
+  assert (result.returncode, result.stderr) == (0, 'paranet is gone; recreating it\n')
   once = ['create', 'install', 'start', 'follow']
   assert asked() == [*once, 'delete', *once]
 
 
-def test_a_vm_that_is_there_is_taken(cloud, tmp_path):
+def test_existing_vm_is_used(cloud, tmp_path):
   make, asked = cloud
   (tmp_path / 'state').write_text('READY\n')
   (tmp_path / 'followed').touch()
@@ -198,7 +198,7 @@ def test_a_vm_that_is_there_is_taken(cloud, tmp_path):
   assert asked() == ['install', 'start', 'follow']
 
 
-def test_a_lost_connection_is_taken_up_again(cloud, tmp_path):
+def test_lost_connection_is_reopened(cloud, tmp_path):
   make, asked = cloud
   (tmp_path / 'state').write_text('READY\n')
   result = run('tpu_vm.sh', 'run', CONFIG, path=make(state='READY'), ZONE='z', POLL='0')
@@ -207,7 +207,7 @@ def test_a_lost_connection_is_taken_up_again(cloud, tmp_path):
 
 
 @pytest.mark.parametrize('action, kept, code', [('run', 3, 3), ('train', 3, 3), ('run', 75, 75)])
-def test_a_run_that_ends_is_not_started_again(cloud, tmp_path, action, kept, code):
+def test_failed_run_is_not_restarted(cloud, tmp_path, action, kept, code):
   make, asked = cloud
   (tmp_path / 'state').write_text('READY\n')
   path = make(state='READY', lost=1, kept=kept)
@@ -215,7 +215,7 @@ def test_a_run_that_ends_is_not_started_again(cloud, tmp_path, action, kept, cod
   assert asked()[-2:] == ['start', 'follow'] and asked().count('start') == 1
 
 
-def test_a_run_that_was_stopped_goes_on(cloud):
+def test_stopped_run_resumes(cloud):
   make, asked = cloud
   result = run('tpu_vm.sh', 'train', CONFIG, path=make(state='READY', lost=1, kept=75), ZONE='z', POLL='0')
   assert result.returncode == 0
@@ -224,9 +224,10 @@ def test_a_run_that_was_stopped_goes_on(cloud):
 
 @pytest.fixture
 def worker(tmp_path):
-  """A worker whose Python says what it is asked and ends as the last argument says."""
+  """A worker whose Python prints its arguments and ends as the last one says."""
   (tmp_path / 'launch').mkdir()
-  shutil.copy(REPO / 'launch/tpu_worker.sh', tmp_path / 'launch')
+  for name in ('common.sh', 'tpu_worker.sh'):
+    shutil.copy(REPO / 'launch' / name, tmp_path / 'launch')
   python = tmp_path / '.venv/bin/python'
   python.parent.mkdir(parents=True)
   python.write_text(
@@ -255,7 +256,7 @@ def test_worker(worker, last, code):
   assert act('code').stdout == f'{code}\n'
 
 
-def test_worker_refuses_what_it_does_not_know(worker):
+def test_worker_rejects_an_unknown_action(worker):
   result = worker[1]('stop')
   assert (result.returncode, result.stderr) == (2, "error: expected install, start, follow or code, found 'stop'\n")
 
@@ -289,22 +290,23 @@ def test_slurm(env, workdir, options):
 
 
 @pytest.mark.parametrize('argument', ['--workdir=/elsewhere', '--workdir', '-workdir=/elsewhere', '--mode=eval'])
-def test_slurm_would_queue_itself_for_ever(argument):
+def test_slurm_rejects_flags_that_would_requeue_forever(argument):
   result = run('slurm.sh', '--dry-run', CONFIG, argument)
-  message = f'the job trains in WORKDIR until it is at its end, found {argument}; set WORKDIR, and leave it out'
+  message = f'the job trains in WORKDIR until it is finished, found {argument}; set WORKDIR, and leave the flag out'
   assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
 
 
-def test_slurm_submits_what_the_dry_run_prints(tmp_path):
+def test_slurm_submits_the_printed_job(tmp_path):
   repo = tmp_path / 'repo'
   for name in ('launch/slurm.sh', '.venv/bin/python'):
     (repo / name).parent.mkdir(parents=True, exist_ok=True)
-  shutil.copy(REPO / 'launch/slurm.sh', repo / 'launch')
+  for name in ('common.sh', 'slurm.sh'):
+    shutil.copy(REPO / 'launch' / name, repo / 'launch')
   script = str(repo / 'launch/slurm.sh')
   missing = run(script, CONFIG)
   assert (missing.returncode, missing.stderr) == (
     2,
-    'error: expected .venv/bin/python, found none; launch/quickstart.sh makes it\n',
+    'error: expected .venv/bin/python, found none; launch/quickstart.sh creates it\n',
   )
   (repo / '.venv/bin/python').touch(0o755)
   sbatch = tmp_path / 'sbatch'
@@ -336,18 +338,18 @@ def test_local(processes, devices):
 @pytest.mark.parametrize(
   'env, message',
   [
-    ({'PROCESSES': 'two'}, "PROCESSES must be a number of 1 or more, found 'two'"),
-    ({'DEVICES': '0'}, "DEVICES must be a number of 1 or more, found '0'"),
-    ({'PYTHON': '/no/python'}, 'expected /no/python, found none; launch/quickstart.sh makes .venv'),
+    ({'PROCESSES': 'two'}, "PROCESSES must be an integer of 1 or more, found 'two'"),
+    ({'DEVICES': '0'}, "DEVICES must be an integer of 1 or more, found '0'"),
+    ({'PYTHON': '/no/python'}, 'expected /no/python, found none; launch/quickstart.sh creates .venv'),
   ],
 )
-def test_local_refuses(env, message):
+def test_local_rejects(env, message):
   result = run('local.sh', CONFIG, **env)
   assert (result.returncode, result.stdout, result.stderr) == (2, '', f'error: {message}\n')
 
 
 def local(tmp_path, program):
-  """launch/local.sh with a shell program in the place of Python, its last argument that of the process."""
+  """Starts launch/local.sh with a shell program in place of Python; `$index` is the last argument."""
   python = tmp_path / 'python'
   python.write_text(f'#!{shutil.which("bash")}\nindex="${{!#}}"\n{program}\n')
   python.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What the package requires, and the tested set, agree with each other and with what the code imports."""
+"""The requirement files and the tested versions agree with each other and with the imports of the code."""
 
 import ast
 import importlib.metadata

@@ -1,8 +1,8 @@
-"""A soak: the real training process is killed at random, again and again, and must end as if it had not been.
+"""A soak: kills the real training process at random, again and again; the result must be as if it had not been killed.
 
-`python tests/soak.py --minutes=30 [--kills=50] [--seed=0]` trains one small run after another, each from its start to
-its end through as many kills -9 as come, until the minutes are over and there were that many kills at least. Of each it
-asks that the final state is the undisturbed run's bit for bit, that metrics.jsonl has every evaluation line once, that
+`python tests/slow/soak.py --minutes=30 [--kills=50] [--seed=0]` trains small runs one after another, killing each with
+SIGKILL at random times until it finishes, until both the minutes and the kills are reached. For each run it checks that
+the final state equals the undisturbed run's bit for bit, that metrics.jsonl has every evaluation line once, that
 summary.json is the same, and that no temporary file is left. It prints one JSON object.
 """
 
@@ -24,13 +24,13 @@ from tests.faults_test import LONG, assert_ends_as, start  # noqa: E402
 
 RUN = *LONG, '--config.checkpoint.every_steps=15'
 LONGEST = 1.5
-"""Seconds from the first log line to the kill, at most; a whole run takes a few."""
+"""At most so many seconds from the first log line to the kill; a whole run takes a few."""
 
 
 def killed(workdir: Path, chance: random.Random) -> bool:
-  """Starts the run and kills it; False if it had come to its end before."""
+  """Starts the run and kills it; returns False if it finished before."""
   with start(*RUN, workdir=workdir) as process:
-    # Half of the kills come in the start (imports, restoring, compiling), half while it trains, saves and evaluates.
+    # Half of the kills hit the start (imports, restoring, compiling), half the training, saving and evaluating.
     training = chance.random() < 0.5
     if training:
       next((line for line in process.stdout if line.startswith('epoch')), None)
@@ -44,7 +44,7 @@ def killed(workdir: Path, chance: random.Random) -> bool:
 
 
 def finish(workdir: Path) -> None:
-  """Lets the run come to its end."""
+  """Lets the run finish."""
   with start(*RUN, workdir=workdir) as process:
     _, err = process.communicate()
   assert (process.returncode, err) == (0, ''), err
@@ -53,9 +53,9 @@ def finish(workdir: Path) -> None:
 def main() -> None:
   """Runs the command."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--minutes', type=float, required=True, help='at least so long')
-  parser.add_argument('--kills', type=int, default=50, help='at least so many (default: 50)')
-  parser.add_argument('--seed', type=int, default=0, help='of the kills (default: 0)')
+  parser.add_argument('--minutes', type=float, required=True, help='minimum duration')
+  parser.add_argument('--kills', type=int, default=50, help='minimum number of kills (default: 50)')
+  parser.add_argument('--seed', type=int, default=0, help='random seed for the kills (default: 0)')
   options = parser.parse_args()
   jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu'))
   jax.config.update('jax_disable_most_optimizations', True)
@@ -68,8 +68,8 @@ def main() -> None:
       workdir, before = Path(folder) / f'run_{runs}', kills
       while killed(workdir, chance):
         kills += 1
-        print(f'run {runs + 1}: {kills - before} kills, {kills} in all', file=sys.stderr, flush=True)
-        if kills - before == options.kills:  # A run that is never let come to its end would be no test.
+        print(f'run {runs + 1}: {kills - before} kills, {kills} in total', file=sys.stderr, flush=True)
+        if kills - before == options.kills:  # An unfinished run would not be checked.
           finish(workdir)
           break
       assert_ends_as(workdir, whole)

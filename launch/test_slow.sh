@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the slow tests: the tools of the benchmarks, and a soak that kills training at random. Arguments go to pytest.
+#
+# Variables:
+#   MINUTES  of the soak, at least; default: 1
+#   KILLS    of the soak, at least; default: 10
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+
+prepare_venv requirements.txt requirements-test.txt
+.venv/bin/python -m pytest -q --durations=10 tests/slow "$@"
+exec .venv/bin/python tests/slow/soak.py --minutes="${MINUTES:-1}" --kills="${KILLS:-10}"
