@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from reference import PN3, PN3CUT
 
 from paranet_jax.command_line import load_config
 from paranet_jax.config import build_model
@@ -163,8 +164,6 @@ def test_multiply_adds(function, shapes, macs):
 
 
 # Cumulative parameters and multiply-adds of every exit.
-PN3 = [(198_460, 3_413_088), (987_704, 23_538_720), (3_405_684, 125_943_456)]
-PN3CUT = [(198_460, 3_413_088), (792_872, 20_862_912), (2_057_028, 98_678_304)]
 SHIPPED = {
   'pn3_ddd': ('PN3-ddd', PN3),
   'paranet': ('PN3-ddd', PN3),

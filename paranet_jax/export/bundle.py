@@ -120,7 +120,7 @@ def _write_onnx(folder: Path, run: LoadedRun, stages: Stages, dtype: str, images
   if dtype == 'float16':
     models = {name: halved(model) for name, model in models.items()}
   elif dtype == 'int8':
-    mean, std = np.float32(run.dataset.mean), np.float32(run.dataset.std)
+    mean, std = (np.asarray(values, np.float32) for values in (run.dataset.mean, run.dataset.std))
     calibrating = images[: calibration_count(images)].astype(np.float32)
     models = quantized_stages(models, stages, (calibrating / 255 - mean) / std)
   for name, model in models.items():

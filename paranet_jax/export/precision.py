@@ -63,7 +63,7 @@ def quantized_stages(models: dict[str, Any], stages: Stages, images: Float[np.nd
       if name not in found:
         found[name] = _quantized(models[name], takes)
       if gives:
-        carry |= dict(zip(gives, session.run(gives, takes), strict=True))
+        carry |= dict(zip(gives, map(np.asarray, session.run(gives, takes)), strict=True))
   return found
 
 
@@ -80,7 +80,7 @@ def _quantized(model: Any, inputs: dict[str, np.ndarray]) -> Any:
     def __init__(self):
       self._batches = _batches(inputs)
 
-    def get_next(self):
+    def get_next(self) -> Any:  # None after the last batch.
       return next(self._batches, None)
 
   with tempfile.TemporaryDirectory() as folder, quiet():

@@ -92,7 +92,8 @@ def compile_step(task: Task, devices: Sequence[Device]) -> tuple[jax.stages.Comp
     started = time.perf_counter()
     compiled = lowered.compile()
   seconds = time.perf_counter() - started
-  program, memory = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+  program = hlo.parse(compiled.as_text() or '')
+  memory: Any = compiled.memory_analysis()  # jax's types allow for backends that have none.
   cycles = [times * int(found[1]) for _, one, times in program.executed() if (found := _CYCLES.search(one.attributes))]
   return compiled, StepFacts(
     batch_size=task.config.train.batch_size,

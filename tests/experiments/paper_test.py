@@ -1,6 +1,7 @@
 """Tests of the numbers, the tables and the figure, from summaries written by hand."""
 
 import pytest
+from reference import PN3
 
 from paranet_jax.config import drop_epochs
 from paranet_jax.experiments.figure import anytime_figure
@@ -11,7 +12,6 @@ from paranet_jax.experiments.published import CURVES, EXPERIMENTS, FIGURE_MACS, 
 from paranet_jax.experiments.results import section
 from paranet_jax.models.msdnet import MSDNet
 from paranet_jax.optim import make_schedule
-from tests.costs_test import PN3
 
 TENTH = Protocol('tenth', {'model.layers_per_block': '4'})
 

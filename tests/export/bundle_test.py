@@ -11,11 +11,11 @@ import types
 import numpy as np
 import pytest
 import tiny
+from exportable import IMAGES, made
 from PIL import Image
 
 from paranet_jax.export.bundle import Request, write_bundle
 from paranet_jax.portable import run as runtime
-from tests.export.families_test import IMAGES, made
 
 BLOCKED = """
 import importlib.abc, runpy, sys

@@ -3,110 +3,15 @@
 import dataclasses
 import json
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from exportable import COUNT, IMAGES, MODELS, SIDE, early_exit, made
 
-from paranet_jax import config as config_lib
-from paranet_jax.base_config import base_config
-from paranet_jax.early.chunks import Sizes
-from paranet_jax.early.exit_plan import CheckpointId, full_network_plan, with_thresholds
-from paranet_jax.early.loaded_run import LoadedRun
+from paranet_jax.early.exit_plan import with_thresholds
 from paranet_jax.early.path_costs import mac_costs
-from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.early.scores import confidences
 from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.export.compare import all_logits
-from paranet_jax.models.ensemble import Ensemble
-from paranet_jax.models.staged import StagedModel
 from paranet_jax.portable import run as runtime
-from paranet_jax.runs.dataset_facts import DatasetFacts
-from tests.models.registry_test import small
-
-CLASSES = 5
-SIDE = 8
-MEAN, STD = tiny.PLAIN.mean, tiny.PLAIN.std
-COUNT = 12
-SIZES = Sizes((COUNT,), split=False, wave=COUNT, on_host=True)
-# Of one colour each, so that they differ after the pooling.
-IMAGES = np.random.default_rng(3).integers(0, 256, (COUNT, 1, 1, 3), np.uint8).repeat(SIDE, 1).repeat(SIDE, 2)
-NORMALIZED = (IMAGES / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
-
-
-class Stage(nn.Module):
-  """Of somebody else's backbone."""
-
-  features: int
-
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.Conv(self.features, (3, 3), strides=2, use_bias=False)(x)
-    return nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-
-
-def of_family(family, **fields):
-  return config_lib.build_model(small(family, **fields), CLASSES)
-
-
-MODELS = {
-  'paranet': lambda: tiny.network(3, num_classes=CLASSES),
-  'paranet cut': lambda: tiny.network(2, num_classes=CLASSES, cascade=False, dtype=jnp.bfloat16),
-  'paranet of ImageNet': lambda: tiny.network(
-    2, num_classes=CLASSES, stem='7x7', stem_norm=True, entry_pool='max3x3', halvings=(1, 0)
-  ),
-  'paranet that pools first': lambda: tiny.network(2, num_classes=CLASSES, entry_pool='avg', entry_order='pool_first'),
-  'densenet-bc': lambda: of_family('densenet', exits='blocks'),
-  'densenet without bottlenecks': lambda: of_family('densenet', bottleneck=False, depth=7),
-  'densenet-mc': lambda: of_family('densenet', depth=16, exits='1'),
-  'resnet-mc': lambda: of_family('resnet', exits='stages'),
-  'preact-resnet': lambda: of_family('resnet', block='preactivation'),
-  'resnet of bottlenecks': lambda: of_family('resnet', block='bottleneck', depth=11),
-  'msdnet': lambda: of_family('msdnet', num_blocks=3),
-  'fractalnet': lambda: of_family('fractalnet'),
-  'ensemble': lambda: Ensemble([of_family('resnet'), tiny.network(2, num_classes=CLASSES)]),
-  'own stages': lambda: StagedModel([Stage(4), Stage(6), Stage(8)], exits=(1, 3), num_classes=CLASSES),
-}
-
-
-def variables_of(model):
-  """Random, with biases that make every exit's mean logits 0, so that labels differ between images and exits."""
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), NORMALIZED[:1]))
-  variables = tiny.filled({'batch_stats': {}} | dict(shapes))
-
-  def centred(path, leaf):
-    return leaf - leaf.mean() if path[-1].key == 'bias' else leaf
-
-  return jax.tree_util.tree_map_with_path(centred, variables)
-
-
-def made(model):
-  """A run of the model, a plan by which its images leave at every exit, and all logits [K, N, C]."""
-  variables = variables_of(model)
-  model = model.clone(dtype=jnp.float32) if hasattr(model, 'dtype') else model
-  exits = tuple(range(1, model.num_exits + 1))
-  macs = mac_costs(model, (SIDE, SIDE, 3), exits)
-  plan = full_network_plan(CheckpointId('small', 'digits', 7, ''), exits, [int(cost) for cost in macs.alone()])
-  plan = dataclasses.replace(plan, temperatures=tuple(np.linspace(1.5, 0.7, len(exits)).tolist()))
-  logits = np.stack(jax.jit(model.apply)(variables, NORMALIZED))
-  sure = confidences(logits, 'max_prob', plan.temperatures)
-  left, thresholds = np.arange(COUNT), []
-  for at_exit in sure[:-1]:  # Half of who is left, between two images, so that the last bits of a logit do not decide.
-    ranked = np.sort(at_exit[left])
-    thresholds.append(ranked[len(left) // 2 - 1 : len(left) // 2 + 1].mean())
-    left = left[at_exit[left] < thresholds[-1]]
-  facts = DatasetFacts('digits', '1', tuple('abcde'), MEAN, STD, {'train': 1, 'held_out': 2, 'test': 3})
-  run = LoadedRun(model, variables, None, base_config('PN3-ddd'), 7, facts)
-  run.config.model.image_side = SIDE
-  return run, with_thresholds(plan, np.array([*thresholds, -np.inf]), macs), logits
-
-
-def early_exit(run, plan):
-  """The JAX runtime."""
-  model = run.model.clone(dtype=jnp.float32) if hasattr(run.model, 'dtype') else run.model
-  return EarlyExit(model, run.variables, plan, (SIDE, SIDE, 3), MEAN, STD, tuple('abcde'), SIZES)
 
 
 def test_exits_that_are_skipped(tmp_path):

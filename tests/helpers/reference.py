@@ -5,6 +5,10 @@ Takes the variables of `paranet_jax.models.paranet.ParaNet`.
 
 import numpy as np
 
+PN3 = [(198_460, 3_413_088), (987_704, 23_538_720), (3_405_684, 125_943_456)]
+"""Parameters and multiply-adds of the paper's PN3 up to each exit, counted by hand."""
+PN3CUT = [(198_460, 3_413_088), (792_872, 20_862_912), (2_057_028, 98_678_304)]
+
 
 def paranet(variables, images, *, blocks, halvings, cascade, pool=np.max, pool_first=False, stride=1, train=False):
   """Logits of every exit and the updated batch statistics.

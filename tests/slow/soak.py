@@ -19,8 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / 'helpers')]
 
 import jax  # noqa: E402
-
-from tests.faults_test import LONG, assert_ends_as, start  # noqa: E402
+from killing import LONG, assert_ends_as, start  # noqa: E402
 
 RUN = *LONG, '--config.checkpoint.every_steps=15'
 LONGEST = 1.5
