@@ -6,6 +6,7 @@ import time
 
 import chex
 import pytest
+from killing import LONG, assert_ends_as, run, start
 from running import saved_state
 
 
