@@ -78,41 +78,36 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
 def _define_flags() -> flags.FlagValues:
   values = flags.FlagValues()
   values.set_gnu_getopt()
-  for define, name, default, text in (
-    (flags.DEFINE_bool, 'help', False, 'Show this help.'),
+  for kind, name, default, text in (
+    ('bool', 'help', False, 'Show this help.'),
     (
-      flags.DEFINE_string,
+      'string',
       'config',
       None,
       'Configuration file, or paranet_jax:NAME for a file in configs/; fields: paranet_jax/base_config.py.',
     ),
-    (flags.DEFINE_string, 'workdir', None, 'Folder of the run (default: runs/<name>-<dataset>-s<seed>).'),
-    (flags.DEFINE_string, 'mode', 'train', f'One of {", ".join(MODES)}.'),
-    (flags.DEFINE_integer, 'step', None, 'Checkpoint for --mode=eval (default: the latest).'),
+    ('string', 'workdir', None, 'Folder of the run (default: runs/<name>-<dataset>-s<seed>).'),
+    ('string', 'mode', 'train', f'One of {", ".join(MODES)}.'),
+    ('integer', 'step', None, 'Checkpoint for --mode=eval (default: the latest).'),
     (
-      flags.DEFINE_string,
+      'string',
       'compilation_cache',
       None,
       'Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.',
     ),
     (
-      flags.DEFINE_string,
+      'string',
       'coordinator',
       None,
       'HOST:PORT of process 0 in a multi-process run (default: from TPU pods, SLURM or Open MPI).',
     ),
-    (flags.DEFINE_integer, 'num_processes', None, 'Number of processes; 1: this one trains alone.'),
-    (flags.DEFINE_integer, 'process_id', None, 'Index of this process, from 0.'),
-    (
-      flags.DEFINE_integer,
-      'heartbeat_timeout',
-      100,
-      'Seconds without a heartbeat until a process counts as dead.',
-    ),
-    (flags.DEFINE_bool, 'json', False, 'Print one JSON object (--mode=describe and eval).'),
-    (flags.DEFINE_bool, 'accept_config_changes', False, 'Continue a run whose saved configuration differs.'),
+    ('integer', 'num_processes', None, 'Number of processes; 1: this one trains alone.'),
+    ('integer', 'process_id', None, 'Index of this process, from 0.'),
+    ('integer', 'heartbeat_timeout', 100, 'Seconds without a heartbeat until a process counts as dead.'),
+    ('bool', 'json', False, 'Print one JSON object (--mode=describe and eval).'),
+    ('bool', 'accept_config_changes', False, 'Continue a run whose saved configuration differs.'),
   ):
-    define(name, default, text, flag_values=values)
+    getattr(flags, f'DEFINE_{kind}')(name, default, text, flag_values=values)
   return values
 
 
@@ -127,7 +122,7 @@ def _check_place(values: flags.FlagValues) -> None:
     raise UserError(f'--heartbeat_timeout must be 5 seconds or more, found {values.heartbeat_timeout}')
   if (coordinator, index) == (None, None) and number in (None, 1):
     return
-  if None in (coordinator, number, index):
+  if coordinator is None or number is None or index is None:
     raise UserError(
       f'--coordinator, --num_processes and --process_id go together, found {coordinator}, {number} and {index}; '
       'set all of them, or none where the cluster provides them'
@@ -218,6 +213,6 @@ def _renamed(argv: Sequence[str]) -> list[str]:
   return [_OVERRIDE.sub(lambda match: match[1] + RENAMED.get(match[2], match[2]), argument, 1) for argument in argv]
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
   # ml_collections lists every field next to the misspelled one.
   return ' '.join(re.sub(r'Other fields present: .*\}"\\n', '', str(error)).split())

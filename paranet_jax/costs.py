@@ -152,11 +152,14 @@ def _equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEq
 
 
 def _equation_macs(equation: core.JaxprEqn) -> int:
+  # jax declares AbstractValue here; the values of these operations have a shape.
+  inputs: list[Any] = [value.aval for value in equation.invars]
+  outputs: list[Any] = [value.aval for value in equation.outvars]
   if equation.primitive.name == 'dot_general':
     (contracted, _), _ = equation.params['dimension_numbers']
-    return equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    return outputs[0].size * math.prod(inputs[0].shape[axis] for axis in contracted)
   if equation.primitive.name == 'conv_general_dilated':
-    out, kernel = equation.outvars[0].aval, equation.invars[1].aval
+    kernel = inputs[1]
     features_out = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
-    return out.size * kernel.size // features_out
+    return outputs[0].size * kernel.size // features_out
   return 0

@@ -1,4 +1,4 @@
-"""Learning rate schedules and optimizers: configuration values to optax."""
+"""Learning rate schedules and optimizers from configuration values."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,17 +21,17 @@ def make_schedule(
   drop_factor: float = 0.1,
   warmup_epochs: float = 0.0,
 ) -> Schedule:
-  """Learning rate as a function of the number of updates done, usable inside jit.
+  """Learning rate as a function of the number of completed updates, usable inside jit.
 
   Args:
-    kind: 'step' (times `drop_factor` at each of `drop_epochs`), 'cosine' (to 0), 'one_cycle' (from 1/25 up for 30 % of
+    kind: 'step' (times `drop_factor` at each of `drop_epochs`), 'cosine' (to 0), 'one_cycle' (from 1/25 up for 30% of
       the run, then down to 1/250,000; Smith and Topin 2018) or 'constant'.
-    learning_rate: the highest value.
+    learning_rate: the peak value.
     epochs: length of the run.
-    updates_per_epoch: optimizer updates an epoch.
-    drop_epochs: when 'step' drops, in epochs.
-    drop_factor: of 'step'.
-    warmup_epochs: linear up to the schedule's value, in epochs; 'one_cycle' has its own.
+    updates_per_epoch: optimizer updates per epoch.
+    drop_epochs: epochs at which 'step' drops.
+    drop_factor: factor of each 'step' drop.
+    warmup_epochs: epochs of linear warmup to the schedule's value; 'one_cycle' has its own warmup.
   """
   updates = max(round(epochs * updates_per_epoch), 1)
   warmup = 0 if kind == 'one_cycle' else round(warmup_epochs * updates_per_epoch)
@@ -52,7 +52,7 @@ def make_schedule(
 
 
 def _one_cycle(part: jax.Array) -> jax.Array:
-  """As `optax.cosine_onecycle_schedule`, which rounds the peak to a whole update and takes one count at a time."""
+  """Like `optax.cosine_onecycle_schedule`, which however rounds the peak to a whole update and takes a scalar count."""
 
   def cosine(start, end, part):
     return end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(part, 0.0, 1.0))) / 2
@@ -71,16 +71,16 @@ def make_optimizer(
   clip_norm: float = 0.0,
   accumulate_steps: int = 1,
 ) -> optax.GradientTransformation:
-  """An optimizer of the parameters.
+  """Builds an optimizer.
 
   Args:
-    kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code) or 'adamw' (decoupled).
-    schedule: learning rate by number of updates done.
-    momentum: of 'sgd'; b1 of 'adamw'.
-    nesterov: Nesterov momentum, of both.
-    weight_decay: coefficient.
+    kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code) or 'adamw' (decoupled weight decay).
+    schedule: learning rate by number of completed updates.
+    momentum: momentum of 'sgd', or b1 of 'adamw'.
+    nesterov: whether to use Nesterov momentum, in both kinds.
+    weight_decay: weight decay coefficient.
     decay_mask: tree of bool, which parameters decay; None: all.
-    clip_norm: largest global norm of the gradient; 0: no clipping.
+    clip_norm: maximum global gradient norm; 0: no clipping.
     accumulate_steps: steps whose gradients are averaged into one update.
   """
   parts: list[optax.GradientTransformation]
@@ -97,12 +97,12 @@ def make_optimizer(
 
 
 def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:
-  """Tree of bool: which parameters decay. A parameter that no loss reaches does not: decay would only shrink it.
+  """Tree of bool: which parameters decay. Those that no loss reaches do not: decay would only shrink them.
 
   Args:
-    params: the tree of parameters.
+    params: tree of parameters.
     reached: paths of the parameters that the trained exits use.
-    which: 'all' of these, or the 'kernels' alone.
+    which: 'all' of these, or only the 'kernels'.
   """
 
   def decays(path, _):

@@ -134,13 +134,14 @@ class FractalNet(MultiExit):
     """The mean of the columns for the whole network; for a column's own exit, the column."""
     if len(outputs) == 1:
       return outputs[max(outputs)]
-    joined = {(number,): x for paths in outputs.values() for key, x in paths.items() for number in key}
+    joined: Paths = {(number,): x for paths in outputs.values() for key, x in paths.items() for number in key}
     whole = [x for paths in outputs.values() for key, x in paths.items() if self.num_exits in key]
     if whole and drop is not None:
       weights = join_weights(drop, join, tuple(outputs))
-      joined[(self.num_exits,)] = sum(weight.astype(x.dtype) * x for weight, x in zip(weights, whole, strict=True))
+      total = sum(weight.astype(x.dtype) * x for weight, x in zip(weights, whole, strict=True))
+      joined[(self.num_exits,)] = jnp.asarray(total)
     elif whole:
-      joined[(self.num_exits,)] = sum(whole) / len(whole)
+      joined[(self.num_exits,)] = jnp.asarray(sum(whole)) / len(whole)
     return joined
 
   def _check(self) -> None:

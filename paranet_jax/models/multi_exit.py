@@ -202,7 +202,8 @@ def exit_positions(exits: str | tuple[int, ...], each: str, groups: int, size: i
   Raises:
     ValueError: anything else, in one line.
   """
-  inner = {'last': (), each: (size,)}.get(exits, exits)
+  named: dict[Any, tuple[int, ...]] = {'last': (), each: (size,)}
+  inner = named.get(exits, exits)
   if isinstance(inner, str) or list(inner) != sorted(set(inner) & set(range(1, size + 1))):
     raise ValueError(f"exits must be 'last', '{each}' or ascending numbers from 1 to {size}, found {exits!r}")
   positions = {group * size + place for group in range(groups) for place in inner}

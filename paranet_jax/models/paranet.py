@@ -139,8 +139,8 @@ class ParaNet(Graph):
     x = convolve(x, kernel, stride=2) if self._stem_halvings else image_conv3x3(x, kernel)
     if not self.stem_norm:
       return x
-    x = as_features(x, train, self.axis_name)
-    return affine_relu(x.values, *norm_affine(x, train, f'{name}_norm'))
+    features = as_features(x, train, self.axis_name)
+    return affine_relu(features.values, *norm_affine(features, train, f'{name}_norm'))
 
   def _halve(self, x: Array, pipeline: int) -> Array:
     for _ in range(self.geometry.halvings[pipeline - 1] - self._stem_halvings):

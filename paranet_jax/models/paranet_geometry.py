@@ -62,20 +62,20 @@ class Geometry:
         f'and block {block - 1} of pipeline {pipeline - 1} at {source} x {source}'
       )
 
-  def side(self, block: Node) -> int:
-    """Side of a block's features, pixels."""
-    pipeline, index = block
+  def side(self, node: Node) -> int:
+    """Side of a block's features, in pixels."""
+    pipeline, index = node
     return self.image_side // 2 ** (self.halvings[pipeline - 1] + index - 1)
 
   def exit_node(self, number: int) -> Node:
     """The block that exit `number` (1-based) reads: the last one of its pipeline."""
     return (number, self.blocks[number - 1])
 
-  def reads(self, block: Node) -> tuple[Node, ...]:
+  def reads(self, node: Node) -> tuple[Node, ...]:
     """The blocks that a block reads; none for the first block of a pipeline."""
-    pipeline, index = block
+    pipeline, index = node
     own = ((pipeline, index - 1),) if index > 1 else ()
-    return own + (((pipeline - 1, index - 1),) if block in self.cascade else ())
+    return own + (((pipeline - 1, index - 1),) if node in self.cascade else ())
 
 
 def default_blocks(num_pipelines: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which backend a program is traced for, where that decides how something is computed."""
+"""The backend that a program is traced for, where layers choose an implementation by it."""
 
 import contextlib
 import contextvars
@@ -7,22 +7,22 @@ from collections.abc import Iterator
 import jax
 
 PLAIN = 'plain'
-"""The platform of `compiling_for` for exporters: convolutions, pools and concatenations are one operation each."""
+"""Platform of `compiling_for` for exporters: each convolution, pool and concatenation is a single operation."""
 
 SHAPES = 'shapes'
-"""The platform of `compiling_for` where only the shapes of the variables are wanted: what costs tracing is left out."""
+"""Platform of `compiling_for` to get only the variables' shapes: expensive tracing is skipped."""
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
 
 
 def backend() -> str:
-  """'cpu', 'gpu', 'tpu', `PLAIN` or `SHAPES`: the one of `compiling_for`, or else jax's own."""
+  """The platform given to `compiling_for`, or jax's default backend: 'cpu', 'gpu', 'tpu', `PLAIN` or `SHAPES`."""
   return _target.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-  """Within it, models are traced for a platform that is not here, to be compiled ahead of time."""
+  """Traces models for another platform within the context, such as for ahead-of-time compilation."""
   token = _target.set(platform)
   try:
     yield

@@ -1,8 +1,8 @@
 """The parts of DenseNet-BC (Huang et al. 2017) as linen modules: dense block, transition, exit.
 
-They pass `Features` to each other: raw channels in inference, normalized ones with their moments in training, so that
-every channel's batch statistics are computed once, where it is made (see `dense_block.py`). Parameters have the names
-and shapes of a plain DenseNet of `nn.BatchNorm` and `nn.Conv`, whatever computes with them.
+They exchange `Features`: raw channels in inference, normalized channels with their moments in training, so that each
+channel's batch statistics are computed once (see `dense_block.py`). Parameters have the names and shapes of a plain
+DenseNet built from `nn.BatchNorm` and `nn.Conv`.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from paranet_jax.models.layers.backend import PLAIN, SHAPES, backend
 from paranet_jax.models.layers.dense_block import (
@@ -28,42 +29,43 @@ from paranet_jax.models.layers.dense_block import (
 from paranet_jax.models.layers.dropout import dropout
 from paranet_jax.models.layers.initial import kernel_init
 
-MOMENTUM = 0.9  # PyTorch's 0.1, with which DenseNet was trained.
+MOMENTUM = 0.9  # 0.1 in PyTorch's convention, as in DenseNet's original training.
 
 
 class Features(NamedTuple):
-  """Features [B, H, W, C]: raw with `moments` None in inference, normalized with their moments [C] in training."""
+  """Raw features with no moments in inference; normalized features and their moments in training."""
 
-  values: Array
+  values: Float[Array, 'B H W C']
   moments: Moments | None = None
 
 
-def as_features(x: Array, train: bool, axis_name: str | None) -> Features:
-  """Raw features [B, H, W, C], normalized if training."""
+def as_features(x: Float[Array, 'B H W C'], train: bool, axis_name: str | None) -> Features:
+  """Wraps raw features, normalizing them in training."""
   if not train:
     return Features(x)
   values, moments = normalize(x, axis_name)
-  return Features(values, lax.stop_gradient(moments))  # Or jax would trace the gradients of every running statistic.
+  # Otherwise jax would trace a gradient for every running statistic.
+  return Features(values, lax.stop_gradient(moments))
 
 
 def concatenate(first: Features, second: Features) -> Features:
-  """Channels of both."""
+  """Concatenates the channels of both."""
   values = jnp.concatenate([first.values, second.values], axis=-1)
-  if first.moments is None:
+  if first.moments is None or second.moments is None:
     return Features(values)
   pairs = zip(first.moments, second.moments, strict=True)
   return Features(values, Moments(*(jnp.concatenate(pair) for pair in pairs)))
 
 
 def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
-  """`module.param`, but one that is there already is taken as it is: flax traces `init` anew to check its shape."""
+  """`module.param`, except that flax does not trace `init` to check the shape of an existing parameter."""
   if module.has_variable('params', name):
     return module.get_variable('params', name)
   return module.param(name, nn.initializers.zeros if backend() == SHAPES else init, shape)
 
 
 class BatchNorm(nn.Module):
-  """Batch normalization as a scale and a shift [C]: of normalized features in training, of raw ones in inference."""
+  """Batch normalization as a scale and a shift, of normalized features in training and raw ones in inference."""
 
   channels: int
 
@@ -74,36 +76,36 @@ class BatchNorm(nn.Module):
     self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
     self.var = self.variable('batch_stats', 'var', jnp.ones, shape)
 
-  def __call__(self, train: bool) -> tuple[Array, Array]:
-    """Scale and shift; in inference the running statistics are folded in."""
+  def __call__(self, train: bool) -> tuple[Float[Array, ' C'], Float[Array, ' C']]:
+    """Scale and shift; in inference they include the running statistics."""
     if train:
       return self.scale, self.bias
     scale = self.scale * lax.rsqrt(self.var.value + EPSILON)
     return scale, self.bias - self.mean.value * scale
 
   def update(self, moments: Moments) -> None:
-    """Moves the running statistics towards the batch's."""
+    """Updates the running statistics."""
     self.mean.value = MOMENTUM * self.mean.value + (1 - MOMENTUM) * moments.mean
     self.var.value = MOMENTUM * self.var.value + (1 - MOMENTUM) * moments.var
 
 
-def average_pool(x: Array) -> Array:
-  """2x2 average pooling: [B, H, W, C] -> [B, H / 2, W / 2, C]."""
+def average_pool(x: Float[Array, 'B H W C']) -> Float[Array, 'B H/2 W/2 C']:
+  """2x2 average pooling."""
   if backend() == PLAIN:
     return nn.avg_pool(x, window_shape=(2, 2), strides=(2, 2))
-  # Several times as fast on a CPU as a window reduction, forward and backward.
+  # Several times faster on a CPU than a window reduction, forward and backward.
   return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
 
 
-def global_average(x: Array) -> Array:
-  """Mean over the sides, in float32: [B, H, W, C] -> [B, C]."""
+def global_average(x: Float[Array, 'B H W C']) -> Float[Array, 'B C']:
+  """Mean over height and width, in float32."""
   if backend() == PLAIN:
     return jnp.squeeze(nn.avg_pool(x.astype(jnp.float32), window_shape=x.shape[1:3]), (1, 2))
   return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
 
 
-def max_pool(x: Array) -> Array:
-  """2x2 max pooling: [B, H, W, C] -> [B, H / 2, W / 2, C]; equal maxima share the gradient."""
+def max_pool(x: Float[Array, 'B H W C']) -> Float[Array, 'B H/2 W/2 C']:
+  """2x2 max pooling; equal maxima share the gradient."""
   if backend() == PLAIN:
     return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
   # The gradient of a window reduction is tens of times slower on a CPU.
@@ -111,8 +113,8 @@ def max_pool(x: Array) -> Array:
   return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])
 
 
-def overlapping_max_pool(x: Array) -> Array:
-  """3x3 max pooling of stride 2, padded by one: [B, H, W, C] of even H and W -> [B, H / 2, W / 2, C]."""
+def overlapping_max_pool(x: Float[Array, 'B H W C']) -> Float[Array, 'B H/2 W/2 C']:
+  """3x3 max pooling with stride 2, padded by one; H and W are even."""
   if backend() == PLAIN:
     padded = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
     return nn.max_pool(padded, window_shape=(3, 3), strides=(2, 2))
@@ -121,25 +123,25 @@ def overlapping_max_pool(x: Array) -> Array:
 
 def _overlapping_max(x: Array) -> Array:
   even, odd = x[:, ::2], x[:, 1::2]
-  before = jnp.concatenate([even[:, :1], odd[:, :-1]], axis=1)  # A row twice instead of padding: the same maximum.
+  before = jnp.concatenate([even[:, :1], odd[:, :-1]], axis=1)  # Repeating a row gives the same maximum as padding.
   return jnp.maximum(jnp.maximum(even, odd), before)
 
 
-def norm_affine(x: Features, train: bool, name: str) -> tuple[Array, Array]:
+def norm_affine(x: Features, train: bool, name: str) -> tuple[Float[Array, ' C'], Float[Array, ' C']]:
   """Scale and shift of a batch normalization that reads these features; call it inside a compact method."""
   norm = BatchNorm(x.values.shape[-1], name=name)
-  if train:
+  if x.moments is not None:
     norm.update(x.moments)
   return norm(train)
 
 
 class Kernel(nn.Module):
-  """The kernel of a convolution without bias: [height, width, C, features]."""
+  """The kernel of a convolution without bias."""
 
   shape: tuple[int, int, int, int]
 
   @nn.compact
-  def __call__(self) -> Array:
+  def __call__(self) -> Float[Array, 'height width C features']:
     return parameter(self, 'kernel', kernel_init, self.shape)
 
 
@@ -160,7 +162,7 @@ class DenseLayer(nn.Module):
   def __call__(self, train: bool) -> Layer:
     scale2, shift2 = self.norm2(train)
     kernel1 = self.conv1()[0, 0]
-    # Nothing stands between the 1x1 convolution and a folded normalization.
+    # In inference the second normalization's scale folds into the 1x1 convolution before it.
     return Layer(*self.norm1(train), kernel1 if train else kernel1 * scale2, scale2, shift2, self.conv2())
 
   def update(self, features: Moments, bottleneck: Moments) -> None:
@@ -175,9 +177,9 @@ class DenseBlock(nn.Module):
   Attributes:
     growth_rate: k, channels that a layer adds.
     bn_size: bottleneck width, in multiples of k.
-    scan_layers: layers of a segment (see `dense_block.py`): speed, memory and compile time, not the function;
-      None: the backend's default.
-    dropout: rate after each convolution in training (Huang et al. 2017, section 4.2), with a key `dropout`.
+    scan_layers: layers per segment (see `dense_block.py`), which changes speed, memory and compile time but not the
+      result; None: the backend's default.
+    dropout: rate after each convolution in training (Huang et al. 2017, section 4.2), which needs a `dropout` key.
   """
 
   num_layers: int
@@ -198,12 +200,12 @@ class DenseBlock(nn.Module):
     layers = [module(train or backend() == SHAPES) for module in modules]
     if backend() == SHAPES:
       return Features(jnp.zeros((*x.values.shape[:-1], channels[-1] + self.growth_rate), x.values.dtype))
-    if not train:
+    if x.moments is None:
       return Features(dense_block_inference(x.values, layers))
     scan_layers = self.scan_layers or SCAN_LAYERS.get(backend(), 1)
-    values, *moments = dense_block_training(x.values, layers, scan_layers, self.axis_name)
-    new, bottlenecks = lax.stop_gradient(moments)
-    moments = Moments(*(jnp.concatenate([old, added.ravel()]) for old, added in zip(x.moments, new, strict=True)))
+    values, *added = dense_block_training(x.values, layers, scan_layers, self.axis_name)
+    new, bottlenecks = lax.stop_gradient(added)
+    moments = Moments(*(jnp.concatenate([old, part.ravel()]) for old, part in zip(x.moments, new, strict=True)))
     for i, (module, width) in enumerate(zip(modules, channels, strict=True)):
       module.update(
         Moments(*(lax.slice_in_dim(moment, 0, width) for moment in moments)),
@@ -212,7 +214,7 @@ class DenseBlock(nn.Module):
     return Features(values, moments)
 
   def _train_with_dropout(self, x: Features, modules: list[DenseLayer]) -> Features:
-    """The same block one layer after the other, differentiated by jax."""
+    """The same block, layer by layer, differentiated by jax."""
     for module in modules:
       layer = module(True)
       values = affine_relu(x.values, layer.scale1, layer.shift1)
@@ -221,17 +223,18 @@ class DenseBlock(nn.Module):
       bottleneck = as_features(values, True, self.axis_name)
       values = conv3x3(affine_relu(bottleneck.values, layer.scale2, layer.shift2), layer.kernel2)
       values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
+      assert x.moments and bottleneck.moments
       module.update(x.moments, bottleneck.moments)
       x = concatenate(x, as_features(values, True, self.axis_name))
     return x
 
 
 class Transition(nn.Module):
-  """BN-ReLU-Conv1x1-AvgPool2x2 at half the side: C -> floor(compression C) channels.
+  """BN-ReLU-Conv1x1-AvgPool2x2, which halves the side: C -> floor(compression C) channels.
 
   Attributes:
-    compression: theta of DenseNet-BC; a ParaNet has none (paper, section 4).
-    dropout: rate after the convolution in training, with a key `dropout`.
+    compression: theta of DenseNet-BC; ParaNet does not compress (paper, section 4).
+    dropout: rate after the convolution in training, which needs a `dropout` key.
   """
 
   axis_name: str | None = None
@@ -247,18 +250,18 @@ class Transition(nn.Module):
     if train and self.dropout:
       values = average_pool(dropout(conv1x1(values, kernel), self.dropout, self.make_rng('dropout'), self.axis_name))
     else:
-      # A 1x1 convolution and an average pool commute: pooling first is the same function at a quarter of the work.
+      # A 1x1 convolution and an average pool commute, so pooling first does the same with a quarter of the work.
       values = conv1x1(average_pool(values), kernel)
     return as_features(values, train, self.axis_name)
 
 
 class Exit(nn.Module):
-  """BN-ReLU-global average pool-Linear: float32 logits [B, num_classes]."""
+  """BN-ReLU-global average pool-Linear, to float32 logits."""
 
   num_classes: int
 
   @nn.compact
-  def __call__(self, x: Features, train: bool) -> Array:
+  def __call__(self, x: Features, train: bool) -> Float[Array, 'B classes']:
     values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
     values = global_average(values)
     return nn.Dense(self.num_classes, kernel_init=kernel_init, name='classifier')(values)

@@ -1,24 +1,23 @@
-"""A whole dense block as one function: small in memory, quick to compile, with its backward pass written by hand.
+"""A whole dense block as one function with a hand-written backward pass: low memory, quick to compile.
 
-The idea. Every reader of a feature channel in a DenseNet begins with batch normalization, and the batch's mean and
-variance of a channel do not depend on the reader. So each channel is normalized once, where it is made, and stored
-normalized; a reader's normalization is then only its own scale and shift. The features of a block live in one buffer
-x [B, H, W, C]. Layer i reads the first C_i channels and adds k:
+Every layer that reads a feature channel in a DenseNet starts with batch normalization, and a channel's batch mean and
+variance do not depend on the reader. So each channel is normalized once, when it is computed, and stored normalized; a
+reader then applies only its own scale and shift. The features of a block share one buffer x [B, H, W, C]. Layer i reads
+the first C_i channels and adds k:
 
     a = relu(scale1 x[:C_i] + shift1)      z = a W1       z^ = (z - mean) / std
     h = relu(scale2 z^ + shift2)           y = h * W2     x[C_i : C_i + k] = (y - mean) / std
 
-Backward. g is the gradient of the buffer, of every normalized channel, and is accumulated in place, last layer first.
-Only x, z^ and the standard deviations are kept; a and h are made again. With E[.] the mean over the batch:
+In the backward pass, g is the gradient with respect to the buffer, accumulated in place from the last layer to the
+first. Only x, z^ and the standard deviations are stored; a and h are recomputed. With E[.] the mean over the batch:
 
     dy  = (g_y - E[g_y] - y^ E[g_y y^]) / std            where g_y = g[C_i : C_i + k], complete when layer i is reached
     dW2 = h^T dy,  u2 = [h > 0] (dy * W2^T),  dscale2 = sum u2 z^,  dshift2 = sum u2
     dz  = scale2 (u2 - E[u2] - z^ E[u2 z^]) / std
     dW1 = a^T dz,  u1 = [a > 0] (dz W1^T),    dscale1 = sum u1 x,   dshift1 = sum u1,   g[:C_i] += scale1 u1
 
-Layers are taken in segments. A segment of one is written out; a longer one is a `lax.scan`, whose layers all read the
-channels that its last one leaves, with zero weights where they are not there yet: less to compile, a little more to
-compute.
+Layers run in segments. A segment of one layer is unrolled; a longer one is a `lax.scan` whose layers all read the full
+width of the segment, with zero weights for channels not computed yet: less to compile, slightly more to compute.
 """
 
 import functools
@@ -28,62 +27,56 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float
 
 from paranet_jax.models.layers.backend import PLAIN, backend
 
 EPSILON = 1e-5
 
 MANY_PIXELS = 4096
-"""From how many pixels a batch on a CPU `conv3x3` is a matrix product (measured: faster at 4,096, not at 1,024)."""
+"""Pixels in a batch from which `conv3x3` on a CPU is a matrix product (measured: faster at 4,096, not at 1,024)."""
 
 SCAN_LAYERS = {'cpu': 4, 'gpu': 1, 'tpu': 16}
-"""Layers of a segment, by backend.
+"""Layers per segment, by backend.
 
-Of PN3-ddd's training step, one run each. CPU (2 cores of an AMD EPYC, batch 64): 4 and 8 layers compile in 11 and 8 s
+Measured once on PN3-ddd's training step. CPU (2 cores of an AMD EPYC, batch 64): 4 and 8 layers compile in 11 and 8 s
 and train equally fast (154 and 153 images/s). TPU (ahead of time for v5e:2x2, batch 256): 8 and 16 layers compile to 80
-and 61 MB. GPU: not measured, so written out.
+and 61 MB. GPU: not measured, so unrolled.
 """
 
 
 class Layer(NamedTuple):
-  """Parameters of one dense layer, or of a segment's layers stacked and padded along a leading axis.
+  """Parameters of one dense layer with bottleneck width W, or of a segment's layers, padded and stacked on a new axis.
 
-  scale1, shift1: [C_i]; kernel1: [C_i, bn_size k]; scale2, shift2: [bn_size k]; kernel2: [3, 3, bn_size k, k].
-  In training the scales and shifts act on normalized values. In inference the running statistics are folded into
-  them, scale2 is folded into kernel1, and is not used.
+  In training, scales and shifts apply to normalized values. In inference they include the running statistics, and
+  scale2 is folded into kernel1 and otherwise unused.
   """
 
-  scale1: Array
-  shift1: Array
-  kernel1: Array
-  scale2: Array
-  shift2: Array
-  kernel2: Array
+  scale1: Float[Array, '*segment C']
+  shift1: Float[Array, '*segment C']
+  kernel1: Float[Array, '*segment C W']
+  scale2: Float[Array, '*segment W']
+  shift2: Float[Array, '*segment W']
+  kernel2: Float[Array, '*segment 3 3 W k']
 
 
 class Moments(NamedTuple):
-  """Batch mean and (biased) variance of channels, float32 [..., C]."""
+  """Batch mean and biased variance of each channel, float32."""
 
-  mean: Array
-  var: Array
+  mean: Float[Array, '... C']
+  var: Float[Array, '... C']
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def normalize(x: Array, axis_name: str | None) -> tuple[Array, Moments]:
-  """(x - mean) / sqrt(var + eps) over the batch of all devices of the axis; no gradient passes through the moments.
-
-  Args:
-    x: [B, H, W, C].
-    axis_name: device axis, or None.
-
-  Returns:
-    [B, H, W, C] in x's dtype, and float32 moments [C].
-  """
+def _normalize(x: Float[Array, '... C'], axis_name: str | None) -> tuple[Float[Array, '... C'], Moments]:
+  """(x - mean) / sqrt(var + eps) over the batch on all devices of the axis; the moments pass no gradient."""
   wide = _wide(x)
   axes = tuple(range(x.ndim - 1))
   mean, mean_of_squares = _across(jnp.stack([wide.mean(axes), jnp.square(wide).mean(axes)]), axis_name)
   var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)
   return ((wide - mean) * lax.rsqrt(var + EPSILON)).astype(x.dtype), Moments(mean, var)
+
+
+normalize = jax.custom_vjp(_normalize, nondiff_argnums=(1,))
 
 
 def _normalize_forward(x, axis_name):
@@ -92,51 +85,56 @@ def _normalize_forward(x, axis_name):
 
 
 def _normalize_backward(axis_name, residuals, cotangents):
-  return (normalize_backward(cotangents[0], *residuals, axis_name),)
+  x_hat, var = residuals
+  return (normalize_backward(cotangents[0], x_hat, var, axis_name),)
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def normalize_backward(g: Array, x_hat: Array, var: Array, axis_name: str | None) -> Array:
-  """The gradient of x from that of `normalize`'s output."""
+def normalize_backward(
+  g: Float[Array, '... C'], x_hat: Float[Array, '... C'], var: Float[Array, ' C'], axis_name: str | None
+) -> Float[Array, '... C']:
+  """Gradient with respect to x, from g, that with respect to `normalize`'s output x_hat."""
   wide, x_hat = _wide(g), _wide(x_hat)
   axes = tuple(range(g.ndim - 1))
   mean, mean_product = _across(jnp.stack([wide.mean(axes), (wide * x_hat).mean(axes)]), axis_name)
   return (lax.rsqrt(var + EPSILON) * (wide - mean - x_hat * mean_product)).astype(g.dtype)
 
 
-def affine_relu(x: Array, scale: Array, shift: Array) -> Array:
+def affine_relu(
+  x: Float[Array, '... C'], scale: Float[Array, ' C'], shift: Float[Array, ' C']
+) -> Float[Array, '... C']:
   """relu(scale x + shift), computed in float32 and returned in x's dtype."""
-  # A scale and a shift rounded to bfloat16 would move all of a channel one way, and turn on or off what lies near 0.
+  # Rounding scale and shift to bfloat16 would bias a whole channel and flip values near 0 on or off.
   return jax.nn.relu(_wide(x) * scale + shift).astype(x.dtype)
 
 
-def conv3x3(x: Array, kernel: Array) -> Array:
-  """3x3 convolution, same side: [B, H, W, C], [3, 3, C, K] -> [B, H, W, K]."""
-  # XLA's CPU convolution is half as fast to so few outputs as a product for all nine shifts and their sum; not on
-  # small batches.
+def conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -> Float[Array, 'B H W K']:
+  """3x3 convolution with zero padding."""
+  # With few output channels, XLA's CPU convolution takes twice as long as one product for all nine shifts and their
+  # sum, except on small batches.
   if backend() == 'cpu' and x[..., 0].size >= MANY_PIXELS:
     return _conv3x3_by_product(x, kernel.astype(x.dtype))
   return _convolution(x, kernel.astype(x.dtype))
 
 
-def conv1x1(x: Array, kernel: Array) -> Array:
-  """1x1 convolution: [B, H, W, C], [C, K] -> [B, H, W, K]."""
+def conv1x1(x: Float[Array, 'B H W C'], kernel: Float[Array, 'C K']) -> Float[Array, 'B H W K']:
+  """1x1 convolution."""
   kernel = kernel.astype(x.dtype)
   return _convolution(x, kernel[None, None]) if backend() == PLAIN else x @ kernel
 
 
-def image_conv3x3(x: Array, kernel: Array) -> Array:
-  """`conv3x3` of an image, whose few channels XLA's CPU convolution is many times slower on than a matrix product."""
+def image_conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -> Float[Array, 'B H W K']:
+  """`conv3x3` of an image. With so few channels XLA's CPU convolution is many times slower than a matrix product."""
   if backend() != 'cpu':
     return conv3x3(x, kernel)
   features = kernel.shape[-1]
   return (_shifts(x) @ kernel.astype(x.dtype).reshape(-1, features)).reshape(*x.shape[:-1], features)
 
 
-def dense_block_inference(x: Array, layers: Sequence[Layer]) -> Array:
-  """The block with folded running statistics: raw features [B, H, W, C] -> [B, H, W, C + n k]."""
+def dense_block_inference(x: Float[Array, 'B H W C'], layers: Sequence[Layer]) -> Float[Array, 'B H W C+n*k']:
+  """Runs the block's n layers on raw features, with the running statistics folded in."""
   channels = [layer.scale1.shape[0] for layer in layers]
   plain = backend() == PLAIN
   x = x if plain else _widen(x, channels[-1] + layers[-1].kernel2.shape[-1])
@@ -149,19 +147,19 @@ def dense_block_inference(x: Array, layers: Sequence[Layer]) -> Array:
 
 
 def dense_block_training(
-  x: Array, layers: Sequence[Layer], scan_layers: int, axis_name: str | None
-) -> tuple[Array, Moments, Moments]:
-  """The block with the batch's statistics.
+  x: Float[Array, 'B H W C'], layers: Sequence[Layer], scan_layers: int, axis_name: str | None
+) -> tuple[Float[Array, 'B H W C+n*k'], Moments, Moments]:
+  """Runs the block's n layers with batch statistics.
 
   Args:
-    x: normalized features [B, H, W, C].
-    layers: n, in order; layer i reads C + i k channels.
-    scan_layers: layers of a segment; 1 writes every layer out.
-    axis_name: device axis over which the statistics are shared.
+    x: normalized features.
+    layers: in order; layer i (from 0) reads C + i k channels.
+    scan_layers: layers per segment; 1 unrolls every layer.
+    axis_name: device axis over which statistics are shared.
 
   Returns:
-    Normalized features [B, H, W, C + n k]; the moments [n, k] of the new channels and [n, bn_size k] of the
-    bottlenecks, through which no gradient passes.
+    Normalized features; the moments [n, k] of the new channels and [n, bn_size k] of the bottlenecks, which pass no
+    gradient.
   """
   return _block(axis_name, x, _pack(layers, scan_layers))
 
@@ -171,7 +169,7 @@ def _pack(layers: Sequence[Layer], scan_layers: int) -> list[Layer]:
 
 
 def _stack(layers: Sequence[Layer]) -> Layer:
-  # As wide as what the last layer leaves, so that nothing is sliced inside a segment.
+  # As wide as the segment's output, so that nothing is sliced inside a segment.
   width = layers[-1].scale1.shape[0] + layers[-1].kernel2.shape[-1]
 
   def stack(name):
@@ -220,10 +218,11 @@ def _block_backward(axis_name, residuals, cotangents):
     step = functools.partial(_layer_backward, axis_name, image_shape, x[:, :width])
     var = new_var[end - length : end], inner_var[end - length : end]
     g, gradient = _scan(step, g[:, :width], (_offsets(segment), segment, z_hat, *var), reverse=True)
-    # Transposed here: inside the loop it would turn a fast matrix product into a slow one.
+    # A transpose inside the loop would make its matrix product slow.
     gradients.append(gradient._replace(kernel1=gradient.kernel1.swapaxes(1, 2)))
     end -= length
-  g = g[:, : width - length * segment.kernel2.shape[-1]]
+  length, width = segments[0].scale1.shape
+  g = g[:, : width - length * segments[0].kernel2.shape[-1]]
   return g.reshape(*image_shape, -1), gradients[::-1]
 
 
@@ -247,7 +246,7 @@ def _layer_backward(axis_name, image_shape, x, g, inputs):
 
 
 def _affine_relu_backward(activation, x, g):
-  # Without the barrier the sums are fused with what makes u, and XLA's CPU compiler then makes neither fast.
+  # Without the barrier, XLA's CPU compiler fuses the sums with the computation of u, and both become slow.
   u = lax.optimization_barrier(jnp.where(activation > 0, g, 0))
   return u, jnp.sum(_wide(u) * _wide(x), 0), jnp.sum(_wide(u), 0)
 
@@ -270,13 +269,13 @@ def _conv3x3_by_product(x, kernel):
 
 
 def _conv3x3_backward(x, kernel, g):
-  """Gradients of `conv3x3`: [N, C], [3, 3, C, K], [B, H, W, K] -> [N, C], [3, 3, C, K]."""
+  """Gradients of `conv3x3`, its input flattened: [N, C], [3, 3, C, K], [B, H, W, K] -> [N, C], [3, 3, C, K]."""
   channels, growth = kernel.shape[2:]
   kernel = kernel.astype(g.dtype)
   if backend() != 'cpu':
     dx, dkernel = jax.vjp(_convolution, x.reshape(*g.shape[:-1], channels), kernel)[1](g)
     return _flat(dx), _wide(dkernel)
-  # In a loop XLA's CPU compiler makes a convolution's gradient many times slower than these two matrix products.
+  # Inside a loop, XLA's CPU code for a convolution's gradient is many times slower than these two matrix products.
   shifts = _shifts(g)
   flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * growth, channels)
   dkernel = _product_over_batch(shifts, x).reshape(3, 3, growth, channels)
@@ -284,7 +283,7 @@ def _conv3x3_backward(x, kernel, g):
 
 
 def _shifts(x):
-  """[B, H, W, C] -> [B H W, 9 C]: each pixel's 3x3 neighbourhood, zero outside."""
+  """[B, H, W, C] -> [B H W, 9 C]: each pixel's 3x3 neighborhood, zero-padded."""
   batch, height, width, channels = x.shape
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   out = jnp.zeros((batch, height, width, 9 * channels), x.dtype)
@@ -302,14 +301,14 @@ def _product_over_batch(first, second):
 
 
 def _offsets(segment):
-  """First channel that each layer of a segment adds."""
+  """Index of the first channel that each layer of a segment adds."""
   length, width = segment.scale1.shape
   growth = segment.kernel2.shape[-1]
   return width - growth * length + growth * jnp.arange(length)
 
 
 def _scan(step, carry, inputs, reverse=False):
-  """`lax.scan`, written out when there is one step."""
+  """`lax.scan`, unrolled if there is one step."""
   if inputs[0].shape[0] > 1:
     return lax.scan(step, carry, inputs, reverse=reverse)
   carry, outputs = step(carry, jax.tree.map(lambda leaf: leaf[0], inputs))
@@ -325,7 +324,7 @@ def _wide(x):
 
 
 def _wide_dtype(x):
-  """What sums are taken in: float32, or float64 if x is."""
+  """The dtype for sums: float32, or float64 if x is float64."""
   return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
@@ -338,13 +337,13 @@ def _widen(x, channels):
 
 
 def _pad_end(x, axis, size):
-  """Zeros behind x along an axis, up to a size."""
-  # Called hundreds of times in a step, and jnp.pad makes a function of its own each time.
+  """Zero-pads x at the end of an axis to a size."""
+  # jnp.pad would add a function to the program on each of hundreds of calls.
   padding = [(0, size - x.shape[axis] if i == axis else 0, 0) for i in range(x.ndim)]
   return lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
-def _across(moments, axis_name):
+def _across(moments: Array, axis_name: str | None) -> Array:
   return moments if axis_name is None else lax.pmean(moments, axis_name)
 
 

@@ -1,8 +1,8 @@
-"""Initial variables, as the DenseNet authors' code draws them.
+"""Initial variables, distributed as in the DenseNet authors' code.
 
 Convolutions are normal with variance 2 / fan-out (He et al. 2015), linear layers uniform within 1 / sqrt(fan-in).
-Training draws them on the host, leaf by leaf from the abstract shapes, so that nothing is compiled; `model.init` draws
-from the same distributions by `kernel_init`.
+Training draws them on the host, leaf by leaf from abstract shapes, so nothing is compiled; `model.init` draws from the
+same distributions with `kernel_init`.
 """
 
 import math
@@ -18,30 +18,27 @@ ZEROS = ('bias', 'mean')
 
 
 def initial_variables(shapes: Any, seed: int) -> Any:
-  """Draws variables. A value depends on the seed and on its own path and shape, not on the rest of the model.
+  """Draws variables as NumPy arrays. Each depends on the seed, its path and its shape, not on the rest of the model.
 
   Args:
     shapes: tree of shapes and dtypes, its leaves named `kernel`, `scale`, `bias`, `mean` or `var`.
     seed: int32.
 
-  Returns:
-    The tree as numpy arrays.
-
   Raises:
-    ValueError: a leaf of another name.
+    ValueError: a leaf has another name.
   """
   return jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(path, leaf, seed), shapes)
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-  """A flax initializer of the kernel of a convolution or a linear layer."""
+  """Flax initializer for the kernel of a convolution or linear layer."""
   if len(shape) == 2:
     return jax.random.uniform(key, shape, dtype, -_scale(shape), _scale(shape))
   return _scale(shape) * jax.random.normal(key, shape, dtype)
 
 
 def _scale(shape: tuple[int, ...]) -> float:
-  """Bound of a linear layer's kernel, standard deviation of a convolution's."""
+  """Bound for a linear layer's kernel, or standard deviation for a convolution's."""
   if len(shape) == 2:
     return 1 / math.sqrt(shape[0])
   height, width, _, features = shape
