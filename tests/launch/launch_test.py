@@ -239,7 +239,7 @@ def test_accelerator(ready):
   )
 
 
-CHECKS = ['ruff check', 'ruff format', 'lint-imports', 'mkdocs build', PYTEST]
+CHECKS = ['ruff check', 'ruff format', 'lint-imports', 'basedpyright', 'mkdocs build', PYTEST]
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,14 @@ CHECKS = ['ruff check', 'ruff format', 'lint-imports', 'mkdocs build', PYTEST]
     (None, 0, CHECKS),
     ('ruff', 1, CHECKS[:1]),
     ('lint-imports', 1, CHECKS[:3]),
-    ('mkdocs', 1, CHECKS[:4]),
+    ('basedpyright', 1, CHECKS[:4]),
+    ('mkdocs', 1, CHECKS[:5]),
     ('pytest', 1, CHECKS),
   ],
 )
 def test_ci_stops_at_the_first_failure(ready, broken, code, ran):
   ready.run('launch/test.sh')
-  for name in ('ruff', 'lint-imports', 'mkdocs'):
+  for name in ('ruff', 'lint-imports', 'basedpyright', 'mkdocs'):
     tool = ready.repo / '.venv/bin' / name
     log = f'line="{name} $1"; echo "${{line% }}" >>"{ready.root}/log"'
     tool.write_text(f'#!{ready.bash}\n{log}\n[[ ! -e "{ready.root}/broken-{name}" ]]\n')
