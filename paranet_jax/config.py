@@ -49,7 +49,7 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
   weights = config.loss.exit_weights or (1.0,) * num_exits
   if len(weights) != num_exits:
     raise UserError(
-      f'loss.exit_weights must have {num_exits} entries, one an exit of {config.name}, found {weights}; '
+      f'loss.exit_weights must have {num_exits} entries, one for each exit of {config.name}, found {weights}; '
       'set --config.loss.exit_weights'
     )
   family = find_family(config.model.family)

@@ -214,7 +214,7 @@ def test_targets_and_weights_follow_the_name():
   assert config_lib.exit_weights(config) == (1.0, 1.0, 1.0, 1.0)
   assert config_lib.exit_weights(changed(loss__exit_weights=(1, 2, 0.5))) == (1, 2, 0.5)
   assert refusal(config_lib.exit_weights, changed(loss__exit_weights=(1, 2))) == (
-    'loss.exit_weights must have 3 entries, one an exit of PN3-ddd, found (1, 2); set --config.loss.exit_weights'
+    'loss.exit_weights must have 3 entries, one for each exit of PN3-ddd, found (1, 2); set --config.loss.exit_weights'
   )
 
 

@@ -80,8 +80,8 @@ def test_refused_names(tmp_path, name, said):
       'cascade into block 9 of pipeline 3: it needs a block 8 in pipeline 2, and the pipelines have (1, 2, 3) blocks; '
       f'{SIDES}',
     ),
-    ('model.blocks=1,2', f'blocks (1, 2) and halvings (3, 2, 1) must have one entry a pipeline each; {SIDES}'),
-    ('model.blocks=(2,)', f'blocks (2,) and halvings (3, 2, 1) must have one entry a pipeline each; {SIDES}'),
+    ('model.blocks=1,2', f'blocks (1, 2) and halvings (3, 2, 1) must have one entry for each pipeline; {SIDES}'),
+    ('model.blocks=(2,)', f'blocks (2,) and halvings (3, 2, 1) must have one entry for each pipeline; {SIDES}'),
     *(
       (
         f'model.blocks={typed}',
@@ -97,7 +97,8 @@ def test_refused_names(tmp_path, name, said):
     ),
     (
       'loss.exit_weights=(1,2)',
-      'loss.exit_weights must have 3 entries, one an exit of PN3-ddd, found (1, 2); set --config.loss.exit_weights',
+      'loss.exit_weights must have 3 entries, one for each exit of PN3-ddd, found (1, 2); '
+      'set --config.loss.exit_weights',
     ),
     (
       'train.devices=9',
@@ -157,7 +158,7 @@ def test_a_folder_without_images(tmp_path, made, message):
 def test_blocks_for_another_number_of_pipelines(tmp_path):
   message = refusal(QUICKSTART, '--config.model.blocks=1,2', '--config.model.halvings=2,1')
   assert message == (
-    'model.blocks and model.halvings must have 3 entries, one a pipeline of PN3-ddd, found (1, 2) and (2, 1); '
+    'model.blocks and model.halvings must have 3 entries, one for each pipeline of PN3-ddd, found (1, 2) and (2, 1); '
     'set --config.model.blocks and --config.model.halvings'
   )
   assert not contents(tmp_path)

@@ -1,6 +1,6 @@
 """DenseNet and DenseNet-BC for small images (Huang et al. 2017), with one exit or several.
 
-With exits along its blocks it is DenseNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
+With exits along its blocks it becomes DenseNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
 """
 
 from typing import Any
@@ -27,25 +27,25 @@ NUM_BLOCKS = 3
 
 
 class DenseNet(Chain):
-  """Convolution, three dense blocks at sides S, S / 2 and S / 4 with transitions between, BN-ReLU-pool-linear exits.
+  """A convolution, three dense blocks at sides S, S / 2 and S / 4 with transitions between them, and exits.
 
   Attributes:
     num_classes: width of every exit.
-    image_side: S, pixels.
-    channels: of the images.
-    dtype: of the computation; parameters, statistics and logits are float32.
+    image_side: S, in pixels.
+    channels: channels of the images.
+    dtype: dtype of the computation; parameters, statistics and logits are float32.
     axis_name: device axis over which batch statistics are shared in training.
     depth: L, layers with weights: 6 n + 4 with bottlenecks, 3 n + 4 without, for n dense layers in each block.
     growth_rate: k.
     compression: theta, the share of the channels that a transition keeps, rounded down; 0.5 in DenseNet-BC.
     bn_size: bottleneck width in multiples of k; None: no bottleneck, layers are BN-ReLU-Conv3x3(k).
-    exits: 'last', 'blocks' (after each block), or the layers of every block after which an exit hangs besides the one
-      at the end: (6, 12) for the DenseNet-MC of Huang et al. (2018).
-    dropout: rate after each convolution but the first in training (paper, section 4.2), with a key `dropout`.
+    exits: 'last', 'blocks' (after each block), or the layers of every block that an exit follows in addition to the
+      last exit, such as (6, 12) for the DenseNet-MC of Huang et al. (2018).
+    dropout: rate after each convolution but the first in training (paper, section 4.2), which needs a `dropout` key.
     scan_layers: dense layers compiled as one loop in training (see `dense_block.py`); None: the backend's default.
 
   Raises:
-    ValueError: the shapes do not fit, in one line.
+    ValueError: the shapes do not fit together; the message is one line.
   """
 
   num_classes: int = 100
@@ -75,17 +75,17 @@ class DenseNet(Chain):
 
   @property
   def rng_names(self) -> tuple[str, ...]:
-    """Keys that training needs."""
+    """Random keys that training needs."""
     return ('dropout',) if self.dropout else ()
 
   @property
   def layers_per_block(self) -> int:
-    """n."""
+    """n, dense layers in each block."""
     return (self.depth - 4) // (NUM_BLOCKS * (1 if self.bn_size is None else 2))
 
   @property
   def exit_positions(self) -> tuple[int, ...]:
-    """The dense layers, counted over all blocks, after which the exits hang."""
+    """The dense layers, counted over all blocks, that the exits follow."""
     return exit_positions(self.exits, 'blocks', NUM_BLOCKS, self.layers_per_block)
 
   def segment(self, x: Any, start: int, end: int, train: bool) -> Features:
@@ -118,7 +118,7 @@ class DenseNet(Chain):
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> DenseNet:
-  """The network of a run's configuration fields."""
+  """Builds the network from a run's configuration fields."""
   fields['exits'] = parse_exits(fields['exits'])
   if not fields.pop('bottleneck'):
     fields['bn_size'] = None

@@ -1,4 +1,4 @@
-"""Independently trained networks as one anytime model (MSDNet: Huang et al. 2018, section 5): exit m averages m."""
+"""Independently trained networks as one anytime model: exit m averages m of them (Huang et al. 2018, section 5)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,25 +6,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import MultiExit
 
-Carry = dict[int, Array]
-"""The log of the summed probabilities [B, num_classes] of the members run so far, by their number."""
-
 
 class Ensemble(MultiExit):
-  """Exit m is the mean of the softmax probabilities of members 1..m, as logits: its logarithm.
+  """Exit m returns the log of the mean softmax probabilities of members 1..m as logits.
 
-  The members are trained by themselves; `ensemble_variables` puts what they learned together.
+  Each member is trained alone; `ensemble_variables` joins their variables. A stage carries the log of the summed
+  probabilities of the members run so far, by their number.
 
   Attributes:
-    members: multi-exit models of the same classes, or one several times; the last exit of each is used.
+    members: multi-exit models with the same classes, possibly one model several times; their last exits are used.
 
   Raises:
-    ValueError: the members have other numbers of classes, or it is to be trained, in one line.
+    ValueError: the members have different numbers of classes, or the ensemble is run in training; one line.
   """
 
   members: Sequence[nn.Module]
@@ -34,23 +31,23 @@ class Ensemble(MultiExit):
   def setup(self):
     classes = sorted({member.num_classes for member in self.members})
     if len(classes) != 1:
-      raise ValueError(f'the members of an ensemble must have the same classes, not {classes} of them')
-    # A module given twice would be one network; copies, of a member's own modules too, have weights of their own.
+      raise ValueError(f'the members of an ensemble must have the same number of classes, found {classes}')
+    # Without deep copies, a module that occurs twice would share its weights.
     self.networks = [member.clone(parent=None, name=None, _deep_clone=True) for member in self.members]
 
   @property
   def num_exits(self) -> int:
-    """One a member."""
+    """One per member."""
     return len(self.members)
 
   @property
   def num_classes(self) -> int:
-    """That of every member."""
+    """Number of classes of every member."""
     return self.members[0].num_classes
 
   def _evaluate(self, images, carry, exits, train):
     if train:
-      raise ValueError('an ensemble is not trained: train each member by itself')
+      raise ValueError('an ensemble cannot be trained: train each member alone')
     ((done, total),) = carry.items() or {0: jnp.float32(-jnp.inf)}.items()
     logits = {}
     for number in sorted(set(exits)):
@@ -62,11 +59,7 @@ class Ensemble(MultiExit):
 
 
 def ensemble_variables(members: Sequence[Any]) -> Any:
-  """The variables of an `Ensemble` from those of its members, in the same order.
-
-  Args:
-    members: trees of `params` and `batch_stats`.
-  """
+  """The variables of an `Ensemble` from its members' `params` and `batch_stats`, in the order of the members."""
   collections = sorted({collection for variables in members for collection in variables})
   return {
     collection: {

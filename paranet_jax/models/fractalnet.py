@@ -1,11 +1,12 @@
-"""FractalNet (Larsson et al. 2017) with an exit for each column run alone, shallow to deep, and one for the whole net.
+"""FractalNet (Larsson et al. 2017) with an exit for each column alone, shallow to deep, and one for the whole network.
 
-A block of C columns has 2^(C-1) rows. Column c, of 2^(c-1) convolutions, ends one every 2^(C-c) rows; the columns that
-end one in the same row are joined by their mean, which all of them read next. B blocks make B 2^(C-1) layers: 20 with
-B = 5, C = 3 and 40 with C = 4.
+A block of C columns has 2^(C-1) rows. Column c has 2^(c-1) convolutions, one ending every 2^(C-c) rows. Columns with a
+convolution ending in the same row are joined by their mean, which all of them read next. B blocks make B 2^(C-1)
+layers: 20 with B = 5, C = 3 and 40 with C = 4.
 
 Column c alone is the plain network of its own convolutions, with the same weights, statistics and classifier (section
-4.3). What it shares with the whole net is what comes before its first join, in the first block: that is computed once.
+4.3). It shares with the whole network only the features before its first join, in the first block, which are computed
+once.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from paranet_jax.models.layers.conv import Classifier, batch_norm_relu, convolve
 from paranet_jax.models.layers.dense import Kernel, max_pool
@@ -22,35 +24,33 @@ from paranet_jax.models.layers.dense_block import image_conv3x3
 from paranet_jax.models.layers.drop_path import DropPath, draw, join_weights
 from paranet_jax.models.layers.dropout import dropout
 from paranet_jax.models.layers.initial import initial_variables
-from paranet_jax.models.multi_exit import MultiExit
+from paranet_jax.models.multi_exit import MultiExit, check_halvings
 
-Paths = dict[tuple[int, ...], Array]
-"""Features [B, H, W, C] by the exits that they are of: one entry for several as long as they are the same."""
-
-Carry = dict[int, Array]
-"""Of each column in the first block, the features [B, S, S, widths[0]] that reach its first join."""
+Paths = dict[tuple[int, ...], Float[Array, 'B H W C']]
+"""Features by the exits that they lead to: exits share an entry for as long as their features are the same."""
 
 
 class FractalNet(MultiExit):
   """A FractalNet. Exits 1..C are the columns alone, exit C + 1 is the whole network.
 
-  In training, the exits that are trained together share a convolution's batch statistics: they are those of all the
-  passes through it, as its running statistics serve all of them. A random key `rngs={'drop_path': key}` turns drop-path
-  on; it acts on the whole network only. Dropout needs a key `dropout`. Both keys must be the same on every device.
+  In training, a convolution's batch statistics cover all passes through it from the exits trained together, since they
+  also share its running statistics. A `drop_path` key turns drop-path on, for the whole network only; dropout needs a
+  `dropout` key. Both keys must be the same on every device. A stage carries the features that reach each column's first
+  join in the first block, by column.
 
   Attributes:
     num_classes: width of every exit.
     columns: C.
-    widths: channels of each block; B of them.
-    dropout: rate of each block, after its convolutions (section 4: 0, 0.1, 0.2, 0.3, 0.4); empty: none.
-    local_drop_path: rate at which a join drops an input, in a step of local drop-path.
-    global_drop_path: share of the steps that keep one column instead.
-    image_side: S, pixels, a multiple of 2^B.
-    dtype: of the computation; parameters, statistics and logits are float32.
+    widths: channels of each of the B blocks.
+    dropout: rate after each block's convolutions (section 4: 0, 0.1, 0.2, 0.3, 0.4); empty: none.
+    local_drop_path: probability that a join drops an input, in a step with local drop-path.
+    global_drop_path: share of the steps that keep a single column instead.
+    image_side: S, in pixels, a multiple of 2^B.
+    dtype: dtype of the computation; parameters, statistics and logits are float32.
     axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
-    ValueError: the shapes do not fit, in one line.
+    ValueError: the shapes do not fit together; the message is one line.
   """
 
   num_classes: int = 100
@@ -68,7 +68,13 @@ class FractalNet(MultiExit):
   initial_variables = staticmethod(initial_variables)
 
   def __post_init__(self):
-    self._check()
+    if self.columns < 2:
+      raise ValueError(f'columns must be 2 or more, found {self.columns}: one alone is no fractal')
+    check_halvings(self.image_side, len(self.widths))
+    if self.dropout and len(self.dropout) != len(self.widths):
+      raise ValueError(
+        f'dropout {tuple(self.dropout)} must have one rate for each of the {len(self.widths)} blocks, or none'
+      )
     super().__post_init__()
 
   @property
@@ -93,7 +99,7 @@ class FractalNet(MultiExit):
     return {number: x for (number,), x in _separate(logits, paths).items()}, carry
 
   def _block(self, paths, block, known, drop, train):
-    """Features after a block, and of each column what reaches its first join; `known` is that, where it is there."""
+    """Features after a block, and those that reach each column's first join; `known` holds some of these."""
     exits = sorted({number for key in paths for number in key})
     columns = range(1, self.columns + 1) if self.num_exits in exits else exits
     inputs = {column: self._of_column(paths, column) for column in columns}
@@ -122,16 +128,16 @@ class FractalNet(MultiExit):
     return 2 ** (self.columns - column)
 
   def _first_join(self, column: int) -> int:
-    """The row in which the column is first joined."""
+    """The row of the column's first join."""
     return max(self._rows(column), 2)
 
   def _of_column(self, paths: Paths, column: int) -> Paths:
-    """Of these features, what the column reads: those of its own exit and of the whole network."""
+    """The features that the column reads: those of its own exit and of the whole network."""
     kept = {tuple(number for number in key if number in (column, self.num_exits)): x for key, x in paths.items()}
     return {key: x for key, x in kept.items() if key}
 
   def _join(self, outputs: dict[int, Paths], drop: DropPath | None, join: int) -> Paths:
-    """The mean of the columns for the whole network; for a column's own exit, the column."""
+    """The columns' mean for the whole network, and each column unchanged for its own exit."""
     if len(outputs) == 1:
       return outputs[max(outputs)]
     joined: Paths = {(number,): x for paths in outputs.values() for key, x in paths.items() for number in key}
@@ -144,23 +150,14 @@ class FractalNet(MultiExit):
       joined[(self.num_exits,)] = jnp.asarray(sum(whole)) / len(whole)
     return joined
 
-  def _check(self) -> None:
-    times = len(self.widths)
-    if self.columns < 2:
-      raise ValueError(f'columns {self.columns} must be 2 or more: one alone is no fractal')
-    if self.image_side < 1 or self.image_side % 2**times:
-      raise ValueError(f'image_side {self.image_side} cannot be halved {times} times, once a block')
-    if self.dropout and len(self.dropout) != times:
-      raise ValueError(f'dropout {tuple(self.dropout)} must have one rate for each of the {times} blocks, or none')
-
 
 def from_fields(name: str, fields: dict[str, Any]) -> FractalNet:
-  """The network of a run's configuration fields."""
+  """Builds the network from a run's configuration fields."""
   return FractalNet(dropout=fields.pop('block_dropout'), **fields)
 
 
 class FractalLayer(nn.Module):
-  """Conv3x3-Dropout-BN-ReLU of all the passes at once: the order of the authors' own network files."""
+  """Conv3x3-Dropout-BN-ReLU on all passes at once, in the order of the authors' network files."""
 
   features: int
   dropout: float

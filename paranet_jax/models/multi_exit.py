@@ -1,14 +1,12 @@
-"""The interface of every multi-exit model, and the two ways in which the models here have several exits.
+"""The interface of every multi-exit model, and two base classes that implement it.
 
 A model has `num_exits` and two ways to run, which give the same logits:
-`model.apply(variables, images, exits=...)`: the logits of the exits asked for, computing only what they need;
-`model.apply(variables, images, carry, number, method='stage')`: exit `number`, and the features that later exits need,
-so that stopping early skips the rest.
-A model whose training draws random numbers names the keys it needs in `rngs` as `rng_names`; they are the same on every
-device.
+`model.apply(variables, images, exits=...)`: logits of the requested exits, computing only what they need;
+`model.apply(variables, images, carry, number, method='stage')`: logits of exit `number` and the features that later
+exits need, so that stopping early skips the rest.
+A model that draws random numbers in training lists the keys it needs as `rng_names`; they are the same on every device.
 
-A network is a `Chain` if each exit reads what follows the exit before it, and a `Graph` if exits share features in
-another way.
+A network is a `Chain` if its exits lie along one chain of layers, and a `Graph` if they share features in another way.
 """
 
 import re
@@ -23,11 +21,11 @@ from jaxtyping import Float
 Images = Float[Array, 'B H W C']
 Logits = Float[Array, 'B classes']
 Carry = dict[Any, Any]
-"""Features that later exits need, by what they are features of; {} before the first exit and after the last."""
+"""Features that later exits need, by position in the network; {} before the first exit and after the last."""
 
 
 class MultiExit(nn.Module):
-  """Base of the models: a subclass has `num_exits`, `_evaluate`, and `_carried` if it need not carry all features."""
+  """Base of all models. A subclass defines `num_exits`, `_evaluate` and, to carry fewer features, `_carried`."""
 
   @property
   def num_exits(self) -> int:
@@ -35,26 +33,26 @@ class MultiExit(nn.Module):
     raise NotImplementedError
 
   def __call__(self, images: Images, train: bool = False, exits: Iterable[int] | None = None) -> list[Logits | None]:
-    """Logits of the exits asked for.
+    """Logits of the requested exits.
 
     Args:
-      images: normalized.
-      train: normalize with the batch's statistics and update the running ones.
+      images: normalized images.
+      train: whether to use batch statistics and update the running ones.
       exits: 1-based; None: all.
 
     Returns:
-      One float32 array an exit; None for those not asked for.
+      One float32 array per exit; None for exits not requested.
     """
     numbers = range(1, self.num_exits + 1)
     logits, _ = self._evaluate(images, {}, numbers if exits is None else tuple(exits), train)
     return [logits.get(number) for number in numbers]
 
   def stage(self, images: Images, carry: Carry, number: int, train: bool = False) -> tuple[Logits, Carry]:
-    """Runs what exit `number` still needs.
+    """Computes what exit `number` still needs.
 
     Args:
-      images: normalized; the same at every stage.
-      carry: {} at first, then what the stage before returned. Stages may be skipped, not repeated.
+      images: normalized images, the same at every stage.
+      carry: {} at first, then what the previous stage returned. Stages may be skipped but not repeated.
       number: 1-based exit.
       train: as in `__call__`.
 
@@ -67,26 +65,26 @@ class MultiExit(nn.Module):
   def _evaluate(
     self, images: Images, carry: Carry, exits: Iterable[int], train: bool
   ) -> tuple[Mapping[int, Logits], Carry]:
-    """Logits of these exits by number, and all features known then, those of `carry` included."""
+    """Logits of these exits by number, and all features known by then, including those in `carry`."""
     raise NotImplementedError
 
   def _carried(self, features: Carry, number: int) -> Carry:
-    """The features among these, known after exit `number`, that later exits need."""
+    """The subset of the features known after exit `number` that later exits need."""
     return features
 
 
 class Chain(MultiExit):
-  """Base of a network that is one chain of layers with exits along it. It carries the features at the last exit run."""
+  """Base of a network that is one chain of layers with exits along it. It carries the features of the last exit run."""
 
   dtype = jnp.float32  # A field in subclasses.
 
   @property
   def exit_positions(self) -> tuple[int, ...]:
-    """Position in the chain, from 1, of the layer that each exit follows; the last one is the end."""
+    """Position in the chain, from 1, of the layer that each exit follows; the last exit is at the end."""
     raise NotImplementedError
 
   def segment(self, x: Any, start: int, end: int, train: bool) -> Any:
-    """Features after position `end` from those after position `start`; at 0 they are the images in `dtype`."""
+    """Features after position `end` from those after position `start`; position 0 is the images in `dtype`."""
     raise NotImplementedError
 
   def exit_logits(self, x: Any, number: int, train: bool) -> Logits:
@@ -112,11 +110,11 @@ class Chain(MultiExit):
 
 
 Node = tuple[int, int]
-"""A place in a graph where features are computed; it sorts after every node that it reads."""
+"""A feature map in a graph. Nodes sort after the nodes that they read."""
 
 
 class Geometry(Protocol):
-  """Which node reads which: plain arithmetic, no arrays."""
+  """The edges of a graph: plain arithmetic, no arrays."""
 
   def reads(self, node: Node) -> Iterable[Node]:
     """The nodes that a node reads."""
@@ -130,7 +128,7 @@ class Geometry(Protocol):
 class Graph(MultiExit):
   """Base of a network whose features form a graph.
 
-  An exit computes only the nodes that it needs, and a stage carries those that later exits still read.
+  An exit computes only the nodes that it needs, and a stage carries the nodes that later exits still read.
   """
 
   @property
@@ -139,7 +137,7 @@ class Graph(MultiExit):
     raise NotImplementedError
 
   def node_features(self, node: Node, images: Images, features: Carry, train: bool) -> Any:
-    """Features of a node from those of the nodes that it reads, or from the images."""
+    """Features of a node, from the nodes that it reads or from the images."""
     raise NotImplementedError
 
   def exit_logits(self, x: Any, number: int, train: bool) -> Logits:
@@ -162,7 +160,7 @@ class Graph(MultiExit):
 def needed(
   targets: Iterable[Node], reads: Callable[[Node], Iterable[Node]], known: Collection[Node] = ()
 ) -> list[Node]:
-  """The nodes of a graph still to compute for these targets, each after the nodes it reads."""
+  """The nodes still to compute for these targets, each after the nodes that it reads."""
   missing, pending = set(), list(targets)
   while pending:
     node = pending.pop()
@@ -173,19 +171,19 @@ def needed(
 
 
 def kept(targets: Collection[Node], reads: Callable[[Node], Iterable[Node]], known: Collection[Node]) -> list[Node]:
-  """The known nodes that are targets, or that a node still needed for the targets reads."""
+  """The known nodes that are targets or that nodes still to compute for the targets read."""
   read = {source for node in needed(targets, reads, known) for source in reads(node)}
   return sorted(read.union(targets).intersection(known))
 
 
 def check_halvings(image_side: int, times: int) -> None:
-  """Raises ValueError unless a side can be halved that often."""
+  """Raises ValueError unless `image_side` can be halved this many times."""
   if image_side < 1 or image_side % 2**times:
     raise ValueError(f'image_side must be a multiple of {2**times}, to be halved {times} times, found {image_side}')
 
 
 def parse_exits(text: str) -> str | tuple[int, ...]:
-  """The numbers in '6,12'; other text, such as 'last', as it is."""
+  """The numbers in '6,12'; other text, such as 'last', unchanged."""
   return tuple(map(int, text.split(','))) if re.fullmatch(r'\d+(,\d+)*', text) else text
 
 
@@ -193,14 +191,14 @@ def exit_positions(exits: str | tuple[int, ...], each: str, groups: int, size: i
   """Positions of the exits in a chain of equal groups.
 
   Args:
-    exits: 'last': one at the end; the word `each`: one after each group; or ascending positions, from 1, after which
-      there is an exit in every group, in addition to the one at the end.
-    each: the word.
+    exits: 'last': one exit at the end; the word `each`: one after each group; or ascending positions, from 1, that an
+      exit follows in every group, in addition to the exit at the end.
+    each: the word that means one exit after each group, such as 'blocks'.
     groups: number of groups.
     size: length of a group.
 
   Raises:
-    ValueError: anything else, in one line.
+    ValueError: `exits` is none of these; the message is one line.
   """
   named: dict[Any, tuple[int, ...]] = {'last': (), each: (size,)}
   inner = named.get(exits, exits)

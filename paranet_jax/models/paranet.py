@@ -1,12 +1,12 @@
 """ParaNet: P pipelines of dense blocks, one exit each, later pipelines reading earlier ones (paper, section 3)."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.models import paranet_geometry as geo
 from paranet_jax.models.layers.conv import convolve
 from paranet_jax.models.layers.dense import (
   DenseBlock,
@@ -29,8 +29,98 @@ from paranet_jax.targets import parse_name
 _POOLS = {'max': max_pool, 'avg': average_pool, 'max3x3': overlapping_max_pool}
 
 
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+  """The graph of a ParaNet's blocks (spec: Architecture).
+
+  Block (p, b), 1-based, is block b of pipeline p. It reads block (p, b - 1) through a transition, or the pipeline's
+  entry if b = 1, and, if there is a cascade edge, block (p - 1, b - 1) unchanged.
+
+  Attributes:
+    image_side: S, pixels.
+    blocks: dense blocks of each pipeline.
+    halvings: 2x2 poolings at the entry of each pipeline.
+    cascade: the blocks (p, b) that also read block (p - 1, b - 1).
+
+  Raises:
+    ValueError: the shapes do not fit together; the message is one line.
+  """
+
+  image_side: int
+  blocks: tuple[int, ...]
+  halvings: tuple[int, ...]
+  cascade: tuple[Node, ...]
+
+  def __post_init__(self):
+    if len(self.blocks) != len(self.halvings):
+      raise ValueError(f'blocks {self.blocks} and halvings {self.halvings} must have one entry for each pipeline')
+    if min(self.blocks) < 1 or min(self.halvings) < 0:
+      raise ValueError(f'blocks {self.blocks} must be 1 or more and halvings {self.halvings} 0 or more')
+    for pipeline, num_blocks in enumerate(self.blocks, 1):
+      times = self.halvings[pipeline - 1] + num_blocks - 1
+      if self.image_side < 1 or times >= self.image_side.bit_length() or self.image_side % 2**times:
+        raise ValueError(
+          f'image_side {self.image_side} cannot be halved {times} times, as pipeline {pipeline} needs '
+          f'({self.halvings[pipeline - 1]} at its entry, {num_blocks - 1} between its blocks)'
+        )
+    for block in self.cascade:
+      self._check_edge(*block)
+
+  def _check_edge(self, pipeline: int, block: int) -> None:
+    exists = (
+      2 <= pipeline <= len(self.blocks)
+      and 2 <= block <= self.blocks[pipeline - 1]
+      and block - 1 <= self.blocks[pipeline - 2]
+    )
+    if not exists:
+      raise ValueError(
+        f'cascade into block {block} of pipeline {pipeline}: it needs a block {block - 1} in pipeline {pipeline - 1}, '
+        f'and the pipelines have {self.blocks} blocks'
+      )
+    source, target = self.side((pipeline - 1, block - 1)), self.side((pipeline, block))
+    if source != target:
+      raise ValueError(
+        f'cascade into block {block} of pipeline {pipeline} joins different sides: it works at {target} x {target} '
+        f'and block {block - 1} of pipeline {pipeline - 1} at {source} x {source}'
+      )
+
+  def side(self, node: Node) -> int:
+    """Side of a block's features, in pixels."""
+    pipeline, index = node
+    return self.image_side // 2 ** (self.halvings[pipeline - 1] + index - 1)
+
+  def exit_node(self, number: int) -> Node:
+    """The block that exit `number` (1-based) reads: the last block of its pipeline."""
+    return (number, self.blocks[number - 1])
+
+  def reads(self, node: Node) -> tuple[Node, ...]:
+    """The blocks that a block reads; none for the first block of a pipeline."""
+    pipeline, index = node
+    own = ((pipeline, index - 1),) if index > 1 else ()
+    return own + (((pipeline - 1, index - 1),) if node in self.cascade else ())
+
+
+def default_blocks(num_pipelines: int) -> tuple[int, ...]:
+  """Pipeline p has p dense blocks."""
+  return tuple(range(1, num_pipelines + 1))
+
+
+def default_halvings(num_pipelines: int) -> tuple[int, ...]:
+  """P + 1 - p halvings at the entry of pipeline p."""
+  return tuple(range(num_pipelines, 0, -1))
+
+
+def full_cascade(blocks: tuple[int, ...]) -> tuple[Node, ...]:
+  """Every cascade edge that has a source."""
+  return tuple(
+    (pipeline, index)
+    for pipeline in range(2, len(blocks) + 1)
+    for index in range(2, min(blocks[pipeline - 1], blocks[pipeline - 2] + 1) + 1)
+  )
+
+
 class ParaNet(Graph):
-  """A ParaNet (spec: Architecture). Images are normalized floats [B, image_side, image_side, channels].
+  """A ParaNet (spec: Architecture).
 
   Attributes:
     num_pipelines: P.
@@ -41,18 +131,18 @@ class ParaNet(Graph):
     blocks: dense blocks of each pipeline; None: pipeline p has p.
     halvings: 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
     cascade: True: every edge; False: none (`cut`); or the blocks (p, b) that also read block (p - 1, b - 1).
-    stem_norm: BN-ReLU after the stem's convolution.
-    stem: '3x3', or '7x7': of stride 2, which halves the image once more.
-    entry_pool: 'max' or 'avg' (2x2), or 'max3x3' (of stride 2, overlapping), how the entry halves.
+    stem_norm: whether BN-ReLU follows the stem's convolution.
+    stem: '3x3', or '7x7' with stride 2, which halves the image once more.
+    entry_pool: how the entry halves: 'max' or 'avg' (2x2), or 'max3x3' (overlapping, with stride 2).
     entry_order: 'stem_first' (convolve the whole image, then pool) or 'pool_first'.
-    dropout: rate after each convolution but a stem's in training, with a key `dropout`.
-    image_side: S, pixels.
-    dtype: of the computation; parameters, statistics and logits are float32.
+    dropout: rate after each convolution except a stem's in training, which needs a `dropout` key.
+    image_side: S, in pixels.
+    dtype: dtype of the computation; parameters, statistics and logits are float32.
     scan_layers: dense layers compiled as one loop in training (see `dense_block.py`); None: the backend's default.
     axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
-    ValueError: the shapes do not fit (see `Geometry`), in one line.
+    ValueError: the shapes do not fit together (see `Geometry`); the message is one line.
   """
 
   num_pipelines: int = 3
@@ -62,7 +152,7 @@ class ParaNet(Graph):
   bn_size: int = 4
   blocks: tuple[int, ...] | None = None
   halvings: tuple[int, ...] | None = None
-  cascade: bool | tuple[geo.Node, ...] = True
+  cascade: bool | tuple[Node, ...] = True
   stem_norm: bool = False
   stem: str = '3x3'
   entry_pool: str = 'max'
@@ -77,12 +167,12 @@ class ParaNet(Graph):
   initial_variables = staticmethod(initial_variables)
 
   @property
-  def geometry(self) -> geo.Geometry:
-    """Which block reads which, at which side."""
-    blocks = self.blocks or geo.default_blocks(self.num_pipelines)
-    halvings = geo.default_halvings(self.num_pipelines) if self.halvings is None else self.halvings
-    cascade = self.cascade if isinstance(self.cascade, tuple) else geo.full_cascade(blocks) if self.cascade else ()
-    return geo.Geometry(self.image_side, blocks, tuple(times + self._stem_halvings for times in halvings), cascade)
+  def geometry(self) -> Geometry:
+    """The graph of blocks and the side of each."""
+    blocks = self.blocks or default_blocks(self.num_pipelines)
+    halvings = default_halvings(self.num_pipelines) if self.halvings is None else self.halvings
+    cascade = self.cascade if isinstance(self.cascade, tuple) else full_cascade(blocks) if self.cascade else ()
+    return Geometry(self.image_side, blocks, tuple(times + self._stem_halvings for times in halvings), cascade)
 
   @property
   def _stem_halvings(self) -> int:
@@ -90,16 +180,16 @@ class ParaNet(Graph):
 
   @property
   def rng_names(self) -> tuple[str, ...]:
-    """Keys that training needs."""
+    """Random keys that training needs."""
     return ('dropout',) if self.dropout else ()
 
   @property
   def num_exits(self) -> int:
-    """P, one exit a pipeline."""
+    """P, one exit per pipeline."""
     return self.num_pipelines
 
   def node_features(self, node: Node, images: Images, features: Carry, train: bool) -> Features:
-    """A dense block after its transition or the pipeline's entry, and the cascade."""
+    """A dense block on its transition or the pipeline's entry, joined with the cascade."""
     pipeline, index = node
     if index == 1:
       x = self._entry(images, pipeline, train)
@@ -149,11 +239,11 @@ class ParaNet(Graph):
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> ParaNet:
-  """The network of a run's name and configuration fields.
+  """Builds the network from a run's name and configuration fields.
 
   Raises:
-    UserError: the name is refused, or `blocks` and `halvings` do not fit it.
-    ValueError: the shapes do not fit.
+    UserError: the name is invalid, or `blocks` and `halvings` do not fit it.
+    ValueError: the shapes do not fit together.
   """
   parsed = parse_name(name)
   if fields['cascade'] is None:
@@ -165,7 +255,7 @@ def from_fields(name: str, fields: dict[str, Any]) -> ParaNet:
   geometry = model.geometry
   if len(geometry.blocks) != parsed.num_pipelines:
     raise UserError(
-      f'model.blocks and model.halvings must have {parsed.num_pipelines} entries, one a pipeline of {name}, '
+      f'model.blocks and model.halvings must have {parsed.num_pipelines} entries, one for each pipeline of {name}, '
       f'found {geometry.blocks} and {geometry.halvings}; set --config.model.blocks and --config.model.halvings'
     )
   return model

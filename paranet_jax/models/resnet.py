@@ -1,6 +1,6 @@
 """Residual networks for small images (He et al. 2016a, section 4.2; pre-activation: He et al. 2016b).
 
-With exits along its stages it is ResNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
+With exits along its stages it becomes ResNet-MC, a baseline of MSDNet (Huang et al. 2018, section 5 and appendix).
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from paranet_jax.models.layers.conv import Classifier, Conv, ConvNormRelu, batch_norm, batch_norm_relu
 from paranet_jax.models.layers.dense import Exit, as_features
@@ -27,7 +28,7 @@ class _Block(nn.Module):
 
 
 class BasicBlock(_Block):
-  """relu(x + Conv3x3-BN-ReLU-Conv3x3-BN), with a shortcut without parameters where the shape changes (option A)."""
+  """relu(x + Conv3x3-BN-ReLU-Conv3x3-BN), with a parameter-free shortcut where the shape changes (option A)."""
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -38,7 +39,7 @@ class BasicBlock(_Block):
 
 
 class PreActivationBlock(_Block):
-  """x + BN-ReLU-Conv3x3-BN-ReLU-Conv3x3; in the first of a stage the shortcut too begins after BN-ReLU."""
+  """x + BN-ReLU-Conv3x3-BN-ReLU-Conv3x3; the shortcut of a stage's first block also starts after BN-ReLU."""
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
@@ -52,7 +53,7 @@ class PreActivationBlock(_Block):
 class BottleneckBlock(_Block):
   """x + BN-ReLU-Conv1x1(width)-BN-ReLU-Conv3x3(width)-BN-ReLU-Conv1x1(4 width).
 
-  In the first of a stage a 1x1 projection after BN-ReLU takes the place of x.
+  In a stage's first block, a 1x1 projection after BN-ReLU replaces x.
   """
 
   @nn.compact
@@ -67,27 +68,26 @@ class BottleneckBlock(_Block):
 
 
 BLOCKS = {'basic': (BasicBlock, 2), 'preactivation': (PreActivationBlock, 2), 'bottleneck': (BottleneckBlock, 3)}
-"""The kinds of block, with the layers of each."""
+"""The kinds of block and the number of layers in each."""
 
 
 class ResNet(Chain):
-  """Convolution, three stages of n residual blocks with 16, 32 and 64 channels, and exits.
+  """A convolution, three stages of n residual blocks with 16, 32 and 64 channels, and exits.
 
   Attributes:
     num_classes: width of every exit.
-    image_side: S, pixels.
-    channels: of the images.
-    dtype: of the computation; parameters, statistics and logits are float32.
+    image_side: S, in pixels.
+    channels: channels of the images.
+    dtype: dtype of the computation; parameters, statistics and logits are float32.
     axis_name: device axis over which batch statistics are shared in training.
-    depth: layers with weights: 6 n + 2, or 9 n + 2 of bottlenecks.
-    block: 'basic' (He et al. 2016a), 'preactivation' or 'bottleneck' (He et al. 2016b; 164 and 1001 layers, of
-      pre-activation too).
-    exits: 'last', 'stages' (after each stage), or the blocks of every stage after which an exit hangs besides the one
-      at the end: (4, 8) at depth 62 for the ResNet-MC of Huang et al. (2018). An exit is pool-linear, after BN-ReLU
-      where the blocks are of pre-activation.
+    depth: layers with weights: 6 n + 2, or 9 n + 2 with bottlenecks.
+    block: 'basic' (He et al. 2016a), 'preactivation' or 'bottleneck' (He et al. 2016b; also pre-activation, for 164 and
+      1001 layers).
+    exits: 'last', 'stages' (after each stage), or the blocks of every stage that an exit follows in addition to the
+      last exit, such as (4, 8) at depth 62 for the ResNet-MC of Huang et al. (2018).
 
   Raises:
-    ValueError: the shapes do not fit, in one line.
+    ValueError: the shapes do not fit together; the message is one line.
   """
 
   num_classes: int = 100
@@ -113,16 +113,16 @@ class ResNet(Chain):
 
   @property
   def blocks_per_stage(self) -> int:
-    """n."""
+    """n, residual blocks in each stage."""
     return (self.depth - 2) // (len(WIDTHS) * BLOCKS[self.block][1])
 
   @property
   def exit_positions(self) -> tuple[int, ...]:
-    """The residual blocks, counted over all stages, after which the exits hang."""
+    """The residual blocks, counted over all stages, that the exits follow."""
     return exit_positions(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
 
-  def segment(self, x: Array, start: int, end: int, train: bool) -> Array:
-    """Residual blocks start + 1 to end, [B, H, W, C], with the stem before the first."""
+  def segment(self, x: Float[Array, 'B H W C'], start: int, end: int, train: bool) -> Float[Array, 'B h w c']:
+    """Residual blocks start + 1 to end, with the stem before the first."""
     if start == 0:
       x = self._stem(x, train)
     block_class, _ = BLOCKS[self.block]
@@ -134,7 +134,7 @@ class ResNet(Chain):
     return x
 
   def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
-    """Pool-linear, after BN-ReLU where the blocks are of pre-activation."""
+    """Pool-linear, preceded by BN-ReLU with pre-activation blocks."""
     name = f'exit_{number}'
     if self.block == 'basic':
       return Classifier(self.num_classes, name=name)(x)
@@ -147,11 +147,11 @@ class ResNet(Chain):
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> ResNet:
-  """The network of a run's configuration fields."""
+  """Builds the network from a run's configuration fields."""
   fields['exits'] = parse_exits(fields['exits'])
   return ResNet(**fields)
 
 
 def _subsample(x, stride, channels):
-  """Every `stride`-th pixel, and zeros for the new channels."""
+  """Every `stride`-th pixel, with zeros for the new channels."""
   return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))

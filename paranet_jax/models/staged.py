@@ -37,22 +37,22 @@ from paranet_jax.models.multi_exit import Chain, Logits
 
 
 class StagedModel(Chain):
-  """Stages one after another, each from features to features, with exits after some of them.
+  """Stages in sequence, each mapping features to features, with exits after some of them.
 
-  A stage or a head is called with `train` if its `__call__` takes an argument of that name, and with `axis_name`, the
-  device axis over which batch statistics are to be shared, likewise. Features may be any tree of arrays; only a default
-  head needs [B, H, W, C]. Variables are drawn by the modules' own initializers.
+  A stage or head is called with `train` and `axis_name`, the device axis over which batch statistics are shared, if its
+  `__call__` has parameters with these names. Features may be any tree of arrays; only a default head needs
+  [B, H, W, C]. The modules' own initializers draw the variables.
 
   Attributes:
     stages: the backbone's modules, in order; the first reads the images.
-    exits: for each exit the number of the stage it follows, 1-based and rising, the last one being the last stage.
+    exits: 1-based number of the stage that each exit follows, ascending; the last must be the last stage.
     num_classes: width of every exit.
-    heads: one module an exit, features -> logits [B, num_classes]; None: global average pool and a linear layer each.
-    dtype: to which the images are cast; the modules have their own. Logits are float32.
+    heads: one module per exit, features -> logits [B, num_classes]; None: global average pool and linear layer.
+    dtype: dtype to which the images are cast; the modules choose their own. Logits are float32.
     axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
-    ValueError: exits or heads do not fit the stages, or batch statistics could not be shared, in one line.
+    ValueError: exits or heads do not fit the stages, or batch statistics could not be shared; the message is one line.
   """
 
   stages: Sequence[nn.Module]
@@ -66,10 +66,11 @@ class StagedModel(Chain):
     rising = all(before < after for before, after in zip((0, *self.exits), self.exits, strict=False))
     if not self.exits or not rising or self.exits[-1] != len(self.stages):
       raise ValueError(
-        f'exits {tuple(self.exits)} must be stage numbers, rising from 1 or more to the last stage, {len(self.stages)}'
+        f'exits must be ascending stage numbers that end with the last stage, {len(self.stages)}, '
+        f'found {tuple(self.exits)}'
       )
     if self.heads is not None and len(self.heads) != len(self.exits):
-      raise ValueError(f'{len(self.heads)} heads do not fit {len(self.exits)} exits: give one for each, or None')
+      raise ValueError(f'expected {len(self.exits)} heads, one per exit, found {len(self.heads)}; or set heads=None')
     if self.heads is None:
       self.default_heads = [Classifier(self.num_classes) for _ in self.exits]
 
@@ -95,6 +96,6 @@ class StagedModel(Chain):
     if train and self.axis_name and 'axis_name' not in taken and 'batch_stats' in module.variables:
       raise ValueError(
         f'{type(module).__name__} has batch statistics: to train on several devices its __call__ must take axis_name '
-        'and give it to its nn.BatchNorm'
+        'and pass it to its nn.BatchNorm'
       )
     return module(x, **{name: value for name, value in options.items() if name in taken})

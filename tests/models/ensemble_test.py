@@ -69,11 +69,11 @@ def test_an_exit_by_itself_is_none_for_the_others():
 
 
 def test_training_is_refused():
-  with pytest.raises(ValueError, match='an ensemble is not trained: train each member by itself'):
+  with pytest.raises(ValueError, match='an ensemble cannot be trained: train each member alone'):
     MODEL.apply(ensemble_variables(VARIABLES), IMAGES, train=True)
 
 
 def test_members_of_other_classes_are_refused():
   members = [tiny.network(1), tiny.network(1, num_classes=5)]
-  with pytest.raises(ValueError, match=r'the members of an ensemble must have the same classes, not \[3, 5\] of them'):
+  with pytest.raises(ValueError, match=r'must have the same number of classes, found \[3, 5\]'):
     abstract_variables(Ensemble(members), SHAPE)

@@ -366,8 +366,8 @@ def test_half_precision(standard_promotion):
 @pytest.mark.parametrize(
   'fields, message',
   [
-    ({'image_side': 6}, 'image_side 6 cannot be halved 2 times, once a block'),
-    ({'columns': 1}, 'columns 1 must be 2 or more: one alone is no fractal'),
+    ({'image_side': 6}, 'image_side must be a multiple of 4, to be halved 2 times, found 6'),
+    ({'columns': 1}, 'columns must be 2 or more, found 1: one alone is no fractal'),
     ({'dropout': (0.1,)}, r'dropout \(0.1,\) must have one rate for each of the 2 blocks, or none'),
   ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from paranet_jax.models.msdnet_geometry import Geometry, block_layers
+from paranet_jax.models.msdnet import Geometry, block_layers
 
 BUDGETED = Geometry(32, 3, (1, 2, 3, 4, 5))
 
@@ -65,8 +65,8 @@ def test_exits_read_the_coarsest_scale():
 @pytest.mark.parametrize(
   'fields, message',
   [
-    ((30, 3, (1,)), 'image_side 30 cannot be halved 2 times, as 3 scales need'),
-    ((2, 3, (1,)), 'image_side 2 cannot be halved 2 times, as 3 scales need'),
+    ((30, 3, (1,)), 'image_side must be a multiple of 4, to be halved 2 times, found 30'),
+    ((2, 3, (1,)), 'image_side must be a multiple of 4, to be halved 2 times, found 2'),
     ((32, 3, (1, 0)), r'an MSDNet needs 1 or more blocks of 1 or more layers, found blocks of \(1, 0\)'),
     ((32, 3, ()), r'found blocks of \(\)'),
   ],

@@ -349,7 +349,7 @@ def test_half_precision():
     ({'growth_rate': 3, 'growth_factors': (1, 1, 4)}, r'growth_rate 3 times growth_factors \(1, 1, 4\) must be even'),
     ({'reduction': 0.0}, 'reduction 0.0 must be above 0 and at most 1'),
     ({'step_mode': 'odd'}, "step_mode 'odd' must be 'even' or 'lin_grow'"),
-    ({'image_side': 30}, 'image_side 30 cannot be halved 2 times, as 3 scales need'),
+    ({'image_side': 30}, 'image_side must be a multiple of 4, to be halved 2 times, found 30'),
     ({'num_blocks': 0}, r'found blocks of \(\)'),
     ({'step': 0}, r'found blocks of \(4, 0, 0, 0, 0, 0, 0\)'),
   ],

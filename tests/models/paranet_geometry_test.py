@@ -3,7 +3,7 @@
 import pytest
 
 from paranet_jax.models import multi_exit
-from paranet_jax.models.paranet_geometry import Geometry, default_blocks, default_halvings, full_cascade
+from paranet_jax.models.paranet import Geometry, default_blocks, default_halvings, full_cascade
 
 SIX = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
 
@@ -105,7 +105,7 @@ def test_equal_length_pipelines():
 @pytest.mark.parametrize(
   'side, blocks, halvings, cascade, message',
   [
-    (32, (1, 2), (3, 2, 1), (), r'blocks \(1, 2\) and halvings \(3, 2, 1\) must have one entry a pipeline each'),
+    (32, (1, 2), (3, 2, 1), (), r'blocks \(1, 2\) and halvings \(3, 2, 1\) must have one entry for each pipeline'),
     (32, (1, 0), (2, 1), (), r'blocks \(1, 0\) must be 1 or more and halvings \(2, 1\) 0 or more'),
     (32, (1, 2), (2, -1), (), r'blocks \(1, 2\) must be 1 or more and halvings \(2, -1\) 0 or more'),
     (28, (1, 2, 3), (3, 2, 1), (), r'image_side 28 cannot be halved 3 times, as pipeline 1 needs \(3 at its entry, 0 '),

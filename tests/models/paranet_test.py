@@ -12,7 +12,7 @@ import tiny
 
 from paranet_jax.costs import abstract_variables
 from paranet_jax.losses import exit_losses, total_loss
-from paranet_jax.models.paranet_geometry import default_blocks, default_halvings, full_cascade
+from paranet_jax.models.paranet import default_blocks, default_halvings, full_cascade
 from paranet_jax.targets import parse_name, trained_exits
 
 CASES = {
@@ -124,7 +124,7 @@ def test_half_precision(standard_promotion):
   [
     ({'image_side': 12}, 'image_side 12 cannot be halved 3 times'),
     ({'stem': '7x7'}, 'image_side 8 cannot be halved 4 times, as pipeline 1 needs .4 at its entry, 0 between'),
-    ({'blocks': (1, 2)}, 'must have one entry a pipeline each'),
+    ({'blocks': (1, 2)}, 'must have one entry for each pipeline'),
     ({'blocks': (1, 2, 3), 'halvings': (1, 1, 1)}, 'joins different sides'),
   ],
 )

@@ -163,7 +163,7 @@ def test_another_family_needs_another_file(found):
     (
       'msdnet_anytime',
       'model.image_side=30',
-      'image_side 30 cannot be halved 2 times, as 3 scales need; '
+      'image_side must be a multiple of 4, to be halved 2 times, found 30; '
       'set --config.model.num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
     ),
     (

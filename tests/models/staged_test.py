@@ -173,11 +173,11 @@ def test_the_loss_falls_at_every_exit():
 @pytest.mark.parametrize(
   'fields, message',
   [
-    ({'exits': ()}, r'exits \(\) must be stage numbers, rising from 1 or more to the last stage, 2'),
-    ({'exits': (2, 1)}, r'exits \(2, 1\) must be stage numbers, rising from 1 or more to the last stage, 2'),
-    ({'exits': (0, 2)}, r'exits \(0, 2\) must be stage numbers'),
-    ({'exits': (1,)}, r'exits \(1,\) must be stage numbers'),
-    ({'exits': (1, 2), 'heads': [Head()]}, '1 heads do not fit 2 exits: give one for each, or None'),
+    ({'exits': ()}, r'exits must be ascending stage numbers that end with the last stage, 2, found \(\)'),
+    ({'exits': (2, 1)}, r'exits must be ascending stage numbers that end with the last stage, 2, found \(2, 1\)'),
+    ({'exits': (0, 2)}, r'found \(0, 2\)'),
+    ({'exits': (1,)}, r'found \(1,\)'),
+    ({'exits': (1, 2), 'heads': [Head()]}, 'expected 2 heads, one per exit, found 1; or set heads=None'),
   ],
 )
 def test_what_does_not_fit_is_refused(fields, message):
