@@ -1,5 +1,7 @@
 """Stages as StableHLO for XLA runtimes: serialized by jax.export, for any batch size and several platforms."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,19 @@ def stablehlo_stage(spec: StageSpec) -> export.Exported:
   """The exported function of a stage: arrays [batch, *shape] of `takes` -> logits [batch, classes], then `gives`."""
   (batch,) = export.symbolic_shape('batch')
   shapes = [jax.ShapeDtypeStruct((batch, *tensor.shape), jnp.float32) for tensor in spec.takes]
-  with tracing():
+  with tracing(), _without_source_locations():
     return export.export(jax.jit(spec.function), platforms=PLATFORMS)(*shapes)
+
+
+@contextlib.contextmanager
+def _without_source_locations() -> Iterator[None]:
+  """Keeps the paths of this machine's source files out of the program."""
+  limit = jax.config.jax_traceback_in_locations_limit
+  jax.config.update('jax_traceback_in_locations_limit', 0)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_traceback_in_locations_limit', limit)
 
 
 def _signature(exported: export.Exported, spec: StageSpec) -> dict[str, Any]:

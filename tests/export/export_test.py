@@ -97,6 +97,10 @@ def test_files(out):
     [*stages, *facts, 'README.md', 'run.py', 'weights.safetensors']
   )
   assert list(out.parent.iterdir()) == [out]
+  # No path of the machine that wrote it.
+  assert not [
+    path.name for path in out.iterdir() if str(Path(stablehlo.__file__).parents[1]).encode() in path.read_bytes()
+  ]
   assert (out / 'run.py').read_bytes() == Path(runtime.__file__).read_bytes()
   exits = json.loads((PRETRAINED / 'exits.json').read_text())
   exits['provenance']['command'] = 'python -m paranet_jax.calibrate --workdir=FOLDER --budget=8M'
