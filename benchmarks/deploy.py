@@ -150,7 +150,7 @@ def _random_run(subject: early_exit.Subject) -> LoadedRun:
   names = tuple(str(label) for label in range(network.NUM_CLASSES))
   normalization = tuple(subject.preprocessing.mean) * 3, tuple(subject.preprocessing.std) * 3
   facts = DatasetFacts('noise', '', names, *normalization, {'train': 0, 'held_out': 0, 'test': len(subject.images)})
-  return LoadedRun(subject.model, subject.variables, None, _config(subject), 0, facts)
+  return LoadedRun(subject.model, subject.variables, _config(subject), 0, facts)
 
 
 def _config(subject: early_exit.Subject) -> Any:

@@ -10,6 +10,7 @@ import signal
 import pytest
 from running import CONFIGS, PROGRAMS, Result, before_each_step, contents, run_command
 
+from paranet_jax import train as train_lib
 from paranet_jax.command_line import parse
 from paranet_jax.costs import describe
 from paranet_jax.experiments import __main__ as experiments
@@ -46,7 +47,7 @@ def refusal(*arguments, started=False) -> str:
   return err[len('error: ') : -1]
 
 
-def fake_training(config, workdir):
+def fake_training(config, workdir, accept_config_changes):
   """Writes a finished run without training: exit p of seed s is right on 10 p + s of 360 images."""
   prepare_workdir(workdir, config, accept_changes=False)
   save_config(workdir, config)
@@ -64,7 +65,7 @@ def smoke(_programs, tmp_path_factory):
   """The folder and the output of the whole smoke protocol, without training."""
   workdir = tmp_path_factory.mktemp('smoke')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(runs_lib, 'train_and_evaluate', fake_training)
+    patch.setattr(train_lib, 'train_and_evaluate', fake_training)
     result = run_experiments('all', '--protocol=smoke', f'--workdir={workdir}')
   assert (result.code, result.err) == (0, ''), result
   return workdir, result.out
@@ -146,7 +147,7 @@ def test_more_seeds_keep_existing_runs_and_other_experiments(short, tmp_path, mo
   trained = []
   before_each_step(monkeypatch, lambda step, state: trained.append((int(state.seed), step)))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(runs_lib, 'train_and_evaluate', fake_training)
+    patch.setattr(train_lib, 'train_and_evaluate', fake_training)
     assert run_experiments('figure2', *SHORT, '--seeds=1', f'--workdir={tmp_path}/copy').code == 0
   assert run_experiments('table2', *SHORT, '--seeds=2', f'--workdir={tmp_path}/copy').code == 0
   assert trained == [(1, step) for step in range(3)] * 2
@@ -313,7 +314,7 @@ def test_failing_run_is_named(tmp_path, monkeypatch):
   def fail(*unused):
     raise UserError('the loss is no longer finite; lower --config.train.learning_rate')
 
-  monkeypatch.setattr(runs_lib, 'train_and_evaluate', fail)
+  monkeypatch.setattr(train_lib, 'train_and_evaluate', fail)
   assert refusal('table2', *SHORT, f'--workdir={tmp_path}', started=True) == (
     'run PN3-xdx-s0: the loss is no longer finite; lower --set=train.learning_rate'
   )

@@ -93,7 +93,7 @@ def made(model):
     thresholds.append(ranked[len(left) // 2 - 1 : len(left) // 2 + 1].mean())
     left = left[at_exit[left] < thresholds[-1]]
   facts = DatasetFacts('digits', '1', tuple('abcde'), MEAN, STD, {'train': 1, 'held_out': 2, 'test': 3})
-  run = LoadedRun(model, variables, None, base_config('PN3-ddd'), 7, facts)
+  run = LoadedRun(model, variables, base_config('PN3-ddd'), 7, facts)
   run.config.model.image_side = SIDE
   return run, with_thresholds(plan, np.array([*thresholds, -np.inf]), macs), logits
 
