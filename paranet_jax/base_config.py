@@ -54,55 +54,55 @@ FIELDS: Fields = {
   # Pixels of zero padding before the random crop; None: the data set's own.
   'data.crop_padding': derived(int, at_least(0)),
   'data.flip': derived(bool),  # Random horizontal flip; None: the data set's own (digits are not mirrored).
-  # Read images from their files a batch at a time; None: from 2 * 10^9 bytes of decoded images on.
+  # Read images from their files batch by batch; None: if they decode to 2 * 10^9 bytes or more.
   'data.streaming': derived(bool),
-  # Processes that read streamed images; 0: the training process alone; None: one a core, at most 16.
+  # Processes that read streamed images; 0: only the training process; None: one per core, at most 16.
   'data.workers': derived(int, at_least(0)),
   # 'squared_error' or 'kl': loss of an exit that matches another exit's logits.
   'loss.matching': Field('squared_error', one_of('squared_error', 'kl')),
   'loss.temperature': Field(4.0, POSITIVE),  # T of 'kl' and of distillation (the loss is scaled by T^2).
   'loss.hard_label_weight': Field(0.0, SHARE),  # w of both: (1 - w) kl + w cross-entropy, 0 to 1.
-  # 'none', 'last', 'next' or 'later': the later trained exits that an exit with labels also learns from, by their mean.
+  # 'none', 'last', 'next' or 'later': the later trained exits whose mean an exit with labels also learns from.
   'loss.distill': Field('none', one_of('none', 'last', 'next', 'later')),
   # Scale each parameter's gradient to the mean, instead of the sum, over the exits that use it.
   'loss.gradient_equilibrium': Field(False),
-  'loss.exit_weights': derived(tuple, _TIMES),  # One factor an exit; None: 1 each.
+  'loss.exit_weights': derived(tuple, _TIMES),  # One factor per exit; None: 1 each.
   'loss.label_smoothing': Field(0.0, RATE),  # Share of the label spread over all classes, 0 to less than 1.
-  'train.epochs': Field(130.0, _EPOCHS),  # Passes over the training images, each without the last partial batch.
+  'train.epochs': Field(130.0, _EPOCHS),  # Passes over the training images, without the last partial batch.
   'train.max_steps': Field(0, at_least(0)),  # Stop after this many steps, schedule unchanged; 0: after `epochs`.
-  # 'joint': all exits; 'disjoint': the last one, then the others with all it uses frozen; 'mixed': the last one, then
-  # all.
+  # 'joint': all exits; 'disjoint': the last exit, then the others with all that it uses frozen; 'mixed': the last exit,
+  # then all.
   'train.regime': Field('joint', one_of(*REGIMES)),
   # Epochs in which 'disjoint' and 'mixed' train the last exit alone; None: half of `epochs`.
   'train.backbone_epochs': derived(float, _EPOCHS),
-  'train.batch_size': Field(64, at_least(1)),  # Images a step, over all devices together.
-  'train.learning_rate': Field(0.1, POSITIVE),  # The highest value of the schedule.
+  'train.batch_size': Field(64, at_least(1)),  # Images per step, over all devices.
+  'train.learning_rate': Field(0.1, POSITIVE),  # Peak of the schedule.
   'train.schedule': Field('step', one_of('step', 'cosine', 'one_cycle', 'constant')),  # Learning rate over the run.
   # When 'step' drops, as shares of `epochs`; the paper's, 50 and 100 of 130.
   'train.drops': Field((50 / 130, 100 / 130), _DROPS),
   'train.drop_epochs': derived(tuple, _TIMES),  # When 'step' drops, in epochs; None: `drops`.
   'train.drop_factor': Field(0.1, POSITIVE),  # Factor by which each drop of 'step' multiplies the learning rate.
-  'train.warmup_epochs': Field(0.0, at_least(0)),  # Linear warm-up, in epochs.
+  'train.warmup_epochs': Field(0.0, at_least(0)),  # Epochs of linear warmup.
   'train.optimizer': Field('sgd', one_of('sgd', 'adamw')),  # 'sgd' or 'adamw'.
   'train.momentum': Field(0.9, RATE),  # Momentum of 'sgd', b1 of 'adamw'; 0 to less than 1.
   'train.nesterov': Field(True),  # Nesterov momentum, for both (AdamW becomes NAdamW).
   'train.weight_decay': Field(1e-4, at_least(0)),  # Coefficient.
-  # Parameters that decay: 'all', as in DenseNet's code, or the 'kernels' alone.
+  # Parameters that decay: 'all', as in DenseNet's code, or only the 'kernels'.
   'train.decay': Field('all', one_of('all', 'kernels')),
-  'train.clip_norm': Field(0.0, at_least(0)),  # Largest global norm of the gradient; 0: not clipped.
+  'train.clip_norm': Field(0.0, at_least(0)),  # Maximum global gradient norm; 0: no clipping.
   'train.accumulate_steps': Field(1, at_least(1)),  # Steps whose gradients are averaged into one update.
-  'train.cutout': Field(0, at_least(0)),  # Pixels, side of the square cut out of every training image; 0: none.
-  # alpha of Beta(alpha, alpha), the distribution of the shares in which two images are blended; 0: not blended.
+  'train.cutout': Field(0, at_least(0)),  # Side, in pixels, of the square cut out of every training image; 0: none.
+  # alpha of Beta(alpha, alpha), the distribution of the weights that blend two images; 0: no blending.
   'train.mixup': Field(0.0, at_least(0)),
-  'train.devices': Field(0, at_least(0)),  # Devices to train on, over all processes together; 0: all devices.
+  'train.devices': Field(0, at_least(0)),  # Devices to train on, over all processes; 0: all devices.
   'eval.every_epochs': Field(1.0, _EPOCHS),  # Epochs between evaluations; the last step is always evaluated.
-  'eval.batch_size': Field(500, at_least(1)),  # Images a batch; changes speed and memory, not the result.
-  # Steps between checkpoints; the end of a run and a stop by signal are always saved.
+  'eval.batch_size': Field(500, at_least(1)),  # Images per batch; changes speed and memory, not the result.
+  # Steps between checkpoints; the end of a run and a stop by a signal are always saved.
   'checkpoint.every_steps': Field(500, at_least(1)),
-  'checkpoint.keep': Field(2, at_least(1)),  # Number of latest checkpoints kept.
+  'checkpoint.keep': Field(2, at_least(1)),  # Number of latest checkpoints to keep.
   'checkpoint.keep_every_epochs': Field(0.0, at_least(0)),  # Epochs between checkpoints that are kept forever; 0: none.
-  # 'none', 'accuracy', 'top5', 'loss' or 'nll' of the last trained exit on the held-out split: the best checkpoint by
-  # it is kept too, and every evaluation saves a checkpoint.
+  # 'none', 'accuracy', 'top5', 'loss' or 'nll' of the last trained exit on the held-out split: also keep the best
+  # checkpoint by it; every evaluation then saves a checkpoint.
   'checkpoint.keep_best': Field('none', one_of('none', 'accuracy', 'top5', 'loss', 'nll')),
   'log.every_steps': Field(20, at_least(1)),  # Steps between training lines in metrics.jsonl and on the terminal.
 }
@@ -113,14 +113,14 @@ def base_config(name: str = 'PN3-ddd', family: str = 'paranet') -> ConfigDict:
   """The paper's training of `name` on CIFAR-100 (paper, section 4; DenseNet-BC where it is silent).
 
   Args:
-    name: of a ParaNet, what it is and what its exits learn from; in another family, what the run is called.
-    family: of networks (see `models/registry.py`).
+    name: for a ParaNet, the network and the targets of its exits; in other families, only the name of the run.
+    family: family of networks (see `models/registry.py`).
 
-  A field that is None takes a derived value, which follows what else is set. The configuration is locked: a misspelled
-  field is an error.
+  A field that is None takes a value derived from the other fields. The configuration is locked: misspelling a field is
+  an error.
 
   Raises:
-    UserError: there is no such family.
+    UserError: the family does not exist.
   """
   config = new_config(fields_of(family))
   config.name, config.model.family = name, family
@@ -132,7 +132,7 @@ def fields_of(family: str) -> Fields:
   """Every field of a configuration with a network of this family.
 
   Raises:
-    UserError: there is no such family.
+    UserError: the family does not exist.
   """
   found = find_family(family)
   if found is None:
@@ -141,14 +141,14 @@ def fields_of(family: str) -> Fields:
 
 
 def family_of(config: ConfigDict | dict) -> str:
-  """The family whose fields a configuration should have; 'paranet' if it names none that is known."""
+  """The family whose fields a configuration should have; 'paranet' if it names no known family."""
   model = config.get('model')
   found = model.get('family') if isinstance(model, ConfigDict | dict) else None
   return found if isinstance(found, str) and find_family(found) else 'paranet'
 
 
 def field_names(config: ConfigDict | dict, prefix: str = '') -> list[str]:
-  """The fields of a configuration, those of its sections as `section.field`."""
+  """Names of a configuration's fields; a field of a section is `section.field`."""
   names = []
   for key, value in config.items():
     section = isinstance(value, ConfigDict | dict)

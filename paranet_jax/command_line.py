@@ -1,4 +1,4 @@
-"""Reads the command line into flags and a configuration. A mistake in it is a `UserError`."""
+"""Parses the command line into flags and a configuration. Mistakes raise `UserError`."""
 
 import difflib
 import re
@@ -16,20 +16,20 @@ from paranet_jax.host.watch import Place
 
 MODES = ('train', 'eval', 'describe')
 CONFIGS = Path(__file__).with_name('configs')
-"""The repository's `configs/`, which the wheel holds as a folder of the package."""
+"""The repository's `configs/`, which is part of the package in a wheel."""
 
 _OVERRIDE = re.compile(r'^(--?(?:no)?config\.)([^=]*)')
 _PARANET_FILE = re.compile(r'pn([1-9])(cut)?_([1-9dx]+)\.py')
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
-  """Reads the flags and the configuration, with the fields that the flags override.
+  """Parses the flags and the configuration, including the fields that flags override.
 
   Args:
     argv: the program's name, then its arguments.
 
   Returns:
-    The flags, and the configuration of `--config`, or the one saved in `--workdir` where there is no `--config`.
+    The flags, and the configuration from `--config`, or the one saved in `--workdir` if `--config` is not set.
 
   Raises:
     UserError: a flag, a field or a file is wrong.
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
   _check_place(values)
   config = _load_config(values)
   _check_overrides(config, rest)
-  # From here on, `--config` stands for the configuration itself, with a flag for each overridden field.
+  # From here on, `--config` is the configuration itself, with a flag for each overridden field.
   del values.config
   config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=rest)
   unexpected = _consume(values, rest)[1:]
@@ -112,7 +112,7 @@ def _define_flags() -> flags.FlagValues:
 
 
 def place(values: flags.FlagValues) -> Place:
-  """The place that the flags give this process among several."""
+  """This process's place in a multi-process run, from the flags."""
   return Place(values.coordinator, values.num_processes, values.process_id)
 
 
@@ -148,7 +148,7 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
     return load_config(values.config)
   if values.workdir is None:
     raise UserError('expected a configuration, found none; set --config=configs/quickstart.py or another, or --workdir')
-  # jax takes a second to import, and a mistyped flag should not wait for it.
+  # Importing jax takes a second, and a mistyped flag should fail at once.
   from paranet_jax.runs.workdir import restore_config
 
   return restore_config(Path(values.workdir).expanduser().absolute())
@@ -162,7 +162,7 @@ def load_config(flag: str) -> ConfigDict:
       that an installed package has too, `paranet_jax:NAME`.
 
   Raises:
-    UserError: there is no such file, it fails, or it returns something else.
+    UserError: the file does not exist, it fails, or it returns another type.
   """
   path, argument = _split(flag)
   _check_exists(Path(path))
@@ -180,13 +180,13 @@ def load_config(flag: str) -> ConfigDict:
 
 
 def _split(flag: str) -> tuple[str, list[str]]:
-  """File and arguments that `--config` names."""
+  """File and arguments in the value of `--config`."""
   path, *argument = flag.split(':', 1)
   if path == 'paranet_jax' and argument:
     name, *argument = argument[0].split(':', 1)
     path = str(CONFIGS / f'{name}.py')
   old = _PARANET_FILE.fullmatch(Path(path).name)
-  if old and not Path(path).exists():  # A file for each name, such as configs/pn3_x3d.py, in 0.1.0.
+  if old and not Path(path).exists():  # 0.1.0 had a file for each name, such as configs/pn3_x3d.py.
     pipelines, cut, suffix = old.groups(default='')
     return str(Path(path).with_name('paranet.py')), [f'PN{pipelines}{cut}-{suffix}']
   return path, argument
@@ -209,7 +209,7 @@ def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:
 
 
 def _renamed(argv: Sequence[str]) -> list[str]:
-  """The same arguments with the present names of fields."""
+  """The same arguments with the current names of fields."""
   return [_OVERRIDE.sub(lambda match: match[1] + RENAMED.get(match[2], match[2]), argument, 1) for argument in argv]
 
 

@@ -1,4 +1,4 @@
-"""What a configuration must satisfy as a whole, and the values derived from it."""
+"""Checks of a whole configuration, and the values derived from it."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.models.registry import COMMON, build_model, family_names, find_family, targets
 from paranet_jax.targets import check_regime, distill_teachers, trained_exits
 
-__all__ = ['build_model', 'targets']  # Part of what a configuration determines, in addition to the functions below.
+__all__ = ['build_model', 'targets']  # Also derived from a configuration.
 
 
 def validate(config: ConfigDict) -> None:
@@ -44,7 +44,7 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def exit_weights(config: ConfigDict) -> tuple[float, ...]:
-  """One loss weight an exit."""
+  """One loss weight per exit."""
   num_exits = len(targets(config))
   weights = config.loss.exit_weights or (1.0,) * num_exits
   if len(weights) != num_exits:
@@ -70,17 +70,17 @@ def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:
 
 
 def backbone_epochs(config: ConfigDict) -> float:
-  """Length of the first phase of a regime that has two, in epochs."""
+  """Length of the first of a regime's two phases, in epochs."""
   return config.train.epochs / 2 if config.train.backbone_epochs is None else config.train.backbone_epochs
 
 
 def backbone_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-  """Length of the first phase of a regime that has two, in steps."""
+  """Length of the first of a regime's two phases, in steps."""
   return max(round(backbone_epochs(config) * steps_per_epoch), 1)
 
 
 def drop_epochs(config: ConfigDict) -> list[float]:
-  """When the learning rate drops, in epochs."""
+  """Epochs at which the learning rate drops."""
   train = config.train
   return [share * train.epochs for share in train.drops] if train.drop_epochs is None else list(train.drop_epochs)
 

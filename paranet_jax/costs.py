@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of every exit, counted on abstract shapes: nothing is computed or compiled.
 
-Works for any model with the multi-exit interface. Multiply-adds are those of convolutions and matrix products, an
+This works for any model with the multi-exit interface. Multiply-adds are those of convolutions and matrix products, per
 image, in inference.
 """
 
@@ -23,7 +23,7 @@ Paths = dict[tuple[str, ...], int]
 
 
 def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, int]]:
-  """What each exit costs (spec: Reference counts).
+  """The costs of each exit (spec: Reference counts).
 
   Args:
     model: a multi-exit model.
@@ -31,7 +31,7 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
 
   Returns:
     For each exit: `exit` (1-based); `own_macs`, `own_params`: what its stage adds; `macs`, `params`: cumulative over
-    the exits tried in turn; `macs_alone`: what the exit by itself needs.
+    the exits up to it; `macs_alone`: what the exit alone needs.
   """
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   variables = abstract_variables(model, image_shape)
@@ -62,10 +62,10 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
 
 
 def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, Any]:
-  """What a configuration would train, without reading its data: the facts behind `--mode=describe` and summary.json.
+  """Describes what a configuration would train, for `--mode=describe` and summary.json, without reading its data.
 
   Args:
-    num_classes: number of classes of the data set, if it has been read.
+    num_classes: number of classes of the data set, if it is known.
 
   Returns:
     `name`, `dataset`, `seed`, `image_shape` (H, W, C), `num_classes`, and `exits`: for each `exit`, `trained`,
@@ -107,7 +107,7 @@ def abstract_variables(model: Any, image_shape: tuple[int, int, int], exits: tup
 
 
 def parameter_sizes(model: Any, image_shape: tuple[int, int, int], *exits: int) -> Paths:
-  """{path: number of elements} of the parameters that these exits use."""
+  """Sizes, by path, of the parameters that these exits use."""
   params = abstract_variables(model, image_shape, exits)['params']
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return {tuple(key.key for key in path): leaf.size for path, leaf in leaves}
@@ -130,7 +130,7 @@ def _program_macs(program: core.Jaxpr) -> int:
 
 
 def _read_params(program: core.Jaxpr, variables: Any) -> Paths:
-  """Of a program whose first inputs are the variables: {path: number of elements} of the parameters that it reads."""
+  """Sizes, by path, of the parameters read by a program whose first inputs are the variables."""
   read = {value for equation in program.eqns for value in equation.invars if isinstance(value, core.Var)}
   leaves = zip(jax.tree_util.tree_leaves_with_path(variables), program.invars, strict=False)
   return {
@@ -152,7 +152,7 @@ def _equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEq
 
 
 def _equation_macs(equation: core.JaxprEqn) -> int:
-  # jax declares AbstractValue here; the values of these operations have a shape.
+  # jax declares AbstractValue, but the operands of these operations have shapes.
   inputs: list[Any] = [value.aval for value in equation.invars]
   outputs: list[Any] = [value.aval for value in equation.outvars]
   if equation.primitive.name == 'dot_general':

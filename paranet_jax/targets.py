@@ -1,7 +1,7 @@
 """What each exit learns from, and when: the name language, distillation and training regimes.
 
 `PN3-x3d` names a network and the target of each of its exits.
-`PN<P>[cut]-<suffix>`: P pipelines, with the cascade or (`cut`) without, and one character a pipeline:
+`PN<P>[cut]-<suffix>`: P pipelines, with the cascade or without it (`cut`), and one character per pipeline:
 `d` = the true label, a digit q = the logits of pipeline q, `x` = nothing (paper, section 3.4).
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from paranet_jax.host.errors import UserError
 
 LABELS = 0
-"""Target of an exit with `d`; an exit that matches another has that exit's number (1-based), and an `x` has None."""
+"""Target of an exit with `d`; one that matches another exit has its 1-based number, and one with `x` has None."""
 
 Targets = tuple[int | None, ...]
 
@@ -24,7 +24,7 @@ _NAME = re.compile(r'PN([1-9])(cut)?-(.*)', re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class ModelName:
-  """A parsed name: `num_pipelines` P, `cascade` (False for `cut`), `targets` with one entry a pipeline."""
+  """A parsed name: `num_pipelines` P, `cascade` (False for `cut`), `targets` with one entry per pipeline."""
 
   num_pipelines: int
   cascade: bool
@@ -35,7 +35,7 @@ def parse_name(name: str) -> ModelName:
   """Parses `PN<P>[cut]-<suffix>`, for example `PN3-ddd`, `PN3cut-33d`, `PN4-444d`; P is 1 to 9.
 
   Raises:
-    UserError: the name has another form, or its suffix is refused (see `parse_suffix`).
+    UserError: the name has another form, or its suffix is invalid (see `parse_suffix`).
   """
   match = _NAME.fullmatch(name)
   if not match:
@@ -48,12 +48,12 @@ def parse_name(name: str) -> ModelName:
 
 
 def parse_suffix(suffix: str, num_pipelines: int, name: str) -> Targets:
-  """Parses a suffix to one target a pipeline: `LABELS`, a teacher's number, or None.
+  """Parses a suffix to one target per pipeline: `LABELS`, a teacher's number, or None.
 
   Args:
-    suffix: one character a pipeline.
+    suffix: one character per pipeline.
     num_pipelines: P.
-    name: the whole name, for the messages.
+    name: the whole name, for messages.
 
   Raises:
     UserError: wrong length, an unknown character, a pipeline that matches itself, all `x`, or a teacher whose own exit
@@ -61,8 +61,8 @@ def parse_suffix(suffix: str, num_pipelines: int, name: str) -> Targets:
   """
   if len(suffix) != num_pipelines:
     raise UserError(
-      f'name {name!r}: the suffix needs {num_pipelines} characters, one a pipeline, and {suffix!r} has {len(suffix)}; '
-      'set --config.name'
+      f'name {name!r}: the suffix needs {num_pipelines} characters, one per pipeline, and {suffix!r} has '
+      f'{len(suffix)}; set --config.name'
     )
   targets = tuple(
     _parse_character(character, position, num_pipelines, name) for position, character in enumerate(suffix, 1)
@@ -79,21 +79,21 @@ def parse_suffix(suffix: str, num_pipelines: int, name: str) -> Targets:
 
 
 def trained_exits(targets: Targets) -> tuple[int, ...]:
-  """Numbers, 1-based, of the exits that have a loss."""
+  """1-based numbers of the exits that have a loss."""
   return tuple(number for number, target in enumerate(targets, 1) if target is not None)
 
 
 def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, name: str) -> dict[int, tuple[int, ...]]:
-  """The teachers of each exit that learns from labels and from later exits.
+  """The teachers of each exit that learns from labels and later exits.
 
   Args:
-    targets: one an exit.
+    targets: one per exit.
     distill: 'none', 'last' (the last trained exit), 'next' (the next one) or 'later' (all later ones).
     hard_label_weight: share of the labels in the loss of an exit with teachers.
-    name: of the network, for the messages.
+    name: name of the network, for messages.
 
   Returns:
-    {exit: its teachers}, both 1-based, without the exits that have none.
+    {exit: its teachers}, both 1-based, for exits that have teachers.
 
   Raises:
     UserError: no exit would have a teacher, or one would learn from no label, directly or through its teachers.
@@ -124,12 +124,12 @@ def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, n
 
 
 class Phase(NamedTuple):
-  """Steps of a run in which the same exits train.
+  """A part of a run in which the same exits train.
 
   Attributes:
-    end: the phase's last step plus 1, counted from 0.
+    end: index of the step after the phase's last one, counted from 0.
     targets: what each exit learns from; None: it does not train.
-    frozen: the exit whose parameters and running statistics, the backbone included, do not change.
+    frozen: the exit whose parameters and running statistics, including its backbone, do not change.
   """
 
   end: int
@@ -141,8 +141,8 @@ def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps:
   """The phases of a run.
 
   Args:
-    regime: 'joint': all exits from the start; 'disjoint': the last trained exit alone, then, with all that it uses
-      frozen, the others; 'mixed': the last trained exit alone, then all.
+    regime: 'joint': all exits from the start; 'disjoint': the last trained exit alone, then the others, with all that
+      the last one uses frozen; 'mixed': the last trained exit alone, then all exits.
     backbone_steps: length of the first of two phases.
     total_steps: length of the run.
   """
@@ -157,10 +157,10 @@ def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps:
 
 
 def check_regime(regime: str, targets: Targets, name: str) -> None:
-  """Raises UserError if a regime has two phases and only one exit trains, or the last one learns from another exit.
+  """Raises UserError if a regime with two phases has one exit to train, or its last exit learns from another exit.
 
   Args:
-    name: of the network, for the messages.
+    name: name of the network, for messages.
   """
   trained = trained_exits(targets)
   if regime == 'joint':
@@ -181,8 +181,8 @@ def describe_target(target: int | None, teachers: tuple[int, ...] = (), hard_lab
   """What an exit learns from, in words: 'labels', 'exit 3', 'labels, exits 2 3' or 'nothing'.
 
   Args:
-    target: of the exit.
-    teachers: of an exit with labels (see `distill_teachers`); with `hard_label_weight` 0 they stand in for the labels.
+    target: target of the exit.
+    teachers: teachers of an exit with labels (see `distill_teachers`); with `hard_label_weight` 0 they replace them.
   """
   if target is None:
     return 'nothing'

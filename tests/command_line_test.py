@@ -1,4 +1,4 @@
-"""Tests of how a command line is read, and of what is said where it cannot be."""
+"""Tests of parsing a command line and of its errors."""
 
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def test_refusals(tmp_path, arguments, message):
     ('wrong_type.py', 'line 6 of wrong_type.py raises TypeError: ', "cannot be casted to type <class 'float'>"),
   ],
 )
-def test_refusals_of_a_file_in_the_words_of_others(file, start, end):
+def test_errors_in_a_configuration_file(file, start, end):
   message = refusal(f'--config={file}')
   assert message.startswith(start) and message.endswith(f'{end}; fix it or set --config')
   assert len(message) < 250
@@ -166,7 +166,7 @@ def test_overrides(typed, field, value):
     assert config.model[field] == value and type(config.model[field]) is type(value)
 
 
-def test_each_number_type_and_a_negative_one():
+def test_numbers_and_negative_numbers():
   _, config = parse(
     ['main', QUICKSTART, '--config.seed', '-3', '--config.train.epochs=2', '--config.loss.exit_weights=(1,.5)']
   )
@@ -183,7 +183,7 @@ def test_flags_and_the_argument_of_a_configuration():
   assert (values.mode, values.step, values.json, values.workdir) == ('train', None, False, None)
 
 
-def test_one_command_leaves_nothing_to_the_next():
+def test_parsing_leaves_no_state():
   parse(['main', QUICKSTART, '--config.train.epochs=2', '--json', '--mode=describe'])
   values, config = parse(['main', '--config=good.py'])
   assert config.train.epochs == base_config().train.epochs and not values.json
@@ -225,12 +225,12 @@ def test_a_shipped_configuration_that_does_not_exist(name):
     load_config(name)
 
 
-def test_a_file_of_ones_own_is_not_taken_for_an_old_name():
+def test_an_existing_file_is_not_taken_for_an_old_name():
   Path('pn2_dd.py').write_text(FILES['good.py'].replace('get_config', 'get_config, base_config as other'))
   assert load_config('pn2_dd.py').name == 'PN3-ddd'
 
 
-def test_an_old_field_name_sets_the_present_one():
+def test_an_old_field_name_sets_the_new_one():
   for old in (('--config.train.body_epochs=3',), ('--config.train.body_epochs', '3')):
     _, config = parse(['main', QUICKSTART, *old])
     assert config.train.backbone_epochs == 3.0

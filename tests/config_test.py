@@ -1,4 +1,4 @@
-"""Tests of what a configuration must hold and of what is derived from it. What each field does: fields_test.py."""
+"""Tests of checks on a configuration and of values derived from it. For the effect of each field see fields_test.py."""
 
 import inspect
 import math
@@ -97,7 +97,7 @@ ALL_FIELDS = {name: (family, field) for family in reversed(FAMILIES) for name, f
 
 
 def changed(family='paranet', **fields):
-  """The base configuration of a family with some `section__field` changed."""
+  """The base configuration of a family with changes given as `section__field`."""
   config = base_config(family=family)
   config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
   return config
@@ -142,7 +142,7 @@ def test_only_derived_fields_may_be_none():
       assert refusal(config_lib.validate, config) == expected
 
 
-def test_a_configuration_with_other_fields():
+def test_missing_and_unknown_fields_are_refused():
   config = base_config()
   with config.unlocked():
     config.train.patience = 3
@@ -156,7 +156,7 @@ def test_a_configuration_with_other_fields():
   assert refusal(config_lib.validate, config) == message
 
 
-def test_a_misspelt_field_is_an_error():
+def test_a_misspelled_field_is_an_error():
   with pytest.raises(AttributeError, match='Did you mean "epochs"'):
     base_config().train.epoch = 3
 
@@ -169,7 +169,7 @@ def test_every_field_has_a_comment():
     assert [lines[i] for i in fields if '  # ' not in lines[i] and not lines[i - 1].startswith('# ')] == []
 
 
-def test_the_data_folder_of_the_environment(monkeypatch):
+def test_the_data_folder_from_the_environment(monkeypatch):
   monkeypatch.setenv('PARANET_DATA_DIR', '/prepared')
   assert base_config().data.data_dir == '/prepared'
   monkeypatch.delenv('PARANET_DATA_DIR')
@@ -239,7 +239,7 @@ def test_classes_follow_the_data_unless_they_are_set():
 
 @pytest.mark.parametrize(('epochs', 'drops'), [(13.0, (15, 30)), (26.0, (30, 60))])
 def test_drops_follow_the_epochs(epochs, drops):
-  # Three steps an epoch; the paper's drops are after 5 and 10 of 13 epochs.
+  # Three steps per epoch; the paper drops after 5 and 10 of 13 epochs.
   small = {'model__layers_per_block': 1, 'model__growth_rate': 2, 'model__image_side': 8}
   task = build_task(changed(name='PN1-d', data__name='digits', train__batch_size=400, train__epochs=epochs, **small))
   rates = [task.learning_rate(step) for drop in drops for step in (drop - 1, drop)]
@@ -247,7 +247,7 @@ def test_drops_follow_the_epochs(epochs, drops):
 
 
 @pytest.mark.parametrize(('batch_size', 'devices'), [(64, 3), (2, 4), (220, 8)])
-def test_a_batch_that_devices_cannot_share(batch_size, devices):
+def test_devices_must_share_a_batch_evenly(batch_size, devices):
   assert refusal(config_lib.check_devices, changed(train__batch_size=batch_size), devices) == (
     f'train.batch_size {batch_size} cannot be shared evenly by {devices} devices; '
     'set --config.train.batch_size or --config.train.devices'

@@ -1,21 +1,22 @@
-"""Tests of parameters and multiply-adds: the spec's numbers, an independent count, and every shipped configuration."""
+"""Tests of parameters and multiply-adds: the spec's numbers, a separate count, shipped configurations, `describe`."""
 
 import functools
-import pathlib
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
 from reference import PN3, PN3CUT
+from running import CONFIGS, QUICKSTART, contents, run_main
 
+from paranet_jax import costs
+from paranet_jax.base_config import base_config
 from paranet_jax.command_line import load_config
 from paranet_jax.config import build_model
-from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds, parameter_sizes
+from paranet_jax.costs import abstract_variables, describe, exit_costs, multiply_adds, parameter_sizes
 from paranet_jax.data.known import known_dataset
 from paranet_jax.models.paranet import ParaNet
-
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 
 @functools.cache
@@ -28,9 +29,9 @@ def column(model: ParaNet, name: str) -> list[int]:
 
 
 def listed(model: ParaNet, cascade: bool) -> list[dict]:
-  """The same costs, each layer listed: for pipelines of the default blocks and halvings."""
+  """The same costs summed layer by layer, for the default blocks and halvings."""
   k, bottleneck, classes, pipelines = model.growth_rate, model.bn_size * model.growth_rate, model.num_classes, {}
-  costs, width, heads = [], {}, 0
+  counts, width, heads = [], {}, 0
   for p in range(1, model.num_pipelines + 1):
     area = model.image_side**2
     own_params = 9 * model.channels * 2 * k + (4 * k if model.stem_norm else 0)
@@ -54,9 +55,9 @@ def listed(model: ParaNet, cascade: bool) -> list[dict]:
     macs = sum(own['own_macs'] for own in pipelines.values())
     params = sum(own['own_params'] for own in pipelines.values())
     alone = macs - heads if cascade else own_macs
-    costs.append({'exit': p, **pipelines[p], 'macs': macs, 'params': params, 'macs_alone': alone})
+    counts.append({'exit': p, **pipelines[p], 'macs': macs, 'params': params, 'macs_alone': alone})
     heads += head
-  return costs
+  return counts
 
 
 @pytest.mark.parametrize(
@@ -78,12 +79,12 @@ def test_reference_counts_of_the_spec(cascade, own_params, params, macs, last_al
 
 
 @pytest.mark.parametrize('cascade', [True, False])
-def test_another_network_costs_what_its_layers_do(cascade):
+def test_costs_equal_a_sum_over_layers(cascade):
   model = ParaNet(4, 7, 2, 5, bn_size=3, cascade=cascade, stem_norm=True, image_side=16, channels=1)
   assert costs_of(model) == listed(model, cascade)
 
 
-def test_stem_norm_adds_a_scale_and_a_bias_a_channel():
+def test_stem_norm_adds_a_scale_and_a_bias_per_channel():
   plain, normed = (ParaNet(layers_per_block=1, stem_norm=stem_norm) for stem_norm in (False, True))
   assert [b - a for a, b in zip(column(plain, 'own_params'), column(normed, 'own_params'), strict=True)] == [48] * 3
   assert column(plain, 'macs') == column(normed, 'macs')
@@ -92,7 +93,7 @@ def test_stem_norm_adds_a_scale_and_a_bias_a_channel():
 @pytest.mark.parametrize(
   'fields', [{}, {'cascade': False}, {'cascade': ((3, 3),)}, {'blocks': (2, 2, 2), 'halvings': (2, 1, 0)}]
 )
-def test_costs_are_those_of_the_passes_themselves(fields):
+def test_costs_match_the_passes(fields):
   model = tiny.network(3, **fields)
   variables, images = tiny.variables(model), jnp.zeros((1, tiny.SIDE, tiny.SIDE, 3))
 
@@ -105,7 +106,7 @@ def test_costs_are_those_of_the_passes_themselves(fields):
   assert column(model, 'params')[-1] == sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
   # Trying the exits in turn computes nothing twice.
   assert column(model, 'macs')[-1] == multiply_adds(forward)[0]
-  # Training computes what its exits need, no more: as many 3x3 convolutions, one a stem and one a layer.
+  # Training computes only what its exits need: the same number of 3x3 convolutions, one per stem and layer.
   for number in (1, 2, 3):
     assert convolutions((number,), True) == convolutions((number,)) <= convolutions()
   assert convolutions((1,)) < convolutions()
@@ -118,7 +119,7 @@ def test_costs_are_those_of_the_passes_themselves(fields):
     ('PN3cut-ddd', (3,), ('pipeline_1_', 'pipeline_2_', 'exit_1', 'exit_2')),
   ],
 )
-def test_parameter_sizes_are_those_that_the_exits_use(name, exits, unused):
+def test_parameter_sizes_of_some_exits(name, exits, unused):
   model = tiny.named(name)
   every = jax.tree_util.tree_leaves_with_path(tiny.variables(model)['params'])
   every = {tuple(key.key for key in path): leaf.size for path, leaf in every}
@@ -175,7 +176,7 @@ SHIPPED = {
     'PN4-dddd',
     [(602_088, 134_526_976), (2_403_600, 354_600_448), (6_983_288, 970_756_096), (18_702_880, 3_338_039_808)],
   ),
-  # Of the other families, layer by layer from the papers' descriptions (see the tests of the models).
+  # Other families: summed layer by layer from the papers' descriptions (see the tests of the models).
   'densenet_bc_100_12': ('DenseNet-BC-100-12', [(800_032, 261_404_568)]),
   'resnet_110': ('ResNet-110', [(1_733_812, 252_893_440)]),
   'preact_resnet_110': ('PreAct-ResNet-110', [(1_733_812, 252_893_440)]),
@@ -219,9 +220,9 @@ SHIPPED = {
 def test_shipped_configurations(config):
   found = load_config(f'paranet_jax:{config}')
   model = build_model(found, known_dataset(found.data.name).num_classes)
-  name, costs = SHIPPED[config]
+  name, counts = SHIPPED[config]
   assert found.name == name
-  assert list(zip(column(model, 'params'), column(model, 'macs'), strict=True)) == costs
+  assert list(zip(column(model, 'params'), column(model, 'macs'), strict=True)) == counts
 
 
 def test_every_shipped_configuration_is_in_the_table():
@@ -229,9 +230,93 @@ def test_every_shipped_configuration_is_in_the_table():
 
 
 @pytest.mark.parametrize('exits', [None, (2,)])
-def test_abstract_variables_are_those_of_init(exits):
+def test_abstract_variables_match_init(exits):
   model = ParaNet(num_pipelines=2, num_classes=5, layers_per_block=2, growth_rate=4, image_side=16)
   image = jnp.zeros((1, 16, 16, 3))
   variables = jax.jit(functools.partial(model.init, exits=exits))(jax.random.key(0), image)
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
   assert abstract_variables(model, image.shape[1:], exits) == shapes
+
+
+FULL = f'--config={CONFIGS}/paranet.py'
+SMALL = ('--config.model.layers_per_block=1', '--config.model.growth_rate=2', '--config.model.image_side=8')
+
+
+def small(**data):
+  config = base_config('PN2-2d')
+  config.model.update(layers_per_block=1, growth_rate=2, image_side=8)
+  config.data.update(data)
+  return config
+
+
+def test_describe_prints_one_json_object_and_reads_no_data(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  arguments = (f'{FULL}:PN3-x3d', '--mode=describe', '--json', '--config.data.data_dir=/nowhere', '--workdir=/nowhere')
+  result = run_main(*arguments)
+  assert (result.code, result.err) == (0, '') and result.out.count('\n') == 1
+  found = json.loads(result.out)
+  assert found | {'exits': None} == {
+    'name': 'PN3-x3d',
+    'dataset': 'cifar100',
+    'seed': 0,
+    'image_shape': [32, 32, 3],
+    'num_classes': 100,
+    'exits': None,
+  }
+  # The counts are the specification's.
+  assert found['exits'] == [
+    {
+      **{'exit': 1, 'trained': False, 'learns_from': 'nothing', 'own_params': 198_460, 'params': 198_460},
+      **{'own_macs': 3_413_088, 'macs': 3_413_088, 'macs_alone': 3_413_088},
+    },
+    {
+      **{'exit': 2, 'trained': True, 'learns_from': 'exit 3', 'own_params': 789_244, 'params': 987_704},
+      **{'own_macs': 20_125_632, 'macs': 23_538_720, 'macs_alone': found['exits'][1]['macs_alone']},
+    },
+    {
+      **{'exit': 3, 'trained': True, 'learns_from': 'labels', 'own_params': 2_417_980, 'params': 3_405_684},
+      **{'own_macs': 102_404_736, 'macs': 125_943_456, 'macs_alone': found['exits'][2]['macs_alone']},
+    },
+  ]
+  # An exit alone needs no earlier head: from 216 and from 624 features to 100 classes.
+  assert [row['macs'] - row['macs_alone'] for row in found['exits']] == [0, 216 * 100, (216 + 624) * 100]
+  assert not contents(tmp_path)
+
+
+def test_describe_prints_a_table(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  result = run_main(QUICKSTART, '--config.name=PN2-2d', *SMALL, '--mode=describe')
+  lines = result.out.splitlines()
+  assert (result.code, result.err, len(lines)) == (0, '', 5)
+  assert lines[0].startswith('PN2-2d on digits: ')
+  assert [line.split()[0] for line in lines[1:4]] == ['exit', '1', '2']
+  assert 'exit 2' in lines[2] and 'labels' in lines[3]
+  assert not contents(tmp_path)
+
+
+def test_describe_distilled_exits():
+  arguments = ('--config.name=PN3-ddd', '--config.loss.distill=later', '--config.loss.hard_label_weight=0.5')
+  result = run_main(QUICKSTART, *SMALL, *arguments, '--mode=describe', '--json')
+  learns_from = [row['learns_from'] for row in json.loads(result.out)['exits']]
+  assert learns_from == ['labels, exits 2 3', 'labels, exit 3', 'labels']
+
+
+@pytest.mark.parametrize(
+  ('dataset', 'configured', 'from_data', 'expected'),
+  [
+    ('cifar100', None, None, 100),
+    ('cifar10', None, None, 10),
+    ('digits', None, None, 10),
+    ('folder', None, 3, 3),
+    ('folder', 7, None, 7),
+    ('cifar10', 7, 10, 7),
+  ],
+)
+def test_number_of_classes(monkeypatch, dataset, configured, from_data, expected):
+  config = small(name=dataset)
+  if configured:
+    config.model.num_classes = configured
+  found = []
+  monkeypatch.setattr(costs, 'exit_costs', lambda model, shape: found.append(model.num_classes) or [{'exit': 1}] * 2)
+  assert describe(config, from_data)['num_classes'] == expected
+  assert found == [expected]

@@ -1,4 +1,4 @@
-"""Tests that every field of the configuration matters: setting it changes what it is said to change."""
+"""Every field of the configuration has its documented effect."""
 
 import zlib
 
@@ -62,14 +62,14 @@ def costs(config, _):
 
 
 def logits(config, _):
-  """Of random images and parameters."""
+  """Logits for random images and parameters."""
   model = config_lib.build_model(config, 3)
   images = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
   return jax.jit(model.apply)(tiny.variables(model), images)[0].tolist()
 
 
 def loops(config, _):
-  """Loops in the forward pass of training, and how often it draws random numbers."""
+  """Number of loops and random draws in a training forward pass."""
   model = config_lib.build_model(config, 3)
   images = np.zeros((2, 8, 8, 3), np.float32)
   options = {'train': True, 'mutable': ['batch_stats'], 'rngs': {'dropout': jax.random.key(0)}}
@@ -83,12 +83,12 @@ def start(config, _):
 
 
 def own_runs(config, _):
-  """The seeds that are trained."""
+  """The seeds that a run trains."""
   return [own.seed for own in seed_configs(config)]
 
 
 def beginning(config, workdir):
-  """The state that a run begins with, or why there is none."""
+  """The initial state of a run, or the error."""
   task, devices = build_task(config), jax.devices()[:1]
   workdir.mkdir()
   with open_record(task, workdir, Coordinator()) as record:
@@ -100,7 +100,7 @@ def beginning(config, workdir):
 
 
 def phases(config, _):
-  """What trains when."""
+  """The phases of a run."""
   return build_task(config).phases
 
 
@@ -113,7 +113,7 @@ def program(config, _):
 
 
 def batch(config, _):
-  """Images and labels as a training step takes them."""
+  """Images and labels as a training step reads them."""
   task = build_task(config)
   train, keys = task.dataset.train, image_keys(0, 0, 0, np.arange(4))
   found = augmented(keys, train.images[:4], train.labels[:4], task.preprocessing, 10)
@@ -121,7 +121,7 @@ def batch(config, _):
 
 
 def dataset(config, _):
-  """What the splits hold and how they are augmented, or why there are none."""
+  """Contents and augmentation of the splits, or the error."""
   try:
     data = build_task(config).dataset
   except UserError as error:
@@ -134,7 +134,7 @@ def dataset(config, _):
 
 
 def reading(config, _):
-  """Whether images stay in their files, and how many processes are asked to read them."""
+  """Whether images are streamed, and with how many workers."""
   seen = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(stream, 'num_workers', lambda asked: seen.append(asked) or 0)
@@ -165,7 +165,7 @@ def updates(config, _):
 
 
 def run(config, workdir):
-  """Which steps are logged, evaluated and saved, how many devices and how large batches, of a run without a network."""
+  """Steps logged, evaluated and saved, devices and batch sizes, in a run without a network."""
   seen = []
 
   def run_on(devices, *_):
@@ -263,7 +263,7 @@ FIELDS = {
 
 
 def test_every_field_is_in_the_table():
-  # The family goes with the fields it has: families_test.py.
+  # The family determines the other fields: see models/registry_test.py.
   assert FIELDS.keys() == set(field_names(base_config())) - {'model.family'}
 
 
@@ -274,18 +274,18 @@ def observed(observe, fields, folder):
 
 
 @pytest.mark.parametrize('observe', [costs, logits, start, dataset, objective, updates, run])
-def test_without_a_change_all_is_the_same(observe, tmp_path, standard_promotion):
+def test_equal_fields_give_equal_observations(observe, tmp_path, standard_promotion):
   assert observed(observe, SMALL, tmp_path / 'once') == observed(observe, SMALL, tmp_path / 'again')
 
 
 @pytest.fixture(scope='module')
 def unchanged():
-  """What is observed without a change, by observer and other fields."""
+  """Observations without the change, by observer and other fields."""
   return {}
 
 
 @pytest.mark.parametrize('field', FIELDS)
-def test_a_field_matters(field, tmp_path, unchanged, standard_promotion):
+def test_every_field_has_an_effect(field, tmp_path, unchanged, standard_promotion):
   observe, value, given = FIELDS[field]
   key = observe, repr(given)
   if key not in unchanged:

@@ -1,4 +1,4 @@
-"""Tests of the losses, against numbers worked out by hand."""
+"""Tests of the losses against numbers computed by hand."""
 
 from math import log
 
@@ -25,11 +25,11 @@ def test_cross_entropy(label_smoothing, expected):
   np.testing.assert_allclose(cross_entropy(LOGITS, jnp.array([2, 0]), label_smoothing), expected, rtol=1e-6)
 
 
-def test_cross_entropy_of_blended_labels_is_the_blend_of_theirs():
+def test_cross_entropy_of_blended_labels():
   shares = jnp.array([[0.0, 0.25, 0.75], [0.5, 0.5, 0.0]])
   expected = [0.25 * log(4) + 0.75 * log(8 / 5), log(4)]
   np.testing.assert_allclose(cross_entropy(LOGITS, shares), expected, rtol=1e-6)
-  # 0.3 of each is spread: 0.1, 0.275, 0.625 and 0.45, 0.45, 0.1.
+  # 0.3 of each is spread evenly: 0.1, 0.275, 0.625 and 0.45, 0.45, 0.1.
   expected = [0.1 * log(8) + 0.275 * log(4) + 0.625 * log(8 / 5), 0.9 * log(4) + 0.1 * log(2)]
   np.testing.assert_allclose(cross_entropy(LOGITS, shares, 0.3), expected, rtol=1e-6)
 
@@ -39,8 +39,8 @@ def test_squared_error_is_a_mean_over_classes():
   np.testing.assert_allclose(squared_error(student, teacher), [3.0, 3.0])
 
 
-def test_distillation_softens_both_and_is_scaled_by_the_temperature_squared():
-  # At T = 2 the teacher says 1/4, 3/4 and the student 1/2, 1/2.
+def test_distillation_softens_both_and_scales_by_the_squared_temperature():
+  # At T = 2 the teacher gives 1/4, 3/4 and the student 1/2, 1/2.
   student, teacher = jnp.zeros((1, 2)), jnp.array([[0.0, 2 * log(3)]])
   np.testing.assert_allclose(distillation(student, teacher, 2.0), [4 * (0.25 * log(0.5) + 0.75 * log(1.5))], rtol=1e-6)
   np.testing.assert_allclose(distillation(teacher, teacher, 2.0), [0.0], atol=1e-7)
@@ -56,7 +56,7 @@ def test_distillation_softens_both_and_is_scaled_by_the_temperature_squared():
   ],
   ids=['squared_error', 'kl'],
 )
-def test_the_gradient_goes_to_the_student_alone(loss, expected):
+def test_only_the_student_receives_a_gradient(loss, expected):
   student, teacher = jnp.zeros((1, 2)), jnp.array([[0.0, 2 * log(3)]])
   to_student, to_teacher = jax.grad(lambda *logits: jnp.sum(loss(*logits)), argnums=(0, 1))(student, teacher)
   np.testing.assert_allclose(to_student, expected, rtol=1e-6)
@@ -113,7 +113,7 @@ KL_2, KL_3 = 0.25 * log(2), 0.125 * log(0.5) + 0.625 * log(1.25)
 )
 @pytest.mark.parametrize('temperature', [1.0, 2.0])
 def test_exits_with_teachers(teachers, weight, temperature, expected):
-  """The mean over the teachers and over two equal images, and over nothing else; T^2 times at temperature T."""
+  """The mean over the teachers and over two equal images, times T^2 at temperature T."""
   rows = [[2.0, 2.0, 4.0], [4.0, 2.0, 2.0], [1.0, 2.0, 5.0]]
   logits = [temperature * jnp.log(jnp.array([row, row])) for row in rows]
   losses = exit_losses(
@@ -124,7 +124,7 @@ def test_exits_with_teachers(teachers, weight, temperature, expected):
     hard_label_weight=weight,
     teachers={1: teachers} if teachers else {},
   )
-  # At temperature T the logits are T times as large: the soft part is as at 1, the labels' part is not.
+  # At temperature T the logits are T times as large, so only the labels' part differs from that at 1.
   hard = cross_entropy(logits[0], jnp.array([2, 2]))[0]
   share = weight if teachers else 1.0
   expected = temperature**2 * (expected - share * log(2)) + share * hard
@@ -134,7 +134,7 @@ def test_exits_with_teachers(teachers, weight, temperature, expected):
 
 
 @pytest.mark.parametrize('teachers', [(3,), (2, 3)])
-def test_teachers_are_not_taught_by_their_students(teachers):
+def test_teachers_receive_no_gradient_from_their_students(teachers):
   def student_loss(logits):
     return exit_losses(logits, jnp.array([2, 0]), (0, 0, 0), teachers={1: teachers})[1]
 
@@ -148,7 +148,7 @@ def test_exit_losses_are_means_over_the_batch():
   np.testing.assert_allclose(losses[2], (log(8 / 5) + log(4)) / 2, rtol=1e-6)
 
 
-def test_total_loss_weighs_the_exits():
+def test_total_loss_weights_the_exits():
   losses = {1: jnp.float32(2.0), 3: jnp.float32(5.0)}
   assert total_loss(losses, (1.0, 1.0, 1.0)) == 7.0
   assert total_loss(losses, (0.5, 100.0, 3.0)) == 16.0

@@ -1,4 +1,4 @@
-"""Tests of schedules at points worked out by hand, and of optimisers against a loop in numpy."""
+"""Tests of schedules at points computed by hand, and of optimizers against a loop in NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ SHORT = {'epochs': 10, 'updates_per_epoch': 10}
   'kind, options, expected',
   [
     ('step', PAPER, {0: 0.1, 39_049: 0.1, 39_050: 0.01, 78_099: 0.01, 78_100: 0.001, 101_530: 0.001}),
-    # Two steps are averaged into an update: 390.5 updates an epoch.
+    # Two steps are averaged into an update: 390.5 updates per epoch.
     ('step', PAPER | {'updates_per_epoch': 390.5}, {19_524: 0.1, 19_525: 0.01, 39_049: 0.01, 39_050: 0.001}),
     ('step', SHORT | {'drop_epochs': (2, 2.5), 'drop_factor': 0.5}, {19: 0.1, 20: 0.05, 24: 0.05, 25: 0.025}),
     ('step', SHORT | {'drop_epochs': (2, 2), 'drop_factor': 0.5}, {19: 0.1, 20: 0.025}),
@@ -62,7 +62,7 @@ def check(found, expected):
 
 
 def sgd(decay, momentum, nesterov, gradients=GRADIENTS):
-  """PyTorch's rule, which trained DenseNet: decay enters the gradient, momentum holds gradients, not updates."""
+  """PyTorch's rule, as used for DenseNet: decay adds to the gradient; momentum accumulates gradients, not updates."""
   params, velocity, every = dict(PARAMS), dict.fromkeys(PARAMS, 0.0), []
   for gradient, rate in zip(gradients, RATES, strict=False):
     for name in params:
@@ -94,7 +94,7 @@ def test_sgd_by_hand():
 
 
 @pytest.mark.parametrize('kind', ['sgd', 'adamw'])
-def test_the_mask_says_what_decays(kind, standard_promotion):
+def test_only_masked_parameters_decay(kind, standard_promotion):
   """With no gradient, only decay moves a parameter: by the learning rate times the coefficient."""
   optimizer = make_optimizer(
     kind,
@@ -111,7 +111,7 @@ def test_the_mask_says_what_decays(kind, standard_promotion):
 
 @pytest.mark.parametrize('nesterov', [False, True])
 def test_adamw(nesterov, standard_promotion):
-  """Loshchilov and Hutter (2019): decay is not part of the gradient; with Nesterov's look ahead, Dozat (2016)."""
+  """Loshchilov and Hutter (2019): decay is decoupled from the gradient; Nesterov momentum as in Dozat (2016)."""
   b1, b2, params, every = 0.8, 0.999, dict(PARAMS), []
   first, second = dict.fromkeys(PARAMS, 0.0), dict.fromkeys(PARAMS, 0.0)
   for count, (gradient, rate) in enumerate(zip(GRADIENTS, RATES, strict=True), 1):

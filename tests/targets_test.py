@@ -1,9 +1,19 @@
-"""Tests of the name language."""
+"""Tests of the name language and of what each exit learns from, and when."""
 
 import pytest
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.targets import LABELS, ModelName, describe_target, distill_teachers, parse_name, trained_exits
+from paranet_jax.targets import (
+  LABELS,
+  ModelName,
+  Phase,
+  check_regime,
+  describe_target,
+  distill_teachers,
+  make_phases,
+  parse_name,
+  trained_exits,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +72,10 @@ UNLABELLED = 'whose own exit no true label reaches'
 @pytest.mark.parametrize(
   'name, message',
   [
-    ('PN3-', "the suffix needs 3 characters, one a pipeline, and '' has 0; set --config.name"),
-    ('PN3-dd', "the suffix needs 3 characters, one a pipeline, and 'dd' has 2"),
-    ('PN3cut-dddd', "the suffix needs 3 characters, one a pipeline, and 'dddd' has 4"),
-    ('PN3-ddd\n', r"the suffix needs 3 characters, one a pipeline, and 'ddd\n' has 4"),
+    ('PN3-', "the suffix needs 3 characters, one per pipeline, and '' has 0; set --config.name"),
+    ('PN3-dd', "the suffix needs 3 characters, one per pipeline, and 'dd' has 2"),
+    ('PN3cut-dddd', "the suffix needs 3 characters, one per pipeline, and 'dddd' has 4"),
+    ('PN3-ddd\n', r"the suffix needs 3 characters, one per pipeline, and 'ddd\n' has 4"),
     ('PN3-dd\n', r"'\n' at position 3 is none of d, x, 1 to 3"),
     ('PN3-dyd', "'y' at position 2 is none of d, x, 1 to 3; set --config.name"),
     ('PN3-Ddd', "'D' at position 1 is none of d, x, 1 to 3"),
@@ -111,7 +121,7 @@ def test_describe_target():
     ('dddd', 'last', {1: (4,), 2: (4,), 3: (4,)}),
     ('dddd', 'next', {1: (2,), 2: (3,), 3: (4,)}),
     ('dddd', 'later', {1: (2, 3, 4), 2: (3, 4), 3: (4,)}),
-    # Untrained exits teach nobody, and matched ones keep their own teacher.
+    # Untrained exits teach no exit, and matched exits keep their own teacher.
     ('xdxdx', 'last', {2: (4,)}),
     ('d4xd', 'next', {1: (2,)}),
     ('d4xd', 'later', {1: (2, 4)}),
@@ -148,3 +158,38 @@ def test_exits_that_cannot_be_distilled(suffix, distill, message):
   else:
     with pytest.raises(UserError):
       distill_teachers(targets, distill, 0.1, 'NET')
+
+
+@pytest.mark.parametrize(
+  ('regime', 'targets', 'phases'),
+  [
+    ('joint', (3, None, 0), (((3, None, 0), 10, None),)),
+    ('mixed', (0, None, 0, None), (((None, None, 0, None), 4, None), ((0, None, 0, None), 10, None))),
+    ('disjoint', (0, 3, 0), (((None, None, 0), 4, None), ((0, 3, None), 10, 3))),
+  ],
+)
+def test_make_phases(regime, targets, phases):
+  expected = tuple(Phase(end, own, frozen) for own, end, frozen in phases)
+  assert make_phases(regime, targets, backbone_steps=4, total_steps=10) == expected
+
+
+@pytest.mark.parametrize(
+  ('targets', 'message'),
+  [
+    (
+      (None, 0, None),
+      "train.regime 'mixed' trains the last exit first and then others, and NET trains exit 2 alone; "
+      'set --config.train.regime',
+    ),
+    (
+      (0, 1, None),
+      "train.regime 'mixed' trains the last exit alone first, from labels, and exit 2 of NET learns from exit 1; "
+      'set --config.train.regime',
+    ),
+  ],
+)
+def test_regimes_with_two_phases_need_a_last_exit_trained_from_labels(targets, message):
+  with pytest.raises(UserError) as error:
+    check_regime('mixed', targets, 'NET')
+  assert str(error.value) == message
+  check_regime('joint', targets, 'NET')

@@ -1,26 +1,39 @@
-"""Tests of what a configuration and its data set determine, on the embedded digits."""
+"""Tests of what a configuration and its data set determine, and of which exits each phase trains."""
 
+import dataclasses
+import signal
+
+import chex
 import jax
 import numpy as np
 import pytest
 import tiny
+from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_state, send
 
+from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
+from paranet_jax.costs import variable_paths
+from paranet_jax.host.errors import UserError
+from paranet_jax.report.metrics import read_metrics
+from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import zero_totals
 from paranet_jax.task import build_task
 
 
-def config(name, **train):
-  found = base_config(name)
-  found.model.update(layers_per_block=1, growth_rate=2, bn_size=2, image_side=tiny.SIDE)
+def config(name='PN2-dd', family='paranet', **train):
+  found = base_config(name, family)
   found.data.update(name='digits', held_out=300)
-  found.train.update(train)
+  found.model.image_side = tiny.SIDE
+  if family == 'paranet':
+    found.model.update(layers_per_block=1, growth_rate=2, bn_size=2)
+  found.train.update({'batch_size': 100, 'epochs': 2.0} | train)
   return found
 
 
 def test_lengths_and_learning_rate():
   """1,137 images make 11 batches of 100; an update is two steps, so the rate drops after 10 and 20 of the 30 epochs."""
-  task = build_task(config('PN2-2d', batch_size=100, epochs=30.0, accumulate_steps=2, drop_epochs=(10, 20)))
+  task = build_task(config('PN2-2d', epochs=30.0, accumulate_steps=2, drop_epochs=(10, 20)))
   assert (task.steps_per_epoch, task.total_steps) == (11, 330)
   assert task.image_shape == (tiny.SIDE, tiny.SIDE, 3)
   assert (task.model.num_exits, task.model.num_classes, task.targets) == (2, 10, (2, 0))
@@ -40,9 +53,7 @@ def paths(tree):
     ('PN3cut-xdx', 'sgd', ('pipeline_1_', 'pipeline_3_', 'exit_1', 'exit_3')),
   ],
 )
-def test_training_moves_what_a_loss_reaches_and_leaves_the_rest_bit_for_bit(
-  name, optimizer, unreached, standard_promotion
-):
+def test_training_changes_exactly_the_parameters_that_a_loss_reaches(name, optimizer, unreached, standard_promotion):
   task = build_task(config(name, optimizer=optimizer, batch_size=8, weight_decay=0.1))
   order = np.arange(16, dtype=np.int32).reshape(2, 8)
   step = jax.jit(task.train_step())
@@ -55,3 +66,123 @@ def test_training_moves_what_a_loss_reaches_and_leaves_the_rest_bit_for_bit(
     assert old.keys() == new.keys()
     changed = {path for path in old if not np.array_equal(old[path], new[path])}
     assert changed == {path for path in old if not path.startswith(tuple(f"['{prefix}" for prefix in unreached))}
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (
+      ('train.regime=disjoint', 'train.backbone_epochs=2.0'),
+      'train.backbone_epochs must be less than train.epochs 2.0, found 2.0; set --config.train.backbone_epochs',
+    ),
+    (
+      ('train.regime=mixed', 'name=PN1-d'),
+      "train.regime 'mixed' trains the last exit first and then others, and PN1-d trains exit 1 alone; "
+      'set --config.train.regime',
+    ),
+  ],
+)
+def test_settings_that_a_regime_refuses(arguments, message):
+  assert refusal(*TINY, *(f'--config.{argument}' for argument in arguments)) == message
+
+
+def test_exits_without_their_own_parameters_cannot_train_alone():
+  fractal = config('fractal', 'fractalnet', regime='disjoint')
+  fractal.model.update(columns=2, widths=(2, 2))
+  with pytest.raises(UserError) as error:
+    build_task(fractal)
+  assert str(error.value) == (
+    "train.regime 'disjoint' would train nothing of exit 1 of fractal: exit 3 uses the same parameters; "
+    'set --config.train.regime'
+  )
+
+
+def test_phases_follow_the_epochs():
+  ends = {
+    (regime, epochs): [phase.end for phase in build_task(config(regime=regime, backbone_epochs=epochs)).phases]
+    for regime, epochs in (('joint', 0.5), ('mixed', 0.5), ('mixed', None))
+  }
+  # 11 steps an epoch.
+  assert ends == {('joint', 0.5): [22], ('mixed', 0.5): [6, 22], ('mixed', None): [11, 22]}
+  task = build_task(config(regime='mixed', backbone_epochs=0.5))
+  assert [task.phase(step).end for step in (0, 5, 6, 22)] == [6, 6, 22, 22]
+
+
+def test_the_second_phase_of_mixed_is_joint_training(monkeypatch):
+  monkeypatch.setattr(task_lib, 'make_train_step', lambda *arguments, **options: (arguments, options))
+  joint = build_task(config())
+  of_regime = {regime: config(regime=regime) for regime in ('mixed', 'disjoint')}
+  mixed, disjoint = (dataclasses.replace(joint, config=own) for own in of_regime.values())
+  assert joint.train_step() == mixed.train_step() != disjoint.train_step()
+  (_, _, backbone, *_), alike = mixed.train_step(phase=mixed.phases[0])
+  assert backbone.targets == (None, 0) and alike == {'frozen': (), 'users': None}
+  (_, _, others, *_), options = disjoint.train_step(phase=disjoint.phases[1])
+  assert others.targets == (0, None) and ('params', 'pipeline_1_stem', 'kernel') in options['frozen']
+  assert {path[1] for path in all_paths(joint) - options['frozen']} == {'exit_1'}
+
+
+def all_paths(task):
+  return variable_paths(task.model, task.image_shape, 1, 2)
+
+
+# Phases of 3 and 7 steps; checkpoints at steps 3, 6, 9 and 10 and where the run is stopped.
+DISJOINT = (
+  *(*TINY, '--config.name=PN2-2d', '--config.train.regime=disjoint', '--config.train.backbone_epochs=0.6'),
+  *('--config.checkpoint.every_steps=3', '--config.checkpoint.keep=9'),
+  *('--config.model.growth_rate=2', '--config.model.image_side=8'),
+)
+
+
+@pytest.fixture(scope='module')
+def disjoint(tmp_path_factory):
+  """Workdir of a run with two phases."""
+  workdir = tmp_path_factory.mktemp('disjoint')
+  with pytest.MonkeyPatch.context() as patch:
+    PROGRAMS.install(patch)
+    assert run_main(*DISJOINT, f'--workdir={workdir}').code == 0
+    yield workdir
+
+
+def variables_at(step, workdir):
+  """Values in a checkpoint, by path from the collection on."""
+  with Checkpoints(workdir) as checkpoints:
+    found = checkpoints.read_variables(step)
+  return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def moved(before, after):
+  assert before.keys() == after.keys()
+  return {path for path in before if not np.array_equal(before[path], after[path])}
+
+
+def test_what_moves_in_each_phase(disjoint):
+  task = build_task(restore_config(disjoint))
+  state = task.init_state()
+  start = jax.tree_util.tree_leaves_with_path({'params': state.params, 'batch_stats': state.batch_stats})
+  start = {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in start}
+  backbone, end = variables_at(3, disjoint), variables_at(10, disjoint)
+  of_last = variable_paths(task.model, task.image_shape, 2)
+  assert moved(start, backbone) == of_last
+  assert moved(backbone, end) == start.keys() - of_last
+  assert {path[1] for path in start.keys() - of_last} == {'exit_1'}
+
+
+def test_metrics_cover_the_exits_that_a_phase_trains(disjoint):
+  lines = [line for line in read_metrics(disjoint) if line['split'] == 'train']
+  exits = [(line['step'], sorted(int(key[5]) for key in line if key.endswith('/loss'))) for line in lines]
+  assert exits == [(2, [2]), (3, [2]), (4, [1]), (6, [1]), (8, [1]), (10, [1])]
+  # Each line is the mean over its own steps: the totals start again.
+  assert all(
+    line['loss'] == pytest.approx(line[f'exit_{number}/loss'])
+    for line, (_, (number,)) in zip(lines, exits, strict=True)
+  )
+
+
+def test_a_run_stopped_in_each_phase_ends_like_an_uninterrupted_one(disjoint, tmp_path):
+  for step in (2, 3, 4):  # Within the first phase, at its end, within the second.
+    with pytest.MonkeyPatch.context() as patch:
+      before_each_step(patch, send(signal.SIGTERM, step))
+      result = run_main(*DISJOINT, f'--workdir={tmp_path}')
+    assert result.code == 0 and f'stopped by SIGTERM after step {step}, saved' in result.out
+  assert run_main(*DISJOINT, f'--workdir={tmp_path}').code == 0
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(disjoint), strict=True)

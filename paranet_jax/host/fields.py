@@ -1,4 +1,4 @@
-"""A field of a configuration: its default value and the values it may take."""
+"""Configuration fields: default values and rules for valid values."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from ml_collections.config_dict import placeholder
 
 
 class Rule(NamedTuple):
-  """A condition on a value, and how an error message completes 'must be'."""
+  """A condition on a value, and the text that follows 'must be' in an error message."""
 
   holds: Callable[[Any], bool]
   expected: str
@@ -19,8 +19,8 @@ class Field(NamedTuple):
   """Default and rule of one field.
 
   Attributes:
-    default: None for a derived value: code computes it from other fields unless the user sets it.
-    rule: what a value other than None must satisfy.
+    default: None for a value derived from other fields unless the user sets it.
+    rule: condition on a value other than None.
     kind: type of a field whose default is None.
   """
 
@@ -34,12 +34,12 @@ Fields = dict[str, Field]
 
 
 def derived(kind: type, rule: Rule | None = None) -> Field:
-  """A field that is computed from other fields unless the user sets it."""
+  """A field derived from other fields unless the user sets it."""
   return Field(None, rule, kind)
 
 
 def new_config(fields: Fields) -> ConfigDict:
-  """A configuration with the defaults of these fields, not yet locked."""
+  """A configuration with the defaults of these fields, not locked."""
   config = ConfigDict()
   for path, field in fields.items():
     section, _, name = path.rpartition('.')
@@ -56,7 +56,7 @@ def one_of(*choices: Any) -> Rule:
 
 
 def at_least(low: float) -> Rule:
-  """A finite number from `low` on."""
+  """A finite number, `low` or more."""
   return Rule(lambda value: low <= value < math.inf, f'{low} or more')
 
 

@@ -1,9 +1,9 @@
-"""The one list of network families: the `model` fields of each, their checks, and how a network is built from them.
+"""The registry of network families: the `model` fields of each, their checks, and how to build a network from them.
 
-A new family is a file in this folder with the network and its `from_fields`, an entry of `_FAMILIES`, and a file in
-`configs/`. A family outside this package needs no change here: see `register_family`.
+To add a family, add a file to this folder with the network and its `from_fields`, an entry to `_FAMILIES` and a file
+to `configs/`. A family outside this package needs no change here: see `register_family`.
 
-This module is read for every configuration, so it imports neither jax nor a network: `build` names a function.
+Every configuration imports this module, so it imports neither jax nor networks: `build` names a function.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from paranet_jax.host.fields import FRACTION, RATE, SHARE, Field, Fields, Rule, 
 from paranet_jax.targets import LABELS, Targets, parse_name
 
 ENTRY_POINTS = 'paranet_jax.families'
-"""The entry point group by which an installed package offers its families."""
+"""The entry point group through which an installed package provides families."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """All that configurations and commands need to know about a family of networks.
+  """What configurations and commands need to know about a family of networks.
 
   Attributes:
     name: value of `model.family`.
     example: an example configuration, as `--config` takes it.
-    build: from the run's name and the family's and the common fields to a model with the multi-exit interface (see
-      `multi_exit.py`); a function, or 'module:function', imported when a network is built. It raises ValueError, in one
-      line, where the fields do not fit together.
-    fields: the fields of `model` that this family has in addition to COMMON.
-    fix: the fields that an error of `build` asks the user to set, as in 'depth, .exits or .image_side'.
-    targets: from the run's name to what each exit learns from; None: every exit learns from the labels.
+    build: function from the run's name and the model fields to a model with the multi-exit interface (see
+      `multi_exit.py`), or 'module:function', imported when a network is built. It raises ValueError with one line if
+      the fields do not fit together.
+    fields: the fields of `model` in addition to COMMON.
+    fix: the fields that an error of `build` asks the user to set, such as 'depth, .exits or .image_side'.
+    targets: function from the run's name to what each exit learns from; None: every exit learns from the labels.
   """
 
   name: str
@@ -47,14 +47,14 @@ class Family:
 
 
 COMMON: Fields = {
-  'family': Field(''),  # A registered family. It says which other fields `model` has, so it cannot be changed later.
+  'family': Field(''),  # A registered family. It determines the other fields of `model`, so it cannot be changed later.
   'num_classes': derived(int, at_least(2)),  # Width of an exit; None: the data set's number of classes.
   'image_side': Field(32, at_least(1)),  # Pixels; images of another size are resized.
   'channels': Field(3, one_of(1, 3)),  # 3 (RGB) or 1 (gray).
   # 'float32' or 'bfloat16', in which the network computes; parameters and statistics stay float32.
   'dtype': Field('float32', one_of('float32', 'bfloat16')),
 }
-"""The fields of `model` that every family has."""
+"""The fields of `model` in every family."""
 
 _PARANET: Fields = {
   'layers_per_block': Field(16, at_least(1)),  # n, dense layers in every block: 16 is L = 100.
@@ -77,14 +77,14 @@ _PARANET: Fields = {
   'entry_pool': Field('max', one_of('max', 'avg', 'max3x3')),
   # 'stem_first' or 'pool_first': convolve the image before or after halving it.
   'entry_order': Field('stem_first', one_of('stem_first', 'pool_first')),
-  'dropout': Field(0.0, RATE),  # Rate after each convolution but a stem's, 0 to less than 1.
-  # Dense layers compiled as one loop in training: changes speed, memory and compile time, not the function; None: the
-  # backend's default, which was measured.
+  'dropout': Field(0.0, RATE),  # Rate after each convolution except a stem's, 0 to less than 1.
+  # Dense layers compiled as one loop in training; changes speed, memory and compile time, not the result; None: the
+  # backend's measured default.
   'scan_layers': derived(int, at_least(1)),
 }
 
 _DENSENET: Fields = {
-  # L, layers with weights: 6 n + 4 for n dense layers a block, 3 n + 4 without bottlenecks.
+  # L, layers with weights: 6 n + 4 for n dense layers per block, 3 n + 4 without bottlenecks.
   'depth': Field(100, at_least(1)),
   'growth_rate': _PARANET['growth_rate'],  # k, channels that a dense layer adds.
   'compression': Field(0.5, FRACTION),  # theta, share of the channels that a transition keeps: above 0, at most 1.
@@ -98,9 +98,9 @@ _DENSENET: Fields = {
 }
 
 _RESNET: Fields = {
-  # Layers with weights: 6 n + 2 for n residual blocks a stage, 9 n + 2 for bottlenecks.
+  # Layers with weights: 6 n + 2 for n residual blocks per stage, 9 n + 2 for bottlenecks.
   'depth': Field(110, at_least(1)),
-  # 'basic', 'preactivation' or 'bottleneck' (which has pre-activation too).
+  # 'basic', 'preactivation' or 'bottleneck' (also pre-activation).
   'block': Field('basic', one_of('basic', 'preactivation', 'bottleneck')),
   # 'last', 'stages' (after each), or the blocks of every stage after which there is an exit, in addition to the last
   # one ('4,8').
@@ -110,15 +110,15 @@ _RESNET: Fields = {
 _MSDNET: Fields = {
   'num_blocks': Field(7, at_least(1)),  # Blocks of layers, with an exit after each.
   'base': Field(4, at_least(1)),  # Layers of the first block.
-  # 'even' or 'lin_grow': later blocks have `step` layers, or each `step` layers more than the one before.
+  # 'even' or 'lin_grow': later blocks have `step` layers, or each has `step` more than the one before.
   'step_mode': Field('even', one_of('even', 'lin_grow')),
   'step': Field(2, at_least(1)),  # Layers.
-  # Of layer 0 at the finest scale; at the others times their growth factor.
+  # Channels of layer 0 at the finest scale; other scales multiply them by their growth factor.
   'initial_channels': Field(16, at_least(1)),
-  # Channels that a layer adds at the finest scale; others times their growth factor.
+  # Channels that a layer adds at the finest scale; other scales multiply them by their growth factor.
   'growth_rate': Field(6, at_least(1)),
-  'growth_factors': Field((1, 2, 4), tuple_of(int, 1)),  # One a scale, finest first.
-  # One a scale: width of a 1x1 convolution, in multiples of what its path adds.
+  'growth_factors': Field((1, 2, 4), tuple_of(int, 1)),  # One per scale, finest first.
+  # One per scale: width of a 1x1 convolution, in multiples of what its path adds.
   'bottleneck_factors': Field((1, 2, 4), tuple_of(int, 1)),
   'reduction': Field(0.5, FRACTION),  # Share of the channels that a transition keeps: above 0, at most 1.
 }
@@ -135,7 +135,7 @@ _FRACTALNET: Fields = {
     ),
   ),
   'local_drop_path': Field(0.15, SHARE),  # Rate at which a join drops an input, in a step of local drop-path.
-  'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep one column instead.
+  'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep a single column instead.
 }
 
 _FAMILIES = {
@@ -167,16 +167,16 @@ _FAMILIES = {
 
 
 def register_family(family: Family) -> None:
-  """Adds a family to this process: `base_config(family=...)`, and with it every command, knows it from then on.
+  """Makes a family available to `base_config(family=...)`, and so to every command, in this process.
 
-  Commands find the family of a saved run again by its name, so a family that they should know in every process belongs
-  in an installed package, as an entry point whose value is a `Family`:
+  Commands find the family of a saved run by its name. To make a family available in every process, provide it from an
+  installed package as an entry point whose value is a `Family`:
 
       [project.entry-points.'paranet_jax.families']
       mynet = 'my_package.mynet:FAMILY'
 
   Raises:
-    ValueError: the name belongs to another family, or a field to all families.
+    ValueError: another family has this name, or the family redefines a common field.
   """
   if _FAMILIES.get(family.name, family) != family:
     raise ValueError(f'there is already a family {family.name!r}')
@@ -186,10 +186,10 @@ def register_family(family: Family) -> None:
 
 
 def find_family(name: Any) -> Family | None:
-  """The family of this name: a built-in or registered one, or that of an entry point; None: there is none.
+  """The built-in, registered or entry point family with this name; None if there is none.
 
   Raises:
-    UserError: the package that offers the family fails.
+    UserError: the package that provides the family fails.
   """
   for entry in () if name in _FAMILIES else importlib.metadata.entry_points(group=ENTRY_POINTS, name=str(name)):
     try:
@@ -215,7 +215,7 @@ def build_model(config: ConfigDict, num_classes: int) -> Any:
     num_classes: number of classes of the data set; `model.num_classes`, if set, takes precedence.
 
   Raises:
-    UserError: the name is refused, or the fields do not fit together.
+    UserError: the name is invalid, or the fields do not fit together.
   """
   import jax.numpy as jnp
 
@@ -230,10 +230,10 @@ def build_model(config: ConfigDict, num_classes: int) -> Any:
 
 
 def targets(config: ConfigDict) -> Targets:
-  """What each exit learns from: what a ParaNet's name says, and the labels in another family.
+  """What each exit learns from: given by the name of a ParaNet, and the labels in other families.
 
   Raises:
-    UserError: the name is refused, or the fields do not fit together.
+    UserError: the name is invalid, or the fields do not fit together.
   """
   family = _family_of(config)
   if family.targets:

@@ -1,5 +1,6 @@
-"""The cache of compiled programs: where it is, for which machine, and what a broken entry does."""
+"""The cache of compiled programs, and the description of the machine."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from paranet_jax.host.machine import machine_key, use_compilation_cache
+from paranet_jax.host.machine import environment, machine_key, use_compilation_cache
 
 PROGRAM = """
 import sys, jax
@@ -71,3 +72,9 @@ def test_another_machine_has_another_key(tmp_path, other, same):
   (tmp_path / 'other').write_text(other)
   assert (machine_key(tmp_path / 'one') == machine_key(tmp_path / 'other')) == same
   assert machine_key(tmp_path / 'missing') != machine_key(tmp_path / 'one')
+
+
+def test_environment():
+  found = environment(jax.devices()[:3])
+  assert found['device'] == {'platform': 'cpu', 'kind': 'cpu', 'count': 3}
+  assert found['versions']['python'] == platform.python_version() and found['versions']['jax'] == jax.__version__

@@ -1,4 +1,4 @@
-"""Tests of DenseNet: counts against the paper's, and the same function as a plain network of flax's layers."""
+"""Tests of DenseNet against the paper's counts and against a plain network built from flax layers."""
 
 import itertools
 
@@ -20,7 +20,7 @@ CASES = {
 
 
 def reference(model):
-  """DenseNet straight from the paper; exits within a block cut the names of its parameters, nothing else."""
+  """DenseNet as in the paper. Exits within a block only change parameter names."""
   size = model.layers_per_block
   inner = {'last': (), 'blocks': (size,)}.get(model.exits, model.exits)
   cuts = sorted({0, *inner, size})
@@ -52,13 +52,13 @@ def reference(model):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_same_function_statistics_and_gradients_as_the_plain_network(case):
+def test_logits_statistics_and_gradients_match_the_plain_network(case):
   found, wanted = plain.outcomes(CASES[case], reference(CASES[case]))
   chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def paper_counts(depth, growth, bottleneck, compression, classes):
-  """Parameters and multiply-adds by Table 1 of the paper, layer by layer, for images of 32 x 32 x 3."""
+  """Parameters and multiply-adds from Table 1 of the paper, layer by layer, for 32 x 32 x 3 images."""
   layers = (depth - 4) // (6 if bottleneck else 3)
   channels = 2 * growth if bottleneck else 16
   side, params, macs = 32, 0, 0
@@ -81,7 +81,7 @@ def paper_counts(depth, growth, bottleneck, compression, classes):
       channels += growth
     if block < 2:
       params += 2 * channels
-      side //= 2  # The paper pools after the convolution, which is the same function at four times the work.
+      side //= 2  # The paper pools after the convolution, with the same result for four times the work.
       convolution(1, channels, int(channels * compression), side)
       channels = int(channels * compression)
   params += 2 * channels + channels * classes + classes
@@ -102,12 +102,12 @@ def test_counts(depth, growth, bottleneck, compression):
   assert (cost['params'], cost['macs']) == paper_counts(depth, growth, bottleneck, compression, 10)
 
 
-# In millions, Table 2 of the paper.
+# In millions, from Table 2 of the paper.
 @pytest.mark.parametrize(
   'depth, growth, bottleneck, compression, published',
   [(40, 12, False, 1.0, 1.0), (100, 12, True, 0.5, 0.8), (250, 24, True, 0.5, 15.3), (190, 40, True, 0.5, 25.6)],
 )
-def test_the_count_above_is_the_papers(depth, growth, bottleneck, compression, published):
+def test_paper_counts_match_the_published_numbers(depth, growth, bottleneck, compression, published):
   params, _ = paper_counts(depth, growth, bottleneck, compression, 10)
   assert params == pytest.approx(published * 1e6, rel=0.05)
 
@@ -124,7 +124,7 @@ def test_the_count_above_is_the_papers(depth, growth, bottleneck, compression, p
     ({'exits': (17,)}, "exits must be 'last', 'blocks' or ascending numbers from 1 to 16, found (17,)"),
   ],
 )
-def test_shapes_that_do_not_fit_are_refused(fields, message):
+def test_invalid_shapes_are_refused(fields, message):
   with pytest.raises(ValueError) as error:
     DenseNet(**fields)
   assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Tests of ensembles: averaged probabilities, stages that run one member each, cumulative costs."""
+"""Tests of ensembles: mean probabilities, one member per stage, cumulative costs."""
 
 import flax.linen as nn
 import jax
@@ -18,7 +18,7 @@ MODEL = Ensemble(MEMBERS)
 
 
 def expected(number):
-  """The mean of the probabilities of the first members, in float64."""
+  """Mean probabilities of the first `number` members, in float64."""
   probabilities = []
   for member, variables in list(zip(MEMBERS, VARIABLES, strict=True))[:number]:
     exponentials = np.exp(np.float64(member.apply(variables, IMAGES)[-1]))
@@ -34,7 +34,7 @@ def test_exits_average_the_probabilities():
 
 
 @pytest.mark.parametrize('numbers, kept', [((1, 2, 3), [[1], [2], []]), ((2, 3), [[2], []]), ((3,), [[]])])
-def test_stages_give_the_same_and_run_one_member_each(numbers, kept):
+def test_stages_match_the_full_pass_and_run_one_member_each(numbers, kept):
   variables, carry = ensemble_variables(VARIABLES), {}
   for number, members in zip(numbers, kept, strict=True):
     logits, carry = MODEL.apply(variables, IMAGES, carry, number, method='stage')
@@ -43,7 +43,7 @@ def test_stages_give_the_same_and_run_one_member_each(numbers, kept):
 
 
 def test_probabilities_far_apart_stay_finite():
-  """Twice the same module, with weights of its own each: no logarithm of 0 appears."""
+  """Two copies of a module, each with its own weights: the log of 0 does not occur."""
   ensemble = Ensemble([StagedModel([nn.Dense(3, use_bias=False)], (1,), 3)] * 2)
   variables = jax.tree.map(np.zeros_like, ensemble.init(jax.random.key(0), IMAGES))
   for index, value in enumerate((0.0, 1000.0)):
@@ -62,7 +62,7 @@ def test_costs_add_up():
   assert asked == costs[1]['macs'] == costs[1]['macs_alone']
 
 
-def test_an_exit_by_itself_is_none_for_the_others():
+def test_exits_not_requested_are_none():
   first, second, third = MODEL.apply(ensemble_variables(VARIABLES), IMAGES, exits=(2,))
   assert first is None and third is None
   np.testing.assert_allclose(np.exp(second), expected(2), rtol=1e-4, atol=1e-7)
@@ -73,7 +73,7 @@ def test_training_is_refused():
     MODEL.apply(ensemble_variables(VARIABLES), IMAGES, train=True)
 
 
-def test_members_of_other_classes_are_refused():
+def test_members_with_different_classes_are_refused():
   members = [tiny.network(1), tiny.network(1, num_classes=5)]
   with pytest.raises(ValueError, match=r'must have the same number of classes, found \[3, 5\]'):
     abstract_variables(Ensemble(members), SHAPE)

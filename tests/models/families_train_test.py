@@ -1,4 +1,4 @@
-"""Tests that every family trains, stops and goes on, is evaluated, and leaves early, by the programs alone."""
+"""Every family trains, stops, resumes, is evaluated and exits early, through the commands."""
 
 import contextlib
 import functools
@@ -55,7 +55,7 @@ def arguments(file, workdir, *fields):
 
 @pytest.fixture(scope='module')
 def finished(programs, tmp_path_factory):
-  """From a configuration's file to the folder of its run of one epoch."""
+  """A function from a configuration's file to the workdir of its one-epoch run."""
 
   @functools.cache
   def run(file):
@@ -76,15 +76,15 @@ def test_one_epoch_lowers_the_loss_at_every_exit(finished, file):
     assert 0 <= summary['exits'][number - 1]['accuracy'] <= 1
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(finished, tmp_path):
-  """Here with random numbers in every step."""
+def test_a_stopped_run_ends_like_an_uninterrupted_one(finished, tmp_path):
+  """Every step of this family draws random numbers."""
   assert run_main(*arguments('fractalnet_20', tmp_path, 'train.max_steps=6')).code == 0
   assert run_main(*arguments('fractalnet_20', tmp_path), '--accept_config_changes').code == 0
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(finished('fractalnet_20')), strict=True)
 
 
 @pytest.mark.parametrize('file', ['msdnet_budgeted', 'fractalnet_20'])
-def test_a_run_is_evaluated_and_leaves_early(finished, file):
+def test_a_run_is_evaluated_and_exits_early(finished, file):
   workdir, out = finished(file), io.StringIO()
   result = run_main(f'--workdir={workdir}', '--mode=eval', '--json')
   summary = json.loads((workdir / 'summary.json').read_text())
@@ -97,7 +97,7 @@ def test_a_run_is_evaluated_and_leaves_early(finished, file):
 
 
 class Plain(nn.Module):
-  """Without batch statistics."""
+  """A stage without batch statistics."""
 
   @nn.compact
   def __call__(self, x):
@@ -105,7 +105,7 @@ class Plain(nn.Module):
 
 
 def network():
-  """Three exits; drop-path and dropout in every step."""
+  """Three exits, with drop-path and dropout in every step."""
   return FractalNet(tiny.NUM_CLASSES, 2, (4,), (0.2,), 0.3, 0.5, image_side=tiny.SIDE)
 
 
@@ -114,7 +114,7 @@ def staged():
 
 
 def trained(make, count, name):
-  """The state after two steps on so many devices, and the sums of their metrics."""
+  """The state after two steps on `count` devices, and the sums of their metrics."""
   model, devices, optimizer = make(), pick_devices(count), optax.sgd(0.05, 0.9, True)
   objective, shape = tiny.objective(name), (tiny.SIDE, tiny.SIDE, 3)
   state = init_state(model, optimizer, 0, shape)
@@ -131,7 +131,7 @@ def trained(make, count, name):
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason=f'needs 2 devices, found {len(jax.devices())}')
 def test_two_devices_equal_one():
-  """Each image is dropped the same values of, wherever it is."""
+  """An image drops the same values on any device."""
   chex.assert_trees_all_close(*(trained(network, count, 'PN3-ddd') for count in (2, 1)), rtol=1e-5, atol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_a_model_without_batch_statistics_that_draws_its_own_variables_trains():
 
 
 @pytest.mark.parametrize('seed, step, same', [(0, 0, True), (1, 0, False), (-1, 0, False), (0, 1, False)])
-def test_random_keys_of_a_step(seed, step, same):
+def test_random_keys_depend_on_seed_and_step(seed, step, same):
   keys, others = (model_rngs(network(), *map(np.int32, of)) for of in ((0, 0), (seed, step)))
   assert keys.keys() == {'drop_path', 'dropout'}
   for name in keys:

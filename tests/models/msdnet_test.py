@@ -1,4 +1,4 @@
-"""Tests of MSDNet: the function of a plain network, stage by stage, and the counts of its paper's description."""
+"""Tests of MSDNet against a plain network, stage by stage, and against costs derived from the paper."""
 
 import functools
 import itertools
@@ -13,14 +13,13 @@ import pytest
 import tiny
 
 from paranet_jax.costs import abstract_variables, multiply_adds
-from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.msdnet import MSDNet
 
 CIFAR = (32, 32, 3)
 
-# Each layer of the authors' networks for CIFAR-100, after the one that makes the scales: channels of scale 1 that it
-# reads (2 and 4 times as many at scales 2 and 3), and the scales that it has. `>` marks where a scale ends: the layer
-# still reads it, and a transition then halves the channels of the others, rounding down.
+# The layers of the authors' networks for CIFAR-100 after the one that makes the scales: the channels that each reads at
+# scale 1 (2 and 4 times as many at scales 2 and 3), and its scales. `>` marks the end of a scale: the layer still reads
+# it, and a transition then halves the channels of the others, rounding down.
 ANYTIME_7 = """
   16 123, 22 123, 28 123, 34 123, 40 123, 46 123,
   52 >23, 29 23, 35 23, 41 23, 47 23, 53 23,
@@ -42,7 +41,7 @@ NETWORKS = {
 
 
 class Count:
-  """Multiply-adds, parameters, and activations that a ReLU passes, of convolutions with their normalization."""
+  """Multiply-adds, parameters and ReLU activations of convolutions with their normalization."""
 
   def __init__(self):
     self.macs = self.params = self.relus = 0
@@ -55,13 +54,13 @@ class Count:
     return self
 
   def path(self, channels, features, factor, side_read, side):
-    """1x1 to at most `factor` times the features, then 3x3."""
+    """A 1x1 convolution to at most `factor` times the features, then a 3x3 one."""
     width = min(channels, factor * features)
     return self.conv(1, channels, width, side_read).conv(3, width, features, side)
 
 
-def body(rows):
-  """{(layer, scale): its count}."""
+def backbone(rows):
+  """Count of each node (layer, scale)."""
   side = {1: 32, 2: 16, 3: 8}
   counts = {
     (0, 1): Count().conv(3, 3, 16, 32),
@@ -84,7 +83,7 @@ def body(rows):
 
 
 def heads(rows, exits):
-  """The count of each exit's convolutions, and of its linear layer (128 x 100 and a bias)."""
+  """Count of each exit: its convolutions and its linear layer (128 x 100 and a bias)."""
   last = int(rows.split(',')[-1].split()[0]) + 6
   after = [int(row.split()[0]) for row in rows.split(',')][1:] + [last]
   for layer in exits:
@@ -95,23 +94,25 @@ def heads(rows, exits):
 
 
 def test_the_description_gives_the_published_costs():
-  """Of 10 exits, in millions (BoostNet's table): eager, and an operation for each ReLU, pooled value and bias too."""
+  """In millions, from BoostNet's table: eager, also counting one operation per ReLU, pooled value and bias."""
   _, rows, exits = NETWORKS['anytime_10']
   of_heads = itertools.accumulate(head.macs + head.relus + 4 * 128 + 100 for head in heads(rows, exits))
-  of_bodies = [sum(count.macs + count.relus for node, count in body(rows).items() if node[0] <= last) for last in exits]
-  found = [round((head + of_body) / 1e6, 1) for head, of_body in zip(of_heads, of_bodies, strict=True)]
+  of_backbones = [
+    sum(count.macs + count.relus for node, count in backbone(rows).items() if node[0] <= last) for last in exits
+  ]
+  found = [round((head + of_backbone) / 1e6, 1) for head, of_backbone in zip(of_heads, of_backbones, strict=True)]
   assert {number: found[number - 1] for number in (1, 3, 5, 10)} == {1: 15.1, 3: 37.8, 5: 62.2, 10: 121.7}
 
 
 def lazily_needed(rows, layer):
-  """Nodes for an exit after a layer: its coarsest scale, the two coarsest of the layer before, and so on."""
-  return {node for node in body(rows) if node[0] == 0 or node[1] >= 3 - (layer - node[0]) and node[0] <= layer}
+  """Nodes that an exit after a layer needs: its coarsest scale, the two coarsest of the layer before, and so on."""
+  return {node for node in backbone(rows) if node[0] == 0 or node[1] >= 3 - (layer - node[0]) and node[0] <= layer}
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_multiply_adds_and_parameters_are_those_of_the_description(name):
+def test_costs_match_the_description(name):
   model, rows, exits = NETWORKS[name]
-  counts, of_heads = body(rows), list(heads(rows, exits))
+  counts, of_heads = backbone(rows), list(heads(rows, exits))
   variables = abstract_variables(model, CIFAR)
   sizes = [leaf.size for leaf in jax.tree.leaves(variables['params'])]
   assert sum(sizes) == sum(count.params for count in [*counts.values(), *of_heads])
@@ -127,9 +128,9 @@ def test_multiply_adds_and_parameters_are_those_of_the_description(name):
 
 
 @pytest.mark.parametrize('exits', [(4,), (5, 1)])
-def test_exits_asked_for_compute_only_what_they_need(exits):
+def test_requested_exits_compute_only_what_they_need(exits):
   model, rows, layers = NETWORKS['budgeted']
-  counts, of_heads = body(rows), list(heads(rows, layers))
+  counts, of_heads = backbone(rows), list(heads(rows, layers))
   image = jax.ShapeDtypeStruct((1, *CIFAR), jnp.float32)
   macs, logits = multiply_adds(
     lambda variables, image: model.apply(variables, image, exits=exits), _budgeted_variables(), image
@@ -197,10 +198,11 @@ class PlainLinear(nn.Module):
 
 
 class Plain(nn.Module):
-  """Layer by layer and all scales of each, of flax's own modules.
+  """All scales of each layer in turn, from flax's own modules.
 
-  layers: the scales of each, and the channels (times the scale's factor) that a transition leaves after it, or 0.
-  exits: the layers that one follows.
+  Attributes:
+    layers: for each, its scales and the channels (times the scale's factor) that a transition after it keeps, or 0.
+    exits: the layers that an exit follows.
   """
 
   layers: tuple[tuple[tuple[int, ...], int], ...]
@@ -224,7 +226,7 @@ class Plain(nn.Module):
     return logits
 
 
-# Of 3 + 3 x 2 = 9 channels a transition leaves 4, and so it does of 4 + 2 x 2 = 8.
+# A transition keeps 4 of 3 + 3 x 2 = 9 channels, and 4 of 4 + 2 x 2 = 8.
 PLAIN_THREE = Plain((((1, 2, 3), 0), ((1, 2, 3), 0), ((2, 3), 4), ((2, 3), 0), ((3,), 4), ((3,), 0)), (1, 3, 6))
 PLAIN_TWO = Plain((((1, 2), 0), ((1, 2), 0), ((2,), 4), ((2,), 0)), (2, 4))
 
@@ -235,7 +237,7 @@ def noise(number=16):
 
 @functools.cache
 def random_variables(model):
-  """`tiny.variables`, with kernels that keep the features' size."""
+  """`tiny.variables` with kernels that preserve the scale of the features."""
 
   def scale(path, leaf):
     return jnp.asarray(leaf / math.sqrt(leaf[..., 0].size) if path[-1].key == 'kernel' else leaf)
@@ -248,15 +250,15 @@ def plain_logits():
   return jax.jit(lambda variables: PLAIN_THREE.apply(variables, noise(), False))(random_variables(THREE_SCALES))
 
 
-def test_logits_and_parameters_of_the_plain_network():
+def test_logits_and_parameters_match_the_plain_network():
   plain = jax.eval_shape(lambda: PLAIN_THREE.init(jax.random.key(0), noise(), True))
   chex.assert_trees_all_equal_shapes_and_dtypes(plain, random_variables(THREE_SCALES))
   logits = jax.jit(lambda variables: THREE_SCALES.apply(variables, noise()))(random_variables(THREE_SCALES))
   chex.assert_trees_all_close(logits, plain_logits(), rtol=1e-5, atol=1e-5)
 
 
-def test_trains_as_the_plain_network():
-  """Logits, updated statistics, and the gradient of random weights times the logits."""
+def test_training_matches_the_plain_network():
+  """Compares logits, updated statistics and the gradient of a random combination of the logits."""
   weights = np.random.default_rng(2).normal(size=(2, 16, tiny.NUM_CLASSES)).astype(np.float32)
   variables = random_variables(TWO_SCALES)
 
@@ -281,7 +283,7 @@ def test_trains_as_the_plain_network():
     ((3,), [[]]),
   ],
 )
-def test_stages_give_the_logits_of_the_full_pass_and_keep_a_diagonal(numbers, kept):
+def test_stages_match_the_full_pass_and_carry_a_diagonal(numbers, kept):
   carry = {}
   for number, nodes in zip(numbers, kept, strict=True):
     found, carry = jitted_stage(number)(random_variables(THREE_SCALES), carry)
@@ -295,7 +297,7 @@ def jitted_stage(number):
 
 
 def test_statistics_are_shared_over_devices():
-  """Two halves of a batch under an axis are normalized as the whole is."""
+  """Two halves of a batch on an axis are normalized like the whole batch."""
   shared = TWO_SCALES.clone(axis_name='batch')
 
   def train(model, images):
@@ -310,29 +312,6 @@ def test_statistics_are_shared_over_devices():
   np.testing.assert_allclose(halves[1].reshape(16, -1), whole[1], rtol=1e-4, atol=1e-4)
   for index in (0, 1):
     chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=index: leaf[i], updated), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_learns_at_every_exit():
-  """A few steps of gradient descent on one batch, from the initial variables of a run."""
-  variables = initial_variables(abstract_variables(TWO_SCALES, (tiny.SIDE, tiny.SIDE, 3)), 0)
-  labels = jnp.asarray(tiny.labels(16))
-
-  def losses(params):
-    logits, _ = TWO_SCALES.apply(variables | {'params': params}, noise(), train=True, mutable=['batch_stats'])
-    chosen = [jnp.take_along_axis(nn.log_softmax(found), labels[:, None], 1) for found in logits]
-    return -jnp.stack(chosen).mean((1, 2))
-
-  @jax.jit
-  def step(params):
-    value, pullback = jax.vjp(losses, params)
-    return value, jax.tree.map(lambda leaf, g: leaf - 0.1 * g, params, pullback(jnp.ones(2))[0])
-
-  params, history = jax.tree.map(jnp.asarray, variables['params']), []
-  for _ in range(6):
-    value, params = step(params)
-    history.append(np.asarray(value))
-  assert (history[-1] < 0.8 * history[0]).all(), history
-  assert np.abs(history[0] - math.log(tiny.NUM_CLASSES)).max() < 1
 
 
 def test_half_precision():
@@ -354,7 +333,7 @@ def test_half_precision():
     ({'step': 0}, r'found blocks of \(4, 0, 0, 0, 0, 0, 0\)'),
   ],
 )
-def test_what_does_not_fit_is_refused(fields, message):
+def test_invalid_fields_are_refused(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     MSDNet(**fields)
   assert len(str(error.value).splitlines()) == 1

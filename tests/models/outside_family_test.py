@@ -1,4 +1,4 @@
-"""A family from outside the package, offered by an entry point, goes through every command."""
+"""A family from another package, found by its entry point, works with every command."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def get_config():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-  """A folder with a package as pip installs it, and a configuration file."""
+  """A folder with an installed package and a configuration file."""
   monkeypatch.setattr(registry, '_FAMILIES', dict(registry._FAMILIES))
   monkeypatch.delitem(sys.modules, 'a_package', raising=False)
   (tmp_path / 'a_package.py').write_text(PLUGIN)
@@ -89,7 +89,7 @@ def test_every_command(here):
   assert run(ensemble, 'run', 'other').count('mine, seed 0') == 2
 
 
-def test_what_is_refused(here):
+def test_errors(here):
   def refusal(*arguments):
     code, _, err = run_main('--config=own.py', *arguments, '--mode=describe')
     assert code == 2

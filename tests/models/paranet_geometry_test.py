@@ -1,4 +1,4 @@
-"""Tests of where each block works and what it reads."""
+"""Tests of the graph of a ParaNet: the side of each block and what it reads."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_default_pipelines():
 @pytest.mark.parametrize(
   'num_pipelines, sides', [(1, [16]), (3, [16, 8, 4]), (4, [16, 8, 4, 2]), (5, [16, 8, 4, 2, 1])]
 )
-def test_sides_halve_block_by_block_and_end_alike(num_pipelines, sides):
+def test_sides_halve_block_by_block_to_a_common_end(num_pipelines, sides):
   """The last block of every pipeline has been pooled P times, the one before it P - 1 times (spec: Architecture)."""
   for pipeline in range(1, num_pipelines + 1):
     found = [geometry(num_pipelines).side((pipeline, block)) for block in range(1, pipeline + 1)]
@@ -39,7 +39,7 @@ def test_sides_halve_block_by_block_and_end_alike(num_pipelines, sides):
     ((1, 2, 3, 4), ((2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4))),
   ],
 )
-def test_full_cascade_has_every_edge_with_a_source(blocks, edges):
+def test_full_cascade_has_every_edge_that_has_a_source(blocks, edges):
   assert full_cascade(blocks) == edges
 
 
@@ -125,7 +125,7 @@ def test_equal_length_pipelines():
     ),
   ],
 )
-def test_what_does_not_fit_is_refused(side, blocks, halvings, cascade, message):
+def test_invalid_shapes_are_refused(side, blocks, halvings, cascade, message):
   with pytest.raises(ValueError, match=message) as error:
     Geometry(side, blocks, halvings, cascade)
   assert len(str(error.value).splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Tests of the families of networks in a configuration: their fields, what they refuse, and what follows from them."""
+"""Tests of network families in a configuration: their fields, errors and derived values."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ SMALL = {
   'fractalnet': {'columns': 2, 'widths': (2, 3), 'image_side': 8},
 }
 
-# What is changed, its new value, what else is set.
+# For each field, a new value and the other fields to set.
 FIELDS = {
   'densenet': {
     'depth': (16, {}),
@@ -76,7 +76,7 @@ def small(family, **fields):
 
 
 def training_pass(config):
-  """The program of a forward pass in training."""
+  """The traced program of a forward pass in training."""
   model = config_lib.build_model(config, 10)
   shape = config_lib.image_shape(config)
   rngs = {name: jax.random.key(0) for name in getattr(model, 'rng_names', ())}
@@ -100,18 +100,18 @@ def test_every_family_and_field_is_in_the_tables():
 
 
 @pytest.mark.parametrize('family, field', [(family, field) for family in FIELDS for field in FIELDS[family] | COMMON])
-def test_a_field_matters(family, field, standard_promotion):
+def test_every_field_changes_the_program(family, field, standard_promotion):
   value, given = (FIELDS[family] | COMMON)[field]
   assert small_pass(family, *given.items()) != training_pass(small(family, **given, **{field: value}))
 
 
 @pytest.mark.parametrize('family', FIELDS)
-def test_without_a_change_all_is_the_same(family, standard_promotion):
+def test_equal_fields_give_the_same_program(family, standard_promotion):
   assert small_pass(family) == training_pass(small(family))
 
 
 @pytest.mark.parametrize('family', family_names())
-def test_the_file_of_a_family(family):
+def test_example_of_a_family(family):
   """Only the fields of `model` differ between families."""
   _, config = parse(['main', f'--config={CONFIGS.parent / find_family(family).example}'])
   assert config.model.family == family
@@ -119,7 +119,7 @@ def test_the_file_of_a_family(family):
   assert others == [name for name in field_names(base_config()) if not name.startswith('model.')]
 
 
-def test_a_family_that_is_not_there():
+def test_an_unknown_family_is_refused():
   with pytest.raises(UserError) as error:
     base_config('VGG', 'vgg')
   assert str(error.value) == (
@@ -131,7 +131,7 @@ FILES = ', '.join(find_family(name).example for name in family_names())
 
 
 @pytest.mark.parametrize('found', ['paranet', 'vgg'])
-def test_another_family_needs_another_file(found):
+def test_the_family_cannot_be_changed_by_a_flag(found):
   message = refusal(f'--config={CONFIGS}/resnet_110.py', f'--config.model.family={found}', '--mode=describe')
   assert message == (
     f'model.family must be resnet, whose fields the configuration has, found {found}; for another family '
@@ -201,7 +201,7 @@ def test_fields_reach_the_network():
   )
 
 
-def test_ten_exits_are_described_in_a_terminal_s_width():
+def test_ten_exits_fit_the_width_of_a_terminal():
   blocks_of_one = ('--config.model.base=1', '--config.model.step=1')
   result = run_main(f'--config={CONFIGS}/msdnet_anytime.py', *blocks_of_one, '--mode=describe')
   lines = result.out.splitlines()
@@ -221,7 +221,7 @@ def test_a_saved_configuration_keeps_its_family(tmp_path, family):
     prepare_workdir(tmp_path, base_config('PN3-ddd'), accept_changes=False)
 
 
-def test_a_configuration_saved_without_a_family_is_a_paranet_s(tmp_path: Path):
+def test_a_configuration_saved_without_a_family_is_a_paranet(tmp_path: Path):
   config = base_config('PN2-dd')
   saved = json.loads(config.to_json())
   del saved['model']['family'], saved['train']['devices']
@@ -233,7 +233,7 @@ def test_a_configuration_saved_without_a_family_is_a_paranet_s(tmp_path: Path):
     prepare_workdir(tmp_path, config, accept_changes=False)
 
 
-def test_a_saved_family_of_another_version(tmp_path):
+def test_a_saved_family_from_another_version_is_refused(tmp_path):
   saved = json.loads(small('resnet').to_json())
   saved['model']['family'] = 'vgg'
   (tmp_path / 'config.json').write_text(json.dumps(saved))

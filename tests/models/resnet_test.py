@@ -1,4 +1,4 @@
-"""Tests of ResNet: counts against the papers', and the same function as a plain network of flax's layers."""
+"""Tests of ResNet against the papers' counts and against a plain network built from flax layers."""
 
 import chex
 import flax.linen as nn
@@ -19,7 +19,7 @@ CASES = {
 
 
 def option_a(x, stride, channels):
-  """Every `stride`-th pixel and zeros for the channels that are new, pixel by pixel."""
+  """Every `stride`-th pixel, with zeros for the new channels, pixel by pixel."""
   batch, side, _, old = x.shape
   rows = [[x[:, row, column] for column in range(0, side, stride)] for row in range(0, side, stride)]
   zeros = jnp.zeros((batch, channels - old))
@@ -46,7 +46,7 @@ def bottleneck(net, x, name, width, stride, first):
 
 
 def reference(model):
-  """The network of the papers; exits after the places of `inner` in every stage, and at the end."""
+  """ResNet as in the papers, with exits after the blocks `inner` of every stage and at the end."""
   size = model.blocks_per_stage
   inner = {'last': (), 'stages': (size,)}.get(model.exits, model.exits)
   block = {'basic': basic, 'preactivation': preactivation, 'bottleneck': bottleneck}[model.block]
@@ -72,13 +72,13 @@ def reference(model):
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_same_function_statistics_and_gradients_as_the_plain_network(case):
+def test_logits_statistics_and_gradients_match_the_plain_network(case):
   found, wanted = plain.outcomes(CASES[case], reference(CASES[case]))
   chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_resnet_110_has_the_parameters_of_the_paper():
-  """1.7 M in Table 6 of He et al. (2016a): summed by hand, 10 classes."""
+  """1.7 M in Table 6 of He et al. (2016a), summed by hand for 10 classes."""
   stem = 3 * 3 * 3 * 16
   stage_1 = 36 * 9 * 16 * 16
   stage_2 = 9 * 16 * 32 + 35 * 9 * 32 * 32
@@ -89,7 +89,7 @@ def test_resnet_110_has_the_parameters_of_the_paper():
 
 
 def paper_counts(depth, block, classes):
-  """Parameters and multiply-adds, layer by layer, for images of 32 x 32 x 3."""
+  """Parameters and multiply-adds, layer by layer, for 32 x 32 x 3 images."""
   params, macs = 0, 0
 
   def convolution(size, inputs, outputs, side):
@@ -135,7 +135,7 @@ def test_counts(depth, block):
   assert (cost['params'], cost['macs']) == paper_counts(depth, block, 10)
 
 
-# In millions: Table 6 of He et al. (2016a), and of pre-activation Table 5 of Zagoruyko and Komodakis (2016).
+# In millions: Table 6 of He et al. (2016a); for pre-activation, Table 5 of Zagoruyko and Komodakis (2016).
 @pytest.mark.parametrize(
   'depth, block, published',
   [
@@ -147,7 +147,7 @@ def test_counts(depth, block):
     (1001, 'bottleneck', 10.2),
   ],
 )
-def test_the_count_above_is_the_papers(depth, block, published):
+def test_paper_counts_match_the_published_numbers(depth, block, published):
   assert paper_counts(depth, block, 10)[0] == pytest.approx(published * 1e6, rel=0.02)
 
 
@@ -162,7 +162,7 @@ def test_the_count_above_is_the_papers(depth, block, published):
     ({'exits': 'blocks'}, "exits must be 'last', 'stages' or ascending numbers from 1 to 18, found 'blocks'"),
   ],
 )
-def test_shapes_that_do_not_fit_are_refused(fields, message):
+def test_invalid_shapes_are_refused(fields, message):
   with pytest.raises(ValueError) as error:
     ResNet(**fields)
   assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Tests of the layers: convolution against a loop, and statistics shared over devices."""
+"""Tests of convolution against a loop, and of statistics shared over devices."""
 
 import chex
 import flax.linen as nn
@@ -11,7 +11,7 @@ from paranet_jax.models.layers.conv import Classifier, ConvNormRelu, batch_norm,
 
 
 def convolution(x, kernel, stride):
-  """One output pixel at a time, float64, zero outside the image."""
+  """One output pixel at a time, in float64, zero-padded."""
   size, reach = kernel.shape[0], kernel.shape[0] // 2
   padded = np.pad(np.float64(x), ((0, 0), (reach, reach), (reach, reach), (0, 0)))
   rows = [
@@ -45,9 +45,9 @@ class Small(nn.Module):
 
 
 def test_statistics_are_shared_over_the_axis():
-  """Two halves of a batch, together, train as the whole one."""
+  """Two halves of a batch on an axis train like the whole batch."""
   images = np.random.default_rng(0).normal(size=(6, 4, 4, 2)).astype(np.float32)
-  images[3:] += 1  # So that no half has the statistics of the whole.
+  images[3:] += 1  # So that neither half has the whole batch's statistics.
   variables = jax.jit(lambda: Small().init(jax.random.key(0), images, False))()
 
   def step(model, images):

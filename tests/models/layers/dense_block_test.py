@@ -1,4 +1,4 @@
-"""The dense block against a plain one of `nn.BatchNorm`, `nn.Conv` and concatenation, differentiated by jax."""
+"""The dense block against a plain one built from `nn.BatchNorm` and `nn.Conv`, differentiated by jax."""
 
 import functools
 
@@ -16,7 +16,7 @@ from paranet_jax.models.layers.dense_block import conv3x3, image_conv3x3, normal
 from paranet_jax.models.layers.initial import initial_variables
 
 SHAPES = {
-  # batch, side, channels, layers, growth rate, bottleneck width in multiples of it
+  # batch, side, channels, layers, growth_rate, bn_size
   'even': (8, 4, 6, 4, 3, 2),
   'one layer': (4, 6, 5, 1, 4, 4),
   'narrow input, odd side': (6, 5, 3, 5, 2, 2),
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 class PlainBlock(nn.Module):
-  """DenseNet-BC's block as one would write it, with the same parameter names."""
+  """A direct implementation of DenseNet-BC's block, with the same parameter names."""
 
   num_layers: int
   growth_rate: int
@@ -66,7 +66,7 @@ class PlainLayer(nn.Module):
 
 
 def problem(shape):
-  """The plain block, its variables away from their initial values, an input and weights of the outputs."""
+  """The plain block, variables different from their initial values, an input and weights for the outputs."""
   batch, side, channels, layers, growth, bn_size = SHAPES[shape]
   plain = PlainBlock(layers, growth, bn_size)
   random = np.random.default_rng(len(shape))
@@ -79,7 +79,7 @@ def problem(shape):
 
 
 def readers(features):
-  """What any reader of a DenseNet's features does first: normalize with the batch's statistics, scale, and rectify."""
+  """The scale, shift and ReLU with which a layer reads normalized features."""
   return nn.relu(features * 1.1 + 0.1)
 
 
@@ -111,13 +111,19 @@ def gradients(loss, variables, x, weights):
   return outputs, found
 
 
+@functools.cache
+def plain_gradients(shape):
+  plain, variables, x, weights = problem(shape)
+  return gradients(functools.partial(plain_loss, plain), variables, x, weights)
+
+
 @pytest.mark.parametrize(('backend', 'scan_layers'), [('cpu', 1), ('cpu', 2), ('cpu', 3), ('cpu', 8), ('tpu', 2)])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_training_equals_the_plain_block(shape, backend, scan_layers):
   plain, variables, x, weights = problem(shape)
   with compiling_for(backend):
     outputs, found = gradients(functools.partial(block_loss, block_of(plain, scan_layers)), variables, x, weights)
-  wanted_outputs, wanted = gradients(functools.partial(plain_loss, plain), variables, x, weights)
+  wanted_outputs, wanted = plain_gradients(shape)
   close(outputs, wanted_outputs)
   close(found, wanted)
 
@@ -131,7 +137,7 @@ def test_inference_equals_the_plain_block(shape):
 
 @pytest.mark.parametrize('scan_layers', [1, 2])
 def test_devices_share_their_statistics(scan_layers):
-  """Four devices with a quarter each, summed, are one with the whole."""
+  """Four devices with a quarter of the batch each sum to one device with all of it."""
   plain, variables, x, weights = problem('even')
   block = block_of(plain, scan_layers, 'devices')
 
@@ -146,7 +152,7 @@ def test_devices_share_their_statistics(scan_layers):
     local, 'devices', in_axes=(None, None, 0, 0), out_axes=((0, None), (None, 0)), devices=jax.devices()[:4]
   )
   (out, stats), (found, dx) = run(variables['params'], variables['batch_stats'], *split)
-  wanted_outputs, wanted = gradients(functools.partial(plain_loss, plain), variables, x, weights)
+  wanted_outputs, wanted = plain_gradients('even')
   close((out.reshape(wanted_outputs[0].shape), stats), wanted_outputs)
   close((found, dx.reshape(x.shape)), wanted)
 
@@ -169,16 +175,16 @@ def test_finite_differences(standard_promotion):
 
 
 def test_half_precision(standard_promotion):
-  """As near to float32 as the plain block in bfloat16 is; parameters' gradients and statistics are float32."""
+  """As close to float32 as the plain block in bfloat16; parameter gradients and statistics are float32."""
   plain, variables, x, weights = problem('many pixels')
   half = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
   outputs, found = gradients(functools.partial(block_loss, block_of(plain, 2)), variables, *half)
   assert outputs[0].dtype == found[1].dtype == jnp.bfloat16
   chex.assert_trees_all_equal_dtypes((outputs[1], found[0]), jax.tree.map(jnp.float32, (outputs[1], found[0])))
-  exact_outputs, exact = gradients(functools.partial(plain_loss, plain), variables, x, weights)
+  exact_outputs, exact = plain_gradients('many pixels')
   _, theirs = gradients(functools.partial(plain_loss, plain.clone(dtype=jnp.bfloat16)), variables, *half)
   assert distance(outputs[0], exact_outputs[0]) < 0.01
-  # A rounded value turns some units on or off, so that single gradients are off by tenths; over all they are alike.
+  # Rounding turns some units on or off, so single gradients differ by tenths; overall they agree.
   errors, their_errors = jax.tree.map(distance, found, exact), jax.tree.map(distance, theirs, exact)
   assert np.median(jax.tree.leaves(errors)) < 1.5 * np.median(jax.tree.leaves(their_errors)) < 0.2
 
@@ -189,7 +195,7 @@ def distance(found, wanted):
 
 
 def test_one_buffer_is_kept_for_the_backward_pass():
-  """The features once and the bottlenecks once, not what every layer reads."""
+  """The features and the bottlenecks are kept once, not the inputs of every layer."""
   plain, variables, x, _ = problem('even')
   layers = plain.num_layers
   block = block_of(plain, 1)
@@ -206,7 +212,7 @@ def test_one_buffer_is_kept_for_the_backward_pass():
 
 
 def close(found, wanted, tolerance=1e-5):
-  """Within a share of each leaf's largest value."""
+  """Compares leaves, with a tolerance relative to the largest value of each."""
 
   def check(found, wanted):
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
@@ -219,7 +225,7 @@ def close(found, wanted, tolerance=1e-5):
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('channels', [1, 3])
 def test_convolutions(convolve, backend, channels, monkeypatch):
-  """By matrix product on one backend and as a convolution on others: the same values and gradients."""
+  """A matrix product on one backend and a convolution on others give the same values and gradients."""
   random = np.random.default_rng(0)
   image = random.normal(size=(2, 6, 5, channels)).astype(np.float32)
   kernel = random.normal(size=(3, 3, channels, 4)).astype(np.float32)

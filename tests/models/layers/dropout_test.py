@@ -1,4 +1,4 @@
-"""Tests of dropout: what it drops, that devices do not matter to it, and where dense networks have it."""
+"""Tests of dropout: what it drops, independence of the devices, and its places in dense networks."""
 
 import functools
 
@@ -29,12 +29,12 @@ def test_values_are_dropped_or_scaled():
   found = np.asarray(dropout(x, 0.25, KEY, None))
   assert np.unique(found).tolist() == [0, 4]
   assert (found == 0).mean() == pytest.approx(0.25, abs=0.02)
-  # Each image in its own places.
+  # Each image drops different values.
   assert len({image.tobytes() for image in found}) == 8
 
 
 @pytest.mark.skipif(len(jax.devices()) < 4, reason=f'needs 4 devices, found {len(jax.devices())}')
-def test_devices_drop_what_one_would():
+def test_the_devices_do_not_change_what_is_dropped():
   x = jnp.ones((8, 2, 3, 4))
   shared = jax.pmap(lambda part: dropout(part, 0.5, KEY, 'devices'), axis_name='devices')(x.reshape(4, 2, 2, 3, 4))
   np.testing.assert_array_equal(shared.reshape(x.shape), dropout(x, 0.5, KEY, None))
@@ -61,22 +61,27 @@ def step(name, rate):
   return functools.partial(run, variables['params'])
 
 
-def test_a_rate_at_which_nothing_is_dropped_changes_nothing():
-  """It is another way to compute a dense block."""
+def test_a_rate_of_almost_zero_changes_nothing():
+  """Dropout computes a dense block layer by layer instead of as one function."""
   chex.assert_trees_all_close(step('densenet_bc', NEVER)(KEY), step('densenet_bc', 0.0)(KEY), rtol=1e-4, atol=1e-4)
 
 
-def test_training_drops_by_its_key():
-  (_, (first, _)), (_, (again, _)), (_, (other, _)) = (
-    step('densenet_bc', 0.5)(jax.random.key(seed)) for seed in (0, 0, 1)
-  )
-  np.testing.assert_array_equal(first[0], again[0])
-  assert np.abs(first[0] - other[0]).max() > 1e-3
+def test_training_depends_on_the_key():
+  model = NETWORKS['paranet'](dropout=0.5)
+  variables, images = tiny.variables(model), np.ones((2, tiny.SIDE, tiny.SIDE, 3), np.float32)
+
+  @jax.jit
+  def logits(key):
+    return model.apply(variables, images, True, (1,), mutable=['batch_stats'], rngs={'dropout': key})[0][0]
+
+  first, again, other = (logits(jax.random.key(seed)) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-3
 
 
-# Two a layer with a bottleneck, one a layer without and a transition: 3 blocks of 1 layer, and 3 blocks of 2 layers.
+# Two per layer with a bottleneck, one without, and one per transition, for 3 blocks of 1 or 2 layers.
 @pytest.mark.parametrize('name, times', [('paranet', 3 * 2 + 1), ('densenet_bc', 3 * 2 + 2), ('densenet', 3 * 2 + 2)])
-def test_every_convolution_but_the_first_is_followed_by_it(name, times, monkeypatch):
+def test_dropout_follows_every_convolution_but_the_first(name, times, monkeypatch):
   rates = []
   for module in (dense, densenet):
     monkeypatch.setattr(module, 'dropout', lambda x, rate, *_: rates.append(rate) or x)
