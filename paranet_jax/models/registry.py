@@ -7,10 +7,9 @@ Every configuration imports this module, so it imports neither jax nor networks:
 """
 
 import dataclasses
-import importlib.metadata
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -191,7 +190,7 @@ def find_family(name: Any) -> Family | None:
   Raises:
     UserError: the package that provides the family fails.
   """
-  for entry in () if name in _FAMILIES else importlib.metadata.entry_points(group=ENTRY_POINTS, name=str(name)):
+  for entry in () if name in _FAMILIES else _entry_points(name=str(name)):
     try:
       register_family(entry.load())
     except Exception as error:
@@ -203,9 +202,13 @@ def find_family(name: Any) -> Family | None:
 
 def family_names() -> list[str]:
   """Every family that `model.family` may name."""
-  return list(
-    dict.fromkeys((*_FAMILIES, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))))
-  )
+  return list(dict.fromkeys((*_FAMILIES, *(entry.name for entry in _entry_points()))))
+
+
+def _entry_points(**selected: str) -> Iterable[Any]:
+  from importlib.metadata import entry_points  # Slow to import, and a built-in family needs none.
+
+  return entry_points(group=ENTRY_POINTS, **selected)
 
 
 def build_model(config: ConfigDict, num_classes: int) -> Any:
