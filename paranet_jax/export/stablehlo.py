@@ -35,7 +35,7 @@ def stablehlo_stage(spec: StageSpec) -> export.Exported:
 @contextlib.contextmanager
 def _without_source_locations() -> Iterator[None]:
   """Keeps the paths of this machine's source files out of the program."""
-  limit = jax.config.jax_traceback_in_locations_limit
+  limit = jax.config.values['jax_traceback_in_locations_limit']
   jax.config.update('jax_traceback_in_locations_limit', 0)
   try:
     yield

@@ -190,7 +190,7 @@ def find_family(name: Any) -> Family | None:
   Raises:
     UserError: the package that provides the family fails.
   """
-  for entry in () if name in _FAMILIES else _entry_points(name=str(name)):
+  for entry in () if name in _FAMILIES else (entry for entry in _entry_points() if entry.name == name):
     try:
       register_family(entry.load())
     except Exception as error:
@@ -205,10 +205,10 @@ def family_names() -> list[str]:
   return list(dict.fromkeys((*_FAMILIES, *(entry.name for entry in _entry_points()))))
 
 
-def _entry_points(**selected: str) -> Iterable[Any]:
+def _entry_points() -> Iterable[Any]:
   from importlib.metadata import entry_points  # Slow to import, and a built-in family needs none.
 
-  return entry_points(group=ENTRY_POINTS, **selected)
+  return entry_points(group=ENTRY_POINTS)
 
 
 def build_model(config: ConfigDict, num_classes: int) -> Any:
