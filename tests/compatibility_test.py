@@ -56,6 +56,6 @@ def test_a_stopped_run_resumes(tmp_path):
   workdir = shutil.copytree(FIXTURES / 'stopped', tmp_path / 'run')
   code, out, err = run_main(f'--workdir={workdir}', '--config.train.max_steps=70', '--accept_config_changes')
   assert (code, err) == (0, '')
-  assert 'checkpoint of step 47 of 70' in out
+  assert 'checkpoint at step 47 of 70' in out
   # 23 steps from fresh parameters reach less than half of this.
   assert summary_of(workdir)['exits'][2]['accuracy'] > 0.7

@@ -12,6 +12,7 @@ from running import QUICKSTART, run_command, run_main
 from paranet_jax.base_config import base_config
 from paranet_jax.calibrate.__main__ import main as calibrate
 from paranet_jax.config import differences
+from paranet_jax.data import known as known_lib
 from paranet_jax.data.dataset import Source
 from paranet_jax.data.known import KnownDataset, known_dataset, register_source
 from paranet_jax.data.load import load_dataset
@@ -111,7 +112,8 @@ def test_its_augmentation_and_its_folder(run):
   assert differences({'data': here}, {'data': there}) == ['data.data_dir: a -> b']
 
 
-def test_register_source():
+def test_register_source(monkeypatch):
+  monkeypatch.setattr(known_lib, '_REGISTRY', dict(known_lib._REGISTRY))  # Other tests list what is registered.
   known = KnownDataset(lambda config, side, channels: Source('registered', '', ('a',), None))
   for _ in range(2):
     register_source('registered', known)
