@@ -4,13 +4,15 @@ This works for any model with the multi-exit interface. Multiply-adds are those 
 image, in inference.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
@@ -35,29 +37,29 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
   """
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   variables = abstract_variables(model, image_shape)
-  costs, macs, params, carry = [], 0, {}, {}
+
+  def all_stages(variables, image):
+    carry, logits = {}, []
+    for number in range(1, model.num_exits + 1):
+      exit_logits, carry = model.apply(variables, image, carry, number, method='stage')
+      logits.append(exit_logits)
+    return logits
+
+  program = jax.make_jaxpr(all_stages)(variables, image).jaxpr  # Once: to trace a large network takes seconds.
+  costs, macs, params = [], 0, 0
   for number in range(1, model.num_exits + 1):
-
-    def stage(variables, image, carry, number=number):
-      return model.apply(variables, image, carry, number, method='stage')
-
-    def alone(variables, image, number=number):
-      return model.apply(variables, image, exits=(number,))[number - 1]
-
-    program, (_, carry) = jax.make_jaxpr(stage, return_shape=True)(variables, image, carry)
-    own_macs = _program_macs(program.jaxpr)
-    own = {path: size for path, size in _read_params(program.jaxpr, variables).items() if path not in params}
-    macs, params = macs + own_macs, params | own
+    macs_so_far, params_so_far = _needed(program, variables, range(1, number + 1))
     costs.append(
       {
         'exit': number,
-        'own_macs': own_macs,
-        'own_params': sum(own.values()),
-        'macs': macs,
-        'params': sum(params.values()),
-        'macs_alone': multiply_adds(alone, variables, image)[0],
+        'own_macs': macs_so_far - macs,
+        'own_params': params_so_far - params,
+        'macs': macs_so_far,
+        'params': params_so_far,
+        'macs_alone': _needed(program, variables, (number,))[0],
       }
     )
+    macs, params = macs_so_far, params_so_far
   return costs
 
 
@@ -100,7 +102,16 @@ def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, An
 
 
 def abstract_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None = None) -> Any:
-  """Shapes of the variables that these exits (None: all) use, as a tree of ShapeDtypeStruct."""
+  """Shapes of the variables that these exits (None: all) use, as a tree of ShapeDtypeStruct. Not to be changed."""
+  try:
+    hash(model)
+  except TypeError:  # A field is a list.
+    return _traced_variables.__wrapped__(model, image_shape, exits)
+  return _traced_variables(model, image_shape, exits)
+
+
+@functools.lru_cache(maxsize=32)  # To trace a large network takes seconds, and a run asks several times.
+def _traced_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None) -> Any:
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   with compiling_for(SHAPES):
     return jax.eval_shape(lambda key, image: model.init(key, image, exits=exits), jax.random.key(0), image)
@@ -129,15 +140,11 @@ def _program_macs(program: core.Jaxpr) -> int:
   return sum(_equation_macs(equation) * times for equation, times in _equations(program))
 
 
-def _read_params(program: core.Jaxpr, variables: Any) -> Paths:
-  """Sizes, by path, of the parameters read by a program whose first inputs are the variables."""
-  read = {value for equation in program.eqns for value in equation.invars if isinstance(value, core.Var)}
-  leaves = zip(jax.tree_util.tree_leaves_with_path(variables), program.invars, strict=False)
-  return {
-    tuple(key.key for key in path[1:]): leaf.size
-    for (path, leaf), value in leaves
-    if value in read and path[0].key == 'params'
-  }
+def _needed(program: core.Jaxpr, variables: Any, exits: Collection[int]) -> tuple[int, int]:
+  """Multiply-adds and parameters that these exits need of a program from (variables, image) to the logits of all."""
+  part, inputs = dce_jaxpr(program, [number in exits for number in range(1, len(program.outvars) + 1)])
+  leaves = zip(jax.tree_util.tree_leaves_with_path(variables), inputs, strict=False)  # The last input is the image.
+  return _program_macs(part), sum(leaf.size for (path, leaf), used in leaves if used and path[0].key == 'params')
 
 
 def _equations(jaxpr: core.Jaxpr, times: int = 1) -> Iterator[tuple[core.JaxprEqn, int]]:
