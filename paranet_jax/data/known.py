@@ -1,6 +1,6 @@
 """The registry of data sets: what is known about each by its name, before any image is read.
 
-A data set of this package is one file in `sources/` and one entry of `_REGISTRY`; a prepared tensorflow-datasets name
+A data set of this package is one file in `sources/` and one entry of `DATASETS`; a prepared tensorflow-datasets name
 that is not here works too. Another package's data set is registered by `register_source`, or found by its name in the
 entry point group `paranet_jax.datasets`, which makes `--config.data.name=shapes` work in every command:
 
@@ -12,7 +12,6 @@ unpickle its records, so their class must be importable there.
 """
 
 import dataclasses
-import functools
 import importlib
 import re
 from collections.abc import Callable
@@ -20,9 +19,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from paranet_jax.data.dataset import Source
-
-GROUP = 'paranet_jax.datasets'
-"""The entry points of other packages' data sets."""
+from paranet_jax.host.plugins import Registry
 
 OpenSource = Callable[[ConfigDict, int, int], Source | None]
 """Opens a data set, given `config.data`, the image side in pixels and 1 or 3 channels; None: its name is unknown."""
@@ -67,30 +64,34 @@ class KnownDataset:
 _CIFAR = 'Krizhevsky 2009; distributed for research without a stated license'
 _CHARACTERS = KnownDataset(mirrored=False)  # A mirrored character is a different character, or none.
 
-_REGISTRY = {
-  'cifar100': KnownDataset(num_classes=100, counts=(50_000, 10_000), license=_CIFAR),
-  'cifar10': KnownDataset(num_classes=10, counts=(50_000, 10_000), license=_CIFAR),
-  'digits': KnownDataset(
-    'paranet_jax.data.sources.digits:digits_source',
-    num_classes=10,
-    counts=(1437, 360),
-    mirrored=False,
-    padding_share=32,  # Of 0 to 4 pixels at side 32, 1 was best on held-out digits.
-    license='Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, CC BY 4.0',
-  ),
-  'folder': KnownDataset(
-    'paranet_jax.data.sources.folder:folder_source',
-    in_data_dir=True,
-    license="the exporter's own images; check the terms with whoever shares this bundle",
-  ),
-  'imagenet2012': KnownDataset(num_classes=1000, counts=(1_281_167, 50_000)),
-  'binary_alpha_digits': _CHARACTERS,
-  'emnist': _CHARACTERS,
-  'kmnist': _CHARACTERS,
-  'mnist': _CHARACTERS,
-  'omniglot': _CHARACTERS,
-  'svhn_cropped': _CHARACTERS,
-}
+DATASETS = Registry(
+  'paranet_jax.datasets',
+  'data set',
+  {
+    'cifar100': KnownDataset(num_classes=100, counts=(50_000, 10_000), license=_CIFAR),
+    'cifar10': KnownDataset(num_classes=10, counts=(50_000, 10_000), license=_CIFAR),
+    'digits': KnownDataset(
+      'paranet_jax.data.sources.digits:digits_source',
+      num_classes=10,
+      counts=(1437, 360),
+      mirrored=False,
+      padding_share=32,  # Of 0 to 4 pixels at side 32, 1 was best on held-out digits.
+      license='Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, CC BY 4.0',
+    ),
+    'folder': KnownDataset(
+      'paranet_jax.data.sources.folder:folder_source',
+      in_data_dir=True,
+      license="the exporter's own images; check the terms with whoever shares this bundle",
+    ),
+    'imagenet2012': KnownDataset(num_classes=1000, counts=(1_281_167, 50_000)),
+    'binary_alpha_digits': _CHARACTERS,
+    'emnist': _CHARACTERS,
+    'kmnist': _CHARACTERS,
+    'mnist': _CHARACTERS,
+    'omniglot': _CHARACTERS,
+    'svhn_cropped': _CHARACTERS,
+  },
+)
 
 
 def register_source(name: str, known: KnownDataset) -> None:
@@ -99,27 +100,17 @@ def register_source(name: str, known: KnownDataset) -> None:
   Raises:
     ValueError: another data set has this name.
   """
-  if _REGISTRY.setdefault(name, known) is not known:
-    raise ValueError(f'a data set named {name} is registered already')
+  DATASETS.register(name, known)
 
 
 def known_dataset(name: str) -> KnownDataset:
   """What is known about a data set; a tfds name may have a /config and a :version."""
   base = re.split('[/:]', name)[0]
-  known = _REGISTRY.get(base) or _plugin(base) or KnownDataset()
+  known = DATASETS.find(base) or KnownDataset()
   return known if name == base else dataclasses.replace(known, open_source=None)
 
 
 def registered_names() -> list[str]:
   """The data sets that can be opened without knowing tensorflow-datasets."""
-  from importlib.metadata import entry_points
-
-  opened = (name for name, known in _REGISTRY.items() if known.open_source)
-  return ['cifar100', 'cifar10', *opened, *sorted(entry_points(group=GROUP).names)]
-
-
-@functools.cache
-def _plugin(name: str) -> KnownDataset | None:
-  from importlib.metadata import entry_points  # Reads the metadata of every installed package.
-
-  return next((entry.load() for entry in entry_points(group=GROUP, name=name)), None)
+  prepared = {name for name, known in DATASETS.known.items() if known.open_source is None}
+  return ['cifar100', 'cifar10', *(name for name in DATASETS.names() if name not in prepared)]

@@ -1,6 +1,6 @@
 """The registry of network families: the `model` fields of each, their checks, and how to build a network from them.
 
-To add a family, add a file to this folder with the network and its `from_fields`, an entry to `_FAMILIES` and a file
+To add a family, add a file to this folder with the network and its `from_fields`, an entry to `_BUILT_IN` and a file
 to `configs/`. A family outside this package needs no change here: see `register_family`.
 
 Every configuration imports this module, so it imports neither jax nor networks: `build` names a function.
@@ -9,17 +9,15 @@ Every configuration imports this module, so it imports neither jax nor networks:
 import dataclasses
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.fields import FRACTION, RATE, SHARE, Field, Fields, Rule, at_least, derived, one_of, tuple_of
+from paranet_jax.host.plugins import Registry
 from paranet_jax.targets import LABELS, Targets, parse_name
-
-ENTRY_POINTS = 'paranet_jax.families'
-"""The entry point group through which an installed package provides families."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,10 @@ class Family:
   fields: Fields
   fix: str = 'image_side'
   targets: Callable[[str], Targets] | None = None
+
+  def __post_init__(self):
+    if self.fields.keys() & COMMON.keys():
+      raise ValueError(f'family {self.name!r} has fields that every family has: {", ".join(COMMON)}')
 
 
 COMMON: Fields = {
@@ -137,32 +139,30 @@ _FRACTALNET: Fields = {
   'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep a single column instead.
 }
 
-_FAMILIES = {
-  family.name: family
-  for family in (
-    Family(
-      *('paranet', 'configs/paranet.py', 'paranet_jax.models.paranet:from_fields', _PARANET),
-      fix='image_side, .blocks, .halvings or .cascade',
-      targets=lambda name: parse_name(name).targets,
-    ),
-    Family(
-      *('densenet', 'configs/densenet_bc_100_12.py', 'paranet_jax.models.densenet:from_fields', _DENSENET),
-      fix='depth, .bottleneck, .exits or .image_side',
-    ),
-    Family(
-      *('resnet', 'configs/resnet_110.py', 'paranet_jax.models.resnet:from_fields', _RESNET),
-      fix='depth, .block, .exits or .image_side',
-    ),
-    Family(
-      *('msdnet', 'configs/msdnet_anytime.py', 'paranet_jax.models.msdnet:from_fields', _MSDNET),
-      fix='num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
-    ),
-    Family(
-      *('fractalnet', 'configs/fractalnet_20.py', 'paranet_jax.models.fractalnet:from_fields', _FRACTALNET),
-      fix='widths, .columns, .block_dropout or .image_side',
-    ),
-  )
-}
+_BUILT_IN = (
+  Family(
+    *('paranet', 'configs/paranet.py', 'paranet_jax.models.paranet:from_fields', _PARANET),
+    fix='image_side, .blocks, .halvings or .cascade',
+    targets=lambda name: parse_name(name).targets,
+  ),
+  Family(
+    *('densenet', 'configs/densenet_bc_100_12.py', 'paranet_jax.models.densenet:from_fields', _DENSENET),
+    fix='depth, .bottleneck, .exits or .image_side',
+  ),
+  Family(
+    *('resnet', 'configs/resnet_110.py', 'paranet_jax.models.resnet:from_fields', _RESNET),
+    fix='depth, .block, .exits or .image_side',
+  ),
+  Family(
+    *('msdnet', 'configs/msdnet_anytime.py', 'paranet_jax.models.msdnet:from_fields', _MSDNET),
+    fix='num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
+  ),
+  Family(
+    *('fractalnet', 'configs/fractalnet_20.py', 'paranet_jax.models.fractalnet:from_fields', _FRACTALNET),
+    fix='widths, .columns, .block_dropout or .image_side',
+  ),
+)
+FAMILIES = Registry('paranet_jax.families', 'family', {family.name: family for family in _BUILT_IN})
 
 
 def register_family(family: Family) -> None:
@@ -175,40 +175,16 @@ def register_family(family: Family) -> None:
       mynet = 'my_package.mynet:FAMILY'
 
   Raises:
-    ValueError: another family has this name, or the family redefines a common field.
+    ValueError: another family has this name.
   """
-  if _FAMILIES.get(family.name, family) != family:
-    raise ValueError(f'there is already a family {family.name!r}')
-  if family.fields.keys() & COMMON.keys():
-    raise ValueError(f'family {family.name!r} has fields that every family has: {", ".join(COMMON)}')
-  _FAMILIES[family.name] = family
+  FAMILIES.register(family.name, family)
 
 
-def find_family(name: Any) -> Family | None:
-  """The built-in, registered or entry point family with this name; None if there is none.
+find_family = FAMILIES.find
+"""The family with this name; None if there is none."""
 
-  Raises:
-    UserError: the package that provides the family fails.
-  """
-  for entry in () if name in _FAMILIES else (entry for entry in _entry_points() if entry.name == name):
-    try:
-      register_family(entry.load())
-    except Exception as error:
-      raise UserError(
-        f'family {name!r}: entry point {entry.value} fails: {error}; fix or uninstall its package'
-      ) from error
-  return _FAMILIES.get(name)
-
-
-def family_names() -> list[str]:
-  """Every family that `model.family` may name."""
-  return list(dict.fromkeys((*_FAMILIES, *(entry.name for entry in _entry_points()))))
-
-
-def _entry_points() -> Iterable[Any]:
-  from importlib.metadata import entry_points  # Slow to import, and a built-in family needs none.
-
-  return entry_points(group=ENTRY_POINTS)
+family_names = FAMILIES.names
+"""Every family that `model.family` may name."""
 
 
 def build_model(config: ConfigDict, num_classes: int) -> Any:

@@ -12,9 +12,8 @@ from running import QUICKSTART, run_command, run_main
 from paranet_jax.base_config import base_config
 from paranet_jax.calibrate.__main__ import main as calibrate
 from paranet_jax.config import differences
-from paranet_jax.data import known as known_lib
 from paranet_jax.data.dataset import Source
-from paranet_jax.data.known import KnownDataset, known_dataset, register_source
+from paranet_jax.data.known import DATASETS, KnownDataset, known_dataset, register_source
 from paranet_jax.data.load import load_dataset
 from paranet_jax.ensemble.__main__ import main as ensemble
 from paranet_jax.export.__main__ import main as export
@@ -113,13 +112,13 @@ def test_its_augmentation_and_its_folder(run):
 
 
 def test_register_source(monkeypatch):
-  monkeypatch.setattr(known_lib, '_REGISTRY', dict(known_lib._REGISTRY))  # Other tests list what is registered.
+  monkeypatch.setattr(DATASETS, 'known', dict(DATASETS.known))  # Other tests list what is registered.
   known = KnownDataset(lambda config, side, channels: Source('registered', '', ('a',), None))
   for _ in range(2):
     register_source('registered', known)
   assert known_dataset('registered') is known
   assert known_dataset('registered').open(ConfigDict(), 8, 1).name == 'registered'
-  with pytest.raises(ValueError, match='a data set named registered is registered already'):
+  with pytest.raises(ValueError, match="there is already a data set 'registered'"):
     register_source('registered', KnownDataset())
   config = base_config()
   config.data.name = 'registred'

@@ -6,7 +6,7 @@ import runpy
 import matplotlib.pyplot as plt
 import pytest
 
-from paranet_jax.models import registry
+from paranet_jax.models.registry import FAMILIES
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 
@@ -15,7 +15,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'examples'
 def run(monkeypatch, tmp_path):
   """Runs an example in a folder of its own; returns its variables."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(registry, '_FAMILIES', dict(registry._FAMILIES))
+  monkeypatch.setattr(FAMILIES, 'known', dict(FAMILIES.known))
   yield lambda name: runpy.run_path(str(EXAMPLES / name))
   plt.close('all')
 

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import plugin
 
 from paranet_jax.data.dataset import Source
-from paranet_jax.data.known import GROUP, KnownDataset
+from paranet_jax.data.known import DATASETS, KnownDataset
 
 COUNTS = {'train': 60, 'test': 20}
 CLASSES = ('dark', 'gray', 'bright')
@@ -43,8 +44,4 @@ SHAPES = KnownDataset(
 
 def install(folder, monkeypatch):
   """Makes `shapes` look like the data set of an installed package."""
-  info = folder / 'shapes-2.0.dist-info'
-  info.mkdir()
-  (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: shapes\nVersion: 2.0\n')
-  (info / 'entry_points.txt').write_text(f'[{GROUP}]\nshapes = shapes:SHAPES\n')
-  monkeypatch.syspath_prepend(folder)
+  plugin.install(folder, monkeypatch, DATASETS, 'shapes', ['shapes = shapes:SHAPES'])

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
+import plugin
 import pytest
 from PIL import Image
 from running import run_command, run_main
@@ -15,8 +15,7 @@ from paranet_jax.ensemble import __main__ as ensemble
 from paranet_jax.export import __main__ as export
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.fields import Field
-from paranet_jax.models import registry
-from paranet_jax.models.registry import Family, family_names, find_family, register_family
+from paranet_jax.models.registry import FAMILIES, Family, family_names, find_family, register_family
 from paranet_jax.plan import __main__ as plan
 from paranet_jax.predict import __main__ as predict
 
@@ -57,15 +56,9 @@ def get_config():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
   """A folder with an installed package and a configuration file."""
-  monkeypatch.setattr(registry, '_FAMILIES', dict(registry._FAMILIES))
-  monkeypatch.delitem(sys.modules, 'a_package', raising=False)
-  (tmp_path / 'a_package.py').write_text(PLUGIN)
-  info = tmp_path / 'a_package-1.0.dist-info'
-  info.mkdir()
-  (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: a-package\nVersion: 1.0\n')
-  (info / 'entry_points.txt').write_text('[paranet_jax.families]\nown = a_package:FAMILY\nbroken = a_package:NONE\n')
+  entries = 'own = a_package:FAMILY', 'broken = a_package:NONE'
+  plugin.install(tmp_path, monkeypatch, FAMILIES, 'a_package', entries, PLUGIN)
   (tmp_path / 'own.py').write_text(CONFIG)
-  monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.chdir(tmp_path)
   return tmp_path
 
@@ -112,4 +105,4 @@ def test_register_family(here):
   with pytest.raises(ValueError, match="there is already a family 'first'"):
     register_family(Family('first', 'other.py', 'a_package:build', {}))
   with pytest.raises(ValueError, match="family 'second' has fields that every family has"):
-    register_family(Family('second', 'second.py', 'a_package:build', {'dtype': Field('float32')}))
+    Family('second', 'second.py', 'a_package:build', {'dtype': Field('float32')})

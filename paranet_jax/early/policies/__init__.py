@@ -12,40 +12,30 @@ from paranet_jax.early.policies.policy import Choice, Flag, Policy, Samples
 from paranet_jax.early.policies.quota import QUOTA
 from paranet_jax.early.policies.risk import CRC, LTT
 from paranet_jax.early.policies.shared import SHARED
+from paranet_jax.host.plugins import Registry
 
 __all__ = ['Choice', 'Flag', 'Policy', 'Samples', 'default_policy', 'find_policy', 'policies', 'register_policy']
 
-GROUP = 'paranet_jax.policies'
-"""The entry points of other packages' policies."""
-
 _BUILT_IN = (OPTIMAL, QUOTA, SHARED, LTT, CRC)
-_POLICIES = {policy.name: policy for policy in _BUILT_IN}
+POLICIES = Registry('paranet_jax.policies', 'policy', {policy.name: policy for policy in _BUILT_IN})
 
 
 def register_policy(policy: Policy) -> None:
   """Adds a policy, which `calibrate --policy=NAME` then finds.
 
   Raises:
-    ValueError: another policy has its name.
+    ValueError: another policy has this name.
   """
-  if _POLICIES.setdefault(policy.name, policy) is not policy:
-    raise ValueError(f'a policy named {policy.name} is registered already')
+  POLICIES.register(policy.name, policy)
 
 
 def policies() -> tuple[Policy, ...]:
-  """All registered policies; of several that accept a target the first is the default."""
-  return tuple(_POLICIES.values())
+  """The policies loaded so far; if several accept a target, the first is the default."""
+  return tuple(POLICIES.known.values())
 
 
-def find_policy(name: str) -> Policy | None:
-  """The policy of this name, looked for among the entry points if it is not registered; None: there is none."""
-  if name not in _POLICIES:
-    from importlib.metadata import entry_points  # Reads the metadata of every installed package.
-
-    for entry in entry_points(group=GROUP):
-      if entry.name == name:
-        register_policy(entry.load())
-  return _POLICIES.get(name)
+find_policy = POLICIES.find
+"""The policy with this name; None if there is none."""
 
 
 def default_policy(target: str, score: str) -> Policy | None:

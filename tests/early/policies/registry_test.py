@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import plugin
 import pytest
 from PIL import Image
 from running import run_command
@@ -11,8 +12,7 @@ from running import run_command
 import paranet_jax
 from paranet_jax.calibrate.__main__ import main as calibrate
 from paranet_jax.calibrate.flags import parse
-from paranet_jax.early import policies as registry
-from paranet_jax.early.policies import Policy, default_policy, find_policy, policies, register_policy
+from paranet_jax.early.policies import POLICIES, Policy, default_policy, find_policy, policies, register_policy
 from paranet_jax.export.__main__ import main as export
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable import run
@@ -36,20 +36,10 @@ POLICY = Policy('plugin', 'one level', {'budget': ('max_prob',)}, choose, (LEVEL
 """
 
 
-@pytest.fixture(autouse=True)
-def _restored(monkeypatch):
-  monkeypatch.setattr(registry, '_POLICIES', dict(registry._POLICIES))
-
-
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
-  """A package with an entry point, installed the way pip does it."""
-  (tmp_path / 'a_plugin.py').write_text(PLUGIN)
-  info = tmp_path / 'a_plugin-1.0.dist-info'
-  info.mkdir()
-  (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: a-plugin\nVersion: 1.0\n')
-  (info / 'entry_points.txt').write_text('[paranet_jax.policies]\nplugin = a_plugin:POLICY\n')
-  monkeypatch.syspath_prepend(tmp_path)
+def installed(tmp_path, monkeypatch):
+  """A package that provides a policy."""
+  plugin.install(tmp_path, monkeypatch, POLICIES, 'a_plugin', ['plugin = a_plugin:POLICY'], PLUGIN)
 
 
 def test_every_built_in_policy():
@@ -64,16 +54,17 @@ def test_every_built_in_policy():
   assert names == {(t, s): (patience if s == 'patience' else ranking)[t] for t, s in defaults}
 
 
-def test_a_name_is_registered_once():
+def test_a_name_is_registered_once(monkeypatch):
+  monkeypatch.setattr(POLICIES, 'known', dict(POLICIES.known))
   mine = Policy('mine', 'mine', {}, lambda samples, target: None)
   register_policy(mine)
   register_policy(mine)
   assert find_policy('mine') is mine
-  with pytest.raises(ValueError, match='a policy named mine is registered already'):
+  with pytest.raises(ValueError, match="there is already a policy 'mine'"):
     register_policy(Policy('mine', 'another', {}, lambda samples, target: None))
 
 
-def test_a_policy_from_an_entry_point_and_its_flag(plugin):
+def test_a_policy_from_an_entry_point_and_its_flag(installed):
   request = parse(['--workdir=a', '--budget=3M', '--policy=plugin'])
   assert request.policy.name == 'plugin' and request.target == {'budget': 3e6, 'unit': 'macs', 'level': 7}
   assert parse(['--workdir=a', '--budget=3M', '--policy=plugin', '--level=2']).target['level'] == 2
@@ -91,14 +82,13 @@ def test_without_the_plugin_there_is_no_such_policy():
   assert find_policy('plugin') is None
 
 
-def test_a_policy_from_outside_serves_every_command(finished_run, plugin, tmp_path, monkeypatch):
+def test_a_policy_from_outside_serves_every_command(finished_run, installed, tmp_path, monkeypatch):
   workdir = shutil.copytree(finished_run, tmp_path / 'run')
   alone = [cost['macs_alone'] for cost in json.loads((workdir / 'summary.json').read_text())['exits']]
   flags = f'--budget={alone[2]}', '--policy=plugin', '--level=0'
   result = run_command(calibrate, f'--workdir={workdir}', *flags)
   assert (result.code, result.err) == (0, '') and ': one level, for a mean of ' in result.out
   monkeypatch.undo()  # The package is not installed where the run is used.
-  monkeypatch.setattr(registry, '_POLICIES', {})
   loaded = paranet_jax.load(workdir)
   assert (loaded.exits.policy, loaded.exits.target['level'], loaded.exits.thresholds) == ('plugin', 0, (0.0, 0.0))
   image = np.zeros((16, 16, 3), np.uint8)
