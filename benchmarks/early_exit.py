@@ -27,11 +27,11 @@ from paranet_jax.early.exit_plan import CheckpointId, ExitPlan, full_network_pla
 from paranet_jax.early.loaded_run import load
 from paranet_jax.early.logits import split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
-from paranet_jax.early.policies.optimal import optimal_curve, optimal_for_budget
+from paranet_jax.early.policies.optimal import optimal_curve
 from paranet_jax.early.policies.quota import quota_for_budget
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences
-from paranet_jax.early.thresholds import OperatingPoint
+from paranet_jax.early.thresholds import OperatingPoint, Samples
 from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError
 from paranet_jax.steps import Preprocessing
@@ -176,10 +176,10 @@ def trained(workdir: Path) -> Subject:
   logits = subject.logits(held_out.images)
   sure = confidences(logits, 'max_prob', np.ones(len(logits)))
   correct = logits.argmax(-1) == held_out.labels
-  budgets = np.linspace(*subject.macs.alone()[[0, -1]], NUM_BUDGETS)
-  curve = optimal_curve(sure, correct, subject.macs, budgets)
+  samples = Samples(sure, logits.argmax(-1), correct, 'max_prob', subject.macs)
+  curve = optimal_curve(samples, np.linspace(*subject.macs.alone()[[0, -1]], NUM_BUDGETS))
   equal = min((point for point in curve if point.accuracy >= correct[-1].mean()), key=lambda point: point.cost)
-  points = {name: optimal_for_budget(sure, correct, subject.macs, budget) for name, budget in subject.budgets().items()}
+  points = {name: optimal_curve(samples, [budget])[0] for name, budget in subject.budgets().items()}
   return dataclasses.replace(subject, points={'equal accuracy': equal} | points)
 
 
@@ -190,8 +190,8 @@ def untrained(size: network.Size) -> Subject:
   subject = Subject.of(model, network.random_variables(size), exits, size.image_shape)
   logits = subject.logits(subject.images)
   sure = confidences(logits, 'max_prob', np.ones(len(logits)))
-  correct = np.zeros(sure.shape, bool)
-  points = {name: quota_for_budget(sure, correct, subject.macs, budget) for name, budget in subject.budgets().items()}
+  samples = Samples(sure, logits.argmax(-1), np.zeros(sure.shape, bool), 'max_prob', subject.macs)
+  points = {name: quota_for_budget(samples, budget) for name, budget in subject.budgets().items()}
   return dataclasses.replace(subject, points=points)
 
 

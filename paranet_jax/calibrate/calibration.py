@@ -10,7 +10,7 @@ import numpy as np
 
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
-from paranet_jax.calibrate.measures import Ranked, exit_rows, fit_temperature, rank, summarize
+from paranet_jax.calibrate.measures import exit_rows, fit_temperature, rank, summarize
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import (
   CheckpointId,
@@ -23,7 +23,6 @@ from paranet_jax.early.exit_plan import (
 )
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
-from paranet_jax.early.policies import Choice, Samples
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
@@ -85,20 +84,23 @@ def calibrate(request: Request, command: str) -> Calibrated:
   print(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images', flush=True)
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Risk control needs images that the temperatures were not fitted on.
-  fitted, chosen = _halves(held_out) if request.risk is not None else (held_out, held_out)
+  fitted, chosen = _halves(held_out) if 'risk' in request.target else (held_out, held_out)
   temperatures = np.array([fit_temperature(logits, fitted.labels) for logits in fitted.logits])
-  ranked = rank(*chosen, request.score, temperatures)
-  choice = choose(request, ranked, costs)
+  samples = rank(*chosen, request.score, temperatures, costs)
+  target = request.target
+  if 'budget' in target:  # One in milliseconds may be below the cost of the first exit by rounding.
+    target = target | {'budget': max(target['budget'], costs.alone()[0])}
+  choice = request.policy.choose(samples, target)
   plan = _plan(request, subject, temperatures, choice.thresholds, command)
   # None becomes NaN.
   path_costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
-  expected = summarize(ranked, choice.thresholds, *path_costs)
+  expected = summarize(samples, choice.thresholds, *path_costs)
   expected['single_best'] = _single_best(plan, expected, costs)
   if request.in_ms and request.batch_size:
     expected['measured_ms'] = _measured_ms(plan, subject, dataset.held_out.images, request.batch_size)
-  test_ranked = rank(*test, request.score, temperatures)
-  tested = summarize(test_ranked, choice.thresholds, *path_costs)
-  rows = exit_rows(test_ranked, *test, choice.thresholds, temperatures)
+  test_samples = rank(*test, request.score, temperatures, costs)
+  tested = summarize(test_samples, choice.thresholds, *path_costs)
+  rows = exit_rows(test_samples, *test, choice.thresholds, temperatures)
   tested['exits'] = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
   splits = {'temperature': len(fitted.labels), 'thresholds': len(chosen.labels), 'test': len(test.labels)}
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
@@ -117,9 +119,9 @@ def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> 
   Raises:
     UserError: the budget is below the cost of the first exit or above that of the last, or the first costs more.
   """
-  if not request.budget:
+  if 'budget' not in request.target:
     return
-  value, unit = request.budget
+  value, unit = request.target['budget'], request.target['unit']
   low, high = costs.alone()[[0, -1]]
   if low > high:
     raise UserError(
@@ -135,19 +137,6 @@ def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> 
     )
 
 
-def choose(request: Request, ranked: Ranked, costs: PathCosts) -> Choice:
-  """Chooses thresholds for the target of the request, by its policy.
-
-  Args:
-    ranked: the images to choose on.
-    costs: in the unit of the budget, which has been checked.
-  """
-  target = request.target
-  if request.budget:  # One in milliseconds may be below the cost of the first exit by rounding.
-    target['budget'] = max(request.budget.value, costs.alone()[0])
-  return request.policy.choose(Samples(*ranked, request.score, costs), target)
-
-
 def _restore(request: Request) -> Subject:
   config = restore_config(request.workdir)
   prepare_folder(request.workdir)
@@ -158,7 +147,7 @@ def _restore(request: Request) -> Subject:
       f'expected a run with held-out images, and {request.workdir} was trained on all of its images; '
       'train a new one with --config.data.held_out=N (a tenth of them is usual) and another --workdir'
     )
-  if request.risk is not None and config.data.held_out < 2:
+  if 'risk' in request.target and config.data.held_out < 2:
     raise UserError(
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir'

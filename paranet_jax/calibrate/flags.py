@@ -26,43 +26,30 @@ class Budget(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What the flags ask for: exactly one of `budget`, `risk` and `threshold`.
+  """What the flags ask for.
 
   Attributes:
     workdir: absolute.
     step: of the checkpoint; None: the latest.
+    target: the target as exits.json keeps it and the policy reads it, see `Policy`.
     batch_size: at which milliseconds are measured; None: nothing is measured.
-    options: values of the policy's own flags, by their key in the target.
     curves: draw the figures.
     compilation_cache: folder, 'off', or None for the default.
   """
 
   workdir: Path
   step: int | None
-  budget: Budget | None
+  target: dict[str, Any]
   batch_size: int | None
-  risk: float | None
-  threshold: float | None
   score: str
   policy: Policy
-  options: dict[str, Any]
   curves: bool
   compilation_cache: str | None
 
   @property
   def in_ms(self) -> bool:
     """Whether the target is a budget in milliseconds."""
-    return self.budget is not None and self.budget.unit == 'ms'
-
-  @property
-  def target(self) -> dict[str, Any]:
-    """The target as exits.json keeps it and the policy reads it."""
-    if self.budget:
-      at = {'batch_size': self.batch_size} if self.in_ms else {}
-      return {'budget': self.budget.value, 'unit': self.budget.unit, **at, **self.options}
-    if self.risk is not None:
-      return {'risk': self.risk, 'guarantee': self.policy.name, **self.options}
-    return {'threshold': self.threshold, **self.options}
+    return self.target.get('unit') == 'ms'
 
 
 def parse(argv: Sequence[str] | None) -> Request:
@@ -77,21 +64,24 @@ def parse(argv: Sequence[str] | None) -> Request:
   """
   _find_plugin(argv)
   given = _parser().parse_args(argv)
-  target = next(name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None)
+  kind = next(name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None)
   if given.threshold is not None:
     _check_threshold(given.threshold, given.score)
-  policy = _policy(given, target)
-  default_batch_size = 1 if given.budget and given.budget.unit == 'ms' else None
+  policy, batch_size = _policy(given, kind), given.batch_size
+  target = {kind: getattr(given, kind)}
+  if kind == 'budget':
+    target = {'budget': given.budget.value, 'unit': given.budget.unit}
+    if given.budget.unit == 'ms':
+      target['batch_size'] = batch_size = batch_size or 1
+  elif kind == 'risk':
+    target['guarantee'] = policy.name
   return Request(
     workdir=absolute(given.workdir),
     step=given.step,
-    budget=given.budget,
-    batch_size=given.batch_size or default_batch_size,
-    risk=given.risk,
-    threshold=given.threshold,
+    target=target | _options(given, policy),
+    batch_size=batch_size,
     score=given.score,
     policy=policy,
-    options=_options(given, policy),
     curves=given.curves,
     compilation_cache=given.compilation_cache,
   )

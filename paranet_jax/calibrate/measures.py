@@ -3,7 +3,7 @@
 K counts the usable exits, N the samples (1 or more), C the classes.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,29 +11,23 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from scipy.stats import rankdata
 
+from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.scores import confidence, confidences, to_score
-from paranet_jax.early.thresholds import exits_taken
+from paranet_jax.early.thresholds import Samples, exits_taken
 
 _WIDTH = float(np.log(1e4))  # T is searched within this factor of the scale of the logits, in both directions.
 
 Logits = Float[np.ndarray, 'N C']
 Labels = Int[np.ndarray, ' N']
-
-
-class Ranked(NamedTuple):
-  """What thresholds see of a split."""
-
-  confidences: Float[np.ndarray, 'K N']
-  predictions: Int[np.ndarray, 'K N']
-  correct: Bool[np.ndarray, 'K N']
+PerExit = Float[np.ndarray, ' K']
 
 
 def rank(
-  logits: Float[np.ndarray, 'K N C'], labels: Labels, score: str, temperatures: Float[np.ndarray, ' K']
-) -> Ranked:
+  logits: Float[np.ndarray, 'K N C'], labels: Labels, score: str, temperatures: PerExit, costs: PathCosts
+) -> Samples:
   """Ranks the samples of a split at every exit by a score, one of `scores.SCORES`."""
   predictions = logits.argmax(-1)
-  return Ranked(confidences(logits, score, temperatures), predictions, predictions == labels)
+  return Samples(confidences(logits, score, temperatures), predictions, predictions == labels, score, costs)
 
 
 def fit_temperature(logits: Logits, labels: Labels) -> float:
@@ -120,12 +114,7 @@ def top_probability(logits: Logits, temperature: float) -> Float[np.ndarray, ' N
   return to_score(confidence(logits, 'max_prob', temperature), 'max_prob')
 
 
-def summarize(
-  ranked: Ranked,
-  thresholds: Float[np.ndarray, ' K'],
-  macs: Float[np.ndarray, ' K'],
-  ms: Float[np.ndarray, ' K'] | None,
-) -> dict[str, Any]:
+def summarize(samples: Samples, thresholds: PerExit, macs: PerExit, ms: PerExit | None) -> dict[str, Any]:
   """The plan's operating point on a split.
 
   Args:
@@ -136,27 +125,23 @@ def summarize(
     `images`; `cost_macs`, `cost_ms` (means; None: not measured); `accuracy`; `shares` [K]; `exit_accuracy` [K] on all
     images; `gap` and `disagreement`, the risks against the last exit.
   """
-  taken = exits_taken(ranked.confidences, thresholds)
-  samples = np.arange(len(taken))
-  correct, predictions = ranked.correct[taken, samples], ranked.predictions[taken, samples]
+  taken = exits_taken(samples.confidences, thresholds)
+  here = taken, np.arange(len(taken))
+  correct, predictions = samples.correct[here], samples.predictions[here]
   return {
     'images': len(taken),
     'cost_macs': float(macs[taken].mean()),
     'cost_ms': None if ms is None else float(ms[taken].mean()),
     'accuracy': float(correct.mean()),
     'shares': (np.bincount(taken, minlength=len(thresholds)) / len(taken)).tolist(),
-    'exit_accuracy': ranked.correct.mean(axis=1).tolist(),
-    'gap': float((ranked.correct[-1] & ~correct).mean()),
-    'disagreement': float((predictions != ranked.predictions[-1]).mean()),
+    'exit_accuracy': samples.correct.mean(axis=1).tolist(),
+    'gap': float((samples.correct[-1] & ~correct).mean()),
+    'disagreement': float((predictions != samples.predictions[-1]).mean()),
   }
 
 
 def exit_rows(
-  ranked: Ranked,
-  logits: Float[np.ndarray, 'K N C'],
-  labels: Labels,
-  thresholds: Float[np.ndarray, ' K'],
-  temperatures: Float[np.ndarray, ' K'],
+  samples: Samples, logits: Float[np.ndarray, 'K N C'], labels: Labels, thresholds: PerExit, temperatures: PerExit
 ) -> list[dict[str, Any]]:
   """Which samples exit where, and how well calibrated each exit is.
 
@@ -164,16 +149,16 @@ def exit_rows(
     For each exit: the number of `images` that exit there, their `accuracy` and mean calibrated `confidence`, and the
     `calibration` on `all` images and on those `leaving`; None where no image exits.
   """
-  taken = exits_taken(ranked.confidences, thresholds)
+  taken = exits_taken(samples.confidences, thresholds)
   rows = []
   for k, temperature in enumerate(temperatures):
     exiting = taken == k
     row: dict[str, Any] = {'images': int(exiting.sum()), 'accuracy': None, 'confidence': None}
-    calibration = {'all': _calibration(logits[k], ranked.confidences[k], labels, temperature), 'leaving': None}
+    calibration = {'all': _calibration(logits[k], samples.confidences[k], labels, temperature), 'leaving': None}
     if exiting.any():
-      row['accuracy'] = float(ranked.correct[k, exiting].mean())
+      row['accuracy'] = float(samples.correct[k, exiting].mean())
       row['confidence'] = float(top_probability(logits[k], temperature)[exiting].mean())
-      there = logits[k, exiting], ranked.confidences[k, exiting], labels[exiting]
+      there = logits[k, exiting], samples.confidences[k, exiting], labels[exiting]
       calibration['leaving'] = _calibration(*there, temperature)
     rows.append(row | {'calibration': calibration})
   return rows

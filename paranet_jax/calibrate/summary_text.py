@@ -6,10 +6,10 @@ from typing import Any
 
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.policies import find_policy
+from paranet_jax.early.policies.risk import LOSSES
 from paranet_jax.report.tables import ABSENT, align, human_count
 
 _UNITS = {'macs': 'multiply-adds', 'ms': 'ms'}
-_LOSSES = {'gap': 'wrong where the last exit is right', 'disagreement': 'answer differs from the last exit'}
 
 Row = tuple[str, str, str]
 
@@ -90,7 +90,7 @@ def _gains(plan: ExitPlan, *splits: dict[str, Any]) -> str:
   if 'loss' in plan.target:
     loss, target = plan.target['loss'], plan.target['risk']
     risks = [split[loss] for split in splits]
-    rows.append(_row(f'risk: {_LOSSES[loss]}', (f'{risk:.4f}' for risk in risks)))
+    rows.append(_row(f'risk: {LOSSES[loss]}', (f'{risk:.4f}' for risk in risks)))
     rows.append(_row(f'  difference from the target of {target:g}', (f'{risk - target:+.4f}' for risk in risks)))
   return '\n'.join(align(('', 'held-out images', 'test images'), rows, left=(0,)))
 

@@ -73,12 +73,8 @@ class FixedSizes(Packing):
 
   def split(self, carried: Carried) -> list[Batch]:
     """The batches of a wave of one image or more, padded with zeros."""
-    count, batches, start = len(carried['images']), [], 0
-    for size in cover(count, self._sizes):
-      part = slice(start, min(start + size, count))
-      batches.append(Batch(_padded(np.arange(count)[part], size), _sliced(carried, part, size)))
-      start += size
-    return batches
+    wave = Batch(np.arange(len(carried['images'])), carried)
+    return self._regroup([wave], wave.rows, cover(len(wave.rows), self._sizes), self._on_host)
 
   def pack(self, batches: Sequence[Batch]) -> list[Batch]:
     """The batches without the rows that are GONE, unless that would not save any cost."""
@@ -87,15 +83,19 @@ class FixedSizes(Packing):
     parts = cover(len(places), self._sizes) if len(places) else ()
     if cost(parts) >= cost([len(batch.rows) for batch in batches]):
       return batches
-    take = self._on_host if self._sizes.on_host else self._on_device
-    starts = np.cumsum((0, *parts[:-1])).tolist()
-    return [take(batches, start, places[start : start + size], size) for start, size in zip(starts, parts, strict=True)]
+    return self._regroup(batches, places, parts, self._on_host if self._sizes.on_host else self._on_device)
 
   def warm_up(self, carried: Carried) -> None:
     """Compiles the packing into every smaller size."""
     for size in () if self._sizes.on_host else self.sizes:
       if size < len(carried['images']):
         self._take(_of_network(carried), np.zeros(size, np.int32))
+
+  def _regroup(
+    self, batches: Sequence[Batch], places: np.ndarray, parts: Sequence[int], take: Callable[..., Batch]
+  ) -> list[Batch]:
+    starts = np.cumsum((0, *parts[:-1])).tolist()
+    return [take(batches, start, places[start : start + size], size) for start, size in zip(starts, parts, strict=True)]
 
   def _on_device(self, batches: Sequence[Batch], start: int, places: np.ndarray, size: int) -> Batch:
     (batch,) = batches
@@ -135,11 +135,3 @@ def _padded(places: np.ndarray, size: int) -> np.ndarray:
   rows = np.full(size, GONE)
   rows[: len(places)] = places
   return rows
-
-
-def _sliced(carried: Carried, part: slice, size: int) -> Carried:
-  def take(values):
-    padding = np.zeros((size - (part.stop - part.start), *values.shape[1:]), values.dtype)
-    return np.concatenate([values[part], padding]) if len(padding) else values[part]
-
-  return jax.tree.map(take, carried)

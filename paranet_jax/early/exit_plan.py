@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.scores import SCORES, to_score
-from paranet_jax.early.thresholds import Costs, visited
+from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
 
@@ -112,7 +113,7 @@ def full_network_plan(checkpoint: CheckpointId, exits: Sequence[int], macs_alone
   )
 
 
-def with_thresholds(plan: ExitPlan, thresholds: Float[np.ndarray, ' K'], macs: Costs) -> ExitPlan:
+def with_thresholds(plan: ExitPlan, thresholds: Float[np.ndarray, ' K'], macs: PathCosts) -> ExitPlan:
   """The plan with these thresholds on the confidence scale.
 
   Args:
@@ -130,7 +131,7 @@ def with_thresholds(plan: ExitPlan, thresholds: Float[np.ndarray, ' K'], macs: C
   )
 
 
-def along(costs: Costs, path: tuple[int, ...]) -> PerExit:
+def along(costs: PathCosts, path: tuple[int, ...]) -> PerExit:
   """The cost of exiting at each exit along a path: [K], None off the path."""
   found = dict(zip(path, costs.cumulative(path).tolist(), strict=True))
   return tuple(found.get(index) for index in range(costs.num_exits))

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Float
 
 from paranet_jax.costs import abstract_variables, multiply_adds
-from paranet_jax.early.thresholds import alone
 
 StepCost = Callable[[tuple[int, ...], int], float]
 
@@ -38,7 +37,7 @@ class PathCosts:
 
   def alone(self) -> Float[np.ndarray, ' K']:
     """The cost of each exit alone."""
-    return alone(self)
+    return np.array([self._step((k,)) for k in range(self.num_exits)])
 
   def _step(self, path: tuple[int, ...]) -> float:
     if path not in self._steps:

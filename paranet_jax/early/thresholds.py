@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Both take longer to import than the flags of `calibrate` do without them.
   from jaxtyping import Bool, Float, Int
 
-
-class Costs(Protocol):
-  """What exiting costs, in multiply-adds or milliseconds."""
-
-  num_exits: int
-
-  def cumulative(self, visited: tuple[int, ...]) -> Float[np.ndarray, ' visited']:
-    """The cost of exiting at each visited exit when exactly these are run in turn."""
-    ...
+  from paranet_jax.early.path_costs import PathCosts
 
 
-def alone(costs: Costs) -> Float[np.ndarray, ' K']:
-  """The cost of each exit alone."""
-  return np.array([costs.cumulative((k,))[0] for k in range(costs.num_exits)])
+class Samples(NamedTuple):
+  """The answers of K usable exits to N >= 1 images, and what exiting costs.
+
+  Attributes:
+    confidences: see `scores.confidences`.
+    score: the score that the confidences come from, one of `SCORES`.
+    costs: in the unit of the budget.
+  """
+
+  confidences: Float[np.ndarray, 'K N']
+  predictions: Int[np.ndarray, 'K N']
+  correct: Bool[np.ndarray, 'K N']
+  score: str
+  costs: PathCosts
 
 
 class OperatingPoint(NamedTuple):
@@ -47,31 +50,20 @@ def exits_taken(confidences: Float[np.ndarray, 'K N'], thresholds: ArrayLike) ->
   return np.argmax(leaves, axis=0)
 
 
-def visited(thresholds: Float[np.ndarray, ' K'], keep_all: bool = False) -> tuple[int, ...]:
-  """The exits that are run, 0-based: those where a sample may exit, and the last.
-
-  Args:
-    keep_all: all exits are run, as patience needs the prediction of each.
-  """
-  last = len(thresholds) - 1
-  return tuple(k for k in range(last + 1) if keep_all or k == last or thresholds[k] < np.inf)
+def visited(thresholds: Float[np.ndarray, ' K']) -> tuple[int, ...]:
+  """The exits that are run, 0-based: those where a sample may exit, and the last."""
+  return *np.flatnonzero(thresholds[:-1] < np.inf).tolist(), len(thresholds) - 1
 
 
-def operating_point(
-  thresholds: ArrayLike,
-  confidences: Float[np.ndarray, 'K N'],
-  correct: Bool[np.ndarray, 'K N'],
-  costs: Costs,
-  keep_all: bool = False,
-) -> OperatingPoint:
-  """The results of thresholds [K] on N >= 1 samples; keep_all: see `visited`."""
+def operating_point(samples: Samples, thresholds: ArrayLike) -> OperatingPoint:
+  """The results of thresholds [K]. With patience all exits are run, as it needs the prediction of each."""
   thresholds = np.asarray(thresholds, np.float64)
-  path = list(visited(thresholds, keep_all))
+  path = tuple(range(len(thresholds))) if samples.score == 'patience' else visited(thresholds)
   exit_costs = np.zeros(len(thresholds))
-  exit_costs[path] = costs.cumulative(tuple(path))
-  exits = exits_taken(confidences, thresholds)
+  exit_costs[list(path)] = samples.costs.cumulative(path)
+  exits = exits_taken(samples.confidences, thresholds)
   shares = np.bincount(exits, minlength=len(thresholds)) / len(exits)
-  accuracy = np.mean(correct[exits, np.arange(len(exits))])
+  accuracy = np.mean(samples.correct[exits, np.arange(len(exits))])
   return OperatingPoint(thresholds, float(shares @ exit_costs), float(accuracy), shares)
 
 

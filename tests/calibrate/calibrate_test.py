@@ -1,4 +1,4 @@
-"""Tests of `python -m paranet_jax.calibrate`: what it writes and prints, and what it rejects."""
+"""`python -m paranet_jax.calibrate`: what it writes and prints, and what it rejects."""
 
 import contextlib
 import dataclasses
@@ -12,17 +12,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from early_samples import samples_of, softmax
 from running import PROGRAMS, run_command
 
 from paranet_jax.calibrate import calibration, figures, latency, summary_text
 from paranet_jax.calibrate.__main__ import main
-from paranet_jax.calibrate.calibration import choose
 from paranet_jax.calibrate.flags import parse
-from paranet_jax.calibrate.measures import Ranked
 from paranet_jax.early.exit_plan import EXITS, CheckpointId, full_network_plan, load_plan, read_plan
 from paranet_jax.early.path_costs import PathCosts
 
 HELD_OUT, TEST = 300, 360
+COSTS = PathCosts(2, lambda before, index: 1.0)
 READING = f'reading {HELD_OUT} held-out and {TEST} test images\n'
 
 
@@ -41,27 +41,30 @@ def rejected(*arguments, started=False):
   return err[len('error: ') : -1]
 
 
+def once(function, key):
+  """The function, which keeps its results by `key` of the arguments."""
+  kept = {}
+
+  def call(*arguments):
+    place = key(*arguments)
+    if place not in kept:
+      kept[place] = function(*arguments), arguments  # The arguments stay alive, so that their ids stay unique.
+    return kept[place][0]
+
+  return call
+
+
 @pytest.fixture(scope='module', autouse=True)
-def _compiled_once():
+def _computed_once():
   """Keeps what every calibration of the one run would compute again."""
-  restore, logits, kept = calibration.read_task, calibration.split_logits, {}
-
-  def restore_once(config, workdir, step, devices):
-    key = workdir, step
-    if key not in kept:
-      kept[key] = restore(config, workdir, step, devices)
-    return kept[key]
-
-  def logits_once(model, variables, exits, preprocessing, split, batch_size):
-    key = id(variables['params']), len(split)
-    if key not in kept:
-      kept[key] = variables, logits(model, variables, exits, preprocessing, split, batch_size)
-    return kept[key][1]
-
   with pytest.MonkeyPatch.context() as patch:
     PROGRAMS.install(patch)
-    patch.setattr(calibration, 'read_task', restore_once)
-    patch.setattr(calibration, 'split_logits', logits_once)
+    for name, key in {
+      'read_task': lambda config, workdir, step, devices: (workdir, step),
+      'split_logits': lambda model, variables, exits, preprocessing, split, size: (id(variables['params']), len(split)),
+      'mac_costs': lambda model, image_shape, exits: (id(model), exits),
+    }.items():
+      patch.setattr(calibration, name, once(getattr(calibration, name), key))
     yield
 
 
@@ -90,8 +93,7 @@ def logits(workdir):
 
 
 def probabilities(logits, temperature):
-  exponentials = np.exp(logits / temperature - (logits / temperature).max(-1, keepdims=True))
-  return exponentials / exponentials.sum(-1, keepdims=True)
+  return np.stack([softmax(row, temperature) for row in logits])
 
 
 def walked(plan, logits, labels):
@@ -99,7 +101,7 @@ def walked(plan, logits, labels):
   cost = right = 0
   for image in range(len(labels)):
     for place in range(len(plan.exits)):
-      row = probabilities(logits[place, image], plan.temperatures[place])
+      row = softmax(logits[place, image], plan.temperatures[place])
       threshold = plan.thresholds[place]
       if threshold is not None and row.max() >= threshold:
         break
@@ -178,16 +180,13 @@ def millions(count):
   return f'{count / 1e6:.10g}M'
 
 
-def test_a_budget_out_of_range(workdir, alone):
+def test_the_range_of_budgets(workdir, alone):
   for budget in (round(alone[0] * 0.999), round(alone[1] * 1.001)):
     assert rejected(f'--workdir={workdir}', f'--budget={budget}') == (
       f'budget must be from {millions(alone[0])} (exit 2 alone) to {millions(alone[1])} (exit 3 alone), '
       f'found {millions(budget)}; set --budget'
     )
-
-
-def test_the_ends_of_the_range_can_be_set_as_printed(workdir, alone):
-  for budget in alone:
+  for budget in alone:  # The ends of the range, as printed.
     calibrate(f'--workdir={workdir}', f'--budget={millions(budget)}')
     plan = read_plan(workdir)
     assert plan.expected['cost_macs'] <= budget and sum(plan.expected['shares']) == 1
@@ -279,12 +278,15 @@ def test_a_risk_that_cannot_be_promised_keeps_the_full_network(workdir, flags, n
   assert plan.thresholds == (None, 0.0) and plan.visited == (3,)
 
 
+def choose(samples, *flags):
+  request = parse(['--workdir=a', *flags])
+  return request.policy.choose(samples, request.target)
+
+
 def test_a_risk_whose_most_confident_image_loses():
   correct = np.repeat([[False], [True]], 10, axis=1)
-  ranked = Ranked(np.array([np.arange(10.0), np.zeros(10)]), correct.astype(int), correct)
-  request = parse(['--workdir=a', '--risk=0.25', '--delta=0.1'])
-  choice = choose(request, ranked, PathCosts(2, lambda before, index: 1.0))
-  assert choice.thresholds.tolist() == [np.inf, -np.inf] and request.policy.name == 'ltt'
+  choice = choose(samples_of([np.arange(10.0), np.zeros(10)], correct, COSTS), '--risk=0.25', '--delta=0.1')
+  assert choice.thresholds.tolist() == [np.inf, -np.inf]
   # 0.75^9 <= 0.1: nine images without a loss would do, of ten.
   assert choice.problem == (
     'risk 0.25 cannot be promised from 10 held-out images: 9 would do if the most confident images lost nothing, '
@@ -293,9 +295,8 @@ def test_a_risk_whose_most_confident_image_loses():
 
 
 def test_a_single_exit_keeps_every_risk():
-  ranked = Ranked(np.zeros((1, 10)), np.zeros((1, 10), int), np.zeros((1, 10), bool))
   for flags in (['--risk=0.25'], ['--risk=0.01', '--guarantee=crc']):
-    choice = choose(parse(['--workdir=a', *flags]), ranked, PathCosts(1, lambda before, index: 1.0))
+    choice = choose(samples_of(np.zeros((1, 10)), np.zeros((1, 10)), COSTS), *flags)
     assert choice.thresholds.tolist() == [-np.inf] and choice.problem is None
 
 

@@ -31,7 +31,8 @@ def test_budgets(text, budget):
 def test_defaults():
   request = parse(['--workdir=runs/a', '--budget=30M'])
   assert request.workdir == Path('runs/a').absolute()
-  assert (request.score, request.policy.name, request.options) == ('max_prob', 'optimal', {})
+  assert (request.score, request.policy.name) == ('max_prob', 'optimal')
+  assert request.target == {'budget': 30e6, 'unit': 'macs'}
   assert (request.step, request.batch_size, request.curves) == (None, None, False)
   risk = parse(['--workdir=a', '--risk=0.02'])
   assert risk.target == {'risk': 0.02, 'guarantee': 'ltt', 'delta': 0.1, 'loss': 'gap'}
@@ -62,7 +63,7 @@ NOT_A_BUDGET = "argument --budget: expected multiply-adds such as 30M or a time 
       ['--budget=1ms', '--batch-size=0'],
       'argument --batch-size: expected an integer of 1 or more, found 0; see --help',
     ),
-    (['--risk=0.1', '--delta=0'], 'argument --delta: must be between 0 and 1, found 0; see --help'),
+    (['--risk=0.1', '--delta=0'], 'argument --delta: expected a number between 0 and 1, found 0; see --help'),
     (
       ['--risk=0.1', '--risk-loss=mse'],
       'argument --risk-loss: must be one of gap, disagreement, found mse; see --help',
@@ -96,10 +97,7 @@ NOT_A_BUDGET = "argument --budget: expected multiply-adds such as 30M or a time 
       ['--budget=3M', '--risk-loss=gap'],
       '--risk-loss belongs to --policy=ltt or crc, found optimal; leave out --risk-loss',
     ),
-    (
-      ['--risk=0.1', '--guarantee=crc', '--delta=0.1'],
-      '--delta belongs to --policy=ltt, found crc; leave out --delta',
-    ),
+    (['--risk=0.1', '--guarantee=crc', '--delta=0.1'], '--delta belongs to --policy=ltt, found crc; leave out --delta'),
     (
       ['--risk=0.1', '--score=patience'],
       '--risk needs a score that ranks images, found --score=patience; leave one of them out',

@@ -71,10 +71,7 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'exits': [2, 1, 3]}, ': exits must be increasing exit numbers, found [2, 1, 3]'),
     ({'exits': []}, ': exits must be increasing exit numbers, found []'),
     ({'exits': [0, 1, 2]}, ': exits must be increasing exit numbers, found [0, 1, 2]'),
-    (
-      {'temperatures': [1.0, 0.0, 1.0]},
-      ': temperatures must be a number above 0 for each exit, found [1.0, 0.0, 1.0]',
-    ),
+    ({'temperatures': [1.0, 0.0, 1.0]}, ': temperatures must be a number above 0 for each exit, found [1.0, 0.0, 1.0]'),
     ({'temperatures': [1.0]}, ': temperatures must be a number above 0 for each exit, found [1.0]'),
     (
       {'thresholds': [0.9, None, 0.5]},

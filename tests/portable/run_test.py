@@ -1,7 +1,6 @@
-"""The runtime of a bundle on stages that are tables: who leaves where, by the definitions, one image at a time."""
+"""The runtime of a bundle on stages that are tables, against a walk of one image at a time."""
 
 import ast
-import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+from early_samples import exit_taken, softmax
 
 from paranet_jax.export.compare import agreement
 from paranet_jax.portable import run as runtime
@@ -25,7 +25,7 @@ IMAGES = np.arange(COUNT, dtype=np.uint8).reshape(COUNT, 1, 1, 1).repeat(2, 1).r
 
 
 class Table:
-  """A stage that looks its logits up, and checks that it is given what the stage before left, and nothing else."""
+  """A stage that looks its logits up and checks that it is given the features of the stage before, and no others."""
 
   def __init__(self, index, before):
     self.index, self.before, self.batches = index, before, []
@@ -55,30 +55,6 @@ def adaptive(thresholds, score='max_prob', visited=EXITS):
   return Adaptive(plan, stages, every, MACS, (2, 2, 1), MEAN, STD, [f'class {c}' for c in range(CLASSES)])
 
 
-def score_of(logits, score, temperature):
-  """Straight from the definitions: -log(1 - score)."""
-  p = np.sort(softmax(logits, temperature))[::-1]
-  value = {'max_prob': p[0], 'entropy': 1 + (p * np.log(p)).sum() / np.log(len(p)), 'margin': p[0] - p[1]}[score]
-  return -np.log1p(-value)
-
-
-def softmax(logits, temperature):
-  powers = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-  return powers / powers.sum()
-
-
-def leaves_at(row, thresholds, score, path):
-  """The index of the exit at which an image leaves."""
-  labels = []
-  for k in path[:-1]:
-    labels.append(LOGITS[k, row].argmax())
-    streak = next(len(list(same)) for _, same in itertools.groupby(labels[::-1]))
-    sure = streak if score == 'patience' else score_of(LOGITS[k, row], score, TEMPERATURES[k])
-    if thresholds[k] is not None and sure >= thresholds[k]:
-      return k
-  return path[-1]
-
-
 CASES = [
   *((score, (at, at, 0.0), EXITS) for score in ('max_prob', 'entropy', 'margin') for at in (0.0, 0.5, 1.2, 40.0)),
   *((score, (0.7, None, 0.0), EXITS) for score in ('max_prob', 'entropy', 'margin')),
@@ -90,10 +66,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize('score, thresholds, visited', CASES)
-def test_who_leaves_where(score, thresholds, visited):
+def exits_taken(thresholds, score, path=range(3)):
+  """The index of the exit of each image."""
+  return [exit_taken(LOGITS[:, row], thresholds, score, TEMPERATURES, path) for row in range(COUNT)]
+
+
+@pytest.mark.parametrize(('score', 'thresholds', 'visited'), CASES)
+def test_each_image_exits_by_the_definition(score, thresholds, visited):
   bundle, path = adaptive(thresholds, score, visited), [EXITS.index(number) for number in visited]
-  taken = [leaves_at(row, thresholds, score, path) for row in range(COUNT)]
+  taken = exits_taken(thresholds, score, path)
   found = bundle.predict(IMAGES)
   assert found.exits.tolist() == [EXITS[k] for k in taken]
   assert found.macs.tolist() == [7 * MACS[k] for k in taken]
@@ -106,20 +87,20 @@ def test_who_leaves_where(score, thresholds, visited):
     np.testing.assert_array_equal(one.probabilities, found.probabilities[row])
 
 
-def test_who_left_is_not_computed():
+def test_images_that_have_exited_are_not_computed():
   bundle = adaptive((0.7, 0.7, 0.0))
   found = bundle.predict(IMAGES)
   tables = [bundle._stages[number] for number in EXITS]
   assert [sum(table.batches) for table in tables] == [(found.exits >= number).sum() for number in EXITS]
   assert max(tables[0].batches) == runtime.WAVE
-  nobody = adaptive((0.0, 0.0, 0.0))
-  nobody.predict(IMAGES)
-  assert nobody._stages[2].batches == []
+  all_at_first = adaptive((0.0, 0.0, 0.0))
+  all_at_first.predict(IMAGES)
+  assert all_at_first._stages[2].batches == []
 
 
-@pytest.mark.parametrize('score, thresholds', [('max_prob', (0.7, 0.7, 0.0)), ('patience', (2, 2, 0.0))])
-def test_stage_by_stage_in_batches_of_others(score, thresholds):
-  """What two requests carry goes on together, and each gets what it would have got alone."""
+@pytest.mark.parametrize(('score', 'thresholds'), [('max_prob', (0.7, 0.7, 0.0)), ('patience', (2, 2, 0.0))])
+def test_stage_by_stage_with_joined_requests(score, thresholds):
+  """Two requests run in one batch, and each gets the answers that it would get alone."""
   bundle, count = adaptive(thresholds, score), 40
   expected = bundle.predict(IMAGES[:count])
   parts, answers = [bundle.begin(IMAGES[:15]), bundle.begin(IMAGES[15:count])], {}
@@ -127,10 +108,10 @@ def test_stage_by_stage_in_batches_of_others(score, thresholds):
   for number in bundle.visited:
     carried = runtime.join(parts) if carried is None else carried
     carried, logits = bundle.stage(number)(carried)
-    leave = bundle.leaves(number, logits, carried)
-    found = bundle.answers(number, logits[leave])
-    answers |= dict(zip(rows[leave].tolist(), zip(*found, strict=True), strict=True))
-    rows, carried = rows[~leave], runtime.select(carried, ~leave)
+    exiting = bundle.leaves(number, logits, carried)
+    found = bundle.answers(number, logits[exiting])
+    answers |= dict(zip(rows[exiting].tolist(), zip(*found, strict=True), strict=True))
+    rows, carried = rows[~exiting], runtime.select(carried, ~exiting)
   for row in range(count):
     label, probabilities, exit, macs = answers[row]
     assert (label, exit, macs) == (expected.labels[row], expected.exits[row], expected.macs[row])
@@ -161,7 +142,7 @@ def test_anytime():
   ('deadline', 'exits'), [(0.5, [1]), (14.9, [1]), (15.1, [1, 2]), (44.9, [1, 2]), (45.1, [1, 2, 4])]
 )
 def test_deadline(monkeypatch, deadline, exits):
-  # Stages are expected to take 1, 5 and 20 ms; the caller takes 10 and 15 ms between two of them.
+  # Stages should take 1, 5 and 20 ms; the caller spends 10 and 15 ms between them.
   bundle, now, found = adaptive((0.0, 0.0, 0.0)), [0.0], []
   monkeypatch.setattr(bundle, 'stage_ms', lambda dtype: (1.0, 5.0, 20.0))
   monkeypatch.setattr(runtime.time, 'perf_counter', lambda: now[0])
@@ -178,18 +159,18 @@ def test_latencies_are_measured_once():
 
 
 @pytest.mark.parametrize(
-  'score, threshold, confidence',
+  ('score', 'threshold', 'confidence'),
   [('max_prob', 0.9, np.log(10)), ('entropy', 0.5, np.log(2)), ('max_prob', 1, np.inf), ('patience', 2, 2)],
 )
 def test_one_threshold_for_all_exits(score, threshold, confidence):
   bundle = adaptive((None, None, 0.0), score, visited=(4,) if score != 'patience' else EXITS).with_threshold(threshold)
-  taken = [leaves_at(row, (confidence, confidence, 0.0), score, range(3)) for row in range(COUNT)]
+  taken = exits_taken((confidence, confidence, 0.0), score)
   found = bundle.predict(IMAGES)
   assert found.exits.tolist() == [EXITS[k] for k in taken]
   assert found.macs.tolist() == [MACS[k] for k in taken]
 
 
-@pytest.mark.parametrize('budget, last', [(7 * 10, 1), (7 * 59, 2), (7 * 60, 4), (1e9, 4)])
+@pytest.mark.parametrize(('budget', 'last'), [(7 * 10, 1), (7 * 59, 2), (7 * 60, 4), (1e9, 4)])
 def test_no_image_costs_more_than_the_budget(budget, last):
   whole, bundle = adaptive((0.7, 0.7, 0.0)), adaptive((0.7, 0.7, 0.0)).with_budget(budget)
   found = bundle.predict(IMAGES)
@@ -198,28 +179,21 @@ def test_no_image_costs_more_than_the_budget(budget, last):
 
 
 @pytest.mark.parametrize(
-  'call, message',
+  ('score', 'call', 'message'),
   [
-    (lambda b: b.with_threshold(1.5), 'expected a threshold from 0 to 1, as max_prob is, found 1.5; set --threshold'),
-    (lambda b: b.with_threshold(float('nan')), 'expected a threshold from 0 to 1, as max_prob is, found nan; '),
-    (lambda b: b.with_budget(69), 'expected a budget of 70 multiply-adds or more, found 69; set --budget=70'),
+    ('max_prob', lambda b: b.with_threshold(1.5), 'threshold from 0 to 1, as max_prob is, found 1.5; set --threshold'),
+    ('max_prob', lambda b: b.with_threshold(float('nan')), 'threshold from 0 to 1, as max_prob is, found nan; '),
+    ('max_prob', lambda b: b.with_budget(69), 'budget of 70 multiply-adds or more, found 69; set --budget=70'),
+    ('patience', lambda b: b.with_threshold(-1), 'threshold of 0 or more, as patience is, found -1; set --threshold'),
   ],
 )
-def test_policies_that_do_not_fit(call, message):
-  with pytest.raises(BundleError) as error:
-    call(adaptive((0.7, 0.7, 0.0)))
-  assert str(error.value).startswith(message)
-
-
-def test_patience_has_its_own_scale():
-  message = 'expected a threshold of 0 or more, as patience is, found -1; set --threshold'
-  with pytest.raises(BundleError) as error:
-    adaptive((1, 1, 0.0), 'patience').with_threshold(-1)
-  assert str(error.value) == message
+def test_wrong_thresholds_and_budgets(score, call, message):
+  with pytest.raises(BundleError, match=f'^expected a {message}'):
+    call(adaptive((1, 1, 0.0), score))
 
 
 @pytest.mark.parametrize(
-  'call, message',
+  ('call', 'message'),
   [
     (lambda b: b.predict(IMAGES[0]), 'expected images [N, 2, 2, 1], found [2, 2, 1]'),
     (lambda b: b.predict_one(IMAGES), 'expected images [2, 2, 1], found [150, 2, 2, 1]'),
@@ -232,46 +206,35 @@ def test_patience_has_its_own_scale():
     (lambda b: b.anytime(IMAGES), 'expected images [2, 2, 1], found [150, 2, 2, 1]'),
   ],
 )
-def test_what_does_not_fit(call, message):
+def test_wrong_images_and_deadlines(call, message):
   with pytest.raises(ValueError) as error:
     call(adaptive((0.7, 0.7, 0.0)))
   assert str(error.value) == message
 
 
-def changed_logits(rows, change):
-  logits = LOGITS.copy()
-  logits[:, rows] = change(logits[:, rows])
-  return logits
-
-
-@pytest.mark.parametrize(
-  'logits, labels, exits, exit_labels',
-  [
-    (LOGITS, 1, 1, [1, 1, 1]),
-    # Other labels, as surely.
-    (changed_logits(slice(30), lambda z: np.roll(z, 1, axis=-1)), 0.8, 1, [0.8, 0.8, 0.8]),
-    # So sure that all of them leave at the first exit.
-    (changed_logits(slice(60, None), lambda z: 0 * z + [9, 0, 0, 0]), None, None, None),
-  ],
-)
-def test_agreement(logits, labels, exits, exit_labels):
+def test_agreement():
   thresholds = (0.7, 0.7, 0.0)
   bundle = adaptive(thresholds)
   plan = SimpleNamespace(score='max_prob', temperatures=TEMPERATURES, confidence_thresholds=thresholds, exits=EXITS)
-  found = agreement(logits, plan, bundle, IMAGES)
-  theirs = bundle.predict(IMAGES)
-  if labels is None:  # The changed ones all leave at exit 1 with label 0.
-    same = np.arange(COUNT) < 60
-    labels, exits = np.mean(same | (theirs.labels == 0)), np.mean(same | (theirs.exits == 1))
-    exit_labels = np.mean(same | (LOGITS.argmax(-1) == 0), axis=-1).tolist()
-    assert exits < 1
-  assert (found['images'], found['labels'], found['exits']) == (COUNT, labels, exits)
-  assert found['exit_labels'] == pytest.approx(exit_labels)
-  assert found['logits'] == pytest.approx(np.abs(logits - LOGITS).max() / np.abs(logits).max())
+  other_labels, at_first = LOGITS.copy(), LOGITS.copy()
+  other_labels[:, :30] = np.roll(LOGITS[:, :30], 1, axis=-1)  # 30 of 150 images, as confident as before.
+  at_first[:, 60:] = 9, 0, 0, 0  # So confident that 90 images exit at exit 1, with label 0.
+  theirs, same = bundle.predict(IMAGES), np.arange(COUNT) < 60
+  labels, exits = np.mean(same | (theirs.labels == 0)), np.mean(same | (theirs.exits == 1))
+  assert labels < 1 and exits < 1
+  for logits, *expected, exit_labels in (
+    (LOGITS, 1, 1, [1, 1, 1]),
+    (other_labels, 0.8, 1, [0.8, 0.8, 0.8]),
+    (at_first, labels, exits, np.mean(same | (LOGITS.argmax(-1) == 0), axis=-1).tolist()),
+  ):
+    found = agreement(logits, plan, bundle, IMAGES)
+    assert [found['images'], found['labels'], found['exits']] == [COUNT, *expected]
+    assert found['exit_labels'] == pytest.approx(exit_labels)
+    assert found['logits'] == pytest.approx(np.abs(logits - LOGITS).max() / np.abs(logits).max())
 
 
 def test_what_the_file_imports():
-  """At the top the standard library and NumPy; what else it may need, where it is needed."""
+  """The standard library and NumPy at the top; other packages only inside the functions that need them."""
   tree = ast.parse(Path(runtime.__file__).read_text())
 
   def names(nodes):

@@ -12,18 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from paranet_jax.calibrate.figures.figure_data import SPLITS, FigureData, Reliability
+from paranet_jax.early.policies.risk import LOSSES
 from paranet_jax.report.plots import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, bare, logarithmic
 
 Style = dict[str, Any]
 
-_CHOSEN: Style = {
-  'linestyle': '',
-  'marker': '*',
-  'markersize': 20,
-  'color': ORANGE,
-  'markeredgecolor': 'black',
-  'zorder': 3,
-}
+_CHOSEN: Style = {'linestyle': '', 'marker': '*', 'markersize': 20, 'color': ORANGE, 'markeredgecolor': BLACK}
+_CHOSEN |= {'zorder': 3}
 _FAMILIES: dict[str, tuple[str, Style]] = {
   'oracle': ('oracle bound', {'color': BLACK, 'linestyle': ':', 'marker': 'd', 'markersize': 4}),
   'quota': ('quota family', {'color': SKY, 'linewidth': 1, 'marker': '.', 'markersize': 5}),
@@ -39,7 +34,6 @@ _STATES: dict[str, Style] = {
   'before': {'color': VERMILLION, 'linestyle': '--', 'marker': 's', 'markersize': 4, 'markerfacecolor': 'white'},
   'after': {'color': BLUE, 'linestyle': '-', 'marker': 'o', 'markersize': 4},
 }
-_LOSSES = {'gap': 'wrong where the last exit is right', 'disagreement': 'answer differs from the last exit'}
 _MIN_ACCURACY_SPAN = 2  # Percentage points on an axis: a smaller span would magnify noise.
 _MIN_RISK_SPAN = 1  # % of images.
 _COST_RATIO, _SPEED_RATIO = 20, 4  # An axis that spans a larger ratio is logarithmic.
@@ -131,7 +125,7 @@ def risk(data: FigureData) -> Drawing:
     axes.axhline(100 * data.risk.epsilon, color=BLACK, linewidth=1, linestyle=':', label='target risk')
   unit = 'ms' if data.unit == 'ms' else 'multiply-adds'
   axes.set_xlabel(f'speed-up over exit {data.exits[-1]} alone (factor, in {unit})')
-  axes.set_ylabel(f'risk (% of images):\n{_LOSSES[data.risk.loss]}')
+  axes.set_ylabel(f'risk (% of images):\n{LOSSES[data.risk.loss]}')
   bare(axes)
   highest = max(axes.get_ylim()[1], _MIN_RISK_SPAN)
   axes.set_ylim(-0.04 * highest, highest)
@@ -281,14 +275,7 @@ def _numbered_marks(axes: Axes, x: np.ndarray, y: np.ndarray, numbers: Iterable[
   axes.plot(x, y, **{'linestyle': '', 'marker': 'o', 'markersize': 11, 'markeredgecolor': 'white', 'zorder': 4} | style)
   for number, left, up in zip(numbers, x, y, strict=True):
     axes.annotate(
-      str(number),
-      (left, up),
-      color='white',
-      fontsize=7,
-      fontweight='bold',
-      ha='center',
-      va='center_baseline',
-      zorder=5,
+      str(number), (left, up), color='white', fontsize=7, fontweight='bold', ha='center', va='center_baseline', zorder=5
     )
 
 

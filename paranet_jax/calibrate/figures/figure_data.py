@@ -10,23 +10,22 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from paranet_jax.calibrate.measures import Ranked, ece, rank, reliability, top_probability
+from paranet_jax.calibrate.measures import PerExit, ece, rank, reliability, top_probability
 from paranet_jax.data.dataset import Images, StoredImages
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.logits import Outputs
+from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies.optimal import optimal_curve, oracle_curve
 from paranet_jax.early.policies.quota import QS, envelope, quota_thresholds
-from paranet_jax.early.policies.risk import disagreement, performance_gap
+from paranet_jax.early.policies.risk import losses_of
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.scores import confidence, to_score
-from paranet_jax.early.thresholds import Costs, OperatingPoint, alone, exits_taken, operating_point
+from paranet_jax.early.thresholds import OperatingPoint, Samples, exits_taken, operating_point
 
 SPLITS = ('held_out', 'test')
 BUDGETS = 25  # Points on the optimal curve.
 SHARED = 100  # Thresholds on the risk curve.
 EACH = 5  # Easiest images shown per exit, and as many of the hardest.
-
-PerExit = Float[np.ndarray, ' K']
 
 
 class Curve(NamedTuple):
@@ -147,7 +146,7 @@ def figure_data(
   plan: ExitPlan,
   held_out: Outputs,
   test: Outputs,
-  costs: Costs,
+  costs: PathCosts,
   images: Images | StoredImages,
   class_names: Sequence[str],
   ms: PerExit | None = None,
@@ -164,91 +163,71 @@ def figure_data(
   """
   temperatures = np.array(plan.temperatures)
   pairs = zip(SPLITS, (held_out, test), strict=True)
-  splits = {name: _Split(rank(*outputs, plan.score, temperatures), costs, plan.score) for name, outputs in pairs}
+  splits = {name: rank(*outputs, plan.score, temperatures, costs) for name, outputs in pairs}
   thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds[:-1]] + [-np.inf])
-  chosen = {name: split.point(thresholds) for name, split in splits.items()}
+  chosen = {name: operating_point(split, thresholds) for name, split in splits.items()}
   return FigureData(
     run=plan.name,
     dataset=plan.dataset,
-    images={name: split.ranked.correct.shape[1] for name, split in splits.items()},
+    images={name: split.correct.shape[1] for name, split in splits.items()},
     exits=np.array(plan.exits),
     class_names=tuple(class_names),
     unit=plan.target.get('unit', 'macs'),
     macs=np.array(plan.macs_alone, dtype=np.float64),
     ms=ms,
     measured=measured,
-    accuracy={name: split.ranked.correct.mean(axis=1) for name, split in splits.items()},
-    alone=alone(costs),
-    families=_families(splits, costs),
+    accuracy={name: split.correct.mean(axis=1) for name, split in splits.items()},
+    alone=costs.alone(),
+    families=_families(splits),
     chosen={name: _curve([point]) for name, point in chosen.items()},
     risk=_risk(plan, splits, thresholds),
     reliability=tuple(_reliability(*exit_, test.labels) for exit_ in zip(test.logits, temperatures, strict=True)),
     shares={name: point.shares for name, point in chosen.items()},
-    accuracy_there={name: split.accuracy_there(thresholds) for name, split in splits.items()},
-    sheet=_sheet(test, temperatures, splits['test'].taken(thresholds), images),
+    accuracy_there={name: _accuracy_there(split, thresholds) for name, split in splits.items()},
+    sheet=_sheet(test, temperatures, exits_taken(splits['test'].confidences, thresholds), images),
   )
 
 
-class _Split(NamedTuple):
-  ranked: Ranked
-  costs: Costs
-  score: str
-
-  def point(self, thresholds: np.ndarray) -> OperatingPoint:
-    keep_all = self.score == 'patience'
-    return operating_point(thresholds, self.ranked.confidences, self.ranked.correct, self.costs, keep_all)
-
-  def taken(self, thresholds: np.ndarray) -> np.ndarray:
-    return exits_taken(self.ranked.confidences, thresholds)
-
-  def accuracy_there(self, thresholds: np.ndarray) -> np.ndarray:
-    taken = self.taken(thresholds)
-    exiting = [correct[taken == k] for k, correct in enumerate(self.ranked.correct)]
-    return np.array([correct.mean() if len(correct) else np.nan for correct in exiting])
-
-  def risk_curve(self, family: Sequence[np.ndarray], loss: str) -> RiskCurve:
-    gap = loss == 'gap'
-    losses = performance_gap(self.ranked.correct) if gap else disagreement(self.ranked.predictions)
-    samples = np.arange(losses.shape[1])
-    cost = np.array([self.point(thresholds).cost for thresholds in family])
-    risk = np.array([losses[self.taken(thresholds), samples].mean() for thresholds in family])
-    return RiskCurve(alone(self.costs)[-1] / cost, risk)
+def _accuracy_there(split: Samples, thresholds: np.ndarray) -> PerExit:
+  taken = exits_taken(split.confidences, thresholds)
+  exiting = [correct[taken == k] for k, correct in enumerate(split.correct)]
+  return np.array([correct.mean() if len(correct) else np.nan for correct in exiting])
 
 
 def _curve(points: Sequence[OperatingPoint]) -> Curve:
   return Curve(np.array([point.cost for point in points]), np.array([point.accuracy for point in points]))
 
 
-def _families(splits: dict[str, _Split], costs: Costs) -> dict[str, dict[str, Curve]]:
+def _families(splits: dict[str, Samples]) -> dict[str, dict[str, Curve]]:
   families = {
-    family: {name: _curve([split.point(each) for each in chosen]) for name, split in splits.items()}
-    for family, chosen in _chosen_families(splits['held_out'], costs).items()
+    family: {name: _curve([operating_point(split, each) for each in chosen]) for name, split in splits.items()}
+    for family, chosen in _chosen_families(splits['held_out']).items()
   }
-  return families | {
-    'oracle': {name: Curve(*oracle_curve(split.ranked.correct, costs)) for name, split in splits.items()}
-  }
+  return families | {'oracle': {name: Curve(*oracle_curve(split)) for name, split in splits.items()}}
 
 
-def _chosen_families(held_out: _Split, costs: Costs) -> dict[str, list[np.ndarray]]:
+def _chosen_families(held_out: Samples) -> dict[str, list[np.ndarray]]:
+  num_exits, exit_costs = held_out.costs.num_exits, held_out.costs.alone()
   if held_out.score == 'patience':
-    return {'patience': [shared_thresholds(times, costs.num_exits) for times in range(1, costs.num_exits + 1)]}
-  confidences, _, correct = held_out.ranked
-  quota = [held_out.point(quota_thresholds(confidences, q)) for q in QS]
-  exit_costs = alone(costs)
+    return {'patience': [shared_thresholds(times, num_exits) for times in range(1, num_exits + 1)]}
+  quota = [operating_point(held_out, quota_thresholds(held_out.confidences, q)) for q in QS]
   # Denser at low cost, where accuracy rises fastest.
   budgets = np.unique(np.maximum(np.geomspace(exit_costs[0], exit_costs.max(), BUDGETS), exit_costs[0])).tolist()
-  points = {
-    'quota': quota,
-    'envelope': envelope(quota),
-    'optimal': optimal_curve(confidences, correct, costs, budgets),
-  }
+  points = {'quota': quota, 'envelope': envelope(quota), 'optimal': optimal_curve(held_out, budgets)}
   return {family: [point.thresholds for point in chosen] for family, chosen in points.items()}
 
 
-def _risk(plan: ExitPlan, splits: dict[str, _Split], thresholds: np.ndarray) -> Risk:
+def _risk_curve(split: Samples, family: Sequence[np.ndarray], loss: str) -> RiskCurve:
+  losses, samples = losses_of(split, loss), np.arange(split.correct.shape[1])
+  cost = np.array([operating_point(split, thresholds).cost for thresholds in family])
+  risk = np.array([losses[exits_taken(split.confidences, thresholds), samples].mean() for thresholds in family])
+  return RiskCurve(split.costs.alone()[-1] / cost, risk)
+
+
+def _risk(plan: ExitPlan, splits: dict[str, Samples], thresholds: np.ndarray) -> Risk:
   loss = plan.target.get('loss', 'gap')
   # From +inf, where no sample exits early, down to where all exit at once.
-  grid, early = np.array([np.inf]), splits['held_out'].ranked.confidences[:-1]
+  grid, early = np.array([np.inf]), splits['held_out'].confidences[:-1]
   if early.size:
     quantiles = np.quantile(early, np.linspace(0, 1, SHARED), method='nearest')
     grid = np.array([np.inf, *np.unique(quantiles)[::-1]])
@@ -256,8 +235,8 @@ def _risk(plan: ExitPlan, splits: dict[str, _Split], thresholds: np.ndarray) -> 
   return Risk(
     loss=loss,
     thresholds=np.where(grid < np.inf, to_score(grid, plan.score), np.nan),
-    curves={name: split.risk_curve(family, loss) for name, split in splits.items()},
-    chosen={name: split.risk_curve([thresholds], loss) for name, split in splits.items()},
+    curves={name: _risk_curve(split, family, loss) for name, split in splits.items()},
+    chosen={name: _risk_curve(split, [thresholds], loss) for name, split in splits.items()},
     epsilon=plan.target.get('risk'),
   )
 

@@ -8,10 +8,11 @@ A policy of this package is one file here and one entry of `_BUILT_IN`. Another 
 """
 
 from paranet_jax.early.policies.optimal import OPTIMAL
-from paranet_jax.early.policies.policy import Choice, Flag, Policy, Samples
+from paranet_jax.early.policies.policy import Choice, Flag, Policy
 from paranet_jax.early.policies.quota import QUOTA
 from paranet_jax.early.policies.risk import CRC, LTT
 from paranet_jax.early.policies.shared import SHARED
+from paranet_jax.early.thresholds import Samples
 from paranet_jax.host.plugins import Registry
 
 __all__ = ['Choice', 'Flag', 'Policy', 'Samples', 'default_policy', 'find_policy', 'policies', 'register_policy']

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.early.policies.policy import RANKING, Choice, Policy, Samples
+from paranet_jax.early.policies.policy import RANKING, Choice, Policy
 from paranet_jax.early.policies.quota import quota_for_budget
 from paranet_jax.early.thresholds import (
-  Costs,
   OperatingPoint,
-  alone,
+  Samples,
   exits_taken,
   operating_point,
   threshold_between,
@@ -29,19 +28,7 @@ _ROUNDS = 10
 _ROUNDING = 1e-12
 
 
-def optimal_for_budget(
-  confidences: Float[np.ndarray, 'K N'], correct: Bool[np.ndarray, 'K N'], costs: Costs, budget: float
-) -> OperatingPoint:
-  """The thresholds of `optimal_curve` for one budget."""
-  return optimal_curve(confidences, correct, costs, [budget])[0]
-
-
-def optimal_curve(
-  confidences: Float[np.ndarray, 'K N'],
-  correct: Bool[np.ndarray, 'K N'],
-  costs: Costs,
-  budgets: Sequence[float] | Float[np.ndarray, ' R'],
-) -> list[OperatingPoint]:
+def optimal_curve(samples: Samples, budgets: Sequence[float] | Float[np.ndarray, ' R']) -> list[OperatingPoint]:
   """The most accurate thresholds on these samples at each budget.
 
   With up to four exits every set of exits to run is tried; with more, all exits and then without those where no sample
@@ -62,8 +49,8 @@ def optimal_curve(
   Raises:
     ValueError: a budget is below the first exit's cost.
   """
-  search = _Search(confidences, correct, costs)
-  quotas = [quota_for_budget(confidences, correct, costs, budget) for budget in budgets]
+  search = _Search(samples)
+  quotas = [quota_for_budget(samples, budget) for budget in budgets]
   slacks = [max(0.01 * budget, search.largest_step) for budget in budgets]
   ranges = np.array([(low, b) for b, slack in zip(budgets, slacks, strict=True) for low in (b - slack, 0.0)])
   ranges[:, 1] *= 1 + _ROUNDING
@@ -71,9 +58,7 @@ def optimal_curve(
   return [search.choose(points, *each) for each in zip(budgets, slacks, quotas, strict=True)]
 
 
-def oracle_curve(
-  correct: Bool[np.ndarray, 'K N'], costs: Costs
-) -> tuple[Float[np.ndarray, ' M'], Float[np.ndarray, ' M']]:
+def oracle_curve(samples: Samples) -> tuple[Float[np.ndarray, ' M'], Float[np.ndarray, ' M']]:
   """The bound with perfect knowledge: a sample goes straight to its cheapest right exit, or else to the cheapest exit.
 
   Samples for which that costs least come first; between the points the bound is a straight line.
@@ -81,12 +66,12 @@ def oracle_curve(
   Returns:
     Mean cost and accuracy at M <= K points, both rising.
   """
-  exit_costs = alone(costs)
+  exit_costs = samples.costs.alone()
   least = exit_costs.min()
-  cheapest = np.min(np.where(correct, exit_costs[:, None], np.inf), axis=0)
+  cheapest = np.min(np.where(samples.correct, exit_costs[:, None], np.inf), axis=0)
   levels, counts = np.unique(np.append(least, cheapest[cheapest < np.inf]), return_counts=True)
   counts[0] -= 1
-  n = correct.shape[1]
+  n = samples.correct.shape[1]
   return least + np.cumsum((levels - least) * counts) / n, np.cumsum(counts) / n
 
 
@@ -172,11 +157,11 @@ def _cumulative(steps: np.ndarray, start: Any) -> np.ndarray:
 class _Search:
   """Finds points whose costs lie in given ranges."""
 
-  def __init__(self, confidences: np.ndarray, correct: np.ndarray, costs: Costs):
-    self.confidences, self.correct, self.costs = confidences, correct, costs
-    self.num_exits, self.n = confidences.shape
-    self.samples = np.arange(self.n)
-    self.largest_step = max(costs.cumulative(tuple(range(self.num_exits)))) / self.n
+  def __init__(self, samples: Samples):
+    self.samples, self.costs = samples, samples.costs
+    self.confidences, self.correct = samples.confidences, samples.correct
+    self.num_exits, self.n = samples.confidences.shape
+    self.largest_step = max(self.costs.cumulative(tuple(range(self.num_exits)))) / self.n
     self.price = 0.5 / (self.largest_step * self.n**2)  # The cheapest of equally accurate points wins.
 
   def run(self, ranges: np.ndarray, starts: list[OperatingPoint]) -> list[OperatingPoint]:
@@ -195,21 +180,15 @@ class _Search:
     return points
 
   def point(self, thresholds: dict[int, float]) -> OperatingPoint:
-    """The point with these thresholds by exit; no sample leaves at the others but the last."""
-    values = np.full(self.num_exits, np.inf)
-    values[-1] = -np.inf
-    for k, threshold in thresholds.items():
-      values[k] = threshold
-    return operating_point(values, self.confidences, self.correct, self.costs)
-
-  def leaving(self, k: int, cost: float, samples: np.ndarray) -> Leaving:
-    return Leaving(self.confidences[k, samples], self.correct[k, samples], cost)
+    """The point with these thresholds by exit; no sample exits at the others but the last."""
+    values = [thresholds.get(k, np.inf) for k in range(self.num_exits - 1)]
+    return operating_point(self.samples, [*values, -np.inf])
 
   def solve(self, path: tuple[int, ...], ranges: np.ndarray) -> list[OperatingPoint]:
     """The best points that run the two or three exits of a path."""
     *early, last = path
     path_costs = self.costs.cumulative(path)
-    exits = [self.leaving(k, cost, self.samples) for k, cost in zip(early, path_costs[:-1], strict=True)]
+    exits = [Leaving(self.confidences[k], self.correct[k], path_costs[i]) for i, k in enumerate(early)]
     leave_first = np.zeros(1, int)
     if len(early) == 2:
       leave_first = tie_ends(np.sort(exits[0].confidence)[::-1])[1:]
@@ -232,23 +211,18 @@ class _Search:
           most = self.improve(thresholds, most, pair, exit_costs, cost_range)
         if most == before:
           break
-      point = operating_point(thresholds, self.confidences, self.correct, self.costs)
+      point = operating_point(self.samples, thresholds)
     return point
 
   def improve(
-    self,
-    thresholds: np.ndarray,
-    most: float,
-    pair: tuple[int, int],
-    exit_costs: np.ndarray,
-    cost_range: np.ndarray,
+    self, thresholds: np.ndarray, most: float, pair: tuple[int, int], exit_costs: np.ndarray, cost_range: np.ndarray
   ) -> float:
     """Improves the thresholds of a pair in place if their value can exceed `most`; returns the value."""
     exits = exits_taken(self.confidences, thresholds)
     alive = np.flatnonzero(exits >= pair[0])
     gone = np.flatnonzero(exits < pair[0])
     gone_correct, gone_cost = self.correct[exits[gone], gone].sum(), exit_costs[exits[gone]].sum()
-    first, second = (self.leaving(k, exit_costs[k], alive) for k in pair)
+    first, second = (Leaving(self.confidences[k, alive], self.correct[k, alive], exit_costs[k]) for k in pair)
     after = np.where(np.arange(self.num_exits) <= pair[1], np.inf, thresholds)
     later = exits_taken(self.confidences[:, alive], after)
     ends = tie_ends(np.sort(first.confidence)[::-1])
@@ -282,13 +256,12 @@ class _Search:
 
   def standard_error(self, a: OperatingPoint, b: OperatingPoint) -> float:
     """The standard error of the difference of two accuracies on the same samples."""
-    right = [self.correct[exits_taken(self.confidences, p.thresholds), self.samples] * 1.0 for p in (a, b)]
+    right = [self.correct[exits_taken(self.confidences, p.thresholds), np.arange(self.n)] * 1.0 for p in (a, b)]
     return float(np.std(right[0] - right[1]) / np.sqrt(self.n))
 
 
 def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
-  point = optimal_for_budget(samples.confidences, samples.correct, samples.costs, target['budget'])
-  return Choice(point.thresholds)
+  return Choice(optimal_curve(samples, [target['budget']])[0].thresholds)
 
 
 OPTIMAL = Policy('optimal', 'the most accurate thresholds', {'budget': RANKING}, _choose)

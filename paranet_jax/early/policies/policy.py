@@ -8,30 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.early.thresholds import Costs
+from paranet_jax.early.thresholds import Samples
 from paranet_jax.portable.run import SCORES
 
 if TYPE_CHECKING:
-  from jaxtyping import Bool, Float, Int  # Takes as long to import as the flags of `calibrate` do without it.
+  from jaxtyping import Float
 
 RANKING = tuple(score for score in SCORES if score != 'patience')
 """The scores that rank images on a continuous scale."""
-
-
-class Samples(NamedTuple):
-  """The held-out images as a policy sees them: K usable exits, N images.
-
-  Attributes:
-    confidences: see `scores.confidences`.
-    score: the score that the confidences come from, one of `SCORES`.
-    costs: of exiting, in the unit of the budget.
-  """
-
-  confidences: Float[np.ndarray, 'K N']
-  predictions: Int[np.ndarray, 'K N']
-  correct: Bool[np.ndarray, 'K N']
-  score: str
-  costs: Costs
 
 
 class Choice(NamedTuple):
@@ -71,7 +55,7 @@ class Policy:
     name: as `--policy` and exits.json spell it.
     description: what it chooses, for the report: 'thresholds from quotas'.
     scores: the scores that it works with, for each kind of target that it accepts: 'budget', 'risk' or 'threshold'.
-    choose: from the images and the target to thresholds. The target is that of exits.json: one of
+    choose: from the held-out images and the target to thresholds. The target is that of exits.json: one of
       {'budget': 3e7, 'unit': 'macs'}, {'risk': 0.02} and {'threshold': 0.9}, and the values of `flags` by key.
     flags: that it reads in addition to its target.
   """

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paranet_jax.early.policies.policy import RANKING, Choice, Policy, Samples
-from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point, threshold_between
+from paranet_jax.early.policies.policy import RANKING, Choice, Policy
+from paranet_jax.early.thresholds import OperatingPoint, Samples, operating_point, threshold_between
 
 if TYPE_CHECKING:
-  from jaxtyping import Bool, Float
+  from jaxtyping import Float
 
 QS = tuple(j / 20 for j in range(1, 40))
 
@@ -41,9 +41,7 @@ def quota_thresholds(confidences: Float[np.ndarray, 'K N'], q: float) -> Float[n
   return thresholds
 
 
-def quota_for_budget(
-  confidences: Float[np.ndarray, 'K N'], correct: Bool[np.ndarray, 'K N'], costs: Costs, budget: float
-) -> OperatingPoint:
+def quota_for_budget(samples: Samples, budget: float) -> OperatingPoint:
   """The member of the family that spends the budget, by bisection on q.
 
   A larger q moves samples to later exits, one at a time where confidences are not tied, so its cost rises in steps of
@@ -60,11 +58,11 @@ def quota_for_budget(
   Raises:
     ValueError: the budget is below the first exit's cost.
   """
-  num_exits, n = confidences.shape
-  step = max(costs.cumulative(tuple(range(num_exits)))) / n
+  num_exits, n = samples.confidences.shape
+  step = max(samples.costs.cumulative(tuple(range(num_exits)))) / n
 
   def point(q: float) -> OperatingPoint:
-    return operating_point(quota_thresholds(confidences, q), confidences, correct, costs)
+    return operating_point(samples, quota_thresholds(samples.confidences, q))
 
   best, highest = point(0.0), point(4.0 * n)
   if best.cost > budget:
@@ -92,7 +90,7 @@ def envelope(points: list[OperatingPoint]) -> list[OperatingPoint]:
 
 
 def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
-  return Choice(quota_for_budget(samples.confidences, samples.correct, samples.costs, target['budget']).thresholds)
+  return Choice(quota_for_budget(samples, target['budget']).thresholds)
 
 
 QUOTA = Policy('quota', 'thresholds from quotas', {'budget': RANKING}, _choose)

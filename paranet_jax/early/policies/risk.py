@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paranet_jax.early.policies.policy import RANKING, Choice, Flag, Policy, Samples
+from paranet_jax.early.policies.policy import RANKING, Choice, Flag, Policy
 from paranet_jax.early.policies.shared import shared_thresholds
-from paranet_jax.early.thresholds import threshold_between
+from paranet_jax.early.thresholds import Samples, threshold_between
+from paranet_jax.host.arguments import fraction
 
 if TYPE_CHECKING:
-  from jaxtyping import Bool, Float, Int
+  from jaxtyping import Float
 
 
-def performance_gap(correct: Bool[np.ndarray, 'K N']) -> Float[np.ndarray, 'K N']:
-  """1 where an exit is wrong and the last is right, else 0; needs labels."""
-  return (correct[-1] & ~correct).astype(np.float64)
+LOSSES = {'gap': 'wrong where the last exit is right', 'disagreement': 'answer differs from the last exit'}
+"""What is lost where a sample exits early."""
 
 
-def disagreement(predictions: Int[np.ndarray, 'K N']) -> Float[np.ndarray, 'K N']:
-  """1 where an exit predicts another class than the last, else 0; needs no labels."""
-  return (predictions != predictions[-1]).astype(np.float64)
+def losses_of(samples: Samples, loss: str) -> Float[np.ndarray, 'K N']:
+  """1 where one of `LOSSES` occurs, else 0. 'gap' needs labels, 'disagreement' does not."""
+  correct, predictions = samples.correct, samples.predictions
+  lost = correct[-1] & ~correct if loss == 'gap' else predictions != predictions[-1]
+  return lost.astype(np.float64)
 
 
 def ltt(confidences: Float[np.ndarray, 'K N'], losses: Float[np.ndarray, 'K N'], epsilon: float, delta: float) -> float:
@@ -113,18 +115,14 @@ def images_needed_crc(epsilon: float) -> int:
 
 def _choose_ltt(samples: Samples, target: Mapping[str, Any]) -> Choice:
   epsilon, delta = target['risk'], target['delta']
-  confidence = ltt(samples.confidences, _losses(samples, target), epsilon, delta)
+  confidence = ltt(samples.confidences, losses_of(samples, target['loss']), epsilon, delta)
   return _choice(confidence, images_needed_ltt(epsilon, delta), samples, epsilon)
 
 
 def _choose_crc(samples: Samples, target: Mapping[str, Any]) -> Choice:
   epsilon = target['risk']
-  confidence = crc(samples.confidences, _losses(samples, target), epsilon)
+  confidence = crc(samples.confidences, losses_of(samples, target['loss']), epsilon)
   return _choice(confidence, images_needed_crc(epsilon), samples, epsilon)
-
-
-def _losses(samples: Samples, target: Mapping[str, Any]) -> np.ndarray:
-  return performance_gap(samples.correct) if target['loss'] == 'gap' else disagreement(samples.predictions)
 
 
 def _choice(confidence: float, needed: int, samples: Samples, epsilon: float) -> Choice:
@@ -141,23 +139,12 @@ def _choice(confidence: float, needed: int, samples: Samples, epsilon: float) ->
   )
 
 
-def _fraction(text: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = math.nan
-  if not 0 < value < 1:
-    raise ValueError('must be between 0 and 1')
-  return value
-
-
 def _loss(text: str) -> str:
   if text not in LOSSES:
     raise ValueError(f'must be one of {", ".join(LOSSES)}')
   return text
 
 
-LOSSES = ('gap', 'disagreement')
 _LOSS = Flag(
   'risk-loss',
   'loss',
@@ -165,7 +152,7 @@ _LOSS = Flag(
   'gap',
   'of --risk: gap (default): wrong where the full network is right; disagreement: a different answer',
 )
-_DELTA = Flag('delta', 'delta', _fraction, 0.1, 'of --policy=ltt: how often the risk may be missed (default: 0.1)')
+_DELTA = Flag('delta', 'delta', fraction, 0.1, 'of --policy=ltt: how often the risk may be missed (default: 0.1)')
 
 LTT = Policy('ltt', 'one threshold for all exits', {'risk': RANKING}, _choose_ltt, (_DELTA, _LOSS))
 CRC = Policy('crc', 'one threshold for all exits', {'risk': RANKING}, _choose_crc, (_LOSS,))

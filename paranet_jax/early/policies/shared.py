@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paranet_jax.early.policies.policy import Choice, Policy, Samples
-from paranet_jax.early.thresholds import Costs, OperatingPoint, operating_point
+from paranet_jax.early.policies.policy import Choice, Policy
+from paranet_jax.early.thresholds import OperatingPoint, Samples, operating_point
 from paranet_jax.portable.run import SCORES, to_confidence
 
 if TYPE_CHECKING:
-  from jaxtyping import Bool, Float
+  from jaxtyping import Float
 
 
 def shared_thresholds(confidence_threshold: float, num_exits: int) -> Float[np.ndarray, ' K']:
@@ -20,14 +20,10 @@ def shared_thresholds(confidence_threshold: float, num_exits: int) -> Float[np.n
   return np.append(np.full(num_exits - 1, float(confidence_threshold)), -np.inf)
 
 
-def patience_for_budget(
-  confidences: Float[np.ndarray, 'K N'], correct: Bool[np.ndarray, 'K N'], costs: Costs, budget: float
-) -> OperatingPoint:
+def patience_for_budget(samples: Samples, budget: float) -> OperatingPoint:
   """The most accurate patience within a budget; the cheapest on ties.
 
   Args:
-    confidences: from `scores.patience`.
-    costs: of the exits, all of which are run up to the one where a sample exits.
     budget: mean cost per sample. There are only K patiences, so up to one exit's cost may be left over.
 
   Returns:
@@ -36,11 +32,8 @@ def patience_for_budget(
   Raises:
     ValueError: the budget is below the first exit's cost.
   """
-  num_exits = len(confidences)
-  points = [
-    operating_point(shared_thresholds(t, num_exits), confidences, correct, costs, keep_all=True)
-    for t in range(1, num_exits + 1)
-  ]
+  num_exits = samples.costs.num_exits
+  points = [operating_point(samples, shared_thresholds(t, num_exits)) for t in range(1, num_exits + 1)]
   within = [point for point in points if point.cost <= budget]
   if not within:
     raise ValueError(f'a budget of at least {points[0].cost} is needed, got {budget}')
@@ -49,7 +42,7 @@ def patience_for_budget(
 
 def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
   if 'budget' in target:
-    return Choice(patience_for_budget(samples.confidences, samples.correct, samples.costs, target['budget']).thresholds)
+    return Choice(patience_for_budget(samples, target['budget']).thresholds)
   confidence = float(to_confidence(target['threshold'], samples.score))
   return Choice(shared_thresholds(confidence, samples.costs.num_exits))
 
