@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
@@ -15,13 +15,6 @@ from paranet_jax.host.errors import UserError
 
 _BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms)?', re.IGNORECASE)
 _POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9}
-
-
-class Budget(NamedTuple):
-  """A mean cost per image: `unit` is 'macs' or 'ms'."""
-
-  value: float
-  unit: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +61,11 @@ def parse(argv: Sequence[str] | None) -> Request:
   if given.threshold is not None:
     _check_threshold(given.threshold, given.score)
   policy, batch_size = _policy(given, kind), given.batch_size
-  target = {kind: getattr(given, kind)}
-  if kind == 'budget':
-    target = {'budget': given.budget.value, 'unit': given.budget.unit}
-    if given.budget.unit == 'ms':
-      target['batch_size'] = batch_size = batch_size or 1
-  elif kind == 'risk':
+  target = given.budget or {kind: getattr(given, kind)}
+  if kind == 'risk':
     target['guarantee'] = policy.name
+  if target.get('unit') == 'ms':
+    target['batch_size'] = batch_size = batch_size or 1
   return Request(
     workdir=absolute(given.workdir),
     step=given.step,
@@ -87,15 +78,19 @@ def parse(argv: Sequence[str] | None) -> Request:
   )
 
 
-def parse_budget(text: str) -> Budget:
-  """Parses multiply-adds per image (`30M`, `30e6`, `0.5G`) or milliseconds per image (`2.5ms`), ignoring case."""
+def parse_budget(text: str) -> dict[str, Any]:
+  """Parses multiply-adds per image (`30M`, `30e6`, `0.5G`) or milliseconds per image (`2.5ms`), ignoring case.
+
+  Returns:
+    The target {'budget': value, 'unit': 'macs' or 'ms'}.
+  """
   match = _BUDGET.fullmatch(text.strip())
   suffix = (match[3] or '').lower() if match else ''
   # Not 32.631277 * 10^6, which is less than the 32,631,277 that is shown as 32.631277M.
   value = float(f'{match[1]}e{int(match[2] or 0) + _POWERS[suffix]}') if match else 0.0
   if not 0 < value < math.inf:
     raise argparse.ArgumentTypeError(f"expected multiply-adds such as 30M or a time such as 2.5ms, found '{text}'")
-  return Budget(value, 'ms' if suffix == 'ms' else 'macs')
+  return {'budget': value, 'unit': 'ms' if suffix == 'ms' else 'macs'}
 
 
 def _find_plugin(argv: Sequence[str] | None) -> None:

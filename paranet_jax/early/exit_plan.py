@@ -204,11 +204,7 @@ def read_plan(workdir: Path) -> ExitPlan:
 
 
 def _number(value: Any) -> bool:
-  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63  # NumPy's integers.
-
-
-def _integer(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
+  return type(value) in (int, float) and abs(value) < 2**63  # NumPy's integers.
 
 
 def _cost(value: Any) -> bool:
@@ -216,7 +212,7 @@ def _cost(value: Any) -> bool:
 
 
 def _increasing(values: Any) -> bool:
-  numbers = isinstance(values, tuple) and values and all(_integer(value) and value >= 1 for value in values)
+  numbers = isinstance(values, tuple) and values and all(type(value) is int and value >= 1 for value in values)
   return bool(numbers) and list(values) == sorted(set(values))
 
 
@@ -241,7 +237,7 @@ _THRESHOLDS: Rule = (lambda values, k: _COSTS[0](values, k) and values[-1] == 0,
 _RULES: dict[str, Rule] = {
   'name': _TEXT,
   'dataset': _TEXT,
-  'step': (lambda value, k: _integer(value), 'an integer'),
+  'step': (lambda value, k: type(value) is int, 'an integer'),
   'fingerprint': _TEXT,
   'score': (lambda value, k: value in SCORES, f'one of {", ".join(SCORES)}'),
   'policy': _TEXT,  # Any: a plan also predicts where the package that registers its policy is not installed.
@@ -253,7 +249,7 @@ _RULES: dict[str, Rule] = {
   'visited': _NUMBERS,
   'macs': _COSTS,
   'ms': _optional(_COSTS),
-  'macs_alone': _each(lambda value: _integer(value) and value > 0, 'an integer above 0 for each exit'),
+  'macs_alone': _each(lambda value: type(value) is int and value > 0, 'an integer above 0 for each exit'),
   **dict.fromkeys(('expected', 'test', 'splits', 'latency', 'provenance'), _optional(_OBJECT)),
 }
 

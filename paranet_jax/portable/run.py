@@ -19,9 +19,9 @@ so `join` merges the rows of several requests and `select` takes some of them):
     carried = bundle.begin(images)
     for number in bundle.visited:
       carried, logits = bundle.stage(number)(carried)
-      leave = bundle.leaves(number, logits, carried)
-      answers = bundle.answers(number, logits[leave])
-      carried = run.select(carried, ~leave)
+      exiting = bundle.leaves(number, logits, carried)
+      answers = bundle.answers(number, logits[exiting])
+      carried = run.select(carried, ~exiting)
 
 This file is the same in every bundle and imports nothing from the package that wrote it.
 """
@@ -57,16 +57,16 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
 WAVE = 64
 """Images that go through the stages together."""
 GONE = -1
-"""In place of a row's number: the row is padding, or its image has exited."""
+"""The index of a row that is padding, or whose image has exited."""
 
 _LATENCY_RUNS = 10
 BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
 
 Carried = dict[str, Any]
-"""What a batch carries from stage to stage, arrays [n, ...] by name; names with a leading _ are not for the network."""
+"""Features from stage to stage, arrays [n, ...] by name; the network does not read names with a leading _."""
 
 Stage = Callable[[Carried], 'tuple[Carried, Any]']
-"""From what the batch carries to what it carries on and the logits, float32 [n, classes]."""
+"""From the features before to the features for later stages and the logits, float32 [n, classes]."""
 
 
 class BundleError(Exception):
@@ -96,14 +96,14 @@ class Prediction(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """Rows that are computed together. rows: int [n], the place of each in the wave, or GONE."""
+  """Rows that are computed together. rows: int [n], the index of each in the wave, or GONE."""
 
   rows: np.ndarray
   carried: Carried
 
 
 class Packing:
-  """How the images of a wave are batched: here in one batch that shrinks as images exit.
+  """How the images of a wave are batched: in one batch that shrinks as images exit.
 
   Attributes:
     wave: images that go through the stages together.
@@ -126,7 +126,7 @@ class Packing:
     return [Batch(batch.rows[stay], select(batch.carried, stay))] if stay.any() else []
 
   def warm_up(self, carried: Carried) -> None:
-    """Compiles what packing needs after a stage that has left this behind."""
+    """Compiles what packing needs after a stage with these features."""
 
 
 class Adaptive:
@@ -136,7 +136,7 @@ class Adaptive:
     exits: numbers of the usable exits, 1-based, increasing.
     visited: those of them that `predict` runs.
     score: what confidences are computed from, one of SCORES.
-    macs: multiply-adds of an image that leaves at a visited exit, by exit number.
+    macs: multiply-adds of an image that exits at a visited exit, by exit number.
     thresholds: the confidence (see `confidence`; with patience the number of equal labels in a row) from which an image
       exits, by exit number; None: no image exits there.
     class_names: one per class.
@@ -158,8 +158,8 @@ class Adaptive:
     """
     Args:
       plan: exits.json.
-      stages: for the visited exits, each following the visited one before.
-      all_stages: for all usable exits, each following the one before.
+      stages: for the visited exits, each run after the previous visited one.
+      all_stages: for all usable exits, each run after the previous one.
       all_macs: multiply-adds to each usable exit when all are run in turn, or a function that counts them.
       mean, std: that normalize uint8 images, one per channel, in units of 0..1 pixel values.
       packing: how `predict` batches images; None: for stages that take any batch size.
@@ -189,14 +189,14 @@ class Adaptive:
     return self.with_thresholds([float(to_confidence(threshold, self.score))] * (len(self.exits) - 1) + [0.0])
 
   def with_thresholds(self, confidences: Sequence[float | None]) -> Adaptive:
-    """The same network with a threshold for each of `exits`; every exit is run up to the one where an image leaves."""
+    """The same network with a threshold for each of `exits`, all of which are run until an image exits."""
     other = copy.copy(self)
     other.visited, other._stages, other.macs = self.exits, self._all_stages, self._all_macs
     other.thresholds = dict(zip(self.exits, confidences, strict=True))
     return other
 
   def with_budget(self, macs: float) -> Adaptive:
-    """The same network with no image costing more multiply-adds: all exit at the last exit that the budget allows.
+    """The same network with a limit on the multiply-adds of each image, which exits at the last exit within it.
 
     Raises:
       BundleError: the first exit costs more.
@@ -258,7 +258,7 @@ class Adaptive:
     return self._anytime(image, deadline_ms)
 
   def begin(self, images: Any) -> Carried:
-    """What the first stage takes.
+    """The input of the first stage.
 
     Args:
       images: uint8 [n, H, W, C], or floating point and already normalized.
@@ -269,11 +269,11 @@ class Adaptive:
     return self._begin(self._checked(np.asarray(images), 4))
 
   def stage(self, number: int) -> Stage:
-    """The stage of exit `number`, one of `visited`: from what the visited exit before left behind."""
+    """The stage of exit `number`, one of `visited`, which reads the features of the visited exit before."""
     return functools.partial(self._run, self._stages[number])
 
   def leaves(self, number: int, logits: np.ndarray, carried: Carried) -> np.ndarray:
-    """Which images leave at exit `number`: bool [n], from what its stage returned for them."""
+    """Which images exit at exit `number`: bool [n], from what its stage returned for them."""
     threshold = self.thresholds[number]
     if number == self.visited[-1] or threshold is None:
       return np.full(len(logits), number == self.visited[-1])
@@ -343,19 +343,18 @@ class Adaptive:
     return carried
 
   def _inputs(self, images: np.ndarray) -> Carried:
-    """What the network takes at first."""
+    """The network's own input."""
     if images.dtype == np.uint8:
       images = (images.astype(np.float32) / 255 - self._mean) / self._std
     return {'images': np.ascontiguousarray(images, np.float32)}
 
   def _run(self, stage: Stage, carried: Carried) -> tuple[Carried, np.ndarray]:
-    left, logits = stage(carried)
+    features, logits = stage(carried)
     logits = np.asarray(logits)
     if '_label' in carried:
       labels = logits.argmax(-1)
-      streak = np.where(carried['_label'] == labels, carried['_streak'] + 1, 1)
-      left |= {'_label': labels, '_streak': streak}
-    return left, logits
+      features |= {'_label': labels, '_streak': np.where(carried['_label'] == labels, carried['_streak'] + 1, 1)}
+    return features, logits
 
   def _anytime(self, image: np.ndarray, deadline_ms: float | None) -> Iterator[Prediction]:
     expected, carried = None if deadline_ms is None else self.stage_ms(image.dtype), self._begin(image)
@@ -376,7 +375,7 @@ class Adaptive:
     return out
 
   def _advance(self, number: int, batch: Batch, out: Predictions) -> Batch:
-    """Runs a stage, writes the answers of the images that exit into `out`, and marks their rows as GONE."""
+    """Runs a stage, writes the answers of the images that exit to `out`, and marks their rows as GONE."""
     carried, logits = self._run(self._stages[number], batch.carried)
     here = np.flatnonzero(batch.rows != GONE)
     own = {name: values[here] for name, values in carried.items() if name.startswith('_')}
@@ -406,7 +405,7 @@ class Adaptive:
 
 
 def select(carried: Carried, rows: Any) -> Carried:
-  """What these rows carry. rows: bool [n], or int."""
+  """The features of some rows. rows: bool [n], or int."""
   return {name: values[rows] for name, values in carried.items()}
 
 
@@ -487,8 +486,11 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
   Raises:
     BundleError: the bundle is damaged, a package is missing, or the threads are out of range.
   """
-  _check_threads(threads)
-  folder = Path(folder)
+  cores, folder = os.cpu_count() or 1, Path(folder)
+  if threads < 0:
+    raise BundleError(f'expected 0 threads or more, found {threads}; set --threads')
+  if threads > cores:  # Each takes memory; 100,000 take all of it.
+    raise BundleError(f'expected {cores} threads at most, one per core, found {threads}; set --threads')
   bundle = _json(folder / BUNDLE, dict)
   if bundle.get('schema_version') != SCHEMA_VERSION:
     found = bundle.get('schema_version')
@@ -531,14 +533,6 @@ def _assembled(folder: Path, bundle: Mapping[str, Any], provider: str, threads: 
   )
 
 
-def _check_threads(threads: int) -> None:
-  if threads < 0:
-    raise BundleError(f'expected 0 threads or more, found {threads}; set --threads')
-  cores = os.cpu_count() or 1
-  if threads > cores:  # Each takes memory; 100,000 take all of it.
-    raise BundleError(f'expected {cores} threads at most, one per core, found {threads}; set --threads')
-
-
 def _json(path: Path, kind: type) -> Any:
   what = {dict: 'object', list: 'list'}[kind]
   try:
@@ -555,19 +549,18 @@ def _json(path: Path, kind: type) -> Any:
 
 
 def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str]) -> None:
-  for name in files:
+  for path in (folder / name for name in files):
+    expected = checksums.get(path.name, 'none')
     try:
-      found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+      found = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError as error:
-      raise BundleError(f'expected {folder / name}, found none; copy or export the bundle again') from error
+      raise BundleError(f'expected {path}, found none; copy or export the bundle again') from error
     except OSError as error:
+      raise BundleError(f'{path} cannot be read ({error.strerror}); copy or export the bundle again') from error
+    if found != expected:
       raise BundleError(
-        f'{folder / name} cannot be read ({error.strerror}); copy or export the bundle again'
-      ) from error
-    if found != checksums.get(name):
-      raise BundleError(
-        f'{folder / name} is not what was exported: expected sha256 {checksums.get(name, "none"):.12}, '
-        f'found {found:.12}; copy or export the bundle again'
+        f'{path} is not what was exported: expected sha256 {expected:.12}, found {found:.12}; '
+        'copy or export the bundle again'
       )
 
 
@@ -828,7 +821,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
   label_width = min(24, max(map(len, ('label', *bundle.class_names))))
   layout = f'{{:{width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}'
   _say(layout.format('file', 'label', 'probability', 'exit'))
-  left, unreadable = dict.fromkeys(bundle.exits, 0), 0
+  exiting, unreadable = dict.fromkeys(bundle.exits, 0), 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
     decoded = [_read(file, bundle.image_shape) for file in wave]
@@ -842,8 +835,8 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
       answer = next(answers)
       probability = f'{answer.probabilities[answer.label]:.3f}'
       _say(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit))
-      left[answer.exit] += 1
-  print(_summary(left, unreadable), file=sys.stderr)
+      exiting[answer.exit] += 1
+  print(_summary(exiting, unreadable), file=sys.stderr)
   return int(unreadable > 0)
 
 
@@ -874,11 +867,11 @@ def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float 
   return [Prediction(*row) for row in zip(*found, strict=True)]
 
 
-def _summary(left: Mapping[int, int], unreadable: int) -> str:
-  count = sum(left.values())
-  images = f'{count:,} image{"s" * (count != 1)}' + (f', {unreadable:,} unreadable' if unreadable else '')
-  shares = (f'exit {number}: {100 * leaving / count:.1f} %' for number, leaving in left.items() if count)
-  return '; '.join([images, *shares])
+def _summary(exiting: Mapping[int, int], unreadable: int) -> str:
+  count = sum(exiting.values())
+  total = f'{count:,} image{"s" * (count != 1)}' + (f', {unreadable:,} unreadable' if unreadable else '')
+  shares = (f'exit {number}: {100 * images / count:.1f} %' for number, images in exiting.items() if count)
+  return '; '.join([total, *shares])
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Tests of how latency is measured, on a fake clock."""
+"""How latency is measured, on a fake clock."""
 
 import itertools
 
@@ -9,10 +9,13 @@ import tiny
 
 from paranet_jax.calibrate import latency
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record, median_seconds
+from paranet_jax.costs import abstract_variables
 from paranet_jax.early.chunks import cover, default_sizes
 from paranet_jax.host.machine import cpu_name
 
-IMAGE = (tiny.SIDE, tiny.SIDE, 3)
+IMAGE = (2, 2, 3)
+MODEL = tiny.dense(3)
+VARIABLES = tiny.filled(abstract_variables(MODEL, IMAGE))
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def test_the_median_of_the_timed_calls(monkeypatch):
   assert next(calls) == 6  # Three warm-up calls first, before the clock is read.
 
 
-def test_a_result_is_waited_for(monkeypatch):
+def test_the_clock_waits_for_the_result(monkeypatch):
   waited = []
   monkeypatch.setattr(jax, 'block_until_ready', waited.append)
   median_seconds(lambda: 'result', runs=2)
@@ -45,8 +48,7 @@ def test_a_result_is_waited_for(monkeypatch):
 
 @pytest.mark.parametrize('batch_size', [1, 4, 70])
 def test_a_batch_takes_the_sizes_that_the_runtime_computes(timed, batch_size):
-  model = tiny.named('PN3-ddd')
-  costs = LatencyCosts(model, tiny.variables(model), IMAGE, (1, 3), batch_size, runs=7)
+  costs = LatencyCosts(MODEL, VARIABLES, IMAGE, (1, 3), batch_size, runs=7)
   sizes = cover(batch_size, default_sizes())
   # A stage takes 1 ms per row, so an image takes 1 ms, and more where rows are padding.
   np.testing.assert_allclose(costs.cumulative((0, 1)), np.array([1, 2]) * sum(sizes) / batch_size)
@@ -54,29 +56,25 @@ def test_a_batch_takes_the_sizes_that_the_runtime_computes(timed, batch_size):
   assert timed == [(size, score, 7) for score in ('max_prob', None) for size in distinct]
 
 
-def test_a_stage_is_measured_with_what_the_runtime_does_after_it(monkeypatch):
+def test_a_stage_is_measured_with_the_ranking_after_it(monkeypatch):
   ranked = []
   monkeypatch.setattr(latency, 'confidence', lambda logits, score: ranked.append((type(logits), score)))
-  model = tiny.named('PN2-dd')
-  costs = LatencyCosts(model, tiny.variables(model), IMAGE, (1, 2), 1, score='entropy', runs=1)
+  costs = LatencyCosts(MODEL, VARIABLES, IMAGE, (1, 3), 1, score='entropy', runs=1)
   costs.cumulative((0, 1))
   assert ranked == [(np.ndarray, 'entropy')] * 4  # Three warm-up runs and one; the last exit ranks nothing.
 
 
 def test_the_measured_stage_is_the_stage():
-  model = tiny.named('PN2-dd')
-  variables, images = tiny.variables(model), tiny.images(2, model)
-  stages = LatencyCosts(model, variables, IMAGE, (1, 2), 2)._stages
+  images = np.random.default_rng(0).integers(0, 256, (2, *IMAGE), np.uint8)
+  stages = LatencyCosts(MODEL, VARIABLES, IMAGE, (1, 3), 2)._stages
   _, carry = latency.compiled_stage(stages, 0)(images, {})
   logits, _ = latency.compiled_stage(stages, 1)(images, carry)
-  np.testing.assert_allclose(
-    logits, jax.jit(model.apply)(variables, images.astype(np.float32))[1], rtol=1e-5, atol=1e-5
-  )
+  expected = jax.jit(MODEL.apply)(VARIABLES, images.astype(np.float32))[2]
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_recorded(timed):
-  model = tiny.named('PN2cut-dd')
-  record = latency_record(LatencyCosts(model, tiny.variables(model), IMAGE, (1, 2), 4, runs=5))
+  record = latency_record(LatencyCosts(MODEL, VARIABLES, IMAGE, (1, 2), 4, runs=5))
   assert record['device'] == jax.local_devices()[0].device_kind and record['cpu'] == cpu_name()
   assert record['runs'] == 5 and record['date'].endswith('+00:00')
   assert record['batch_sizes'] == [{'batch_size': 4, 'ms_stages': [1.0, 1.0], 'ms_alone': [1.0, 1.0]}]

@@ -1,4 +1,4 @@
-"""Tests of exits.json: what is written is read, and what does not fit is refused in one line."""
+"""exits.json: what is written is read, and wrong contents are rejected in one line."""
 
 import dataclasses
 import json
@@ -35,14 +35,21 @@ PLAN = dataclasses.replace(
 )
 
 
+ABOVE_0 = 'must be a number above 0 for each exit'
+COSTS = 'must be a number of 0 or more, or null, for each exit'
+VISITED = 'must be the exits that have macs, those with a threshold among them'
+AGREE = 'must be confidence_thresholds on the scale of the score'
+
+
 def command(workdir):
   return f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9'
 
 
 def edited(workdir, **changes):
+  """Writes the plan with changes to its fields; ...: without the field."""
   save_plan(workdir, PLAN)
   saved = json.loads((workdir / EXITS).read_text()) | changes
-  (workdir / EXITS).write_text(json.dumps(saved))
+  (workdir / EXITS).write_text(json.dumps({name: value for name, value in saved.items() if value is not ...}))
 
 
 @pytest.mark.parametrize('plan', [PLAN, FULL, full_network_plan(CHECKPOINT, (2,), (20,))])
@@ -68,49 +75,30 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'score': 'prob'}, ': score must be one of max_prob, entropy, margin, patience, found "prob"'),
     ({'policy': None}, ': policy must be text, found null'),
     ({'target': []}, ': target must be an object, found []'),
+    ({'test': 1}, ': test must be an object or null, found 1'),
     ({'exits': [2, 1, 3]}, ': exits must be increasing exit numbers, found [2, 1, 3]'),
     ({'exits': []}, ': exits must be increasing exit numbers, found []'),
     ({'exits': [0, 1, 2]}, ': exits must be increasing exit numbers, found [0, 1, 2]'),
-    ({'temperatures': [1.0, 0.0, 1.0]}, ': temperatures must be a number above 0 for each exit, found [1.0, 0.0, 1.0]'),
-    ({'temperatures': [1.0]}, ': temperatures must be a number above 0 for each exit, found [1.0]'),
-    (
-      {'thresholds': [0.9, None, 0.5]},
-      ': thresholds must be a number of 0 or more, or null, for each exit, the last 0, found [0.9, null, 0.5]',
-    ),
+    ({'temperatures': [1.0, 0.0, 1.0]}, f': temperatures {ABOVE_0}, found [1.0, 0.0, 1.0]'),
+    ({'temperatures': [1.0]}, f': temperatures {ABOVE_0}, found [1.0]'),
+    ({'temperatures': [10**400] * 3}, f': temperatures {ABOVE_0}, found [1' + 55 * '0' + '...'),
+    ({'thresholds': [0.9, None, 0.5]}, f': thresholds {COSTS}, the last 0, found [0.9, null, 0.5]'),
     (
       {'confidence_thresholds': [float('nan'), None, 0.0]},
-      ': confidence_thresholds must be a number of 0 or more, or null, for each exit, the last 0, '
-      'found [NaN, null, 0.0]',
+      f': confidence_thresholds {COSTS}, the last 0, found [NaN, null, 0.0]',
     ),
-    ({'macs': [-1, None, 35]}, ': macs must be a number of 0 or more, or null, for each exit, found [-1, null, 35]'),
-    ({'ms': 'fast'}, ': ms must be a number of 0 or more, or null, for each exit or null, found "fast"'),
+    ({'macs': [-1, None, 35]}, f': macs {COSTS}, found [-1, null, 35]'),
+    ({'macs': [2**63, None, 2**63]}, f': macs {COSTS}, found [9223372036854775808, null, 9223372036854775808]'),
+    ({'ms': 'fast'}, f': ms {COSTS} or null, found "fast"'),
     ({'macs_alone': [1.5, 2, 3]}, ': macs_alone must be an integer above 0 for each exit, found [1.5, 2, 3]'),
-    ({'visited': [3]}, ': visited must be the exits that have macs, those with a threshold among them, found [3]'),
-    (
-      {'visited': [1, 2, 3]},
-      ': visited must be the exits that have macs, those with a threshold among them, found [1, 2, 3]',
-    ),
-    (
-      {'macs': [2**63, None, 2**63]},
-      ': macs must be a number of 0 or more, or null, for each exit, found [9223372036854775808, null, '
-      '9223372036854775808]',
-    ),
-    (
-      {'temperatures': [10**400] * 3},
-      ': temperatures must be a number above 0 for each exit, found [1' + 55 * '0' + '...',
-    ),
-    (
-      {'thresholds': [0.8, None, 0.0]},  # Prediction would not see it.
-      ': thresholds must be confidence_thresholds on the scale of the score, found [0.8, null, 0.0]',
-    ),
-    (
-      {'thresholds': [None, None, 0.0]},
-      ': thresholds must be confidence_thresholds on the scale of the score, found [null, null, 0.0]',
-    ),
-    ({'test': 1}, ': test must be an object or null, found 1'),
+    ({'visited': [3]}, f': visited {VISITED}, found [3]'),
+    ({'visited': [1, 2, 3]}, f': visited {VISITED}, found [1, 2, 3]'),
+    # Prediction reads only confidence_thresholds, so it would not see the difference.
+    ({'thresholds': [0.8, None, 0.0]}, f': thresholds {AGREE}, found [0.8, null, 0.0]'),
+    ({'thresholds': [None, None, 0.0]}, f': thresholds {AGREE}, found [null, null, 0.0]'),
   ],
 )
-def test_a_field_that_does_not_fit(tmp_path, changes, message):
+def test_a_field_with_a_wrong_value(tmp_path, changes, message):
   edited(tmp_path, **changes)
   with pytest.raises(UserError) as error:
     read_plan(tmp_path)
@@ -119,69 +107,58 @@ def test_a_field_that_does_not_fit(tmp_path, changes, message):
 
 @pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN)])
 def test_a_missing_field(tmp_path, field):
-  save_plan(tmp_path, PLAN)
-  saved = json.loads((tmp_path / EXITS).read_text())
-  del saved[field]
-  (tmp_path / EXITS).write_text(json.dumps(saved))
+  edited(tmp_path, **{field: ...})
   with pytest.raises(UserError, match=f'exits.json lacks the field {field}; python -m paranet_jax.calibrate'):
     read_plan(tmp_path)
 
 
 @pytest.mark.parametrize(
-  ('text', 'message'),
+  ('content', 'message'),
   [
     (None, 'expected {path}, found none; {fix} writes it'),
-    ('{"name": ', '{path} is not a JSON object (Expecting value'),
-    ('[' * 100_000, '{path} is not a JSON object (maximum recursion depth'),
-    ('[1, 2]', '{path} is not a JSON object (it holds [1, 2]); {fix} writes it again'),
-    ('\x00\ufffd', '{path} is not a JSON object (Expecting value'),
+    (b'{"name": ', '{path} is not a JSON object (Expecting value'),
+    (b'[' * 100_000, '{path} is not a JSON object (maximum recursion depth'),
+    (b'[1, 2]', '{path} is not a JSON object (it holds [1, 2]); {fix} writes it again'),
+    ('\x00\ufffd'.encode(), '{path} is not a JSON object (Expecting value'),
+    (b'\xff\xfe\x00', "{path} is not a JSON object ('utf-8' codec can't decode"),
   ],
 )
-def test_no_file_or_a_damaged_one(tmp_path, text, message):
+def test_no_file_or_a_damaged_one(tmp_path, content, message):
   path = tmp_path / EXITS
-  if text is not None:
-    path.write_text(text)
+  if content is not None:
+    path.write_bytes(content)
   with pytest.raises(UserError) as error:
     read_plan(tmp_path)
   assert str(error.value).startswith(message.format(path=path, fix=command(tmp_path)))
   assert '\n' not in str(error.value)
 
 
-def test_a_file_that_is_no_text(tmp_path):
-  (tmp_path / EXITS).write_bytes(b'\xff\xfe\x00')
-  with pytest.raises(UserError, match='is not a JSON object'):
-    read_plan(tmp_path)
-
-
 @pytest.mark.parametrize(
-  ('here', 'difference', 'alternative'),
+  ('here', 'exits', 'message'),
   [
-    ({'name': 'PN3-33d'}, 'name PN3-ddd there, PN3-33d here', ''),
-    ({'dataset': 'cifar100'}, 'dataset digits there, cifar100 here', ''),
-    ({'step': 400}, 'step 420 there, 400 here', ', or set --step=420'),
-    ({'fingerprint': 'f' * 16}, 'variables 0123456789abcdef there, ffffffffffffffff here', ''),
+    ({'name': 'PN3-33d'}, (1, 2, 3), ' belongs to another checkpoint: name PN3-ddd there, PN3-33d here; {fix}'),
+    ({'dataset': 'cifar100'}, (1, 2, 3), ' belongs to another checkpoint: dataset digits there, cifar100 here; {fix}'),
+    (
+      {'step': 400},
+      (1, 2, 3),
+      ' belongs to another checkpoint: step 420 there, 400 here; {fix}, or set --step=420',
+    ),
+    (
+      {'fingerprint': 'f' * 16},
+      (1, 2, 3),
+      ' belongs to another checkpoint: variables 0123456789abcdef there, ffffffffffffffff here; {fix}',
+    ),
+    ({}, (2, 3), ': exits must be the exits that were trained, [2, 3], found [1, 2, 3]; {fix}'),
   ],
 )
-def test_a_file_of_another_checkpoint(tmp_path, here, difference, alternative):
+def test_a_plan_for_another_run(tmp_path, here, exits, message):
   save_plan(tmp_path, PLAN)
   with pytest.raises(UserError) as error:
-    load_plan(tmp_path, CHECKPOINT._replace(**here), PLAN.exits)
-  assert str(error.value) == (
-    f'{tmp_path / EXITS} belongs to another checkpoint: {difference}; {command(tmp_path)} writes it again{alternative}'
-  )
+    load_plan(tmp_path, CHECKPOINT._replace(**here), exits)
+  assert str(error.value) == f'{tmp_path / EXITS}' + message.format(fix=f'{command(tmp_path)} writes it again')
 
 
-def test_exits_that_the_run_does_not_have(tmp_path):
-  save_plan(tmp_path, PLAN)
-  with pytest.raises(UserError) as error:
-    load_plan(tmp_path, CHECKPOINT, (2, 3))
-  assert str(error.value) == (
-    f'{tmp_path / EXITS}: exits must be the exits that were trained, [2, 3], found [1, 2, 3]; '
-    f'{command(tmp_path)} writes it again'
-  )
-
-
-def test_the_command_is_quoted(tmp_path):
+def test_the_command_is_quoted():
   with pytest.raises(UserError, match=r"calibrate --workdir='/no such/run' --threshold"):
     read_plan(Path('/no such/run'))
 

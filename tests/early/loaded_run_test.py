@@ -9,23 +9,24 @@ import pytest
 from running import saved_state
 
 import paranet_jax
-from paranet_jax.costs import exit_costs
 from paranet_jax.early.exit_plan import CheckpointId, fingerprint, full_network_plan, save_plan
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.dataset_facts import DATASET
 
 
+@pytest.fixture(scope='module')
+def checkpoint(finished_run):
+  """The first checkpoint, which is not the latest."""
+  run = paranet_jax.load(finished_run, step=47)
+  return CheckpointId(run.config.name, run.config.data.name, 47, fingerprint(run.variables))
+
+
 @pytest.fixture
-def calibrated(finished_run, tmp_path):
-  """A copy in which every sample exits at exit 2, calibrated for the first checkpoint, which is not the latest."""
+def calibrated(finished_run, checkpoint, tmp_path):
+  """A copy that is calibrated for the first checkpoint; every sample exits at exit 2."""
   copy = shutil.copytree(finished_run, tmp_path / 'run')
-  run = paranet_jax.load(copy, step=47)
-  alone = [cost['macs_alone'] for cost in exit_costs(run.model, run.image_shape)][1:]
-  checkpoint = CheckpointId(run.config.name, run.config.data.name, 47, fingerprint(run.variables))
-  plan = full_network_plan(checkpoint, (2, 3), alone)
-  every_sample = {'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0)}
-  plan = dataclasses.replace(plan, **every_sample, visited=(2, 3), macs=(alone[0], alone[1]))
-  save_plan(copy, plan)
+  at_once = {'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0), 'visited': (2, 3), 'macs': (10, 30)}
+  save_plan(copy, dataclasses.replace(full_network_plan(checkpoint, (2, 3), (10, 30)), **at_once))
   return copy
 
 
@@ -35,78 +36,80 @@ def test_a_run_that_is_not_calibrated(finished_run):
   assert run.config.name == 'PN3-x3d' and run.dataset.class_names == tuple('0123456789')
   state = saved_state(finished_run)
   jax.tree.map(np.testing.assert_array_equal, run.variables, {'params': state.params, 'batch_stats': state.batch_stats})
-  logits = run.model.apply(run.variables, np.zeros((2, 16, 16, 3), np.float32), exits=(3,))
+  logits = jax.eval_shape(lambda images: run.model.apply(run.variables, images, exits=(3,)), np.zeros((2, 16, 16, 3)))
   assert logits[2].shape == (2, 10)
 
 
-def test_a_calibrated_run_is_its_own_checkpoint(calibrated):
+def test_a_calibrated_run_loads_its_checkpoint_but_not_its_data_set(calibrated, monkeypatch):
+  monkeypatch.setattr('paranet_jax.task.load_dataset', None)
   run = paranet_jax.load(calibrated)
   assert (run.step, run.exits.visited) == (47, (2, 3))
   early = paranet_jax.EarlyExit.load(calibrated)
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
   found = early.predict(images)
   normalized = (images / np.float32(255) - np.float32(run.dataset.mean)) / np.float32(run.dataset.std)
-  logits = jax.jit(run.model.apply)(run.variables, normalized)[1]
+  logits = jax.jit(lambda images: run.model.apply(run.variables, images, exits=(2,)))(normalized)[1]
   np.testing.assert_array_equal(found.exits, [2, 2, 2])
   np.testing.assert_array_equal(found.labels, np.argmax(logits, -1))
-  np.testing.assert_array_equal(found.macs, [run.exits.macs[0]] * 3)
+  np.testing.assert_array_equal(found.macs, [10] * 3)
   assert early.class_names == run.dataset.class_names
 
 
-def test_the_data_set_is_not_read(calibrated, monkeypatch):
-  monkeypatch.setattr('paranet_jax.task.load_dataset', None)
-  paranet_jax.EarlyExit.load(calibrated)
-
-
-def test_exits_of_another_checkpoint(calibrated):
-  with pytest.raises(UserError, match='belongs to another checkpoint: step 47 there, 140 here; .* --step=47'):
-    paranet_jax.load(calibrated, step=140)
-
-
-def test_a_run_without_exits_does_not_predict(finished_run):
+def test_a_run_that_is_not_calibrated_does_not_predict(finished_run):
   with pytest.raises(UserError) as error:
     paranet_jax.EarlyExit.load(finished_run)
   command = f'python -m paranet_jax.calibrate --workdir={finished_run} --threshold=0.9'
   assert str(error.value) == f'expected {finished_run}/exits.json, found none; {command} writes it'
 
 
-def test_a_run_without_the_facts_of_its_data_set(calibrated):
-  (calibrated / DATASET).unlink()
-  with pytest.raises(UserError, match=r'expected .*dataset\.json, found none; python -m paranet_jax.calibrate'):
-    paranet_jax.load(calibrated)
+def replace(path, *pairs):
+  text = path.read_text()
+  for old, new in pairs:
+    text = text.replace(old, new)
+  path.write_text(text)
 
 
-def test_a_checkpoint_of_another_architecture(finished_run, tmp_path):
-  copy = shutil.copytree(finished_run, tmp_path / 'run')
-  text = (copy / 'config.json').read_text()
-  (copy / 'config.json').write_text(text.replace('"growth_rate": 4', '"growth_rate": 5'))
-  with pytest.raises(UserError, match='has a different architecture or optimizer: batch_stats/'):
-    paranet_jax.load(copy)
-
-
-def test_a_calibrated_checkpoint_that_is_gone(calibrated):
-  shutil.rmtree(calibrated / 'checkpoints' / '47')
-  command = f'python -m paranet_jax.calibrate --workdir={calibrated} --threshold=0.9'
-  with pytest.raises(UserError) as error:
-    paranet_jax.load(calibrated)
-  assert str(error.value) == (
-    f'{calibrated}/exits.json belongs to the checkpoint of step 47, which is gone; {command} writes it again'
-  )
-  shutil.rmtree(calibrated / 'checkpoints' / '140')
-  with pytest.raises(UserError, match='expected a checkpoint in .*, found none; train first'):
-    paranet_jax.load(calibrated)
+@pytest.mark.parametrize(
+  ('damage', 'step', 'message'),
+  [
+    (lambda run: None, 140, 'belongs to another checkpoint: step 47 there, 140 here; .* --step=47'),
+    (
+      lambda run: (run / DATASET).unlink(),
+      None,
+      r'expected .*dataset\.json, found none; python -m paranet_jax.calibrate',
+    ),
+    (
+      lambda run: replace(run / 'config.json', ('"growth_rate": 4', '"growth_rate": 5')),
+      None,
+      'has a different architecture or optimizer: batch_stats/',
+    ),
+    (
+      lambda run: replace(run / 'exits.json', ('"exits": [\n    2,', '"exits": [\n    1,'), ('    2,\n', '    1,\n')),
+      None,
+      r'exits must be the exits that were trained, \[2, 3\], found \[1, 3\]',
+    ),
+    (
+      lambda run: shutil.rmtree(run / 'checkpoints/47'),
+      None,
+      r'run/exits\.json belongs to the checkpoint of step 47, which is gone; '
+      r'python -m paranet_jax.calibrate --workdir=.*/run --threshold=0\.9 writes it again$',
+    ),
+    (
+      lambda run: [shutil.rmtree(run / 'checkpoints' / step) for step in ('47', '140')],
+      None,
+      'expected a checkpoint in .*, found none; train first',
+    ),
+  ],
+)
+def test_what_cannot_be_loaded(calibrated, damage, step, message):
+  damage(calibrated)
+  with pytest.raises(UserError, match=message):
+    paranet_jax.load(calibrated, step)
 
 
 def test_an_unknown_home_folder():
   with pytest.raises(UserError, match=r'expected a run with a config\.json in .*/~nobody-here/run, found none'):
     paranet_jax.load('~nobody-here/run')
-
-
-def test_exits_that_were_not_trained(calibrated):
-  path = calibrated / 'exits.json'
-  path.write_text(path.read_text().replace('"exits": [\n    2,', '"exits": [\n    1,').replace('    2,\n', '    1,\n'))
-  with pytest.raises(UserError, match=r'exits must be the exits that were trained, \[2, 3\], found \[1, 3\]'):
-    paranet_jax.load(calibrated)
 
 
 def test_public_names():

@@ -1,4 +1,6 @@
-"""Tests of what a path through the exits costs: against a table, the network's own counts, and XLA's."""
+"""The cost of a path through the exits, against a table, the counts of `exit_costs`, and XLA's."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 import tiny
 
 from paranet_jax import costs as costs_lib
-from paranet_jax.costs import exit_costs
+from paranet_jax.costs import abstract_variables, exit_costs
 from paranet_jax.early.path_costs import PathCosts, Stages, mac_costs
 from paranet_jax.models.paranet import ParaNet
 
@@ -15,7 +17,12 @@ IMAGE = (tiny.SIDE, tiny.SIDE, 3)
 PATHS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
 
 
-def test_a_path_adds_its_steps_and_asks_for_each_once():
+@functools.cache
+def macs_of(name, exits=(1, 2, 3)):
+  return mac_costs(tiny.named(name), IMAGE, exits)
+
+
+def test_each_step_of_a_path_is_computed_once():
   asked = []
 
   def step_cost(before, index):
@@ -33,15 +40,14 @@ def test_a_path_adds_its_steps_and_asks_for_each_once():
 
 @pytest.mark.parametrize('name', ['PN3-ddd', 'PN3cut-ddd'])
 def test_multiply_adds_of_the_full_path_and_alone_are_those_of_describe(name):
-  model = tiny.named(name)
-  listed, found = exit_costs(model, IMAGE), mac_costs(model, IMAGE, (1, 2, 3))
+  listed, found = exit_costs(tiny.named(name), IMAGE), macs_of(name)
   assert found.cumulative((0, 1, 2)).tolist() == [cost['macs'] for cost in listed]
   assert found.alone().tolist() == [cost['macs_alone'] for cost in listed]
 
 
-def test_skipping_a_stage_saves_what_nothing_later_needs():
-  cascade, cut = (mac_costs(tiny.named(name), IMAGE, (1, 2, 3)) for name in ('PN3-ddd', 'PN3cut-ddd'))
-  # Without a cascade, pipelines 1 and 2 are for their own exits alone.
+def test_skipping_a_stage_saves_what_no_later_stage_needs():
+  cascade, cut = macs_of('PN3-ddd'), macs_of('PN3cut-ddd')
+  # Without a cascade, pipelines 1 and 2 serve only their own exits.
   assert cut.cumulative((1, 2)).tolist() == np.cumsum(cut.alone()[1:]).tolist()
   # With one, only the head of exit 2 is saved: 4 channels a block's entry, 2 a layer, one layer a block.
   channels = {(1, 1): 4 + 2, (2, 1): 4 + 2}
@@ -50,23 +56,22 @@ def test_skipping_a_stage_saves_what_nothing_later_needs():
   assert cascade.cumulative((0, 1, 2))[-1] - cascade.cumulative((0, 2))[-1] == head
 
 
-def test_an_exit_that_was_not_trained_is_no_part_of_a_path():
-  whole = mac_costs(tiny.named('PN3-dxd'), IMAGE, (1, 2, 3))
-  usable = mac_costs(tiny.named('PN3-dxd'), IMAGE, (1, 3))
+def test_paths_run_through_usable_exits_only():
+  whole, usable = macs_of('PN3-ddd'), macs_of('PN3-ddd', (1, 3))
   assert usable.num_exits == 2
   assert usable.cumulative((0, 1)).tolist() == whole.cumulative((0, 2)).tolist()
 
 
-def test_paths_that_leave_the_same_behind_are_asked_about_once():
+def test_paths_with_the_same_carry_are_computed_once():
   model = tiny.named('PN3cut-ddd')
-  stages = Stages(model, tiny.variables(model), (1, 2, 3), jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32))
+  stages = Stages(model, abstract_variables(model, IMAGE), (1, 2, 3), jax.ShapeDtypeStruct((1, *IMAGE), jnp.float32))
   asked = []
   costs = PathCosts(3, stages.by_carry(lambda index, carry: asked.append((index, carry)) or index + 1))
   assert [costs.cumulative(path).tolist() for path in PATHS] == [[1], [2], [3], [1, 3], [1, 4], [2, 5], [1, 3, 6]]
   assert asked == [(0, {}), (1, {}), (2, {})]
 
 
-def test_a_stage_is_given_what_the_path_before_it_left():
+def test_a_stage_reads_the_features_of_the_path_before_it():
   class Model:
     def apply(self, variables, images, carry, number, method):
       return images, {**carry, f'after {number}': images}
@@ -82,7 +87,7 @@ def test_a_stage_is_given_what_the_path_before_it_left():
 
 
 @pytest.mark.parametrize('cascade', [True, False])
-def test_multiply_adds_agree_with_the_compiled_stage(cascade, monkeypatch):
+def test_multiply_adds_agree_with_xla(cascade, monkeypatch):
   """XLA counts two operations a multiply-add, none on a convolution's padding, and here up to 5 % elementwise."""
   model = ParaNet(3, 10, 1, 24, image_side=16, cascade=cascade)
   in_full = costs_lib._equation_macs
@@ -96,10 +101,10 @@ def test_multiply_adds_agree_with_the_compiled_stage(cascade, monkeypatch):
 
   monkeypatch.setattr(costs_lib, '_equation_macs', inside_the_image)
   inside = mac_costs(model, (16, 16, 3), (1, 2, 3))
-  variables = tiny.variables(model)
+  variables = abstract_variables(model, (16, 16, 3))
   stages = Stages(model, variables, (1, 2, 3), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32))
   for path in ((0,), (0, 1), (0, 2)):
-    stage = jax.jit(stages.function(path[-1])).lower(variables, stages.images, stages.carry(path[:-1])).compile()
+    stage = jax.jit(stages.function(path[-1])).lower(variables, stages.images, stages.carry(path[:-1]))
     flops = stage.cost_analysis()['flops']
     counted = np.diff(inside.cumulative(path), prepend=0)[-1]
     assert 1 <= flops / (2 * counted) <= 1.05, (path, flops / (2 * counted))

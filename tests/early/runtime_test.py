@@ -3,7 +3,6 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +15,8 @@ from paranet_jax.early.chunks import Sizes
 from paranet_jax.early.exit_plan import CheckpointId, full_network_plan
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.models.staged import StagedModel
 
-
-def network(dtype=jnp.float32):
-  stages = [nn.Dense(4, dtype=dtype) for _ in range(3)]
-  return StagedModel(stages, exits=(1, 2, 3), num_classes=3, dtype=dtype)
-
-
-MODEL = network()
+MODEL = tiny.dense(3)
 SHAPE = (2, 2, 3)
 MEAN, STD = tiny.PLAIN.mean, tiny.PLAIN.std
 EXITS = (1, 2, 3)
@@ -178,22 +170,6 @@ def test_half_precision_images(shared, dtype):
   np.testing.assert_array_equal(found.labels, shared.predict(images.astype(np.float32)).labels)
 
 
-def test_stages_that_no_sample_needs_are_not_run(shared, monkeypatch):
-  run = []
-  stages = {number: lambda *args, number=number, stage=stage: run.append(number) or stage(*args)
-            for number, stage in shared._stages.items()}  # fmt: skip
-  monkeypatch.setattr(shared, '_stages', stages)
-  for thresholds, score, numbers in (
-    ((None, None, 0.0), 'max_prob', {3}),
-    ((None, 40.0, 0.0), 'max_prob', {2, 3}),
-    ((0.0, 0.3, 0.0), 'max_prob', {1}),
-    ((None, None, 0.0), 'patience', {1, 2, 3}),
-  ):
-    run.clear()
-    shared.with_plan(plan(thresholds, score)).predict(IMAGES)
-    assert set(run) == numbers
-
-
 def test_threads():
   early = runtime()
   with ThreadPoolExecutor(4) as pool:  # Nothing is compiled yet.
@@ -225,7 +201,7 @@ def test_a_plan_with_other_exits(shared):
 
 
 def test_bfloat16():
-  model = network(jnp.bfloat16)
+  model = tiny.dense(3, jnp.bfloat16)
   whole = np.stack(jax.jit(model.apply)(VARIABLES, NORMALIZED))
   found = runtime(model=model).predict(IMAGES)
   assert set(found.exits) == {1, 2, 3}

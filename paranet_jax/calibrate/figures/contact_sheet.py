@@ -16,6 +16,7 @@ _IMAGE, _CELL_WIDTH, _CELL_HEIGHT = 0.95, 1.25, 1.4
 _LEFT, _GAP, _TOP, _LINE = 1.0, 0.35, 0.55, 0.13
 _TITLE_LINE = 0.22
 
+_PIXELS: dict[str, Any] = {'interpolation': 'nearest', 'cmap': 'gray', 'vmin': 0, 'vmax': 255, 'aspect': 'auto'}
 _LONGEST_NAME = 14  # Letters that fit below an image.
 
 
@@ -65,15 +66,8 @@ def _draw_image(axes: Axes, data: FigureData, member: int, x: float, y: float) -
   sheet = data.sheet
   image = sheet.images[member]
   tall, wide = _IMAGE * np.array(image.shape[:2]) / max(image.shape[:2])
-  axes.imshow(
-    image if image.shape[-1] == 3 else image[..., 0],
-    extent=(x, x + wide, y + tall, y),
-    interpolation='nearest',
-    cmap='gray',
-    vmin=0,
-    vmax=255,
-    aspect='auto',
-  )
+  pixels = image if image.shape[-1] == 3 else image[..., 0]
+  axes.imshow(pixels, extent=(x, x + wide, y + tall, y), **_PIXELS)
   label, prediction = sheet.labels[member], sheet.predictions[member]
   caption = f'{short(data.class_names[prediction], _LONGEST_NAME)}, {100 * sheet.probabilities[member]:.0f} %'
   _caption(axes, x, y + _IMAGE + _LINE, caption)

@@ -231,14 +231,9 @@ def histogram(data: FigureData) -> Drawing:
   lower.set(ylim=(0, 112), yticks=range(0, 101, 20))
   _legend(figure, columns=2)
   rows = [
-    {
-      'split': split,
-      'exit': number,
-      'share_percent': 100 * data.shares[split][k],
-      'accuracy_percent': 100 * data.accuracy_there[split][k],
-    }
+    {'split': split, 'exit': number, 'share_percent': 100 * share, 'accuracy_percent': 100 * accuracy}
     for split in SPLITS
-    for k, number in enumerate(data.exits)
+    for number, share, accuracy in zip(data.exits, data.shares[split], data.accuracy_there[split], strict=True)
   ]
   return Drawing(figure, rows)
 

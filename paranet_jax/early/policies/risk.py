@@ -113,19 +113,13 @@ def images_needed_crc(epsilon: float) -> int:
   return max(1, math.ceil(1 / epsilon - 1e-9) - 1)
 
 
-def _choose_ltt(samples: Samples, target: Mapping[str, Any]) -> Choice:
-  epsilon, delta = target['risk'], target['delta']
-  confidence = ltt(samples.confidences, losses_of(samples, target['loss']), epsilon, delta)
-  return _choice(confidence, images_needed_ltt(epsilon, delta), samples, epsilon)
-
-
-def _choose_crc(samples: Samples, target: Mapping[str, Any]) -> Choice:
-  epsilon = target['risk']
-  confidence = crc(samples.confidences, losses_of(samples, target['loss']), epsilon)
-  return _choice(confidence, images_needed_crc(epsilon), samples, epsilon)
-
-
-def _choice(confidence: float, needed: int, samples: Samples, epsilon: float) -> Choice:
+def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
+  """Learn then test if the target has a `delta`, else conformal risk control."""
+  losses, epsilon, delta = losses_of(samples, target['loss']), target['risk'], target.get('delta')
+  if delta is None:
+    confidence, needed = crc(samples.confidences, losses, epsilon), images_needed_crc(epsilon)
+  else:
+    confidence, needed = ltt(samples.confidences, losses, epsilon, delta), images_needed_ltt(epsilon, delta)
   num_exits, images = samples.correct.shape
   thresholds = shared_thresholds(confidence, num_exits)
   if confidence < math.inf or num_exits == 1:
@@ -154,5 +148,5 @@ _LOSS = Flag(
 )
 _DELTA = Flag('delta', 'delta', fraction, 0.1, 'of --policy=ltt: how often the risk may be missed (default: 0.1)')
 
-LTT = Policy('ltt', 'one threshold for all exits', {'risk': RANKING}, _choose_ltt, (_DELTA, _LOSS))
-CRC = Policy('crc', 'one threshold for all exits', {'risk': RANKING}, _choose_crc, (_LOSS,))
+LTT = Policy('ltt', 'one threshold for all exits', {'risk': RANKING}, _choose, (_DELTA, _LOSS))
+CRC = Policy('crc', 'one threshold for all exits', {'risk': RANKING}, _choose, (_LOSS,))

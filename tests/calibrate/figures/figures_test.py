@@ -1,4 +1,4 @@
-"""Tests of the figures of a calibrated run: what is drawn, that it is legible, and how it is written."""
+"""The figures of a calibrated run: what they show, that they are legible, and how they are written."""
 
 import csv
 import itertools
@@ -159,15 +159,17 @@ def test_anytime_has_a_second_panel_for_measured_times():
   assert [row['cost_ms'] for row in drawing.rows] == [1, 4]
 
 
-@pytest.mark.parametrize(('last', 'scale'), [(200e6, 'linear'), (201e6, 'log')])
-def test_costs_over_a_factor_of_twenty_get_a_logarithmic_axis(last, scale):
-  assert anytime(made_up(2, macs=np.array([10e6, last]))).figure.axes[0].get_xscale() == scale
-
-
-def test_an_accuracy_axis_spans_two_points_at_least():
+def test_the_scales_of_the_axes():
+  for last, scale in ((200e6, 'linear'), (201e6, 'log')):  # Costs that span a factor of 20, or more.
+    assert anytime(made_up(2, macs=np.array([10e6, last]))).figure.axes[0].get_xscale() == scale
   accuracy = {'held_out': np.array([0.5]), 'test': np.array([0.504])}
   limits = anytime(made_up(1, accuracy=accuracy)).figure.axes[0].get_ylim()
-  assert limits == pytest.approx((49.2, 51.2))
+  assert limits == pytest.approx((49.2, 51.2))  # Two percentage points at least.
+  data = made_up(3)
+  for fastest, scale in ((4.0, 'linear'), (4.1, 'log')):  # Speed-ups that span a factor of 4, or more.
+    curve = RiskCurve(np.array([1.0, 2.0, fastest]), np.array([0.0, 0.0, 0.001]))
+    axes = risk(replace(data, risk=replace(data.risk, curves=both(curve), epsilon=None))).figure.axes[0]
+    assert axes.get_xscale() == scale and axes.get_ylim()[1] >= 1
 
 
 def test_budgeted_shows_every_family_on_both_splits():
@@ -185,6 +187,7 @@ def test_budgeted_shows_every_family_on_both_splits():
   held_out, test = drawing.figure.axes
   assert lines(test) == expected
   assert lines(held_out) == expected | {'one exit for all images': [[10, 20], [48, 73]], 'chosen': [[15], [70]]}
+  assert test.get_xlabel() == 'mean cost (M multiply-adds per image)'
   assert [axes.get_title() for axes in (held_out, test)] == ['held out (5,000 images)', 'test (10,000 images)']
   assert sorted(legend(drawing.figure)) == sorted(expected)
   assert {'split': 'test', 'family': 'chosen', 'mean_cost_macs': 16e6, 'accuracy_percent': 60} in drawing.rows
@@ -202,11 +205,10 @@ def test_all_points_are_within_the_axes(draw, better):
     assert all(low < y < high for line in axes.lines for y in line.get_ydata())
 
 
-@pytest.mark.parametrize(('unit', 'label'), [('macs', 'M multiply-adds per image'), ('ms', 'ms per image')])
-def test_budgeted_is_in_the_unit_of_the_plan(unit, label):
-  drawing = budgeted(made_up(2, unit=unit))
-  assert drawing.figure.axes[0].get_xlabel() == f'mean cost ({label})'
-  assert f'mean_cost_{unit}' in drawing.rows[0]
+def test_budgeted_is_in_the_unit_of_the_plan():
+  drawing = budgeted(made_up(2, unit='ms'))
+  assert drawing.figure.axes[0].get_xlabel() == 'mean cost (ms per image)'
+  assert 'mean_cost_ms' in drawing.rows[0]
 
 
 @pytest.mark.parametrize('epsilon', [0.05, None])
@@ -227,15 +229,6 @@ def test_risk_shows_the_target_if_any(epsilon):
   assert drawing.rows[4] == {
     'split': 'test', 'point': 'shared threshold', 'threshold': 0.9, 'speed_up': 2.0, 'risk_percent': 1.0
   }  # fmt: skip
-
-
-@pytest.mark.parametrize(('fastest', 'scale'), [(4.0, 'linear'), (4.1, 'log')])
-def test_speed_ups_over_a_factor_of_four_get_a_logarithmic_axis(fastest, scale):
-  data = made_up(3)
-  curve = RiskCurve(np.array([1.0, 2.0, fastest]), np.array([0.0, 0.0, 0.001]))
-  axes = risk(replace(data, risk=replace(data.risk, curves=both(curve), epsilon=None))).figure.axes[0]
-  assert axes.get_xscale() == scale
-  assert axes.get_ylim()[1] >= 1
 
 
 def test_reliability_omits_bins_with_few_images_and_counts_them():
@@ -275,6 +268,7 @@ def test_contact_sheet_names_the_truth_of_wrong_answers():
   assert texts.count('WWWWWWWWWWWWW…, 100 %') == 10
   assert [text for text in texts if text.startswith('true')] == ['true: another long …'] * 5
   assert 'no image\nexits here' in texts and '100.0 %\nexit here' in texts
+  assert (short('maple', 5), short('maples', 5)) == ('maple', 'mapl…')
   images = drawing.figure.axes[0].images
   assert {image.get_interpolation() for image in images} == {'nearest'}
   lefts = [image.get_extent()[0] for image in images]
@@ -285,17 +279,12 @@ def test_contact_sheet_names_the_truth_of_wrong_answers():
   }  # fmt: skip
 
 
-@pytest.mark.parametrize(('shape', 'size'), [((8, 8, 1), (1, 1)), ((16, 8, 3), (0.5, 1)), ((8, 32, 3), (1, 0.25))])
-def test_contact_sheet_keeps_proportions(shape, size):
+def test_contact_sheet_keeps_proportions():
   data = made_up(1)
-  data = replace(data, sheet=replace(data.sheet, images=np.zeros((10, *shape), np.uint8)))
-  left, right, bottom, top = contact_sheet(data).figure.axes[0].images[0].get_extent()
-  np.testing.assert_allclose((right - left, bottom - top), 0.95 * np.array(size))
-
-
-@pytest.mark.parametrize(('name', 'expected'), [('maple', 'maple'), ('maples', 'mapl…')])
-def test_long_names_are_shortened(name, expected):
-  assert short(name, 5) == expected
+  for shape, size in (((8, 8, 1), (1, 1)), ((16, 8, 3), (0.5, 1)), ((8, 32, 3), (1, 0.25))):
+    sheet = replace(data.sheet, images=np.zeros((10, *shape), np.uint8))
+    left, right, bottom, top = contact_sheet(replace(data, sheet=sheet)).figure.axes[0].images[0].get_extent()
+    np.testing.assert_allclose((right - left, bottom - top), 0.95 * np.array(size))
 
 
 def test_each_figure_is_a_picture_and_its_numbers(tmp_path):
@@ -320,21 +309,19 @@ def test_each_figure_is_a_picture_and_its_numbers(tmp_path):
   assert (pixels == (0x00, 0x72, 0xB2)).all(-1).any()  # The bars keep their color.
 
 
-@pytest.mark.parametrize(
-  ('owner', 'method', 'kept'), [(Figure, 'savefig', 'png'), (csv.DictWriter, 'writerows', 'csv')]
-)
-def test_files_are_replaced_atomically(tmp_path, monkeypatch, owner, method, kept):
+def test_files_are_replaced_atomically(tmp_path, monkeypatch):
   monkeypatch.setattr(figures, 'FUNCTIONS', (anytime,))
   write_figures(tmp_path, made_up(1))
-  before = (tmp_path / f'anytime.{kept}').read_bytes()
 
   def fail(*_, **__):
     raise OSError('disk full')
 
-  monkeypatch.setattr(owner, method, fail)
-  with pytest.raises(OSError, match='disk full'):
-    write_figures(tmp_path, made_up(2))
-  assert (tmp_path / f'anytime.{kept}').read_bytes() == before
+  for owner, method, kept in ((csv.DictWriter, 'writerows', 'csv'), (Figure, 'savefig', 'png')):
+    before = (tmp_path / f'anytime.{kept}').read_bytes()
+    monkeypatch.setattr(owner, method, fail)
+    with pytest.raises(OSError, match='disk full'):
+      write_figures(tmp_path, made_up(2))
+    assert (tmp_path / f'anytime.{kept}').read_bytes() == before
 
 
 def test_names_outside_the_font_raise_no_warning(tmp_path, monkeypatch):
