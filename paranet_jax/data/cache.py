@@ -27,7 +27,7 @@ from paranet_jax.host.files import replacing
 _FORMAT = 1  # Increase it when decoding or this layout changes, so that old entries are not found.
 _READ = 512  # Images read at a time.
 _CHUNK = 4096  # Images converted to float64 at a time.
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,19 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
     with replacing(entry / f'{split}.npy', 'wb', shared=True) as file:
       index[f'{split}_labels'], index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
   index['mean'], index['std'] = channel_statistics(np.load(entry / 'train.npy', mmap_mode='r'))
-  with replacing(entry / 'index.npz', 'wb', shared=True) as file:
-    np.savez(file, **index)
+  write_arrays(entry / 'index.npz', index)
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+  """Writes named arrays atomically."""
+  with replacing(path, 'wb', shared=True) as file:
+    np.savez(file, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+  """Reads named arrays and verifies their checksums; raises one of `DAMAGE`."""
+  with np.load(io.BytesIO(path.read_bytes())) as archive:  # Read into memory first, so that the file is closed.
+    return dict(archive)
 
 
 def _write_images(
@@ -170,12 +181,10 @@ def _write_header(file: IO[bytes], count: int, image_shape: tuple[int, ...]) -> 
 def _open_entry(entry: Path, image_shape: tuple[int, ...]) -> Decoded | None:
   """The entry's memory maps, or None if it is missing or damaged."""
   try:
-    # Read into memory first, so that the file is closed; the archive's own checksums are verified.
-    with np.load(io.BytesIO((entry / 'index.npz').read_bytes())) as archive:
-      index = dict(archive)
+    index = read_arrays(entry / 'index.npz')
     splits = {split: _open_split(entry, split, index, image_shape) for split in ('train', 'test')}
     return Decoded(**splits, mean=index['mean'], std=index['std'])
-  except _DAMAGE as error:
+  except DAMAGE as error:
     if not isinstance(error, OSError):  # An OSError means that there is no entry, or that writing will fail too.
       logging.warning('Decoded images in %s are damaged and will be written again: %s', entry, error)
     return None

@@ -30,7 +30,7 @@ class KnownDataset:
   """Facts about a data set; the defaults are those of a data set about which nothing is known.
 
   Attributes:
-    open_source: opens the data set, by itself or as 'module:function'; None: tensorflow-datasets opens it.
+    open_source: a function that opens the data set, or its 'module:function'; None: tensorflow-datasets opens it.
     num_classes: None where the data has to be read first.
     counts: (training images, test images); None where the data has to be read first.
     mirrored: whether training images are mirrored unless the configuration says otherwise.
@@ -81,7 +81,7 @@ DATASETS = Registry(
     'folder': KnownDataset(
       'paranet_jax.data.sources.folder:folder_source',
       in_data_dir=True,
-      license="the exporter's own images; check the terms with whoever shares this bundle",
+      license="the exporter's own images; ask the provider of this bundle for the terms",
     ),
     'imagenet2012': KnownDataset(num_classes=1000, counts=(1_281_167, 50_000)),
     'binary_alpha_digits': _CHARACTERS,

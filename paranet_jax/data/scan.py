@@ -5,8 +5,6 @@ standard deviation of the training images. The result is kept in PARANET_CACHE_D
 the files or the image size change.
 """
 
-import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,17 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from paranet_jax.data.cache import Decoded, check_readable, entry_folder, statistics_of_sums
+from paranet_jax.data.cache import (
+  DAMAGE,
+  Decoded,
+  check_readable,
+  entry_folder,
+  read_arrays,
+  statistics_of_sums,
+  write_arrays,
+)
 from paranet_jax.data.dataset import Records, Source, Split, StoredImages
 from paranet_jax.data.stream import Stream
-from paranet_jax.host.files import replacing
 
 _CHUNK = 256  # Images read at a time.
 _FILE = 'stored.npz'
@@ -33,7 +38,12 @@ def load_stored(source: Source, image_side: int, channels: int, workers: int | N
     UserError: an image is damaged and must not be skipped, or all images of a class are.
   """
   image_shape = (image_side, image_side, channels)
-  facts = _restore(source, image_shape) or _scan(source, image_shape, workers)
+  path = None if source.fingerprint is None else entry_folder(source, image_shape) / _FILE
+  facts = path and _restore(path)
+  if not facts:
+    facts = _scan(source, image_shape, workers)
+    if path:
+      _save(path, facts)
   splits = {}
   for split in ('train', 'test'):
     readable = np.flatnonzero(facts[f'{split}_readable'])
@@ -77,35 +87,21 @@ def _scan(source: Source, image_shape: tuple[int, int, int], workers: int | None
       total, squares = np.sum([chunk['sums'] for chunk in found], axis=0).astype(np.float64)
       pixels = int(readable.sum()) * image_shape[0] * image_shape[1]
       facts['mean'], facts['std'] = statistics_of_sums(total, squares, pixels)
-  _save(source, image_shape, facts)
   return facts
 
 
-def _path(source: Source, image_shape: tuple[int, int, int]) -> Path:
-  return entry_folder(source, image_shape) / _FILE
-
-
-def _restore(source: Source, image_shape: tuple[int, int, int]) -> dict[str, np.ndarray] | None:
-  if source.fingerprint is None:
-    return None
-  path = _path(source, image_shape)
+def _restore(path: Path) -> dict[str, np.ndarray] | None:
   try:
-    # Read into memory first, so that the file is closed; the archive's own checksums are verified.
-    with np.load(io.BytesIO(path.read_bytes())) as archive:
-      return dict(archive)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    return read_arrays(path)
+  except DAMAGE as error:
     if path.exists():
       logging.warning('%s is damaged and will be written again: %s', path, error)
     return None
 
 
-def _save(source: Source, image_shape: tuple[int, int, int], facts: dict[str, Any]) -> None:
-  if source.fingerprint is None:
-    return
-  path = _path(source, image_shape)
+def _save(path: Path, facts: dict[str, Any]) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, 'wb', shared=True) as file:
-      np.savez(file, **facts)
+    write_arrays(path, facts)
   except OSError as error:
     logging.warning('Continuing without writing %s: %s', path, error)

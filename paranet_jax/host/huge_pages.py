@@ -21,15 +21,10 @@ def use_huge_pages() -> None:
   settings = os.environ.get(VARIABLE, '')
   if SETTING in settings or not _on_request():
     return
-  os.environ[VARIABLE] = with_setting(settings)
+  os.environ[VARIABLE] = ':'.join(filter(None, [settings, f'{SETTING}=1']))
   sys.stdout.flush()
   sys.stderr.flush()
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def with_setting(settings: str) -> str:
-  """The value of the environment variable with huge pages added."""
-  return ':'.join(filter(None, [settings, f'{SETTING}=1']))
 
 
 def _on_request() -> bool:

@@ -15,7 +15,7 @@ import threading
 import time
 from typing import NamedTuple, NoReturn
 
-_GRACE = 1.0  # Seconds for this process to end with a better reason of its own: often all fail alike.
+_GRACE = 1.0  # Seconds for this process to report its own error first: often all processes fail alike.
 
 
 class Place(NamedTuple):
@@ -150,7 +150,7 @@ class Watch:
 def _hold_aborts() -> None:
   """Delays an abort by six seconds.
 
-  Without process 0, the coordinator, jax aborts the others at once, from a thread of its own, and has no setting
+  Without process 0, the coordinator, jax aborts the others at once, from one of its threads, and has no setting
   against it; in those seconds the watch reports who died. The handler is C's `sleep`: it gets the number of the signal,
   which is 6, and sleeps so many seconds in the thread that aborts, while Python's threads continue.
   """

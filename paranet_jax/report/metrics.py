@@ -22,16 +22,19 @@ class MetricsWriter:
   """Appends metrics to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard`.
 
   A context manager. On a resume, the metrics of steps after the checkpoint are dropped, because those steps run again:
-  from the JSON lines by `drop_after`, from TensorBoard by its own purge.
+  TensorBoard purges its own.
 
   Args:
     workdir: an existing folder.
     resume_step: the checkpoint's step, up to which metrics are kept; None keeps them all.
+
+  Raises:
+    UserError: as `read_metrics`; the file is then unchanged.
   """
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
     workdir = Path(workdir)
-    drop_after(workdir, math.inf if resume_step is None else resume_step)
+    _drop_after(workdir / FILE_NAME, math.inf if resume_step is None else resume_step)
     self._lines = (workdir / FILE_NAME).open('ab')
     # Not SummaryWriter: its background thread dies on a full disk, and training then waits for it forever.
     self._events = RecordWriter(_new_event_path(workdir / 'tensorboard'))
@@ -84,23 +87,12 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
   return [record for _, record in _read(Path(workdir) / FILE_NAME)]
 
 
-def drop_after(workdir: str | os.PathLike, step: float) -> int:
-  """Atomically removes the lines with a step after `step`, and a last line that a kill left half written.
-
-  Returns:
-    The number of complete lines removed.
-
-  Raises:
-    UserError: as `read_metrics`; the file is then unchanged.
-  """
-  path = Path(workdir) / FILE_NAME
-  lines = _read(path)
-  kept = [line.rstrip(b'\n') + b'\n' for line, record in lines if record['step'] <= step]
-  content = b''.join(kept)
+def _drop_after(path: Path, step: float) -> None:
+  """Atomically removes the lines with a step after `step`, and a last line that a kill left half written."""
+  content = b''.join(line.rstrip(b'\n') + b'\n' for line, record in _read(path) if record['step'] <= step)
   if path.exists() and content != path.read_bytes():
     with replacing(path, 'wb') as file:
       file.write(content)
-  return len(lines) - len(kept)
 
 
 def _new_event_path(folder: Path) -> str:

@@ -10,6 +10,8 @@ from paranet_jax.data.augment import augment, image_keys, mixup, normalize
 
 augment = jax.jit(augment, static_argnames=('crop_padding', 'flip', 'cutout'))
 mixup = jax.jit(mixup, static_argnames=('alpha',))
+jitted_keys = jax.jit(image_keys)
+MANY = 3600  # Images where every outcome must occur.
 
 IMAGE = np.array([[1, 2], [3, 4]], np.float32)  # One channel.
 # Rows of the nine crops of IMAGE with a border of one pixel of zeros, by (row, column) offset.
@@ -27,11 +29,16 @@ CROPS = {
 
 
 def keys(count, seed=0, epoch=0, step=0, first=0):
-  return image_keys(seed, epoch, step, jnp.arange(first, first + count))
+  return jitted_keys(seed, epoch, step, np.arange(first, first + count))
 
 
-def counts_of(images):
-  return collections.Counter(tuple(image.ravel().tolist()) for image in np.asarray(images))
+def assert_equally_often(images, expected):
+  """Asserts that so many images are the expected outcomes, each within five standard deviations of its mean."""
+  found = collections.Counter(tuple(image.ravel().tolist()) for image in np.asarray(images))
+  assert found.keys() == expected.keys()
+  for outcome, multiplicity in expected.items():
+    mean = len(images) * multiplicity / expected.total()
+    assert abs(found[outcome] - mean) <= 5 * np.sqrt(mean)
 
 
 def flat(rows, mirrored=False):
@@ -50,14 +57,8 @@ CASES = {
 def test_all_outcomes_occur_equally_often_and_no_others(case):
   crop_padding, flip, plain, mirrored = CASES[case]
   expected = collections.Counter([flat(crop) for crop in plain] + [flat(crop, mirrored=True) for crop in mirrored])
-  per_outcome = 200
-  number = per_outcome * expected.total()
-  images = jnp.broadcast_to(IMAGE[None, :, :, None], (number, 2, 2, 1))
-  found = counts_of(augment(keys(number), images, crop_padding=crop_padding, flip=flip))
-  assert found.keys() == expected.keys()
-  for outcome, multiplicity in expected.items():
-    mean = per_outcome * multiplicity
-    assert abs(found[outcome] - mean) <= 5 * np.sqrt(mean)
+  images = np.broadcast_to(IMAGE[None, :, :, None], (MANY, 2, 2, 1))
+  assert_equally_often(augment(keys(MANY), images, crop_padding=crop_padding, flip=flip), expected)
 
 
 def test_channels_and_images_stay_apart():
@@ -82,13 +83,11 @@ def test_halves_of_the_batch_equal_the_whole():
 
 
 def test_keys_depend_on_seed_epoch_step_and_place_alone():
-  jitted = jax.jit(image_keys)
-  data = {}
-  for seed, epoch, step in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
-    plain = jax.random.key_data(keys(3, seed, epoch, step))
-    np.testing.assert_array_equal(plain, jax.random.key_data(jitted(seed, epoch, step, jnp.arange(3))))
-    data.update({(seed, epoch, step, place): key.tobytes() for place, key in enumerate(np.asarray(plain))})
-  assert len(set(data.values())) == 12
+  parts = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+  found = [np.asarray(jax.random.key_data(keys(3, *part))) for part in parts]
+  assert len({key.tobytes() for own in found for key in own}) == 12
+  with jax.disable_jit():
+    np.testing.assert_array_equal(found[3], jax.random.key_data(image_keys(*parts[3], jnp.arange(3))))
 
 
 def test_normalize():
@@ -102,7 +101,7 @@ def test_normalize():
   np.testing.assert_allclose(half.astype(jnp.float32), expected, atol=1e-2)
 
 
-def test_padding_is_the_mean_colour():
+def test_padding_is_the_mean_color():
   mean = (0.2, 0.4, 0.6)
   images = normalize(np.full((64, 4, 4, 3), 255, np.uint8), mean, std=(1, 1, 1))
   augmented = np.asarray(augment(keys(64), images, crop_padding=1, flip=False))
@@ -110,7 +109,7 @@ def test_padding_is_the_mean_colour():
   assert pixels == {mean, (1.0, 1.0, 1.0)}
 
 
-# Of 2 x 3 pixels of 1, the pixels that stay for a square of this side around each pixel.
+# What is left of 2 x 3 pixels of value 1 by a square of this side around each pixel.
 CUTOUTS = {
   1: ['011 111', '101 111', '110 111', '111 011', '111 101', '111 110'],
   # From one pixel up and left of the middle to the middle, as far as there are any.
@@ -122,11 +121,8 @@ CUTOUTS = {
 @pytest.mark.parametrize('side', CUTOUTS)
 def test_cutout(side):
   expected = collections.Counter(tuple(float(pixel) for pixel in text if pixel != ' ') for text in CUTOUTS[side])
-  images = jnp.ones((1200, 2, 3, 1))
-  found = counts_of(augment(keys(1200), images, crop_padding=0, flip=False, cutout=side))
-  assert found.keys() == expected.keys()
-  for outcome, multiplicity in expected.items():
-    assert abs(found[outcome] - 200 * multiplicity) <= 5 * np.sqrt(200 * multiplicity)
+  images = np.ones((MANY, 2, 3, 1), np.float32)
+  assert_equally_often(augment(keys(MANY), images, crop_padding=0, flip=False, cutout=side), expected)
 
 
 def test_cutout_leaves_the_crop_and_the_flip_as_they_are():
@@ -139,10 +135,10 @@ def test_cutout_leaves_the_crop_and_the_flip_as_they_are():
 
 @pytest.mark.parametrize('alpha', [0.2, 2.0])
 def test_mixup_shares(alpha):
-  """Labels show the shares: of Beta(alpha, alpha), whose mean is 1/2 and variance 1 / (8 alpha + 4)."""
-  number = 4000
-  images = jnp.arange(float(number)).reshape(-1, 1, 1, 1)
-  one_hot = jnp.eye(2)[np.arange(number) * 2 // number]  # The first half is class 0, its partners class 1.
+  """Labels show the shares: draws from Beta(alpha, alpha), with mean 1/2 and variance 1 / (8 alpha + 4)."""
+  number = MANY
+  images = np.arange(number, dtype=np.float32).reshape(-1, 1, 1, 1)
+  one_hot = np.eye(2, dtype=np.float32)[np.arange(number) * 2 // number]  # The first half is class 0, its partners 1.
   mixed, labels = mixup(keys(number), images, one_hot, alpha=alpha)
   share = np.where(np.arange(number) < number // 2, labels[:, 0], labels[:, 1]).astype(np.float64)
   partner = np.arange(number)[::-1]
@@ -156,7 +152,7 @@ def test_mixup_shares(alpha):
 
 
 def test_mixup_leaves_the_middle_of_an_odd_batch():
-  images = jnp.arange(3.0).reshape(3, 1, 1, 1)
-  mixed, labels = mixup(keys(3), images, jnp.eye(3), alpha=1.0)
+  images = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
+  mixed, labels = mixup(keys(3), images, np.eye(3, dtype=np.float32), alpha=1.0)
   np.testing.assert_allclose(mixed[1], images[1], rtol=1e-6)
   np.testing.assert_allclose(labels[1], [0, 1, 0], rtol=1e-6)

@@ -2,6 +2,7 @@ import dataclasses
 import os
 import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,75 +20,69 @@ def cache_folder(tmp_path, monkeypatch):
   return tmp_path / 'cache'
 
 
-@dataclasses.dataclass
-class CountingReader:
-  """Random images; counts how often each of the splits is read, and the last `corrupt` cannot be."""
-
-  corrupt: int = 0
-  reads: list[str] = dataclasses.field(default_factory=list)
-
-  def data(self, split):
-    random = np.random.RandomState(len(split))
-    count = {'train': 10, 'test': 6}[split]
-    images = random.randint(0, 256, (count, SIDE, SIDE, CHANNELS)).astype(np.uint8)
-    return images, np.arange(count, dtype=np.int32) % 2
-
-  def records(self, split):
-    return CountedRecords(self, split)
+def random_split(split):
+  """Images and labels."""
+  count = {'train': 10, 'test': 6}[split]
+  images = np.random.RandomState(len(split)).randint(0, 256, (count, SIDE, SIDE, CHANNELS)).astype(np.uint8)
+  return images, np.arange(count, dtype=np.int32) % 2
 
 
-@dataclasses.dataclass
 class CountedRecords:
-  reader: CountingReader
-  split: str
+  """A split and some corrupt images after it; adds its name to `reads` whenever the first image is read."""
+
+  def __init__(self, split, reads, corrupt):
+    self.split, self.reads = split, reads
+    images, labels = random_split(split)
+    self.images = [*images, *[None] * corrupt]
+    self.labels = np.concatenate([labels, np.zeros(corrupt, np.int32)])
 
   def __len__(self):
-    return len(self.reader.data(self.split)[1]) + self.reader.corrupt
+    return len(self.images)
 
   def read(self, numbers):
     if 0 in numbers:
-      self.reader.reads.append(self.split)
-    images, labels = self.reader.data(self.split)
-    count = len(labels)
-    return (
-      [images[number] if number < count else None for number in numbers],
-      np.array([labels[number] if number < count else 0 for number in numbers], np.int32),
-    )
+      self.reads.append(self.split)
+    return [self.images[number] for number in numbers], self.labels[list(numbers)]
 
 
-def make_source(reader, **changes):
-  return dataclasses.replace(Source('shapes/big', '1.2.3', ('a', 'b'), reader.records, 'f00d'), **changes)
+def make_source(reads, corrupt=0, records=CountedRecords, **changes):
+  source = Source('shapes/big', '1.2.3', ('a', 'b'), lambda split: records(split, reads, corrupt), 'f00d')
+  return dataclasses.replace(source, **changes)
 
 
-def check(decoded, read):
+def load(reads, **changes):
+  return load_decoded(make_source(reads, **changes), SIDE, CHANNELS)
+
+
+def check(decoded):
   for split in ('train', 'test'):
-    images, labels = read.data(split)
+    images, labels = random_split(split)
     np.testing.assert_array_equal(getattr(decoded, split).images, images)
     np.testing.assert_array_equal(getattr(decoded, split).labels, labels)
     assert getattr(decoded, split).labels.dtype == np.int32
-  scaled = read.data('train')[0] / 255
+  scaled = random_split('train')[0] / 255
   np.testing.assert_allclose(decoded.mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-12)
   np.testing.assert_allclose(decoded.std, scaled.std(axis=(0, 1, 2)), rtol=1e-12)
 
 
 def test_decodes_once_and_maps_the_file_after(cache_folder):
-  read = CountingReader()
+  reads = []
   for _ in range(2):
-    decoded = load_decoded(make_source(read), SIDE, CHANNELS)
-    check(decoded, read)
+    decoded = load(reads)
+    check(decoded)
     assert isinstance(decoded.train.images, np.memmap)
-  assert read.reads == ['train', 'test']
+  assert reads == ['train', 'test']
   (entry,) = cache_folder.iterdir()
   assert entry.name == 'shapes_big-1.2.3-4x4x3-f00d-v1'
   assert sorted(file.name for file in entry.iterdir()) == ['index.npz', 'test.npy', 'train.npy']
 
 
 @pytest.mark.parametrize('changes', [{'name': 'other'}, {'version': '1.2.4'}, {'fingerprint': 'beef'}])
-def test_another_data_set_has_an_entry_of_its_own(changes):
-  read = CountingReader()
-  load_decoded(make_source(read), SIDE, CHANNELS)
-  load_decoded(make_source(read, **changes), SIDE, CHANNELS)
-  assert read.reads == 2 * ['train', 'test']
+def test_another_data_set_has_its_own_entry(changes):
+  reads = []
+  load(reads)
+  load(reads, **changes)
+  assert reads == 2 * ['train', 'test']
 
 
 def test_side_and_channels_make_another_entry(cache_folder):
@@ -120,35 +115,35 @@ def flip_byte(path):
 @pytest.mark.parametrize('damage', [truncate, flip_byte, os.unlink, lambda path: path.write_bytes(b'')])
 @pytest.mark.parametrize('file', ['train.npy', 'test.npy', 'index.npz'])
 def test_damaged_entry_is_written_again(cache_folder, file, damage):
-  read = CountingReader()
-  load_decoded(make_source(read), SIDE, CHANNELS)
+  reads = []
+  load(reads)
   damage(next(cache_folder.iterdir()) / file)
-  check(load_decoded(make_source(read), SIDE, CHANNELS), read)
-  assert read.reads == 2 * ['train', 'test']
-  check(load_decoded(make_source(read), SIDE, CHANNELS), read)
-  assert read.reads == 2 * ['train', 'test']
+  check(load(reads))
+  assert reads == 2 * ['train', 'test']
+  check(load(reads))
+  assert reads == 2 * ['train', 'test']
 
 
-def test_goes_on_without_a_folder_to_write_to(tmp_path, monkeypatch, caplog):
+def test_continues_without_a_folder_to_write_to(tmp_path, monkeypatch, caplog):
   (tmp_path / 'file').write_text('not a folder')
   monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'file' / 'cache'))
-  read = CountingReader()
-  check(load_decoded(make_source(read), SIDE, CHANNELS), read)
+  reads = []
+  check(load(reads))
   (message,) = caplog.messages
   assert message.startswith('Continuing without a cache of decoded images in') and '\n' not in message
 
 
-def test_goes_on_when_the_disk_is_full(cache_folder, caplog):
-  read = CountingReader()
+def test_continues_when_the_disk_is_full(cache_folder, caplog):
+  reads = []
   unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (200, unlimited[1]))  # Bytes; a write beyond raises OSError.
   try:
-    decoded = load_decoded(make_source(read), SIDE, CHANNELS)
+    decoded = load(reads)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-  check(decoded, read)
+  check(decoded)
   assert any('Continuing without a cache' in message for message in caplog.messages)
-  assert not list(next(cache_folder.iterdir()).iterdir())  # Nothing half written stays.
+  assert not list(next(cache_folder.iterdir()).iterdir())  # No partial file is left.
 
 
 def test_two_writers_at_once(cache_folder):
@@ -159,23 +154,11 @@ def test_two_writers_at_once(cache_folder):
       barrier.wait()
       return super().read(numbers)
 
-  class MeetingReader(CountingReader):
-    def records(self, split):
-      return MeetingRecords(self, split)
-
-  reads, results = [MeetingReader(), MeetingReader()], {}
-
-  def load(place):
-    results[place] = load_decoded(make_source(reads[place]), SIDE, CHANNELS)
-
-  threads = [threading.Thread(target=load, args=(place,)) for place in range(2)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  for place in range(2):
-    check(results[place], reads[place])
-    assert reads[place].reads == ['train', 'test']
+  reads = [], []
+  with ThreadPoolExecutor(2) as threads:
+    for decoded in threads.map(lambda own: load(own, records=MeetingRecords), reads):
+      check(decoded)
+  assert reads == (['train', 'test'],) * 2
   assert len(list(next(cache_folder.iterdir()).iterdir())) == 3
 
 
@@ -183,20 +166,19 @@ def test_two_writers_at_once(cache_folder):
 def test_corrupt_images_are_left_out(fingerprint, monkeypatch):
   monkeypatch.setattr(cache, '_READ', 4)  # Ends with a chunk that has no readable image.
   for _ in range(2):
-    read = CountingReader(corrupt=5)
-    check(load_decoded(make_source(read, fingerprint=fingerprint), 4, 3), read)
+    check(load([], corrupt=5, fingerprint=fingerprint))
 
 
 def test_no_fingerprint_no_file(cache_folder):
-  read = CountingReader()
-  check(load_decoded(make_source(read, fingerprint=None), SIDE, CHANNELS), read)
+  reads = []
+  check(load(reads, fingerprint=None))
   assert not cache_folder.exists()
 
 
 def test_default_folder(tmp_path, monkeypatch):
   monkeypatch.delenv('PARANET_CACHE_DIR')
   monkeypatch.setenv('HOME', str(tmp_path))
-  load_decoded(make_source(CountingReader()), SIDE, CHANNELS)
+  load([])
   assert len(list((tmp_path / '.cache' / 'paranet_jax').iterdir())) == 1
 
 

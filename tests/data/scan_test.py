@@ -108,7 +108,7 @@ def test_a_damaged_file_is_written_again(photos, cache_folder, caplog):
   assert len(kept.read_bytes()) == len(whole)
 
 
-def test_without_a_cache_it_goes_on(photos, cache_folder, caplog):
+def test_it_continues_without_a_cache(photos, cache_folder, caplog):
   cache_folder.write_text('a file where the folder should be')
   assert load('folder', photos).train.streamed
   assert 'Continuing without writing' in caplog.text

@@ -36,7 +36,7 @@ class Counting:
 
   def read(self, numbers):
     if self.refused in numbers:
-      raise UserError(f'expected a whole record, found {self.refused}: mend it')
+      raise UserError(f'expected a whole record, found {self.refused}: fix it')
     images = [None if number in self.corrupt else np.full(SHAPE, number, np.uint8) for number in numbers]
     return images, np.array(numbers, np.int32) % 7
 
@@ -67,7 +67,7 @@ def test_a_part_of_a_split_is_not_read():
   part = split(refused=4).take(np.array([7, 2, 30]))
   assert part.streamed and part.labels.tolist() == [0, 4, 4]
   assert filled(part.images[np.array([2, 0])]) == [60, 14]
-  with pytest.raises(UserError, match='expected a whole record, found 4: mend it'):
+  with pytest.raises(UserError, match='expected a whole record, found 4: fix it'):
     part.images[1]
   in_memory = Split(np.arange(5), np.arange(5)).take(np.array([3, 1]))
   assert not in_memory.streamed and in_memory.images.tolist() == in_memory.labels.tolist() == [3, 1]
@@ -112,7 +112,7 @@ def test_processes_and_devices_share_every_batch_in_order(processes, devices):
 
 
 @pytest.mark.parametrize('first_step', [1, 5, 7, 12, 13])
-def test_a_later_stream_goes_on_where_another_stopped(first_step):
+def test_a_later_stream_continues_where_another_stopped(first_step):
   whole, later = train_batches(), train_batches(first_step)
   assert len(later) == max(12 - first_step, 0)
   with Stream(whole, 0) as everything, Stream(later, 0) as rest:
@@ -143,7 +143,7 @@ def test_worker_processes_give_the_same_batches_and_end():
     found = [next(placed) for _ in range(4)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for worker in workers:  # As of a signal to the group: they are the run's to end.
+    for worker in workers:  # As a signal to the whole group does: only the run ends them.
       worker.terminate()
     found += [next(placed) for _ in range(3)]
     for worker in workers:
@@ -160,7 +160,7 @@ def test_what_a_worker_raises_is_raised(workers):
   batches = EvalBatches(split(5, refused=4), 2)
   with Stream(batches, workers) as items:
     assert filled(next(items)['images']) == [0, 2]
-    with pytest.raises(UserError, match='^expected a whole record, found 4: mend it$'):
+    with pytest.raises(UserError, match='^expected a whole record, found 4: fix it$'):
       next(items)
 
 

@@ -1,23 +1,29 @@
-"""One process of several that train together: `python tests/helpers/group.py ARGUMENTS`, JSON: flags of each training.
+"""Processes that train together, forked from a server that has imported the program once.
 
-The flags of the first training say which process this is. The images that every step gets, uint8 [steps, b, H, W, C]
-of this process's share of the batches, are saved in the workdir as `batches_<process>.npy`. With the flag `--slow`, the
-steps of a training take 50 ms or more, so that a signal arrives before its end. A training with the flag `--refused`
-must be refused, and process 0 prints the message.
+The images that every step gets, uint8 [steps, b, H, W, C] of a process's share of the batches, are saved in the workdir
+as `batches_<process>.npy`. With the flag `--slow`, the steps of a training take 50 ms or more, so that a signal arrives
+before its end. A training with the flag `--refused` must be refused, and process 0 prints the message.
 """
 
-import json
+import multiprocessing
+import os
 import sys
 import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TextIO
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+import sklearn.datasets  # noqa: F401 Like the next line: imported once for all processes.
 from running import PROGRAMS
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.command_line import parse, place
+from paranet_jax.data import stream  # noqa: F401
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.processes import joined
 from paranet_jax.train import train_and_evaluate
@@ -59,11 +65,12 @@ def train(arguments):
   np.save(Path(values.workdir) / f'batches_{jax.process_index()}.npy', np.stack(batches))
 
 
-def main(arguments):
-  values, _ = parse(['group', *arguments[0]])
+def main(trainings):
+  """Runs the trainings in turn; the flags of the first one say which process this is."""
+  values, _ = parse(['group', *trainings[0]])
   PROGRAMS.install(pytest.MonkeyPatch())
   with joined(place(values), values.heartbeat_timeout):
-    for own in arguments:
+    for own in trainings:
       own = [argument for argument in own if not argument.startswith(('--coordinator', '--num_', '--process_'))]
       if '--refused' not in own:
         train(own)
@@ -73,5 +80,45 @@ def main(arguments):
       print(error.value, flush=True)
 
 
-if __name__ == '__main__':
-  main(json.loads(sys.argv[1]))
+class Member:
+  """A started process of a group.
+
+  Attributes:
+    pid: its process id.
+    out, err: what it writes.
+  """
+
+  _context = multiprocessing.get_context('forkserver')
+  _context.set_forkserver_preload(['group'])
+
+  def __init__(self, devices: int, trainings: Sequence[Sequence[str]]):
+    pipes = [self._context.Pipe(duplex=False) for _ in range(2)]
+    self._process = self._context.Process(target=_run, args=(devices, trainings, *(end for _, end in pipes)))
+    helpers = Path(__file__).resolve().parent
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, [helpers.parents[1], helpers]))):
+      self._process.start()  # The first one starts the server.
+    self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
+    self.out, self.err = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
+    for _, writer in pipes:
+      writer.close()
+
+  def ended(self) -> tuple[int | None, str, str]:
+    """Exit code, remaining output and error; a process that hangs is killed."""
+    self._process.join(240)
+    self.kill()
+    self._process.join()
+    return self._process.exitcode, _rest(self.out), _rest(self.err)
+
+
+def _rest(pipe: TextIO) -> str:
+  with pipe:
+    return pipe.read()
+
+
+def _run(devices: int, trainings: Sequence[Sequence[str]], out: Connection, err: Connection) -> None:
+  for number, pipe in enumerate((out, err), 1):
+    os.dup2(pipe.fileno(), number)
+  sys.stdout, sys.stderr = (os.fdopen(os.dup(number), 'w', buffering=1) for number in (1, 2))
+  jax.config.update('jax_num_cpu_devices', devices)
+  jax.config.update('jax_disable_most_optimizations', True)
+  main(trainings)

@@ -14,7 +14,7 @@ COUNT, STEPS, SHARE = 8, 2, 2
 
 
 def collectives(name, **fields):
-  """Of the step of a network: opcode and bytes of every operation with more than one device, as often as it runs."""
+  """Opcode and bytes of every operation over several devices in a network's step, once per execution."""
   model, optimizer = tiny.named(name, **fields), optax.sgd(0.1, 0.9)
   state, objective = tiny.state(model, optimizer), tiny.objective(name)
   step = run_on(jax.devices()[:COUNT], lambda axis: make_train_step(model, optimizer, objective, tiny.AUGMENTED, axis))
@@ -35,7 +35,7 @@ def size(tree):
 def statistics_size(params):
   """Bytes of a mean and a mean of squares of every channel that a convolution gives.
 
-  A channel is normalized once, however many layers read it, while every reader has running statistics of its own.
+  A channel is normalized once, however many layers read it, while every reader has its own running statistics.
   """
   kernels = {
     jax.tree_util.keystr(path): leaf

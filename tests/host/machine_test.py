@@ -54,7 +54,7 @@ def test_folder(tmp_path, monkeypatch, restored_settings):
   assert not jax.config.jax_enable_compilation_cache
 
 
-def test_goes_on_where_it_cannot_write(tmp_path, restored_settings):
+def test_continues_without_a_writable_folder(tmp_path, restored_settings):
   (tmp_path / 'file').touch()
   assert use_compilation_cache(str(tmp_path / 'file' / 'cache')) is None
 

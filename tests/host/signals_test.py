@@ -13,10 +13,12 @@ import pytest
 
 from paranet_jax.host.signals import StopRequest
 
+REPO = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(autouse=True)
 def outer():
-  """Stands for the handlers that are there before: what reaches them is listed."""
+  """Installs handlers beforehand, and lists the signals that reach them."""
   received = []
   previous = {
     number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name))
@@ -50,7 +52,7 @@ def test_the_second_signal_acts(outer, second):
 
 
 @pytest.mark.parametrize('sent', [(), (signal.SIGTERM,)])
-def test_afterwards_all_is_as_before(outer, sent):
+def test_the_earlier_handlers_are_restored(outer, sent):
   before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
   with StopRequest():
     assert signal.getsignal(signal.SIGINT) != before[0] and signal.getsignal(signal.SIGTERM) != before[1]
@@ -61,7 +63,7 @@ def test_afterwards_all_is_as_before(outer, sent):
   assert outer == ['SIGINT']
 
 
-def test_an_exception_restores_too(outer):
+def test_they_are_restored_after_an_exception(outer):
   with pytest.raises(RuntimeError):
     with StopRequest():
       raise RuntimeError
@@ -84,48 +86,31 @@ def test_outside_the_main_thread_nothing_is_received(outer):
   assert outer == ['SIGTERM']
 
 
-TOGETHER = """
-import os, signal, sys, time
+JOINED = """
+import ctypes, os, signal, sys, time
 import jax
 jax.distributed.initialize(f'localhost:{sys.argv[1]}', 1, 0)
 from paranet_jax.host.signals import StopRequest
+"""
+TOGETHER = """
 with StopRequest() as stop:
   step = 0
   while not stop.requested(step):
     assert stop.received is None
     step += 1
     if step == 3:
-      for _ in range(2):  # As of a terminal and of a launcher.
+      for _ in range(2):  # A terminal and a launcher both send one.
         os.kill(os.getpid(), int(sys.argv[2]))
     time.sleep(0.02)
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 print(stop.received, step)
 jax.distributed.shutdown()
 """
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_under_jax_distributed_the_processes_agree_on_the_step(number):
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  command = [sys.executable, '-c', TOGETHER, str(port), str(int(number))]
-  done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120)
-  assert done.returncode == 0, done.stderr
-  what, step = done.stdout.strip().rsplit(' ', 1)
-  assert what == 'a preemption notice' and int(step) > 3
-
-
 HANGING = """
-import os, signal, sys, threading, time
-import jax
-jax.distributed.initialize(f'localhost:{sys.argv[1]}', 1, 0)
-from paranet_jax.host.signals import StopRequest
 with StopRequest() as stop:
   os.kill(os.getpid(), signal.SIGTERM)
   print('asked', flush=True)
-  # Holds on in C, as a step does that waits for another process: no handler of Python's is called.
-  import ctypes
+  # Waits in C, like a step that waits for another process: no Python handler runs.
   libc = ctypes.CDLL(None)
   lock = (ctypes.c_char * 256)()
   libc.pthread_mutex_lock(lock)
@@ -133,14 +118,28 @@ with StopRequest() as stop:
 """
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_under_jax_distributed_a_later_signal_acts_even_in_a_step_that_hangs(number):
+def joined(program, *arguments):
+  """Starts a program under jax.distributed in another process."""
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  command = [sys.executable, '-c', HANGING, str(port)]
-  with subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2], stdout=subprocess.PIPE) as process:
-    assert process.stdout.readline() == b'asked\n'
+  command = [sys.executable, '-c', JOINED + program, *map(str, (port, *arguments))]
+  return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_under_jax_distributed_the_processes_agree_on_the_step(number):
+  with joined(TOGETHER, int(number)) as process:
+    out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  what, step = out.strip().rsplit(' ', 1)
+  assert what == 'a preemption notice' and int(step) > 3
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_under_jax_distributed_a_later_signal_acts_even_in_a_step_that_hangs(number):
+  with joined(HANGING) as process:
+    assert process.stdout.readline() == 'asked\n'
     for _ in range(60):
       time.sleep(0.5)
       process.send_signal(number)

@@ -57,37 +57,31 @@ def test_is_executable(script):
 
 
 @pytest.mark.parametrize(
-  'env, expected',
+  'action, env, expected',
   [
-    ({}, 'tpu-vm create paranet --accelerator-type=v5litepod-4 --version=v2-alpha-tpuv5-lite --zone=z'),
+    ('create', {}, 'tpu-vm create paranet --accelerator-type=v5litepod-4 --version=v2-alpha-tpuv5-lite --zone=z'),
     (
+      'create',
       {'TYPE': 'v4-16', 'NAME': 'a', 'PROJECT': 'p', 'TIER': 'preemptible'},
       'tpu-vm create a --accelerator-type=v4-16 --version=tpu-ubuntu2204-base --preemptible --zone=z --project=p',
     ),
     (
+      'create',
       {'TYPE': 'v6e-16', 'QUEUED': '1', 'TIER': 'spot'},
       'queued-resources create paranet --node-id=paranet --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e '
       '--spot --zone=z',
     ),
     (
+      'create',
       {'TYPE': 'v5p-8', 'RUNTIME': 'mine', 'TIER': 'spot'},
       'tpu-vm create paranet --accelerator-type=v5p-8 --version=mine --spot --zone=z',
     ),
+    ('delete', {}, 'tpu-vm delete paranet --quiet --zone=z'),
+    ('delete', {'QUEUED': '1'}, 'queued-resources delete paranet --force --quiet --zone=z'),
   ],
 )
-def test_create(env, expected):
-  same(dry_run('tpu_vm.sh', 'create', ZONE='z', **env), [f'gcloud compute tpus {expected}'])
-
-
-@pytest.mark.parametrize(
-  'env, expected',
-  [
-    ({}, 'tpu-vm delete paranet --quiet --zone=z'),
-    ({'QUEUED': '1'}, 'queued-resources delete paranet --force --quiet --zone=z'),
-  ],
-)
-def test_delete(env, expected):
-  same(dry_run('tpu_vm.sh', 'delete', ZONE='z', **env), [f'gcloud compute tpus {expected}'])
+def test_create_and_delete(action, env, expected):
+  same(dry_run('tpu_vm.sh', action, ZONE='z', **env), [f'gcloud compute tpus {expected}'])
 
 
 def test_train():
@@ -153,73 +147,41 @@ case "$*" in
       : >'{root}/followed'
       echo {state} >'{root}/state'
       exit {lost}
-    fi
-    exit {code} ;;
+    fi ;;
   *' code '*) echo '{kept}' ;;
 esac
 """
+TWICE = ['start', 'follow'] * 2
+RECREATED = ['create', 'install', 'start', 'follow', 'delete', 'create', 'install', 'start', 'follow']
 
 
-@pytest.fixture
-def cloud(tmp_path):
-  """Creates a PATH with the stub, and lists the actions that it was asked for."""
-
-  def make(state='PREEMPTED', lost=255, code=0, kept=''):
-    stub = tmp_path / 'gcloud'
-    text = GCLOUD.format(bash=shutil.which('bash'), root=tmp_path, state=state, lost=lost, code=code, kept=kept)
-    stub.write_text(text)
-    stub.chmod(0o755)
-    return f'{tmp_path}:{os.environ["PATH"]}'
-
-  def asked():
-    words = ('create', 'delete', 'install', 'start', 'follow')
-    lines = (tmp_path / 'log').read_text().splitlines()
-    return [
-      next(word for word in words if f' {word} ' in line) for line in lines if any(f' {w} ' in line for w in words)
-    ]
-
-  return make, asked
-
-
-@pytest.mark.parametrize('kept', ['', 3, 75])
-def test_preempted_vm_is_recreated(cloud, kept):
-  make, asked = cloud
-  result = run('tpu_vm.sh', 'train', CONFIG, path=make(kept=kept), ZONE='z', TIER='spot', RUNS='1.2.3.4:/s', POLL='0')
-  assert (result.returncode, result.stderr) == (0, 'paranet is gone; recreating it\n')
-  once = ['create', 'install', 'start', 'follow']
-  assert asked() == [*once, 'delete', *once]
-
-
-def test_existing_vm_is_used(cloud, tmp_path):
-  make, asked = cloud
-  (tmp_path / 'state').write_text('READY\n')
-  (tmp_path / 'followed').touch()
-  assert run('tpu_vm.sh', 'train', CONFIG, path=make(), ZONE='z').returncode == 0
-  assert asked() == ['install', 'start', 'follow']
-
-
-def test_lost_connection_is_reopened(cloud, tmp_path):
-  make, asked = cloud
-  (tmp_path / 'state').write_text('READY\n')
-  result = run('tpu_vm.sh', 'run', CONFIG, path=make(state='READY'), ZONE='z', POLL='0')
-  assert (result.returncode, result.stderr) == (0, '')
-  assert asked() == ['start', 'follow'] * 2
-
-
-@pytest.mark.parametrize('action, kept, code', [('run', 3, 3), ('train', 3, 3), ('run', 75, 75)])
-def test_failed_run_is_not_restarted(cloud, tmp_path, action, kept, code):
-  make, asked = cloud
-  (tmp_path / 'state').write_text('READY\n')
-  path = make(state='READY', lost=1, kept=kept)
-  assert run('tpu_vm.sh', action, CONFIG, path=path, ZONE='z', POLL='0').returncode == code
-  assert asked()[-2:] == ['start', 'follow'] and asked().count('start') == 1
-
-
-def test_stopped_run_resumes(cloud):
-  make, asked = cloud
-  result = run('tpu_vm.sh', 'train', CONFIG, path=make(state='READY', lost=1, kept=75), ZONE='z', POLL='0')
-  assert result.returncode == 0
-  assert asked() == ['create', 'install', *['start', 'follow'] * 2]
+@pytest.mark.parametrize(
+  'action, before, state, lost, kept, code, asked',
+  [
+    ('train', None, 'PREEMPTED', 255, '', 0, RECREATED),
+    ('train', None, 'PREEMPTED', 255, 3, 0, RECREATED),
+    ('train', None, 'PREEMPTED', 255, 75, 0, RECREATED),
+    ('train', 'READY', 'READY', 0, '', 0, ['install', 'start', 'follow']),  # An existing VM is used.
+    ('run', 'READY', 'READY', 255, '', 0, TWICE),  # A lost connection is opened again.
+    ('run', 'READY', 'READY', 1, 3, 3, ['start', 'follow']),  # A failed run is not restarted,
+    ('train', 'READY', 'READY', 1, 3, 3, ['install', 'start', 'follow']),
+    ('run', 'READY', 'READY', 1, 75, 75, ['start', 'follow']),
+    ('train', None, 'READY', 1, 75, 0, ['create', 'install', *TWICE]),  # but a stopped one is resumed.
+  ],
+)
+def test_what_is_done_when_a_vm_or_a_run_ends(tmp_path, action, before, state, lost, kept, code, asked):
+  stub = tmp_path / 'gcloud'
+  stub.write_text(GCLOUD.format(bash=shutil.which('bash'), root=tmp_path, state=state, lost=lost, kept=kept))
+  stub.chmod(0o755)
+  if before:
+    (tmp_path / 'state').write_text(f'{before}\n')
+  env = {'path': f'{tmp_path}:{os.environ["PATH"]}', 'ZONE': 'z', 'TIER': 'spot', 'RUNS': '1.2.3.4:/s', 'POLL': '0'}
+  result = run('tpu_vm.sh', action, CONFIG, **env)
+  assert result.returncode == code
+  if code == 0:
+    assert result.stderr == ('paranet is gone; recreating it\n' if state == 'PREEMPTED' else '')
+  words = (tmp_path / 'log').read_text().split()
+  assert [word for word in words if word in RECREATED] == asked
 
 
 @pytest.fixture
@@ -366,20 +328,20 @@ def test_local_ends_with_the_first_that_fails(tmp_path):
 
 
 def test_local_passes_a_signal_on(tmp_path):
-  program = 'trap "echo told $index; exit 0" TERM; echo ready; while true; do sleep 0.05; done'
+  program = 'trap "echo stopping $index; exit 0" TERM; echo ready; while true; do sleep 0.05; done'
   process = local(tmp_path, program)
   assert [process.stdout.readline() for _ in range(3)] == ['ready\n'] * 3
   process.send_signal(signal.SIGINT)
   out, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (0, '')
-  assert sorted(out.splitlines()) == [f'told --process_id={index}' for index in range(3)]
+  assert sorted(out.splitlines()) == [f'stopping --process_id={index}' for index in range(3)]
 
 
 def test_local_kills_at_the_second_signal(tmp_path):
-  process = local(tmp_path, 'trap "echo told" TERM; echo ready; while true; do sleep 0.05; done')
+  process = local(tmp_path, 'trap "echo stopping" TERM; echo ready; while true; do sleep 0.05; done')
   assert [process.stdout.readline() for _ in range(3)] == ['ready\n'] * 3
   process.send_signal(signal.SIGTERM)
-  assert [process.stdout.readline() for _ in range(3)] == ['told\n'] * 3
+  assert [process.stdout.readline() for _ in range(3)] == ['stopping\n'] * 3
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGKILL

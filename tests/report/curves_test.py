@@ -80,7 +80,7 @@ def test_a_null_is_a_gap_and_an_exit_of_nulls_is_left_out(tmp_path):
 
 @pytest.mark.parametrize(('split', 'points'), [('train', 300), ('test', 600)])
 def test_only_long_training_curves_are_averaged(tmp_path, split, points):
-  # Two neighbours 2i and 2i + 1 average to 2i + 0.5.
+  # Two neighbors 2i and 2i + 1 average to 2i + 0.5.
   write_metrics(tmp_path, [record(10 * step, split, exit1__nll=step) for step in range(600)])
   ((_, x, y),) = curves(curves_figure(tmp_path).axes[0])
   assert x == y == ([2 * i + 0.5 for i in range(300)] if split == 'train' else list(range(600)))
@@ -129,7 +129,7 @@ def test_the_picture_is_written_and_replaced_as_a_whole(tmp_path, monkeypatch):
   assert path == tmp_path / 'curves.png'
   pixels = np.rint(imread(path)[..., :3] * 255)
   assert pixels.shape == (720, 1500, 3)
-  # Vermillion, the colour of exit 2, and not the blue of exit 1.
+  # Vermillion, the color of exit 2, and not the blue of exit 1.
   assert (pixels == (0xD5, 0x5E, 0x00)).all(-1).sum() > 1000
   assert not (pixels == (0x00, 0x72, 0xB2)).all(-1).any()
   assert sorted(entry.name for entry in tmp_path.iterdir()) == ['curves.png', 'metrics.jsonl']

@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.report.metrics import MetricsWriter, drop_after, read_metrics
+from paranet_jax.report.metrics import MetricsWriter, read_metrics
 
 
 def write_lines(workdir, *lines: str):
@@ -118,35 +118,34 @@ def test_reading_tolerates_a_torn_last_line(tmp_path, content, steps):
 
 def test_an_absent_file_has_no_lines(tmp_path):
   assert read_metrics(tmp_path) == []
-  assert drop_after(tmp_path, 0) == 0
   assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-  ('content', 'step', 'removed', 'left'),
+  ('content', 'step', 'left'),
   [
-    ((line(10), line(20), line(20), line(30)), 20, 1, (line(10), line(20), line(20))),
-    ((line(10), line(20)), 0, 2, ()),
-    ((line(10), line(20)), 20, 0, (line(10), line(20))),
-    ((line(10), line(30), line(20)), 20, 1, (line(10), line(20))),
-    ((line(10), '{"step": 15, "e'), 20, 0, (line(10),)),
-    ((line(10), line(15).rstrip()), 20, 0, (line(10), line(15))),
+    ((line(10), line(20), line(20), line(30)), 20, (line(10), line(20), line(20))),
+    ((line(10), line(20)), 0, ()),
+    ((line(10), line(20)), 20, (line(10), line(20))),
+    ((line(10), line(30), line(20)), 20, (line(10), line(20))),
+    ((line(10), '{"step": 15, "e'), 20, (line(10),)),
+    ((line(10), line(15).rstrip()), 20, (line(10), line(15))),
   ],
 )
-def test_drop_after(tmp_path, content, step, removed, left):
+def test_resuming_keeps_the_lines_up_to_the_step(tmp_path, content, step, left):
   path = write_lines(tmp_path, *content)
-  assert drop_after(tmp_path, step) == removed
+  MetricsWriter(tmp_path, step).close()
   assert path.read_text() == ''.join(left)
-  assert list(tmp_path.iterdir()) == [path]
+  assert sorted(entry.name for entry in tmp_path.iterdir()) == ['metrics.jsonl', 'tensorboard']
 
 
 @pytest.mark.parametrize('broken', ['{"step": 2, "epo', '7', '{"epoch": 1}', ''])
 def test_a_broken_line_that_is_not_a_torn_last_one_is_named_and_nothing_is_lost(tmp_path, broken):
   path = write_lines(tmp_path, line(1), broken + '\n', line(3))
   before = path.read_bytes()
-  for action in (lambda: read_metrics(tmp_path), lambda: drop_after(tmp_path, 1), lambda: MetricsWriter(tmp_path)):
+  for action in (read_metrics, MetricsWriter):
     with pytest.raises(UserError) as error:
-      action()
+      action(tmp_path)
     assert str(error.value) == (
       f'expected a JSON object with a step on every line of {path}, found {broken!r} on line 2; fix or delete that line'
     )

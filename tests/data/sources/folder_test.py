@@ -48,18 +48,28 @@ def pairs(split):
   return sorted((int(label), int(image[0, 0, 0])) for image, label in zip(split.images, split.labels, strict=True))
 
 
-def write_both(root):
-  write(root / 'train/dog/a.png', 10)
-  write(root / 'train/dog/b.PNG', 11)
-  write(root / 'train/cat/c.jpg', 20, size=(9, 6))
-  write(root / 'train/cat/d.JPEG', 21)
-  write(root / 'train/ant/e.webp', 30)
-  write(root / 'test/dog/f.png', 12)
-  write(root / 'test/ant/g.png', 31, size=(4, 8))
+BOTH = {
+  'train/dog/a.png': 10,
+  'train/dog/b.PNG': 11,
+  'train/cat/c.jpg': 20,
+  'train/cat/d.JPEG': 21,
+  'train/ant/e.webp': 30,
+  'test/dog/f.png': 12,
+  'test/ant/g.png': 31,
+}
+SIZES = {'train/cat/c.jpg': (9, 6), 'test/ant/g.png': (4, 8)}
+ONE_FOLDER = {
+  f'{name}/{number}.png': 100 * label + number for label, name in enumerate(['ant', 'cat']) for number in range(8)
+}
+
+
+def write_all(root, values):
+  for name, value in values.items():
+    write(root / name, value, SIZES.get(name, (4, 4)))
 
 
 def test_train_and_test_folders(root):
-  write_both(root)
+  write_all(root, BOTH)
   (root / 'train/dog/.hidden.png').write_bytes(b'not an image')
   (root / 'train/dog/notes.txt').write_text('not an image')
   (root / 'train/.git').mkdir()
@@ -72,28 +82,22 @@ def test_train_and_test_folders(root):
 
 
 def test_grey(root):
-  write_both(root)
+  write_all(root, BOTH)
   assert load(root, channels=1).train.images.shape == (5, 4, 4, 1)
 
 
-def write_one_folder(root):
-  for label, name in enumerate(['ant', 'cat']):
-    for number in range(8):
-      write(root / name / f'{number}.png', 100 * label + number)
-
-
 def test_one_folder_and_a_fraction(root):
-  write_one_folder(root)
+  write_all(root, ONE_FOLDER)
   dataset = load(root, test_fraction=0.25)
   assert np.bincount(dataset.test.labels).tolist() == [2, 2]
-  everything = [(label, 100 * label + number) for label in range(2) for number in range(8)]
+  everything = [(value // 100, value) for value in ONE_FOLDER.values()]
   assert sorted(pairs(dataset.train) + pairs(dataset.test)) == everything
   assert pairs(load(root, test_fraction=0.25).test) == pairs(dataset.test)
   assert len(load(root, test_fraction=0.5).test) == 8  # Not the cached split.
 
 
 def test_changed_files_are_decoded_again(root):
-  write_both(root)
+  write_all(root, BOTH)
   load(root)
   write(root / 'train/dog/new.png', 13)
   assert (2, 13) in pairs(load(root).train)
@@ -105,7 +109,7 @@ def spoil(path):
 
 
 def test_corrupt_file_is_named(root):
-  write_both(root)
+  write_all(root, BOTH)
   spoil(root / 'train/dog/b.PNG')
   message = 'found a corrupt file .*/train/dog/b.PNG .*fix or remove it, or set --config.data.on_corrupt=skip'
   with pytest.raises(UserError, match=message):
@@ -113,7 +117,7 @@ def test_corrupt_file_is_named(root):
 
 
 def test_corrupt_files_are_skipped_and_counted(root):
-  write_both(root)
+  write_all(root, BOTH)
   write(root / 'test/ant/h.png', 32)
   spoil(root / 'train/dog/b.PNG')
   spoil(root / 'test/ant/g.png')
@@ -127,7 +131,7 @@ def test_corrupt_files_are_skipped_and_counted(root):
 
 
 def test_class_of_corrupt_files_only(root):
-  write_both(root)
+  write_all(root, BOTH)
   spoil(root / 'train/ant/e.webp')
   with pytest.raises(UserError, match="images of class 'ant' in train, found only corrupt files: fix or remove them"):
     load(root, on_corrupt='skip')
@@ -135,81 +139,57 @@ def test_class_of_corrupt_files_only(root):
 
 def test_more_images_than_a_chunk(root, monkeypatch):
   monkeypatch.setattr('paranet_jax.data.cache._READ', 3)
-  write_one_folder(root)
+  write_all(root, ONE_FOLDER)
   spoil(root / 'ant/0.png')
   dataset = load(root, on_corrupt='skip')
-  everything = [(label, 100 * label + number) for label in range(2) for number in range(8)]
+  everything = [(value // 100, value) for value in ONE_FOLDER.values()]
   assert sorted(pairs(dataset.train) + pairs(dataset.test)) == everything[1:]
 
 
-def nothing(root):
-  pass
-
-
-def images_without_class(root):
-  write(root / 'a.png', 1)
-
-
-def empty_class(root):
-  write_both(root)
-  (root / 'train/bee').mkdir()
-
-
-def empty_test_class(root):
-  write_both(root)
-  (root / 'test/cat').mkdir()
-
-
-def train_only(root):
-  write(root / 'train/dog/a.png', 1)
-
-
-def lone_test(root):
-  write(root / 'test/dog/a.png', 1)
-
-
-def unknown_class(root):
-  write_both(root)
-  write(root / 'test/bee/a.png', 1)
-
-
-def one_class(root):
-  write(root / 'train/dog/a.png', 1)
-  write(root / 'test/dog/b.png', 1)
-
-
-def not_a_file(root):
-  write_both(root)
-  (root / 'train/dog/folder.png').mkdir()
-
-
+# What is written ('/' ends an empty folder), changes of the configuration, and the message.
 ERRORS = {
-  'no images': (nothing, {}, r'expected <class>/\*.png.* in .*images, found no images there: .*data_dir=\.\.\.'),
-  'no classes': (images_without_class, {}, 'found no images there'),
-  'empty class': (empty_class, {}, "found no images of class 'bee': add some or remove .*/train/bee"),
-  'empty test class': (empty_test_class, {}, "found no images of class 'cat': add some or remove .*/test/cat"),
-  'no test': (train_only, {}, 'expected both train/ and test/ in .*, found only train/: .*test_fraction=0.2'),
-  'no train': (lone_test, {}, 'found only test/'),
-  'class of test only': (unknown_class, {}, 'expected the classes of .*/train, found bee in .*/test only: move them'),
-  'one class': (one_class, {}, "expected 2 class folders or more, found only 'dog' in .*: add another class"),
-  'not a file': (not_a_file, {}, 'expected a readable image, found Is a directory at .*/folder.png'),
-  'no folder named': (nothing, {'data_dir': ''}, 'found none given: name it with --config.data.data_dir='),
-  'no such folder': (
-    nothing,
-    {'data_dir': '/no/such'},
-    'found no folder /no/such: name it with --config.data.data_dir=',
+  'no images': ([], {}, r'expected <class>/\*.png.* in .*images, found no images there: .*data_dir=\.\.\.'),
+  'no classes': (['a.png'], {}, 'found no images there'),
+  'empty class': ([*BOTH, 'train/bee/'], {}, "found no images of class 'bee': add some or remove .*/train/bee"),
+  'empty test class': ([*BOTH, 'test/cat/'], {}, "found no images of class 'cat': add some or remove .*/test/cat"),
+  'no test': (
+    ['train/dog/a.png'],
+    {},
+    'expected both train/ and test/ in .*, found only train/: .*test_fraction=0.2',
   ),
-  'on_corrupt': (nothing, {'on_corrupt': 'ignore'}, "expected 'refuse' or 'skip', found 'ignore': .*on_corrupt=skip"),
-  'no fraction': (write_one_folder, {'test_fraction': 0.0}, 'found 0.0 of 16 images in .*: .*test_fraction=0.2'),
-  'whole fraction': (write_one_folder, {'test_fraction': 1.0}, 'found 1.0 of 16 images'),
-  'negative fraction': (write_one_folder, {'test_fraction': -0.5}, 'found -0.5 of 16 images'),
+  'no train': (['test/dog/a.png'], {}, 'found only test/'),
+  'class of test only': (
+    [*BOTH, 'test/bee/a.png'],
+    {},
+    'expected the classes of .*/train, found bee in .*/test only: move them',
+  ),
+  'one class': (
+    ['train/dog/a.png', 'test/dog/b.png'],
+    {},
+    "expected 2 class folders or more, found only 'dog' in .*: add another class",
+  ),
+  'not a file': (
+    [*BOTH, 'train/dog/folder.png/'],
+    {},
+    'expected a readable image, found Is a directory at .*/folder.png',
+  ),
+  'no folder named': ([], {'data_dir': ''}, 'found none given: name it with --config.data.data_dir='),
+  'no such folder': ([], {'data_dir': '/no/such'}, 'found no folder /no/such: name it with --config.data.data_dir='),
+  'on_corrupt': ([], {'on_corrupt': 'ignore'}, "expected 'refuse' or 'skip', found 'ignore': .*on_corrupt=skip"),
+  'no fraction': (ONE_FOLDER, {'test_fraction': 0.0}, 'found 0.0 of 16 images in .*: .*test_fraction=0.2'),
+  'whole fraction': (ONE_FOLDER, {'test_fraction': 1.0}, 'found 1.0 of 16 images'),
+  'negative fraction': (ONE_FOLDER, {'test_fraction': -0.5}, 'found -0.5 of 16 images'),
 }
 
 
 @pytest.mark.parametrize('case', ERRORS)
 def test_errors(root, case):
-  prepare, changes, message = ERRORS[case]
-  prepare(root)
+  written, changes, message = ERRORS[case]
+  for name in written:
+    if name.endswith('/'):
+      (root / name).mkdir()
+    else:
+      write(root / name, 1)
   with pytest.raises(UserError, match=message) as error:
     load(root, **changes)
   assert '\n' not in str(error.value)
