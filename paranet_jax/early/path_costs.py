@@ -65,14 +65,14 @@ class Stages:
     return lambda variables, images, carry: self.model.apply(variables, images, carry, number, method='stage')
 
   def carry(self, path: tuple[int, ...]) -> Any:
-    """The shapes of the features that a path leaves for later stages."""
+    """The shapes of the features that later stages read after a path."""
     if path not in self._carries:
       before = self.carry(path[:-1])
       _, self._carries[path] = jax.eval_shape(self.function(path[-1]), self.variables, self.images, before)
     return self._carries[path]
 
   def by_carry(self, cost: Callable[[int, Any], float]) -> StepCost:
-    """A step cost from the cost of (index, carry), called once for all paths that leave the same shapes behind."""
+    """A step cost from the cost of (index, carry), called once for all paths with the same shapes of features."""
     known: dict[Any, float] = {}
 
     def step_cost(before: tuple[int, ...], index: int) -> float:

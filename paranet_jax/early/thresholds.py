@@ -45,9 +45,9 @@ def exits_taken(confidences: Float[np.ndarray, 'K N'], thresholds: ArrayLike) ->
     thresholds: [K]; +inf: no sample exits there.
   """
   thresholds = np.asarray(thresholds, np.float64)
-  leaves = (confidences >= thresholds[:, None]) & (thresholds[:, None] < np.inf)
-  leaves[-1] = True
-  return np.argmax(leaves, axis=0)
+  exits = (confidences >= thresholds[:, None]) & (thresholds[:, None] < np.inf)
+  exits[-1] = True
+  return np.argmax(exits, axis=0)
 
 
 def visited(thresholds: Float[np.ndarray, ' K']) -> tuple[int, ...]:
@@ -67,17 +67,17 @@ def operating_point(samples: Samples, thresholds: ArrayLike) -> OperatingPoint:
   return OperatingPoint(thresholds, float(shares @ exit_costs), float(accuracy), shares)
 
 
-def threshold_between(ranked: Float[np.ndarray, ' N'], leaving: int) -> float:
-  """The threshold at which the first `leaving` samples exit: halfway to the next, so that rounding does not decide.
+def threshold_between(ranked: Float[np.ndarray, ' N'], exiting: int) -> float:
+  """The threshold at which the first `exiting` samples exit: halfway to the next, so that rounding does not decide.
 
   Args:
-    ranked: confidences, highest first; ranked[leaving - 1] > ranked[leaving].
-    leaving: 0..N; 0 gives +inf, N gives 0.0, which every confidence reaches.
+    ranked: confidences, highest first; ranked[exiting - 1] > ranked[exiting].
+    exiting: 0..N; 0 gives +inf, N gives 0.0, which every confidence reaches.
   """
-  if leaving == 0:
+  if exiting == 0:
     return np.inf
-  if leaving == len(ranked):
+  if exiting == len(ranked):
     return 0.0
-  leaves, stays = ranked[leaving - 1], ranked[leaving]
-  middle = stays + (leaves - stays) / 2
-  return float(middle if middle > stays else leaves)  # Adjacent floats have nothing between them.
+  exits, stays = ranked[exiting - 1], ranked[exiting]
+  middle = stays + (exits - stays) / 2
+  return float(middle if middle > stays else exits)  # Adjacent floats have nothing between them.

@@ -1,4 +1,4 @@
-"""Batches of fixed sizes: how many rows are covered, split and packed."""
+"""Batches of fixed sizes: how rows are covered, split and packed."""
 
 import itertools
 
@@ -92,7 +92,7 @@ def test_pack_joins_batches():
   assert padded.rows.tolist() == [0, 3, 5, GONE] and padded.carried['images'].ravel().tolist() == [0, 3, 5, 0]
 
 
-def test_pack_moves_nothing_in_vain():
+def test_pack_keeps_batches_that_it_cannot_shrink():
   nearly_full, gone = _batch([0, 1, GONE, 3], 0), _batch([GONE] * 4, 4)
   (kept,) = FixedSizes(SPLIT, None).pack([gone, nearly_full])
   assert kept is nearly_full

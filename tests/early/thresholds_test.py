@@ -55,9 +55,9 @@ def test_operating_point(thresholds, score, cost, shares):
   assert point.accuracy == (0.75 if shares[1] else 0.5)
 
 
-@pytest.mark.parametrize(('leaving', 'expected'), [(0, inf), (1, 0.75), (3, 0.3125), (4, 0.0)])
-def test_a_threshold_is_halfway_between_confidences(leaving, expected):
-  assert threshold_between(np.array([1.0, 0.5, 0.5, 0.125]), leaving) == expected
+@pytest.mark.parametrize(('exiting', 'expected'), [(0, inf), (1, 0.75), (3, 0.3125), (4, 0.0)])
+def test_a_threshold_is_halfway_between_confidences(exiting, expected):
+  assert threshold_between(np.array([1.0, 0.5, 0.5, 0.125]), exiting) == expected
 
 
 def test_a_threshold_between_adjacent_floats():

@@ -75,7 +75,7 @@ def oracle_curve(samples: Samples) -> tuple[Float[np.ndarray, ' M'], Float[np.nd
   return least + np.cumsum((levels - least) * counts) / n, np.cumsum(counts) / n
 
 
-class Leaving(NamedTuple):
+class ExitOutcome(NamedTuple):
   """The outcome of exiting at an exit for A samples."""
 
   confidence: Float[np.ndarray, ' A']
@@ -97,12 +97,12 @@ def tie_ends(ranked: Float[np.ndarray, ' A']) -> Int[np.ndarray, ' ends']:
 
 
 def sweep_pair(
-  first: Leaving,
-  second: Leaving,
+  first: ExitOutcome,
+  second: ExitOutcome,
   later_correct: Float[np.ndarray, ' A'],
   later_cost: Float[np.ndarray, ' A'],
   ranges: Float[np.ndarray, 'R 2'],
-  leave_first: Int[np.ndarray, ' L'],
+  first_counts: Int[np.ndarray, ' L'],
   fewest: int,
   price: float,
 ) -> list[Best | None]:
@@ -114,7 +114,7 @@ def sweep_pair(
     later_correct: whether a sample that passes both is right where it exits.
     later_cost: its cost there, at least the second exit's.
     ranges: lowest and highest total cost of the A samples.
-    leave_first: how many samples may exit at the first exit, each one of its `tie_ends`.
+    first_counts: how many samples may exit at the first exit, each one of its `tie_ends`.
     fewest: how many samples exit at the second at least.
     price: of a unit of cost, in right samples; below 1 / total cost it only breaks ties.
 
@@ -131,20 +131,20 @@ def sweep_pair(
   gain, saving = (second.correct * 1.0 - later_correct)[by_second], (second.cost - later_cost)[by_second]
   best: list[Best | None] = [None] * len(ranges)
   most = np.full(len(ranges), -np.inf)
-  for leaving in leave_first:
-    alive = np.flatnonzero(position >= leaving)
+  for exiting in first_counts:
+    alive = np.flatnonzero(position >= exiting)
     ranked = ranked_second[alive]
     ends = tie_ends(ranked)
     ends = ends[ends >= fewest]
-    falling = -_cumulative(saving[alive], start_cost[leaving])[ends]
-    value = _cumulative(gain[alive], start_correct[leaving])[ends] + price * falling
+    falling = -_cumulative(saving[alive], start_cost[exiting])[ends]
+    value = _cumulative(gain[alive], start_correct[exiting])[ends] + price * falling
     begin, end = np.searchsorted(falling, -ranges[:, 1], 'left'), np.searchsorted(falling, -ranges[:, 0], 'right')
     within = np.stack([begin, end], axis=1).ravel()
     found = np.maximum.reduceat(np.append(value, -np.inf), within)[::2]
     for r in np.flatnonzero((begin < end) & (found > most)):
       most[r] = found[r]
-      leaving_second = int(ends[begin[r] + np.argmax(value[begin[r] : end[r]])])
-      thresholds = threshold_between(ranked_first, int(leaving)), threshold_between(ranked, leaving_second)
+      exiting_second = int(ends[begin[r] + np.argmax(value[begin[r] : end[r]])])
+      thresholds = threshold_between(ranked_first, int(exiting)), threshold_between(ranked, exiting_second)
       best[r] = Best(float(most[r]), *thresholds)
   return best
 
@@ -188,13 +188,13 @@ class _Search:
     """The best points that run the two or three exits of a path."""
     *early, last = path
     path_costs = self.costs.cumulative(path)
-    exits = [Leaving(self.confidences[k], self.correct[k], path_costs[i]) for i, k in enumerate(early)]
-    leave_first = np.zeros(1, int)
+    exits = [ExitOutcome(self.confidences[k], self.correct[k], path_costs[i]) for i, k in enumerate(early)]
+    counts = np.zeros(1, int)
     if len(early) == 2:
-      leave_first = tie_ends(np.sort(exits[0].confidence)[::-1])[1:]
-      leave_first = leave_first[np.unique(np.linspace(0, len(leave_first) - 1, _MOST_FIRST).astype(int))]
+      counts = tie_ends(np.sort(exits[0].confidence)[::-1])[1:]
+      counts = counts[np.unique(np.linspace(0, len(counts) - 1, _MOST_FIRST).astype(int))]
     later_cost = np.full(self.n, path_costs[-1])
-    found = sweep_pair(exits[0], exits[-1], self.correct[last], later_cost, ranges * self.n, leave_first, 1, self.price)
+    found = sweep_pair(exits[0], exits[-1], self.correct[last], later_cost, ranges * self.n, counts, 1, self.price)
     return [self.point(dict(zip(early, best[-len(early) :], strict=True))) for best in found if best]
 
   def ascend(self, start: OperatingPoint, cost_range: np.ndarray) -> OperatingPoint:
@@ -222,7 +222,7 @@ class _Search:
     alive = np.flatnonzero(exits >= pair[0])
     gone = np.flatnonzero(exits < pair[0])
     gone_correct, gone_cost = self.correct[exits[gone], gone].sum(), exit_costs[exits[gone]].sum()
-    first, second = (Leaving(self.confidences[k, alive], self.correct[k, alive], exit_costs[k]) for k in pair)
+    first, second = (ExitOutcome(self.confidences[k, alive], self.correct[k, alive], exit_costs[k]) for k in pair)
     after = np.where(np.arange(self.num_exits) <= pair[1], np.inf, thresholds)
     later = exits_taken(self.confidences[:, alive], after)
     ends = tie_ends(np.sort(first.confidence)[::-1])

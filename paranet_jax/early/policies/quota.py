@@ -35,8 +35,8 @@ def quota_thresholds(confidences: Float[np.ndarray, 'K N'], q: float) -> Float[n
     if 0 < quota <= len(alive):
       confidence = confidences[k, alive]
       ranked = np.sort(confidence)[::-1]
-      leaving = int(np.sum(ranked >= ranked[quota - 1]))
-      thresholds[k] = threshold_between(ranked, leaving)
+      exiting = int(np.sum(ranked >= ranked[quota - 1]))
+      thresholds[k] = threshold_between(ranked, exiting)
       alive = alive[confidence < thresholds[k]]
   return thresholds
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from early_samples import path_costs, samples, samples_of
 
-from paranet_jax.early.policies.optimal import Leaving, optimal_curve, oracle_curve, sweep_pair, tie_ends
+from paranet_jax.early.policies.optimal import ExitOutcome, optimal_curve, oracle_curve, sweep_pair, tie_ends
 from paranet_jax.early.policies.quota import quota_for_budget
 from paranet_jax.early.thresholds import exits_taken, operating_point, visited
 
@@ -159,11 +159,11 @@ def test_a_sweep_equals_all_pairs(seed, levels):
   # The first three ranges include that no sample exits at either exit, which only `fewest` 0 allows.
   whole = later_cost.sum()
   ranges = np.array([(whole, whole), (whole - 3, whole + 3), (0, 1e9), (200, 210), (160, 300), (0, 100)])
-  leave_first = tie_ends(np.sort(confidences[0])[::-1])
-  exits = [Leaving(*each) for each in zip(confidences, correct, costs, strict=True)]
+  first_counts = tie_ends(np.sort(confidences[0])[::-1])
+  exits = [ExitOutcome(*each) for each in zip(confidences, correct, costs, strict=True)]
   pairs = list(all_pairs(confidences, correct, costs, later_correct, later_cost))
   for fewest in (0, 1):
-    found = sweep_pair(*exits, later_correct * 1.0, later_cost, ranges, leave_first, fewest, price)
+    found = sweep_pair(*exits, later_correct * 1.0, later_cost, ranges, first_counts, fewest, price)
     for best, (low, high) in zip(found, ranges, strict=True):
       # The most correct samples within the range, and the least cost that reaches so many.
       within = [(right, -cost) for right, cost, second in pairs if low <= cost <= high and second >= fewest]
