@@ -19,7 +19,7 @@ from paranet_jax.models.layers.dense import (
   norm_affine,
 )
 from paranet_jax.models.layers.dense_block import affine_relu
-from paranet_jax.models.layers.dropout import dropout
+from paranet_jax.models.layers.drop import dropout
 from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import Chain, Logits, check_halvings, exit_positions, parse_exits
 
@@ -30,11 +30,6 @@ class DenseNet(Chain):
   """A convolution, three dense blocks at sides S, S / 2 and S / 4 with transitions between them, and exits.
 
   Attributes:
-    num_classes: width of every exit.
-    image_side: S, in pixels.
-    channels: channels of the images.
-    dtype: dtype of the computation; parameters, statistics and logits are float32.
-    axis_name: device axis over which batch statistics are shared in training.
     depth: L, layers with weights: 6 n + 4 with bottlenecks, 3 n + 4 without, for n dense layers in each block.
     growth_rate: k.
     compression: theta, the share of the channels that a transition keeps, rounded down; 0.5 in DenseNet-BC.
@@ -94,7 +89,8 @@ class DenseNet(Chain):
     while start < end:
       block, first = divmod(start, size)
       if start == 0:
-        x = as_features(Conv(self._stem_channels, name='stem')(x), train, self.axis_name)
+        channels = 16 if self.bn_size is None else 2 * self.growth_rate
+        x = as_features(Conv(channels, name='stem')(x), train, self.axis_name)
       elif first == 0:
         x = Transition(self.axis_name, self.compression, self.dropout, name=f'transition_{block}')(x, train)
       last = min(size, first + end - start)
@@ -107,14 +103,11 @@ class DenseNet(Chain):
     """BN-ReLU-pool-linear."""
     return Exit(self.num_classes, name=f'exit_{number}')(x, train)
 
-  @property
-  def _stem_channels(self):
-    return 16 if self.bn_size is None else 2 * self.growth_rate
-
   def _layers(self, number, name):
+    shared = {'axis_name': self.axis_name, 'dropout': self.dropout, 'name': name}
     if self.bn_size is None:
-      return PlainDenseBlock(number, self.growth_rate, self.axis_name, self.dropout, name=name)
-    return DenseBlock(number, self.growth_rate, self.bn_size, self.scan_layers, self.axis_name, self.dropout, name=name)
+      return PlainDenseBlock(number, self.growth_rate, **shared)
+    return DenseBlock(number, self.growth_rate, self.bn_size, self.scan_layers, **shared)
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> DenseNet:

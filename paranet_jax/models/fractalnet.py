@@ -21,8 +21,7 @@ from jaxtyping import Float
 from paranet_jax.models.layers.conv import Classifier, batch_norm_relu, convolve
 from paranet_jax.models.layers.dense import Kernel, max_pool
 from paranet_jax.models.layers.dense_block import image_conv3x3
-from paranet_jax.models.layers.drop_path import DropPath, draw, join_weights
-from paranet_jax.models.layers.dropout import dropout
+from paranet_jax.models.layers.drop import DropPath, draw, dropout, join_weights
 from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import MultiExit, check_halvings
 
@@ -39,15 +38,12 @@ class FractalNet(MultiExit):
   join in the first block, by column.
 
   Attributes:
-    num_classes: width of every exit.
     columns: C.
     widths: channels of each of the B blocks.
     dropout: rate after each block's convolutions (section 4: 0, 0.1, 0.2, 0.3, 0.4); empty: none.
     local_drop_path: probability that a join drops an input, in a step with local drop-path.
     global_drop_path: share of the steps that keep a single column instead.
     image_side: S, in pixels, a multiple of 2^B.
-    dtype: dtype of the computation; parameters, statistics and logits are float32.
-    axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
     ValueError: the shapes do not fit together; the message is one line.

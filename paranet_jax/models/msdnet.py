@@ -92,7 +92,6 @@ class MSDNet(Graph):
   batches has 5 blocks, 'lin_grow', step 1 and base 1.
 
   Attributes:
-    num_classes: width of every exit.
     num_blocks: number of blocks; an exit follows each.
     step_mode: 'even' or 'lin_grow', which sets the layers of the blocks after the first (see `block_layers`).
     step: layers of those blocks, or the layers that each adds to the one before.
@@ -102,10 +101,6 @@ class MSDNet(Graph):
     growth_factors: one per scale, finest first.
     bottleneck_factors: one per scale: width of a 1x1 convolution that reads it, in multiples of what its path adds.
     reduction: share of the channels that a transition keeps.
-    image_side: S, in pixels.
-    channels: channels of the images.
-    dtype: dtype of the computation; parameters, statistics and logits are float32.
-    axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
     ValueError: the fields do not fit together; the message is one line.

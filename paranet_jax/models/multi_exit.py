@@ -6,6 +6,13 @@ A model has `num_exits` and two ways to run, which give the same logits:
 exits need, so that stopping early skips the rest.
 A model that draws random numbers in training lists the keys it needs as `rng_names`; they are the same on every device.
 
+Every network that a configuration can name has these attributes:
+  num_classes: width of every exit.
+  image_side: S, in pixels.
+  channels: channels of the images.
+  dtype: dtype of the computation; parameters, statistics and logits are float32.
+  axis_name: device axis over which batch statistics are shared in training.
+
 A network is a `Chain` if its exits lie along one chain of layers, and a `Graph` if they share features in another way.
 """
 

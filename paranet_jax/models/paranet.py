@@ -124,7 +124,6 @@ class ParaNet(Graph):
 
   Attributes:
     num_pipelines: P.
-    num_classes: width of every exit.
     layers_per_block: n, dense layers in every block (L = 6 n + 4 names the three-pipeline network).
     growth_rate: k.
     bn_size: bottleneck width in multiples of k.
@@ -136,10 +135,7 @@ class ParaNet(Graph):
     entry_pool: how the entry halves: 'max' or 'avg' (2x2), or 'max3x3' (overlapping, with stride 2).
     entry_order: 'stem_first' (convolve the whole image, then pool) or 'pool_first'.
     dropout: rate after each convolution except a stem's in training, which needs a `dropout` key.
-    image_side: S, in pixels.
-    dtype: dtype of the computation; parameters, statistics and logits are float32.
     scan_layers: dense layers compiled as one loop in training (see `dense_block.py`); None: the backend's default.
-    axis_name: device axis over which batch statistics are shared in training.
 
   Raises:
     ValueError: the shapes do not fit together (see `Geometry`); the message is one line.

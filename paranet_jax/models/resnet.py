@@ -75,11 +75,6 @@ class ResNet(Chain):
   """A convolution, three stages of n residual blocks with 16, 32 and 64 channels, and exits.
 
   Attributes:
-    num_classes: width of every exit.
-    image_side: S, in pixels.
-    channels: channels of the images.
-    dtype: dtype of the computation; parameters, statistics and logits are float32.
-    axis_name: device axis over which batch statistics are shared in training.
     depth: layers with weights: 6 n + 2, or 9 n + 2 with bottlenecks.
     block: 'basic' (He et al. 2016a), 'preactivation' or 'bottleneck' (He et al. 2016b; also pre-activation, for 164 and
       1001 layers).
@@ -124,7 +119,10 @@ class ResNet(Chain):
   def segment(self, x: Float[Array, 'B H W C'], start: int, end: int, train: bool) -> Float[Array, 'B h w c']:
     """Residual blocks start + 1 to end, with the stem before the first."""
     if start == 0:
-      x = self._stem(x, train)
+      if self.block == 'basic':
+        x = ConvNormRelu(WIDTHS[0], axis_name=self.axis_name, name='stem')(x, train)
+      else:
+        x = Conv(WIDTHS[0], name='stem')(x)
     block_class, _ = BLOCKS[self.block]
     for index in range(start, end):
       stage, place = divmod(index, self.blocks_per_stage)
@@ -139,11 +137,6 @@ class ResNet(Chain):
     if self.block == 'basic':
       return Classifier(self.num_classes, name=name)(x)
     return Exit(self.num_classes, name=name)(as_features(x, train, self.axis_name), train)
-
-  def _stem(self, x: Array, train: bool) -> Array:
-    if self.block == 'basic':
-      return ConvNormRelu(WIDTHS[0], axis_name=self.axis_name, name='stem')(x, train)
-    return Conv(WIDTHS[0], name='stem')(x)
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> ResNet:

@@ -14,7 +14,7 @@ import tiny
 from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds
 from paranet_jax.models import fractalnet
 from paranet_jax.models.fractalnet import FractalNet
-from paranet_jax.models.layers import drop_path
+from paranet_jax.models.layers import drop
 
 network = functools.partial(FractalNet, num_classes=tiny.NUM_CLASSES, widths=(5, 6), image_side=tiny.SIDE)
 WHOLE = 4
@@ -262,9 +262,9 @@ def test_dropout_needs_a_key_and_depends_on_it():
 def test_every_join_draws_its_own_drops(monkeypatch):
   joins = []
 
-  def recorded(drop, join, columns):
+  def recorded(state, join, columns):
     joins.append(join)
-    return drop_path.join_weights(drop, join, columns)
+    return drop.join_weights(state, join, columns)
 
   monkeypatch.setattr(fractalnet, 'join_weights', recorded)
   model = network()
@@ -276,15 +276,15 @@ def test_every_join_draws_its_own_drops(monkeypatch):
 @pytest.mark.parametrize('share', [0.0, 0.3, 1.0])
 def test_draw(share):
   keys = jax.random.split(jax.random.key(0), 4000)
-  columns = jax.jit(jax.vmap(lambda key: drop_path.draw(key, 3, 0.15, share).column))(keys)
+  columns = jax.jit(jax.vmap(lambda key: drop.draw(key, 3, 0.15, share).column))(keys)
   expected = [1 - share, *[share / 3] * 3]
   np.testing.assert_allclose(np.bincount(columns, minlength=4) / 4000, expected, atol=0.03)
 
 
 @pytest.mark.parametrize('column, expected', [(2, [1, 0]), (3, [0, 1])])
 def test_join_weights_of_a_single_column(column, expected):
-  drop = drop_path.DropPath(jax.random.key(0), 0.5, jnp.int32(column))
-  np.testing.assert_array_equal(drop_path.join_weights(drop, 1, (2, 3)), expected)
+  state = drop.DropPath(jax.random.key(0), 0.5, jnp.int32(column))
+  np.testing.assert_array_equal(drop.join_weights(state, 1, (2, 3)), expected)
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.3, 1.0])
@@ -292,8 +292,8 @@ def test_local_join_weights(rate):
   """Each input survives with probability 1 - rate; if none does, one of the two is kept at random."""
 
   def weights(key):
-    drop = drop_path.DropPath(key, rate, jnp.int32(0))
-    return drop_path.join_weights(drop, 5, (2, 3)), drop_path.join_weights(drop, 6, (2, 3))
+    state = drop.DropPath(key, rate, jnp.int32(0))
+    return drop.join_weights(state, 5, (2, 3)), drop.join_weights(state, 6, (2, 3))
 
   one, other = jax.jit(jax.vmap(weights))(jax.random.split(jax.random.key(0), 4000))
   one, other = np.asarray(one), np.asarray(other)

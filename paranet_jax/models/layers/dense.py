@@ -26,7 +26,7 @@ from paranet_jax.models.layers.dense_block import (
   dense_block_training,
   normalize,
 )
-from paranet_jax.models.layers.dropout import dropout
+from paranet_jax.models.layers.drop import dropout
 from paranet_jax.models.layers.initial import kernel_init
 
 MOMENTUM = 0.9  # 0.1 in PyTorch's convention, as in DenseNet's original training.

@@ -1,26 +1,38 @@
-"""Drop-path: draws the inputs that FractalNet's joins average in a training step (Larsson et al. 2017, section 3.1)."""
+"""Dropout (Srivastava et al. 2014) and FractalNet's drop-path (Larsson et al. 2017, section 3.1).
+
+What is dropped does not depend on the number of devices that a batch is sharded over.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 
-class DropPath(NamedTuple):
-  """The draw for one step.
+def dropout(x: Float[Array, 'B H W C'], rate: float, key: Array, axis_name: str | None) -> Float[Array, 'B H W C']:
+  """Zeroes each value with probability `rate` and divides the others by 1 - rate.
 
-  Attributes:
-    key: random key for local drops.
-    rate: probability that a join drops an input in local drop-path.
-    column: the only column kept, network-wide; 0: local drop-path.
+  Args:
+    x: a whole batch, or this device's shard of a batch sharded in order.
+    rate: 0 to less than 1.
+    key: the same on every device; with an image's position in the batch it determines what is dropped.
+    axis_name: device axis over which the batch is sharded.
   """
+  first = lax.axis_index(axis_name) * len(x) if axis_name else 0
+  keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(len(x)))
+  kept = jax.vmap(lambda own: jax.random.bernoulli(own, 1 - rate, x.shape[1:]))(keys)
+  return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+class DropPath(NamedTuple):
+  """What drop-path drops in one training step."""
 
   key: Array
-  rate: float
-  column: Int[Array, '']
+  rate: float  # Probability that a join drops an input in local drop-path.
+  column: Int[Array, '']  # The only column kept, network-wide; 0: local drop-path.
 
 
 def draw(key: Array, num_columns: int, local_rate: float, global_share: float) -> DropPath:

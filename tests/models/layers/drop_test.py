@@ -12,7 +12,7 @@ import tiny
 from paranet_jax.models import densenet
 from paranet_jax.models.densenet import DenseNet
 from paranet_jax.models.layers import dense
-from paranet_jax.models.layers.dropout import dropout
+from paranet_jax.models.layers.drop import dropout
 
 KEY = jax.random.key(0)
 NEVER = 1e-12
