@@ -44,7 +44,7 @@ def test_a_bundle():
   assert_as_expected(bundle_runtime.load(FIXTURES / 'bundle').predict(IMAGES), 'bundle')
 
 
-def test_evaluation_equals_the_saved_summary(run_folder, programs):
+def test_evaluation_equals_the_saved_summary(run_folder):
   code, out, _ = run_main(f'--workdir={run_folder}', '--mode=eval', '--json')
   assert code == 0
   for found, saved in zip(json.loads(out)['splits']['test'], summary_of(FIXTURES / 'run')['exits'], strict=True):
@@ -52,7 +52,7 @@ def test_evaluation_equals_the_saved_summary(run_folder, programs):
       assert found[measure] == pytest.approx(saved[measure], rel=1e-4)
 
 
-def test_a_stopped_run_resumes(tmp_path, programs):
+def test_a_stopped_run_resumes(tmp_path):
   workdir = shutil.copytree(FIXTURES / 'stopped', tmp_path / 'run')
   code, out, err = run_main(f'--workdir={workdir}', '--config.train.max_steps=70', '--accept_config_changes')
   assert (code, err) == (0, '')

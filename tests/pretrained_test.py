@@ -14,7 +14,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.data.load import load_dataset
 
 FOLDER = Path(__file__).resolve().parents[1] / 'pretrained'
-IMAGES = 128
+IMAGES = 500
 ABSOLUTE = re.compile(rb'(^|[ =:"\'])/[\w.-]+/')
 """The start of an absolute path."""
 
