@@ -61,7 +61,7 @@ register_family(
 
 # %%
 config = base_config('OwnBackbone', family='own')
-config.model.image_side = 16
+config.model.image_side = 8
 config.data.name = 'digits'
 config.data.held_out = 300
 config.train.epochs = 6.0

@@ -80,27 +80,12 @@ def _define_flags() -> flags.FlagValues:
   values.set_gnu_getopt()
   for kind, name, default, text in (
     ('bool', 'help', False, 'Show this help.'),
-    (
-      'string',
-      'config',
-      None,
-      'Configuration file, or paranet_jax:NAME for a file in configs/; fields: paranet_jax/base_config.py.',
-    ),
+    ('string', 'config', None, 'Configuration file, or paranet_jax:NAME; fields: paranet_jax/base_config.py.'),
     ('string', 'workdir', None, 'Folder of the run (default: runs/<name>-<dataset>-s<seed>).'),
     ('string', 'mode', 'train', f'One of {", ".join(MODES)}.'),
     ('integer', 'step', None, 'Checkpoint for --mode=eval (default: the latest).'),
-    (
-      'string',
-      'compilation_cache',
-      None,
-      'Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.',
-    ),
-    (
-      'string',
-      'coordinator',
-      None,
-      'HOST:PORT of process 0 in a multi-process run (default: from TPU pods, SLURM or Open MPI).',
-    ),
+    ('string', 'compilation_cache', None, 'Folder of compiled programs (default: in PARANET_CACHE_DIR); off: none.'),
+    ('string', 'coordinator', None, 'HOST:PORT of process 0 (default: from TPU pods, SLURM or Open MPI).'),
     ('integer', 'num_processes', None, 'Number of processes; 1: this one trains alone.'),
     ('integer', 'process_id', None, 'Index of this process, from 0.'),
     ('integer', 'heartbeat_timeout', 100, 'Seconds without a heartbeat until a process counts as dead.'),

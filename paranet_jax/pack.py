@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser, absolute
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command with these arguments, by default sys.argv's; returns the exit code."""
+  """Runs the command with these arguments (default: sys.argv); returns the exit code."""
   return exit_code(lambda: _run(_parse(argv)))
 
 
@@ -18,18 +18,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prog='python -m paranet_jax.pack',
     description='Writes the parameters of a run (in float16), its log and its configuration to another folder.',
   )
-  parser.add_argument('--workdir', type=absolute, help='Folder of a finished run.')
-  parser.add_argument('--out', type=absolute, help='Folder to write; it must not exist, or be empty.')
-  parser.add_argument('--step', type=int, help='Checkpoint (default: the latest).')
-  given = parser.parse_args(argv)
-  for flag in ('workdir', 'out'):
-    if getattr(given, flag) is None:
-      raise UserError(f'expected a folder, found none; set --{flag}')
-  return given
+  add = parser.add_argument
+  add('--workdir', type=absolute, required=True, help='Folder of a finished run.')
+  add('--out', type=absolute, required=True, help='Folder to write; it must not exist, or be empty.')
+  add('--step', type=int, help='Checkpoint (default: the latest).')
+  return parser.parse_args(argv)
 
 
 def _run(given: argparse.Namespace) -> None:
-  from paranet_jax.runs.packed import pack  # jax takes a second to import, which a mistyped flag should not wait for.
+  from paranet_jax.runs.packed import pack  # jax takes a second to import; flags are checked first.
 
   step = pack(given.workdir, given.out, given.step)
   size = sum(path.stat().st_size for path in given.out.rglob('*'))

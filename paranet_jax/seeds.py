@@ -2,7 +2,6 @@
 
 import contextlib
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.status import run_status
 from paranet_jax.runs.workdir import FOLDERS, SUMMARY, prepare_workdir, save_config
-from paranet_jax.task import Task, agreed_task
+from paranet_jax.task import agreed_task
 from paranet_jax.train import train_loop, train_missing
 
 
@@ -77,13 +76,10 @@ def train_seeds(
 
 def seed_configs(config: ConfigDict) -> list[ConfigDict]:
   """The configuration of each seed's own run."""
-  return [_with_seed(config, config.seed + number) for number in range(config.seeds)]
-
-
-def _with_seed(config: ConfigDict, seed: int) -> ConfigDict:
-  own = config.copy_and_resolve_references()
-  own.seed, own.seeds = seed, 1
-  return own
+  configs = [config.copy_and_resolve_references() for _ in range(config.seeds)]
+  for seed, own in enumerate(configs, config.seed):
+    own.seed, own.seeds = seed, 1
+  return configs
 
 
 def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict]]:
@@ -95,26 +91,14 @@ def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict
 def _train_group(
   group: list[ConfigDict], folders: list[Path], devices: list[Device], accept_config_changes: bool
 ) -> bool:
-  if all(run_status(folder, own).summary for own, folder in zip(group, folders, strict=True)):
-    return True
-  print(f'seeds {", ".join(str(own.seed) for own in group)} at once', flush=True)
-  tasks = [agreed_task(own, Coordinator()) for own in group]
-  if tasks[0].dataset.train.streamed:
-    return True  # Each seed has its own order, and images are read for one run at a time.
-  return _train_side_by_side(tasks, folders, devices[: len(group)], accept_config_changes)
-
-
-def _train_side_by_side(
-  tasks: Sequence[Task], workdirs: Sequence[Path], devices: list[Device], accept_config_changes: bool
-) -> bool:
   """Trains runs that differ only in their seed, in lockstep, to the checkpoint of their last step.
 
-  Each becomes what it would become alone on one device, to rounding. Runs whose checkpoints have different steps are
-  left as they are.
+  Each becomes what it would become alone on one device, to rounding. Finished runs, and runs whose checkpoints have
+  different steps, are left as they are.
 
   Args:
-    workdirs: one per run, absolute.
-    devices: one, or one per run.
+    folders: one per run, absolute.
+    devices: one, or at least one per run.
 
   Returns:
     Whether no signal stopped them.
@@ -122,15 +106,19 @@ def _train_side_by_side(
   Raises:
     UserError: as `train.train_and_evaluate`.
   """
-  for task, workdir in zip(tasks, workdirs, strict=True):
-    prepare_workdir(workdir, task.config, accept_config_changes)
-  layout = SideBySide(devices)
+  if all(run_status(folder, own).summary for own, folder in zip(group, folders, strict=True)):
+    return True
+  print(f'seeds {", ".join(str(own.seed) for own in group)} at once', flush=True)
+  tasks = [agreed_task(own, Coordinator()) for own in group]
+  if tasks[0].dataset.train.streamed:
+    return True  # Each seed has its own order, and images are read for one run at a time.
+  for own, folder in zip(group, folders, strict=True):
+    prepare_workdir(folder, own, accept_config_changes)
+  layout = SideBySide(devices[: len(group)])
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())
-    records = [
-      stack.enter_context(open_record(task, workdir, Coordinator()))
-      for task, workdir in zip(tasks, workdirs, strict=True)
-    ]
+    opened = (open_record(task, folder, Coordinator()) for task, folder in zip(tasks, folders, strict=True))
+    records = [stack.enter_context(record) for record in opened]
     if len({record.saved_step for record in records}) > 1:
       return True
     states = [record.restore(devices[:1]) for record in records]

@@ -40,6 +40,9 @@ def _files(tmp_path, monkeypatch):
 
 SEE = '; see --help for the flags, paranet_jax/base_config.py for the fields'
 BASE = 'paranet_jax/base_config.py'
+GOOD = '--config=good.py'
+UNKNOWN = 'unknown configuration field'
+FUNCTION = 'must have a function get_config that returns a ConfigDict; see configs/quickstart.py'
 
 
 @pytest.mark.parametrize(
@@ -60,66 +63,39 @@ BASE = 'paranet_jax/base_config.py'
       ('--config=imports.py',),
       "line 1 of imports.py raises ModuleNotFoundError: No module named 'torch_for_paranet'; fix it or set --config",
     ),
-    (
-      ('--config=nothing.py',),
-      'nothing.py must have a function get_config that returns a ConfigDict; see configs/quickstart.py',
-    ),
-    (
-      ('--config=returns_none.py',),
-      'returns_none.py must have a function get_config that returns a ConfigDict; see configs/quickstart.py',
-    ),
-    (
-      ('--config=returns_dict.py',),
-      'returns_dict.py must have a function get_config that returns a ConfigDict; see configs/quickstart.py',
-    ),
+    (('--config=nothing.py',), f'nothing.py {FUNCTION}'),
+    (('--config=returns_none.py',), f'returns_none.py {FUNCTION}'),
+    (('--config=returns_dict.py',), f'returns_dict.py {FUNCTION}'),
     (('--config=refuses.py',), 'one line of its own'),
     (
       ('--config=raises.py:PN3-ddd',),
       'raises.py raises TypeError: get_config() takes 0 positional arguments but 1 was given; fix it or set --config',
     ),
+    ((GOOD, '--config.train.epoch=3'), f'{UNKNOWN} train.epoch; did you mean train.epochs? All are in {BASE}'),
+    (('--config.modle.blocks=(1,)', GOOD), f'{UNKNOWN} modle.blocks; did you mean model.blocks? All are in {BASE}'),
+    ((GOOD, '--noconfig.train.nestrov'), f'{UNKNOWN} train.nestrov; did you mean train.nesterov? All are in {BASE}'),
+    ((GOOD, '--config.zzz=3'), f'{UNKNOWN} zzz; all are in {BASE}'),
+    ((GOOD, '--config.=3'), f'{UNKNOWN} ; all are in {BASE}'),
     (
-      ('--config=good.py', '--config.train.epoch=3'),
-      f'unknown configuration field train.epoch; did you mean train.epochs? All are in {BASE}',
-    ),
-    (
-      ('--config.modle.blocks=(1,)', '--config=good.py'),
-      f'unknown configuration field modle.blocks; did you mean model.blocks? All are in {BASE}',
-    ),
-    (
-      ('--config=good.py', '--noconfig.train.nestrov'),
-      f'unknown configuration field train.nestrov; did you mean train.nesterov? All are in {BASE}',
-    ),
-    (('--config=good.py', '--config.zzz=3'), f'unknown configuration field zzz; all are in {BASE}'),
-    (('--config=good.py', '--config.=3'), f'unknown configuration field ; all are in {BASE}'),
-    (
-      ('--config=good.py', '--config.train.epochs=abc'),
+      (GOOD, '--config.train.epochs=abc'),
       f"flag --config.train.epochs=abc: could not convert string to float: 'abc'{SEE}",
     ),
     (
-      ('--config=good.py', '--config.train.batch_size=1.5'),
+      (GOOD, '--config.train.batch_size=1.5'),
       f"flag --config.train.batch_size=1.5: invalid literal for int() with base 10: '1.5'{SEE}",
     ),
     (
-      ('--config=good.py', '--config.train.nesterov=maybe'),
+      (GOOD, '--config.train.nesterov=maybe'),
       f"flag --config.train.nesterov=maybe: ('Non-boolean argument to boolean flag', 'maybe'){SEE}",
     ),
-    (('--config=good.py', '--config.train.epochs'), f'Missing value for flag --config.train.epochs{SEE}'),
-    (
-      ('--config=good.py', '--mode=tain'),
-      "unknown mode 'tain', expected one of train, eval, describe; set --mode",
-    ),
-    (
-      ('--config=good.py', '--step=3'),
-      '--step chooses the checkpoint to evaluate, found --mode=train; set --mode=eval',
-    ),
-    (
-      ('--config=good.py', '--mode=eval', '--step=x'),
-      f"flag --step=x: invalid literal for int() with base 10: 'x'{SEE}",
-    ),
+    ((GOOD, '--config.train.epochs'), f'Missing value for flag --config.train.epochs{SEE}'),
+    ((GOOD, '--mode=tain'), "unknown mode 'tain', expected one of train, eval, describe; set --mode"),
+    ((GOOD, '--step=3'), '--step chooses the checkpoint to evaluate, found --mode=train; set --mode=eval'),
+    ((GOOD, '--mode=eval', '--step=x'), f"flag --step=x: invalid literal for int() with base 10: 'x'{SEE}"),
     (('--confg=good.py',), f"Unknown command line flag 'confg'. Did you mean: config ?{SEE}"),
-    (('--config=good.py', '--nojson=3'), f'--nojson=3 does not take an argument{SEE}'),
-    (('--config=good.py', 'describe'), "unexpected argument 'describe'; flags are written --name=value"),
-    (('describe', '--config=good.py'), "unexpected argument 'describe'; flags are written --name=value"),
+    ((GOOD, '--nojson=3'), f'--nojson=3 does not take an argument{SEE}'),
+    ((GOOD, 'describe'), "unexpected argument 'describe'; flags are written --name=value"),
+    (('describe', GOOD), "unexpected argument 'describe'; flags are written --name=value"),
   ],
 )
 def test_refusals(tmp_path, arguments, message):
@@ -185,7 +161,7 @@ def test_flags_and_the_argument_of_a_configuration():
 
 def test_parsing_leaves_no_state():
   parse(['main', QUICKSTART, '--config.train.epochs=2', '--json', '--mode=describe'])
-  values, config = parse(['main', '--config=good.py'])
+  values, config = parse(['main', GOOD])
   assert config.train.epochs == base_config().train.epochs and not values.json
 
 

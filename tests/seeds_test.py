@@ -1,4 +1,4 @@
-"""Tests of several seeds of one configuration: each equals its own run, and the summary is of all."""
+"""Tests of several seeds of one configuration: each equals its own run, and the summary covers all."""
 
 import os
 import signal
@@ -18,6 +18,7 @@ SEEDS = (3, 4)
 SHORT = (
   *TINY,
   '--config.name=PN1-d',
+  '--config.model.image_side=8',
   '--config.train.learning_rate=0.01',
   '--config.train.max_steps=3',
   '--config.checkpoint.every_steps=1',
@@ -74,7 +75,7 @@ def test_each_seed_is_its_own_run_bit_for_bit(together, alone):
     chex.assert_trees_all_close(first, second)
 
 
-def test_the_summary_is_of_both(together):
+def test_summary_covers_both_seeds(together):
   workdir, out = together
   found = summary_of(workdir)
   each = [summary_of(workdir / f'seed_{seed}') for seed in SEEDS]
@@ -122,7 +123,7 @@ def test_stopped_at_every_step(together, tmp_path, monkeypatch):
   assert [line['step'] for line in read_metrics(tmp_path / 'seed_4')] == [1, 2, 3, 3, 3]
 
 
-def test_a_folder_of_other_runs(together, alone, tmp_path):
+def test_folder_with_other_runs(together, alone, tmp_path):
   workdir, _ = together
   before = contents(workdir)
   assert refusal(*SHORT, '--config.seed=3', '--config.seeds=3', f'--workdir={workdir}') == (
@@ -207,6 +208,6 @@ def test_stopped_at_once_and_resumed(alone, tmp_path, monkeypatch):
     chex.assert_trees_all_close(state.params, wanted.params, rtol=1e-5, atol=1e-5)
 
 
-def test_the_default_folder_says_which_seeds():
+def test_default_folder_names_the_seeds():
   _, config = parse(['main', *BOTH])
   assert default_workdir(config) == 'runs/PN1-d-digits-s3to4'

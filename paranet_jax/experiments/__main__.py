@@ -5,15 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
-
 from paranet_jax.experiments.published import EXPERIMENTS
 from paranet_jax.host.arguments import Parser, positive
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
 ALL = 'all'
-STOPPED = 130  # What the shell reports of an interrupted command.
+STOPPED = 130  # As the shell reports an interrupted command.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,16 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0; 2: a user error; 130: stopped before its tables were written; the same command resumes.
   """
-  logging.set_verbosity(logging.WARNING)  # orbax logs details at INFO that do not belong on a terminal.
+  return exit_code(lambda: _reworded(argv), stopped='stopped at once; the same command resumes')
+
+
+def _reworded(argv: Sequence[str] | None) -> int:
   try:
     return _run(_parse(argv))
-  except UserError as error:
-    # This command sets fields with --set.
-    print('error:', *str(error).replace('--config.', '--set=').split(), file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print('stopped at once; the same command resumes', file=sys.stderr)
-    return STOPPED
+  except UserError as error:  # This command sets fields with --set.
+    raise UserError(str(error).replace('--config.', '--set=')) from error
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,9 +55,11 @@ def _run(arguments: argparse.Namespace) -> int:
   # jax takes a second to import; flags are checked first.
   from paranet_jax.experiments.planned_runs import plan_runs, run_missing
   from paranet_jax.experiments.protocols import default_workdir, parse_protocol
-  from paranet_jax.experiments.results import claim, load_results, write_results
+  from paranet_jax.experiments.results import RESULTS, load_results, write_results
   from paranet_jax.experiments.speed import dry_run
+  from paranet_jax.host.files import write_json
   from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.runs.workdir import prepare_folder
 
   experiments = EXPERIMENTS if arguments.experiment == ALL else (arguments.experiment,)
   protocol = parse_protocol(arguments.protocol, arguments.set)
@@ -73,7 +71,8 @@ def _run(arguments: argparse.Namespace) -> int:
   if arguments.dry_run:
     print(dry_run(runs))
     return 0
-  claim(workdir, results)
+  prepare_folder(workdir)
+  write_json(workdir / RESULTS, results)  # Records the protocol before anything is trained.
   summaries = run_missing(runs)
   if summaries is None:
     return STOPPED

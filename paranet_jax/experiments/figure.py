@@ -1,7 +1,6 @@
 """figure2.png: accuracy against cost of the three exits, ours and the paper's, with published systems."""
 
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,24 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paranet_jax.experiments.markdown import conditions
-from paranet_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, bare, logarithmic, save_figure
+from paranet_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, bare, logarithmic
 
 _PUBLISHED = ((GREEN, '^'), (ORANGE, 'D'), (PURPLE, 'v'))
 _MILLION = 1e6
 
 
-def draw_figure(section: dict[str, Any], protocol: str, path: Path) -> None:
-  """Draws the picture and writes it atomically.
-
-  Args:
-    section: as `results.section` returns it.
-    protocol: its name.
-  """
-  save_figure(anytime_figure(section, protocol), path)
-
-
 def anytime_figure(section: dict[str, Any], protocol: str) -> Figure:
-  """The picture. Published systems appear only if they were measured on the same data set."""
+  """The picture of a `results.section`. Published systems appear only if they were measured on the same data set."""
   figure = Figure(figsize=(8, 5.6), dpi=150)
   figure.set_layout_engine('constrained', w_pad=0.1, h_pad=0.08)
   figure.suptitle('ParaNet PN3-ddd: accuracy for a compute budget')

@@ -24,7 +24,6 @@ from paranet_jax.experiments.published import (
 )
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json, write_text
-from paranet_jax.runs.workdir import prepare_folder
 
 RESULTS = 'results.json'
 FILES = {name: f'{name}.png' if name == FIGURE else f'{name}.md' for name in EXPERIMENTS}
@@ -151,20 +150,6 @@ def _describe(protocol: Protocol) -> str:
   return f'--protocol={protocol.name}{changed}'
 
 
-def claim(workdir: Path, results: dict[str, Any]) -> None:
-  """Creates the folder if needed, and records its protocol before anything is trained.
-
-  Args:
-    workdir: absolute.
-    results: as `load_results` returns them.
-
-  Raises:
-    UserError: the folder cannot be written.
-  """
-  prepare_folder(workdir)
-  write_json(workdir / RESULTS, results)
-
-
 def write_results(workdir: Path, results: dict[str, Any], experiments: Sequence[str], finished: Finished) -> str:
   """Writes the file of each experiment, then results.json; returns the text to print.
 
@@ -177,9 +162,10 @@ def write_results(workdir: Path, results: dict[str, Any], experiments: Sequence[
   for name, found in sections.items():
     path = workdir / FILES[name]
     if name == FIGURE:
-      from paranet_jax.experiments.figure import draw_figure  # matplotlib takes a second to import.
+      from paranet_jax.experiments.figure import anytime_figure  # matplotlib takes a second to import.
+      from paranet_jax.report.plots import save_figure
 
-      draw_figure(found, results['protocol'], path)
+      save_figure(anytime_figure(found, results['protocol']), path)
     else:
       text = table_markdown(found, results['protocol'])
       write_text(path, text)

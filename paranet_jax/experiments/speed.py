@@ -30,7 +30,6 @@ class Speed(NamedTuple):
   start: float
   step: float
   evaluation: float
-  steps_per_epoch: int
   total_steps: int
   evaluation_steps: int
 
@@ -90,7 +89,6 @@ def measure(config: ConfigDict) -> Speed:
     start=built + first_step + first_evaluation,
     step=step,
     evaluation=evaluation,
-    steps_per_epoch=task.steps_per_epoch,
     total_steps=task.total_steps,
     evaluation_steps=task.evaluation_steps,
   )

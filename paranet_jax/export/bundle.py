@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,26 +178,18 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _atomic_folder(out: Path) -> Iterator[Path]:
-  """A new folder beside `out`, renamed to `out` if the context ends without an error, else removed.
+  """A new folder beside `out` that moves there if the context ends without an error, else is removed.
 
   Raises:
     UserError: it cannot be written, or `out` exists by then.
   """
-  folder = None
   try:
-    folder = _new_folder(out)
-    yield folder
-    if os.path.lexists(out):
-      raise UserError(f'expected no {out}, found something there; set --out to another folder')
-    folder.rename(out)
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent, ignore_cleanup_errors=True) as holder:
+      folder = Path(holder) / out.name  # The holder itself is readable by its owner only.
+      folder.mkdir()
+      yield folder
+      if os.path.lexists(out):
+        raise UserError(f'expected no {out}, found something there; set --out to another folder')
+      folder.rename(out)
   except OSError as error:
     raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error
-  finally:
-    if folder:  # A folder that mkdir refused belongs to another process.
-      shutil.rmtree(folder, ignore_errors=True)
-
-
-def _new_folder(out: Path) -> Path:
-  folder = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
-  folder.mkdir()
-  return folder

@@ -1,7 +1,6 @@
 """ONNX stages in fewer bits: float16 weights, or int8 weights and activations."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +75,12 @@ def _quantized(model: Any, inputs: dict[str, np.ndarray]) -> Any:
   import onnx
   from onnxruntime import quantization
 
-  class Reader(quantization.CalibrationDataReader):
-    def __init__(self):
-      self._batches = _batches(inputs)
+  starts = range(0, len(next(iter(inputs.values()))), _BATCH)
+  batches = ({name: values[start : start + _BATCH] for name, values in inputs.items()} for start in starts)
 
+  class Reader(quantization.CalibrationDataReader):
     def get_next(self) -> Any:  # None after the last batch.
-      return next(self._batches, None)
+      return next(batches, None)
 
   with tempfile.TemporaryDirectory() as folder, quiet():
     source, target = Path(folder) / 'float32.onnx', Path(folder) / 'int8.onnx'
@@ -97,9 +96,3 @@ def _quantized(model: Any, inputs: dict[str, np.ndarray]) -> Any:
       weight_type=quantization.QuantType.QInt8,
     )
     return onnx.load(target)
-
-
-def _batches(inputs: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-  count = len(next(iter(inputs.values())))
-  for first in range(0, count, _BATCH):
-    yield {name: values[first : first + _BATCH] for name, values in inputs.items()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -97,9 +98,11 @@ def _walk(
 ) -> list[StageSpec]:
   """The stages along a path, in order."""
   specs, carry, names = [], {}, []
+  images = jax.ShapeDtypeStruct((_BATCH, *image_shape), jnp.float32)
   for index, number in enumerate(path):
     name = _name(number, path[:index], [other for other in exits if other < number])
-    spec, carry, names = _stage(model, variables, image_shape, name, number, carry, names)
+    run = functools.partial(model.apply, variables, number=number, method='stage')
+    spec, carry, names = _stage(run, images, name, number, carry, names)
     specs.append(spec)
   return specs
 
@@ -111,27 +114,17 @@ def _name(number: int, before: Sequence[int], usual: Sequence[int]) -> str:
 
 
 def _stage(
-  model: Any,
-  variables: Any,
-  image_shape: tuple[int, int, int],
-  name: str,
-  number: int,
-  carry: Any,
-  names: Sequence[str],
+  run: Callable, images: jax.ShapeDtypeStruct, name: str, number: int, carry: Any, names: Sequence[str]
 ) -> tuple[StageSpec, Any, list[str]]:
   """A stage, and the shapes and names of the carry after it.
 
   Args:
+    run: (images, carry) -> logits and the carry after it.
     carry: shapes of the carry before it.
     names: of the leaves of `carry`.
   """
-  images = jax.ShapeDtypeStruct((_BATCH, *image_shape), jnp.float32)
-
-  def whole(images, carry):
-    return model.apply(variables, images, carry, number, method='stage')
-
   with tracing():
-    program, (_, after) = jax.make_jaxpr(whole, return_shape=True)(images, carry)
+    program, (_, after) = jax.make_jaxpr(run, return_shape=True)(images, carry)
   jaxpr = program.jaxpr
   given = dict(zip(jaxpr.invars, [IMAGES, *names], strict=True))
   read = {value for equation in jaxpr.eqns for value in equation.invars if isinstance(value, Var)}
@@ -154,7 +147,7 @@ def _stage(
     found = dict(zip([tensor.name for tensor in takes], arrays, strict=True))
     # Inputs that no operation reads may have any value.
     images, *filled = (found.get(label, np.float32(0)) for label in [IMAGES, *names])
-    logits, left = whole(images, structure.unflatten(filled))
+    logits, left = run(images, structure.unflatten(filled))
     left = jax.tree.leaves(left)
     return (logits, *(left[place] for place in made))
 

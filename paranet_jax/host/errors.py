@@ -33,10 +33,10 @@ def report_no_room(workdir: Path) -> Iterator[None]:
     ) from error
 
 
-def exit_code(run: Callable[[], int | None]) -> int:
+def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -> int:
   """Runs a command and returns its exit code, 0 if it returns None.
 
-  Returns 2 after a `UserError`, whose line it prints, and 130 if the command was interrupted.
+  Returns 2 after a `UserError`, whose line it prints, and 130 if the command was interrupted, after printing `stopped`.
   """
   logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
   if isinstance(sys.stdout, io.TextIOWrapper):
@@ -48,5 +48,5 @@ def exit_code(run: Callable[[], int | None]) -> int:
     print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print('stopped at once', file=sys.stderr)
+    print(stopped, file=sys.stderr)
     return 130

@@ -1,5 +1,6 @@
 """The devices that a run is planned for: those of this machine, measured, or TPUs elsewhere, as published."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -128,7 +129,8 @@ def choose_target(topology: str | None, count: int | None) -> Target:
     UserError: the topology does not exist, or has fewer devices.
   """
   if topology is None and count is not None:
-    _divide_cpu(count)
+    with contextlib.suppress(RuntimeError):  # JAX has created its devices already.
+      jax.config.update('jax_num_cpu_devices', count)
   devices = jax.local_devices() if topology is None else topology_devices(topology)
   if count is not None and count > len(devices):
     where = 'this machine' if topology is None else topology
@@ -137,13 +139,6 @@ def choose_target(topology: str | None, count: int | None) -> Target:
   kind = devices[0].device_kind
   detail = topology or (cpu_name() if devices[0].platform == 'cpu' else '')
   return Target(f'{len(devices)} x {kind}' + (f' ({detail})' if detail else ''), devices, topology)
-
-
-def _divide_cpu(count: int) -> None:
-  try:
-    jax.config.update('jax_num_cpu_devices', count)
-  except RuntimeError:  # JAX has created its devices already.
-    return
 
 
 def has_libtpu() -> bool:

@@ -2,14 +2,15 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -22,15 +23,12 @@ FORMATS = ('table', 'json', 'csv')
 _LONGEST_FILE, _LONGEST_LABEL = 60, 24  # Characters; a longer name only shifts the rest of its own row.
 
 
-class Format(Protocol):
-  """The text before and after the rows, and that of each row, written as they come."""
+class Format(NamedTuple):
+  """The text before and after the rows, and a function that makes the text of each of `prediction_rows`."""
 
   before: str
-  after: str
-
-  def row(self, row: dict[str, Any]) -> str:
-    """The text of one of `prediction_rows`."""
-    ...
+  row: Callable[[dict[str, Any]], str]
+  after: str = ''
 
 
 def prediction_rows(files: Sequence[str], predictions: Any, class_names: Sequence[str], top: int) -> list[dict]:
@@ -52,32 +50,21 @@ def prediction_rows(files: Sequence[str], predictions: Any, class_names: Sequenc
   return rows
 
 
-class JsonFormat:
+def json_format() -> Format:
   """One list, with one object per line."""
-
-  before, after = '[', '\n]\n'
-
-  def __init__(self):
-    self._separator = '\n'
-
-  def row(self, row: dict[str, Any]) -> str:
-    text = self._separator + json.dumps(row)
-    self._separator = ',\n'
-    return text
+  separators = itertools.chain(['\n'], itertools.repeat(',\n'))
+  return Format('[', lambda row: next(separators) + json.dumps(row), '\n]\n')
 
 
-class CsvFormat:
+def csv_format(top: int) -> Format:
   """file, label, probability, exit, macs, then label_2, probability_2 and so on for the runners-up."""
+  first = ('file', 'label', 'probability', 'exit', 'macs')
+  others = [f'{name}_{place}' for place in range(2, top + 1) for name in ('label', 'probability')]
 
-  after = ''
+  def text(row: dict[str, Any]) -> str:
+    return _csv_line([row[key] for key in first] + [value for entry in row['top'][1:] for value in entry.values()])
 
-  def __init__(self, top: int):
-    runners_up = [f'{name}_{place}' for place in range(2, top + 1) for name in ('label', 'probability')]
-    self.before = _csv_line(['file', 'label', 'probability', 'exit', 'macs', *runners_up])
-
-  def row(self, row: dict[str, Any]) -> str:
-    runners_up = [value for entry in row['top'][1:] for value in entry.values()]
-    return _csv_line([row[key] for key in ('file', 'label', 'probability', 'exit', 'macs')] + runners_up)
+  return Format(_csv_line([*first, *others]), text)
 
 
 def _csv_line(values: Sequence[Any]) -> str:
@@ -86,35 +73,27 @@ def _csv_line(values: Sequence[Any]) -> str:
   return text.getvalue()
 
 
-class TableFormat:
+def table_format(files: Sequence[str], class_names: Sequence[str], columns: int | None) -> Format:
   """Aligned columns, and as many of the next best classes as fit.
 
   Args:
     files, class_names: all that may occur, for the widths of the columns.
     columns: width of the terminal; None: no limit.
   """
+  file_width = _width(('file', *map(printable, files)), _LONGEST_FILE)
+  layout = f'{{:{file_width}}}  {{:{_width(("label", *class_names), _LONGEST_LABEL)}}}  {{:>11}}  {{:>4}}  {{:>8}}'
 
-  after = ''
-
-  def __init__(self, files: Sequence[str], class_names: Sequence[str], columns: int | None):
-    self._columns = columns
-    file_width = _width(('file', *map(printable, files)), _LONGEST_FILE)
-    self._layout = (
-      f'{{:{file_width}}}  {{:{_width(("label", *class_names), _LONGEST_LABEL)}}}  {{:>11}}  {{:>4}}  {{:>8}}'
-    )
-    self.before = self._layout.format('file', 'label', 'probability', 'exit', 'macs') + '  next best\n'
-
-  def row(self, row: dict[str, Any]) -> str:
-    text = self._layout.format(
-      printable(row['file']), row['label'], f'{row["probability"]:.3f}', row['exit'], human_count(row['macs'])
-    )
-    separator = '  '
+  def line(row: dict[str, Any]) -> str:
+    probability, macs = f'{row["probability"]:.3f}', human_count(row['macs'])
+    text, separator = layout.format(printable(row['file']), row['label'], probability, row['exit'], macs), '  '
     for entry in row['top'][1:]:
       more = f'{separator}{entry["label"]} {entry["probability"]:.3f}'
-      if self._columns and len(text + more) > self._columns:
+      if columns and len(text + more) > columns:
         break
       text, separator = text + more, ', '
     return text + '\n'
+
+  return Format(layout.format('file', 'label', 'probability', 'exit', 'macs') + '  next best\n', line)
 
 
 def _width(texts: Sequence[str], most: int) -> int:
@@ -124,10 +103,10 @@ def _width(texts: Sequence[str], most: int) -> int:
 def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top: int, stream: IO[str]) -> Format:
   """Makes one of FORMATS for a stream."""
   if name == 'json':
-    return JsonFormat()
+    return json_format()
   if name == 'csv':
-    return CsvFormat(top)
-  return TableFormat(files, class_names, shutil.get_terminal_size().columns if stream.isatty() else None)
+    return csv_format(top)
+  return table_format(files, class_names, shutil.get_terminal_size().columns if stream.isatty() else None)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 import paranet_jax
 from paranet_jax.costs import exit_costs
+from paranet_jax.ensemble import evaluate
 from paranet_jax.ensemble.__main__ import main
-from paranet_jax.ensemble.evaluate import load_ensemble
+from paranet_jax.ensemble.evaluate import evaluate_ensemble, load_ensemble
 from paranet_jax.task import build_task
 
 STOPPED = Path(__file__).resolve().parents[1] / 'fixtures/v0_1_0/stopped'
@@ -20,31 +21,40 @@ STOPPED = Path(__file__).resolve().parents[1] / 'fixtures/v0_1_0/stopped'
 
 @pytest.fixture(scope='module')
 def workdirs(finished_run):
-  """Two runs with different parameters: of steps 140 and 47."""
+  """Two runs with different parameters, of steps 140 and 47."""
   return [finished_run, STOPPED]
 
 
-def test_averaged_probabilities_on_the_test_images(workdirs, capsys):
+@pytest.fixture(scope='module')
+def rows(workdirs):
+  """What the command measures, which `test_the_table` prints again."""
+  return evaluate_ensemble(load_ensemble(workdirs))
+
+
+def test_averaged_probabilities_on_the_test_images(workdirs, rows, monkeypatch, capsys):
+  monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda _: rows)
   assert main([*map(str, workdirs), '--json']) == 0
-  rows = json.loads(capsys.readouterr().out)
+  assert json.loads(capsys.readouterr().out) == rows
   assert [(row['exit'], row['name'], row['seed']) for row in rows] == [(1, 'PN3-x3d', 0), (2, 'PN3-ddd', 0)]
-  total, macs = 0, 0
-  for count, (row, workdir) in enumerate(zip(rows, workdirs, strict=True), 1):
-    run = paranet_jax.load(workdir)
-    test = build_task(run.config).dataset.test
+  runs = [paranet_jax.load(workdir) for workdir in workdirs]
+  forward = jax.jit(runs[0].model.apply)  # Both have the same architecture.
+  macs = exit_costs(runs[0].model, runs[0].image_shape)[-1]['macs_alone']
+  test = build_task(runs[0].config).dataset.test
+  total = 0
+  for count, (row, run) in enumerate(zip(rows, runs, strict=True), 1):
     images = (np.asarray(test.images) / np.float32(255) - np.float32(run.dataset.mean)) / np.float32(run.dataset.std)
-    logits = np.float64(jax.jit(run.model.apply)(run.variables, images)[-1])
+    logits = np.float64(forward(run.variables, images)[-1])
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     total = total + powers / powers.sum(-1, keepdims=True)
-    macs += exit_costs(run.model, run.image_shape)[-1]['macs_alone']
-    assert row['macs'] == macs
+    assert row['macs'] == count * macs
     assert row['accuracy'] == pytest.approx((total.argmax(-1) == test.labels).mean(), abs=1e-9)
     probability = (total / count)[np.arange(len(test)), test.labels]
     assert row['nll'] == pytest.approx(-np.log(probability).mean(), rel=1e-4)
   assert rows[1]['params'] > rows[0]['params']
 
 
-def test_the_table(workdirs, capsys):
+def test_the_table(workdirs, rows, monkeypatch, capsys):
+  monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda _: rows)
   assert main([*map(str, workdirs)]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].split() == ['exit', 'with', 'params', 'macs', 'accuracy', '(%)', 'top-5', '(%)', 'nll']

@@ -18,6 +18,8 @@ from serving import EXAMPLES
 
 from paranet_jax.portable import run as run_file
 
+WHOLE = '--bundle=whole'
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -39,7 +41,7 @@ CHANGED = {
 
 
 def refusal(capsys, *arguments):
-  """The one line in which these arguments are refused."""
+  """The one-line error for these arguments."""
   assert serve.main(list(map(str, arguments))) == 2
   out, err = capsys.readouterr()
   assert out == '' and err.startswith('error: ') and err.count('\n') == 1 and err.endswith('\n')
@@ -56,29 +58,23 @@ def refusal(capsys, *arguments):
       ('--bundle=mistyped',),
       "mistyped/run.py cannot be imported (No module named 'numpy_for_paranet'); copy or export the bundle again",
     ),
+    (('--bundle=older',), 'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle'),
+    ((WHOLE, '--provider=gpu'), "unknown provider 'gpu', expected one of cpu, openvino; set --provider"),
+    ((WHOLE, '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
+    ((WHOLE, '--threads=5'), 'expected 4 threads at most, one per core, found 5; set --threads'),
+    ((WHOLE, '--port=65536'), 'argument --port: expected a port from 0 to 65535, found 65536; see --help'),
+    ((WHOLE, '--port=http'), 'argument --port: expected a port from 0 to 65535, found http; see --help'),
     (
-      ('--bundle=older',),
-      'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle',
-    ),
-    (
-      ('--bundle=whole', '--provider=gpu'),
-      "unknown provider 'gpu', expected one of cpu, openvino; set --provider",
-    ),
-    (('--bundle=whole', '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
-    (('--bundle=whole', '--threads=5'), 'expected 4 threads at most, one per core, found 5; set --threads'),
-    (('--bundle=whole', '--port=65536'), 'argument --port: expected a port from 0 to 65535, found 65536; see --help'),
-    (('--bundle=whole', '--port=http'), 'argument --port: expected a port from 0 to 65535, found http; see --help'),
-    (
-      ('--bundle=whole', '--queue=0'),
+      (WHOLE, '--queue=0'),
       "argument --queue: expected an integer of 1 or more, such as 64 or 10M, found '0'; see --help",
     ),
     (
-      ('--bundle=whole', '--max-bytes=M'),
+      (WHOLE, '--max-bytes=M'),
       "argument --max-bytes: expected an integer of 1 or more, such as 64 or 10M, found 'M'; see --help",
     ),
-    (('--bundle=whole', '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
+    ((WHOLE, '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
     (
-      ('--bundle=whole', '--host=192.0.2.1'),
+      (WHOLE, '--host=192.0.2.1'),
       'cannot listen on 192.0.2.1 port 8000 (Cannot assign requested address); set --host or --port',
     ),
   ],

@@ -94,7 +94,7 @@ def jobs(bundle: run.Adaptive) -> list[Job]:
   return found
 
 
-def test_of_hundreds_of_requests_at_once_none_is_lost_or_mixed_up(server, bundle):
+def test_hundreds_of_concurrent_requests(server, bundle):
   before = server.metrics()
   todo, replies = queue.SimpleQueue(), queue.SimpleQueue()
   all_jobs = jobs(bundle)
@@ -154,7 +154,7 @@ REFUSED = {
   'nothing': ('/predict', b'', {}, 400, NONE_SENT),
   'a form without files': ('/predict', *form([], [('budget_ms', '5')]), 400, NONE_SENT),
   'no image': ('/predict', b'%!PS-Adobe-3.0 EPSF-3.0\n', {}, 400, NO_IMAGE),
-  'an image of another format': ('/predict', b'P6 1 1 255\n\0\0\0', {}, 400, NO_IMAGE),
+  'another image format': ('/predict', b'P6 1 1 255\n\0\0\0', {}, 400, NO_IMAGE),
   'half an image': ('/predict', encoded(0, size=(50, 50))[:4000], {}, 400, 'image file is truncated'),
   'another field': (
     '/predict?budgetms=5', PNG, {}, 400, "unknown field 'budgetms', expected budget_ms or deadline_ms"
@@ -183,7 +183,7 @@ REFUSED = {
     '/predict', *form([PNG, PNG], end=''), 400,
     'expected a whole form, found no boundary that closes it; send it again',
   ),
-  'a form of no boundary': (
+  'a form without a boundary': (
     '/predict', b'x', {'Content-Type': 'multipart/form-data'}, 400, 'Missing boundary in multipart.'
   ),
   'more files than the queue': (
@@ -193,7 +193,7 @@ REFUSED = {
     '/predict', *form([PNG], [('budget_ms', '5' * 2000)]), 400, 'Part exceeded maximum size of 1KB.'
   ),
   'many bytes': ('/predict', b'0' * (MAX_BYTES + 1), {}, 413, TOO_LARGE),
-  'many bytes, of no length': ('/predict', [b'0' * MAX_BYTES, b'0'], {}, 413, TOO_LARGE),
+  'many bytes, without a length': ('/predict', [b'0' * MAX_BYTES, b'0'], {}, 413, TOO_LARGE),
   'many bytes of a form': ('/predict', *form([b'0' * MAX_BYTES]), 413, TOO_LARGE),
   'many pixels': (
     '/predict', of_pixels(5001, 5000), {}, 413,
@@ -224,24 +224,20 @@ def test_as_many_bytes_as_allowed_are_taken(server):
   assert server.ask('POST', '/predict', PNG + b'0' * (MAX_BYTES - len(PNG))).status == 200
 
 
-def test_what_is_said_to_be_large_is_not_waited_for(server):
+def test_a_large_content_length_is_rejected_at_once(server):
   with socket.create_connection(('127.0.0.1', server.port), timeout=60) as client:
     client.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50001\r\n\r\n')
     assert client.recv(12) == b'HTTP/1.1 413'
 
 
-def test_a_client_that_leaves_is_forgotten(server):
+def test_a_client_that_disconnects(server):
   with socket.create_connection(('127.0.0.1', server.port)) as client:
     client.sendall(b'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n' + PNG[:10])
   wait_until(lambda: server.metrics().get('paranet_requests_total{status="499"}') == 1)
   assert server.ask('POST', '/predict', PNG).status == 200
 
 
-def test_healthy(server):
-  assert server.ask('GET', '/healthz')[::2] == (200, {'status': 'ok'})
-
-
-def test_says_what_it_takes(server):
+def test_the_api_lists_its_inputs(server):
   predict = server.ask('GET', '/openapi.json').body['paths']['/predict']['post']
   assert [field['name'] for field in predict['parameters']] == ['budget_ms', 'deadline_ms']
   assert list(predict['requestBody']['content']) == ['image/*', 'multipart/form-data']

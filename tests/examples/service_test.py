@@ -1,4 +1,4 @@
-"""Tests of the service when it fails itself; the application is called without a server."""
+"""Tests of the service's own failures; they call the application without a server."""
 
 import asyncio
 import json
@@ -57,12 +57,12 @@ def service(bundle):
 
 
 def test_the_thread_lives_as_long_as_the_application(bundle):
-  service, told = Service(bundle), []
-  app = make_app(service.predictor, service.scheduler, lambda: told.append(service.scheduler.alive()))
+  service, alive = Service(bundle), []
+  app = make_app(service.predictor, service.scheduler, lambda: alive.append(service.scheduler.alive()))
 
   async def live():
     async with app.router.lifespan_context(app):
-      assert told == [True]
+      assert alive == [True]
 
   asyncio.run(live())
   assert not service.scheduler.alive()

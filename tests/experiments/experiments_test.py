@@ -25,7 +25,7 @@ NAMES = ['PN3cut-ddd', 'PN3-ddd', 'PN3-xdx', 'PN3-x3d']
 STEPS = 116  # 1,437 training images in batches of 48 are 29 steps an epoch.
 FILES = {'results.json', 'table1.md', 'table2.md', 'figure2.png'}
 # Runs of 3 steps with networks that compile faster, for tests of what is trained and kept.
-SET = ('--set=log.every_steps=1', '--set=model.blocks=(1,1,1)', '--set=train.max_steps=3')
+SET = ('--set=log.every_steps=1', '--set=model.blocks=(1,1,1)', '--set=model.image_side=8', '--set=train.max_steps=3')
 SHORT = ('--protocol=smoke', *SET)
 
 
@@ -77,6 +77,12 @@ def short(_programs, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('short')
   assert run_experiments('table2', *SHORT, f'--workdir={workdir}').code == 0
   return workdir
+
+
+@pytest.fixture
+def copied(short, tmp_path):
+  """A copy of the short runs, which a test may change."""
+  return shutil.copytree(short, tmp_path / 'copy')
 
 
 def results(workdir, experiment):
@@ -142,18 +148,17 @@ def test_finished_runs_are_not_trained_again(smoke, monkeypatch):
   assert contents(workdir) == before
 
 
-def test_more_seeds_keep_existing_runs_and_other_experiments(short, tmp_path, monkeypatch):
-  shutil.copytree(short, tmp_path / 'copy')
+def test_more_seeds_keep_existing_runs_and_other_experiments(short, copied, monkeypatch):
   trained = []
   before_each_step(monkeypatch, lambda step, state: trained.append((int(state.seed), step)))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_lib, 'train_and_evaluate', fake_training)
-    assert run_experiments('figure2', *SHORT, '--seeds=1', f'--workdir={tmp_path}/copy').code == 0
-  assert run_experiments('table2', *SHORT, '--seeds=2', f'--workdir={tmp_path}/copy').code == 0
+    assert run_experiments('figure2', *SHORT, '--seeds=1', f'--workdir={copied}').code == 0
+  assert run_experiments('table2', *SHORT, '--seeds=2', f'--workdir={copied}').code == 0
   assert trained == [(1, step) for step in range(3)] * 2
-  assert results(tmp_path / 'copy', 'figure2')['seeds'] == [0]
-  assert results(tmp_path / 'copy', 'table2')['seeds'] == [0, 1]
-  for row, earlier in zip(results(tmp_path / 'copy', 'table2')['rows'], results(short, 'table2')['rows'], strict=True):
+  assert results(copied, 'figure2')['seeds'] == [0]
+  assert results(copied, 'table2')['seeds'] == [0, 1]
+  for row, earlier in zip(results(copied, 'table2')['rows'], results(short, 'table2')['rows'], strict=True):
     assert row['each_seed'][:1] == earlier['each_seed']
 
 
@@ -203,7 +208,7 @@ def test_dry_run_lists_the_runs_and_writes_nothing(short, tmp_path, monkeypatch)
 
   def measure(config):
     measured.append(config.name)
-    return speed_lib.Speed(start=10.0, step=2.0, evaluation=5.0, steps_per_epoch=29, total_steps=3, evaluation_steps=29)
+    return speed_lib.Speed(start=10.0, step=2.0, evaluation=5.0, total_steps=3, evaluation_steps=29)
 
   monkeypatch.setattr(speed_lib, 'measure', measure)
   before = contents(tmp_path)
@@ -226,14 +231,14 @@ def test_dry_run_lists_the_runs_and_writes_nothing(short, tmp_path, monkeypatch)
   [(0, 10 + 100 * 2 + 4 * 5), (29, 10 + 71 * 2 + 3 * 5), (57, 10 + 43 * 2 + 3 * 5), (99, 10 + 2 + 5), (100, 10)],
 )
 def test_time_left(step, expected):
-  speed = speed_lib.Speed(start=10, step=2, evaluation=5, steps_per_epoch=29, total_steps=100, evaluation_steps=29)
+  speed = speed_lib.Speed(start=10, step=2, evaluation=5, total_steps=100, evaluation_steps=29)
   assert speed.seconds_left(step) == expected
 
 
 def test_measurement(_programs):
   (run, *_) = runs_lib.plan_runs(['table2'], Protocol('smoke', {'model.blocks': '(1,1,1)'}), 1, CONFIGS)
   speed = speed_lib.measure(run.config)
-  assert (speed.steps_per_epoch, speed.total_steps, speed.evaluation_steps) == (29, STEPS, 29)
+  assert (speed.total_steps, speed.evaluation_steps) == (STEPS, 29)
   assert min(speed.start, speed.step, speed.evaluation) > 0
 
 
@@ -277,7 +282,7 @@ def test_protocol_flag_offers_every_protocol():
     (('--protocol=smoke', '--set=train.max_steps=4'), '--protocol=smoke --set=train.max_steps=4'),
   ],
 )
-def test_folder_of_another_protocol(short, arguments, found, dry):
+def test_folder_with_another_protocol(short, arguments, found, dry):
   before = contents(short)
   assert refusal('table2', *arguments, f'--workdir={short}', *dry) == (
     f'{short} holds results of {" ".join(SHORT)}, found {found}; set --workdir to another folder'
@@ -300,12 +305,11 @@ def test_foreign_folder(tmp_path, name, content, message):
   assert contents(tmp_path) == {name: content.encode()}
 
 
-def test_run_with_another_configuration(short, tmp_path):
-  shutil.copytree(short, tmp_path / 'copy')
-  run = tmp_path / 'copy' / 'runs' / 'PN3-xdx-s0'
+def test_run_with_another_configuration(copied):
+  run = copied / 'runs' / 'PN3-xdx-s0'
   config = json.loads((run / 'config.json').read_text())
   (run / 'config.json').write_text(json.dumps(config | {'seed': 7}))
-  assert refusal('table2', *SHORT, f'--workdir={tmp_path}/copy') == (
+  assert refusal('table2', *SHORT, f'--workdir={copied}') == (
     f'{run} holds a run with a different configuration: seed: 7 -> 0 (saved -> now); set --workdir'
   )
 
@@ -320,17 +324,15 @@ def test_failing_run_is_named(tmp_path, monkeypatch):
   )
 
 
-def test_damaged_summary(short, tmp_path):
-  shutil.copytree(short, tmp_path / 'copy')
-  path = tmp_path / 'copy' / 'runs' / 'PN3-xdx-s0' / 'summary.json'
+def test_damaged_summary(copied):
+  path = copied / 'runs' / 'PN3-xdx-s0' / 'summary.json'
   path.write_text('{"steps"')
-  assert refusal('table2', *SHORT, f'--workdir={tmp_path}/copy').startswith(f'{path} is not the summary of a run (Exp')
+  assert refusal('table2', *SHORT, f'--workdir={copied}').startswith(f'{path} is not the summary of a run (Exp')
 
 
-def test_run_that_continued_after_its_summary_is_unfinished(short, tmp_path):
-  shutil.copytree(short, tmp_path / 'copy')
-  path = tmp_path / 'copy' / 'runs' / 'PN3-xdx-s0' / 'summary.json'
+def test_run_that_continued_after_its_summary_is_unfinished(copied):
+  path = copied / 'runs' / 'PN3-xdx-s0' / 'summary.json'
   summary = json.loads(path.read_text())
   path.write_text(json.dumps(summary | {'steps': 2}))
-  assert run_experiments('table2', *SHORT, f'--workdir={tmp_path}/copy').code == 0
+  assert run_experiments('table2', *SHORT, f'--workdir={copied}').code == 0
   assert json.loads(path.read_text())['steps'] == 3

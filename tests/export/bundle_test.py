@@ -1,8 +1,7 @@
-"""A written bundle as its user has it: loaded, run on image files, checked, without JAX."""
+"""A written bundle in use, without JAX: it runs on image files, and damage is reported."""
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import tiny
 from exportable import IMAGES, made
 from PIL import Image
+from unwritable import run_with_closed_pipe, run_with_full_disk
 
 from paranet_jax.export.bundle import Request, write_bundle
 from paranet_jax.portable import run as runtime
@@ -39,7 +39,7 @@ sys.exit(code)
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory):
-  """The bundle of a small network, with thresholds at which its images leave at every exit."""
+  """The bundle of a small network, whose images exit at every exit."""
   folder = tmp_path_factory.mktemp('written')
   run, plan, _ = made(tiny.network(3, num_classes=5))
   write_bundle(Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
@@ -48,7 +48,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-  """The images as files, in an order of their own, and one that is none."""
+  """The images as files, and one file that is not an image."""
   folder = tmp_path_factory.mktemp('photos')
   for place, image in enumerate(IMAGES):
     Image.fromarray(image).save(folder / f'{place:02}.png')
@@ -57,7 +57,7 @@ def photos(tmp_path_factory):
 
 
 def rows(bundle, files):
-  """What is to be printed of these images."""
+  """The lines that are printed for these images."""
   width = max(map(len, ('file', *files)))
   found = bundle.predict(IMAGES)
   lines = [f'{"file":{width}}  label  probability  exit']
@@ -166,29 +166,13 @@ def test_what_is_not_installed(command, monkeypatch, module, arguments, message)
   assert command(*arguments, '00.png') == (2, '', f'error: {message}\n')
 
 
-def closed_pipe():
-  read, write = os.pipe()
-  os.close(read)
-  return write
-
-
-@pytest.mark.parametrize(
-  'open_stdout, code, message',
-  [
-    (closed_pipe, 141, ''),
-    (
-      lambda: os.open('/dev/full', os.O_WRONLY),
-      2,
-      'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n',
-    ),
-  ],
-)
-def test_standard_output_that_takes_nothing(out, photos, open_stdout, code, message):
-  stdout, environment = open_stdout(), {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+def test_standard_output_that_cannot_be_written(out, photos):
   command = [sys.executable, out / 'run.py', photos / '00.png']
-  done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=environment, text=True, timeout=60)
-  os.close(stdout)
-  assert (done.returncode, done.stderr) == (code, message)
+  assert run_with_closed_pipe(command) == (141, '')
+  assert run_with_full_disk(command) == (
+    2,
+    'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n',
+  )
 
 
 def change(folder, name, text):
@@ -207,6 +191,10 @@ def in_place_of(path):
 def bundle_with(folder, **fields):
   bundle = json.loads((folder / 'bundle.json').read_text())
   (folder / 'bundle.json').write_text(json.dumps(bundle | fields))
+
+
+UNFIT = '{f} does not fit schema_version 1'
+CHANGED = 'is not what was exported: expected sha256 '
 
 
 @pytest.mark.parametrize(
@@ -228,20 +216,17 @@ def bundle_with(folder, **fields):
     (lambda f: (f / 'stage_2.onnx').unlink(), 'expected {f}/stage_2.onnx, found none; copy or export the bundle again'),
     (
       lambda f: (f / 'stage_1.onnx').write_bytes((f / 'stage_1.onnx').read_bytes()[:-1]),
-      '{f}/stage_1.onnx is not what was exported: expected sha256 ',
+      f'{{f}}/stage_1.onnx {CHANGED}',
     ),
     (
       lambda f: (f / 'exits.json').write_text((f / 'exits.json').read_text().replace('0.0', '0.1')),
-      '{f}/exits.json is not what was exported: expected sha256 ',
+      f'{{f}}/exits.json {CHANGED}',
     ),
     (
       lambda f: change(f, 'classes.json', '["a"]'),
       'expected 5 class names in {f}/classes.json, found 1; export the run again',
     ),
-    (
-      lambda f: change(f, 'classes.json', '{'),
-      '{f}/classes.json is not a JSON list (Expecting ',
-    ),
+    (lambda f: change(f, 'classes.json', '{'), '{f}/classes.json is not a JSON list (Expecting '),
     (
       lambda f: in_place_of(f / 'stage_2.onnx'),
       '{f}/stage_2.onnx cannot be read (Is a directory); copy or export the bundle again',
@@ -252,19 +237,16 @@ def bundle_with(folder, **fields):
     ),
     (
       lambda f: (f / 'bundle.json').write_text('{"schema_version": 1}'),
-      "{f} does not fit schema_version 1 (lacks 'formats'); export the run again",
+      f"{UNFIT} (lacks 'formats'); export the run again",
     ),
     (
       lambda f: bundle_with(f, checksums=None),
-      "{f} does not fit schema_version 1 ('NoneType' object has no attribute 'get'); export the run again",
+      f"{UNFIT} ('NoneType' object has no attribute 'get'); export the run again",
     ),
-    (
-      lambda f: bundle_with(f, stages={'stage_1': 'stage_1.onnx'}),
-      '{f} does not fit schema_version 1 (string indices must be integers',
-    ),
-    (lambda f: bundle_with(f, all_macs=[1]), '{f} does not fit schema_version 1 (zip() argument 2 is shorter'),
-    (lambda f: bundle_with(f, all_macs=[1, 2, 'x']), '{f} does not fit schema_version 1 (invalid literal for int()'),
-    (lambda f: change(f, 'exits.json', '{"exits": [1]}'), "{f} does not fit schema_version 1 (lacks 'visited'); "),
+    (lambda f: bundle_with(f, stages={'stage_1': 'stage_1.onnx'}), f'{UNFIT} (string indices must be integers'),
+    (lambda f: bundle_with(f, all_macs=[1]), f'{UNFIT} (zip() argument 2 is shorter'),
+    (lambda f: bundle_with(f, all_macs=[1, 2, 'x']), f'{UNFIT} (invalid literal for int()'),
+    (lambda f: change(f, 'exits.json', '{"exits": [1]}'), f"{UNFIT} (lacks 'visited'); "),
     (lambda f: change(f, 'stage_2.onnx', 'no stage'), 'onnxruntime cannot load {f}/stage_2.onnx ('),
   ],
 )

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -298,14 +297,24 @@ def test_reduced_precision(dtype, weights, tmp_path, held_out, logits, capsys):
   assert size < {'float16': 500_000, 'int8': 400_000}[dtype]  # 770 kB in float32.
 
 
-def test_float32_bundle_that_differs_from_jax_is_rejected(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def refused(tmp_path, capsys):
+  """Exports with some flags; returns the error, and checks that nothing was written."""
+
+  def run(*flags):
+    assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', *flags]) == 2
+    assert not list(tmp_path.iterdir())
+    return capsys.readouterr().err.removeprefix('error: ').removesuffix('\n')
+
+  return run
+
+
+def test_float32_bundle_that_differs_from_jax_is_rejected(refused, monkeypatch):
   monkeypatch.setattr(bundle_lib, 'compare', lambda *_: {'logits': 2e-4})
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
-  assert capsys.readouterr().err == (
-    'error: expected exported logits within 1e-04 of those in JAX, found 2.0e-04; '
-    'install the versions in constraints.txt, or set --format=stablehlo\n'
+  assert refused() == (
+    'expected exported logits within 1e-04 of those in JAX, found 2.0e-04; '
+    'install the versions in constraints.txt, or set --format=stablehlo'
   )
-  assert not list(tmp_path.iterdir())
 
 
 def test_interruption_leaves_nothing(tmp_path, monkeypatch):
@@ -315,30 +324,11 @@ def test_interruption_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_folder_created_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
-  def create(*_):
-    (tmp_path / 'out').mkdir()
-    return ''
-
-  monkeypatch.setattr(bundle_lib, 'model_card', create)
+  monkeypatch.setattr(bundle_lib, 'model_card', lambda *_: (tmp_path / 'out').mkdir() or '')
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
-  assert (
-    capsys.readouterr().err
-    == f'error: expected no {tmp_path}/out, found something there; set --out to another folder\n'
-  )
+  expected = f'error: expected no {tmp_path}/out, found something there; set --out to another folder\n'
+  assert capsys.readouterr().err == expected
   assert contents(tmp_path) == {'out': None}
-
-
-def test_temporary_folder_of_another_exporter_is_kept(tmp_path, capsys):
-  """Another machine may run one with the same process id."""
-  other = tmp_path / f'.out.{os.getpid()}.tmp'
-  other.mkdir()
-  (other / 'stage_1.onnx').write_text('theirs')
-  before = contents(tmp_path)
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
-  assert capsys.readouterr().err == (
-    f'error: {tmp_path}/out cannot be written: File exists; set --out to another folder\n'
-  )
-  assert contents(tmp_path) == before
 
 
 @pytest.fixture
@@ -356,98 +346,84 @@ def place(tmp_path):
   return tmp_path
 
 
+LONG = 300 * 'a'
+NEW = '--workdir={run} --out={here}/new'
+CALIBRATE = 'python -m paranet_jax.calibrate --workdir={here}/'
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--out={here}/new'], 'the following arguments are required: --workdir; see --help'),
-    (['--workdir={run}'], 'the following arguments are required: --out; see --help'),
-    (['--workdir={run}', '--out={here}/new', 'x'], 'unrecognized arguments: x; see --help'),
+    ('--out={here}/new', 'the following arguments are required: --workdir; see --help'),
+    ('--workdir={run}', 'the following arguments are required: --out; see --help'),
+    (f'{NEW} x', 'unrecognized arguments: x; see --help'),
+    (f'{NEW} --format=tflite', "argument --format: invalid choice: 'tflite' (choose from "),
+    (f'{NEW} --dtype=int4', "argument --dtype: invalid choice: 'int4' (choose from "),
     (
-      ['--workdir={run}', '--out={here}/new', '--format=tflite'],
-      "argument --format: invalid choice: 'tflite' (choose from ",
-    ),
-    (
-      ['--workdir={run}', '--out={here}/new', '--dtype=int4'],
-      "argument --dtype: invalid choice: 'int4' (choose from ",
-    ),
-    (
-      ['--workdir={run}', '--out={here}/new', '--dtype=int8', '--format=both'],
+      f'{NEW} --dtype=int8 --format=both',
       'StableHLO stages are float32 only, found --dtype=int8; set --format=onnx or --dtype=float32',
     ),
-    (
-      ['--workdir={run}', '--out={here}/folder'],
-      'expected no {here}/folder, found something there; set --out to another folder',
+    *(
+      (
+        f'--workdir={{run}} --out={{here}}/{name}',
+        f'expected no {{here}}/{name}, found something there; set --out to another folder',
+      )
+      for name in ('folder', 'file', 'link')
+    ),
+    *(
+      (
+        f'--workdir={{run}} --out={{here}}/{name}/new',
+        f'expected a folder {{here}}/{name} to write in, found none; create it, or set --out',
+      )
+      for name in ('no', LONG)
     ),
     (
-      ['--workdir={run}', '--out={here}/file'],
-      'expected no {here}/file, found something there; set --out to another folder',
+      f'--workdir={{run}} --out={{here}}/{LONG}',
+      f'{{here}}/{LONG} cannot be written: File name too long; set --out to another folder',
     ),
     (
-      ['--workdir={run}', '--out={here}/link'],
-      'expected no {here}/link, found something there; set --out to another folder',
-    ),
-    (
-      ['--workdir={run}', '--out={here}/no/new'],
-      'expected a folder {here}/no to write in, found none; create it, or set --out',
-    ),
-    (
-      ['--workdir={run}', f'--out={{here}}/{300 * "a"}/new'],
-      f'expected a folder {{here}}/{300 * "a"} to write in, found none; create it, or set --out',
-    ),
-    (
-      ['--workdir={run}', f'--out={{here}}/{300 * "a"}'],
-      f'{{here}}/{300 * "a"} cannot be written: File name too long; set --out to another folder',
-    ),
-    (
-      ['--workdir={here}/folder', '--out={here}/new'],
+      '--workdir={here}/folder --out={here}/new',
       'expected a run with a config.json in {here}/folder, found none; set --workdir',
     ),
     (
-      ['--workdir={here}/bare', '--out={here}/new'],
-      'expected {here}/bare/exits.json, found none; '
-      'python -m paranet_jax.calibrate --workdir={here}/bare --threshold=0.9 writes it',
+      '--workdir={here}/bare --out={here}/new',
+      f'expected {{here}}/bare/exits.json, found none; {CALIBRATE}bare --threshold=0.9 writes it',
     ),
     (
-      ['--workdir={here}/other', '--out={here}/new'],
+      '--workdir={here}/other --out={here}/new',
       '{here}/other/exits.json belongs to another checkpoint: variables 0123456789abcdef there, e3f21c5c68617ac1 here; '
-      'python -m paranet_jax.calibrate --workdir={here}/other --threshold=0.9 writes it again',
+      f'{CALIBRATE}other --threshold=0.9 writes it again',
     ),
-    (['--workdir={here}/damaged', '--out={here}/new'], '{here}/damaged/exits.json is not a JSON object ('),
+    ('--workdir={here}/damaged --out={here}/new', '{here}/damaged/exits.json is not a JSON object ('),
   ],
 )
 def test_rejected_requests(place, arguments, message, capsys):
   before, places = contents(place), {'run': PRETRAINED, 'here': place}
-  assert export.main([argument.format(**places) for argument in arguments]) == 2
+  assert export.main(arguments.format(**places).split()) == 2
   out, err = capsys.readouterr()
   assert not out and err.startswith(f'error: {message.format(**places)}') and err.count('\n') == 1
   assert contents(place) == before
 
 
-def test_folder_that_is_not_writable(tmp_path, monkeypatch, capsys):
+def test_folder_that_is_not_writable(tmp_path, refused, monkeypatch):
   monkeypatch.setattr(bundle_lib.os, 'access', lambda path, mode: path != tmp_path)  # Root may write anywhere.
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out']) == 2
-  assert capsys.readouterr().err == (f'error: expected a writable folder, found {tmp_path}, which is not; set --out\n')
+  assert refused() == f'expected a writable folder, found {tmp_path}, which is not; set --out'
 
 
 @pytest.mark.parametrize('package', ['jax2onnx', 'onnx', 'onnxruntime', 'safetensors', 'flatbuffers'])
-def test_missing_package(package, tmp_path, monkeypatch, capsys):
+def test_missing_package(package, refused, monkeypatch):
   find_spec = bundle_lib.importlib.util.find_spec
   monkeypatch.setattr(bundle_lib.importlib.util, 'find_spec', lambda name: None if name == package else find_spec(name))
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=both']) == 2
-  assert capsys.readouterr().err == (
-    f'error: exporting needs {package}, found none; pip install -r requirements-export.txt\n'
-  )
-  assert not list(tmp_path.iterdir())
+  expected = f'exporting needs {package}, found none; pip install -r requirements-export.txt'
+  assert refused('--format=both') == expected
 
 
-def test_missing_data_set(tmp_path, monkeypatch, capsys):
+def test_missing_data_set(refused, monkeypatch):
   def missing(*_, **__):
     raise UserError('expected cifar100, found none; set --config.data.data_dir')
 
   monkeypatch.setattr(bundle_lib, 'load_dataset', missing)
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--dtype=int8']) == 2
-  assert capsys.readouterr().err == 'error: expected cifar100, found none; set --config.data.data_dir\n'
-  assert not list(tmp_path.iterdir())
+  assert refused('--dtype=int8') == 'expected cifar100, found none; set --config.data.data_dir'
 
 
 @pytest.mark.parametrize(
@@ -458,23 +434,18 @@ def test_missing_data_set(tmp_path, monkeypatch, capsys):
     ('int8', '2 held-out images', 1, Split(NOISE[:1], np.zeros(1, np.int32))),
   ],
 )
-def test_too_few_held_out_images(dtype, needed, count, split, tmp_path, monkeypatch, capsys):
+def test_too_few_held_out_images(dtype, needed, count, split, refused, monkeypatch):
   monkeypatch.setattr(bundle_lib, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', f'--dtype={dtype}']) == 2
-  assert capsys.readouterr().err == (
-    f'error: --dtype={dtype} needs at least {needed}, found {count}; '
-    'set --dtype=float32, or train with a larger --config.data.held_out\n'
+  assert refused(f'--dtype={dtype}') == (
+    f'--dtype={dtype} needs at least {needed}, found {count}; '
+    'set --dtype=float32, or train with a larger --config.data.held_out'
   )
-  assert not list(tmp_path.iterdir())
 
 
-def test_full_disk(tmp_path, monkeypatch, capsys):
+def test_full_disk(tmp_path, refused, monkeypatch):
   def full(*_):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(contents_lib, 'save_weights', full)
-  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--format=stablehlo']) == 2
-  assert capsys.readouterr().err == (
-    f'error: {tmp_path}/out cannot be written: No space left on device; set --out to another folder\n'
-  )
-  assert not list(tmp_path.iterdir())
+  expected = f'{tmp_path}/out cannot be written: No space left on device; set --out to another folder'
+  assert refused('--format=stablehlo') == expected

@@ -1,4 +1,4 @@
-"""Small networks of every kind, each as a run whose images leave at every exit, to be exported."""
+"""A small network of every kind as a run to export, whose images exit at every exit."""
 
 import dataclasses
 
@@ -26,13 +26,13 @@ SIDE = 8
 MEAN, STD = tiny.PLAIN.mean, tiny.PLAIN.std
 COUNT = 12
 SIZES = Sizes((COUNT,), split=False, wave=COUNT, on_host=True)
-# Of one colour each, so that they differ after the pooling.
+# One color each, so that they differ after pooling.
 IMAGES = np.random.default_rng(3).integers(0, 256, (COUNT, 1, 1, 3), np.uint8).repeat(SIDE, 1).repeat(SIDE, 2)
 NORMALIZED = (IMAGES / np.float32(255) - np.float32(MEAN)) / np.float32(STD)
 
 
 class Stage(nn.Module):
-  """Of somebody else's backbone."""
+  """A stage of a user's own backbone."""
 
   features: int
 
@@ -49,7 +49,7 @@ def of_family(family, **fields):
 MODELS = {
   'paranet': lambda: tiny.network(3, num_classes=CLASSES),
   'paranet cut': lambda: tiny.network(2, num_classes=CLASSES, cascade=False, dtype=jnp.bfloat16),
-  'paranet of ImageNet': lambda: tiny.network(
+  'paranet for ImageNet': lambda: tiny.network(
     2, num_classes=CLASSES, stem='7x7', stem_norm=True, entry_pool='max3x3', halvings=(1, 0)
   ),
   'paranet that pools first': lambda: tiny.network(2, num_classes=CLASSES, entry_pool='avg', entry_order='pool_first'),
@@ -71,14 +71,14 @@ def variables_of(model):
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), NORMALIZED[:1]))
   variables = tiny.filled({'batch_stats': {}} | dict(shapes))
 
-  def centred(path, leaf):
+  def centered(path, leaf):
     return leaf - leaf.mean() if path[-1].key == 'bias' else leaf
 
-  return jax.tree_util.tree_map_with_path(centred, variables)
+  return jax.tree_util.tree_map_with_path(centered, variables)
 
 
 def made(model):
-  """A run of the model, a plan by which its images leave at every exit, and all logits [K, N, C]."""
+  """A run of the model, a plan with which its images exit at every exit, and all logits [K, N, C]."""
   variables = variables_of(model)
   model = model.clone(dtype=jnp.float32) if hasattr(model, 'dtype') else model
   exits = tuple(range(1, model.num_exits + 1))
@@ -88,7 +88,7 @@ def made(model):
   logits = np.stack(jax.jit(model.apply)(variables, NORMALIZED))
   sure = confidences(logits, 'max_prob', plan.temperatures)
   left, thresholds = np.arange(COUNT), []
-  for at_exit in sure[:-1]:  # Half of who is left, between two images, so that the last bits of a logit do not decide.
+  for at_exit in sure[:-1]:  # Half of the rest exit; a threshold between two images does not depend on rounding.
     ranked = np.sort(at_exit[left])
     thresholds.append(ranked[len(left) // 2 - 1 : len(left) // 2 + 1].mean())
     left = left[at_exit[left] < thresholds[-1]]

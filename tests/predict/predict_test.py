@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from unwritable import run_with_closed_pipe, run_with_full_disk
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.predict.__main__ import main
-from paranet_jax.predict.output import TableFormat, open_output, prediction_rows
+from paranet_jax.predict.output import open_output, prediction_rows, table_format
 from paranet_jax.predict.tally import LiveLine, Tally
 
 MACS = {1: 1_000, 3: 40_000}
@@ -122,7 +122,7 @@ def test_table(predict):
 
 def test_a_table_on_a_terminal_keeps_to_its_width():
   long = 'x' * 70
-  table = TableFormat(['a', 'b\n', long], ['y' * 30, 'z'], columns=60)
+  table = table_format(['a', 'b\n', long], ['y' * 30, 'z'], columns=60)
   best = [
     {'label': 'z', 'probability': 0.5},
     {'label': 'z', 'probability': 0.25},
@@ -132,7 +132,7 @@ def test_a_table_on_a_terminal_keeps_to_its_width():
   # 60 characters for the file and 24 for the label leave no room; the long name only shifts its own row.
   assert table.row({'file': 'a', **values}) == f'{"a":60}  {"z":24}  {"0.500":>11}  {2:>4}  {5:>8}\n'
   assert table.row({'file': long, **values}).startswith(f'{long}  z  ')
-  narrow = TableFormat(['a', 'b\n'], ['z'], columns=60)
+  narrow = table_format(['a', 'b\n'], ['z'], columns=60)
   assert narrow.row({'file': 'b\n', **values}) == 'b\\n   z            0.500     2         5  z 0.250\n'
 
 
@@ -334,34 +334,18 @@ def test_the_speed_leaves_out_the_first_batch():
   assert tally.images_per_second == 1 and tally.summary().startswith('6 images, 1 unreadable; ')
 
 
-def closed_pipe():
-  read, write = os.pipe()
-  os.close(read)
-  return write
-
-
-@pytest.mark.parametrize(
-  ('open_stdout', 'code', 'message'),
-  [
-    (closed_pipe, 141, ''),
-    (
-      lambda: os.open('/dev/full', os.O_WRONLY),
-      2,
-      'error: standard output cannot be written: No space left on device; set --output to another file\n',
-    ),
-  ],
-)
-def test_standard_output_that_cannot_be_written(open_stdout, code, message):
+def test_standard_output_that_cannot_be_written():
   program = (
     f'import sys; sys.path[:0] = {[str(Path(__file__).parents[depth]) for depth in (2, 0)]!r}\n'
+    f'sys.path += [{str(Path(__file__).parents[1] / "helpers")!r}]\n'
     'import types, predict_test\n'
     'load = types.SimpleNamespace(load=predict_test.Fake)\n'
     "sys.modules['paranet_jax.early.runtime'] = types.SimpleNamespace(EarlyExit=load)\n"
     "sys.exit(predict_test.main(['--workdir=run', '.']))\n"
   )
-  stdout = open_stdout()
-  buffered = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
   command = [sys.executable, '-c', program]
-  done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, env=buffered, timeout=120)
-  os.close(stdout)
-  assert (done.returncode, done.stderr.decode()) == (code, message)
+  assert run_with_closed_pipe(command) == (141, '')
+  assert run_with_full_disk(command) == (
+    2,
+    'error: standard output cannot be written: No space left on device; set --output to another file\n',
+  )

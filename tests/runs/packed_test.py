@@ -92,8 +92,8 @@ def test_it_is_not_trained_on_but_another_run_starts_from_it(packed, tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--out=o'], 'expected a folder, found none; set --workdir'),
-    (['--workdir=w'], 'expected a folder, found none; set --out'),
+    (['--out=o'], 'the following arguments are required: --workdir; see --help'),
+    (['--workdir=w'], 'the following arguments are required: --out; see --help'),
     (['--workdir=w', '--out=o', '--step=x'], "argument --step: invalid int value: 'x'; see --help"),
     (
       ['--workdir={run}', '--out={here}'],

@@ -1,4 +1,4 @@
-"""Every benchmark in small: the networks that it compares agree, and it prints what it measured."""
+"""Every benchmark on a tiny network: the networks that it compares agree, and it prints what it measured."""
 
 import contextlib
 import json
@@ -71,7 +71,7 @@ def test_own_process_writes_to_standard_error(write, arguments, monkeypatch, cap
   assert capfd.readouterr() == ('', 'a notice\n')
 
 
-def test_own_process_leaves_control_c_to_ours(capfd):
+def test_own_process_ignores_control_c(capfd):
   with own_process('eager', partial, signal.raise_signal) as interrupt_itself:
     interrupt_itself(signal.SIGINT)
   with pytest.raises(KeyboardInterrupt), own_process('eager', partial, os.kill) as interrupt_ours:
@@ -105,7 +105,7 @@ def test_without_pytorch(main, monkeypatch, capsys):
 
 
 class FakeTorch:
-  """In the place of `torch_paranet`: takes no time, and prints where it should not."""
+  """Replaces `torch_paranet`: takes no time, and prints to standard output, which is reserved for the result."""
 
   @staticmethod
   def torch_network(variables, *, pool_first):
@@ -123,7 +123,7 @@ class FakeTorch:
 
 @pytest.fixture
 def fake_torch(monkeypatch):
-  """The fake in our process, where it can be put in place."""
+  """Installs the fake in this process."""
 
   def stand_in(name, make, *arguments, huge_pages=True):
     if name == train_step.TWO_DEVICES:
@@ -192,7 +192,7 @@ def test_train_step(fake_torch, monkeypatch, capsys):
 
 
 def test_train_step_scaling(fake_torch, monkeypatch, capsys):
-  # The time of a step is what it is made for: layers times growth rate times pixels times batch.
+  # The fake time of a step: layers times growth rate times pixels times batch.
   def step_time(size):
     return size.layers * size.growth_rate * size.side**2 * size.batch
 
@@ -307,7 +307,7 @@ def test_saving(monkeypatch, capsys):
   assert [row['peer'] for row in result['rows']] == ['copy', 'orbax async']
 
 
-def test_what_training_steps_take_with_a_save_in_them(tmp_path, monkeypatch):
+def test_time_of_training_steps_with_a_save(tmp_path, monkeypatch):
   calls = []
   monkeypatch.setattr(network, 'our_training_step', lambda *unused: lambda: calls.append('step'))
   monkeypatch.setattr(saving.Checkpoints, 'save', lambda *unused: calls.append('save'))

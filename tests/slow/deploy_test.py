@@ -1,4 +1,4 @@
-"""Tests of benchmarks/deploy.py: what it compares answers alike, and what it prints."""
+"""Tests of benchmarks/deploy.py: its runtimes agree, and what it prints."""
 
 import contextlib
 import importlib.util
@@ -41,7 +41,7 @@ def folder(subject, tmp_path_factory):
 
 @pytest.fixture
 def here(subject, folder, monkeypatch):
-  """ONNX Runtime alone, made in this process, of what is written already. Gives what was made, by kind."""
+  """Only ONNX Runtime, in this process, from the written folder; returns the runtimes by kind."""
   made, find_spec = {}, importlib.util.find_spec
 
   def stand_in(kind, make, *arguments, huge_pages):
@@ -126,7 +126,7 @@ def test_points():
     (SimpleNamespace(num_pipelines=3), False),
   ],
 )
-def test_whether_pytorch_has_it(model, full):
+def test_networks_that_pytorch_supports(model, full):
   assert deploy.is_full_paranet(model) == full
 
 

@@ -1,4 +1,4 @@
-"""Tests of benchmarks/early_exit.py: what it promises, and what it prints."""
+"""Tests of benchmarks/early_exit.py: its plans and costs, and what it prints."""
 
 import json
 import sys
@@ -30,21 +30,21 @@ def test_a_plan_from_thresholds():
   assert (plan.confidence_thresholds, plan.visited, plan.macs) == ((None, 1.5, 0.0), (2, 4), (None, 25, 75))
 
 
-def test_the_mean_cost_of_where_images_leave():
+def test_mean_cost_of_the_exits_taken():
   plan = early_exit.with_thresholds(PLAN, np.array([0.5, 1.5, -np.inf]), COSTS)
   # 10, 30 and 80 along the path.
   assert early_exit.mean_cost(COSTS, plan, np.array([1, 1, 2, 4])) == (10 + 10 + 30 + 80) / 4
 
 
 def test_the_break_even_share():
-  # All stages take 80, the last exit alone 60: a share s that leaves after 10 saves s (80 - 10) = 80 - 60.
+  # All stages take 80, the last exit alone 60: a share s that exits after 10 saves s (80 - 10) = 80 - 60.
   assert early_exit.break_even_share(COSTS) == pytest.approx(20 / 70)
   free = PathCosts(2, lambda before, index: 10 if before or not index else 20)
   assert early_exit.break_even_share(free) == 0
 
 
 def measured(flags, capsys, monkeypatch):
-  # Every stage is said to take 1 ms, whatever the batch.
+  # Every stage takes 1 ms for any batch.
   monkeypatch.setattr(latency, 'median_seconds', lambda function, runs: 1e-3)
   assert early_exit.main([*FLAGS, *flags]) == 0
   out = capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_random_weights(capsys, monkeypatch):
   assert macs == sorted(macs, reverse=True) and macs[2] >= 2 and macs[-1] == 1
   assert {row['accuracy'] for row in result['rows']} == {None}
   assert result['rows'][-1]['latency'] == 1
-  # Three stages of 1 ms against one: all must leave at the first, (3 - 1) / (3 - 1).
+  # Three stages of 1 ms against one: all must exit at the first, (3 - 1) / (3 - 1).
   assert result['break_even'] == {'1': 1.0, '3': 1.0}
 
 
