@@ -1,5 +1,6 @@
 """How every test runs jax: on eight pretended CPU devices, quick to compile, with strict promotion."""
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,12 @@ jax.config.update('jax_disable_most_optimizations', True)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Processes of pytest-xdist ignore Control-C.
+
+
+def pytest_collection_finish():
+  """Exempts what is imported by now from garbage collection: a full one, as at a stream's end, takes half a second."""
+  gc.collect()
+  gc.freeze()
 
 
 @pytest.fixture(scope='session', autouse=True)
