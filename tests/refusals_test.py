@@ -14,9 +14,9 @@ def test_a_file_in_place_of_a_folder(tmp_path, name):
   assert (tmp_path / name).read_text() == 'mine'
 
 
-def test_a_damaged_checkpoint(tmp_path):
-  assert run_main(*TINY, '--config.train.max_steps=2', f'--workdir={tmp_path / "run"}').code == 0
-  (folder,) = (tmp_path / 'run' / 'checkpoints').iterdir()
+def test_a_damaged_checkpoint(tmp_path, finished_run):
+  folder = shutil.copytree(finished_run, tmp_path / 'run') / 'checkpoints' / '140'
+  shutil.rmtree(folder.with_name('47'))
   for damage in (lambda: shutil.rmtree(folder / 'state'), lambda: shutil.rmtree(folder / 'meta')):
     damage()
     for mode in ('train', 'eval'):
@@ -34,8 +34,8 @@ def test_a_damaged_checkpoint(tmp_path):
       'set --config.loss.exit_weights, or give that exit an x in --config.name',
     ),
     (
-      ['--config.train.cutout=17'],
-      'train.cutout must be at most model.image_side 16, found 17; set --config.train.cutout',
+      ['--config.train.cutout=9'],
+      'train.cutout must be at most model.image_side 8, found 9; set --config.train.cutout',
     ),
     (['--json'], '--json prints the result of describe or eval, found --mode=train; set --mode'),
     (

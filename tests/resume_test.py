@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from running import CONFIGS, TINY, before_each_step, run_main, saved_state, send, summary_of
+from killing import start
+from running import TINY, before_each_step, run_main, saved_state, send, summary_of
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.evaluation import Evaluator
@@ -171,11 +170,11 @@ def test_another_cadence_of_evaluation_and_logging(tmp_path, whole):
   assert all(found[10, split] == expected[10, split] for split in ('held_out', 'test'))
 
 
-@pytest.mark.parametrize(('before', 'after'), [(1, 2), (4, 2)])
+@pytest.mark.parametrize(('before', 'after'), [(1, 2), (2, 1)])
 def test_another_number_of_devices(tmp_path, before, after):
-  orders, batches, states = [], [], []
+  orders, batches, states, losses = [], [], [], []
   place_order = devices_lib.place_order
-  arguments = *TINY, '--config.name=PN1-d', '--config.model.growth_rate=2', '--config.model.image_side=8'
+  arguments = *TINY, '--config.name=PN1-d'
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(devices_lib, 'place_order', lambda *rest: orders.append(place_order(*rest)) or orders[-1])
     for count in (before, after):
@@ -183,11 +182,14 @@ def test_another_number_of_devices(tmp_path, before, after):
       assert run_main(*own, '--config.train.max_steps=2', f'--config.train.devices={before}').code == 0
       changed = '--config.train.max_steps=5', f'--config.train.devices={count}', '--accept_config_changes'
       assert run_main(*own, *changed).code == 0
+      assert summary_of(tmp_path / str(count))['device']['count'] == count
+      losses.append([line['exit_1/loss'] for line in read_metrics(tmp_path / str(count))])
       order = np.asarray(orders[-1])
       # [devices, steps, B / devices] to [steps, B]: the images of each step, on whatever device.
       batches.append(order if count == 1 else order.swapaxes(0, 1).reshape(order.shape[1], -1))
       states.append(saved_state(tmp_path / str(count)))
   np.testing.assert_array_equal(*batches)
+  np.testing.assert_allclose(*losses, rtol=1e-4)
   for found, expected in zip(*map(jax.tree.leaves, reversed(states)), strict=True):
     # Relative to the largest of an array: sums in another order move the small ones by as much as the large ones.
     assert np.max(np.abs(found - expected), initial=0) <= 1e-5 * np.max(np.abs(expected), initial=0)
@@ -254,25 +256,14 @@ def test_the_second_signal_ends_at_once(tmp_path, whole):
   assert_ends_as(tmp_path, whole)
 
 
-def test_signals_to_a_process_of_its_own(tmp_path):
-  arguments = [*TINY, f'--workdir={tmp_path}', '--config.name=PN1-d', '--config.log.every_steps=1']
-  step = 0
-  for number in (signal.SIGTERM, signal.SIGINT):
-    with subprocess.Popen(
-      [sys.executable, '-m', 'paranet_jax.main', *arguments, '--config.train.epochs=10000'],
-      cwd=CONFIGS.parent,
-      env=os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    ) as process:
-      next(line for line in process.stdout if line.startswith('epoch'))
-      process.send_signal(number)
-      out, err = process.communicate()
-    assert (process.returncode, err) == (0, '')
-    last = re.fullmatch(rf'stopped by {number.name} after step (\d+), saved; .*', out.splitlines()[-1])
-    assert last and int(last[1]) > step
-    step = int(last[1])
+def test_a_signal_to_its_own_process(tmp_path):
+  arguments = [*TINY, '--config.name=PN1-d', '--config.log.every_steps=1']
+  with start(*arguments, '--config.train.epochs=10000', workdir=tmp_path) as process:
+    next(line for line in process.stdout if line.startswith('epoch'))
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+  assert (process.returncode, err) == (0, '')
+  step = int(re.fullmatch(r'stopped by SIGTERM after step (\d+), saved; .*', out.splitlines()[-1])[1])
   end = f'--config.train.max_steps={step + 2}'
-  result = run_main(*arguments, '--config.train.epochs=10000', end, '--accept_config_changes')
+  result = run_main(*arguments, f'--workdir={tmp_path}', '--config.train.epochs=10000', end, '--accept_config_changes')
   assert result.code == 0 and json.loads((tmp_path / 'summary.json').read_text())['steps'] == step + 2

@@ -1,5 +1,7 @@
 """Tests of the training step, and of how it depends on the seed, the epoch and the step."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -127,6 +129,13 @@ def test_the_loss_falls(plain):
   assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
 
 
+@functools.cache
+def work(name, **fields):
+  """Multiply-adds of a training step."""
+  run, state = build(name, fields=fields)
+  return multiply_adds(run, jax.eval_shape(state))[0]
+
+
 @pytest.mark.parametrize(
   'name, smaller, fields',
   [
@@ -137,10 +146,6 @@ def test_the_loss_falls(plain):
 )
 def test_what_no_loss_reaches_is_not_computed(name, smaller, fields):
   """A step's work is that of a network without the pipelines that no loss reaches."""
-
-  def work(name, **fields):
-    run, state = build(name, fields=fields)
-    return multiply_adds(run, jax.eval_shape(state))[0]
 
   assert 0 < work(name) == work(smaller, **fields) < work('PN3cut-ddd')
 

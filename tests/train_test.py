@@ -53,7 +53,7 @@ def test_what_is_in_a_workdir(finished):
   assert steps(workdir) == [8, 10]
   assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
   config = json.loads((workdir / 'config.json').read_text())
-  assert config['name'] == 'PN3-x3d' and config['model']['growth_rate'] == 4 and config['train']['epochs'] == 2
+  assert config['name'] == 'PN3-x3d' and config['model']['growth_rate'] == 2 and config['train']['epochs'] == 2
 
 
 def test_summary(summary):
@@ -62,7 +62,7 @@ def test_summary(summary):
     *('versions', 'device', 'wall_time_s'),
   }
   assert [summary[key] for key in ('name', 'dataset', 'seed', 'steps')] == ['PN3-x3d', 'digits', 0, 10]
-  assert summary['image_shape'] == [16, 16, 3] and summary['num_classes'] == 10
+  assert summary['image_shape'] == [8, 8, 3] and summary['num_classes'] == 10
   assert summary['versions']['jax'] == importlib.metadata.version('jax')
   assert summary['versions'].keys() == {
     *('paranet_jax', 'python', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -160,14 +160,6 @@ def test_evaluation_of_an_earlier_checkpoint(finished):
   assert message == f'no checkpoint of step 9 in {workdir}/checkpoints, found [8, 10]; set --step'
 
 
-def test_evaluation_in_other_batches_gives_the_same(finished, summary):
-  arguments = (f'--workdir={finished[0]}', '--mode=eval', '--json', '--config.eval.batch_size=77')
-  evaluation = json.loads(run_main(*arguments).out)
-  for measured, row in zip(evaluation['splits']['test'][1:], summary['exits'][1:], strict=True):
-    assert (measured['accuracy'], measured['top5']) == (row['accuracy'], row['top5'])
-    assert measured['nll'] == pytest.approx(row['nll'], rel=1e-6)
-
-
 @pytest.mark.parametrize('config', [TINY, ()], ids=['its config', 'the saved config'])
 def test_a_finished_run_is_not_trained_again(finished, summary, monkeypatch, config):
   workdir, _ = finished
@@ -204,8 +196,8 @@ def test_another_configuration_is_refused_with_its_differences(finished):
 @pytest.mark.parametrize(
   ('change', 'what'),
   [
-    ('model.growth_rate=8', 'params/exit_1/classifier/kernel is [12, 10] there and [24, 10] in this configuration'),
-    ('model.stem_norm=true', 'params/pipeline_1_stem_norm/bias is absent there and [8] in this configuration'),
+    ('model.growth_rate=4', 'params/exit_1/classifier/kernel is [6, 10] there and [12, 10] in this configuration'),
+    ('model.stem_norm=true', 'params/pipeline_1_stem_norm/bias is absent there and [4] in this configuration'),
     ('train.optimizer=adamw', 'opt_state/0/0/count is absent there and [] in this configuration'),
   ],
 )
@@ -231,24 +223,6 @@ def test_a_run_that_is_further_than_its_end_is_refused(finished):
   assert contents(workdir) == before
 
 
-def test_several_devices_and_then_one(finished, tmp_path):
-  arguments = (*TINY, f'--workdir={tmp_path}', '--config.train.devices=2')
-  assert run_main(*arguments, '--config.train.max_steps=2').code == 0
-  assert json.loads((tmp_path / 'summary.json').read_text())['device']['count'] == 2
-  (line,) = (line for line in read_metrics(tmp_path) if line['split'] == 'train')
-  one_device = read_metrics(finished[0])[0]
-  for name in ('exit_2/loss', 'exit_3/loss', 'exit_3/nll'):
-    assert line[name] == pytest.approx(one_device[name], rel=1e-4)
-  evaluation = json.loads(run_main(f'--workdir={tmp_path}', '--mode=eval', '--json').out)
-  assert (
-    evaluation['splits']['test'][2]['nll'] == json.loads((tmp_path / 'summary.json').read_text())['exits'][2]['nll']
-  )
-  assert run_main(*TINY, f'--workdir={tmp_path}', '--config.train.max_steps=4', '--accept_config_changes').code == 0
-  summary = json.loads((tmp_path / 'summary.json').read_text())
-  assert (summary['steps'], summary['device']['count']) == (4, 1)
-  assert json.loads((tmp_path / 'config.json').read_text())['train']['devices'] == 1
-
-
 def poison(step, state):
   """Makes the last exit's parameters no numbers before step 7."""
   if step == 6:
@@ -262,9 +236,6 @@ def poison_and_stop(step, state):
   return poison(step, state)
 
 
-LOUD = ('name=PN1-d', 'train.learning_rate=1e30', 'log.every_steps=9', 'checkpoint.every_steps=1')
-
-
 @pytest.mark.parametrize(
   ('act', 'fields', 'what', 'step', 'saved'),
   [
@@ -272,7 +243,6 @@ LOUD = ('name=PN1-d', 'train.learning_rate=1e30', 'log.every_steps=9', 'checkpoi
     (poison, ('log.every_steps=9', 'checkpoint.every_steps=1'), 'the state', 7, 6),
     (poison_and_stop, ('log.every_steps=9', 'checkpoint.every_steps=4'), 'the state', 7, 4),
     (poison_and_stop, ('log.every_steps=9', 'checkpoint.every_steps=9'), 'the state', 7, None),
-    (lambda *unused: None, LOUD, 'the state', 2, 1),
   ],
 )
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, act, fields, what, step, saved):

@@ -30,8 +30,8 @@ TINY = (
   QUICKSTART,
   '--config.name=PN3-x3d',
   '--config.model.layers_per_block=1',
-  '--config.model.growth_rate=4',
-  '--config.model.image_side=16',
+  '--config.model.growth_rate=2',
+  '--config.model.image_side=8',
   '--config.train.epochs=2',
   '--config.train.batch_size=220',
   '--config.train.devices=1',
@@ -153,7 +153,7 @@ class SharedPrograms:
   def _keep(self, kind, config, *arguments, phase=None):
     same = config.copy_and_resolve_references()
     with same.unlocked():
-      del same.eval, same.checkpoint, same.log, same.train.max_steps, same.init_from
+      del same.eval.every_epochs, same.checkpoint, same.log, same.train.max_steps, same.init_from
       if kind != 'description':  # The programs take the seed from the state.
         del same.seed
     key = kind, phase, same.to_json(), *(len(argument) for argument in arguments if isinstance(argument, list))
