@@ -48,10 +48,10 @@ class Objective(NamedTuple):
 
   targets: Targets
   exit_weights: Sequence[float]
-  matching: str
-  temperature: float
-  hard_label_weight: float
-  label_smoothing: float
+  matching: str = 'squared_error'
+  temperature: float = 1.0
+  hard_label_weight: float = 0.0
+  label_smoothing: float = 0.0
   teachers: Mapping[int, Sequence[int]] = NO_TEACHERS
 
 
@@ -103,23 +103,16 @@ def make_train_step(
   """
   model = model.clone(axis_name=axis_name)
   exits = _computed_exits(objective)
+  options = objective._asdict()
+  exit_weights = options.pop('exit_weights')
 
   def loss_fn(params, batch_stats, images, labels, rngs):
     variables = {'params': params, 'batch_stats': batch_stats}
     if frozen:
       variables = _restored(variables, jax.lax.stop_gradient(variables), frozen)
     logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'], rngs=rngs)
-    losses = exit_losses(
-      logits,
-      labels,
-      objective.targets,
-      matching=objective.matching,
-      temperature=objective.temperature,
-      hard_label_weight=objective.hard_label_weight,
-      label_smoothing=objective.label_smoothing,
-      teachers=objective.teachers,
-    )
-    loss = total_loss(losses, objective.exit_weights)
+    losses = exit_losses(logits, labels, **options)
+    loss = total_loss(losses, exit_weights)
     return loss, (updated.get('batch_stats', {}), train_metrics(logits, labels, losses, loss))
 
   def train_step(state, totals, images, labels, order):

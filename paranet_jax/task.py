@@ -162,7 +162,10 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
     model=model,
     targets=targets,
     objective=Objective(
-      targets, config_lib.exit_weights(config), **_matching(config), teachers=config_lib.teachers(config)
+      targets,
+      config_lib.exit_weights(config),
+      *(config.loss[name] for name in ('matching', 'temperature', 'hard_label_weight', 'label_smoothing')),
+      teachers=config_lib.teachers(config),
     ),
     preprocessing=Preprocessing(
       dataset.mean, dataset.std, dataset.crop_padding, dataset.flip, config.train.cutout, config.train.mixup
@@ -175,15 +178,6 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
   for phase in task.phases:
     _check_phase(task, phase)
   return task
-
-
-def _matching(config: ConfigDict) -> dict[str, Any]:
-  return {
-    'matching': config.loss.matching,
-    'temperature': config.loss.temperature,
-    'hard_label_weight': config.loss.hard_label_weight,
-    'label_smoothing': config.loss.label_smoothing,
-  }
 
 
 def _schedule(config: ConfigDict, steps: int) -> Schedule:

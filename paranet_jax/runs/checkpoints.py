@@ -165,7 +165,7 @@ class Checkpoints:
     saved_step = self._opened.latest_step()
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
       raise not_finite('the state', step, saved_step)
-    meta = meta | {'format': FORMAT, 'shapes': _shapes(state)}
+    meta = meta | {'format': FORMAT, 'shapes': shapes_by_path(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _raised_not_logged():
@@ -231,7 +231,7 @@ class Checkpoints:
     meta = self._read_meta(step)
     saved = meta.pop('shapes')
     self._check_whole(step, saved)
-    self._check_shapes(step, saved, _shapes(like))
+    self._check_shapes(step, saved, shapes_by_path(like))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
@@ -259,7 +259,7 @@ class Checkpoints:
     """
     shapes = self._read_meta(step)['shapes']
     saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
-    self._check_shapes(step, saved, _shapes(like))
+    self._check_shapes(step, saved, shapes_by_path(like))
     variables = self._read_variables(step)
     return {name: variables[name] for name in like}
 
@@ -313,13 +313,11 @@ class Checkpoints:
       )
 
   def _check_shapes(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    for path in [*wanted, *saved]:
-      if saved.get(path) != wanted.get(path):
-        raise UserError(
-          f'checkpoint {self._folder / str(step)} has a different architecture or optimizer: {path} is '
-          f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} in this configuration; '
-          'set --config to the one it was trained with, or --workdir'
-        )
+    if difference := shape_difference(saved, wanted):
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} has a different architecture or optimizer: {difference}; '
+        'set --config to the one it was trained with, or --workdir'
+      )
 
 
 def not_finite(what: str, step: int, saved_step: int | None) -> UserError:
@@ -346,9 +344,19 @@ def _host_copy(state: Any) -> Any:
   return jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
 
 
-def _shapes(state: Any) -> dict[str, list[int]]:
-  leaves = jax.tree_util.tree_leaves_with_path(state)
+def shapes_by_path(tree: Any) -> dict[str, list[int]]:
+  """The shapes of a tree's leaves, by their path such as `params/exit_1/classifier/kernel`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): list(leaf.shape) for path, leaf in leaves}
+
+
+def shape_difference(saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> str | None:
+  """The first leaf whose shape differs, in words."""
+  for path in [*wanted, *saved]:
+    there, here = (shapes.get(path, 'absent') for shapes in (saved, wanted))
+    if there != here:
+      return f'{path} is {there} there and {here} in this configuration'
+  return None
 
 
 @contextlib.contextmanager

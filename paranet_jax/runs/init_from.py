@@ -4,10 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.checkpoints import FOLDER, Checkpoints
+from paranet_jax.runs.checkpoints import FOLDER, Checkpoints, shape_difference, shapes_by_path
 from paranet_jax.runs.workdir import CONFIG, SUMMARY
 from paranet_jax.steps import TrainState
 
@@ -37,27 +35,19 @@ def take_backbone(state: TrainState, run: Path) -> TrainState:
     step = checkpoints.choose()
     saved = _backbone(checkpoints.read_variables(step))
   fresh = {'params': state.params, 'batch_stats': state.batch_stats}
-  _check_same_shapes(run, saved, _backbone(fresh))
+  if difference := shape_difference(shapes_by_path(saved), shapes_by_path(_backbone(fresh))):
+    raise UserError(
+      f'the backbone of init_from {run} does not fit: {difference}; '
+      f'set --config to the network of {run / CONFIG}, or --config.init_from'
+    )
   print(f'backbone from {run} at step {step}, new exits', flush=True)
-  taken = jax.tree_util.tree_map_with_path(lambda path, leaf: saved.get(_name(path), leaf), fresh)
-  return dataclasses.replace(state, **taken)
+  exits = {part: {name: own for name, own in fresh[part].items() if name.startswith(EXIT)} for part in fresh}
+  return dataclasses.replace(state, **{part: saved[part] | exits[part] for part in fresh})
 
 
-def _backbone(variables: Any) -> dict[str, Any]:
-  """The variables outside the exits, by path."""
-  leaves = jax.tree_util.tree_leaves_with_path(variables)
-  return {_name(path): leaf for path, leaf in leaves if not path[1].key.startswith(EXIT)}
-
-
-def _name(path: tuple) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def _check_same_shapes(run: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-  for name in [*wanted, *saved]:
-    there, here = (list(found[name].shape) if name in found else 'absent' for found in (saved, wanted))
-    if there != here:
-      raise UserError(
-        f'the backbone of init_from {run} does not fit: {name} is {there} there and {here} in this configuration; '
-        f'set --config to the network of {run / CONFIG}, or --config.init_from'
-      )
+def _backbone(variables: dict[str, Any]) -> dict[str, Any]:
+  """The variables outside the exits."""
+  return {
+    part: {name: own for name, own in modules.items() if not name.startswith(EXIT)}
+    for part, modules in variables.items()
+  }

@@ -66,35 +66,23 @@ def test_every_output_has_a_name(outputs, names):
   assert output_names(('a', 'b'), outputs) == names
 
 
+FIELDS = '{path} must hold name, version, class_names, mean, std and counts, found '
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
     (lambda path: path.unlink(), 'expected {path}, found none; {fix}'),
     (lambda path: path.write_text('{'), '{path} is not a JSON object (Expecting property name'),
-    (
-      lambda path: path.write_text('[1]'),
-      '{path} must hold name, version, class_names, mean, std and counts, found [1]; {fix}',
-    ),
-    (
-      lambda path: _edit(path, mean=[0.5]),
-      '{path} must hold name, version, class_names, mean, std and counts, found {{',
-    ),
-    (
-      lambda path: _edit(path, mean=[0.5], std=[0.2]),  # As many, but not one a channel.
-      '{path} must hold name, version, class_names, mean, std and counts, found {{',
-    ),
-    (
-      lambda path: _edit(path, std=[0.2, 0, 0.4]),
-      '{path} must hold name, version, class_names, mean, std and counts, found {{',
-    ),
-    (
-      lambda path: _edit(path, mean=[0.5, float('nan'), 0.5]),
-      '{path} must hold name, version, class_names, mean, std and counts, found {{',
-    ),
+    (lambda path: path.write_text('[1]'), FIELDS + '[1]; {fix}'),
+    (lambda path: _edit(path, mean=[0.5]), FIELDS + '{{'),
+    (lambda path: _edit(path, mean=[0.5], std=[0.2]), FIELDS + '{{'),
+    (lambda path: _edit(path, std=[0.2, 0, 0.4]), FIELDS + '{{'),
+    (lambda path: _edit(path, mean=[0.5, float('nan'), 0.5]), FIELDS + '{{'),
     (lambda path: path.write_text('[' * 100_000), '{path} is not a JSON object (maximum recursion depth'),
-    (lambda path: _edit(path, std='1'), '{path} must hold name, version, class_names, mean, std and counts, found {{'),
-    (lambda path: _edit(path, class_names=[1, 2]), '{path} must hold name, version, class_names, mean, std and counts'),
-    (lambda path: _edit(path, more=1), '{path} must hold name, version, class_names, mean, std and counts, found {{'),
+    (lambda path: _edit(path, std='1'), FIELDS + '{{'),
+    (lambda path: _edit(path, class_names=[1, 2]), FIELDS + '{{'),
+    (lambda path: _edit(path, more=1), FIELDS + '{{'),
   ],
 )
 def test_no_file_or_a_damaged_one(tmp_path, change, message):

@@ -83,9 +83,3 @@ def test_another_configuration_needs_to_be_accepted(tmp_path):
 def test_another_data_folder_is_the_same_run(tmp_path):
   save_config(tmp_path, changed(data__data_dir='/here'))
   prepare_workdir(tmp_path, changed(data__data_dir='/there'), accept_changes=False)
-
-
-def test_another_folder_of_images_is_another_run(tmp_path):
-  save_config(tmp_path, changed(data__name='folder', data__data_dir='/cats'))
-  with pytest.raises(UserError, match='data.data_dir: /cats -> /dogs'):
-    prepare_workdir(tmp_path, changed(data__name='folder', data__data_dir='/dogs'), accept_changes=False)
