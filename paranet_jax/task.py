@@ -164,7 +164,10 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
     objective=Objective(
       targets,
       config_lib.exit_weights(config),
-      *(config.loss[name] for name in ('matching', 'temperature', 'hard_label_weight', 'label_smoothing')),
+      matching=config.loss.matching,
+      temperature=config.loss.temperature,
+      hard_label_weight=config.loss.hard_label_weight,
+      label_smoothing=config.loss.label_smoothing,
       teachers=config_lib.teachers(config),
     ),
     preprocessing=Preprocessing(

@@ -64,24 +64,17 @@ def assert_stopped(result, workdir, name, step):
   assert not (workdir / 'summary.json').exists()
 
 
-# At a checkpoint, and at the end of an epoch with its evaluation.
-@pytest.mark.parametrize('step', [4, 5])
-def test_stopped_once(tmp_path, whole, step):
-  with pytest.MonkeyPatch.context() as patch:
-    before_each_step(patch, send(signal.SIGTERM, step))
-    result = run_main(*TINY, f'--workdir={tmp_path}')
-  assert_stopped(result, tmp_path, 'SIGTERM', step)
-  assert_ends_as(tmp_path, whole)
-
-
-def test_stopped_after_every_step(tmp_path, whole):
-  for step in range(1, NUM_STEPS):
+def test_stopped_again_and_again(tmp_path, whole):
+  """Step 4 has a checkpoint of its own, and step 5 ends an epoch and is evaluated."""
+  before = None
+  for step, number in ((1, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)):
     with pytest.MonkeyPatch.context() as patch:
-      before_each_step(patch, send(signal.SIGINT, step))
+      before_each_step(patch, send(number, step))
       result = run_main(*TINY, f'--workdir={tmp_path}')
-    assert_stopped(result, tmp_path, 'SIGINT', step)
-    if step > 1:
-      assert f'resuming from the checkpoint at step {step - 1} of {NUM_STEPS}' in result.out.splitlines()
+    assert_stopped(result, tmp_path, number.name, step)
+    if before:
+      assert f'resuming from the checkpoint at step {before} of {NUM_STEPS}' in result.out.splitlines()
+    before = step
   assert_ends_as(tmp_path, whole)
 
 
@@ -195,28 +188,24 @@ def test_another_number_of_devices(tmp_path, before, after):
     assert np.max(np.abs(found - expected), initial=0) <= 1e-5 * np.max(np.abs(expected), initial=0)
 
 
-def test_a_moved_and_renamed_workdir(tmp_path, whole):
+def test_moved_and_with_another_clock_and_time_zone(tmp_path, whole, monkeypatch):
   stop_at(7, tmp_path / 'here')
-  shutil.move(tmp_path / 'here', tmp_path / 'elsewhere' / 'renamed')
-  assert_ends_as(tmp_path / 'elsewhere' / 'renamed', whole)
-  assert not (tmp_path / 'here').exists()
-
-
-def test_clock_and_time_zone_do_not_matter(tmp_path, whole, monkeypatch):
-  stop_at(7, tmp_path)
-  events = [path.name for path in (tmp_path / 'tensorboard').iterdir()]
+  workdir = tmp_path / 'elsewhere' / 'renamed'
+  shutil.move(tmp_path / 'here', workdir)
+  events = [path.name for path in (workdir / 'tensorboard').iterdir()]
   last_year = time.time() - 365 * 24 * 3600
   monkeypatch.setattr(time, 'time', lambda: last_year)
   monkeypatch.setattr(time, 'time_ns', lambda: int(last_year * 1e9))
   for name in ('config.json', 'metrics.jsonl', 'checkpoints/7', 'checkpoints/4'):
-    os.utime(tmp_path / name, (2e9, 2e9))
+    os.utime(workdir / name, (2e9, 2e9))
   with monkeypatch.context() as patch:
     patch.setenv('TZ', 'Pacific/Kiritimati')
     time.tzset()
-    assert_ends_as(tmp_path, whole)
+    assert_ends_as(workdir, whole)
   time.tzset()
+  assert not (tmp_path / 'here').exists()
   # TensorBoard reads the files in the order of their names.
-  assert [path.name for path in sorted((tmp_path / 'tensorboard').iterdir())][:-1] == events
+  assert [path.name for path in sorted((workdir / 'tensorboard').iterdir())][:-1] == events
 
 
 def test_a_checkpoint_of_format_0(tmp_path):
