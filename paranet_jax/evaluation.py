@@ -10,6 +10,7 @@ import numpy as np
 from paranet_jax import devices as devices_lib
 from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
+from paranet_jax.feed import placed
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.steps import make_eval_step
@@ -72,7 +73,7 @@ class Evaluator:
     own = slice(self._processes.index, None, self._processes.count)
     indices, mask = (every[own] for every in eval_batches(len(split), batch_size))
     batches = [jax.device_put(batch, shared) for batch in zip(indices, mask, strict=True)]
-    whole = jax.device_put((np.asarray(split.images), np.asarray(split.labels)), devices_lib.replicated(self._devices))
+    whole = placed(split, self._devices)
     return lambda: ((*whole, *batch) for batch in batches)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax import devices as devices_lib
+from paranet_jax.data.dataset import Split
 from paranet_jax.host.machine import Device
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.targets import Phase
@@ -37,7 +38,7 @@ def open_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Arra
   """
   train, config = task.dataset.train, task.config
   if not train.streamed:
-    images, labels = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
+    images, labels = placed(train, devices)
     order = functools.lru_cache(maxsize=1)(order)
     yield lambda step: (images, labels, order(step // task.steps_per_epoch))
     return
@@ -55,30 +56,31 @@ def open_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Arra
     process_count=jax.process_count(),
   )
   counting = jax.device_put(_counting(task, len(devices), len(here)), place)
-  with Stream(batches, config.data.workers, place) as placed:
+  with Stream(batches, config.data.workers, place) as placed_batches:
 
     def feed(_: int) -> StepData:
-      batch = next(placed)
+      batch = next(placed_batches)
       return batch['images'], batch['labels'], counting
 
     yield feed
 
 
+def placed(split: Split, devices: list[Device]) -> tuple[jax.Array, jax.Array]:
+  """Images and labels of a split that is in memory, on every device."""
+  return jax.device_put((np.asarray(split.images), np.asarray(split.labels)), devices_lib.replicated(devices))
+
+
 def _counting(task: Task, count: int, here: int) -> np.ndarray:
   """The order of streamed batches on `here` of `count` devices: a device gets no more than its share, in order."""
   share = task.config.train.batch_size // count
-  rows = np.arange(share, dtype=np.int32)
-  return np.broadcast_to(rows, (*_devices_axis(count, here), task.steps_per_epoch, share))
-
-
-def _devices_axis(count: int, here: int) -> tuple[int, ...]:
-  return () if count == 1 else (here,)
+  axis = () if count == 1 else (here,)
+  return np.broadcast_to(np.arange(share, dtype=np.int32), (*axis, task.steps_per_epoch, share))
 
 
 def step_data_shapes(task: Task, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
   """Shapes of a step's data on `count` devices of one process."""
   train, share = task.dataset.train, task.config.train.batch_size // count
-  axis, image_shape = _devices_axis(count, count), train.images.shape[1:]
+  axis, image_shape = () if count == 1 else (count,), train.images.shape[1:]
   many = (*axis, share) if train.streamed else (len(train),)
   return (
     jax.ShapeDtypeStruct((*many, *image_shape), jnp.uint8),
@@ -97,8 +99,7 @@ def step_data(task: Task, devices: list[Device]) -> StepData:
     counting = _counting(task, len(devices), len(devices))
     return jax.device_put((*batch, counting), devices_lib.one_or_shared(devices))
   rows = np.arange(task.steps_per_epoch * batch_size, dtype=np.int32).reshape(task.steps_per_epoch, -1)
-  whole = jax.device_put((train.images, train.labels), devices_lib.replicated(devices))
-  return *whole, devices_lib.place_order(rows, devices)
+  return *placed(train, devices), devices_lib.place_order(rows, devices)
 
 
 def time_steps(

@@ -28,9 +28,6 @@ def make_schedule(
       the run, then down to 1/250,000; Smith and Topin 2018) or 'constant'.
     learning_rate: the peak value.
     epochs: length of the run.
-    updates_per_epoch: optimizer updates per epoch.
-    drop_epochs: epochs at which 'step' drops.
-    drop_factor: factor of each 'step' drop.
     warmup_epochs: epochs of linear warmup to the schedule's value; 'one_cycle' has its own warmup.
   """
   updates = max(round(epochs * updates_per_epoch), 1)
@@ -77,8 +74,7 @@ def make_optimizer(
     kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code) or 'adamw' (decoupled weight decay).
     schedule: learning rate by number of completed updates.
     momentum: momentum of 'sgd', or b1 of 'adamw'.
-    nesterov: whether to use Nesterov momentum, in both kinds.
-    weight_decay: weight decay coefficient.
+    nesterov: applies to both kinds.
     decay_mask: tree of bool, which parameters decay; None: all.
     clip_norm: maximum global gradient norm; 0: no clipping.
     accumulate_steps: steps whose gradients are averaged into one update.
@@ -100,7 +96,6 @@ def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:
   """Tree of bool: which parameters decay. Those that no loss reaches do not: decay would only shrink them.
 
   Args:
-    params: tree of parameters.
     reached: paths of the parameters that the trained exits use.
     which: 'all' of these, or only the 'kernels'.
   """

@@ -51,8 +51,6 @@ def parse_suffix(suffix: str, num_pipelines: int, name: str) -> Targets:
   """Parses a suffix to one target per pipeline: `LABELS`, a teacher's number, or None.
 
   Args:
-    suffix: one character per pipeline.
-    num_pipelines: P.
     name: the whole name, for messages.
 
   Raises:
