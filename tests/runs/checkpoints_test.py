@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-from pathlib import Path
 
 import chex
 import jax
@@ -290,8 +289,3 @@ def test_another_architecture_is_refused(tmp_path, like, difference):
     f'checkpoint {tmp_path}/checkpoints/12 has a different architecture or optimizer: {difference}; '
     'set --config to the one it was trained with, or --workdir'
   )
-
-
-def test_only_one_file_knows_orbax():
-  package = Path(__file__).resolve().parents[2] / 'paranet_jax'
-  assert [path.name for path in package.rglob('*.py') if 'import orbax' in path.read_text()] == ['checkpoints.py']
