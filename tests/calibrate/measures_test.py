@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from paranet_jax.calibrate.measures import auroc, brier, ece, fit_temperature, nll, reliability
+from paranet_jax.calibrate.measures import auroc, brier, ece, fit_temperature, nll, reliability, summarize
+from paranet_jax.early.path_costs import PathCosts
+from paranet_jax.early.thresholds import Samples
 
 # In four bins (0, 0.25], (0.25, 0.5], (0.5, 0.75], (0.75, 1]: 2, 0, 1 and 3 samples.
 CONFIDENCE = np.array([0.25, 0.05, 0.75, 0.8, 0.9, 1.0])
@@ -40,6 +42,27 @@ def test_auroc_counts_pairs_and_ties_half():
   np.testing.assert_allclose(auroc(confidence, correct), np.mean(pairs))
   for same in (True, False):
     assert auroc(np.array([0.1, 0.2]), np.array([same, same])) is None
+
+
+def test_summary_of_four_images():
+  labels = np.array([5, 6, 5, 9])
+  predictions = np.array([[5, 5, 5, 5], [5, 5, 6, 8], [7, 6, 5, 8]])
+  confidences = np.array([[3, 1, 1, 0], [0, 2, 0, 0.5], [0, 0, 0, 0]])  # They exit at exits 1, 2, 3 and 3.
+  costs = PathCosts(3, lambda before, index: 1.0)
+  samples = Samples(confidences, predictions, predictions == labels, 'max_prob', costs)
+  thresholds, macs, ms = np.array([2, 1, -np.inf]), np.array([10.0, 20, 40]), np.array([1.0, 2, 5])
+  expected = {
+    'images': 4,
+    'cost_macs': (10 + 20 + 40 + 40) / 4,
+    'cost_ms': (1 + 2 + 5 + 5) / 4,
+    'accuracy': 2 / 4,  # The first and the third.
+    'shares': [1 / 4, 1 / 4, 2 / 4],
+    'exit_accuracy': [2 / 4, 1 / 4, 2 / 4],
+    'gap': 1 / 4,  # Only the second would be correct at the last exit.
+    'disagreement': 2 / 4,  # The first and the second.
+  }
+  assert summarize(samples, thresholds, macs, ms) == expected
+  assert summarize(samples, thresholds, macs, None) == expected | {'cost_ms': None}
 
 
 def sampled(n, classes, true_temperature, seed):

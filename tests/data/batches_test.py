@@ -30,6 +30,12 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
     assert np.asarray(epoch_order(*part, 100, 10)).tobytes() == order
 
 
+def test_resumed_runs_keep_the_order_of_their_images():
+  stream = jax.random.fold_in(jax.random.key(3), 0)
+  expected = jax.random.permutation(jax.random.fold_in(stream, 2), 7)[:6]
+  np.testing.assert_array_equal(epoch_order(3, 2, 7, 3), expected.reshape(2, 3))
+
+
 def test_the_dropped_images_differ_between_epochs():
   dropped = [set(range(11)) - set(np.asarray(epoch_order(0, epoch, 11, 4)).ravel().tolist()) for epoch in range(4)]
   assert len({frozenset(images) for images in dropped}) > 1
