@@ -11,7 +11,7 @@ import pytest
 
 import paranet_jax
 from paranet_jax.base_config import base_config
-from paranet_jax.data.load import load_dataset
+from paranet_jax.data.sources.tfds import tfds_source
 
 FOLDER = Path(__file__).resolve().parents[1] / 'pretrained'
 IMAGES = 500
@@ -51,11 +51,9 @@ def test_no_absolute_path():
 
 @pytest.mark.skipif('PARANET_DATA_DIR' not in os.environ, reason='PARANET_DATA_DIR, with CIFAR-100, is not set')
 def test_accuracy_and_cost_on_cifar100(run):
-  config = base_config().data
-  test = load_dataset(config, image_side=32, channels=3).test
-  early = paranet_jax.EarlyExit.load(FOLDER)
-  found = early.predict(test.images[:IMAGES])
-  accuracy, expected = (found.labels == test.labels[:IMAGES]).mean(), run.exits.test['accuracy']
+  images, labels = tfds_source(base_config().data, 32, 3).records('test').read(range(IMAGES))
+  found = paranet_jax.EarlyExit.load(FOLDER).predict(np.stack(images))
+  accuracy, expected = (found.labels == labels).mean(), run.exits.test['accuracy']
   # Three standard deviations for a sample of this size.
   assert abs(accuracy - expected) < 3 * np.sqrt(expected * (1 - expected) / IMAGES)
   assert abs(found.macs.mean() / run.exits.test['cost_macs'] - 1) < 0.1

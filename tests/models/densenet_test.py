@@ -13,8 +13,7 @@ from paranet_jax.models.densenet import DenseNet
 
 SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE, 'growth_rate': 3}
 CASES = {
-  'BC': DenseNet(depth=16, bn_size=2, **SMALL),
-  'exits within the blocks': DenseNet(depth=16, exits=(1,), scan_layers=1, **SMALL),
+  'BC with exits within the blocks': DenseNet(depth=16, bn_size=2, exits=(1,), **SMALL),
   'no bottleneck': DenseNet(depth=10, bn_size=None, compression=1.0, exits='blocks', **SMALL),
 }
 

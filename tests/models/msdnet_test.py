@@ -20,10 +20,6 @@ CIFAR = (32, 32, 3)
 # The layers of the authors' networks for CIFAR-100 after the one that makes the scales: the channels that each reads at
 # scale 1 (2 and 4 times as many at scales 2 and 3), and its scales. `>` marks the end of a scale: the layer still reads
 # it, and a transition then halves the channels of the others, rounding down.
-ANYTIME_7 = """
-  16 123, 22 123, 28 123, 34 123, 40 123, 46 123,
-  52 >23, 29 23, 35 23, 41 23, 47 23, 53 23,
-  59 >3, 32 3, 38 3, 44 3"""
 ANYTIME_10 = """
   16 123, 22 123, 28 123, 34 123, 40 123, 46 123, 52 123, 58 123,
   64 >23, 35 23, 41 23, 47 23, 53 23, 59 23, 65 23, 71 23,
@@ -34,7 +30,6 @@ BUDGETED = """
   50 >3, 28 3, 34 3, 40 3, 46 3"""
 
 NETWORKS = {
-  'anytime_7': (MSDNet(), ANYTIME_7, (4, 6, 8, 10, 12, 14, 16)),
   'anytime_10': (MSDNet(num_blocks=10), ANYTIME_10, (4, 6, 8, 10, 12, 14, 16, 18, 20, 22)),
   'budgeted': (MSDNet(num_blocks=5, step_mode='lin_grow', step=1, base=1), BUDGETED, (1, 3, 6, 10, 15)),
 }
@@ -127,23 +122,16 @@ def test_costs_match_the_description(name):
   assert done == set(counts)
 
 
-@pytest.mark.parametrize('exits', [(4,), (5, 1)])
-def test_requested_exits_compute_only_what_they_need(exits):
+def test_requested_exits_compute_only_what_they_need():
   model, rows, layers = NETWORKS['budgeted']
-  counts, of_heads = backbone(rows), list(heads(rows, layers))
+  counts, of_heads, exits = backbone(rows), list(heads(rows, layers)), (4, 1)
   image = jax.ShapeDtypeStruct((1, *CIFAR), jnp.float32)
-  macs, logits = multiply_adds(
-    lambda variables, image: model.apply(variables, image, exits=exits), _budgeted_variables(), image
-  )
+  variables = abstract_variables(model, CIFAR)
+  macs, logits = multiply_adds(lambda variables, image: model.apply(variables, image, exits=exits), variables, image)
   needed = set().union(*(lazily_needed(rows, layers[number - 1]) for number in exits))
   expected = sum(counts[node].macs for node in needed) + sum(of_heads[number - 1].macs for number in exits)
   assert macs == expected
   assert [number for number, found in enumerate(logits, 1) if found is not None] == sorted(exits)
-
-
-@functools.cache
-def _budgeted_variables():
-  return abstract_variables(NETWORKS['budgeted'][0], CIFAR)
 
 
 network = functools.partial(
@@ -257,21 +245,30 @@ def test_logits_and_parameters_match_the_plain_network():
   chex.assert_trees_all_close(logits, plain_logits(), rtol=1e-5, atol=1e-5)
 
 
-def test_training_matches_the_plain_network():
-  """Compares logits, updated statistics and the gradient of a random combination of the logits."""
-  weights = np.random.default_rng(2).normal(size=(2, 16, tiny.NUM_CLASSES)).astype(np.float32)
+def test_training_on_two_devices_matches_the_plain_network():
+  """Two halves of a batch on an axis give the logits, statistics and gradient of the plain network on the whole."""
+  weights = np.random.default_rng(2).normal(size=(16, 2, tiny.NUM_CLASSES)).astype(np.float32)
   variables = random_variables(TWO_SCALES)
 
-  def loss(params, model):
-    logits, updated = model.apply(variables | {'params': params}, noise(), train=True, mutable=['batch_stats'])
-    return (jnp.stack(logits) * weights).mean(), (logits, updated)
+  def gradient(model, params, images, weights):
+    def loss(params):
+      logits, updated = model.apply(variables | {'params': params}, images, train=True, mutable=['batch_stats'])
+      logits = jnp.stack(logits, 1)
+      return (logits * weights).mean(), (logits, updated)
+
+    return jax.grad(loss, has_aux=True)(params)
 
   @jax.jit
   def both(params):
-    return [jax.grad(loss, has_aux=True)(params, model) for model in (TWO_SCALES, PLAIN_TWO)]
+    ours = jax.vmap(functools.partial(gradient, TWO_SCALES.clone(axis_name='batch'), params), axis_name='batch')
+    halves = ours(*(leaf.reshape(2, 8, *leaf.shape[1:]) for leaf in (noise(), weights)))
+    return halves, gradient(PLAIN_TWO, params, noise(), weights)
 
-  ours, plain = both(variables['params'])
-  chex.assert_trees_all_close(ours, plain, rtol=1e-5, atol=1e-5)
+  (gradients, (logits, updated)), (wanted_gradient, wanted) = both(variables['params'])
+  chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf.mean(0), gradients), wanted_gradient, rtol=1e-5, atol=1e-5)
+  for half in (0, 1):
+    found = logits.reshape(wanted[0].shape), jax.tree.map(lambda leaf, half=half: leaf[half], updated)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +276,6 @@ def test_training_matches_the_plain_network():
   [
     ((1, 2, 3), [[(0, 1), (0, 2), (1, 3)], [(1, 1), (2, 2), (3, 3)], []]),
     ((1, 3), [[(0, 1), (0, 2), (1, 3)], []]),
-    ((2, 3), [[(1, 1), (2, 2), (3, 3)], []]),
-    ((3,), [[]]),
   ],
 )
 def test_stages_match_the_full_pass_and_carry_a_diagonal(numbers, kept):
@@ -294,24 +289,6 @@ def test_stages_match_the_full_pass_and_carry_a_diagonal(numbers, kept):
 @functools.cache
 def jitted_stage(number):
   return jax.jit(lambda variables, carry: THREE_SCALES.apply(variables, noise(), carry, number, method='stage'))
-
-
-def test_statistics_are_shared_over_devices():
-  """Two halves of a batch on an axis are normalized like the whole batch."""
-  shared = TWO_SCALES.clone(axis_name='batch')
-
-  def train(model, images):
-    return model.apply(random_variables(TWO_SCALES), images, train=True, exits=(2,), mutable=['batch_stats'])
-
-  @jax.jit
-  def both(images):
-    halves = jax.vmap(functools.partial(train, shared), axis_name='batch')(images.reshape(2, 8, *images.shape[1:]))
-    return halves, train(TWO_SCALES, images)
-
-  (halves, updated), (whole, expected) = both(noise())
-  np.testing.assert_allclose(halves[1].reshape(16, -1), whole[1], rtol=1e-4, atol=1e-4)
-  for index in (0, 1):
-    chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=index: leaf[i], updated), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision():

@@ -110,14 +110,19 @@ def test_all_exits(train):
 def test_stages_match_the_full_pass_and_carry_the_last_features(numbers, kept):
   variables, carry = variables_of(model), {}
   for number, stages in zip(numbers, kept, strict=True):
-    logits, carry = model.apply(variables, IMAGES, carry, number, method='stage')
+    logits, carry = stage(variables, carry, number)
     np.testing.assert_allclose(logits, plain(variables)[number - 1], rtol=1e-4)
     assert list(carry) == stages
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def stage(variables, carry, number):
+  return model.apply(variables, IMAGES, carry, number, method='stage')
+
+
 def test_requested_exits_only():
   variables = variables_of(model)
-  first, second, third = model.apply(variables, IMAGES, exits=(2,))
+  first, second, third = jax.jit(lambda: model.apply(variables, IMAGES, exits=(2,)))()
   assert first is None and third is None
   np.testing.assert_allclose(second, plain(variables)[1], rtol=1e-4)
   costs = exit_costs(model, (8, 8, 3))
@@ -129,21 +134,24 @@ def test_requested_exits_only():
 def test_custom_heads():
   own = StagedModel([Scale(1), Scale(1)], (1, 2), 3, heads=[Head(), Head()])
   variables = variables_of(own)
-  logits = own.apply(variables, IMAGES, exits=(1,))[0]
+  logits, trained = jax.jit(
+    lambda: [own.apply(variables, IMAGES, train=train, exits=(1,))[0] for train in (False, True)]
+  )()
   kernel, head = variables['params']['stages_0']['Dense_0']['kernel'], variables['params']['heads_0']['Dense_0']
   np.testing.assert_allclose(logits, (IMAGES @ kernel).max((1, 2)) @ head['kernel'] + head['bias'], rtol=1e-4)
-  trained = own.apply(variables, IMAGES, train=True, exits=(1,))[0]
   np.testing.assert_allclose(trained - head['bias'], 2 * (logits - head['bias']), rtol=1e-4)
 
 
 def test_statistics_are_shared_over_the_device_axis():
   variables = variables_of(model)
-  logits, updated = model.apply(variables, IMAGES, train=True, mutable=['batch_stats'])
   parallel = model.clone(axis_name='devices')
   apply = functools.partial(parallel.apply, variables, train=True, mutable=['batch_stats'])
-  halves, statistics = jax.vmap(apply, axis_name='devices')(IMAGES.reshape(2, 8, 8, 8, 3))
-  chex.assert_trees_all_close([half.reshape(16, 3) for half in halves], logits, rtol=1e-4, atol=1e-5)
-  chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], statistics), updated, rtol=1e-5)
+  halves, statistics = jax.jit(jax.vmap(apply, axis_name='devices'))(IMAGES.reshape(2, 8, 8, 8, 3))
+  logits = plain(variables, train=True)
+  chex.assert_trees_all_close([half.reshape(16, 3) for half in halves], logits, rtol=1e-4, atol=1e-4)
+  means = statistics['batch_stats']['stages_0']['BatchNorm_0']['mean']
+  expected = 0.9 * variables['batch_stats']['stages_0']['BatchNorm_0']['mean'] + 0.1 * IMAGES.mean((0, 1, 2))
+  np.testing.assert_allclose(means, [expected, expected], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +172,7 @@ def test_invalid_exits_and_heads_are_refused(fields, message):
 def test_statistics_that_devices_cannot_share_are_refused():
   own = StagedModel([Unshared()], (1,), 3)
   variables = variables_of(own)
-  own.apply(variables, IMAGES, train=True, mutable=['batch_stats'])
+  jax.eval_shape(lambda: own.apply(variables, IMAGES, train=True, mutable=['batch_stats']))
   message = 'Unshared has batch statistics: to train on several devices its __call__ must take axis_name'
   with pytest.raises(ValueError, match=message):
     own.clone(axis_name='devices').apply(variables, IMAGES, train=True, mutable=['batch_stats'])

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,30 +41,29 @@ def test_the_devices_do_not_change_what_is_dropped():
   np.testing.assert_array_equal(shared.reshape(x.shape), dropout(x, 0.5, KEY, None))
 
 
-@functools.cache
-def step(name, rate):
-  """From a key to logits, statistics and gradients of a training pass."""
-  model = NETWORKS[name](dropout=rate)
-  assert model.rng_names == (('dropout',) if rate else ())
-  variables = tiny.variables(model)
-  images = np.random.default_rng(1).normal(size=(8, tiny.SIDE, tiny.SIDE, 3)).astype(np.float32)
+class Small(nn.Module):
+  """A dense block of two layers and a transition."""
 
-  @jax.jit
-  def run(params, key):
-    def loss(params):
-      logits, updated = model.apply(
-        variables | {'params': params}, images, train=True, mutable=['batch_stats'], rngs={'dropout': key}
-      )
-      return sum(jnp.sum(jnp.sin(own)) for own in logits), (logits, updated)
+  dropout: float
 
-    return jax.grad(loss, has_aux=True)(params)
-
-  return functools.partial(run, variables['params'])
+  @nn.compact
+  def __call__(self, x):
+    x = dense.DenseBlock(2, 2, 2, dropout=self.dropout)(dense.as_features(x, True, None), True)
+    return dense.Transition(dropout=self.dropout)(x, True).values
 
 
 def test_a_rate_of_almost_zero_changes_nothing():
   """Dropout computes a dense block layer by layer instead of as one function."""
-  chex.assert_trees_all_close(step('densenet_bc', NEVER)(KEY), step('densenet_bc', 0.0)(KEY), rtol=1e-4, atol=1e-4)
+  images = np.random.default_rng(1).normal(size=(8, 4, 4, 3)).astype(np.float32)
+  variables = tiny.filled(jax.eval_shape(Small(0.0).init, KEY, images))
+
+  def loss(params, rate):
+    rngs = {'dropout': KEY} if rate else {}
+    out, updated = Small(rate).apply(variables | {'params': params}, images, mutable=['batch_stats'], rngs=rngs)
+    return jnp.sum(jnp.sin(out)), (out, updated)
+
+  found = jax.jit(lambda params: [jax.grad(loss, has_aux=True)(params, rate) for rate in (NEVER, 0.0)])
+  chex.assert_trees_all_close(*found(variables['params']), rtol=1e-4, atol=1e-4)
 
 
 def test_training_depends_on_the_key():
@@ -86,6 +86,7 @@ def test_dropout_follows_every_convolution_but_the_first(name, times, monkeypatc
   for module in (dense, densenet):
     monkeypatch.setattr(module, 'dropout', lambda x, rate, *_: rates.append(rate) or x)
   model = NETWORKS[name](dropout=0.5)
+  assert (model.rng_names, NETWORKS[name]().rng_names) == (('dropout',), ())
   variables, images = tiny.variables(model), np.zeros((2, tiny.SIDE, tiny.SIDE, 3), np.float32)
   jax.eval_shape(lambda: model.apply(variables, images))
   assert rates == []
