@@ -1,6 +1,7 @@
 """Tests of the training step, and of how it depends on the seed, the epoch and the step."""
 
 import functools
+import types
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import reference
 import tiny
 
 from paranet_jax.costs import multiply_adds
-from paranet_jax.steps import init_state, label_rank, make_train_step, train_metrics, zero_totals
+from paranet_jax.steps import init_state, label_rank, make_train_step, model_rngs, train_metrics, zero_totals
 from paranet_jax.targets import parse_name
 
 NAME = 'PN2-2d'
@@ -196,3 +197,9 @@ def test_train_metrics():
 )
 def test_label_rank(logits, label, rank):
   assert label_rank(jnp.float32([logits]), jnp.array([label])).tolist() == [rank]
+
+
+def test_resumed_runs_keep_the_random_keys_of_their_model():
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 3), 11)
+  found = model_rngs(types.SimpleNamespace(rng_names=('first', 'second')), jnp.int32(5), jnp.int32(11))
+  assert found == {'first': jax.random.fold_in(key, 0), 'second': jax.random.fold_in(key, 1)}

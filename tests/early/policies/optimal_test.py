@@ -61,6 +61,14 @@ def test_four_exits_are_close_to_brute_force(cut, seed):
     assert point.accuracy >= expected - 1.001 / 10, (budget, expected)
 
 
+def test_the_first_exit_splits_samples_that_the_second_cannot():
+  # Three samples are correct at the first exit and the fourth is at the second, where all four are equally confident.
+  correct = np.array([[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 0]])
+  split = samples_of([[4, 3, 2, 1], [1, 1, 1, 1], [0, 0, 0, 0]], correct, path_costs(3, cut=False))
+  (point,) = optimal_curve(split, [16])
+  assert (point.accuracy, point.cost) == (1, (3 * 10 + 21) / 4)
+
+
 @pytest.mark.parametrize('cut', [False, True])
 @pytest.mark.parametrize('num_exits', [2, 3, 4, 5, 7])
 def test_never_below_the_quotas_and_never_above_the_budget(cut, num_exits):
