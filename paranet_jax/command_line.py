@@ -91,8 +91,17 @@ def _define_flags() -> flags.FlagValues:
     ('integer', 'heartbeat_timeout', 100, 'Seconds without a heartbeat until a process counts as dead.'),
     ('bool', 'json', False, 'Print one JSON object (--mode=describe and eval).'),
     ('bool', 'accept_config_changes', False, 'Continue a run whose saved configuration differs.'),
+    ('string', 'data_dir', None, 'Folder of the data set, if it is not where the configuration of the run says.'),
+    (
+      'bool',
+      'accept_data_changes',
+      False,
+      'Go on although classes, labels or all images changed; the run keeps its own classes.',
+    ),
   ):
     getattr(flags, f'DEFINE_{kind}')(name, default, text, flag_values=values)
+  for name in ('data_dir', 'accept_data_changes'):  # As in the commands that spell other flags so.
+    flags.DEFINE_alias(name.replace('_', '-'), name, flag_values=values)
   return values
 
 

@@ -26,6 +26,8 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   from paranet_jax.report.tables import describe_table
 
   config_lib.validate(config)
+  if values.data_dir:
+    config.data.data_dir = values.data_dir
   config_lib.absolute_paths(config)
   use_compilation_cache(values.compilation_cache)
   if values.mode == 'describe':
@@ -37,11 +39,12 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
 
 
 def _train(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
+  from paranet_jax.runs.workdir import Accepted
   from paranet_jax.seeds import train_seeds
   from paranet_jax.train import train_and_evaluate
 
   train = train_seeds if config.seeds > 1 else train_and_evaluate
-  train(config, workdir, values.accept_config_changes)
+  train(config, workdir, Accepted(values.accept_config_changes, values.accept_data_changes, bool(values.data_dir)))
 
 
 def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
@@ -52,7 +55,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> No
     raise UserError(
       f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed}'
     )
-  result = evaluate_checkpoint(config, workdir, values.step)
+  result = evaluate_checkpoint(config, workdir, values.step, values.accept_data_changes)
   _print(values, result, f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}')
 
 

@@ -17,21 +17,22 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.report.tables import ABSENT, align
+from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.status import run_status
-from paranet_jax.runs.workdir import FOLDERS, SUMMARY, prepare_workdir, save_config
+from paranet_jax.runs.workdir import FOLDERS, NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir, save_config
 from paranet_jax.task import agreed_task
 from paranet_jax.train import train_loop, train_missing
 
 
 def train_seeds(
-  config: ConfigDict, workdir: Path, accept_config_changes: bool = False, at_once: bool | None = None
+  config: ConfigDict, workdir: Path, accepted: Accepted = NOTHING, at_once: bool | None = None
 ) -> dict[str, Any] | None:
   """Trains the seeds `seed` to `seed + seeds - 1`, each a complete run in `workdir/seed_<seed>`.
 
   Args:
     workdir: absolute.
-    accept_config_changes: train with this configuration even if a run's saved one differs.
+    accepted: what may differ from what a run saved.
     at_once: train side by side, one run per device, or all vmapped on a single device; False: one after another, which
       reproduces each run bit for bit. None: side by side unless the devices are CPUs.
 
@@ -53,17 +54,17 @@ def train_seeds(
     raise UserError(f'workdir {workdir} holds a single run, found {config.seeds} seeds; set --workdir for new runs')
   devices = devices_lib.pick_devices(config.train.devices)
   config_lib.check_devices(config, len(devices))
-  prepare_workdir(workdir, config, accept_config_changes)
+  prepare_workdir(workdir, config, accepted.config, accepted.place)
   save_config(workdir, config)
   # Measured on one core of a CPU: a vmapped step of 4 small networks takes 16.1 ms, their 4 steps in turn 13.9 ms.
   at_once = devices[0].platform != 'cpu' if at_once is None else at_once
   summaries = []
   for group in _groups(configs, len(devices) if at_once else 0):
     folders = [workdir / f'seed_{own.seed}' for own in group]
-    if len(group) > 1 and not _train_group(group, folders, devices, accept_config_changes):
+    if len(group) > 1 and not _train_group(group, folders, devices, accepted):
       return None
     for own, folder in zip(group, folders, strict=True):
-      summary = train_missing(own, folder, f'seed {own.seed}', accept_config_changes)
+      summary = train_missing(own, folder, f'seed {own.seed}', accepted)
       if summary is None:
         return None
       summaries.append(summary)
@@ -88,9 +89,7 @@ def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict
   return [configs[first : first + size] for first in range(0, len(configs), size)]
 
 
-def _train_group(
-  group: list[ConfigDict], folders: list[Path], devices: list[Device], accept_config_changes: bool
-) -> bool:
+def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Device], accepted: Accepted) -> bool:
   """Trains runs that differ only in their seed, in lockstep, to the checkpoint of their last step.
 
   Each becomes what it would become alone on one device, to rounding. Finished runs, and runs whose checkpoints have
@@ -106,14 +105,18 @@ def _train_group(
   Raises:
     UserError: as `train.train_and_evaluate`.
   """
-  if all(run_status(folder, own).summary for own, folder in zip(group, folders, strict=True)):
+  if all(run_status(folder, own, accepted.place).summary for own, folder in zip(group, folders, strict=True)):
     return True
   print(f'seeds {", ".join(str(own.seed) for own in group)} at once', flush=True)
-  tasks = [agreed_task(own, Coordinator()) for own in group]
+  tasks = []
+  for own, folder in zip(group, folders, strict=True):
+    check_saved(folder, own, accepted.config, accepted.place)
+    learned = restore_learned(folder, own.model.channels, accepted.data)
+    tasks.append(agreed_task(own, Coordinator(), learned))
   if tasks[0].dataset.train.streamed:
     return True  # Each seed has its own order, and images are read for one run at a time.
   for own, folder in zip(group, folders, strict=True):
-    prepare_workdir(folder, own, accept_config_changes)
+    prepare_workdir(folder, own, accepted.config, accepted.place)
   layout = SideBySide(devices[: len(group)])
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())

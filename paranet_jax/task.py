@@ -16,6 +16,7 @@ from paranet_jax.base_config import field_names
 from paranet_jax.costs import abstract_variables, parameter_sizes, variable_paths
 from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset
+from paranet_jax.data.identity import Learned
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import Device
@@ -124,23 +125,28 @@ class Task:
     )
 
 
-def agreed_task(config: ConfigDict, processes: Coordinator) -> Task:
+def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | None = None) -> Task:
   """Builds the task in every process, process 0 first, and checks that all built the same one.
+
+  Args:
+    learned: what the run has recorded of its data; process 0's is used.
 
   Raises:
     UserError: as `build_task`, or the tasks differ.
   """
-  task = processes.first_then_others(lambda: build_task(config))
+  learned = processes.object_from_first(learned)
+  task = processes.first_then_others(lambda: build_task(config, learned=learned))
   if processes.count > 1:
     processes.check_same(task.facts())
   return task
 
 
-def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
+def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Learned | None = None) -> Task:
   """Reads the data set and builds everything that training and evaluation need.
 
   Args:
     dataset: replaces the one that the configuration names.
+    learned: what the run has recorded of its data; None: a new run.
 
   Raises:
     UserError: the configuration or the data does not fit.
@@ -151,6 +157,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None) -> Task:
     image_side=config.model.image_side,
     channels=config.model.channels,
     num_classes=config.model.num_classes,
+    learned=learned,
   )
   model = config_lib.build_model(config, len(dataset.class_names))
   targets = config_lib.targets(config)

@@ -22,23 +22,24 @@ from paranet_jax.host.signals import StopRequest
 from paranet_jax.report.curves import draw_curves
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
+from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import RunRecord, open_record
 from paranet_jax.runs.status import run_status
 from paranet_jax.runs.trained import read_task
-from paranet_jax.runs.workdir import SUMMARY, prepare_workdir
+from paranet_jax.runs.workdir import NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir
 from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.targets import Phase, trained_exits
 from paranet_jax.task import agreed_task
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes: bool = False) -> dict | None:
+def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = NOTHING) -> dict | None:
   """Trains, or resumes training, and evaluates every exit.
 
   In a multi-process run, only process 0 reads and writes the workdir.
 
   Args:
     workdir: absolute.
-    accept_config_changes: train with this configuration even if the run's saved one differs.
+    accepted: what may differ from what the run saved.
 
   Returns:
     The contents of summary.json, or None if a signal stopped the run before its end.
@@ -49,8 +50,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
   processes = Coordinator()
   devices = devices_lib.pick_devices(config.train.devices)
   check_devices(config, len(devices))
-  task = agreed_task(config, processes)
-  processes.once(prepare_workdir, workdir, config, accept_config_changes)
+  processes.once(
+    check_saved, workdir, config, accepted.config, accepted.place
+  )  # Before the data, which follow from it.
+  learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
+  task = agreed_task(config, processes, learned)
+  processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)
   description = describe(config, len(task.dataset.class_names))
   print(f'{describe_table(description)}\n{task.facts_line(devices, processes.count)}\nworkdir: {workdir}', flush=True)
   with StopRequest() as stop, open_record(task, workdir, processes) as record:
@@ -71,9 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_config_changes:
   return summary
 
 
-def train_missing(
-  config: ConfigDict, workdir: Path, title: str, accept_config_changes: bool = False
-) -> dict[str, Any] | None:
+def train_missing(config: ConfigDict, workdir: Path, title: str, accepted: Accepted = NOTHING) -> dict[str, Any] | None:
   """Returns the summary of a finished run; trains one that is not, after printing the title.
 
   Returns:
@@ -82,25 +85,28 @@ def train_missing(
   Raises:
     UserError: as `train_and_evaluate`.
   """
-  summary = run_status(workdir, config).summary
+  summary = run_status(workdir, config, accepted.place).summary
   if summary is None:
     print(title, flush=True)
-    summary = train_and_evaluate(config, workdir, accept_config_changes)
+    summary = train_and_evaluate(config, workdir, accepted)
   return summary
 
 
-def evaluate_checkpoint(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(
+  config: ConfigDict, workdir: Path, step: int | None = None, accept_data_changes: bool = False
+) -> dict[str, Any]:
   """Evaluates a checkpoint on every split.
 
   Args:
     workdir: absolute.
     step: the checkpoint's; None: the latest.
+    accept_data_changes: the data may have other classes or labels than the run learned.
 
   Returns:
     `name`, `dataset`, `seed`, `step`, and `splits` as returned by `Evaluator.evaluate`.
   """
   devices = devices_lib.pick_devices(config.train.devices)
-  task, step, variables = read_task(config, workdir, step, devices)
+  task, step, variables = read_task(config, workdir, step, devices, accept_data_changes)
   return {
     'name': config.name,
     'dataset': config.data.name,

@@ -48,7 +48,7 @@ def steps(workdir):
 def test_what_is_in_a_workdir(finished):
   workdir, _ = finished
   names = {path.name for path in workdir.iterdir()}
-  files = {'config.json', 'curves.png', 'dataset.json', 'metrics.jsonl', 'summary.json'}
+  files = {'config.json', 'curves.png', 'data_identity.npz', 'dataset.json', 'metrics.jsonl', 'summary.json'}
   assert names == files | {'checkpoints', 'tensorboard'}
   assert steps(workdir) == [8, 10]
   assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')

@@ -27,7 +27,7 @@ from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import cpu_name, environment
-from paranet_jax.runs.dataset_facts import save_dataset_facts
+from paranet_jax.runs.learned import repair_dataset_facts
 from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import prepare_folder, restore_config
 from paranet_jax.targets import trained_exits
@@ -104,7 +104,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   tested['exits'] = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
   splits = {'temperature': len(fitted.labels), 'thresholds': len(chosen.labels), 'test': len(test.labels)}
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
-  save_dataset_facts(request.workdir, dataset)
+  repair_dataset_facts(request.workdir, dataset)
   save_plan(request.workdir, plan)
   return Calibrated(plan, subject, chosen, test, choice.problem)
 
@@ -152,7 +152,16 @@ def _restore(request: Request) -> Subject:
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir'
     )
-  task, step, variables = read_task(config, request.workdir, request.step, jax.local_devices()[:1])
+  if request.data_dir:
+    config.data.data_dir = str(request.data_dir)
+  task, step, variables = read_task(
+    config, request.workdir, request.step, jax.local_devices()[:1], request.accept_data_changes
+  )
+  if task.dataset.lost:
+    raise UserError(
+      f'expected images of class {task.dataset.lost[0]!r} that the run in {request.workdir} was not trained on, found '
+      'none: their content or class changed; restore them, or train a new run with another --workdir'
+    )
   exits = trained_exits(task.targets)
   ms = None
   if request.batch_size:

@@ -10,7 +10,7 @@ from typing import Any
 
 from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
-from paranet_jax.host.arguments import Parser, absolute, fraction, positive
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags, fraction, positive
 from paranet_jax.host.errors import UserError
 
 _BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms)?', re.IGNORECASE)
@@ -28,6 +28,8 @@ class Request:
     batch_size: at which milliseconds are measured; None: nothing is measured.
     curves: draw the figures.
     compilation_cache: folder, 'off', or None for the default.
+    data_dir: folder of the data set; None: as the run says.
+    accept_data_changes: the data may have other classes or labels than the run learned.
   """
 
   workdir: Path
@@ -38,6 +40,8 @@ class Request:
   policy: Policy
   curves: bool
   compilation_cache: str | None
+  data_dir: Path | None = None
+  accept_data_changes: bool = False
 
   @property
   def in_ms(self) -> bool:
@@ -75,6 +79,8 @@ def parse(argv: Sequence[str] | None) -> Request:
     policy=policy,
     curves=given.curves,
     compilation_cache=given.compilation_cache,
+    data_dir=given.data_dir,
+    accept_data_changes=given.accept_data_changes,
   )
 
 
@@ -128,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add(f'--{flag.name}', type=_type(flag.parse), help=flag.help)
   add('--curves', action='store_true', help="draw the figures into the run's exits/")
   add('--compilation_cache', help='folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none')
+  add_data_flags(parser)
   return parser
 
 

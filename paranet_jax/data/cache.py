@@ -1,7 +1,8 @@
 """Decoded splits, written to PARANET_CACHE_DIR (default ~/.cache/paranet_jax) once and memory-mapped from there.
 
-An entry is a folder: train.npy and test.npy (uint8 images) and index.npz (labels, statistics, checksums). The index is
-written last, and its checksums show whether the entry is complete.
+An entry is a folder: train.npy and test.npy (uint8 images; train.npy alone where the test split is drawn from it) and
+index.npz (what is known of every record, statistics, checksums). The index is written last, and its checksums show
+whether the entry is complete.
 """
 
 import hashlib
@@ -10,34 +11,51 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float64, Int32, UInt8
+from jaxtyping import Bool, Float64, Int, UInt8
 
-from paranet_jax.data.dataset import Source, Split
-from paranet_jax.host.errors import UserError
+from paranet_jax.data.dataset import Images, Labels, Source, Split, StoredImages
+from paranet_jax.data.identity import Identities, Limits, choose_limits, drawn, read_identified
 from paranet_jax.host.files import replacing
 
-_FORMAT = 1  # Increase it when decoding or this layout changes, so that old entries are not found.
+_FORMAT = 2  # Increase it when decoding or this layout changes, so that old entries are not found.
 _READ = 512  # Images read at a time.
 _CHUNK = 4096  # Images converted to float64 at a time.
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
+class Listing(NamedTuple):
+  """What is known of every record, in order; only the readable ones have an image."""
+
+  labels: Labels
+  identities: Identities
+  readable: Bool[np.ndarray, ' N']
+
+
 @dataclass(frozen=True)
 class Decoded:
-  """Both splits, and the training split's mean and standard deviation for pixel values in 0..1."""
+  """The readable images and the listing of each of a source's splits.
 
-  train: Split
-  test: Split
+  Attributes:
+    mean, std: of the training images of a new run, for pixel values in 0..1.
+  """
+
+  images: Mapping[str, Images | StoredImages]
+  listings: Mapping[str, Listing]
   mean: Float64[np.ndarray, ' C']
   std: Float64[np.ndarray, ' C']
+
+  def split(self, name: str) -> Split:
+    """The readable examples."""
+    labels, identities, readable = self.listings[name]
+    return Split(self.images[name], labels[readable], identities[readable])
 
 
 def load_decoded(source: Source, image_side: int, channels: int) -> Decoded:
@@ -63,27 +81,33 @@ def load_decoded(source: Source, image_side: int, channels: int) -> Decoded:
 
 
 def fingerprint(root: Path, files: Iterable[Path], *settings: object) -> str:
-  """Hash of a folder's path, its files' names, sizes and modification times, and the settings that affect decoding."""
+  """Hash of a folder's path, its files' names, sizes, times and inodes, and the settings that affect decoding.
+
+  The inode and the time of the last change of status show that a file was replaced by one of the same size and time.
+  """
   digest = hashlib.sha256(repr((str(root.resolve()), settings)).encode())
   for file in files:
     stat = file.stat()
-    digest.update(repr((str(file.relative_to(root)), stat.st_size, stat.st_mtime_ns)).encode())
+    facts = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    digest.update(repr((str(file.relative_to(root)), *facts)).encode())
   return digest.hexdigest()[:16]
 
 
 def channel_statistics(
-  images: UInt8[np.ndarray, 'N H W C'],
+  images: Images | StoredImages, chosen: Int[np.ndarray, ' n'] | None = None
 ) -> tuple[Float64[np.ndarray, ' C'], Float64[np.ndarray, ' C']]:
-  """Mean and standard deviation of each channel, for pixel values in 0..1.
+  """Mean and standard deviation of each channel of the chosen images (None: all), for pixel values in 0..1.
 
   Integers are summed exactly, so the order does not matter. The deviation of a constant channel is set to 1.
   """
   total, squares = np.zeros((2, images.shape[-1]))
-  for start in range(0, len(images), _CHUNK):
-    pixels = images[start : start + _CHUNK].reshape(-1, images.shape[-1]).astype(np.float64)
+  count = len(images) if chosen is None else len(chosen)
+  for start in range(0, count, _CHUNK):
+    part = slice(start, start + _CHUNK)
+    pixels = images[part if chosen is None else chosen[part]].reshape(-1, images.shape[-1]).astype(np.float64)
     total += pixels.sum(axis=0)
     squares += np.square(pixels).sum(axis=0)
-  return statistics_of_sums(total, squares, images.size // images.shape[-1])
+  return statistics_of_sums(total, squares, count * images.shape[1] * images.shape[2])
 
 
 def statistics_of_sums(
@@ -103,14 +127,32 @@ def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
   return Path(root).expanduser() / re.sub(r'[^\w.-]+', '_', name)
 
 
+def new_test_limits(source: Source, listing: Listing) -> Limits | None:
+  """The limits by which a new run draws its test split from the records; None: it has records of its own."""
+  if source.test_count is None:
+    return None
+  return choose_limits(listing.labels, listing.identities, source.test_count, 'test', source.test_share)
+
+
+def trained_indices(source: Source, listing: Listing) -> Int[np.ndarray, ' n']:
+  """Which readable images of 'train' a new run does not test on."""
+  limits = new_test_limits(source, listing)
+  if limits is None:
+    return np.arange(listing.readable.sum())
+  return np.flatnonzero(~drawn(limits, listing.labels, listing.identities, 'test')[listing.readable])
+
+
 def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> None:
   # Two processes may do this at once: they write the same bytes, and replace each file atomically.
   entry.mkdir(parents=True, exist_ok=True)
   index: dict[str, Any] = {}
-  for split in ('train', 'test'):
+  for split in source.splits:
     with replacing(entry / f'{split}.npy', 'wb', shared=True) as file:
-      index[f'{split}_labels'], index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
-  index['mean'], index['std'] = channel_statistics(np.load(entry / 'train.npy', mmap_mode='r'))
+      listing, index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
+    index |= {f'{split}_{name}': values for name, values in listing._asdict().items()}
+    if split == 'train':
+      images = np.load(entry / 'train.npy', mmap_mode='r')
+      index['mean'], index['std'] = channel_statistics(images, trained_indices(source, listing))
   write_arrays(entry / 'index.npz', index)
 
 
@@ -126,51 +168,40 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return dict(archive)
 
 
-def _write_images(
-  file: IO[bytes], source: Source, split: str, image_shape: tuple[int, ...]
-) -> tuple[Int32[np.ndarray, ' N'], int]:
-  """Writes a .npy file chunk by chunk; returns the labels and the images' CRC-32."""
+def _write_images(file: IO[bytes], source: Source, split: str, image_shape: tuple[int, ...]) -> tuple[Listing, int]:
+  """Writes a .npy file chunk by chunk; returns what is known of the records and the images' CRC-32."""
   # Plain writes, not a writable memory map: on a full disk, a map dies of SIGBUS instead of raising OSError.
   _write_header(file, len(source.records(split)), image_shape)
-  labels, crc = [np.zeros(0, np.int32)], 0
-  for images, chunk_labels in _chunks(source, split):
-    file.write(images.data)
-    crc = zlib.crc32(images.data, crc)
-    labels.append(chunk_labels)
-  labels = np.concatenate(labels)
+  listings, crc = [], 0
+  for images, listing in _chunks(source, split):
+    if len(images):
+      file.write(images.data)
+      crc = zlib.crc32(images.data, crc)
+    listings.append(listing)
+  listing = _joined(listings)
   file.seek(0)
-  _write_header(file, len(labels), image_shape)  # Same length: the format pads for a first axis that changes.
-  return labels, crc
+  _write_header(file, int(listing.readable.sum()), image_shape)  # As long: the format pads for an axis that changes.
+  return listing, crc
 
 
-def _chunks(source: Source, split: str) -> Iterator[tuple[UInt8[np.ndarray, 'n H W C'], Int32[np.ndarray, ' n']]]:
-  """The readable images and their labels, in order, read in threads."""
+def _joined(listings: list[Listing]) -> Listing:
+  nothing = Listing(np.zeros(0, np.int32), np.zeros(0, np.uint64), np.zeros(0, bool))
+  return Listing(*map(np.concatenate, zip(nothing, *listings, strict=True)))
+
+
+def _chunks(source: Source, split: str) -> Iterator[tuple[UInt8[np.ndarray, 'n H W C'], Listing]]:
+  """The readable images and what is known of the records, in order, read in threads."""
   records = source.records(split)
-  found, readable = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
   threads = os.cpu_count() or 1
   with ThreadPoolExecutor(threads) as pool:
     for start in range(0, len(records), _READ):
       numbers = range(start, min(start + _READ, len(records)))
       share = -(-len(numbers) // threads)
-      for images, labels in pool.map(records.read, [numbers[i : i + share] for i in range(0, len(numbers), share)]):
-        found.append(labels)
-        readable.append(np.array([image is not None for image in images]))
+      parts = [numbers[i : i + share] for i in range(0, len(numbers), share)]
+      for images, labels, ids in pool.map(lambda part: read_identified(records, part), parts):
         kept = [image for image in images if image is not None]
-        if kept:
-          yield np.stack(kept), labels[readable[-1]]
-  check_readable(source, split, np.concatenate(found), np.concatenate(readable))
-
-
-def check_readable(
-  source: Source, split: str, labels: Int32[np.ndarray, ' N'], readable: Bool[np.ndarray, ' N']
-) -> None:
-  """Raises UserError if all images of a class are corrupt."""
-  lost = np.setdiff1d(labels, labels[readable])
-  if len(lost):
-    raise UserError(
-      f'expected images of class {source.class_names[lost[0]]!r} in {split}, found only corrupt files: '
-      f'fix or remove them'
-    )
+        readable = np.array([image is not None for image in images], bool)
+        yield np.stack(kept) if kept else np.zeros(0, np.uint8), Listing(labels, ids, readable)
 
 
 def _write_header(file: IO[bytes], count: int, image_shape: tuple[int, ...]) -> None:
@@ -182,33 +213,38 @@ def _open_entry(entry: Path, image_shape: tuple[int, ...]) -> Decoded | None:
   """The entry's memory maps, or None if it is missing or damaged."""
   try:
     index = read_arrays(entry / 'index.npz')
-    splits = {split: _open_split(entry, split, index, image_shape) for split in ('train', 'test')}
-    return Decoded(**splits, mean=index['mean'], std=index['std'])
+    listings = {
+      split: Listing(*(index[f'{split}_{name}'] for name in Listing._fields))
+      for split in ('train', 'test')
+      if f'{split}_crc' in index
+    }
+    images = {split: _open_images(entry, split, index, image_shape) for split in listings}
+    return Decoded(images, listings, mean=index['mean'], std=index['std'])
   except DAMAGE as error:
     if not isinstance(error, OSError):  # An OSError means that there is no entry, or that writing will fail too.
       logging.warning('Decoded images in %s are damaged and will be written again: %s', entry, error)
     return None
 
 
-def _open_split(entry: Path, split: str, index: dict[str, np.ndarray], image_shape: tuple[int, ...]) -> Split:
-  images, labels = np.load(entry / f'{split}.npy', mmap_mode='r'), index[f'{split}_labels']
-  if images.dtype != np.uint8 or images.shape != (len(labels), *image_shape):
+def _open_images(entry: Path, split: str, index: dict[str, np.ndarray], image_shape: tuple[int, ...]) -> Images:
+  images = np.load(entry / f'{split}.npy', mmap_mode='r')
+  if images.dtype != np.uint8 or images.shape != (index[f'{split}_readable'].sum(), *image_shape):
     raise ValueError(f'{split}.npy holds {images.dtype} {images.shape}')
   if zlib.crc32(images) != index[f'{split}_crc']:
     raise ValueError(f'{split}.npy has a different checksum')
-  return Split(images, labels)
+  return images
 
 
 def _decode_to_memory(source: Source, image_shape: tuple[int, ...]) -> Decoded:
-  splits = {}
-  for split in ('train', 'test'):
+  images, listings = {}, {}
+  for split in source.splits:
     # Filled chunk by chunk, so that the images are in memory once.
-    images = np.empty((len(source.records(split)), *image_shape), np.uint8)
-    labels = np.empty(len(images), np.int32)
-    filled = 0
-    for chunk, chunk_labels in _chunks(source, split):
-      images[filled : filled + len(chunk)], labels[filled : filled + len(chunk)] = chunk, chunk_labels
-      filled += len(chunk)
-    splits[split] = Split(images[:filled], labels[:filled])
-  mean, std = channel_statistics(splits['train'].images)
-  return Decoded(**splits, mean=mean, std=std)
+    found, filled, parts = np.empty((len(source.records(split)), *image_shape), np.uint8), 0, []
+    for chunk, listing in _chunks(source, split):
+      if len(chunk):
+        found[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+      parts.append(listing)
+    images[split], listings[split] = found[:filled], _joined(parts)
+  mean, std = channel_statistics(images['train'], trained_indices(source, listings['train']))
+  return Decoded(images, listings, mean=mean, std=std)

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64, UInt8
+from jaxtyping import Int, Int32, Int64, UInt8, UInt64
 
 from paranet_jax.host.errors import UserError
 
@@ -17,7 +17,11 @@ Labels = Int32[np.ndarray, ' N']
 
 
 class Records(Protocol):
-  """The encoded images and the labels of a split. Pickled for the worker processes that read them."""
+  """The encoded images and the labels of a split. Pickled for the worker processes that read them.
+
+  A method `read_identified(numbers)` may return a third array, uint64 [n]: the identity of each image, corrupt or not,
+  by its encoded content (see `identity.identities`). Without it, the decoded pixels identify an image.
+  """
 
   def __len__(self) -> int:
     """The number of records, including corrupt ones."""
@@ -39,6 +43,9 @@ class Source:
   Attributes:
     records: maps 'train' or 'test' to its images, to be read in any order.
     fingerprint: changes with the files; None where decoding is too cheap to be worth a cache.
+    test_count: how many images of 'train' are drawn to be the test split; None: there is a 'test'.
+    test_share: the share of the images that this is.
+    by_position: the images never change, and held-out ones are drawn by position, as version 0.1.0 did.
   """
 
   name: str
@@ -46,6 +53,14 @@ class Source:
   class_names: tuple[str, ...]
   records: Callable[[str], Records]
   fingerprint: str | None = None
+  test_count: int | None = None
+  test_share: float = 0.0
+  by_position: bool = False
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """The splits that have records."""
+    return ('train', 'test') if self.test_count is None else ('train',)
 
 
 @dataclass(frozen=True)
@@ -99,10 +114,11 @@ class StoredImages:
 
 @dataclass(frozen=True)
 class Split:
-  """Images, in memory, memory-mapped read-only or stored in their files, and their labels."""
+  """Images, in memory, memory-mapped read-only or stored in their files; their labels; and, if known, identities."""
 
   images: Images | StoredImages
   labels: Labels
+  identities: UInt64[np.ndarray, ' N'] | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -115,7 +131,7 @@ class Split:
   def take(self, indices: Int[np.ndarray, ' n']) -> 'Split':
     """Some of the examples; stored images are not read."""
     images = self.images.subset(indices) if isinstance(self.images, StoredImages) else self.images[indices]
-    return Split(images, self.labels[indices])
+    return Split(images, self.labels[indices], None if self.identities is None else self.identities[indices])
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,8 @@ class Dataset:
     crop_padding: pixels of padding on each side before the random crop; 0: no crop.
     flip: whether training images are mirrored at random.
     skipped: corrupt files left out of both splits.
+    limits: by split, the `identity.Limits` that drew it.
+    lost: classes that have no held-out or no test images but those that the run was trained on.
   """
 
   name: str
@@ -140,6 +158,8 @@ class Dataset:
   crop_padding: int
   flip: bool
   skipped: int = 0
+  limits: dict[str, Any] = field(default_factory=dict)
+  lost: tuple[str, ...] = ()
 
 
 def stratified_indices(
@@ -160,6 +180,16 @@ def stratified_indices(
   Raises:
     ValueError: count is out of range. Callers check it first and name the flag.
   """
+  classes, quota = quotas(labels, count)
+  # RandomState, not default_rng: only its stream is guaranteed to be the same in every NumPy version.
+  random = np.random.RandomState(seed)
+  drawn = [random.permutation(np.flatnonzero(labels == c))[:q] for c, q in zip(classes, quota, strict=True)]
+  drawn = np.sort(np.concatenate([*drawn, np.zeros(0, np.int64)]))
+  return np.setdiff1d(np.arange(len(labels)), drawn, assume_unique=True), drawn
+
+
+def quotas(labels: Int[np.ndarray, ' N'], count: int) -> tuple[Int[np.ndarray, ' C'], Int64[np.ndarray, ' C']]:
+  """The classes, and how many of `count` examples are drawn from each: see `stratified_indices`."""
   classes, sizes = np.unique(labels, return_counts=True)
   if not 0 <= count <= max_drawable(labels):
     raise ValueError(f'cannot draw {count} of {len(labels)} examples in {len(classes)} classes')
@@ -167,11 +197,7 @@ def stratified_indices(
   quota = np.floor(share).astype(np.int64)
   while quota.sum() < count:
     quota[np.argmax(np.where(quota < sizes - 1, share - quota, -np.inf))] += 1
-  # RandomState, not default_rng: only its stream is guaranteed to be the same in every NumPy version.
-  random = np.random.RandomState(seed)
-  drawn = [random.permutation(np.flatnonzero(labels == c))[:q] for c, q in zip(classes, quota, strict=True)]
-  drawn = np.sort(np.concatenate([*drawn, np.zeros(0, np.int64)]))
-  return np.setdiff1d(np.arange(len(labels)), drawn, assume_unique=True), drawn
+  return classes, quota
 
 
 def max_drawable(labels: Int[np.ndarray, ' N']) -> int:

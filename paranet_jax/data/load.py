@@ -2,22 +2,43 @@
 
 import difflib
 import math
+import os
+from pathlib import Path
 
 import numpy as np
+from absl import logging
+from jaxtyping import Bool, Int64
 from ml_collections import ConfigDict
 
-from paranet_jax.data.cache import load_decoded
-from paranet_jax.data.dataset import Dataset, Source, Split, max_drawable, stratified_indices
+from paranet_jax.data.cache import Decoded, Listing, channel_statistics, load_decoded
+from paranet_jax.data.dataset import Dataset, Labels, Source, Split, max_drawable, stratified_indices
+from paranet_jax.data.identity import (
+  SEEDS,
+  Identities,
+  Known,
+  Learned,
+  Limits,
+  choose_limits,
+  compare,
+  drawn,
+  known_of,
+  label_map,
+)
 from paranet_jax.data.known import known_dataset, registered_names
 from paranet_jax.host.errors import UserError
-
-_HELD_OUT_SEED = 100
 
 STREAM_ABOVE = 2 * 10**9
 """Bytes of decoded images, both splits together, above which they are streamed: in memory, each device holds them."""
 
 
-def load_dataset(data_config: ConfigDict, *, image_side: int, channels: int, num_classes: int | None = None) -> Dataset:
+def load_dataset(
+  data_config: ConfigDict,
+  *,
+  image_side: int,
+  channels: int,
+  num_classes: int | None = None,
+  learned: Learned | None = None,
+) -> Dataset:
   """Finds, decodes (or takes from the cache) and splits the data set that a configuration names.
 
   Args:
@@ -26,36 +47,69 @@ def load_dataset(data_config: ConfigDict, *, image_side: int, channels: int, num
     image_side: pixels; images of another size are resized.
     channels: 1 or 3.
     num_classes: outputs of the model; None: the data set's number of classes.
+    learned: what a run recorded of the data when it read them first. Its classes, mean, std and limits hold, the images
+      are compared with it, and those that it was trained on are left out of the other splits. None: a new run.
 
   Raises:
-    UserError: the configuration, the data or a label does not fit.
+    UserError: the configuration, the data or a label does not fit, or not what the run learned.
   """
   if channels not in (1, 3):
     raise UserError(f'expected 1 (gray) or 3 (RGB) channels, found {channels}: set --config.model.channels=3')
+  if learned is None:
+    return _load(data_config, image_side, channels, num_classes, None)
+  try:
+    return _load(_at_present_place(data_config), image_side, channels, num_classes, learned)
+  except UserError as error:  # Every command that reads a run's data has this flag, but not all have --config.
+    raise UserError(str(error).replace('--config.data.data_dir', '--data_dir')) from error
+
+
+def _at_present_place(data_config: ConfigDict) -> ConfigDict:
+  """The same data set in PARANET_DATA_DIR, if the run's own folder does not exist."""
+  place, own = os.environ.get('PARANET_DATA_DIR'), data_config.data_dir
+  if not place or (own and Path(own).expanduser().exists()):
+    return data_config
+  data_config = data_config.copy_and_resolve_references()
+  data_config.data_dir = place
+  return data_config
+
+
+def _load(
+  data_config: ConfigDict, image_side: int, channels: int, num_classes: int | None, learned: Learned | None
+) -> Dataset:
   source = _open(data_config, image_side, channels)
-  counts = {split: len(source.records(split)) for split in ('train', 'test')}
-  if streams(data_config, sum(counts.values()), (image_side, image_side, channels)):
+  count = sum(len(source.records(split)) for split in source.splits)
+  if streams(data_config, count, (image_side, image_side, channels)):
     from paranet_jax.data.scan import load_stored  # grain takes half a second to import.
 
     decoded = load_stored(source, image_side, channels, data_config.workers)
   else:
     decoded = load_decoded(source, image_side, channels)
-  for split in (decoded.train, decoded.test):
-    _check_labels(split, source, num_classes)
+  for split in source.splits:
+    _check_labels(decoded.split(split), source, num_classes)
   crop_padding, flip = augmentation(data_config, image_side)
-  train, held_out = _hold_out(decoded.train, data_config.held_out)
+  place = str(data_config.data_dir) if known_dataset(data_config.name).in_data_dir else source.name
+  if learned:
+    decoded = _with_learned_labels(decoded, source, learned, place)
+  names = learned.class_names if learned and learned.class_names else source.class_names
+  splits, limits, untested = _split(decoded, source, names, data_config, learned)
+  lost = _leave_out_trained(splits, names, learned, place) if learned else ()
+  mean, std = decoded.mean, decoded.std
+  if learned and learned.mean is None and source.test_count is not None:  # A new run would test on other images.
+    mean, std = channel_statistics(decoded.images['train'], untested)
   return Dataset(
     name=source.name,
     version=source.version,
-    train=train,
-    held_out=held_out,
-    test=decoded.test,
-    class_names=source.class_names,
-    mean=tuple(decoded.mean.tolist()),
-    std=tuple(decoded.std.tolist()),
+    train=splits['train'],
+    held_out=splits.get('held_out'),
+    test=splits['test'],
+    class_names=names,
+    mean=learned.mean if learned and learned.mean else tuple(mean.tolist()),
+    std=learned.std if learned and learned.std else tuple(std.tolist()),
     crop_padding=crop_padding,
     flip=flip,
-    skipped=sum(counts.values()) - len(decoded.train) - len(decoded.test),
+    skipped=sum(int((~listing.readable).sum()) for listing in decoded.listings.values()),
+    limits=limits,
+    lost=lost,
   )
 
 
@@ -100,14 +154,109 @@ def _check_labels(split: Split, source: Source, num_classes: int | None) -> None
     )
 
 
-def _hold_out(train: Split, count: int) -> tuple[Split, Split | None]:
-  if not count:
-    return train, None
-  most = max_drawable(train.labels)
+def _with_learned_labels(decoded: Decoded, source: Source, learned: Learned, place: str) -> Decoded:
+  """The images of the classes that the run knows, with the labels that it gives them."""
+  every = Known(
+    np.concatenate([listing.identities for listing in decoded.listings.values()]),
+    np.concatenate([listing.labels for listing in decoded.listings.values()]),
+  )
+  labels = label_map(source.class_names, every, learned, place)
+  if labels is None:
+    return decoded
+  images, listings = {}, {}
+  for name, listing in decoded.listings.items():
+    known = labels[listing.labels] >= 0
+    images[name] = decoded.split(name).take(np.flatnonzero(known[listing.readable])).images
+    own, ids, readable = (values[known] for values in listing)
+    listings[name] = Listing(labels[own], ids, readable)
+  if left_out := [name for name, label in zip(source.class_names, labels, strict=True) if label < 0]:
+    logging.warning('Leaving out the images of %s in %s, unknown to the run', ', '.join(left_out), place)
+  return Decoded(images, listings, decoded.mean, decoded.std)
+
+
+def _split(
+  decoded: Decoded, source: Source, names: tuple[str, ...], data_config: ConfigDict, learned: Learned | None
+) -> tuple[dict[str, Split], dict[str, Limits], Int64[np.ndarray, ' n']]:
+  """Draws the splits.
+
+  Returns:
+    'train', 'test' and, if the configuration asks for it, 'held_out'; the limits that drew them; and which images are
+    not tested on.
+  """
+  splits, limits, listing = {}, {}, decoded.listings['train']
+  pool, tested = decoded.split('train'), np.zeros(len(listing.labels), bool)
+  if source.test_count is None:
+    listings = {'train': (listing, ~tested), 'test': (other := decoded.listings['test'], other.labels >= 0)}
+    splits['test'] = decoded.split('test')
+  else:
+    tested, limits['test'] = _draw(
+      'test', listing.labels, listing.identities, source.test_count, source.test_share, learned
+    )
+    listings = {'train': (listing, ~tested), 'test': (listing, tested)}
+    splits['test'] = pool.take(np.flatnonzero(tested[listing.readable]))
+  for split, (records, members) in listings.items():
+    _check_readable(names, split, records, members)
+  rest = untested = np.flatnonzero(~tested[listing.readable])
+  if count := data_config.held_out:
+    labels, ids = listing.labels[listing.readable][rest], listing.identities[listing.readable][rest]
+    held_out, limits['held_out'] = _draw('held_out', labels, ids, count, count, learned, source.by_position)
+    splits['held_out'] = pool.take(rest[held_out])
+    rest = rest[~held_out]
+  splits['train'] = pool if len(rest) == len(pool) else pool.take(rest)
+  return splits, {name: found for name, found in limits.items() if found}, untested
+
+
+def _draw(
+  split: str,
+  labels: Labels,
+  ids: Identities,
+  count: int,
+  asked: float,
+  learned: Learned | None,
+  by_position: bool = False,
+) -> tuple[Bool[np.ndarray, ' N'], Limits | None]:
+  """Which images a split has, and the limits that drew it; None: it was drawn by position, as in version 0.1.0."""
+  limits = learned.limits.get(split) if learned else None
+  if limits and limits.asked == asked:
+    return drawn(limits, labels, ids, split), limits
+  most = max_drawable(labels)
   if not 0 < count <= most:
     raise UserError(
-      f'expected to hold out 0 to {most} of {len(train)} training images (each class keeps one), found {count}: '
+      f'expected to hold out 0 to {most} of {len(labels)} training images (each class keeps one), found {count}: '
       f'set --config.data.held_out=0'
     )
-  kept, drawn = stratified_indices(train.labels, count, _HELD_OUT_SEED)
-  return train.take(kept), train.take(drawn)
+  if by_position or (learned and learned.by_position):
+    chosen = np.zeros(len(labels), bool)
+    chosen[stratified_indices(labels, count, SEEDS[split])[1]] = True
+    return chosen, None
+  limits = choose_limits(labels, ids, count, split, asked)
+  return drawn(limits, labels, ids, split), limits
+
+
+def _check_readable(names: tuple[str, ...], split: str, listing: Listing, members: Bool[np.ndarray, ' N']) -> None:
+  """Raises UserError if all images of a class are corrupt."""
+  lost = np.setdiff1d(listing.labels[members], listing.labels[members & listing.readable])
+  if len(lost):
+    raise UserError(
+      f'expected images of class {names[lost[0]]!r} in {split}, found only corrupt files: fix or remove them'
+    )
+
+
+def _leave_out_trained(
+  splits: dict[str, Split], names: tuple[str, ...], learned: Learned, place: str
+) -> tuple[str, ...]:
+  """Compares the splits with what the run learned from, and drops from 'held_out' and 'test' what it was trained on.
+
+  Returns:
+    The classes of which a split has no other images.
+  """
+  known = {name: known_of(split) for name, split in splits.items()}
+  for line in compare(learned, known, place):
+    logging.warning('%s', line)
+  lost = set()
+  for name in splits.keys() - {'train'}:
+    if (trained := learned.trained_on(name, known[name].ids)).any():
+      splits[name] = splits[name].take(np.flatnonzero(~trained))
+      lost |= set(known[name].labels.tolist()) - set(splits[name].labels.tolist())
+      logging.warning('%s leaves out %d images that the run in %s was trained on', name, trained.sum(), learned.workdir)
+  return tuple(names[label] for label in sorted(lost))

@@ -1,8 +1,8 @@
 """Splits whose images stay in their files, after one pass over all of them.
 
-The pass reads every image once, in worker processes, and finds the labels, which images are readable, and the mean and
-standard deviation of the training images. The result is kept in PARANET_CACHE_DIR (default ~/.cache/paranet_jax) until
-the files or the image size change.
+The pass reads every image once, in worker processes, and finds labels, identities, which images are readable, and the
+mean and standard deviation of the training images. The result is kept in PARANET_CACHE_DIR (default
+~/.cache/paranet_jax) until the files or the image size change.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,15 @@ from absl import logging
 from paranet_jax.data.cache import (
   DAMAGE,
   Decoded,
-  check_readable,
+  Listing,
   entry_folder,
   read_arrays,
   statistics_of_sums,
+  trained_indices,
   write_arrays,
 )
-from paranet_jax.data.dataset import Records, Source, Split, StoredImages
+from paranet_jax.data.dataset import Records, Source, StoredImages
+from paranet_jax.data.identity import read_identified
 from paranet_jax.data.stream import Stream
 
 _CHUNK = 256  # Images read at a time.
@@ -44,17 +46,17 @@ def load_stored(source: Source, image_side: int, channels: int, workers: int | N
     facts = _scan(source, image_shape, workers)
     if path:
       _save(path, facts)
-  splits = {}
-  for split in ('train', 'test'):
-    readable = np.flatnonzero(facts[f'{split}_readable'])
-    stored = StoredImages(source.records(split), readable, image_shape)
-    splits[split] = Split(stored, facts[f'{split}_labels'][readable])
-  return Decoded(**splits, mean=facts['mean'], std=facts['std'])
+  listings = {split: Listing(*(facts[f'{split}_{name}'] for name in Listing._fields)) for split in source.splits}
+  images = {
+    split: StoredImages(source.records(split), np.flatnonzero(listing.readable), image_shape)
+    for split, listing in listings.items()
+  }
+  return Decoded(images, listings, mean=facts['mean'], std=facts['std'])
 
 
 @dataclass(frozen=True)
 class _Chunks:
-  """For each chunk of images: labels, which are readable, and the sums of the pixel values and of their squares."""
+  """Chunks of the listing, with the sums of each image's pixel values and of their squares, uint64 [n, 2, C]."""
 
   records: Records
   channels: int
@@ -64,29 +66,30 @@ class _Chunks:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     chosen = range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.records)))
-    images, labels = self.records.read(chosen)
-    sums = np.zeros((2, self.channels), np.uint64)
-    for image in images:
+    images, labels, ids = read_identified(self.records, chosen)
+    sums = np.zeros((len(images), 2, self.channels), np.uint64)
+    for number, image in enumerate(images):
       if image is not None:
         pixels = image.reshape(-1, self.channels).astype(np.uint64)
-        sums += np.stack([pixels.sum(axis=0), np.square(pixels).sum(axis=0)])
-    return {'labels': labels, 'readable': np.array([image is not None for image in images]), 'sums': sums}
+        sums[number] = pixels.sum(axis=0), np.square(pixels).sum(axis=0)
+    readable = np.array([image is not None for image in images], bool)
+    return {**Listing(labels, ids, readable)._asdict(), 'sums': sums}
 
 
 def _scan(source: Source, image_shape: tuple[int, int, int], workers: int | None) -> dict[str, Any]:
   facts = {}
-  for split in ('train', 'test'):
+  for split in source.splits:
     records = source.records(split)
     logging.info('Reading the %d %s images of %s once', len(records), split, source.name)
     with Stream(_Chunks(records, image_shape[-1]), workers) as chunks:
       found = list(chunks)
-    labels, readable = (np.concatenate([chunk[name] for chunk in found]) for name in ('labels', 'readable'))
-    check_readable(source, split, labels, readable)
-    facts |= {f'{split}_labels': labels, f'{split}_readable': readable}
+    listing = Listing(*(np.concatenate([chunk[name] for chunk in found]) for name in Listing._fields))
+    facts |= {f'{split}_{name}': values for name, values in listing._asdict().items()}
     if split == 'train':
-      total, squares = np.sum([chunk['sums'] for chunk in found], axis=0).astype(np.float64)
-      pixels = int(readable.sum()) * image_shape[0] * image_shape[1]
-      facts['mean'], facts['std'] = statistics_of_sums(total, squares, pixels)
+      chosen = trained_indices(source, listing)
+      sums = np.concatenate([chunk['sums'] for chunk in found])[listing.readable][chosen].sum(axis=0)
+      total, squares = sums.astype(np.float64)
+      facts['mean'], facts['std'] = statistics_of_sums(total, squares, len(chosen) * image_shape[0] * image_shape[1])
   return facts
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from paranet_jax.host.arguments import Parser
+from paranet_jax.host.arguments import Parser, add_data_flags
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 from paranet_jax.report.tables import align
@@ -24,6 +24,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('workdirs', nargs='*', metavar='RUN', help='Folders of finished runs, cheapest first.')
   parser.add_argument('--json', action='store_true', help='Print one JSON array.')
   parser.add_argument('--compilation_cache', help='Folder of compiled programs; off: none.')
+  add_data_flags(parser)
   given = parser.parse_args(argv)
   if len(given.workdirs) < 2:
     raise UserError(f'expected the folders of 2 runs or more, found {len(given.workdirs)}; add them to the command')
@@ -36,7 +37,7 @@ def _run(given: argparse.Namespace) -> None:
   from paranet_jax.host.machine import use_compilation_cache
 
   use_compilation_cache(given.compilation_cache)
-  rows = evaluate_ensemble(load_ensemble(given.workdirs))
+  rows = evaluate_ensemble(load_ensemble(given.workdirs), given.data_dir, given.accept_data_changes)
   print(json.dumps(rows) if given.json else _table(rows))
 
 

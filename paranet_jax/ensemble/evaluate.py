@@ -9,10 +9,12 @@ import jax
 
 from paranet_jax import config as config_lib
 from paranet_jax.costs import exit_costs
+from paranet_jax.data.identity import together
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.ensemble import Ensemble, ensemble_variables
+from paranet_jax.runs.learned import restore_learned
 from paranet_jax.targets import LABELS, trained_exits
 from paranet_jax.task import build_task
 
@@ -60,8 +62,14 @@ def _inputs(run: LoadedRun) -> dict[str, Any]:
   }
 
 
-def evaluate_ensemble(ensemble: LoadedEnsemble) -> list[dict[str, Any]]:
-  """Evaluates every exit on the test images.
+def evaluate_ensemble(
+  ensemble: LoadedEnsemble, data_dir: Path | None = None, accept_data_changes: bool = False
+) -> list[dict[str, Any]]:
+  """Evaluates every exit on the test images that no member was trained on.
+
+  Args:
+    data_dir: folder of the data set; None: as the first run says.
+    accept_data_changes: the data may have other classes or labels than the runs learned.
 
   Returns:
     One row per member: `exit`, `name`, `seed`, `params` and `macs` (totals up to this member), `accuracy`, `top5`
@@ -71,7 +79,13 @@ def evaluate_ensemble(ensemble: LoadedEnsemble) -> list[dict[str, Any]]:
     UserError: the data set cannot be read.
   """
   model, variables, runs = ensemble
-  task = build_task(runs[0].config)
+  config = runs[0].config.copy_and_resolve_references()
+  if data_dir:
+    config.data.data_dir = str(data_dir)
+  learned = [
+    restore_learned(run.workdir, config.model.channels, accept_data_changes) for run in runs if run.workdir is not None
+  ]
+  task = build_task(config, learned=together(learned))
   task = dataclasses.replace(
     task, model=model, targets=(LABELS,) * model.num_exits, dataset=dataclasses.replace(task.dataset, held_out=None)
   )

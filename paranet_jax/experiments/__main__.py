@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paranet_jax.experiments.published import EXPERIMENTS
-from paranet_jax.host.arguments import Parser, positive
+from paranet_jax.host.arguments import Parser, add_data_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -48,6 +48,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--workdir', help='Folder of runs and results (default: results/<protocol>, followed by what --set changes).')
   add('--dry-run', action='store_true', help='List the runs and estimate how long they take; write nothing.')
   add('--compilation_cache', help='Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.')
+  add_data_flags(parser, accept=False)
   return parser.parse_args(argv)
 
 
@@ -64,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> int:
   experiments = EXPERIMENTS if arguments.experiment == ALL else (arguments.experiment,)
   protocol = parse_protocol(arguments.protocol, arguments.set)
   folder = Path(arguments.workdir or default_workdir(protocol))
-  runs = plan_runs(experiments, protocol, arguments.seeds, folder)
+  runs = plan_runs(experiments, protocol, arguments.seeds, folder, arguments.data_dir)
   workdir = folder.expanduser().absolute()
   results = load_results(workdir, protocol)
   use_compilation_cache(arguments.compilation_cache)

@@ -1,6 +1,7 @@
 """The runs behind the tables: their list, their state, and training the missing ones."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from paranet_jax.experiments.protocols import Protocol, run_command, run_config
 from paranet_jax.experiments.published import FIGURE_NETWORK, TABLES
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.status import RunStatus, run_status
+from paranet_jax.runs.workdir import Accepted
 from paranet_jax.train import train_missing
 
 RUNS = 'runs'
@@ -23,6 +25,7 @@ class PlannedRun:
   Attributes:
     workdir: absolute.
     command: trains this run alone.
+    moved: the data may be elsewhere than an earlier start found them.
   """
 
   name: str
@@ -30,24 +33,28 @@ class PlannedRun:
   config: ConfigDict
   workdir: Path
   command: str
+  moved: bool = False
 
   def __str__(self) -> str:
     return f'{self.name}-s{self.seed}'
 
 
-def plan_runs(experiments: Iterable[str], protocol: Protocol, seeds: int, workdir: Path) -> list[PlannedRun]:
+def plan_runs(
+  experiments: Iterable[str], protocol: Protocol, seeds: int, workdir: Path, data_dir: Path | None = None
+) -> list[PlannedRun]:
   """The runs that some experiments need, each once: every network with seed 0, then with seed 1, and so on.
 
   Args:
     experiments: names from `published.EXPERIMENTS`.
     seeds: how many; seeds are 0 to seeds - 1.
     workdir: as the user wrote it.
+    data_dir: absolute, of the data set; None: as the protocol says.
 
   Raises:
     UserError: an override is invalid.
   """
   names = dict.fromkeys(name for experiment in experiments for name in networks(experiment))
-  return [_plan(name, seed, protocol, workdir) for seed in range(seeds) for name in names]
+  return [_plan(name, seed, protocol, workdir, data_dir) for seed in range(seeds) for name in names]
 
 
 def networks(experiment: str) -> tuple[str, ...]:
@@ -55,10 +62,13 @@ def networks(experiment: str) -> tuple[str, ...]:
   return TABLES[experiment].networks if experiment in TABLES else (FIGURE_NETWORK,)
 
 
-def _plan(name: str, seed: int, protocol: Protocol, workdir: Path) -> PlannedRun:
-  folder = workdir / RUNS / f'{name}-s{seed}'
+def _plan(name: str, seed: int, protocol: Protocol, workdir: Path, data_dir: Path | None) -> PlannedRun:
+  folder, config = workdir / RUNS / f'{name}-s{seed}', run_config(protocol, name, seed)
   command = run_command(protocol, name, seed, folder)
-  return PlannedRun(name, seed, run_config(protocol, name, seed), folder.expanduser().absolute(), command)
+  if data_dir:
+    config.data.data_dir = str(data_dir)
+    command += f' {shlex.quote(f"--data_dir={data_dir}")}'
+  return PlannedRun(name, seed, config, folder.expanduser().absolute(), command, moved=data_dir is not None)
 
 
 def status(run: PlannedRun) -> RunStatus:
@@ -67,7 +77,7 @@ def status(run: PlannedRun) -> RunStatus:
   Raises:
     UserError: its folder holds a run of another configuration, or is damaged.
   """
-  found = run_status(run.workdir, run.config)
+  found = run_status(run.workdir, run.config, run.moved)
   if found.changed:
     raise UserError(
       f'{run.workdir} holds a run with a different configuration: {"; ".join(found.changed)} (saved -> now); '
@@ -90,7 +100,8 @@ def run_missing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]] | None:
   summaries = []
   for number, run in enumerate(runs, 1):
     try:
-      summary = train_missing(run.config, run.workdir, f'run {number} of {len(runs)}: {run}\n{run.command}')
+      title = f'run {number} of {len(runs)}: {run}\n{run.command}'
+      summary = train_missing(run.config, run.workdir, title, Accepted(place=run.moved))
     except UserError as error:
       raise UserError(f'run {run}: {error}') from error
     if summary is None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paranet_jax.host.arguments import Parser, absolute
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags
 from paranet_jax.host.errors import exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -32,13 +32,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default='float32',
     help='float16: the weights; int8: weights and activations (default: float32).',
   )
+  add_data_flags(parser)
   return parser.parse_args(argv)
 
 
 def _run(given: argparse.Namespace) -> None:
   from paranet_jax.export.bundle import Request, export_run  # jax takes a second to import; flags are checked first.
 
-  bundle = export_run(Request(given.workdir, given.out, FORMATS[given.format], given.dtype))
+  bundle = export_run(
+    Request(given.workdir, given.out, FORMATS[given.format], given.dtype, given.data_dir, given.accept_data_changes)
+  )
   size = sum(path.stat().st_size for path in given.out.iterdir())
   print(f'bundle: {given.out}, {given.format}, {given.dtype}, step {bundle["step"]}, {size / 1e6:.2f} MB')
   found = bundle.get('agreement')

@@ -28,6 +28,7 @@ from paranet_jax.export.stages import Stages, cut
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
+from paranet_jax.runs.learned import restore_learned
 
 COMPARED_IMAGES = 1000
 NOISE_IMAGES = 16
@@ -38,12 +39,14 @@ NEEDS = {'onnx': ('jax2onnx', 'onnx', 'onnxruntime', 'safetensors'), 'stablehlo'
 
 
 class Request(NamedTuple):
-  """What to export: `workdir` and `out` are absolute, `formats` holds 'onnx' and 'stablehlo'."""
+  """What to export: folders are absolute, `formats` holds 'onnx' and 'stablehlo'."""
 
   workdir: Path
   out: Path
   formats: tuple[str, ...]
   dtype: str
+  data_dir: Path | None = None
+  accept_data_changes: bool = False
 
 
 def check_request(request: Request) -> None:
@@ -145,7 +148,7 @@ def _checked(request: Request, found: dict[str, Any]) -> dict[str, Any]:
 def _images(request: Request, run: LoadedRun) -> UInt8[np.ndarray, 'N H W C']:
   if request.dtype == 'float32':
     return np.random.default_rng(0).integers(0, 256, (NOISE_IMAGES, *run.image_shape), np.uint8)
-  images = held_out_images(run)
+  images = held_out_images(run, request.data_dir, request.accept_data_changes)
   needed = 2 if request.dtype == 'int8' else 1  # int8: one to calibrate on, one to compare.
   if len(images) < needed:
     raise UserError(
@@ -155,15 +158,28 @@ def _images(request: Request, run: LoadedRun) -> UInt8[np.ndarray, 'N H W C']:
   return images
 
 
-def held_out_images(run: LoadedRun) -> UInt8[np.ndarray, 'N H W C']:
+def held_out_images(
+  run: LoadedRun, data_dir: Path | None = None, accept_data_changes: bool = False
+) -> UInt8[np.ndarray, 'N H W C']:
   """The run's held-out images, as many as an export uses.
+
+  Args:
+    data_dir: folder of the data set; None: as the run says.
+    accept_data_changes: the data may have other classes or labels than the run learned.
 
   Raises:
     UserError: the data set cannot be read.
   """
-  fields = run.config.model
+  config = run.config.copy_and_resolve_references()
+  if data_dir:
+    config.data.data_dir = str(data_dir)
+  fields = config.model
   dataset = load_dataset(
-    run.config.data, image_side=fields.image_side, channels=fields.channels, num_classes=fields.num_classes
+    config.data,
+    image_side=fields.image_side,
+    channels=fields.channels,
+    num_classes=fields.num_classes,
+    learned=run.workdir and restore_learned(run.workdir, fields.channels, accept_data_changes),
   )
   if dataset.held_out is None:
     return np.zeros((0, *run.image_shape), np.uint8)

@@ -19,6 +19,19 @@ class Parser(argparse.ArgumentParser):
     raise UserError(f'{message}; see --help')
 
 
+def add_data_flags(parser: argparse.ArgumentParser, accept: bool = True) -> None:
+  """Adds `--data_dir` and, for a command that reads a run's data again, `--accept_data_changes`."""
+  add = parser.add_argument
+  add('--data_dir', '--data-dir', type=absolute, help='folder of the data set, if it is not where the run says')
+  if accept:
+    add(
+      '--accept_data_changes',
+      '--accept-data-changes',
+      action='store_true',
+      help='go on although classes, labels or all images changed; the run keeps its own classes',
+    )
+
+
 def positive(text: str) -> int:
   """An integer of 1 or more."""
   if not text.isdecimal() or int(text) < 1:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -213,6 +214,14 @@ class Coordinator:
     message = json.dumps(value).encode() if self.is_first else b''
     received = _broadcast(np.frombuffer(message.ljust(_MESSAGE), np.uint8))
     return json.loads(received.tobytes())
+
+  def object_from_first(self, value: Any) -> Any:
+    """Returns process 0's value, which can be pickled, in every process; the others' own value is ignored."""
+    if self.count == 1:
+      return value
+    content = pickle.dumps(value) if self.is_first else b''
+    size = self.from_first(len(content))
+    return pickle.loads(self.arrays_from_first(np.frombuffer(content or bytes(size), np.uint8)).tobytes())
 
   def arrays_from_first(self, tree: Any) -> Any:
     """Returns process 0's tree of arrays in every process, as NumPy arrays, bit for bit; one process gets its own back.

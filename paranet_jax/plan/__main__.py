@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.command_line import load_config, override
-from paranet_jax.host.arguments import Parser, positive
+from paranet_jax.host.arguments import Parser, add_data_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -27,6 +27,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--topology', help='TPU slice to compile for, such as v5e:2x2 (default: the devices of this machine).')
   add('--devices', type=positive, help='Number of devices; a CPU is divided into that many (default: all).')
   add('--json', action='store_true', help='Print one JSON object.')
+  add_data_flags(parser, accept=False)
   arguments, rest = parser.parse_known_args(argv)
   unknown = [argument for argument in rest if not argument.startswith('--config.')]
   if unknown:
@@ -45,6 +46,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   refuse_several('plan')
   config = load_config(arguments.config)
   override(config, overrides)
+  if arguments.data_dir:
+    config.data.data_dir = str(arguments.data_dir)
   validate(config)
   if config.seeds > 1:
     raise UserError(f'a plan covers one run, found {config.seeds} seeds; leave out --config.seeds')

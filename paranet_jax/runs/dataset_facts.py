@@ -23,6 +23,7 @@ class DatasetFacts:
     class_names: one per class.
     mean, std: one per channel, for pixel values of 0..1.
     counts: images in 'train', 'held_out' and 'test'.
+    fingerprints: of the same splits, by content and label, whatever the order; None: a run of version 0.1.0.
   """
 
   name: str
@@ -31,6 +32,7 @@ class DatasetFacts:
   mean: tuple[float, ...]
   std: tuple[float, ...]
   counts: dict[str, int]
+  fingerprints: dict[str, str] | None = None
 
 
 def dataset_facts(dataset: Dataset) -> DatasetFacts:
@@ -51,9 +53,11 @@ def output_names(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...
   return (*class_names[:num_outputs], *(f'class {number}' for number in range(len(class_names), num_outputs)))
 
 
-def save_dataset_facts(workdir: Path, dataset: Dataset) -> None:
+def save_dataset_facts(workdir: Path, dataset: Dataset, fingerprints: dict[str, str] | None = None) -> None:
   """Writes dataset.json, unless it is up to date."""
-  saved = json.loads(json.dumps(dataclasses.asdict(dataset_facts(dataset))))
+  saved = json.loads(json.dumps(dataclasses.asdict(dataset_facts(dataset)))) | {'fingerprints': fingerprints}
+  if fingerprints is None:  # As version 0.1.0 wrote it.
+    del saved['fingerprints']
   try:
     same = json.loads((workdir / DATASET).read_text()) == saved
   except (OSError, ValueError):
@@ -88,7 +92,7 @@ def restore_dataset_facts(workdir: Path, channels: int) -> DatasetFacts:
 
 def _fits(saved: object, channels: int) -> bool:
   fields = {field.name for field in dataclasses.fields(DatasetFacts)}
-  if not isinstance(saved, dict) or saved.keys() != fields:
+  if not isinstance(saved, dict) or saved.keys() | {'fingerprints'} != fields:
     return False
   names, mean, std = saved['class_names'], saved['mean'], saved['std']
   return (

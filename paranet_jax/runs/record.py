@@ -20,8 +20,8 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator, reported_once
 from paranet_jax.report.metrics import MetricsWriter
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
-from paranet_jax.runs.dataset_facts import save_dataset_facts
 from paranet_jax.runs.init_from import take_backbone
+from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
 from paranet_jax.runs.workdir import SUMMARY, save_config
 from paranet_jax.steps import TrainState
@@ -102,9 +102,9 @@ class RunRecord:
     return state
 
   def save_facts(self) -> None:
-    """Writes config.json and dataset.json; not before `restore`, which refuses a configuration that does not fit."""
+    """Writes the configuration and what the run learns from; not before `restore`, which refuses what does not fit."""
+    self._processes.once(save_learned, self._workdir, self.task.dataset)
     self._processes.once(save_config, self._workdir, self.task.config)
-    self._processes.once(save_dataset_facts, self._workdir, self.task.dataset)
 
   @contextlib.contextmanager
   def metrics(self, first_step: int) -> Iterator[None]:

@@ -32,16 +32,17 @@ class RunStatus:
     return 'missing' if self.step is None else f'stopped at step {self.step:,}'
 
 
-def run_status(workdir: Path, config: ConfigDict) -> RunStatus:
+def run_status(workdir: Path, config: ConfigDict, moved: bool = False) -> RunStatus:
   """Inspects a run's folder.
 
   Args:
     workdir: absolute.
+    moved: the place of the data may differ.
 
   Raises:
     UserError: its configuration or summary is damaged.
   """
-  changed = changes(workdir, config) if (workdir / CONFIG).exists() else []
+  changed = changes(workdir, config, moved) if (workdir / CONFIG).exists() else []
   if changed:
     return RunStatus(changed, None, None)
   with Checkpoints(workdir) as checkpoints:

@@ -15,6 +15,7 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
+from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.task import Task, agreed_task
 
@@ -29,6 +30,7 @@ class TrainedRun:
     config: the run's configuration.
     step: the checkpoint's.
     dataset: class names, one per output of the model, and the mean and std that normalize uint8 images.
+    workdir: absolute; None: not read from a folder.
   """
 
   model: Any
@@ -36,6 +38,7 @@ class TrainedRun:
   config: ConfigDict
   step: int
   dataset: DatasetFacts
+  workdir: Path | None = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -62,7 +65,8 @@ def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.c
     step = choose(checkpoints)
     variables = checkpoints.restore_variables(step, abstract_variables(model, image_shape))
   names = output_names(dataset.class_names, config.model.num_classes or num_classes)
-  return TrainedRun(model, jax.device_put(variables), config, step, dataclasses.replace(dataset, class_names=names))
+  dataset = dataclasses.replace(dataset, class_names=names)
+  return TrainedRun(model, jax.device_put(variables), config, step, dataset, workdir)
 
 
 class TrainedTask(NamedTuple):
@@ -73,13 +77,16 @@ class TrainedTask(NamedTuple):
   variables: dict[str, Any]
 
 
-def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list[Device]) -> TrainedTask:
+def read_task(
+  config: ConfigDict, workdir: Path, step: int | None, devices: list[Device], accept_data_changes: bool = False
+) -> TrainedTask:
   """Builds a task, reading its data set, and restores the variables of a checkpoint.
 
   Args:
     workdir: absolute.
     step: the checkpoint's; None: the latest.
     devices: where the variables are replicated.
+    accept_data_changes: the data may have other classes or labels than the run learned.
 
   Raises:
     UserError: there is no such checkpoint, or it or the data does not fit the configuration.
@@ -87,7 +94,8 @@ def read_task(config: ConfigDict, workdir: Path, step: int | None, devices: list
   processes = Coordinator()
   with processes.once_within(Checkpoints, workdir) as checkpoints:
     chosen: int = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
-    task = agreed_task(config, processes)
+    learned = processes.once(restore_learned, workdir, config.model.channels, accept_data_changes)
+    task = agreed_task(config, processes, learned)
     like = abstract_variables(task.model, task.image_shape)
     variables = processes.once(lambda: checkpoints.restore_variables(chosen, like))
   variables = processes.arrays_from_first(variables or like)

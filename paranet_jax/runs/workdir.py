@@ -3,11 +3,13 @@
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from paranet_jax.base_config import RENAMED, base_config, family_of, field_names
 from paranet_jax.config import differences
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
 
@@ -16,12 +18,24 @@ SUMMARY = 'summary.json'
 FOLDERS = ('checkpoints', 'tensorboard')
 
 
-def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> None:
+class Accepted(NamedTuple):
+  """What may differ from what a run saved: its configuration, the data itself, and the place of the data alone."""
+
+  config: bool = False
+  data: bool = False
+  place: bool = False
+
+
+NOTHING = Accepted()
+
+
+def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool, moved: bool = False) -> None:
   """Creates the folder, or compares the configuration with the one saved in it.
 
   Args:
     workdir: absolute.
     accept_changes: the configuration may differ from the saved one.
+    moved: the place of the data may.
 
   Raises:
     UserError: the folder cannot be written, or holds a run with a different configuration.
@@ -30,8 +44,7 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool) -> 
   for name in FOLDERS:
     if (workdir / name).exists():
       prepare_folder(workdir / name)
-  if (workdir / CONFIG).exists() and not accept_changes:
-    _check_same(workdir, config)
+  check_saved(workdir, config, accept_changes, moved)
 
 
 def prepare_folder(folder: Path) -> None:
@@ -73,22 +86,30 @@ def restore_config(workdir: Path) -> ConfigDict:
   return config
 
 
-def changes(workdir: Path, config: ConfigDict) -> list[str]:
+def changes(workdir: Path, config: ConfigDict, moved: bool = False) -> list[str]:
   """The fields in which the saved configuration differs from this one, as `field: saved -> now`.
+
+  Args:
+    moved: leaves out the place of the data, as if PARANET_DATA_DIR named it.
 
   Raises:
     UserError: the saved configuration cannot be read.
   """
-  saved = _load_config(workdir)
-  return differences(_with_defaults(saved, _as_saved(base_config(family=family_of(saved)))), _as_saved(config))
+  saved, place = _load_config(workdir), os.environ.get('PARANET_DATA_DIR')
+  moved = moved or bool(place and config.data.data_dir == str(absolute(place)))
+  found = differences(_with_defaults(saved, _as_saved(base_config(family=family_of(saved)))), _as_saved(config))
+  return [change for change in found if not (moved and change.startswith('data.data_dir:'))]
 
 
-def _check_same(workdir: Path, config: ConfigDict) -> None:
-  changed = changes(workdir, config)
+def check_saved(workdir: Path, config: ConfigDict, accept_changes: bool, moved: bool = False) -> None:
+  """Compares the configuration with the one saved in a folder, if any; see `prepare_workdir`."""
+  changed = changes(workdir, config, moved) if os.path.exists(workdir / CONFIG) and not accept_changes else []
   if changed:
+    place = any(change.startswith('data.data_dir:') for change in changed)
     raise UserError(
       f'workdir {workdir} holds a run with a different configuration: {"; ".join(changed)} (saved -> now); '
-      'set --workdir for a new run, or --accept_config_changes to train with the new one'
+      f'set --workdir for a new run, {"--data_dir for the same images in another place, " if place else ""}'
+      'or --accept_config_changes to train with the new one'
     )
 
 

@@ -60,7 +60,7 @@ def _computed_once():
   with pytest.MonkeyPatch.context() as patch:
     PROGRAMS.install(patch)
     for name, key in {
-      'read_task': lambda config, workdir, step, devices: (workdir, step),
+      'read_task': lambda config, workdir, step, *_: (workdir, step),
       'split_logits': lambda model, variables, exits, preprocessing, split, size: (id(variables['params']), len(split)),
       'mac_costs': lambda model, image_shape, exits: (id(model), exits),
     }.items():

@@ -57,9 +57,9 @@ def load(reads, **changes):
 def check(decoded):
   for split in ('train', 'test'):
     images, labels = random_split(split)
-    np.testing.assert_array_equal(getattr(decoded, split).images, images)
-    np.testing.assert_array_equal(getattr(decoded, split).labels, labels)
-    assert getattr(decoded, split).labels.dtype == np.int32
+    np.testing.assert_array_equal(decoded.split(split).images, images)
+    np.testing.assert_array_equal(decoded.split(split).labels, labels)
+    assert decoded.split(split).labels.dtype == np.int32
   scaled = random_split('train')[0] / 255
   np.testing.assert_allclose(decoded.mean, scaled.mean(axis=(0, 1, 2)), rtol=1e-12)
   np.testing.assert_allclose(decoded.std, scaled.std(axis=(0, 1, 2)), rtol=1e-12)
@@ -70,10 +70,10 @@ def test_decodes_once_and_maps_the_file_after(cache_folder):
   for _ in range(2):
     decoded = load(reads)
     check(decoded)
-    assert isinstance(decoded.train.images, np.memmap)
+    assert isinstance(decoded.images['train'], np.memmap)
   assert reads == ['train', 'test']
   (entry,) = cache_folder.iterdir()
-  assert entry.name == 'shapes_big-1.2.3-4x4x3-f00d-v1'
+  assert entry.name == 'shapes_big-1.2.3-4x4x3-f00d-v2'
   assert sorted(file.name for file in entry.iterdir()) == ['index.npz', 'test.npy', 'train.npy']
 
 
@@ -98,7 +98,7 @@ def test_side_and_channels_make_another_entry(cache_folder):
 
   for shape in [(4, 4, 3), (8, 8, 3), (4, 4, 1)]:
     source = Source('zeros', '', ('a', 'b'), lambda split, shape=shape: Zeros(shape), 'f00d')
-    assert load_decoded(source, shape[0], shape[2]).train.images.shape == (2, *shape)
+    assert load_decoded(source, shape[0], shape[2]).images['train'].shape == (2, *shape)
   assert len(list(cache_folder.iterdir())) == 3
 
 

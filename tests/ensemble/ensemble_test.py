@@ -32,7 +32,7 @@ def rows(workdirs):
 
 
 def test_averaged_probabilities_on_the_test_images(workdirs, rows, monkeypatch, capsys):
-  monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda _: rows)
+  monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda *_: rows)
   assert main([*map(str, workdirs), '--json']) == 0
   assert json.loads(capsys.readouterr().out) == rows
   assert [(row['exit'], row['name'], row['seed']) for row in rows] == [(1, 'PN3-x3d', 0), (2, 'PN3-ddd', 0)]
@@ -54,7 +54,7 @@ def test_averaged_probabilities_on_the_test_images(workdirs, rows, monkeypatch, 
 
 
 def test_the_table(workdirs, rows, monkeypatch, capsys):
-  monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda _: rows)
+  monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda *_: rows)
   assert main([*map(str, workdirs)]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].split() == ['exit', 'with', 'params', 'macs', 'accuracy', '(%)', 'top-5', '(%)', 'nll']

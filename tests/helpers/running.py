@@ -133,8 +133,8 @@ class SharedPrograms:
     patch.setattr(devices_lib, 'run_on', self._step)
     patch.setattr(task_lib, 'init_state', self._state)
 
-  def _task(self, config):
-    task = self._keep('task', config, config)
+  def _task(self, config, dataset=None, learned=None):
+    task = self._keep('task', config, config, dataset, learned)
     return dataclasses.replace(task, config=config, total_steps=config_lib.total_steps(config, task.steps_per_epoch))
 
   def _step(self, devices, step, *axes):

@@ -103,3 +103,20 @@ def test_labels():
 def test_another_family():
   found = refusals([task(), task(family='msdnet')])
   assert 'between process 1 and process 0 in model.' in found[0]
+
+
+def test_every_process_gets_the_object_of_the_first(monkeypatch):
+  own, together, parts = {'limits': np.arange(2000), 'place': 'here'}, Together(2), []
+
+  def broadcast(values):  # The others send zeros.
+    parts.append(values)
+    together.barrier.wait()
+    return sum(parts)
+
+  monkeypatch.setattr(processes, '_broadcast', broadcast)
+  with ThreadPoolExecutor(2) as threads:
+    sent = enumerate((own, None))
+    found = [threads.submit(Thread(index, 2, together).object_from_first, value) for index, value in sent]
+  first, other = (each.result() for each in found)
+  assert first['place'] == other['place'] == 'here'
+  np.testing.assert_array_equal(other['limits'], own['limits'])

@@ -12,7 +12,8 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from paranet_jax.data.dataset import Source, stratified_indices
+from paranet_jax.data.dataset import Labels, Source, stratified_indices
+from paranet_jax.data.identity import Identities, identities
 from paranet_jax.portable.run import fit_image
 
 _TEST_COUNT = 360
@@ -33,6 +34,7 @@ def digits_source(_: ConfigDict, image_side: int, channels: int) -> Source:
     version='1.0.0',
     class_names=tuple(str(digit) for digit in range(10)),
     records=lambda split: _Digits(pixels[indices[split]], labels[indices[split]], image_side, channels),
+    by_position=True,
   )
 
 
@@ -49,3 +51,6 @@ class _Digits:
   def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n']]:
     images = [fit_image(Image.fromarray(self.pixels[number]), self.image_side, self.channels) for number in numbers]
     return images, self.labels[list(numbers)]
+
+  def read_identified(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Labels, Identities]:
+    return *self.read(numbers), identities(self.pixels[number].tobytes() for number in numbers)

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from PIL import UnidentifiedImageError
 
 from paranet_jax.data.cache import fingerprint
-from paranet_jax.data.dataset import Source, max_drawable, stratified_indices
+from paranet_jax.data.dataset import Source, max_drawable
+from paranet_jax.data.identity import Identities, identities
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import SUFFIXES, decode_image
 
 _SUFFIXES = SUFFIXES[:4]  # Prediction also reads .gif, .bmp and .tif.
-_TEST_SEED = 2017
 
 _ByClass = dict[str, list[Path]]
 
@@ -24,7 +24,7 @@ _ByClass = dict[str, list[Path]]
 def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
   """Images in `data_dir`/train/<class>/ and `data_dir`/test/<class>/, or only in `data_dir`/<class>/.
 
-  In the second form `test_fraction` of the images, stratified by class with a fixed seed, become the test split.
+  In the second form `test_fraction` of the images, stratified by class, become the test split, chosen by their content.
   Suffixes are .png, .jpg, .jpeg and .webp in any case; hidden files are ignored; class names are sorted. Images are
   scaled so that the short side is `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded
   is an error if `on_corrupt` is 'refuse', and is left out if it is 'skip'.
@@ -40,7 +40,10 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   root = Path(data_config.data_dir).expanduser()
   if not root.is_dir():
     raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
-  splits = _find_splits(root) or _draw_splits(root, data_config.test_fraction)
+  splits, test_count = _find_splits(root), None
+  if splits is None:
+    splits = {'train': _find_classes(root)}
+    test_count = _count_tested(root, splits['train'], data_config.test_fraction)
   class_names = sorted(splits['train'])
   if len(class_names) < 2:
     raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
@@ -57,6 +60,8 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     class_names=tuple(class_names),
     records=records,
     fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
+    test_count=test_count,
+    test_share=data_config.test_fraction,
   )
 
 
@@ -91,9 +96,8 @@ def _find_classes(folder: Path) -> _ByClass:
   return by_class
 
 
-def _draw_splits(root: Path, test_fraction: float) -> dict[str, _ByClass]:
-  """The images in one folder of class folders, part of them drawn for the test split."""
-  by_class = _find_classes(root)
+def _count_tested(root: Path, by_class: _ByClass, test_fraction: float) -> int:
+  """How many images of one folder of class folders are drawn for the test split."""
   files, labels = _flatten(by_class, sorted(by_class))
   count = round(test_fraction * len(files))
   if not 1 <= count <= max_drawable(labels):
@@ -101,11 +105,7 @@ def _draw_splits(root: Path, test_fraction: float) -> dict[str, _ByClass]:
       f'expected a share that leaves each of {len(by_class)} classes an image to train on and at least one to test on, '
       f'found {test_fraction} of {len(files)} images in {root}: set --config.data.test_fraction=0.2'
     )
-  splits: dict[str, _ByClass] = {'train': {}, 'test': {}}
-  for split, indices in zip(splits, stratified_indices(labels, count, _TEST_SEED), strict=True):
-    for index in indices:
-      splits[split].setdefault(files[index].parent.name, []).append(files[index])
-  return splits
+  return count
 
 
 def _flatten(by_class: _ByClass, class_names: Sequence[str]) -> tuple[list[Path], Int32[np.ndarray, ' N']]:
@@ -127,13 +127,20 @@ class _FolderRecords:
     return len(self.files)
 
   def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n']]:
-    return [self._decode(self.files[number]) for number in numbers], self.labels[list(numbers)]
+    return [self._decode(file, _encoded(file)) for file in self._chosen(numbers)], self.labels[list(numbers)]
 
-  def _decode(self, file: str) -> UInt8[np.ndarray, 'H W C'] | None:
-    try:
-      encoded = Path(file).read_bytes()
-    except OSError as error:
-      raise UserError(f'expected a readable image, found {error.strerror} at {file}: change its permissions') from error
+  def read_identified(
+    self, numbers: Sequence[int]
+  ) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n'], Identities]:
+    files = self._chosen(numbers)
+    contents = [_encoded(file) for file in files]
+    images = [self._decode(file, encoded) for file, encoded in zip(files, contents, strict=True)]
+    return images, self.labels[list(numbers)], identities(contents)
+
+  def _chosen(self, numbers: Sequence[int]) -> list[str]:
+    return [self.files[number] for number in numbers]
+
+  def _decode(self, file: str, encoded: bytes) -> UInt8[np.ndarray, 'H W C'] | None:
     try:
       return decode_image(encoded, self.image_side, self.channels)
     except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
@@ -146,3 +153,10 @@ class _FolderRecords:
         f'expected an image, found a corrupt file {file} ({reason}): fix or remove it, or set '
         f'--config.data.on_corrupt=skip'
       ) from error
+
+
+def _encoded(file: str) -> bytes:
+  try:
+    return Path(file).read_bytes()
+  except OSError as error:
+    raise UserError(f'expected a readable image, found {error.strerror} at {file}: change its permissions') from error

@@ -27,6 +27,7 @@ from tensorflow_datasets.core.download.resource import get_dl_fname
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
+from paranet_jax.data.identity import Identities, identities
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import decode_image
 
@@ -142,6 +143,18 @@ class _TfdsRecords:
     return len(self.source)
 
   def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n']]:
+    images, labels, _ = self._read(numbers)
+    return images, labels
+
+  def read_identified(
+    self, numbers: Sequence[int]
+  ) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n'], Identities]:
+    images, labels, encoded = self._read(numbers)
+    return images, labels, identities(encoded)
+
+  def _read(
+    self, numbers: Sequence[int]
+  ) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n'], list[bytes]]:
     image_key, label_key = self.keys
     try:
       examples = self.source.__getitems__(list(numbers))
@@ -151,7 +164,8 @@ class _TfdsRecords:
         f'expected intact files in {self.folder}, found damage ({_one_line(error)}): remove that folder and prepare '
         f'the data set again'
       ) from error
-    return images, np.array([example[label_key] for example in examples], np.int32)
+    labels = np.array([example[label_key] for example in examples], np.int32)
+    return images, labels, [example[image_key] for example in examples]
 
 
 def _prepare(builder: _Builder) -> None:
