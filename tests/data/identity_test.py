@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from paranet_jax.data.dataset import Source
-from paranet_jax.data.identity import choose_limits, drawn, identities
+from paranet_jax.data.identity import Known, choose_limits, drawn, identities, together
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.learned import IDENTITY, restore_learned, save_learned
@@ -358,3 +359,11 @@ def test_a_run_of_version_0_1_0_knows_its_classes_and_how_many_images(run, photo
   with pytest.raises(UserError, match="found 'apple' as class 1"):
     again(run, photos)
   assert again(run, photos, accept=True).class_names == ('cat', 'dog')
+
+
+def test_members_of_an_ensemble_test_on_what_none_was_trained_on(run):
+  first = restore_learned(run[0], channels=3)
+  rest = Known(*(values[:3] for values in first.splits['test']))
+  both = together([first, replace(first, splits=first.splits | {'train': rest}), replace(first, splits={})])
+  assert set(both.splits['train'].ids) == set(first.splits['train'].ids) | set(rest.ids)
+  assert together([]) is None and together([None, first]) is None

@@ -336,3 +336,13 @@ def test_run_that_continued_after_its_summary_is_unfinished(copied):
   path.write_text(json.dumps(summary | {'steps': 2}))
   assert run_experiments('table2', *SHORT, f'--workdir={copied}').code == 0
   assert json.loads(path.read_text())['steps'] == 3
+
+
+def test_the_place_of_the_data(tmp_path):
+  runs = runs_lib.plan_runs(['table2'], Protocol('smoke', {}), 1, tmp_path, tmp_path / 'my images')
+  assert {run.config.data.data_dir for run in runs} == {f'{tmp_path}/my images'}
+  assert all(shlex.split(run.command)[-1] == f'--data_dir={tmp_path}/my images' for run in runs)
+  runs[0].workdir.mkdir(parents=True)
+  save_config(runs[0].workdir, runs[0].config)
+  elsewhere = runs_lib.plan_runs(['table2'], Protocol('smoke', {}), 1, tmp_path, tmp_path / 'elsewhere')
+  assert str(runs_lib.status(elsewhere[0])) == 'missing'

@@ -444,6 +444,11 @@ def test_unknown_data_set_is_read(tmp_path):
     dataset_like(config)
 
 
+def test_the_place_of_the_data():
+  code, _, err = run_command(plan.main, QUICKSTART, '--config.data.name=folder', '--data-dir=/nowhere')
+  assert code == 2 and err.startswith('error: expected a folder of images, found no folder /nowhere: ')
+
+
 def test_measured_chip(monkeypatch):
   """A product of 2 * 2,048^3 FLOP in 0.5 s; 256 MB read and written in 0.25 s; four devices share them."""
   seconds = iter([0.5, 0.25] * 2)

@@ -83,3 +83,16 @@ def test_another_configuration_needs_to_be_accepted(tmp_path):
 def test_another_data_folder_is_the_same_run(tmp_path):
   save_config(tmp_path, changed(data__data_dir='/here'))
   prepare_workdir(tmp_path, changed(data__data_dir='/there'), accept_changes=False)
+
+
+def test_images_that_moved_are_the_same_run(tmp_path, monkeypatch):
+  save_config(tmp_path, changed(data__name='folder', data__data_dir='/cats'))
+  there = changed(data__name='folder', data__data_dir='/there')
+  with pytest.raises(UserError, match='data_dir: /cats -> /there .* --data_dir for the same images in another place'):
+    prepare_workdir(tmp_path, there, accept_changes=False)
+  prepare_workdir(tmp_path, there, accept_changes=False, moved=True)
+  monkeypatch.setenv('PARANET_DATA_DIR', '/there')
+  prepare_workdir(tmp_path, there, accept_changes=False)
+  there.seed += 1
+  with pytest.raises(UserError, match=r'configuration: seed: -?\d+ -> -?\d+ \(saved'):
+    prepare_workdir(tmp_path, there, accept_changes=False, moved=True)
