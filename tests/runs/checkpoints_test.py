@@ -289,3 +289,18 @@ def test_another_architecture_is_refused(tmp_path, like, difference):
     f'checkpoint {tmp_path}/checkpoints/12 has a different architecture or optimizer: {difference}; '
     'set --config to the one it was trained with, or --workdir'
   )
+
+
+@pytest.mark.parametrize(
+  ('error', 'reason'),
+  [
+    (OSError(28, 'No space left on device'), 'No space left on device'),
+    (
+      ValueError("UNKNOWN: Writing /a/b: No space left on device [os_error_code='28']"),
+      'No space left on device',
+    ),
+    (ValueError('two\n  lines'), 'two lines'),
+  ],
+)
+def test_reason_of_a_failed_save_is_short(error, reason):
+  assert checkpoints_lib._reason(error) == reason
