@@ -93,8 +93,12 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
   warnings.filterwarnings('ignore', module='PIL')  # Pillow warns about odd but readable files.
   Image.init()  # Otherwise the first image waits for it.
-  Image.MAX_IMAGE_PIXELS = given.max_pixels  # Beyond twice this, Pillow refuses an image without its size.
   runtime = _load_runtime(given.bundle)
+  # Beyond twice this, Pillow refuses an image without its size.
+  Image.MAX_IMAGE_PIXELS = given.max_pixels
+  if not hasattr(runtime, 'TooManyPixels'):  # Version 0.1.0, whose run.py has no limits of its own.
+    Image.MAX_IMAGE_PIXELS //= 2
+    Image.ID[:] = ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF']
   try:
     bundle = runtime.load(given.bundle, given.provider, given.threads)
   except runtime.BundleError as error:

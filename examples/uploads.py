@@ -1,7 +1,6 @@
 """Reads the images and fields of a request, within limits."""
 
 import contextlib
-import io
 import math
 from collections.abc import AsyncIterator, Sequence
 from types import ModuleType
@@ -12,8 +11,6 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.types import Message, Receive
 
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
-"""Those of Pillow's formats that neither start programs (EPS) nor are so rare that few people test them."""
 FIELDS = ('budget_ms', 'deadline_ms')
 _HELD = 16  # All requests together may hold this many largest bodies.
 
@@ -124,24 +121,21 @@ def _positive(name: str, text: str) -> float:
 
 
 def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int) -> np.ndarray:
-  """Decodes an image for the bundle like run.py's `decode_image`, within limits: uint8 [H, W, C].
+  """Decodes an image for the bundle as its run.py does, within limits: uint8 [H, W, C].
 
   Raises:
     Refused: 400, it is not an image; 413, it has too many pixels, which is checked before they are decoded.
   """
-  from PIL import Image, ImageOps, UnidentifiedImageError
+  from PIL.Image import DecompressionBombError
 
+  side, channels = image_shape[0], image_shape[-1]
+  # The run.py of version 0.1.0 has no limit of its own; serve.py sets Pillow's.
+  limited = hasattr(runtime, 'TooManyPixels')
   try:
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-      width, height = image.size
-      if width * height > max_pixels:
-        raise Refused(413, f'expected at most {max_pixels:,} pixels, found {width} x {height}; send a smaller image')
-      return runtime.fit_image(ImageOps.exif_transpose(image), image_shape[0], image_shape[-1])
-  except Refused:
-    raise
-  except Image.DecompressionBombError as error:
-    raise Refused(413, f'expected at most {max_pixels:,} pixels, found many more; send a smaller image') from error
-  except UnidentifiedImageError as error:
-    raise Refused(400, f'not an image in a known format ({", ".join(FORMATS)})') from error
+    return runtime.decode_image(encoded, side, channels, *([max_pixels] if limited else []))
+  except getattr(runtime, 'TooManyPixels', DecompressionBombError) as error:
+    found = error if limited else f'expected at most {max_pixels:,} pixels, found more'
+    raise Refused(413, f'{found}; send a smaller image') from error
   except Exception as error:  # Damaged bytes make Pillow raise almost anything.
-    raise Refused(400, ' '.join(str(error).split())[:200] or type(error).__name__) from error
+    reason = runtime.damage(error) if limited else ' '.join(str(error).split()) or type(error).__name__
+    raise Refused(400, reason[:200]) from error

@@ -46,6 +46,7 @@ class Source:
     test_count: how many images of 'train' are drawn to be the test split; None: there is a 'test'.
     test_share: the share of the images that this is.
     by_position: the images never change, and held-out ones are drawn by position, as version 0.1.0 did.
+    left_out: files in its folder that are no images of a class.
   """
 
   name: str
@@ -56,6 +57,7 @@ class Source:
   test_count: int | None = None
   test_share: float = 0.0
   by_position: bool = False
+  left_out: int = 0
 
   @property
   def splits(self) -> tuple[str, ...]:

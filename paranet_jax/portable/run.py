@@ -29,6 +29,7 @@ This file is the same in every bundle and imports nothing from the package that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -38,10 +39,12 @@ import json
 import os
 import stat
 import statistics
+import struct
 import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -53,7 +56,14 @@ BUNDLE, EXITS, CLASSES, PREPROCESSING = 'bundle.json', 'exits.json', 'classes.js
 SCORES = ('max_prob', 'entropy', 'margin', 'patience')
 PROVIDERS = ('cpu', 'openvino')
 RESIZE = 'shorter side to `side` (bilinear, antialiased), center crop'
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff')
+SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm'.split())
+"""The files of a folder that are images, in any case: for training, and for prediction."""
+FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'PPM', 'WEBP', 'TIFF')
+"""The formats of Pillow that are decoded, whatever a file's name is: common ones, which start no program as EPS does."""
+BACKGROUND = (255, 255, 255)
+"""The color behind transparent pixels, in training and prediction alike."""
+MAX_PIXELS = 178_956_970
+"""The most pixels of an image that is decoded, unless the caller sets a limit; the number at which Pillow refuses."""
 WAVE = 64
 """Images that go through the stages together."""
 GONE = -1
@@ -218,7 +228,7 @@ class Adaptive:
       images: uint8 [N, H, W, C], or floating point and already normalized.
 
     Raises:
-      ValueError: the images have a different shape or type.
+      ValueError: the images have a different shape or type, or values that no normalized pixels have.
     """
     images = self._checked(np.asarray(images), 4)
     wave = self._packing.wave
@@ -334,7 +344,33 @@ class Adaptive:
       raise ValueError(f'expected images [{"N, " if rank == 4 else ""}{wanted}], found {list(images.shape)}')
     if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
       raise ValueError(f'expected uint8 images, or normalized ones of floating point, found {images.dtype}')
+    if images.dtype != np.uint8 and images.size:
+      self._check_values(images)
     return images
+
+  def _check_values(self, images: np.ndarray) -> None:
+    """Raises ValueError for floats that no pixels normalized by mean and std can have."""
+    low, high = float(images.min()), float(images.max())
+    least, most = float((-self._mean / self._std).min()), float(((1 - self._mean) / self._std).max())
+    slack = (most - least) / 100  # For numbers of 16 bits.
+    if not np.isfinite([low, high]).all():
+      found = 'NaN or infinity'
+    elif not self._mean.any() and (self._std == 1).all():  # They do not say how the caller normalizes.
+      return
+    elif low < least - slack or high > most + slack or self._otherwise_normalized(images, low, high):
+      found = f'{low:.3g} to {high:.3g}'
+    else:
+      return
+    raise ValueError(
+      f'expected uint8 images, or floats (pixel / 255 - mean) / std, which are from {least:.3g} to {most:.3g}, '
+      f'found {found}; give uint8 images, or normalize them by mean and std'
+    )
+
+  def _otherwise_normalized(self, images: np.ndarray, low: float, high: float) -> bool:
+    """Whether values that could be normalized pixels are rather in 0..1, or pixels scaled to -0.5..0.5 or -1..1."""
+    if not -1 <= low < high <= 1 or _integers(255 * (images * self._std + self._mean), 0.25):
+      return False
+    return low >= 0 or _integers(255 * (images + 0.5), 0.05) or _integers(127.5 * (images + 1), 0.05)
 
   def _begin(self, images: np.ndarray) -> Carried:
     carried = self._inputs(images)
@@ -402,6 +438,10 @@ class Adaptive:
       carried, _ = self._run(self._all_stages[number], carried)
       seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def _integers(values: np.ndarray, tolerance: float) -> bool:
+  return bool((np.abs(values - np.rint(values)) <= tolerance).all())
 
 
 def select(carried: Carried, rows: Any) -> Carried:
@@ -631,73 +671,282 @@ def _openvino(threads: int, path: Path) -> Session:
   return run
 
 
-def decode_image(encoded: bytes | BinaryIO, side: int, channels: int) -> np.ndarray:
+class TooManyPixels(Exception):
+  """An image is larger than the limit. Its text: what was expected and what was found."""
+
+
+def decode_image(encoded: bytes | BinaryIO, side: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """Decodes an image from bytes or an open file, rotated by its EXIF orientation.
 
-  Accepts every format and mode that Pillow opens; takes the first frame of an animation.
+  Accepts the formats in FORMATS, in every mode that Pillow knows; takes the first frame of an animation. Damaged
+  metadata do not matter if the pixels can be decoded.
 
   Returns:
     uint8 [side, side, channels], see `fit_image`.
 
   Raises:
-    Exception: any that Pillow raises for bytes that are not a complete image.
+    TooManyPixels: checked before they are decoded.
+    Exception: any that Pillow raises for bytes that are not a complete image; see `damage`.
   """
-  from PIL import Image, ImageOps
+  file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+  try:
+    return _decode(file, side, channels, max_pixels)
+  except TooManyPixels:
+    raise
+  except Exception:
+    with contextlib.suppress(Exception):
+      file.seek(0)
+      return _decode(io.BytesIO(_without_metadata(file.read())), side, channels, max_pixels)
+    raise
 
-  with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-    return fit_image(ImageOps.exif_transpose(image), side, channels)
+
+def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int) -> np.ndarray:
+  from PIL import Image
+
+  if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # Beyond twice its limit, Pillow opens nothing.
+    Image.MAX_IMAGE_PIXELS = max(max_pixels, Image.MAX_IMAGE_PIXELS)
+  try:
+    image = Image.open(file, formats=FORMATS)
+  except Image.DecompressionBombError as error:
+    raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found many more') from error
+  with image:
+    width, height = image.size
+    if width * height > max_pixels:
+      raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found {width} x {height}')
+    image.load()
+    return fit_image(_upright(image), side, channels)
+
+
+def _upright(image: Any) -> Any:
+  """The image rotated by its EXIF orientation; as it is if that cannot be read."""
+  from PIL.Image import Transpose
+
+  try:  # ImageOps.exif_transpose also rewrites the other tags, which fails if one is damaged.
+    orientation = image.getexif().get(0x0112)
+  except Exception:
+    return image
+  turns = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+  }
+  return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def _without_metadata(encoded: bytes) -> bytes:
+  """A PNG, JPEG or TIFF without the parts that its pixels and its orientation do not need: Pillow refuses damaged ones.
+
+  Raises:
+    ValueError: it has another format.
+    struct.error: it is cut.
+  """
+  if encoded.startswith(b'\x89PNG'):
+    return encoded[:8] + b''.join(_png_chunks(encoded))
+  if encoded.startswith(b'\xff\xd8'):
+    return encoded[:2] + b''.join(_jpeg_segments(encoded))
+  if encoded.startswith((b'II*\0', b'MM\0*')):
+    order = '<' if encoded.startswith(b'II') else '>'
+    (place,) = struct.unpack_from(order + 'I', encoded, 4)
+    (count,) = struct.unpack_from(order + 'H', encoded, place)
+    entries = [encoded[place + 2 + 12 * index :][:12] for index in range(count)]
+    kept = [entry for entry in entries if struct.unpack_from(order + 'H', entry)[0] in _TIFF_TAGS]
+    directory = struct.pack(order + 'H', len(kept)) + b''.join(kept) + bytes(4)
+    return encoded[:place] + directory + encoded[place + len(directory) :]
+  raise ValueError('a format whose metadata are not separate')
+
+
+# Sizes, samples, color, strips, tiles and orientation.
+_TIFF_TAGS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326)}
+_TIFF_TAGS |= {332, 338, 339, 347, 512, 513, 514, *range(519, 522), *range(529, 533)}
+
+
+def _png_chunks(encoded: bytes) -> Iterator[bytes]:
+  """The chunks of pixels, palette and transparency, and a whole one of EXIF."""
+  place = 8
+  while place < len(encoded):
+    (size,) = struct.unpack_from('>I', encoded, place)
+    chunk = encoded[place : place + size + 12]
+    kind = chunk[4:8]
+    whole_exif = kind == b'eXIf' and chunk[-4:] == struct.pack('>I', zlib.crc32(chunk[4:-4]))
+    if kind in (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND') or whole_exif:
+      yield chunk
+    place += len(chunk)
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[bytes]:
+  """All but comments and the applications' segments; JFIF, EXIF and Adobe's, which names the color space, stay."""
+  place = 2
+  while encoded[place + 1] != 0xDA:  # From the first scan on, everything is pixels.
+    marker, size = struct.unpack_from('>xBH', encoded, place)
+    segment = encoded[place : place + 2 + size]
+    keep = marker < 0xE0 or marker in (0xE0, 0xEE) or (marker == 0xE1 and segment[4:10] == b'Exif\0\0')
+    if keep and marker != 0xFE:
+      yield segment
+    place += len(segment)
+  yield encoded[place:]
 
 
 def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
   """Scales the short side to `side` (bilinear, antialiased) and crops the center: uint8 [side, side, channels].
 
-  image: a Pillow image; one that already has the size is not resampled. channels: 1 (luminance) or 3 (RGB;
-  transparency is dropped).
+  image: a Pillow image; one that already has the size is not resampled. channels: 1 (luminance) or 3 (RGB).
+  Transparent pixels are composited on BACKGROUND.
   """
   from PIL import Image, ImageOps
 
   if image.mode[0] in 'IF':
-    image = Image.fromarray(_to_8_bit(np.asarray(image), image.mode))
-  if 'transparency' in image.info:  # Pillow warns about partly transparent palettes otherwise.
-    image = image.convert('RGBA')
+    image = Image.fromarray(_to_8_bit(image))
+  if image.has_transparency_data:
+    image = _on_background(image)
   image = image.convert('L' if channels == 1 else 'RGB')
   fitted = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
   return np.asarray(fitted).reshape(side, side, channels)
 
 
-def _to_8_bit(gray: np.ndarray, mode: str) -> np.ndarray:
-  """Scales 16 and 32-bit gray, which Pillow's convert() clips at 255, to 0..255.
+def _on_background(image: Any) -> Any:
+  from PIL import Image
 
-  White is 65535, or for floating-point pixels the smallest of 1, 255 and 65535 that no pixel exceeds. If pixels exceed
-  65535, white is their largest. Negative and non-finite pixels become black.
+  key = image.info.get('transparency')
+  if image.mode == 'RGB' and isinstance(key, tuple) and max(key) > 255:  # Of a 16-bit PNG, whose colors Pillow halves.
+    image.info['transparency'] = tuple(value >> 8 for value in key)
+  opaque = Image.new('RGBA', image.size, BACKGROUND)
+  opaque.alpha_composite(image.convert('RGBA'))
+  return opaque
+
+
+_WHITES = (255, 1023, 4095, 16383, 65535)
+
+
+def _to_8_bit(image: Any) -> np.ndarray:
+  """Scales gray of other depths, which Pillow's convert() clips at 255, to 0..255: uint8 [H, W].
+
+  Black is 0. White is what the file declares (12 bits in TIFF, the largest sample in PGM or in a TIFF tag) or otherwise
+  the smallest of 255, 1023, 4095, 16383 and 65535, for floating-point pixels also 1, that no pixel exceeds; if none
+  is, the largest pixel. If pixels are negative, black is the smallest pixel and white the largest. Non-finite pixels
+  become black.
   """
-  gray = np.nan_to_num(gray.astype(np.float64), nan=0, posinf=0, neginf=0)
-  largest = gray.max()
-  white = next((scale for scale in ((1, 255, 65535) if mode == 'F' else (65535,)) if largest <= scale), largest)
-  return np.rint(np.maximum(gray, 0) * (255 / white)).astype(np.uint8)
+  gray, tags = np.asarray(image), getattr(image, 'tag_v2', {})
+  if gray.dtype == np.int32 and tags.get(339) == (1,):  # Pillow reads unsigned samples as signed ones.
+    gray = gray.view(np.uint32)
+  finite = np.isfinite(gray)
+  values = np.where(finite, gray, 0).astype(np.float64)
+  black, largest = min(values.min(), 0), values.max()
+  if black < 0:
+    white = largest
+  else:
+    scales = [*_declared_whites(image, tags), *((1,) if image.mode == 'F' else ()), *_WHITES]
+    white = next((scale for scale in scales if largest <= scale), largest)
+  scaled = np.rint((values - black) * (255 / ((white - black) or 1)))
+  if tags.get(262) == 0:  # White is zero. Pillow inverts 8-bit samples only.
+    scaled = 255 - scaled
+  scaled[~finite] = 0
+  if isinstance(key := image.info.get('transparency'), int):
+    scaled[gray == key] = BACKGROUND[0]
+  return scaled.astype(np.uint8)
 
 
-def read_image(file: str, side: int, channels: int) -> np.ndarray | str:
-  """An image file decoded by `decode_image`, or the reason why it cannot be read."""
+def _declared_whites(image: Any, tags: Mapping[int, Any]) -> Iterator[float]:
+  if image.format == 'PPM' and image.mode == 'I':
+    yield 65535  # Pillow scales by the largest sample that the header declares.
+  for value in (tags.get(341), tags.get(281)):  # SMaxSampleValue, MaxSampleValue.
+    yield from value if isinstance(value, tuple) else [value] if value else []
+  if tags.get(258) == (12,):
+    yield 4095
+
+
+def damage(error: Exception) -> str:
+  """One line that says why `decode_image` failed."""
   from PIL import UnidentifiedImageError
 
+  if isinstance(error, UnidentifiedImageError):  # Its message names an object in memory, not the file.
+    return f'not an image in a known format ({", ".join(FORMATS)})'
+  return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+
+
+def read_image(file: str, side: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
+  """An image file decoded by `decode_image`, or the reason why it cannot be read."""
   try:
     mode = os.stat(file).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Opening a pipe would wait for its writer.
       return 'not a regular file'
     with open(file, 'rb') as stream:
-      return decode_image(stream, side, channels)
-  except UnidentifiedImageError:  # Its message names an object in memory, not the file.
-    return 'not an image in a known format'
+      return decode_image(stream, side, channels, max_pixels)
+  except FileNotFoundError as error:
+    return _DANGLING if os.path.islink(file) else damage(error)
+  except TooManyPixels as error:
+    return f'{error}; set --max-pixels'
   except Exception as error:  # Damaged bytes make Pillow raise almost anything.
-    return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+    return damage(error)
 
 
-def list_images(paths: Sequence[str]) -> list[str]:
-  """The files to read: named files, whatever their suffix, and the images in named folders, sorted.
+class Found(NamedTuple):
+  """The files below a folder, sorted: each is in one of these.
 
-  In folders, files with one of SUFFIXES in any case are images; hidden files are ignored and links followed. A folder
-  that cannot be listed takes the place of its images, so that reading it reports the reason.
+  Attributes:
+    images: regular files, or links to them, with one of SUFFIXES in any case.
+    unreadable: (path, reason) of what has such a suffix and is no regular file, and of folders that cannot be listed.
+    left_out: files with other suffixes, hidden ones, and all below hidden and system folders.
+  """
+
+  images: list[str]
+  unreadable: list[tuple[str, str]]
+  left_out: list[str]
+
+
+_DANGLING = 'a link to a file that does not exist'
+_SYSTEM = ('__MACOSX', '@eaDir', '@Recycle', '#recycle', '$RECYCLE.BIN')  # Of archives and file servers.
+
+
+def is_hidden(name: str) -> bool:
+  """Whether files and folders with this name are left out."""
+  return name.startswith('.') or name in _SYSTEM
+
+
+def find_images(folder: str) -> Found:
+  """The files below a folder. Links are followed; a folder is listed once, under its own path rather than a link's."""
+  found, seen = Found([], [], []), set()
+  pending, later = [(folder, False)], []  # (folder, whether it is hidden); links and hidden folders come later.
+  while pending or later:
+    place, hidden = pending.pop() if pending else later.pop(0)
+    real = os.path.realpath(place)
+    if real in seen:
+      continue
+    seen.add(real)
+    try:
+      entries = list(os.scandir(place))
+    except OSError as error:
+      if hidden:
+        found.left_out.append(place)
+      else:
+        found.unreadable.append((place, error.strerror or str(error)))
+      continue
+    for entry in sorted(entries, key=lambda entry: entry.name):
+      out = hidden or is_hidden(entry.name)
+      try:
+        if entry.is_dir():
+          (later if out or entry.is_symlink() else pending).append((entry.path, out))
+          continue
+        regular = entry.is_file()
+      except OSError:  # A circle of links.
+        regular = False
+      if out or not entry.name.lower().endswith(SUFFIXES):
+        found.left_out.append(entry.path)
+      elif regular:
+        found.images.append(entry.path)
+      else:
+        found.unreadable.append((entry.path, _DANGLING if entry.is_symlink() else 'not a regular file'))
+  return Found(*map(sorted, found))
+
+
+def list_images(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The files to read, and those left out of folders.
+
+  Files that are named are read whatever their suffix. What is unreadable in a folder is among the files to read, so
+  that reading it reports the reason.
 
   Args:
     paths: files and folders, in the order wanted.
@@ -707,27 +956,24 @@ def list_images(paths: Sequence[str]) -> list[str]:
   """
   if not paths:
     raise BundleError('expected image files or folders of images, found none; name them after the flags')
-  files = []
+  files, left_out = [], []
   for path in paths:
-    found = _walk(path) if os.path.isdir(path) else [path]
-    if not found:
-      raise BundleError(f'expected images ({" ".join(SUFFIXES)}) in {path}, found none; name another folder, or files')
-    files += found
-  return files
-
-
-def _walk(folder: str) -> list[str]:
-  found, seen = [], set()
-  for place, folders, names in os.walk(folder, onerror=lambda error: found.append(error.filename), followlinks=True):
-    real = os.path.realpath(place)
-    if real in seen:  # A link to a parent folder.
-      folders.clear()
+    if not os.path.isdir(path):
+      files.append(path)
       continue
-    seen.add(real)
-    folders[:] = [name for name in folders if not name.startswith('.')]
-    images = (name for name in names if name.lower().endswith(SUFFIXES) and not name.startswith('.'))
-    found.extend(os.path.join(place, name) for name in images)
-  return sorted(found)
+    found = find_images(path)
+    if not found.images and not found.unreadable:
+      raise BundleError(f'expected images ({" ".join(SUFFIXES)}) in {path}, found none; name another folder, or files')
+    files += sorted([*found.images, *(file for file, _ in found.unreadable)])
+    left_out += found.left_out
+  return files, left_out
+
+
+def left_out_line(left_out: Sequence[str]) -> str:
+  """One line that counts the files that were left out and names the first."""
+  named, more = ', '.join(left_out[:3]), len(left_out) - 3
+  files = f'{len(left_out):,} file{"s" * (len(left_out) != 1)}'
+  return f'left out {files}, hidden or without the suffix of an image: {named}{f" and {more:,} more" * (more > 0)}'
 
 
 def printable(text: str) -> str:
@@ -746,8 +992,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors='backslashreplace')  # File names may not fit its encoding.
   try:
     given = _parse(argv)
-    files = list_images(given.files)
-    return _print(_load(given), files, given.deadline_ms)
+    files, left_out = list_images(given.files)
+    if left_out:
+      print(printable(left_out_line(left_out)), file=sys.stderr)
+    return _print(_load(given), files, given.deadline_ms, int(given.max_pixels))
   except BundleError as error:
     print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
     return 2
@@ -777,6 +1025,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--deadline-ms', type=_milliseconds, help='Time per image: the best answer by then, whatever the thresholds.')
   add('--threshold', type=float, help='Exit where the score reaches this (default: where calibration chose).')
   add('--budget', type=_count, help='Most multiply-adds per image, such as 5M.')
+  add('--max-pixels', type=_count, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
   return parser.parse_intermixed_args(argv)
 
 
@@ -792,7 +1041,7 @@ def _count(text: str) -> float:
   try:
     return float(text if scale == 1 else text[:-1]) * scale
   except ValueError as error:
-    raise argparse.ArgumentTypeError(f'expected multiply-adds such as 5M, found {text}') from error
+    raise argparse.ArgumentTypeError(f'expected a number such as 5M, found {text}') from error
 
 
 def _checked_threshold(threshold: float, score: str) -> float:
@@ -811,7 +1060,7 @@ def _load(given: argparse.Namespace) -> Adaptive:
   return bundle if given.budget is None else bundle.with_budget(given.budget)
 
 
-def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) -> int:
+def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, max_pixels: int) -> int:
   """Prints a row per image at once, reports unreadable files, and summarizes where images exited."""
   try:
     importlib.import_module('PIL')
@@ -824,7 +1073,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None) ->
   exiting, unreadable = dict.fromkeys(bundle.exits, 0), 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
-    decoded = [_read(file, bundle.image_shape) for file in wave]
+    decoded = [_read(file, bundle.image_shape, max_pixels) for file in wave]
     images = [image for image in decoded if not isinstance(image, str)]
     answers = iter(_predict(bundle, images, deadline_ms))
     for file, image in zip(wave, decoded, strict=True):
@@ -852,10 +1101,10 @@ def _say(line: str) -> None:
     ) from error
 
 
-def _read(file: str, image_shape: Sequence[int]) -> np.ndarray | str:
+def _read(file: str, image_shape: Sequence[int], max_pixels: int) -> np.ndarray | str:
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # Pillow warns about odd but readable files.
-    return read_image(file, image_shape[0], image_shape[-1])
+    return read_image(file, image_shape[0], image_shape[-1], max_pixels)
 
 
 def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float | None) -> list[Prediction]:

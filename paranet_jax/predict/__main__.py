@@ -12,7 +12,14 @@ from typing import Any
 from paranet_jax.host.arguments import Parser, absolute, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
-from paranet_jax.portable.run import BROKEN_PIPE, BundleError, list_images, printable
+from paranet_jax.portable.run import (
+  BROKEN_PIPE,
+  MAX_PIXELS,
+  BundleError,
+  left_out_line,
+  list_images,
+  printable,
+)
 from paranet_jax.predict.image_files import read_batches
 from paranet_jax.predict.output import FORMATS, check_output, make_format, open_output, prediction_rows
 from paranet_jax.predict.tally import LiveLine, Tally
@@ -45,12 +52,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--output', type=lambda text: Path(os.path.expanduser(text)), help='File to write (default: standard output).')
   add('--overwrite', action='store_true', help='Replace an existing --output file.')
   add('--batch-size', type=positive, default=256, help='Images predicted at a time (default: 256).')
+  add('--max-pixels', type=positive, default=MAX_PIXELS, help=f'Refuse larger images (default: {MAX_PIXELS}).')
   add('--compilation_cache', help='Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.')
   given = parser.parse_intermixed_args(argv)
   if given.output:
     check_output(given.output, given.overwrite)
   try:
-    given.files = list_images(given.files)
+    given.files, given.left_out = list_images(given.files)
   except BundleError as error:
     raise UserError(str(error)) from error
   return given
@@ -69,6 +77,8 @@ def _run(given: argparse.Namespace) -> int:
   # A live line would be in the way of rows on the same terminal.
   rows_on_terminal = given.output is None and sys.stdout.isatty()
   line = LiveLine(sys.stderr, len(given.files), sys.stderr.isatty() and not rows_on_terminal)
+  if given.left_out:
+    line.message(printable(left_out_line(given.left_out)))
   interrupted = False
   try:
     _predict(early_exit, given, tally, line)
@@ -84,7 +94,7 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
   """Writes one row per file as the batches come, and reports unreadable files."""
   top = min(given.top, len(early_exit.class_names))
   side, _, channels = early_exit.image_shape
-  batches = read_batches(given.files, side, channels, given.batch_size)
+  batches = read_batches(given.files, side, channels, given.batch_size, given.max_pixels)
   with open_output(given.output) as stream, closing(batches), warnings.catch_warnings():
     warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.portable\.run')  # About odd but readable files.
     format = make_format(given.format, given.files, early_exit.class_names, top, stream)

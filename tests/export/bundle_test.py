@@ -135,7 +135,7 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
     (['--threads=5', '00.png'], 'expected 4 threads at most, one per core, found 5; set --threads'),
     (['--threshold=2', '00.png'], 'expected a threshold from 0 to 1, as max_prob is, found 2.0; set --threshold'),
     (['--budget=1', '00.png'], 'expected a budget of 7,030 multiply-adds or more, found 1; set --budget=7030'),
-    (['--budget=x', '00.png'], 'argument --budget: expected multiply-adds such as 5M, found x; see --help'),
+    (['--budget=x', '00.png'], 'argument --budget: expected a number such as 5M, found x; see --help'),
     (['--deadline-ms=0', '00.png'], 'argument --deadline-ms: expected more than 0 ms, found 0; see --help'),
     (
       ['--deadline-ms=5', '--budget=5M', '00.png'],

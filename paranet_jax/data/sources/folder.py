@@ -1,33 +1,45 @@
 """A folder of the user's own images, one folder per class."""
 
+import os
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
-from PIL import UnidentifiedImageError
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source, max_drawable
 from paranet_jax.data.identity import Identities, identities
+from paranet_jax.data.sources.corrupt import decode_or_skip
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import SUFFIXES, decode_image
+from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, left_out_line, printable
 
-_SUFFIXES = SUFFIXES[:4]  # Prediction also reads .gif, .bmp and .tif.
+_TESTS = ('test', 'val', 'validation')  # The first that exists is the test split.
 
 _ByClass = dict[str, list[Path]]
+
+
+@dataclass
+class _Rest:
+  """The files that are not images of a class, see `run.Found`."""
+
+  unreadable: list[tuple[str, str]] = field(default_factory=list)
+  left_out: list[str] = field(default_factory=list)
 
 
 def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
   """Images in `data_dir`/train/<class>/ and `data_dir`/test/<class>/, or only in `data_dir`/<class>/.
 
-  In the second form `test_fraction` of the images, stratified by class, become the test split, chosen by their content.
-  Suffixes are .png, .jpg, .jpeg and .webp in any case; hidden files are ignored; class names are sorted. Images are
-  scaled so that the short side is `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded
-  is an error if `on_corrupt` is 'refuse', and is left out if it is 'skip'.
+  The test folder may also be called val or validation. In the second form `test_fraction` of the images, stratified by
+  class, become the test split, chosen by their content; a class may be called train there. Images also lie in folders
+  below those of their class; which files are images, `run.find_images` decides, and what is left out is counted and
+  named in one line. Class names are sorted. Images are scaled so that the short side is `image_side`, then
+  center-cropped (see `fit_image`). An image that cannot be decoded, a dangling link and what is no regular file are an
+  error if `on_corrupt` is 'refuse', and are left out if it is 'skip'.
 
   Raises:
     UserError: the folder, its images or its classes are missing or do not fit.
@@ -40,13 +52,15 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   root = Path(data_config.data_dir).expanduser()
   if not root.is_dir():
     raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
-  splits, test_count = _find_splits(root), None
+  rest, test_count = _Rest(), None
+  splits = _find_splits(root, rest)
   if splits is None:
-    splits = {'train': _find_classes(root)}
+    splits = {'train': _find_classes(root, rest)}
     test_count = _count_tested(root, splits['train'], data_config.test_fraction)
   class_names = sorted(splits['train'])
   if len(class_names) < 2:
     raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
+  _report(rest, on_corrupt)
   listed = {split: _flatten(by_class, class_names) for split, by_class in splits.items()}
 
   def records(split: str) -> _FolderRecords:
@@ -62,33 +76,92 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
     test_count=test_count,
     test_share=data_config.test_fraction,
+    left_out=len(rest.left_out),
   )
 
 
-def _find_splits(root: Path) -> dict[str, _ByClass] | None:
-  """The images in train/ and test/; None if neither exists."""
-  present = [split for split in ('train', 'test') if (root / split).is_dir()]
-  if not present:
-    return None
-  if len(present) == 1:
+def _report(rest: _Rest, on_corrupt: str) -> None:
+  """Names what is left out; raises UserError for an image that cannot be read and must not be skipped."""
+  for path, reason in rest.unreadable:
+    if on_corrupt == 'refuse':
+      raise UserError(
+        f'expected a readable image, found {reason} at {path}: fix or remove it, or set --config.data.on_corrupt=skip'
+      )
+    logging.warning('Skipping %s: %s', printable(path), reason)
+    rest.left_out.append(path)
+  if rest.left_out:
+    logging.warning('%s', printable(left_out_line(rest.left_out)))
+
+
+def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
+  """The images in train/ and test/; None if root holds class folders, of which train may be one."""
+  present = [split for split in ('train', *_TESTS) if (root / split).is_dir()]
+  splits = [split for split in present if any(_visible_folders(root / split))]
+  if 'train' not in splits or len(splits) < 2:
+    lone = [split for split in present if not _holds_images(root / split)]
+    if not lone:
+      return None
+    found = f'only {splits[0]}/' if splits else f'none in {lone[0]}/'
     raise UserError(
-      f'expected both train/ and test/ in {root}, found only {present[0]}/: add the other, or name one folder of '
-      f'class folders with --config.data.data_dir=... and a share of it with --config.data.test_fraction=0.2'
+      f'expected both train/ and test/ (or val/) in {root}, with class folders, found {found}: add the other, or name '
+      f'one folder of class folders with --config.data.data_dir=... and a share of it with '
+      f'--config.data.test_fraction=0.2'
     )
-  splits = {split: _find_classes(root / split) for split in present}
-  if unknown := sorted(splits['test'].keys() - splits['train'].keys()):
-    raise UserError(f'expected the classes of {root}/train, found {", ".join(unknown)} in {root}/test only: move them')
-  return splits
+  test = splits[1]
+  for entry in os.scandir(root):
+    if entry.name not in ('train', test):
+      rest.left_out += _all_files(entry)
+  by_class = {'train': _find_classes(root / 'train', rest), 'test': _find_classes(root / test, rest)}
+  _check_forms([*by_class['train'], *by_class['test']], root)
+  if unknown := sorted(by_class['test'].keys() - by_class['train'].keys()):
+    raise UserError(
+      f'expected the classes of {root}/train, found {", ".join(unknown)} in {root}/{test} only: move them'
+    )
+  return by_class
 
 
-def _find_classes(folder: Path) -> _ByClass:
-  """The images of each class folder; there is at least one per class."""
-  by_class = {
-    entry.name: sorted(f for f in entry.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith('.'))
-    for entry in folder.iterdir()
-    if entry.is_dir() and not entry.name.startswith('.')
-  }
-  expected = f'expected <class>/*{"|".join(_SUFFIXES)} in {folder}'
+def _visible_folders(folder: Path) -> list[os.DirEntry]:
+  return [entry for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)]
+
+
+def _holds_images(folder: Path) -> bool:
+  return any(entry.is_file() and entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(folder))
+
+
+def _all_files(entry: os.DirEntry) -> list[str]:
+  """The file, or all files below the folder."""
+  if not entry.is_dir():
+    return [entry.path]
+  found = find_images(entry.path)
+  return [*found.images, *(path for path, _ in found.unreadable), *found.left_out]
+
+
+def _check_forms(names: Sequence[str], root: Path) -> None:
+  """Raises UserError if two names of classes look the same."""
+  seen: dict[str, str] = {}
+  for name in names:
+    other = seen.setdefault(unicodedata.normalize('NFC', name), name)
+    if other != name:
+      raise UserError(
+        f'expected class folders with different names in {root}, found {ascii(other)} and {ascii(name)}, which differ '
+        f'only in their Unicode form: rename one to the other'
+      )
+
+
+def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
+  """The images of each class folder, including those in folders below it; there is at least one per class."""
+  by_class: _ByClass = {}
+  visible = {entry.name for entry in _visible_folders(folder)}
+  for entry in os.scandir(folder):
+    if entry.name not in visible:
+      rest.left_out += _all_files(entry)
+      continue
+    found = find_images(entry.path)
+    by_class[entry.name] = list(map(Path, found.images))
+    rest.unreadable += found.unreadable
+    rest.left_out += found.left_out
+  _check_forms(sorted(by_class), folder)
+  expected = f'expected <class>/*{"|".join(SUFFIXES)} in {folder}'
   if not any(by_class.values()):
     raise UserError(f'{expected}, found no images there: name another folder with --config.data.data_dir=...')
   if empty := sorted(name for name, files in by_class.items() if not files):
@@ -141,18 +214,7 @@ class _FolderRecords:
     return [self.files[number] for number in numbers]
 
   def _decode(self, file: str, encoded: bytes) -> UInt8[np.ndarray, 'H W C'] | None:
-    try:
-      return decode_image(encoded, self.image_side, self.channels)
-    except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
-      unknown = isinstance(error, UnidentifiedImageError)  # Its message names an object in memory, not the file.
-      reason = 'no known image format' if unknown else ' '.join(str(error).split()) or type(error).__name__
-      if self.skip_corrupt:
-        logging.warning('Skipping corrupt image %s: %s', file, reason)
-        return None
-      raise UserError(
-        f'expected an image, found a corrupt file {file} ({reason}): fix or remove it, or set '
-        f'--config.data.on_corrupt=skip'
-      ) from error
+    return decode_or_skip(encoded, f'file {file}', self.image_side, self.channels, self.skip_corrupt)
 
 
 def _encoded(file: str) -> bytes:

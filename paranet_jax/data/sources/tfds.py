@@ -28,8 +28,8 @@ from tensorflow_datasets.core.download.resource import get_dl_fname
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
 from paranet_jax.data.identity import Identities, identities
+from paranet_jax.data.sources.corrupt import decode_or_skip
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import decode_image
 
 _PREPARABLE = ('cifar10', 'cifar100')  # tfds needs TensorFlow to prepare the others.
 _CIFAR_SHAPE = (3, 32, 32)
@@ -52,7 +52,7 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
   Raises:
     UserError: the data set is not prepared, has another format, is damaged, or is not image classification.
   """
-  name, data_dir = data_config.name, data_config.data_dir
+  name, data_dir, on_corrupt = data_config.name, data_config.data_dir, data_config.get('on_corrupt', 'refuse')
   builder = _open_builder(name, data_dir)
   if builder is None:
     return None
@@ -70,7 +70,7 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
 
   def records(split: str) -> _TfdsRecords:
     source = builder.as_data_source(splits[split], decoders={keys[0]: tfds.decode.SkipDecoding()})
-    return _TfdsRecords(source, str(builder.data_dir), keys, image_side, channels)
+    return _TfdsRecords(source, str(builder.data_dir), splits[split], keys, image_side, channels, on_corrupt == 'skip')
 
   folder = Path(builder.data_dir)
   return Source(
@@ -78,7 +78,7 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
     version=str(builder.version),
     class_names=tuple(builder.info.features[keys[1]].names),
     records=records,
-    fingerprint=fingerprint(folder, sorted(folder.iterdir())),
+    fingerprint=fingerprint(folder, sorted(folder.iterdir()), on_corrupt),
   )
 
 
@@ -135,37 +135,43 @@ def _feature_keys(builder: _Builder) -> tuple[str, str]:
 class _TfdsRecords:
   source: Any
   folder: str
+  split: str
   keys: tuple[str, str]
   image_side: int
   channels: int
+  skip_corrupt: bool
 
   def __len__(self) -> int:
     return len(self.source)
 
-  def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n']]:
+  def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n']]:
     images, labels, _ = self._read(numbers)
     return images, labels
 
   def read_identified(
     self, numbers: Sequence[int]
-  ) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n'], Identities]:
+  ) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n'], Identities]:
     images, labels, encoded = self._read(numbers)
     return images, labels, identities(encoded)
 
   def _read(
     self, numbers: Sequence[int]
-  ) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n'], list[bytes]]:
+  ) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n'], list[bytes]]:
     image_key, label_key = self.keys
     try:
       examples = self.source.__getitems__(list(numbers))
-      images = [decode_image(example[image_key], self.image_side, self.channels) for example in examples]
     except (RuntimeError, OSError) as error:
       raise UserError(
         f'expected intact files in {self.folder}, found damage ({_one_line(error)}): remove that folder and prepare '
         f'the data set again'
       ) from error
-    labels = np.array([example[label_key] for example in examples], np.int32)
-    return images, labels, [example[image_key] for example in examples]
+    encoded = [example[image_key] for example in examples]
+    images = [self._decode(number, image) for number, image in zip(numbers, encoded, strict=True)]
+    return images, np.array([example[label_key] for example in examples], np.int32), encoded
+
+  def _decode(self, number: int, encoded: bytes) -> UInt8[np.ndarray, 'H W C'] | None:
+    where = f'record {number} of {self.split} in {self.folder}'
+    return decode_or_skip(encoded, where, self.image_side, self.channels, self.skip_corrupt)
 
 
 def _prepare(builder: _Builder) -> None:
