@@ -59,7 +59,7 @@ RESIZE = 'shorter side to `side` (bilinear, antialiased), center crop'
 SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm'.split())
 """The files of a folder that are images, in any case: for training, and for prediction."""
 FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'PPM', 'WEBP', 'TIFF')
-"""The formats of Pillow that are decoded, whatever a file's name is: common ones, which start no program as EPS does."""
+"""The formats of Pillow that are decoded, whatever a file's name is: common ones that start no program, as EPS does."""
 BACKGROUND = (255, 255, 255)
 """The color behind transparent pixels, in training and prediction alike."""
 MAX_PIXELS = 178_956_970
@@ -917,14 +917,15 @@ def find_images(folder: str) -> Found:
       continue
     seen.add(real)
     try:
-      entries = list(os.scandir(place))
+      with os.scandir(place) as listed:
+        entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
       if hidden:
         found.left_out.append(place)
       else:
         found.unreadable.append((place, error.strerror or str(error)))
       continue
-    for entry in sorted(entries, key=lambda entry: entry.name):
+    for entry in entries:
       out = hidden or is_hidden(entry.name)
       try:
         if entry.is_dir():

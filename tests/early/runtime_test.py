@@ -200,6 +200,15 @@ def test_a_plan_with_other_exits(shared):
   assert str(error.value) == 'expected a plan of the exits (1, 2, 3), found (1, 3)'
 
 
+def test_floats_that_no_pixels_have(shared):
+  for images in (IMAGES / 255, IMAGES.astype(np.float32), np.full_like(NORMALIZED, np.nan)):
+    for given in (images, jnp.asarray(images, jnp.bfloat16)):
+      with pytest.raises(ValueError, match='expected uint8 images, or floats .* found '):
+        shared.predict(given)
+  with pytest.raises(ValueError, match=r'which are from -\d.* to \d.*, found 0.* to '):
+    shared.predict_one(np.linspace(0, 1, NORMALIZED[0].size).reshape(NORMALIZED[0].shape))
+
+
 def test_bfloat16():
   model = tiny.dense(3, jnp.bfloat16)
   whole = np.stack(jax.jit(model.apply)(VARIABLES, NORMALIZED))

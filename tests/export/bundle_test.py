@@ -2,20 +2,26 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
+import odd_images
 import pytest
 import tiny
-from exportable import IMAGES, made
+import uploads
+from exportable import IMAGES, SIDE, early_exit, made
 from PIL import Image
 from unwritable import run_with_closed_pipe, run_with_full_disk
 
+from paranet_jax.data.sources.folder import _FolderRecords
 from paranet_jax.export.bundle import Request, write_bundle
 from paranet_jax.portable import run as runtime
+from paranet_jax.predict.image_files import read_batches
 
 BLOCKED = """
 import importlib.abc, runpy, sys
@@ -38,10 +44,16 @@ sys.exit(code)
 
 
 @pytest.fixture(scope='module')
-def out(tmp_path_factory):
+def small():
+  """A small network and its plan."""
+  return made(tiny.network(3, num_classes=5))[:2]
+
+
+@pytest.fixture(scope='module')
+def out(tmp_path_factory, small):
   """The bundle of a small network, whose images exit at every exit."""
   folder = tmp_path_factory.mktemp('written')
-  run, plan, _ = made(tiny.network(3, num_classes=5))
+  run, plan = small
   write_bundle(Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
   return folder / 'out'
 
@@ -78,7 +90,7 @@ def test_run_without_jax(out, photos):
   exits = bundle.predict(IMAGES).exits
   shares = '; '.join(f'exit {number}: {100 * np.mean(exits == number):.1f} %' for number in (1, 2, 3))
   assert result.stderr.splitlines() == [
-    f'error: {photos}/broken.jpg: not an image in a known format',
+    f'error: {photos}/broken.jpg: not an image in a known format (PNG, JPEG, GIF, BMP, PPM, WEBP, TIFF)',
     f'12 images, 1 unreadable; {shares}',
   ]
 
@@ -147,6 +159,27 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
 def test_refused_arguments(command, monkeypatch, arguments, message):
   monkeypatch.setattr(runtime.os, 'cpu_count', lambda: 4)
   assert command(*arguments) == (2, '', f'error: {message}\n')
+
+
+@pytest.mark.filterwarnings('ignore')  # Pillow's, about damaged metadata.
+def test_odd_images_are_answered_alike_by_predict_and_decoded_alike_in_training(command, out, small, tmp_path):
+  files = odd_images.all_files()
+  for name, content in files.items():
+    (tmp_path / f'{name}.png'.replace('/', '-')).write_bytes(content)
+  paths, left_out = runtime.list_images([str(tmp_path)])
+  assert len(paths) == len(files) and not left_out
+  (batch,) = read_batches(paths, SIDE, 3, len(paths))
+  trained, _ = _FolderRecords(paths, np.zeros(len(paths), np.int32), SIDE, 3, False).read(range(len(paths)))
+  np.testing.assert_array_equal(batch.images, trained)
+  uploaded = [uploads.decode(runtime, Path(path).read_bytes(), (SIDE, SIDE, 3), 10**6) for path in paths]
+  np.testing.assert_array_equal(batch.images, uploaded)
+  code, printed, _ = command(str(tmp_path))
+  rows = [re.split(r'  +', line) for line in printed.splitlines()[1:]]
+  found = early_exit(*small).predict(batch.images)
+  assert code == 0 and [row[0] for row in rows] == batch.files == paths
+  assert [row[1] for row in rows] == ['abcde'[label] for label in found.labels]
+  assert [int(row[3]) for row in rows] == found.exits.tolist()
+  np.testing.assert_allclose([float(row[2]) for row in rows], found.probabilities.max(-1), atol=6e-4)
 
 
 @pytest.mark.parametrize(

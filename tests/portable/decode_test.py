@@ -1,30 +1,20 @@
 """Image files of every format and mode, decoded to the size and the channels of a network."""
 
 import io
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
+from odd_images import DAMAGED, ORIENTED, SAME, chunk, encoded, orientation, with_chunk
 from PIL import Image
 
-from paranet_jax.portable.run import decode_image
+from paranet_jax.portable.run import TooManyPixels, damage, decode_image, read_image
 
 SQUARE = [[10, 20], [30, 40]]
 WIDE = np.array([[0, 257], [32896, 65535]])  # 257 times NARROW.
 NARROW = [[0, 1], [128, 255]]
 FLOATS = np.array([[0, 0.25], [np.nan, 1]], np.float32)
-
-
-def encoded(pixels, format='PNG', **options):
-  image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels, np.uint8))
-  file = io.BytesIO()
-  image.save(file, format, **options)
-  return file.getvalue()
-
-
-def orientation(value):
-  exif = Image.Exif()
-  exif[0x0112] = value
-  return exif
 
 
 def mode(name, pixels=SQUARE):
@@ -41,7 +31,11 @@ def animation(format):
 
 
 BIG_ENDIAN = Image.frombytes('I;16B', (2, 2), WIDE.astype('>u2').tobytes())
-TRANSPARENT = Image.merge('LA', (mode('L'), Image.new('L', (2, 2), 0)))
+TRANSPARENT = Image.merge('LA', (mode('L'), Image.fromarray(np.array([[0, 128], [254, 255]], np.uint8))))
+ON_WHITE = [[255, 137], [31, 40]]
+PALETTE = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), 'L').convert('P')
+PALETTE.putpalette(sum(([gray] * 3 for gray in (10, 20, 30, 40)), []))
+SIGNED = np.array([[-1000, 0], [1000, 3000]], np.int32)
 # Name: (encoded file, channels, expected values of every channel).
 GRAY = {
   'unchanged': (encoded(SQUARE), 1, SQUARE),
@@ -51,9 +45,15 @@ GRAY = {
   'tall: center row': (encoded([[0], [50], [100]]), 1, [[50]]),
   'gray to RGB': (encoded(SQUARE), 3, SQUARE),
   '1 bit': (encoded(mode('1', [[0, 255], [255, 0]])), 3, [[0, 255], [255, 0]]),
-  'gray with transparency': (encoded(TRANSPARENT), 3, SQUARE),
-  'transparent gray': (encoded(SQUARE, transparency=10), 3, SQUARE),
-  'partly transparent palette': (encoded(mode('RGB').quantize(4), transparency=bytes([0, 128, 255, 255])), 3, SQUARE),
+  'gray with transparency': (encoded(TRANSPARENT), 3, ON_WHITE),
+  'RGBA to gray on white': (encoded(TRANSPARENT.convert('RGBA')), 1, ON_WHITE),
+  'transparent gray': (encoded(SQUARE, transparency=10), 3, [[255, 20], [30, 40]]),
+  'transparent 16-bit gray': (
+    encoded(Image.fromarray(WIDE.astype(np.uint16)), transparency=257),
+    1,
+    [[0, 255], [128, 255]],
+  ),
+  'partly transparent palette': (encoded(PALETTE, transparency=bytes([0, 128, 254, 255])), 3, ON_WHITE),
   'CMYK': (tiff(mode('RGB').convert('CMYK')), 3, SQUARE),
   'YCbCr': (tiff(mode('RGB').convert('YCbCr')), 3, SQUARE),
   'RGBA to gray': (encoded(mode('RGBA')), 1, SQUARE),
@@ -65,7 +65,34 @@ GRAY = {
   '16-bit gray, big-endian, rotated': (tiff(BIG_ENDIAN, tiffinfo={0x0112: 6}), 1, [[128, 0], [255, 1]]),
   '32-bit gray in 16 bits': (tiff(WIDE.astype(np.int32)), 1, NARROW),
   '32-bit gray': (tiff(WIDE.astype(np.int32) * 30_000), 1, NARROW),
-  'negative gray': (tiff(-WIDE.astype(np.int32)), 1, [[0, 0]] * 2),
+  'negative gray': (tiff(-WIDE.astype(np.int32)), 1, [[255, 254], [127, 0]]),
+  'gray from -1000 to 3000': (tiff(SIGNED), 1, [[0, 64], [128, 255]]),
+  '8 bits in 32': (tiff(np.array(SQUARE, np.int32)), 1, SQUARE),
+  '12 bits in 16': (encoded(Image.fromarray((WIDE >> 4).astype(np.uint16))), 1, NARROW),
+  '12 bits in floating point': (tiff((WIDE >> 4).astype(np.float32)), 1, NARROW),
+  'dark, but of 12 bits by its tag': (
+    tiff(np.array([[0, 16], [32, 64]], np.uint16), tiffinfo={281: 4095}),
+    1,
+    [[0, 1], [2, 4]],
+  ),
+  'brighter than its tag': (
+    tiff(np.array([[0, 257], [514, 1023]], np.uint16), tiffinfo={281: 511}),
+    1,
+    [[0, 64], [128, 255]],
+  ),
+  'PGM of 12 bits': (b'P5 2 2 4095\n' + (WIDE >> 4).astype('>u2').tobytes(), 1, NARROW),
+  'dark PGM of 16 bits': (b'P5 2 2 65535\n' + np.array([[0, 257], [514, 771]], '>u2').tobytes(), 1, [[0, 1], [2, 3]]),
+  '16 bits, white is zero': (
+    tiff(Image.fromarray(WIDE.astype(np.uint16)), tiffinfo={262: 0}),
+    1,
+    [[255, 254], [127, 0]],
+  ),
+  'first frame of an MPO': (
+    encoded(Image.new('L', (16, 16), 50), 'MPO', save_all=True, append_images=[Image.new('L', (16, 16), 200)]),
+    3,
+    [[50] * 2] * 2,
+  ),
+  'progressive': (encoded(Image.new('L', (16, 16), 50), 'JPEG', progressive=True), 3, [[50, 50]] * 2),
   'floating point to 1': (tiff(FLOATS), 1, [[0, 64], [0, 255]]),
   'floating point to 255': (tiff(np.float32(SQUARE)), 1, SQUARE),
 }
@@ -78,6 +105,70 @@ def test_gray(file, channels, expected):
   np.testing.assert_array_equal(image, np.repeat(np.array(expected)[:, :, None], channels, axis=2))
 
 
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_orientations(format):
+  pixels = np.kron(SQUARE, np.full((8, 8), 6)).astype(np.uint8)
+  for value, shown in ORIENTED.items():
+    file = encoded(pixels, format, exif=orientation(value), **({'lossless': True} if format == 'WEBP' else {}))
+    np.testing.assert_allclose(decode_image(file, 16, 1)[..., 0].astype(int), shown(pixels), atol=1, err_msg=str(value))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('case', DAMAGED)
+def test_damaged_metadata(case):
+  damaged, whole = DAMAGED[case]
+  np.testing.assert_array_equal(decode_image(damaged, 16, 3), decode_image(whole, 16, 3))
+
+
+def test_damaged_tiff_tags():
+  whole = encoded(SQUARE, 'TIFF', dpi=(72, 72), tiffinfo={0x0112: 6})
+  assert b'\x1a\x01\x05\x00' in whole
+  damaged = whole.replace(b'\x1a\x01\x05\x00', b'\x1a\x01\x0b\x00')  # A resolution of floating point, of 8 bytes.
+  np.testing.assert_array_equal(decode_image(damaged, 2, 1)[..., 0], [[30, 10], [40, 20]])
+
+
+def test_what_is_transparent_does_not_matter():
+  found = [decode_image(file, 12, 3) for file in SAME.values()]
+  for image in found:
+    np.testing.assert_array_equal(image, found[0])
+  assert found[0][0, 0].tolist() == [255] * 3 and found[0][6, 6].tolist() == [210, 40, 40]
+
+
+def test_a_transparent_color_of_16_bits():
+  pixels = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0]]], '>u2')
+  header = b'\0\0\0\x02\0\0\0\x01\x10\x02\0\0\0'
+  parts = (b'IHDR', header), (b'tRNS', pixels[0, 0].tobytes()), (b'IDAT', zlib.compress(b'\0' + pixels.tobytes()))
+  file = encoded(SQUARE)[:8] + b''.join(chunk(*part) for part in (*parts, (b'IEND', b'')))
+  file = encoded(SQUARE)[:8] + b''.join(chunk(*part) for part in (*parts, (b'IEND', b'')))
+  assert decode_image(file, 1, 3).tolist() == [[[255, 128, 128]]]  # The mean of white and red.
+
+
+def test_no_program_is_started(monkeypatch, tmp_path):
+  monkeypatch.setattr(subprocess, 'Popen', None)  # Pillow calls Ghostscript for EPS.
+  (tmp_path / 'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n')
+  unknown = 'not an image in a known format (PNG, JPEG, GIF, BMP, PPM, WEBP, TIFF)'
+  assert read_image(str(tmp_path / 'a.png'), 8, 3) == unknown
+
+
+def test_too_many_pixels(tmp_path):
+  (tmp_path / 'a.png').write_bytes(encoded(SQUARE))
+  with pytest.raises(TooManyPixels, match=r'^expected at most 3 pixels, found 2 x 2$'):
+    decode_image(encoded(SQUARE), 2, 1, max_pixels=3)
+  assert read_image(str(tmp_path / 'a.png'), 2, 1, 3) == 'expected at most 3 pixels, found 2 x 2; set --max-pixels'
+  assert decode_image(encoded(SQUARE), 2, 1, max_pixels=4).shape == (2, 2, 1)
+
+
+def test_a_limit_above_that_of_pillow(monkeypatch):
+  header = chunk(b'IHDR', b'\0\0\x50\0\0\0\x50\0\x08\0\0\0\0')  # 20,480 x 20,480 pixels, none of them there.
+  file = with_chunk(encoded(SQUARE)[:8] + header, chunk(b'IEND', b''))
+  with pytest.raises(TooManyPixels, match='expected at most 178,956,970 pixels, found many more'):
+    decode_image(file, 2, 1)
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)  # To be restored.
+  with pytest.raises(OSError) as error:
+    decode_image(file, 2, 1, max_pixels=10**9)
+  assert damage(error.value)
+
+
 def test_scaling_averages():
   image = decode_image(encoded(np.tile([[0, 0, 0, 0, 100, 100, 100, 100]], (8, 1))), 2, 1)
   # Triangle filter, four pixels each way from 2: of six weights that add to 3.5, 0.375 and 0.125 fall on 100.
@@ -86,7 +177,8 @@ def test_scaling_averages():
 
 COLOR = {
   'RGB': (encoded([[[255, 0, 7]]]), [255, 0, 7]),
-  'RGBA drops transparency': (encoded([[[255, 0, 7, 0]]]), [255, 0, 7]),
+  'RGBA': (encoded([[[255, 0, 7, 255]]]), [255, 0, 7]),
+  'transparent RGBA is white': (encoded([[[255, 0, 7, 0]]]), [255, 255, 255]),
   'palette': (encoded(Image.fromarray(np.array([[[9, 8, 7]]], np.uint8)).convert('P', palette=1)), [9, 8, 7]),
   'cyan in CMYK': (encoded(Image.new('CMYK', (16, 16), (255, 0, 0, 0)), 'JPEG', quality=100), [0, 255, 255]),
   'luminance': (encoded([[[255, 0, 0]]]), [76]),  # 0.299 x 255

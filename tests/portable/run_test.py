@@ -212,6 +212,57 @@ def test_wrong_images_and_deadlines(call, message):
   assert str(error.value) == message
 
 
+EXPECTED = 'expected uint8 images, or floats (pixel / 255 - mean) / std, which are from -2 to 2, found '
+FIX = '; give uint8 images, or normalize them by mean and std'
+GRID = np.arange(256, dtype=np.float32).reshape(64, 2, 2, 1) / 255  # Every pixel value, from 0 to 1.
+NOT_PIXELS = {
+  'from 0 to 1': (GRID, '0 to 1'),
+  'resampled, from 0 to 1': (GRID**1.1, '0 to 1'),
+  'from -1 to 1': (2 * GRID - 1, '-1 to 1'),
+  'from -0.5 to 0.5': (GRID - 0.5, '-0.5 to 0.5'),
+  'from 0 to 255': (255 * GRID, '0 to 255'),
+  'too large': ((GRID - 0.5) / 0.2, '-2.5 to 2.5'),
+  'NaN': (np.where(GRID == 0, np.nan, 0), 'NaN or infinity'),
+  'infinite': (np.where(GRID == 0, -np.inf, 0), 'NaN or infinity'),
+}
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize(('images', 'found'), NOT_PIXELS.values(), ids=NOT_PIXELS)
+def test_floats_that_no_pixels_have(images, found, dtype):
+  bundle, images = adaptive((0.7, 0.7, 0.0)), images.astype(dtype)
+  odd = images[0]  # Has pixels of 0, where the odd values are.
+  calls = [bundle.predict, bundle.begin]
+  calls += [lambda _: bundle.predict_one(odd), lambda _: next(bundle.anytime(odd))] if 'N' in found else []
+  for call in calls:
+    with pytest.raises(ValueError) as error:
+      call(images)
+    assert str(error.value) == EXPECTED + found + FIX
+
+
+FLOATS = {
+  'of all pixels': (GRID - 0.5) / 0.25,
+  'of bright pixels': (GRID[33:45] - 0.5) / 0.25,  # From 0.07 to 0.8.
+  'resampled': (GRID**1.1 - 0.5) / 0.25,
+  'of one color': np.zeros((3, 2, 2, 1), np.float32),
+  'none': np.zeros((0, 2, 2, 1), np.float32),
+}
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize('images', FLOATS.values(), ids=FLOATS)
+def test_floats_that_pixels_have(images, dtype):
+  adaptive((0.7, 0.7, 0.0)).begin(images.astype(dtype))
+
+
+def test_floats_of_unknown_normalization():
+  bundle = adaptive((0.7, 0.7, 0.0))
+  bundle._mean, bundle._std = np.zeros(1), np.ones(1)  # The defaults of EarlyExit.
+  bundle.begin(10 * GRID - 5)
+  with pytest.raises(ValueError, match='found NaN or infinity'):
+    bundle.begin(np.full_like(GRID, np.nan))
+
+
 def test_agreement():
   thresholds = (0.7, 0.7, 0.0)
   bundle = adaptive(thresholds)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from paranet_jax.portable import run
-from paranet_jax.portable.run import BundleError, list_images
+from paranet_jax.portable.run import BundleError, find_images, left_out_line, list_images
 from paranet_jax.predict import image_files
 from paranet_jax.predict.image_files import read_batches
 
@@ -25,25 +25,45 @@ def write(path, value=0, size=(4, 4)):
 
 
 def test_listing(tmp_path):
-  for name in ('d/b.PNG', 'd/a.jpg', 'd/c/z.tiff', 'd/c.webp', 'd/.hidden.png', 'd/.git/x.png', 'd/notes.txt', 'other'):
+  names = 'd/b.PNG', 'd/a.jpg', 'd/c/z.tiff', 'd/c.webp', 'd/p.pgm', 'd/x.jfif/y.bmp', 'd/.hidden.png', 'd/.git/x.png'
+  for name in (*names, 'd/notes.txt', 'd/__MACOSX/._a.jpg', 'd/c/@eaDir/z.png', 'other'):
     write(tmp_path / name)
   (tmp_path / 'linked').mkdir()
   write(tmp_path / 'linked' / 'l.gif')
   (tmp_path / 'd' / 'link').symlink_to(tmp_path / 'linked')
   (tmp_path / 'd' / 'loop').symlink_to(tmp_path / 'd')
-  found = ['d/a.jpg', 'd/b.PNG', 'd/c.webp', 'd/c/z.tiff', 'd/link/l.gif']
-  assert list_images(['other', 'd', 'missing.png', 'd/c']) == ['other', *found, 'missing.png', 'd/c/z.tiff']
+  (tmp_path / 'd' / 'gone.png').symlink_to('nowhere')
+  found = ['d/a.jpg', 'd/b.PNG', 'd/c.webp', 'd/c/z.tiff', 'd/gone.png', 'd/link/l.gif', 'd/p.pgm', 'd/x.jfif/y.bmp']
+  left_out = ['d/.git/x.png', 'd/.hidden.png', 'd/__MACOSX/._a.jpg', 'd/c/@eaDir/z.png', 'd/notes.txt']
+  assert list_images(['d', 'missing.png', 'other']) == ([*found, 'missing.png', 'other'], left_out)
+  assert list_images(['d/c', 'd/c']) == (['d/c/z.tiff'] * 2, ['d/c/@eaDir/z.png'] * 2)
+  assert left_out_line(left_out) == (
+    'left out 5 files, hidden or without the suffix of an image: d/.git/x.png, d/.hidden.png, d/__MACOSX/._a.jpg '
+    'and 2 more'
+  )
+  assert left_out_line(['x.txt']) == 'left out 1 file, hidden or without the suffix of an image: x.txt'
+
+
+def test_links_take_no_image_from_its_own_folder(tmp_path):
+  write(tmp_path / 'd' / 'z' / 'x.png')
+  (tmp_path / 'd' / 'a').symlink_to('z')
+  (tmp_path / 'd' / '.a').symlink_to('z')
+  (tmp_path / 'd' / 'circle.png').symlink_to('circle.png')
+  assert find_images('d') == (['d/z/x.png'], [('d/circle.png', 'a link to a file that does not exist')], [])
 
 
 def test_a_folder_that_cannot_be_listed_is_listed_as_a_file(tmp_path, monkeypatch):
-  write(tmp_path / 'd' / 'a.png')
+  for name in ('d/a.png', 'd/closed/b.png', 'd/.closed/c.png'):
+    write(tmp_path / name)
+  scandir = os.scandir
 
-  def walk(folder, onerror, followlinks):
-    onerror(PermissionError(13, 'Permission denied', os.path.join(folder, 'closed')))
-    yield folder, [], ['a.png']
+  def refuse(folder):
+    if folder.endswith('closed'):
+      raise PermissionError(13, 'Permission denied', folder)
+    return scandir(folder)
 
-  monkeypatch.setattr(run.os, 'walk', walk)
-  assert list_images(['d']) == ['d/a.png', 'd/closed']
+  monkeypatch.setattr(run.os, 'scandir', refuse)
+  assert list_images(['d']) == (['d/a.png', 'd/closed'], ['d/.closed'])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +72,7 @@ def test_a_folder_that_cannot_be_listed_is_listed_as_a_file(tmp_path, monkeypatc
     ([], 'expected image files or folders of images, found none; name them after the flags'),
     (
       ['a.png', 'empty'],
-      'expected images (.png .jpg .jpeg .webp .gif .bmp .tif .tiff) in empty, found none; '
+      'expected images (.png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm) in empty, found none; '
       'name another folder, or files',
     ),
   ],
@@ -82,7 +102,7 @@ def test_batches_keep_the_order_and_omit_unreadable_files(tmp_path):
 def test_two_later_batches_are_decoded_ahead(monkeypatch):
   decoded, ready = [], threading.Semaphore(0)
 
-  def decode(file, side, channels):
+  def decode(file, side, channels, max_pixels):
     decoded.append(file)
     ready.release()
     return np.zeros((side, side, channels), np.uint8)
@@ -112,13 +132,13 @@ def test_reasons(tmp_path):
   (tmp_path / 'folder.png').mkdir()
   os.mkfifo(tmp_path / 'pipe.png')
   (tmp_path / 'broken.png').symlink_to('nowhere')
-  unknown = 'not an image in a known format'
+  unknown = 'not an image in a known format (PNG, JPEG, GIF, BMP, PPM, WEBP, TIFF)'
   assert reasons('text.png', 'empty.png', 'folder.png', 'pipe.png', 'broken.png') == [
     unknown,
     unknown,
     'Is a directory',
     'not a regular file',
-    'No such file or directory',
+    'a link to a file that does not exist',
   ]
 
 
@@ -134,9 +154,7 @@ def test_half_a_file_has_a_reason_of_one_line(tmp_path, suffix):
 def test_a_decompression_bomb(tmp_path, monkeypatch):
   write(tmp_path / 'bomb.png', size=(30, 30))
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)  # Pillow refuses more than twice as many.
-  assert reasons('bomb.png') == [
-    'Image size (900 pixels) exceeds limit of 800 pixels, could be decompression bomb DOS attack.'
-  ]
+  assert reasons('bomb.png') == ['expected at most 178,956,970 pixels, found many more; set --max-pixels']
 
 
 def test_no_permission(tmp_path, monkeypatch):

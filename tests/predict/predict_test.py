@@ -116,7 +116,8 @@ def test_table(predict):
   )
   assert (code, err) == (
     1,
-    'error: ./text.png: not an image in a known format\n' + SUMMARY.replace(';', ', 1 unreadable;', 1),
+    'error: ./text.png: not an image in a known format (PNG, JPEG, GIF, BMP, PPM, WEBP, TIFF)\n'
+    + SUMMARY.replace(';', ', 1 unreadable;', 1),
   )
 
 
@@ -149,7 +150,8 @@ def test_nothing_readable(predict, format):
   code, out, err = predict('gone.png', 'text.png', f'--format={format}')
   assert code == 1
   assert err == (
-    'error: gone.png: No such file or directory\nerror: text.png: not an image in a known format\n'
+    'error: gone.png: No such file or directory\n'
+    'error: text.png: not an image in a known format (PNG, JPEG, GIF, BMP, PPM, WEBP, TIFF)\n'
     '0 images, 2 unreadable\n'
   )
   assert json.loads(out) == [] if format == 'json' else out.count('\n') == 1
@@ -303,7 +305,8 @@ def test_no_live_line_where_the_rows_are(monkeypatch, capsys):
   monkeypatch.setattr(sys, 'stderr', err)
   assert main(['--workdir=run', 'a.png', 'text.png', '--batch-size=1']) == 1
   shown = err.getvalue().replace('\r', '<').replace('\x1b[K', '>')
-  assert shown.startswith('<0/2 images><1/2 images><>error: text.png: not an image in a known format\n<2/2 images')
+  assert shown.startswith('<0/2 images><1/2 images><>error: text.png: not an image in a known format (')
+  assert ', TIFF)\n<2/2 images' in shown
   assert '<>1 image, 1 unreadable; ' in shown
   monkeypatch.setattr(sys, 'stdout', Terminal())
   err.truncate(0)

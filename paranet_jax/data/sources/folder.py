@@ -96,7 +96,7 @@ def _report(rest: _Rest, on_corrupt: str) -> None:
 def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
   """The images in train/ and test/; None if root holds class folders, of which train may be one."""
   present = [split for split in ('train', *_TESTS) if (root / split).is_dir()]
-  splits = [split for split in present if any(_visible_folders(root / split))]
+  splits = [split for split in present if _visible_folders(root / split)]
   if 'train' not in splits or len(splits) < 2:
     lone = [split for split in present if not _holds_images(root / split)]
     if not lone:
@@ -108,7 +108,7 @@ def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
       f'--config.data.test_fraction=0.2'
     )
   test = splits[1]
-  for entry in os.scandir(root):
+  for entry in _entries(root):
     if entry.name not in ('train', test):
       rest.left_out += _all_files(entry)
   by_class = {'train': _find_classes(root / 'train', rest), 'test': _find_classes(root / test, rest)}
@@ -120,12 +120,17 @@ def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
   return by_class
 
 
+def _entries(folder: Path) -> list[os.DirEntry]:
+  with os.scandir(folder) as entries:
+    return sorted(entries, key=lambda entry: entry.name)
+
+
 def _visible_folders(folder: Path) -> list[os.DirEntry]:
-  return [entry for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)]
+  return [entry for entry in _entries(folder) if entry.is_dir() and not is_hidden(entry.name)]
 
 
 def _holds_images(folder: Path) -> bool:
-  return any(entry.is_file() and entry.name.lower().endswith(SUFFIXES) for entry in os.scandir(folder))
+  return any(entry.is_file() and entry.name.lower().endswith(SUFFIXES) for entry in _entries(folder))
 
 
 def _all_files(entry: os.DirEntry) -> list[str]:
@@ -152,7 +157,7 @@ def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
   """The images of each class folder, including those in folders below it; there is at least one per class."""
   by_class: _ByClass = {}
   visible = {entry.name for entry in _visible_folders(folder)}
-  for entry in os.scandir(folder):
+  for entry in _entries(folder):
     if entry.name not in visible:
       rest.left_out += _all_files(entry)
       continue

@@ -1,9 +1,14 @@
+import os
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
 from paranet_jax.data.load import load_dataset
+from paranet_jax.data.sources.folder import folder_source
 from paranet_jax.host.errors import UserError
 
 
@@ -26,8 +31,8 @@ def write(path, value, size=(4, 4)):
   Image.new('RGB', size, (value,) * 3).save(path, **options)
 
 
-def load(root, channels=3, **changes):
-  config = ConfigDict(
+def config_of(root, **changes):
+  return ConfigDict(
     {
       'name': 'folder',
       'data_dir': str(root),
@@ -41,7 +46,10 @@ def load(root, channels=3, **changes):
       **changes,
     }
   )
-  return load_dataset(config, image_side=4, channels=channels)
+
+
+def load(root, channels=3, **changes):
+  return load_dataset(config_of(root, **changes), image_side=4, channels=channels)
 
 
 def pairs(split):
@@ -146,6 +154,126 @@ def test_more_images_than_a_chunk(root, monkeypatch):
   assert sorted(pairs(dataset.train) + pairs(dataset.test)) == everything[1:]
 
 
+SUFFIXES = 'png jpg jpeg jfif webp gif bmp tif tiff ppm pgm pbm pnm JPG Tif'.split()
+
+
+def test_every_suffix_and_nested_folders(root, caplog):
+  names = [f'{label}/more/even more.png/{number}.{suffix}' for label in 'ab' for number, suffix in enumerate(SUFFIXES)]
+  for name in (*names, 'readme.txt', 'b/labels.json', '__MACOSX/a/x.png', 'a/@eaDir/x.png', '.cache/x.png'):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new('L', (4, 4), 7).save(root / name, 'PNG')  # Whatever the suffix says.
+  dataset = load(root)
+  assert dataset.class_names == ('a', 'b') and len(dataset.train) + len(dataset.test) == len(names)
+  (line,) = [message for message in caplog.messages if message.startswith('left out')]
+  assert line.startswith('left out 5 files, hidden or without the suffix of an image: ') and line.endswith('and 2 more')
+  assert folder_source(config_of(root), 4, 3).left_out == 5
+
+
+def dangling(path):
+  path.symlink_to('gone.png')
+
+
+def pipe(path):
+  os.mkfifo(path)
+
+
+def device(path):
+  path.symlink_to('/dev/zero')
+
+
+IRREGULAR = {
+  dangling: 'a link to a file that does not exist',
+  pipe: 'not a regular file',
+  device: '(not a regular file|a link to a file that does not exist)',
+}
+
+
+@pytest.mark.parametrize('make', IRREGULAR, ids=lambda make: make.__name__)
+def test_regular_files_only(root, caplog, make):
+  write_all(root, ONE_FOLDER)
+  make(root / 'ant/odd.png')
+  (root / 'ant/linked.png').symlink_to(root / 'cat/0.png')
+  fix = 'fix or remove it, or set --config.data.on_corrupt=skip'
+  with pytest.raises(UserError, match=f'^expected a readable image, found {IRREGULAR[make]} at .*/ant/odd.png: {fix}$'):
+    load(root)
+  dataset = load(root, on_corrupt='skip')
+  assert len(dataset.train) + len(dataset.test) == len(ONE_FOLDER) + 1
+  assert 'left out 1 file' in caplog.text and 'ant/odd.png' in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed(root, monkeypatch):
+  write_all(root, {**ONE_FOLDER, 'ant/closed/a.png': 1})
+  scandir = os.scandir
+
+  def refuse(folder):
+    if str(folder).endswith('closed'):
+      raise PermissionError(13, 'Permission denied', folder)
+    return scandir(folder)
+
+  monkeypatch.setattr(os, 'scandir', refuse)
+  with pytest.raises(UserError, match='found Permission denied at .*/ant/closed: fix or remove it, or set --config'):
+    load(root)
+
+
+@pytest.mark.parametrize('test', ['test', 'val', 'validation'])
+def test_names_of_the_test_split(root, test):
+  write_all(root, {name.replace('test/', f'{test}/'): value for name, value in BOTH.items()})
+  write_all(root, {'train/stray.png': 1, 'cover.jpg': 1})
+  write_all(root, {} if test == 'validation' else {'validation/dog/y.png': 1})
+  assert pairs(load(root).test) == [(0, 31), (2, 12)]
+  assert folder_source(config_of(root), 4, 3).left_out == 2 + (test != 'validation')
+
+
+@pytest.mark.parametrize('names', [('bus', 'car', 'train'), ('test', 'train'), ('bus', 'val')])
+def test_classes_with_the_name_of_a_split(root, names):
+  write_all(root, {f'{name}/{number}.png': 9 for name in names for number in range(4)})
+  dataset = load(root)
+  assert dataset.class_names == names and len(dataset.train) + len(dataset.test) == 4 * len(names)
+
+
+def test_too_many_pixels(root, monkeypatch):
+  write_all(root, ONE_FOLDER)
+  monkeypatch.setattr('paranet_jax.portable.run.decode_image.__defaults__', (15,))
+  fix = 'scale it down, or set --config.data.on_corrupt=skip'
+  with pytest.raises(UserError, match=f'^expected at most 15 pixels, found 4 x 4 in file .*/0.png: {fix}$'):
+    load(root)
+
+
+IMAGE, TEXT, HALF, LINK, GONE = 'image', 'text', 'half', 'link', 'gone'
+USED = ('train/cat', 'train/cat/more', 'train/dog/x.png', 'test/dog')
+LEFT_OUT = ('', 'train', 'val/cat', 'other', 'train/dog/.git', 'train/dog/@eaDir', 'test/.a/b', '__MACOSX/cat')
+NAMES = (*(f'{number}.{suffix}' for number in range(3) for suffix in SUFFIXES), 'a', '.a.png', 'b.txt', 'Thumbs.db')
+TREES = st.dictionaries(
+  st.tuples(st.sampled_from(USED + LEFT_OUT), st.sampled_from(NAMES)),
+  st.sampled_from([IMAGE, IMAGE, IMAGE, TEXT, HALF, LINK, GONE]),
+  max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TREES)
+def test_every_file_is_used_skipped_or_left_out(tmp_path_factory, tree):
+  root = tmp_path_factory.mktemp('tree')
+  write_all(root, {f'{split}/{name}/whole.png': 9 for split in ('train', 'test') for name in ('cat', 'dog')})
+  whole = (root / 'test/cat/whole.png').read_bytes()
+  for (folder, name), kind in tree.items():
+    path = root / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind in (LINK, GONE):
+      path.symlink_to(root / ('test/cat/whole.png' if kind == LINK else 'nowhere'))
+    else:
+      path.write_bytes({IMAGE: whole, TEXT: b'text', HALF: whole[:45]}[kind])
+  dataset, source = load(root, on_corrupt='skip'), folder_source(config_of(root, on_corrupt='skip'), 4, 3)
+  found = sum(len(files) for _, _, files in os.walk(root))
+  used = len(dataset.train) + len(dataset.test)
+  assert used + dataset.skipped + source.left_out == found == len(tree) + 4
+  expected = sum(
+    kind in (IMAGE, LINK) and folder in USED and name.lower().endswith(tuple(SUFFIXES)) and not name.startswith('.')
+    for (folder, name), kind in tree.items()
+  )
+  assert used == 4 + expected
+
+
 # What is written ('/' ends an empty folder), changes of the configuration, and the message.
 ERRORS = {
   'no images': ([], {}, r'expected <class>/\*.png.* in .*images, found no images there: .*data_dir=\.\.\.'),
@@ -155,7 +283,7 @@ ERRORS = {
   'no test': (
     ['train/dog/a.png'],
     {},
-    'expected both train/ and test/ in .*, found only train/: .*test_fraction=0.2',
+    r'expected both train/ and test/ \(or val/\) in .*, found only train/: .*test_fraction=0.2',
   ),
   'no train': (['test/dog/a.png'], {}, 'found only test/'),
   'class of test only': (
@@ -168,10 +296,16 @@ ERRORS = {
     {},
     "expected 2 class folders or more, found only 'dog' in .*: add another class",
   ),
-  'not a file': (
-    [*BOTH, 'train/dog/folder.png/'],
+  'no class folders': (['train/', 'test/'], {}, 'with class folders, found none in train/'),
+  'names that look the same': (
+    ['caf\u00e9/a.png', 'cafe\u0301/a.png'],
     {},
-    'expected a readable image, found Is a directory at .*/folder.png',
+    r"found 'cafe\\u0301' and 'caf\\xe9', which differ only in their Unicode form: rename one to the other",
+  ),
+  'one name in two forms': (
+    ['train/caf\u00e9/a.png', 'train/bar/a.png', 'test/cafe\u0301/a.png'],
+    {},
+    r"found 'caf\\xe9' and 'cafe\\u0301', which differ only",
   ),
   'no folder named': ([], {'data_dir': ''}, 'found none given: name it with --config.data.data_dir='),
   'no such folder': ([], {'data_dir': '/no/such'}, 'found no folder /no/such: name it with --config.data.data_dir='),

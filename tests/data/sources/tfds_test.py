@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import tarfile
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
+from odd_images import chunk, with_chunk
 from PIL import Image
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
@@ -328,10 +330,25 @@ def test_damaged_file(tmp_path):
     load('tiny_shapes', tmp_path)
 
 
-def test_damaged_image(tmp_path):
-  prepare_two(tmp_path, image=png(1)[:30])
-  with pytest.raises(UserError, match='expected intact files in .*, found damage'):
+def test_damaged_image(tmp_path, caplog):
+  examples = [{'image': png(1)[:30] if number == 1 else png(number), 'label': 0} for number in range(4)]
+  prepare(tmp_path, 'tiny_shapes', image_and_label(), examples)
+  where = 'record [0-3] of train in .*tiny_shapes/1.0.0'
+  message = f'expected an image, found a corrupt {where} .*: fix or remove it, or set --config.data.on_corrupt=skip'
+  with pytest.raises(UserError, match=message):
     load('tiny_shapes', tmp_path)
+  for streaming in (False, True):
+    dataset = load('tiny_shapes', tmp_path, on_corrupt='skip', streaming=streaming)
+    assert (len(dataset.train), len(dataset.test), dataset.skipped) == (3, 3, 2)
+    assert sorted(np.unique(dataset.train.images[:])) == [0, 2, 3]
+  assert re.search(f'Skipping corrupt {where}: ', caplog.text)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_damaged_exif(tmp_path):
+  damaged = with_chunk(png(7), chunk(b'eXIf', b'\0\x08\0\x02\x01\x12\0\x03'))
+  prepare_two(tmp_path, image=damaged)
+  assert load('tiny_shapes', tmp_path).train.images.max() == 7
 
 
 def test_damaged_metadata(tmp_path):
