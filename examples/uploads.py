@@ -126,7 +126,7 @@ def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_
   Raises:
     Refused: 400, it is not an image; 413, it has too many pixels, which is checked before they are decoded.
   """
-  from PIL.Image import DecompressionBombError
+  from PIL.Image import DecompressionBombError, UnidentifiedImageError
 
   side, channels = image_shape[0], image_shape[-1]
   # The run.py of version 0.1.0 has no limit of its own; serve.py sets Pillow's.
@@ -137,5 +137,10 @@ def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_
     found = error if limited else f'expected at most {max_pixels:,} pixels, found more'
     raise Refused(413, f'{found}; send a smaller image') from error
   except Exception as error:  # Damaged bytes make Pillow raise almost anything.
-    reason = runtime.damage(error) if limited else ' '.join(str(error).split()) or type(error).__name__
+    if limited:
+      reason = runtime.damage(error)
+    elif isinstance(error, UnidentifiedImageError):  # Its message names an object in memory.
+      reason = 'not an image in a known format'
+    else:
+      reason = ' '.join(str(error).split()) or type(error).__name__
     raise Refused(400, reason[:200]) from error

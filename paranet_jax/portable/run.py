@@ -940,7 +940,7 @@ def find_images(folder: str) -> Found:
         found.images.append(entry.path)
       else:
         found.unreadable.append((entry.path, _DANGLING if entry.is_symlink() else 'not a regular file'))
-  return Found(*map(sorted, found))
+  return Found(sorted(found.images), sorted(found.unreadable), sorted(found.left_out))
 
 
 def list_images(paths: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,11 +1,13 @@
 """Tests of a service that cannot start: one line, and exit code 2."""
 
+import copy
 import io
 import os
 import shutil
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import batching
 import pytest
@@ -19,6 +21,7 @@ from serving import EXAMPLES
 from paranet_jax.portable import run as run_file
 
 WHOLE = '--bundle=whole'
+BUNDLE_OF_0_1_0 = Path(__file__).resolve().parents[1] / 'fixtures/v0_1_0/bundle'
 
 
 @pytest.fixture(scope='module')
@@ -168,6 +171,28 @@ def test_pillow_refuses_no_image_that_the_service_takes(folder, monkeypatch, sid
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
   assert serve.main([f'--bundle={folder / "whole"}', '--port=0', '--max-pixels=1K']) == 0
   assert found == [message or (8, 8, 3)]
+
+
+def test_a_bundle_of_0_1_0_is_decoded_within_pillows_limits(monkeypatch):
+  found = []
+
+  def run(server, sockets):
+    sockets[0].close()
+    for side, format in ((31, 'PNG'), (32, 'PNG'), (9, 'TGA')):
+      encoded = io.BytesIO()
+      Image.new('RGB', (side, side)).save(encoded, format)
+      try:
+        found.append(uploads.decode(sys.modules['bundle_run'], encoded.getvalue(), (8, 8, 3), 1000).shape)
+      except uploads.Refused as refused:
+        found.append((refused.status, refused.reason))
+
+  for name in ('MAX_IMAGE_PIXELS', 'ID'):
+    monkeypatch.setattr(Image, name, copy.copy(getattr(Image, name)))
+  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(signal, 'signal', lambda *_: None)
+  assert serve.main([f'--bundle={BUNDLE_OF_0_1_0}', '--port=0', '--max-pixels=1K']) == 0
+  too_many = 'expected at most 1,000 pixels, found more; send a smaller image'
+  assert found == [(8, 8, 3), (413, too_many), (400, 'not an image in a known format')]
 
 
 def test_interrupted_before_it_serves(folder, monkeypatch, capsys):

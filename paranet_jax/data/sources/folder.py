@@ -76,7 +76,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
     test_count=test_count,
     test_share=data_config.test_fraction,
-    left_out=len(rest.left_out),
+    left_out=len(rest.left_out) + len(rest.unreadable),
   )
 
 
@@ -88,7 +88,6 @@ def _report(rest: _Rest, on_corrupt: str) -> None:
         f'expected a readable image, found {reason} at {path}: fix or remove it, or set --config.data.on_corrupt=skip'
       )
     logging.warning('Skipping %s: %s', printable(path), reason)
-    rest.left_out.append(path)
   if rest.left_out:
     logging.warning('%s', printable(left_out_line(rest.left_out)))
 
