@@ -696,7 +696,9 @@ def decode_image(encoded: bytes | BinaryIO, side: int, channels: int, max_pixels
   except Exception:
     with contextlib.suppress(Exception):
       file.seek(0)
-      return _decode(io.BytesIO(_without_metadata(file.read())), side, channels, max_pixels)
+      if file.read(4).startswith(_WITH_METADATA):  # Otherwise a huge file would be read for nothing.
+        file.seek(0)
+        return _decode(io.BytesIO(_without_metadata(file.read())), side, channels, max_pixels)
     raise
 
 
@@ -741,24 +743,22 @@ def _without_metadata(encoded: bytes) -> bytes:
   """A PNG, JPEG or TIFF without the parts that its pixels and its orientation do not need: Pillow refuses damaged ones.
 
   Raises:
-    ValueError: it has another format.
-    struct.error: it is cut.
+    struct.error: it is truncated.
   """
   if encoded.startswith(b'\x89PNG'):
     return encoded[:8] + b''.join(_png_chunks(encoded))
   if encoded.startswith(b'\xff\xd8'):
     return encoded[:2] + b''.join(_jpeg_segments(encoded))
-  if encoded.startswith((b'II*\0', b'MM\0*')):
-    order = '<' if encoded.startswith(b'II') else '>'
-    (place,) = struct.unpack_from(order + 'I', encoded, 4)
-    (count,) = struct.unpack_from(order + 'H', encoded, place)
-    entries = [encoded[place + 2 + 12 * index :][:12] for index in range(count)]
-    kept = [entry for entry in entries if struct.unpack_from(order + 'H', entry)[0] in _TIFF_TAGS]
-    directory = struct.pack(order + 'H', len(kept)) + b''.join(kept) + bytes(4)
-    return encoded[:place] + directory + encoded[place + len(directory) :]
-  raise ValueError('a format whose metadata are not separate')
+  order = '<' if encoded.startswith(b'II') else '>'
+  (place,) = struct.unpack_from(order + 'I', encoded, 4)
+  (count,) = struct.unpack_from(order + 'H', encoded, place)
+  entries = [encoded[start : start + 12] for start in range(place + 2, place + 2 + 12 * count, 12)]
+  kept = [entry for entry in entries if struct.unpack_from(order + 'H', entry)[0] in _TIFF_TAGS]
+  directory = struct.pack(order + 'H', len(kept)) + b''.join(kept) + bytes(4)
+  return encoded[:place] + directory + encoded[place + len(directory) :]
 
 
+_WITH_METADATA = b'\x89PNG', b'\xff\xd8', b'II*\0', b'MM\0*'
 # Sizes, samples, color, strips, tiles and orientation.
 _TIFF_TAGS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326)}
 _TIFF_TAGS |= {332, 338, 339, 347, 512, 513, 514, *range(519, 522), *range(529, 533)}

@@ -127,6 +127,13 @@ def test_damaged_tiff_tags():
   np.testing.assert_array_equal(decode_image(damaged, 2, 1)[..., 0], [[30, 10], [40, 20]])
 
 
+def test_a_file_of_another_format_is_not_read_to_its_end():
+  file = io.BytesIO(b'text' + bytes(10**6))
+  with pytest.raises(OSError, match='cannot identify'):
+    decode_image(file, 8, 3)
+  assert file.tell() == 4
+
+
 def test_what_is_transparent_does_not_matter():
   found = [decode_image(file, 12, 3) for file in SAME.values()]
   for image in found:
