@@ -87,6 +87,7 @@ def test_accepted_the_names_of_the_network_stay(moved):
 
 def test_images_that_moved(moved, monkeypatch):
   """The place alone is no change of the configuration, and a resumed run saves the new one."""
+  monkeypatch.delenv('PARANET_DATA_DIR', raising=False)
   run, photos, command = moved
   gone = f'--config.data.data_dir={photos}/gone'
   said = refusal(*command, f'--workdir={run}', gone)
