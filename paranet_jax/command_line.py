@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from paranet_jax.base_config import RENAMED, field_names
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.watch import Place
 
@@ -145,7 +146,7 @@ def _load_config(values: flags.FlagValues) -> ConfigDict:
   # Importing jax takes a second, and a mistyped flag should fail at once.
   from paranet_jax.runs.workdir import restore_config
 
-  return restore_config(Path(values.workdir).expanduser().absolute())
+  return restore_config(absolute(values.workdir))
 
 
 def load_config(flag: str) -> ConfigDict:

@@ -1,12 +1,12 @@
 """Checks of a whole configuration, and the values derived from it."""
 
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from paranet_jax.base_config import base_config, family_of, field_names, fields_of
 from paranet_jax.data.known import known_dataset
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.registry import COMMON, build_model, family_names, find_family, targets
 from paranet_jax.targets import check_regime, distill_teachers, trained_exits
@@ -126,7 +126,7 @@ def absolute_paths(config: ConfigDict) -> None:
   """Makes folders absolute, so that a saved configuration does not depend on the current folder."""
   for section, field in ((config.data, 'data_dir'), (config, 'init_from')):
     if section[field]:
-      section[field] = str(Path(section[field]).expanduser().absolute())
+      section[field] = str(absolute(section[field]))
 
 
 def _check_training(config: ConfigDict) -> None:

@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from paranet_jax.command_line import parse, place
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -29,11 +30,11 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   if values.data_dir:
     config.data.data_dir = values.data_dir
   config_lib.absolute_paths(config)
+  workdir = absolute(values.workdir or config_lib.default_workdir(config))
   use_compilation_cache(values.compilation_cache)
   if values.mode == 'describe':
     _print(values, description := describe(config), describe_table(description))
     return
-  workdir = Path(values.workdir or config_lib.default_workdir(config)).expanduser().absolute()
   with joined(place(values), values.heartbeat_timeout):
     (_train if values.mode == 'train' else _evaluate)(values, config, workdir)
 

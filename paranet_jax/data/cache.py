@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float64, Int, UInt8
 
 from paranet_jax.data.dataset import Images, Labels, Source, Split, StoredImages
 from paranet_jax.data.identity import Identities, Limits, choose_limits, drawn, read_identified
+from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.files import replacing
 
 _FORMAT = 2  # Increase it when decoding or this layout changes, so that old entries are not found.
@@ -121,10 +122,9 @@ def statistics_of_sums(
 
 def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
   """The cache folder of a source."""
-  root = os.environ.get('PARANET_CACHE_DIR') or Path.home() / '.cache' / 'paranet_jax'
   shape = 'x'.join(map(str, image_shape))
   name = f'{source.name}-{source.version}-{shape}-{source.fingerprint}-v{_FORMAT}'
-  return Path(root).expanduser() / re.sub(r'[^\w.-]+', '_', name)
+  return cache_folder() / re.sub(r'[^\w.-]+', '_', name)
 
 
 def new_test_limits(source: Source, listing: Listing) -> Limits | None:

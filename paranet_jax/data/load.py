@@ -3,7 +3,6 @@
 import difflib
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 from absl import logging
@@ -25,6 +24,7 @@ from paranet_jax.data.identity import (
   label_map,
 )
 from paranet_jax.data.known import known_dataset, registered_names
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 
 STREAM_ABOVE = 2 * 10**9
@@ -66,10 +66,10 @@ def load_dataset(
 def _at_present_place(data_config: ConfigDict) -> ConfigDict:
   """The same data set in PARANET_DATA_DIR, if the run's own folder does not exist."""
   place, own = os.environ.get('PARANET_DATA_DIR'), data_config.data_dir
-  if not place or (own and Path(own).expanduser().exists()):
+  if not place or (own and absolute(own).exists()):
     return data_config
   data_config = data_config.copy_and_resolve_references()
-  data_config.data_dir = place
+  data_config.data_dir = str(absolute(place))
   return data_config
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paranet_jax.experiments.published import EXPERIMENTS
-from paranet_jax.host.arguments import Parser, add_data_flags, positive
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -65,8 +65,8 @@ def _run(arguments: argparse.Namespace) -> int:
   experiments = EXPERIMENTS if arguments.experiment == ALL else (arguments.experiment,)
   protocol = parse_protocol(arguments.protocol, arguments.set)
   folder = Path(arguments.workdir or default_workdir(protocol))
+  workdir = absolute(arguments.workdir or default_workdir(protocol))
   runs = plan_runs(experiments, protocol, arguments.seeds, folder, arguments.data_dir)
-  workdir = folder.expanduser().absolute()
   results = load_results(workdir, protocol)
   use_compilation_cache(arguments.compilation_cache)
   if arguments.dry_run:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.experiments.protocols import Protocol, run_command, run_config
 from paranet_jax.experiments.published import FIGURE_NETWORK, TABLES
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.status import RunStatus, run_status
 from paranet_jax.runs.workdir import Accepted
@@ -68,7 +69,7 @@ def _plan(name: str, seed: int, protocol: Protocol, workdir: Path, data_dir: Pat
   if data_dir:
     config.data.data_dir = str(data_dir)
     command += f' {shlex.quote(f"--data_dir={data_dir}")}'
-  return PlannedRun(name, seed, config, folder.expanduser().absolute(), command, moved=data_dir is not None)
+  return PlannedRun(name, seed, config, absolute(folder), command, moved=data_dir is not None)
 
 
 def status(run: PlannedRun) -> RunStatus:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,5 +49,26 @@ def fraction(text: str) -> float:
 
 
 def absolute(path: str | Path) -> Path:
-  """Makes a user's path absolute; a home folder that does not exist stays as written."""
-  return Path(os.path.expanduser(path)).absolute()
+  """Makes a user's path absolute.
+
+  Raises:
+    UserError: it is a URL, or in the home folder of an unknown user.
+  """
+  if re.match(r'[A-Za-z][\w+.-]+:/', str(path)):  # Path('gs://bucket') is gs:/bucket.
+    raise UserError(f'expected a local path, found the URL {path}; copy or mount it, and name the local folder')
+  expanded = os.path.expanduser(path)
+  if str(expanded).startswith('~') and not os.path.lexists(expanded):
+    raise UserError(f'expected a path, found {path}, whose home folder is unknown; write it in full, or set HOME')
+  return Path(expanded).absolute()
+
+
+def cache_folder() -> Path:
+  """PARANET_CACHE_DIR, by default ~/.cache/paranet_jax.
+
+  Raises:
+    UserError: it is not a local path, or this user has no home folder.
+  """
+  folder = os.environ.get('PARANET_CACHE_DIR')
+  if not folder and os.path.expanduser('~') == '~':
+    raise UserError('expected a home folder for caches, found none for this user; set PARANET_CACHE_DIR or HOME')
+  return absolute(folder or '~/.cache/paranet_jax')

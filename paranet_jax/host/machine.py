@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 
 from paranet_jax import __version__
+from paranet_jax.host.arguments import absolute, cache_folder
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -32,8 +33,9 @@ def use_compilation_cache(folder: str | None = None) -> Path | None:
   if folder == OFF:
     jax.config.update('jax_enable_compilation_cache', False)
     return None
-  root = Path(folder or Path(os.environ.get('PARANET_CACHE_DIR') or '~/.cache/paranet_jax') / 'compiled').expanduser()
-  path = root.absolute() / machine_key()
+  if not folder and not os.environ.get('PARANET_CACHE_DIR') and os.path.expanduser('~') == '~':
+    return None
+  path = (absolute(folder) if folder else cache_folder() / 'compiled') / machine_key()
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError:

@@ -1,12 +1,10 @@
 """`python -m paranet_jax.predict`: predicts the classes of image files with a calibrated run."""
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from paranet_jax.host.arguments import Parser, absolute, positive
@@ -49,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--step', type=int, help='Checkpoint (default: the one that was calibrated).')
   add('--top', type=positive, default=5, help='Classes reported per image, most probable first (default: 5).')
   add('--format', choices=FORMATS, default='table', help='Default: table.')
-  add('--output', type=lambda text: Path(os.path.expanduser(text)), help='File to write (default: standard output).')
+  add('--output', type=absolute, help='File to write (default: standard output).')
   add('--overwrite', action='store_true', help='Replace an existing --output file.')
   add('--batch-size', type=positive, default=256, help='Images predicted at a time (default: 256).')
   add('--max-pixels', type=positive, default=MAX_PIXELS, help=f'Refuse larger images (default: {MAX_PIXELS}).')

@@ -7,7 +7,6 @@ and 3,072 bytes of pixels, channel by channel.
 
 import contextlib
 import io
-import os
 import tarfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
 from paranet_jax.data.identity import Identities, identities
 from paranet_jax.data.sources.corrupt import decode_or_skip
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 
 _PREPARABLE = ('cifar10', 'cifar100')  # tfds needs TensorFlow to prepare the others.
@@ -86,7 +86,7 @@ def _open_builder(name: str, data_dir: str) -> _Builder:
   """None if tfds does not know the name."""
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # Some data sets' modules print that TensorFlow is missing.
-      return tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None)
+      return tfds.builder(name, data_dir=str(absolute(data_dir)) if data_dir else None)
   except tfds.core.DatasetNotFoundError:
     return None
   except Exception as error:  # A name that does not parse, an unknown version, damaged metadata.
