@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,21 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -
     line = ' '.join(str(error).split())
     print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
     return 2
+  except (AssertionError, RuntimeError):  # jax raises either, and not always with a text.
+    wanted = os.environ.get('JAX_PLATFORMS')
+    if not wanted or _platform_starts():
+      raise
+    print(f'error: expected the platform of JAX_PLATFORMS={wanted}, found no such device; unset it', file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print(stopped, file=sys.stderr)
     return 130
+
+
+def _platform_starts() -> bool:
+  if 'jax' in sys.modules:
+    try:
+      sys.modules['jax'].devices()
+    except (AssertionError, RuntimeError):
+      return False
+  return True
