@@ -16,10 +16,10 @@ from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
+from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
-from paranet_jax.report.curves import draw_curves
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
 from paranet_jax.runs.learned import restore_learned
@@ -74,6 +74,18 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
     print(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
     print(f'curves: {processes.once(draw_curves, workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
   return summary
+
+
+def draw_curves(workdir: Path) -> Path | str:
+  """Draws the learning curves; returns their file, or why matplotlib fails, which loses no run."""
+  try:
+    from paranet_jax.report import curves  # matplotlib refuses an unknown MPLBACKEND when it is imported.
+
+    return curves.draw_curves(workdir)
+  except (UserError, OSError):
+    raise
+  except Exception as error:
+    return f'not drawn: {" ".join(str(error).split())}'
 
 
 def train_missing(config: ConfigDict, workdir: Path, title: str, accepted: Accepted = NOTHING) -> dict[str, Any] | None:

@@ -8,12 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from paranet_jax.experiments.markdown import conditions
-from paranet_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, bare, logarithmic
+from paranet_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, bare, logarithmic, own_style
 
 _PUBLISHED = ((GREEN, '^'), (ORANGE, 'D'), (PURPLE, 'v'))
 _MILLION = 1e6
 
 
+@own_style()
 def anytime_figure(section: dict[str, Any], protocol: str) -> Figure:
   """The picture of a `results.section`. Published systems appear only if they were measured on the same data set."""
   figure = Figure(figsize=(8, 5.6), dpi=150)

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from paranet_jax.report.metrics import read_metrics
-from paranet_jax.report.plots import bare, exit_color, logarithmic, save_figure
+from paranet_jax.report.plots import bare, exit_color, logarithmic, own_style, save_figure
 
 FILE_NAME = 'curves.png'
 
@@ -29,6 +29,7 @@ Series = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
 """Epochs [N] and values [N] by (exit, split)."""
 
 
+@own_style()
 def draw_curves(workdir: str | os.PathLike) -> Path:
   """Draws `workdir/metrics.jsonl` into `workdir/curves.png` atomically and returns the path of the figure.
 

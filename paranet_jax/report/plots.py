@@ -1,8 +1,11 @@
 """Common style of all figures: colors, axes, and PNG files that are written atomically."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
@@ -20,6 +23,14 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS = (
   '#56B4E9',
   '#000000',
 )
+
+
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+  """Draws with matplotlib's defaults, whatever the user's matplotlibrc asks for, such as LaTeX."""
+  with matplotlib.rc_context():
+    matplotlib.rcdefaults()
+    yield
 
 
 def exit_color(number: int) -> str:
@@ -44,7 +55,7 @@ def logarithmic(axis: XAxis | YAxis) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
   """Writes a PNG file atomically."""
-  with replacing(path, 'wb') as file, warnings.catch_warnings():
+  with replacing(path, 'wb') as file, warnings.catch_warnings(), own_style():
     # A character that the font lacks becomes a box; one warning per character is noise.
     warnings.filterwarnings('ignore', message='Glyph .* missing from font')
     figure.savefig(file, format='png')

@@ -11,7 +11,7 @@ from paranet_jax.calibrate.figures.contact_sheet import contact_sheet
 from paranet_jax.calibrate.figures.drawings import anytime, budgeted, histogram, reliability, risk
 from paranet_jax.calibrate.figures.figure_data import FigureData, figure_data
 from paranet_jax.host.files import replacing, write_json
-from paranet_jax.report.plots import save_figure
+from paranet_jax.report.plots import own_style, save_figure
 from paranet_jax.runs.dataset_facts import output_names
 
 FUNCTIONS = (anytime, budgeted, risk, reliability, histogram, contact_sheet)
@@ -38,6 +38,7 @@ def draw(workdir: Path, calibrated: Calibrated) -> list[Path]:
   return write_figures(workdir / FIGURES, data)
 
 
+@own_style()
 def write_figures(folder: Path, data: FigureData) -> list[Path]:
   """Writes NAME.png, NAME.json and NAME.csv for every figure, replacing earlier files, and returns their paths.
 
