@@ -40,6 +40,9 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -
   Returns 2 after a `UserError`, whose line it prints, and 130 if the command was interrupted, after printing `stopped`.
   """
   logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
+  for name in ('stdout', 'stderr'):  # None if closed, as by `>&-`.
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, 'w'))
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # For characters that its encoding lacks.
   try:

@@ -22,8 +22,8 @@ def use_huge_pages() -> None:
   if SETTING in settings or not _on_request():
     return
   os.environ[VARIABLE] = ':'.join(filter(None, [settings, f'{SETTING}=1']))
-  sys.stdout.flush()
-  sys.stderr.flush()
+  for stream in filter(None, (sys.stdout, sys.stderr)):  # None if closed.
+    stream.flush()
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

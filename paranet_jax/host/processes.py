@@ -117,7 +117,7 @@ def _silence_all_but(first: bool) -> None:
   # Not sys.stdout alone: gloo prints about its connections from C++, and only Python's lines should show.
   silent = os.open(os.devnull, os.O_WRONLY)
   own = os.dup(1) if first else os.dup(silent)
-  sys.stdout = os.fdopen(own, 'w', buffering=1)
+  sys.stdout = os.fdopen(own, 'w', buffering=1, errors='backslashreplace')
   os.dup2(silent, 1)
   os.close(silent)
 

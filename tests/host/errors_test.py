@@ -1,9 +1,11 @@
 """How a command ends: errors in one line, whatever the streams and the platform are."""
 
+import sys
+
 import jax
 import pytest
 
-from paranet_jax.host.errors import exit_code
+from paranet_jax.host.errors import UserError, exit_code
 
 
 def _fails() -> int:
@@ -22,3 +24,17 @@ def test_another_failure_stays_a_traceback(monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   with pytest.raises(AssertionError):
     exit_code(_fails)
+
+
+@pytest.mark.parametrize('closed', [('stdout',), ('stderr',), ('stdout', 'stderr')])
+def test_closed_streams_do_not_stop_a_command(closed, monkeypatch):
+  for name in closed:
+    monkeypatch.setattr(sys, name, None)
+
+  def command():
+    print('text', flush=True)
+    raise UserError('wrong')
+
+  assert exit_code(command) == 2
+  for name in closed:
+    getattr(sys, name).close()
