@@ -153,7 +153,7 @@ def num_workers(workers: int | None) -> int:
 
 def _prepare_worker(_: int, __: int) -> None:
   # Control-C and a cluster's signals reach the whole process group, but the run may still read: it ends its workers.
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   jax.config.update('jax_platforms', 'cpu')  # The accelerator belongs to the run.
   threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()

@@ -1,6 +1,9 @@
-"""Stopping on request: the first SIGINT, SIGTERM or preemption notice is recorded, a second signal acts at once."""
+"""Stopping on request: the first signal or preemption notice is recorded, a second signal acts at once."""
 
+import contextlib
+import os
 import signal
+import stat
 import threading
 from types import FrameType
 
@@ -9,14 +12,16 @@ from jax.experimental import multihost_utils
 
 from paranet_jax.host.watch import set_c_handler
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE = 'a preemption notice'
 
 _SAME = 1.0  # Seconds in which further signals are the same request: a launcher and a terminal both send one to all.
 
 
 class StopRequest:
-  """A context in which the first SIGINT or SIGTERM sets `received` to the signal's name and does nothing else.
+  """A context in which the first SIGINT, SIGTERM or SIGHUP sets `received` to the signal's name and does nothing else.
+
+  A SIGHUP that is ignored stays so, as under nohup.
 
   Outside the main thread, where Python cannot handle signals, nothing is ever received.
 
@@ -38,7 +43,7 @@ class StopRequest:
         # Python neither sees nor can restore a handler that was installed in C++.
         self._jax_handler = set_c_handler(signal.SIGTERM, None)
       handle = self._pass_on if self._together else self._remember
-      self._previous = {number: signal.signal(number, handle) for number in SIGNALS}
+      self._previous = {number: signal.signal(number, handle) for number in _heeded()}
     return self
 
   def __exit__(self, *unused) -> None:
@@ -59,9 +64,13 @@ class StopRequest:
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     self._restore()
+    if number == signal.SIGHUP:
+      _leave_terminal()
     self.received = signal.Signals(number).name
 
   def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+      _leave_terminal()
     if self._acts is None:
       set_c_handler(signal.SIGTERM, self._jax_handler)
       signal.raise_signal(signal.SIGTERM)
@@ -80,5 +89,19 @@ class StopRequest:
 
 
 def _let_signals_act() -> None:
-  for number in SIGNALS:
+  for number in _heeded():
     set_c_handler(number, None)
+
+
+def _heeded() -> list[signal.Signals]:
+  return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _leave_terminal() -> None:
+  """Discards what would be written to the terminal, where it fails once the terminal is gone."""
+  for descriptor in (1, 2):
+    with contextlib.suppress(OSError):
+      if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, descriptor)
+        os.close(silent)

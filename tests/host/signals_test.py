@@ -22,7 +22,7 @@ def outer():
   received = []
   previous = {
     number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number).name))
-    for number in (signal.SIGINT, signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   }
   yield received
   for number, handler in previous.items():
@@ -33,7 +33,7 @@ def send(number):
   os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_remembered(outer, number):
   with StopRequest() as stop:
     assert stop.received is None
@@ -61,6 +61,28 @@ def test_the_earlier_handlers_are_restored(outer, sent):
   assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
   send(signal.SIGINT)
   assert outer == ['SIGINT']
+
+
+def test_an_ignored_hangup_stays_ignored(outer):
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  with StopRequest() as stop:
+    send(signal.SIGHUP)
+    assert stop.received is None
+
+
+def test_after_a_hangup_a_lost_terminal_can_be_written(outer):
+  terminal, lost = os.openpty()
+  kept = os.dup(1)
+  os.dup2(lost, 1)
+  try:
+    with StopRequest():
+      os.close(terminal)
+      send(signal.SIGHUP)
+      os.write(1, b'stopped')  # EIO if it still were the terminal.
+  finally:
+    os.dup2(kept, 1)
+    os.close(kept)
+    os.close(lost)
 
 
 def test_they_are_restored_after_an_exception(outer):
