@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from typing import TextIO
@@ -56,8 +57,12 @@ class Progress:
     self._line = ''
 
   def _write(self, text: str) -> None:
-    self._stream.write(text)
-    self._stream.flush()
+    try:
+      self._stream.write(text)
+      self._stream.flush()
+    except BrokenPipeError:  # As in `main | head`: later lines are discarded, and the run saves and stops.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+      signal.raise_signal(signal.SIGTERM)
 
   def _fields(self, step: int, losses: dict[int, float], images_per_second: float) -> dict[str, str]:
     fields = {

@@ -2,6 +2,8 @@
 
 import io
 import math
+import os
+import signal
 
 import pytest
 
@@ -126,3 +128,18 @@ def test_without_a_rate_there_is_no_speed_and_no_time_left(images_per_second):
 )
 def test_human_duration(seconds, expected):
   assert human_duration(seconds) == expected
+
+
+def test_a_reader_that_stops_is_a_request_to_stop():
+  received = []
+  previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+  reading, writing = os.pipe()
+  os.close(reading)
+  try:
+    with os.fdopen(writing, 'w') as stream:
+      progress = Progress(10, 5, 1, stream)
+      progress.message('lost')
+      progress.message('discarded')
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+  assert received == [signal.SIGTERM]
