@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -141,9 +140,8 @@ def test_too_few_held_out_images(tmp_path, workdir, held_out, flag, message):
 
 
 def test_a_folder_without_a_run():
-  for folder in ('/no/run', '~nobody-here/run'):
-    message = f'expected a run with a config.json in {Path(folder).absolute()}, found none; set --workdir'
-    assert rejected(f'--workdir={folder}', '--threshold=0.9') == message
+  message = 'expected a run with a config.json in /no/run, found none; set --workdir'
+  assert rejected('--workdir=/no/run', '--threshold=0.9') == message
 
 
 def test_a_run_that_cannot_be_read_or_written(workdir, monkeypatch):

@@ -198,17 +198,20 @@ def test_pillow_warnings_do_not_leak(predict, monkeypatch):
     (['a.png', '--batch-size=-1'], 'argument --batch-size: expected an integer of 1 or more, found -1; see --help'),
     (
       ['a.png', '--output=~nobody-here/x'],
-      '--output must be in an existing folder, and ~nobody-here is none; make it, or set --output',
+      'expected a path, found ~nobody-here/x, whose home folder is unknown; write it in full, or set HOME',
     ),
     (['a.png', '--tops=1'], 'unrecognized arguments: --tops=1; see --help'),
     ([], 'expected image files or folders of images, found none; name them after the flags'),
-    (['a.png', '--output=b.png'], 'b.png already exists; set --output to another file, or --overwrite'),
-    (['a.png', '--output=.', '--overwrite'], '--output must be a file, and . is not one; set --output'),
-    (['a.png', '--output=no/x'], '--output must be in an existing folder, and no is none; make it, or set --output'),
+    (['a.png', '--output=b.png'], '{here}/b.png already exists; set --output to another file, or --overwrite'),
+    (['a.png', '--output=.', '--overwrite'], '--output must be a file, and {here} is not one; set --output'),
+    (
+      ['a.png', '--output=no/x'],
+      '--output must be in an existing folder, and {here}/no is none; make it, or set --output',
+    ),
   ],
 )
 def test_rejected(predict, fake, arguments, message):
-  assert predict(*arguments) == (2, '', f'error: {message}\n')
+  assert predict(*arguments) == (2, '', f'error: {message.format(here=os.getcwd())}\n')
   assert not fake  # Before anything is loaded.
 
 
@@ -272,7 +275,9 @@ def test_an_incomplete_output_file_does_not_appear(predict, monkeypatch, error):
   arguments = ('a.png', 'b.png', '--batch-size=1', '--output=o')
   if error is KeyboardInterrupt:
     code, out, err = predict(*arguments)
-    assert (code, out) == (130, '') and err.startswith('stopped after 1 of 2 files, and o was not written\n')
+    assert (code, out) == (130, '') and err.startswith(
+      f'stopped after 1 of 2 files, and {os.getcwd()}/o was not written\n'
+    )
   else:
     with pytest.raises(error):
       predict(*arguments)
