@@ -1,5 +1,6 @@
 """Checks of a whole configuration, and the values derived from it."""
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -127,6 +128,15 @@ def absolute_paths(config: ConfigDict) -> None:
   for section, field in ((config.data, 'data_dir'), (config, 'init_from')):
     if section[field]:
       section[field] = str(absolute(section[field]))
+
+
+def with_data_dir(config: ConfigDict, data_dir: Path | None) -> ConfigDict:
+  """The same configuration for a data set that is in this folder; None: where the configuration says."""
+  if data_dir is None:
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.data_dir = str(data_dir)
+  return config
 
 
 def _check_training(config: ConfigDict) -> None:

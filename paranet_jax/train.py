@@ -50,9 +50,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   processes = Coordinator()
   devices = devices_lib.pick_devices(config.train.devices)
   check_devices(config, len(devices))
-  processes.once(
-    check_saved, workdir, config, accepted.config, accepted.place
-  )  # Before the data, which follow from it.
+  # Before the data is read, which follows from the configuration.
+  processes.once(check_saved, workdir, config, accepted.config, accepted.place)
   learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
   task = agreed_task(config, processes, learned)
   processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)

@@ -11,6 +11,7 @@ import numpy as np
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import exit_rows, fit_temperature, rank, summarize
+from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import (
   CheckpointId,
@@ -152,8 +153,7 @@ def _restore(request: Request) -> Subject:
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir'
     )
-  if request.data_dir:
-    config.data.data_dir = str(request.data_dir)
+  config = with_data_dir(config, request.data_dir)
   task, step, variables = read_task(
     config, request.workdir, request.step, jax.local_devices()[:1], request.accept_data_changes
   )

@@ -22,7 +22,7 @@ from absl import logging
 from jaxtyping import Bool, Float64, Int, UInt8
 
 from paranet_jax.data.dataset import Images, Labels, Source, Split, StoredImages
-from paranet_jax.data.identity import Identities, Limits, choose_limits, drawn, read_identified
+from paranet_jax.data.identity import Identities, choose_limits, drawn, read_identified
 from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.files import replacing
 
@@ -127,18 +127,11 @@ def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
   return cache_folder() / re.sub(r'[^\w.-]+', '_', name)
 
 
-def new_test_limits(source: Source, listing: Listing) -> Limits | None:
-  """The limits by which a new run draws its test split from the records; None: it has records of its own."""
-  if source.test_count is None:
-    return None
-  return choose_limits(listing.labels, listing.identities, source.test_count, 'test', source.test_share)
-
-
 def trained_indices(source: Source, listing: Listing) -> Int[np.ndarray, ' n']:
   """Which readable images of 'train' a new run does not test on."""
-  limits = new_test_limits(source, listing)
-  if limits is None:
+  if source.test_count is None:  # The test split has records of its own.
     return np.arange(listing.readable.sum())
+  limits = choose_limits(listing.labels, listing.identities, source.test_count, 'test', source.test_share)
   return np.flatnonzero(~drawn(limits, listing.labels, listing.identities, 'test')[listing.readable])
 
 

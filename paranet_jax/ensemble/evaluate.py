@@ -79,9 +79,7 @@ def evaluate_ensemble(
     UserError: the data set cannot be read.
   """
   model, variables, runs = ensemble
-  config = runs[0].config.copy_and_resolve_references()
-  if data_dir:
-    config.data.data_dir = str(data_dir)
+  config = config_lib.with_data_dir(runs[0].config, data_dir)
   learned = [
     restore_learned(run.workdir, config.model.channels, accept_data_changes) for run in runs if run.workdir is not None
   ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from paranet_jax.config import with_data_dir
 from paranet_jax.experiments.protocols import Protocol, run_command, run_config
 from paranet_jax.experiments.published import FIGURE_NETWORK, TABLES
 from paranet_jax.host.arguments import absolute
@@ -64,10 +65,10 @@ def networks(experiment: str) -> tuple[str, ...]:
 
 
 def _plan(name: str, seed: int, protocol: Protocol, workdir: Path, data_dir: Path | None) -> PlannedRun:
-  folder, config = workdir / RUNS / f'{name}-s{seed}', run_config(protocol, name, seed)
+  folder = workdir / RUNS / f'{name}-s{seed}'
+  config = with_data_dir(run_config(protocol, name, seed), data_dir)
   command = run_command(protocol, name, seed, folder)
   if data_dir:
-    config.data.data_dir = str(data_dir)
     command += f' {shlex.quote(f"--data_dir={data_dir}")}'
   return PlannedRun(name, seed, config, absolute(folder), command, moved=data_dir is not None)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from paranet_jax.config import with_data_dir
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.load import load_dataset
 from paranet_jax.early.exit_plan import ExitPlan, read_plan
@@ -170,9 +171,7 @@ def held_out_images(
   Raises:
     UserError: the data set cannot be read.
   """
-  config = run.config.copy_and_resolve_references()
-  if data_dir:
-    config.data.data_dir = str(data_dir)
+  config = with_data_dir(run.config, data_dir)
   fields = config.model
   dataset = load_dataset(
     config.data,

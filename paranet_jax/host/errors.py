@@ -62,6 +62,13 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -
     return 130
 
 
+def discard_output(descriptor: int) -> None:
+  """Discards what is written to a standard stream from now on, such as after its reader stopped."""
+  silent = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(silent, descriptor)
+  os.close(silent)
+
+
 def _platform_starts() -> bool:
   if 'jax' in sys.modules:
     try:

@@ -10,6 +10,7 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from paranet_jax.host.errors import discard_output
 from paranet_jax.host.watch import set_c_handler
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -102,6 +103,4 @@ def _leave_terminal() -> None:
   for descriptor in (1, 2):
     with contextlib.suppress(OSError):
       if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, descriptor)
-        os.close(silent)
+        discard_output(descriptor)

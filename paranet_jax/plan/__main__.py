@@ -37,7 +37,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   # jax takes a second to import; flags are checked first.
-  from paranet_jax.config import validate
+  from paranet_jax.config import validate, with_data_dir
   from paranet_jax.host.processes import refuse_several
   from paranet_jax.plan.plan import build_plan
   from paranet_jax.plan.plan_text import as_json, as_text
@@ -46,8 +46,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   refuse_several('plan')
   config = load_config(arguments.config)
   override(config, overrides)
-  if arguments.data_dir:
-    config.data.data_dir = str(arguments.data_dir)
+  config = with_data_dir(config, arguments.data_dir)
   validate(config)
   if config.seeds > 1:
     raise UserError(f'a plan covers one run, found {config.seeds} seeds; leave out --config.seeds')

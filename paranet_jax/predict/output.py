@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, discard_output
 from paranet_jax.host.files import replacing
 from paranet_jax.portable.run import printable
 from paranet_jax.report.tables import human_count
@@ -136,7 +136,7 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
       yield stream
   except OSError as error:
     if path is None:  # Otherwise Python tries to write the rest again at exit.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      discard_output(sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
       raise
     where = path or 'standard output'

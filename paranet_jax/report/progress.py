@@ -8,6 +8,8 @@ import sys
 import time
 from typing import TextIO
 
+from paranet_jax.host.errors import discard_output
+
 
 class Progress:
   """Shows epoch, step, loss per exit, images/s and the time left.
@@ -61,7 +63,7 @@ class Progress:
       self._stream.write(text)
       self._stream.flush()
     except BrokenPipeError:  # As in `main | head`: later lines are discarded, and the run saves and stops.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+      discard_output(self._stream.fileno())
       signal.raise_signal(signal.SIGTERM)
 
   def _fields(self, step: int, losses: dict[int, float], images_per_second: float) -> dict[str, str]:

@@ -15,6 +15,7 @@ from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source, max_drawable
 from paranet_jax.data.identity import Identities, identities
 from paranet_jax.data.sources.corrupt import decode_or_skip
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, left_out_line, printable
 
@@ -49,7 +50,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     raise UserError(f"expected 'refuse' or 'skip', found {on_corrupt!r}: set --config.data.on_corrupt=skip")
   if not data_config.data_dir:
     raise UserError('expected a folder of images, found none given: name it with --config.data.data_dir=...')
-  root = Path(data_config.data_dir).expanduser()
+  root = absolute(data_config.data_dir)
   if not root.is_dir():
     raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
   rest, test_count = _Rest(), None
