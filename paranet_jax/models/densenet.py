@@ -34,6 +34,7 @@ class DenseNet(Chain):
     growth_rate: k.
     compression: theta, the share of the channels that a transition keeps, rounded down; 0.5 in DenseNet-BC.
     bn_size: bottleneck width in multiples of k; None: no bottleneck, layers are BN-ReLU-Conv3x3(k).
+    stem_channels: of the first convolution; None: 2k with bottlenecks, 16 without, as in the paper.
     exits: 'last', 'blocks' (after each block), or the layers of every block that an exit follows in addition to the
       last exit, such as (6, 12) for the DenseNet-MC of Huang et al. (2018).
     dropout: rate after each convolution but the first in training (paper, section 4.2), which needs a `dropout` key.
@@ -55,6 +56,7 @@ class DenseNet(Chain):
   exits: str | tuple[int, ...] = 'last'
   dropout: float = 0.0
   scan_layers: int | None = None
+  stem_channels: int | None = None
 
   initial_variables = staticmethod(initial_variables)
 
@@ -89,7 +91,7 @@ class DenseNet(Chain):
     while start < end:
       block, first = divmod(start, size)
       if start == 0:
-        channels = 16 if self.bn_size is None else 2 * self.growth_rate
+        channels = self.stem_channels or (16 if self.bn_size is None else 2 * self.growth_rate)
         x = as_features(Conv(channels, name='stem')(x), train, self.axis_name)
       elif first == 0:
         x = Transition(self.axis_name, self.compression, self.dropout, name=f'transition_{block}')(x, train)

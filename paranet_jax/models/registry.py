@@ -88,6 +88,8 @@ _DENSENET: Fields = {
   # L, layers with weights: 6 n + 4 for n dense layers per block, 3 n + 4 without bottlenecks.
   'depth': Field(100, at_least(1)),
   'growth_rate': _PARANET['growth_rate'],  # k, channels that a dense layer adds.
+  # Channels of the first convolution; None: 2 growth_rate, or without bottlenecks 16 (2 growth_rate is common too).
+  'stem_channels': derived(int, at_least(1)),
   'compression': Field(0.5, FRACTION),  # theta, share of the channels that a transition keeps: above 0, at most 1.
   'bottleneck': Field(True),  # Dense layers begin with a 1x1 convolution, the B of DenseNet-BC.
   'bn_size': _PARANET['bn_size'],  # Width of that convolution, in multiples of growth_rate.
@@ -103,6 +105,8 @@ _RESNET: Fields = {
   'depth': Field(110, at_least(1)),
   # 'basic', 'preactivation' or 'bottleneck' (also pre-activation).
   'block': Field('basic', one_of('basic', 'preactivation', 'bottleneck')),
+  # Where a shortcut without parameters has the zeros for new channels: 'behind' the others, or half on 'both_sides'.
+  'shortcut_padding': Field('behind', one_of('behind', 'both_sides')),
   # 'last', 'stages' (after each), or the blocks of every stage after which there is an exit, in addition to the last
   # one ('4,8').
   'exits': Field('last'),
@@ -151,7 +155,7 @@ _BUILT_IN = (
   ),
   Family(
     *('resnet', 'configs/resnet_110.py', 'paranet_jax.models.resnet:from_fields', _RESNET),
-    fix='depth, .block, .exits or .image_side',
+    fix='depth, .block, .shortcut_padding, .exits or .image_side',
   ),
   Family(
     *('msdnet', 'configs/msdnet_anytime.py', 'paranet_jax.models.msdnet:from_fields', _MSDNET),

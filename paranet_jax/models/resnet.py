@@ -25,6 +25,13 @@ class _Block(nn.Module):
   stride: int
   first: bool  # Of its stage.
   axis_name: str | None = None
+  shortcut_padding: str = 'behind'
+
+  def subsample(self, x: Array) -> Array:
+    """Option A: every `stride`-th pixel, with zeros for the new channels, which has no parameters."""
+    new = self.width - x.shape[-1]
+    before = new // 2 if self.shortcut_padding == 'both_sides' else 0
+    return jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (before, new - before)))
 
 
 class BasicBlock(_Block):
@@ -35,7 +42,7 @@ class BasicBlock(_Block):
     y = ConvNormRelu(self.width, 3, self.stride, self.axis_name, name='conv1')(x, train)
     y = Conv(self.width, name='conv2')(y)
     y = batch_norm(y, train, self.axis_name, 'norm2')
-    return jax.nn.relu(_subsample(x, self.stride, self.width) + y)
+    return jax.nn.relu(self.subsample(x) + y)
 
 
 class PreActivationBlock(_Block):
@@ -44,7 +51,7 @@ class PreActivationBlock(_Block):
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
     y = batch_norm_relu(x, train, self.axis_name, 'norm1')
-    shortcut = _subsample(y if self.first else x, self.stride, self.width)
+    shortcut = self.subsample(y if self.first else x)
     y = Conv(self.width, stride=self.stride, name='conv1')(y)
     y = batch_norm_relu(y, train, self.axis_name, 'norm2')
     return shortcut + Conv(self.width, name='conv2')(y)
@@ -70,6 +77,9 @@ class BottleneckBlock(_Block):
 BLOCKS = {'basic': (BasicBlock, 2), 'preactivation': (PreActivationBlock, 2), 'bottleneck': (BottleneckBlock, 3)}
 """The kinds of block and the number of layers in each."""
 
+PADDINGS = ('behind', 'both_sides')
+"""Where a parameter-free shortcut has the zeros that stand for new channels."""
+
 
 class ResNet(Chain):
   """A convolution, three stages of n residual blocks with 16, 32 and 64 channels, and exits.
@@ -80,6 +90,8 @@ class ResNet(Chain):
       1001 layers).
     exits: 'last', 'stages' (after each stage), or the blocks of every stage that an exit follows in addition to the
       last exit, such as (4, 8) at depth 62 for the ResNet-MC of Huang et al. (2018).
+    shortcut_padding: 'behind': the zeros of a parameter-free shortcut follow its channels; 'both_sides': half precede
+      them, as in the networks for CIFAR that are widely used with PyTorch.
 
   Raises:
     ValueError: the shapes do not fit together; the message is one line.
@@ -93,6 +105,7 @@ class ResNet(Chain):
   depth: int = 110
   block: str = 'basic'
   exits: str | tuple[int, ...] = 'last'
+  shortcut_padding: str = 'behind'
 
   initial_variables = staticmethod(initial_variables)
 
@@ -102,6 +115,13 @@ class ResNet(Chain):
     convolutions = len(WIDTHS) * BLOCKS[self.block][1]
     if self.depth <= 2 or (self.depth - 2) % convolutions:
       raise ValueError(f'depth must be {convolutions} n + 2 for n {self.block} blocks a stage, found {self.depth}')
+    if self.shortcut_padding not in PADDINGS:
+      raise ValueError(f'shortcut_padding must be one of {", ".join(PADDINGS)}, found {self.shortcut_padding!r}')
+    if self.block == 'bottleneck' and self.shortcut_padding != 'behind':
+      raise ValueError(
+        f"shortcut_padding must be 'behind' for bottleneck blocks, whose shortcuts are projections, "
+        f'found {self.shortcut_padding!r}'
+      )
     check_halvings(self.image_side, len(WIDTHS) - 1)
     exit_positions(self.exits, 'stages', len(WIDTHS), self.blocks_per_stage)
     super().__post_init__()
@@ -128,7 +148,7 @@ class ResNet(Chain):
       stage, place = divmod(index, self.blocks_per_stage)
       first, name = place == 0, f'stage_{stage + 1}_block_{place + 1}'
       stride = 2 if first and stage else 1
-      x = block_class(WIDTHS[stage], stride, first, self.axis_name, name=name)(x, train)
+      x = block_class(WIDTHS[stage], stride, first, self.axis_name, self.shortcut_padding, name=name)(x, train)
     return x
 
   def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
@@ -143,8 +163,3 @@ def from_fields(name: str, fields: dict[str, Any]) -> ResNet:
   """Builds the network from a run's configuration fields."""
   fields['exits'] = parse_exits(fields['exits'])
   return ResNet(**fields)
-
-
-def _subsample(x, stride, channels):
-  """Every `stride`-th pixel, with zeros for the new channels."""
-  return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])))

@@ -14,7 +14,7 @@ from paranet_jax.models.densenet import DenseNet
 SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE, 'growth_rate': 3}
 CASES = {
   'BC with exits within the blocks': DenseNet(depth=16, bn_size=2, exits=(1,), **SMALL),
-  'no bottleneck': DenseNet(depth=10, bn_size=None, compression=1.0, exits='blocks', **SMALL),
+  'no bottleneck': DenseNet(depth=10, bn_size=None, stem_channels=6, compression=1.0, exits='blocks', **SMALL),
 }
 
 
@@ -56,10 +56,10 @@ def test_logits_statistics_and_gradients_match_the_plain_network(case):
   chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def paper_counts(depth, growth, bottleneck, compression, classes):
+def paper_counts(depth, growth, bottleneck, compression, classes, stem=None):
   """Parameters and multiply-adds from Table 1 of the paper, layer by layer, for 32 x 32 x 3 images."""
   layers = (depth - 4) // (6 if bottleneck else 3)
-  channels = 2 * growth if bottleneck else 16
+  channels = stem or (2 * growth if bottleneck else 16)
   side, params, macs = 32, 0, 0
 
   def convolution(size, inputs, outputs, side):
@@ -92,13 +92,14 @@ def test_densenet_bc_100_12_has_the_parameters_of_the_literature():
 
 
 @pytest.mark.parametrize(
-  'depth, growth, bottleneck, compression', [(22, 5, True, 0.7), (40, 12, True, 0.5), (19, 12, False, 1.0)]
+  'depth, growth, bottleneck, compression, stem',
+  [(22, 5, True, 0.7, None), (40, 12, True, 0.5, None), (19, 12, False, 1.0, None), (19, 12, False, 1.0, 24)],
 )
-def test_counts(depth, growth, bottleneck, compression):
+def test_counts(depth, growth, bottleneck, compression, stem):
   bn_size = 4 if bottleneck else None
-  model = DenseNet(10, depth=depth, growth_rate=growth, compression=compression, bn_size=bn_size)
-  (cost,) = exit_costs(model, (32, 32, 3))
-  assert (cost['params'], cost['macs']) == paper_counts(depth, growth, bottleneck, compression, 10)
+  fields = {'growth_rate': growth, 'compression': compression, 'bn_size': bn_size, 'stem_channels': stem}
+  (cost,) = exit_costs(DenseNet(10, depth=depth, **fields), (32, 32, 3))
+  assert (cost['params'], cost['macs']) == paper_counts(depth, growth, bottleneck, compression, 10, stem)
 
 
 # In millions, from Table 2 of the paper.

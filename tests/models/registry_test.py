@@ -35,6 +35,7 @@ FIELDS = {
   'densenet': {
     'depth': (16, {}),
     'growth_rate': (3, {}),
+    'stem_channels': (24, {'bottleneck': False}),
     'compression': (0.7, {}),
     'bottleneck': (False, {}),
     'bn_size': (3, {}),
@@ -42,7 +43,12 @@ FIELDS = {
     'dropout': (0.1, {}),
     'scan_layers': (1, {'depth': 16}),
   },
-  'resnet': {'depth': (14, {}), 'block': ('preactivation', {}), 'exits': ('stages', {})},
+  'resnet': {
+    'depth': (14, {}),
+    'block': ('preactivation', {}),
+    'shortcut_padding': ('both_sides', {}),
+    'exits': ('stages', {}),
+  },
   'msdnet': {
     'num_blocks': (3, {}),
     'base': (2, {}),
@@ -158,7 +164,17 @@ def test_the_family_cannot_be_changed_by_a_flag(found):
       'resnet_110',
       'model.depth=111',
       'depth must be 6 n + 2 for n basic blocks a stage, found 111; '
-      'set --config.model.depth, .block, .exits or .image_side',
+      'set --config.model.depth, .block, .shortcut_padding, .exits or .image_side',
+    ),
+    (
+      'resnet_110',
+      'model.shortcut_padding=left',
+      'model.shortcut_padding must be one of behind, both_sides, found left; set --config.model.shortcut_padding',
+    ),
+    (
+      'densenet_mc',
+      'model.stem_channels=0',
+      'model.stem_channels must be 1 or more, found 0; set --config.model.stem_channels',
     ),
     (
       'densenet_mc',

@@ -3,33 +3,35 @@
 import chex
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import plain
 import pytest
 import tiny
 
 from paranet_jax.costs import exit_costs, parameter_sizes
-from paranet_jax.models.resnet import ResNet
+from paranet_jax.models.resnet import BasicBlock, ResNet
 
 SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE}
 CASES = {
-  'basic': ResNet(depth=14, exits=(1,), **SMALL),
+  'basic': ResNet(depth=14, exits=(1,), shortcut_padding='both_sides', **SMALL),
   'preactivation': ResNet(depth=14, block='preactivation', exits='stages', **SMALL),
   'bottleneck': ResNet(depth=20, block='bottleneck', **SMALL),
 }
 
 
-def option_a(x, stride, channels):
+def option_a(x, stride, channels, padding='behind'):
   """Every `stride`-th pixel, with zeros for the new channels, pixel by pixel."""
   batch, side, _, old = x.shape
   rows = [[x[:, row, column] for column in range(0, side, stride)] for row in range(0, side, stride)]
-  zeros = jnp.zeros((batch, channels - old))
-  return jnp.stack([jnp.stack([jnp.hstack([pixel, zeros]) for pixel in row], 1) for row in rows], 1)
+  zeros = jnp.zeros((batch, (channels - old) // (2 if padding == 'both_sides' else 1)))
+  before = [zeros] if padding == 'both_sides' else []
+  return jnp.stack([jnp.stack([jnp.hstack([*before, pixel, zeros]) for pixel in row], 1) for row in rows], 1)
 
 
 def basic(net, x, name, width, stride, first):
   y = net.norm_relu(net.conv(x, name, 'conv1', 'conv', stride=stride), name, 'conv1', 'norm')
   y = net.norm(net.conv(y, name, 'conv2'), name, 'norm2')
-  return nn.relu(y + (option_a(x, stride, width) if first else x))
+  return nn.relu(y + (option_a(x, stride, width, 'both_sides') if first else x))
 
 
 def preactivation(net, x, name, width, stride, first):
@@ -75,6 +77,20 @@ def reference(model):
 def test_logits_statistics_and_gradients_match_the_plain_network(case):
   found, wanted = plain.outcomes(CASES[case], reference(CASES[case]))
   chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+# Two channels become six; each list is a pixel of a 4 x 4 image that a stride of 2 keeps, row by row.
+@pytest.mark.parametrize(
+  'padding, expected',
+  [
+    ('behind', [[0, 1, 0, 0, 0, 0], [4, 5, 0, 0, 0, 0], [16, 17, 0, 0, 0, 0], [20, 21, 0, 0, 0, 0]]),
+    ('both_sides', [[0, 0, 0, 1, 0, 0], [0, 0, 4, 5, 0, 0], [0, 0, 16, 17, 0, 0], [0, 0, 20, 21, 0, 0]]),
+  ],
+)
+def test_a_shortcut_without_parameters(padding, expected):
+  images = np.arange(32).reshape(1, 4, 4, 2)
+  shortcut = BasicBlock(6, stride=2, first=True, shortcut_padding=padding).subsample(images)
+  np.testing.assert_array_equal(shortcut.reshape(4, 6), expected)
 
 
 def test_resnet_110_has_the_parameters_of_the_paper():
@@ -158,6 +174,11 @@ def test_paper_counts_match_the_published_numbers(depth, block, published):
     ({'depth': 2}, 'depth must be 6 n + 2 for n basic blocks a stage, found 2'),
     ({'depth': 111, 'block': 'bottleneck'}, 'depth must be 9 n + 2 for n bottleneck blocks a stage, found 111'),
     ({'block': 'wide'}, "block must be one of basic, preactivation, bottleneck, found 'wide'"),
+    ({'shortcut_padding': 'left'}, "shortcut_padding must be one of behind, both_sides, found 'left'"),
+    (
+      {'depth': 11, 'block': 'bottleneck', 'shortcut_padding': 'both_sides'},
+      "shortcut_padding must be 'behind' for bottleneck blocks, whose shortcuts are projections, found 'both_sides'",
+    ),
     ({'image_side': 0}, 'image_side must be a multiple of 4, to be halved 2 times, found 0'),
     ({'exits': 'blocks'}, "exits must be 'last', 'stages' or ascending numbers from 1 to 18, found 'blocks'"),
   ],
