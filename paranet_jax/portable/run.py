@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import importlib
@@ -531,89 +532,321 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     raise BundleError(f'expected 0 threads or more, found {threads}; set --threads')
   if threads > cores:  # Each takes memory; 100,000 take all of it.
     raise BundleError(f'expected {cores} threads at most, one per core, found {threads}; set --threads')
-  bundle = _json(folder / BUNDLE, dict)
+  bundle = _json(folder / BUNDLE, dict, _content(folder / BUNDLE))
   if bundle.get('schema_version') != SCHEMA_VERSION:
     found = bundle.get('schema_version')
     raise BundleError(
-      f'expected {folder / BUNDLE} of schema_version {SCHEMA_VERSION}, found {found}; use the run.py of that bundle'
+      f'expected {folder / BUNDLE} of schema_version {SCHEMA_VERSION}, found {_shown(found)}; '
+      'use the run.py of that bundle'
     )
-  try:
-    return _assembled(folder, bundle, provider, threads)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    reason = f'lacks {error}' if isinstance(error, KeyError) else error
-    raise BundleError(
-      f'{folder} does not fit schema_version {SCHEMA_VERSION} ({reason}); export the run again'
-    ) from error
-
-
-def _assembled(folder: Path, bundle: Mapping[str, Any], provider: str, threads: int) -> Adaptive:
-  if 'onnx' not in bundle['formats']:
-    raise BundleError(
-      f'expected ONNX stages in {folder}, found {", ".join(bundle["formats"])}; export with --format=onnx'
-    )
-  files = [EXITS, CLASSES, PREPROCESSING, *(stage['file'] for stage in bundle['stages'].values())]
-  _check_files(folder, bundle['checksums'], files)
-  plan, images = _json(folder / EXITS, dict), _json(folder / PREPROCESSING, dict)
-  names = _json(folder / CLASSES, list)
-  if len(names) != bundle['num_classes']:
-    raise BundleError(
-      f'expected {bundle["num_classes"]} class names in {folder / CLASSES}, found {len(names)}; export the run again'
-    )
+  known = _checked_bundle(folder, bundle)
   make = _maker(provider, threads)
-  stages = {name: _as_stage(make(folder / stage['file']), stage) for name, stage in bundle['stages'].items()}
+  stages = {
+    name: _as_stage(make(folder / stage['file']), stage, folder / stage['file'], known['num_classes'])
+    for name, stage in known['stages'].items()
+  }
   return Adaptive(
-    plan,
-    {number: stages[name] for number, name in zip(plan['visited'], bundle['visited_stages'], strict=True)},
-    {number: stages[name] for number, name in zip(plan['exits'], bundle['all_stages'], strict=True)},
-    [int(macs) for macs in bundle['all_macs']],
-    (images['side'], images['side'], images['channels']),
-    images['mean'],
-    images['std'],
-    names,
+    known,
+    {number: stages[name] for number, name in zip(known['visited'], known['visited_stages'], strict=True)},
+    {number: stages[name] for number, name in zip(known['exits'], known['all_stages'], strict=True)},
+    known['all_macs'],
+    (known['side'], known['side'], known['channels']),
+    known['mean'],
+    known['std'],
+    known['class_names'],
   )
 
 
-def _json(path: Path, kind: type) -> Any:
+def _checked_bundle(folder: Path, bundle: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a bundle's files, all of which `_RULES` allow; checks the checksums of those files.
+
+  Raises:
+    BundleError: the first field, file or checksum that is wrong.
+  """
+
+  def sealed(name: str) -> bytes:
+    content, expected = _content(folder / name), known['checksums'].get(name, 'none')
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+      raise BundleError(
+        f'{folder / name} is not what was exported: expected sha256 {expected:.12}, found {found:.12}; {_AGAIN}'
+      )
+    return content
+
+  def check(name: str, fields: Mapping[str, Any], rules: Mapping[str, _Rule], prefix: str = '') -> None:
+    for field, (holds, words) in rules.items():
+      if field not in fields:
+        raise BundleError(f'{folder / name} lacks {prefix}{field}; {_AGAIN}')
+      if not holds(fields[field], known):
+        found = _shown(fields[field])
+        raise BundleError(
+          f'{folder / name}: {prefix}{field} must be {words.format_map(known)}, found {found}; {_AGAIN}'
+        )
+      known[prefix + field] = fields[field]
+
+  known: dict[str, Any] = {}
+  check(BUNDLE, bundle, _RULES['bundle'])
+  if 'onnx' not in known['formats']:
+    formats = ', '.join(known['formats'])
+    raise BundleError(f'expected ONNX stages in {folder}, found {formats}; export with --format=onnx')
+  for name, stage in known['stages'].items():
+    check(BUNDLE, stage, _RULES['stage'], f'stages.{name}.')
+  for name in (EXITS, PREPROCESSING):
+    check(name, _json(folder / name, dict, sealed(name)), _RULES[name])
+  check(CLASSES, {'class_names': _json(folder / CLASSES, list, sealed(CLASSES))}, _RULES[CLASSES])
+  check(BUNDLE, bundle, _RULES['order'])
+  for stage in known['stages'].values():
+    if _has_external_data(sealed(stage['file']), folder / stage['file']):
+      raise BundleError(
+        f'{folder / stage["file"]} keeps weights in another file, which no checksum covers; export the run again'
+      )
+  return known
+
+
+_Rule = tuple[Callable[[Any, Mapping[str, Any]], bool], str]
+"""Whether a value is valid, given the fields before it, and what it must be."""
+
+
+def _is_number(value: Any, least: float = 0, most: float = sys.float_info.max) -> bool:
+  return type(value) in (int, float) and least <= value <= most  # False for NaN.
+
+
+def _is_count(value: Any, least: int = 0, most: int = 2**63 - 1) -> bool:
+  return type(value) is int and least <= value <= most
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str)
+
+
+def _is_object(value: Any) -> bool:
+  return isinstance(value, dict)
+
+
+def _is_tensor(value: Any) -> bool:
+  return isinstance(value, dict) and isinstance(value.get('name'), str)
+
+
+def _is_file(value: Any) -> bool:
+  return isinstance(value, str) and value.endswith('.onnx') and value.isprintable() and not set(value) & set('/\\:')
+
+
+def _rises(values: Sequence[float]) -> bool:
+  return all(low <= high for low, high in zip(values, values[1:], strict=False))
+
+
+def _each(holds: Callable[[Any], bool], counted: str = '') -> Callable[[Any, Mapping[str, Any]], bool]:
+  """A rule for lists. counted: the field with the number of values, or with as many; '': any number."""
+
+  def rule(values: Any, known: Mapping[str, Any]) -> bool:
+    count = known.get(counted)
+    right = count is None or isinstance(values, list) and len(values) == (count if type(count) is int else len(count))
+    return right and isinstance(values, list) and all(map(holds, values))
+
+  return rule
+
+
+def _all_of(holds: Callable[[Any], bool]) -> Callable[[Any, Mapping[str, Any]], bool]:
+  """A rule for objects that are not empty."""
+  return lambda value, known: isinstance(value, dict) and bool(value) and all(map(holds, value.values()))
+
+
+def _are_exits(values: Any, known: Mapping[str, Any]) -> bool:
+  return _each(lambda value: _is_count(value, 1))(values, known) and bool(values) and values == sorted(set(values))
+
+
+def _are_visited(values: Any, known: Mapping[str, Any]) -> bool:
+  return _are_exits(values, known) and set(values) <= set(known['exits']) and values[-1] == known['exits'][-1]
+
+
+def _are_thresholds(values: Any, known: Mapping[str, Any]) -> bool:
+  if not _each(lambda value: value is None or _is_number(value), 'exits')(values, known) or values[-1] != 0:
+    return False
+  return {number for number, at in zip(known['exits'], values, strict=True) if at is not None} <= set(known['visited'])
+
+
+def _are_macs(values: Any, known: Mapping[str, Any]) -> bool:
+  if not _each(lambda value: value is None or _is_number(value, most=2**63), 'exits')(values, known):
+    return False
+  costs = {number: cost for number, cost in zip(known['exits'], values, strict=True) if cost is not None}
+  return list(costs) == known['visited'] and _rises(list(costs.values()))
+
+
+def _are_in_turn(counted: str) -> Callable[[Any, Mapping[str, Any]], bool]:
+  """A rule for the names of stages: each takes features that those before it gave and kept."""
+
+  def rule(names: Any, known: Mapping[str, Any]) -> bool:
+    if not _each(lambda name: isinstance(name, str) and name in known['stages'], counted)(names, known):
+      return False
+    carried = {'images'}
+    for stage in (known['stages'][name] for name in names):
+      takes, gives = ({tensor['name'] for tensor in stage[side]} for side in ('takes', 'gives'))
+      if not takes <= carried:
+        return False
+      carried = carried & set(stage['keeps']) | gives
+    return True
+
+  return rule
+
+
+_LARGEST_SIDE = 13_377  # Squared, it is within MAX_PIXELS.
+_IN_TURN = 'names of stages, one for each exit that is run, each of which takes what those before it give'
+_RULES: dict[str, dict[str, _Rule]] = {
+  'bundle': {
+    'formats': (_each(_is_text), 'a list of names'),
+    'num_classes': (lambda value, known: _is_count(value, 1), 'an integer above 0'),
+    'checksums': (_all_of(_is_text), 'an object of texts'),
+    'stages': (_all_of(_is_object), 'an object of objects'),
+  },
+  'stage': {
+    'file': (lambda value, known: _is_file(value), 'the name of an .onnx file in the folder'),
+    'takes': (_each(_is_tensor), 'a list of objects with a name'),
+    'gives': (_each(_is_tensor), 'a list of objects with a name'),
+    'keeps': (_each(_is_text), 'a list of names'),
+  },
+  EXITS: {
+    'exits': (_are_exits, 'increasing exit numbers'),
+    'visited': (_are_visited, 'increasing numbers of exits, the last included'),
+    'score': (lambda value, known: value in SCORES, f'one of {", ".join(SCORES)}'),
+    'temperatures': (_each(lambda value: _is_number(value, 1e-9, 1e9), 'exits'), 'a number above 0 for each exit'),
+    'confidence_thresholds': (
+      _are_thresholds,
+      'a number of 0 or more, or null, for each exit, null where it is not visited, the last 0',
+    ),
+    'macs': (_are_macs, 'a number of 0 or more for each visited exit, none less than the one before, null for others'),
+  },
+  PREPROCESSING: {
+    'side': (lambda value, known: _is_count(value, 1, _LARGEST_SIDE), f'an integer from 1 to {_LARGEST_SIDE:,}'),
+    'channels': (lambda value, known: type(value) is int and value in (1, 3), '1 or 3'),
+    'mean': (_each(lambda value: _is_number(value, 0, 1), 'channels'), 'a number from 0 to 1 for each channel'),
+    'std': (_each(lambda value: _is_number(value, 1e-9, 1), 'channels'), 'a number above 0, 1 at most, per channel'),
+  },
+  CLASSES: {'class_names': (_each(_is_text, 'num_classes'), 'a list of {num_classes} names')},
+  'order': {
+    'visited_stages': (_are_in_turn('visited'), _IN_TURN),
+    'all_stages': (_are_in_turn('exits'), _IN_TURN),
+    'all_macs': (
+      lambda values, known: _each(_is_count, 'exits')(values, known) and _rises(values),
+      'an integer of 0 or more for each exit, none less than the one before',
+    ),
+  },
+}
+"""What each field must be, in the order of checking. `bundle`, `stage` and `order` are fields of bundle.json."""
+
+_AGAIN = 'copy or export the bundle again'
+_LARGEST_FILE = 2**31  # Of what Protobuf, and so ONNX, can hold.
+
+
+def _shown(value: Any) -> str:
+  try:
+    text = json.dumps(value)
+  except RecursionError:
+    return 'deeply nested values'
+  return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _open(path: str | Path) -> BinaryIO:
+  """Opens a file. Raises OSError also for pipes, which would wait for a writer, and devices, which do not end."""
+  mode = os.stat(path).st_mode
+  if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    raise OSError(errno.EINVAL, 'not a regular file')
+  return open(path, 'rb')
+
+
+def _content(path: Path) -> bytes:
+  try:
+    with _open(path) as file:
+      if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+      return file.read()
+  except FileNotFoundError as error:
+    if path.name == BUNDLE:
+      raise BundleError(f'expected a bundle with a {path.name} in {path.parent}, found none; set --bundle') from error
+    raise BundleError(f'expected {path}, found none; {_AGAIN}') from error
+  except OSError as error:
+    raise BundleError(f'{path} cannot be read ({error.strerror}); {_AGAIN}') from error
+
+
+def _json(path: Path, kind: type, content: bytes) -> Any:
   what = {dict: 'object', list: 'list'}[kind]
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise BundleError(f'expected a bundle with a {path.name} in {path.parent}, found none; set --bundle') from error
-  except OSError as error:
-    raise BundleError(f'{path} cannot be read ({error.strerror}); copy or export the bundle again') from error
+    value = json.loads(content.decode())
   except (ValueError, RecursionError) as error:
-    raise BundleError(f'{path} is not a JSON {what} ({error}); copy or export the bundle again') from error
+    raise BundleError(f'{path} is not a JSON {what} ({error}); {_AGAIN}') from error
   if not isinstance(value, kind):
-    raise BundleError(f'{path} is not a JSON {what} (it holds {value!r:.40}); copy or export the bundle again')
+    raise BundleError(f'{path} is not a JSON {what} (it holds {_shown(value)}); {_AGAIN}')
   return value
 
 
-def _check_files(folder: Path, checksums: Mapping[str, str], files: Sequence[str]) -> None:
-  for path in (folder / name for name in files):
-    expected = checksums.get(path.name, 'none')
-    try:
-      found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError as error:
-      raise BundleError(f'expected {path}, found none; copy or export the bundle again') from error
-    except OSError as error:
-      raise BundleError(f'{path} cannot be read ({error.strerror}); copy or export the bundle again') from error
-    if found != expected:
-      raise BundleError(
-        f'{path} is not what was exported: expected sha256 {expected:.12}, found {found:.12}; '
-        'copy or export the bundle again'
-      )
+# Fields of ONNX's messages that lead to tensors, by number: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+_TENSORS_IN = {
+  'model': {7: 'graph', 20: 'training', 25: 'function'},
+  'training': {1: 'graph', 2: 'graph'},
+  'function': {7: 'node', 11: 'attribute'},
+  'graph': {1: 'node', 5: 'tensor', 15: 'sparse'},
+  'node': {5: 'attribute'},
+  'attribute': {5: 'tensor', 6: 'graph', 10: 'tensor', 11: 'graph', 22: 'sparse', 23: 'sparse'},
+  'sparse': {1: 'tensor', 2: 'tensor'},
+}
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14
+
+
+def _has_external_data(model: bytes, path: Path) -> bool:
+  """Whether a tensor of an ONNX model is in another file, which the runtimes would read from anywhere below."""
+  pending = [('model', memoryview(model))]
+  try:
+    while pending:
+      kind, message = pending.pop()
+      for field, value in _protobuf_fields(message):
+        if kind == 'tensor':
+          if field == _EXTERNAL_DATA or field == _DATA_LOCATION and value:
+            return True
+        elif isinstance(value, memoryview) and field in _TENSORS_IN[kind]:
+          pending.append((_TENSORS_IN[kind][field], value))
+  except (IndexError, ValueError) as error:
+    raise BundleError(f'{path} is not an ONNX model; {_AGAIN}') from error
+  return False
+
+
+def _protobuf_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+  """The fields of a Protobuf message: (number, integer or bytes)."""
+  place = 0
+
+  def varint() -> int:
+    nonlocal place
+    value = shift = 0
+    while True:
+      byte = message[place]
+      value, place, shift = value | (byte & 127) << shift, place + 1, shift + 7
+      if byte < 128:
+        return value
+      if shift > 63:
+        raise ValueError('a number of more than 64 bits')
+
+  while place < len(message):
+    key = varint()
+    if key & 7 == 0:
+      yield key >> 3, varint()
+      continue
+    size = {1: 8, 5: 4}.get(key & 7) or varint()
+    if key & 7 not in (1, 2, 5) or place + size > len(message):
+      raise ValueError('truncated, or no wire type that ONNX uses')
+    yield key >> 3, message[place : place + size]
+    place += size
 
 
 Session = Callable[[Sequence[str], Mapping[str, np.ndarray]], Sequence[Any]]
 """From the names of outputs, and inputs by name, to those outputs."""
 
 
-def _as_stage(session: Session, spec: Mapping[str, Any]) -> Stage:
+def _as_stage(session: Session, spec: Mapping[str, Any], path: Path, num_classes: int) -> Stage:
   takes, gives = [entry['name'] for entry in spec['takes']], [entry['name'] for entry in spec['gives']]
   keeps = set(spec['keeps'])
 
   def stage(carried: Carried) -> tuple[Carried, np.ndarray]:
     logits, *made = session(['logits', *gives], {name: carried[name] for name in takes})
+    if logits.shape[1:] != (num_classes,) or not np.isfinite(logits).all():
+      raise BundleError(f'expected {num_classes} finite logits per image from {path}, found others; {_AGAIN}')
     kept = {name: values for name, values in carried.items() if name in keeps}
     return kept | dict(zip(gives, made, strict=True)), logits
 
@@ -631,13 +864,22 @@ def _maker(provider: str, threads: int) -> Callable[[Path], Session]:
   open_session = _openvino if provider == 'openvino' else _onnxruntime
 
   def make(path: Path) -> Session:
-    try:
-      return open_session(threads, path)
-    except Exception as error:  # Both raise their own exceptions.
+    def unfit(verb: str, error: Exception) -> BundleError:  # Both raise their own exceptions.
       reason = ' '.join(str(error).split())[:300] or type(error).__name__
-      raise BundleError(
-        f'{module} cannot load {path} ({reason}); export the run again, or pip install -U {module}'
-      ) from error
+      return BundleError(f'{module} cannot {verb} {path} ({reason}); export the run again, or pip install -U {module}')
+
+    try:
+      run = open_session(threads, path)
+    except Exception as error:
+      raise unfit('load', error) from error
+
+    def session(outputs: Sequence[str], inputs: Mapping[str, np.ndarray]) -> Sequence[Any]:
+      try:
+        return run(outputs, inputs)
+      except Exception as error:
+        raise unfit('run', error) from error
+
+    return session
 
   return make
 
@@ -870,10 +1112,7 @@ def damage(error: Exception) -> str:
 def read_image(file: str, side: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
   """An image file decoded by `decode_image`, or the reason why it cannot be read."""
   try:
-    mode = os.stat(file).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Opening a pipe would wait for its writer.
-      return 'not a regular file'
-    with open(file, 'rb') as stream:
+    with _open(file) as stream:
       return decode_image(stream, side, channels, max_pixels)
   except FileNotFoundError as error:
     return _DANGLING if os.path.islink(file) else damage(error)
@@ -1068,7 +1307,8 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, ma
   except ImportError as error:
     raise BundleError('expected Pillow to read image files, found none; pip install pillow') from error
   width = min(60, max(map(len, ('file', *map(printable, files)))))
-  label_width = min(24, max(map(len, ('label', *bundle.class_names))))
+  names = [printable(name) for name in bundle.class_names]
+  label_width = min(24, max(map(len, ('label', *names))))
   layout = f'{{:{width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}'
   _say(layout.format('file', 'label', 'probability', 'exit'))
   exiting, unreadable = dict.fromkeys(bundle.exits, 0), 0
@@ -1084,7 +1324,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, ma
         continue
       answer = next(answers)
       probability = f'{answer.probabilities[answer.label]:.3f}'
-      _say(layout.format(printable(file), bundle.class_names[answer.label], probability, answer.exit))
+      _say(layout.format(printable(file), names[answer.label], probability, answer.exit))
       exiting[answer.exit] += 1
   print(_summary(exiting, unreadable), file=sys.stderr)
   return int(unreadable > 0)
