@@ -10,7 +10,7 @@ import numpy as np
 
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
-from paranet_jax.calibrate.measures import exit_rows, fit_temperature, rank, summarize
+from paranet_jax.calibrate.measures import exit_rows, fit_ece_temperature, fit_temperature, raised, rank, summarize
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import (
@@ -25,7 +25,7 @@ from paranet_jax.early.exit_plan import (
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.early.thresholds import visited
+from paranet_jax.early.thresholds import Samples, visited
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import cpu_name, environment
 from paranet_jax.runs.learned import repair_dataset_facts
@@ -85,8 +85,8 @@ def calibrate(request: Request, command: str) -> Calibrated:
   print(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images', flush=True)
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Risk control needs images that the temperatures were not fitted on.
-  fitted, chosen = _halves(held_out) if 'risk' in request.target else (held_out, held_out)
-  temperatures = np.array([fit_temperature(logits, fitted.labels) for logits in fitted.logits])
+  fitted, chosen = _halves(held_out) if _in_halves(request) else (held_out, held_out)
+  temperatures = _temperatures(request.temperature, fitted)
   samples = rank(*chosen, request.score, temperatures, costs)
   target = request.target
   if 'budget' in target:  # One in milliseconds may be below the cost of the first exit by rounding.
@@ -97,13 +97,14 @@ def calibrate(request: Request, command: str) -> Calibrated:
   path_costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
   expected = summarize(samples, choice.thresholds, *path_costs)
   expected['single_best'] = _single_best(plan, expected, costs)
+  expected |= _exits(plan, samples, chosen, choice.thresholds) | {'temperature': request.temperature}
   if request.in_ms and request.batch_size:
     expected['measured_ms'] = _measured_ms(plan, subject, dataset.held_out.images, request.batch_size)
   test_samples = rank(*test, request.score, temperatures, costs)
   tested = summarize(test_samples, choice.thresholds, *path_costs)
-  rows = exit_rows(test_samples, *test, choice.thresholds, temperatures)
-  tested['exits'] = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
-  splits = {'temperature': len(fitted.labels), 'thresholds': len(chosen.labels), 'test': len(test.labels)}
+  tested |= _exits(plan, test_samples, test, choice.thresholds)
+  of_temperature = 0 if request.temperature == 'none' else len(fitted.labels)
+  splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(test.labels)}
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
   repair_dataset_facts(request.workdir, dataset)
   save_plan(request.workdir, plan)
@@ -148,10 +149,10 @@ def _restore(request: Request) -> Subject:
       f'expected a run with held-out images, and {request.workdir} was trained on all of its images; '
       'train a new one with --config.data.held_out=N (a tenth of them is usual) and another --workdir'
     )
-  if 'risk' in request.target and config.data.held_out < 2:
+  if _in_halves(request) and config.data.held_out < 2:
     raise UserError(
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
-      'train a new run with a larger --config.data.held_out and another --workdir'
+      'train a new run with a larger --config.data.held_out and another --workdir, or set --temperature=none'
     )
   config = with_data_dir(config, request.data_dir)
   task, step, variables = read_task(
@@ -187,6 +188,25 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
       f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
     )
   return Outputs(logits, np.asarray(split.labels))
+
+
+def _in_halves(request: Request) -> bool:
+  """Whether temperatures and thresholds need images of their own."""
+  return 'risk' in request.target and request.temperature != 'none'
+
+
+def _temperatures(minimized: str, outputs: Outputs) -> np.ndarray:
+  if minimized == 'none':
+    return np.ones(len(outputs.logits))
+  fit = fit_temperature if minimized == 'nll' else fit_ece_temperature
+  return np.array([fit(logits, outputs.labels) for logits in outputs.logits])
+
+
+def _exits(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: np.ndarray) -> dict[str, Any]:
+  """`exits`: which samples exit where and how well calibrated; `raised`: what the temperatures make worse there."""
+  rows = exit_rows(samples, *outputs, thresholds, np.array(plan.temperatures))
+  rows = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
+  return {'exits': rows, 'raised': raised(rows)}
 
 
 def _halves(outputs: Outputs) -> tuple[Outputs, Outputs]:

@@ -13,6 +13,9 @@ from paranet_jax.early.scores import SCORES
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, fraction, positive
 from paranet_jax.host.errors import UserError
 
+TEMPERATURES = ('nll', 'ece', 'none')
+"""What each exit's temperature minimizes on the held-out images; 'none': every temperature is 1."""
+
 _BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms)?', re.IGNORECASE)
 _POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9}
 
@@ -30,6 +33,7 @@ class Request:
     compilation_cache: folder, 'off', or None for the default.
     data_dir: folder of the data set; None: as the run says.
     accept_data_changes: the data may have other classes or labels than the run learned.
+    temperature: one of TEMPERATURES.
   """
 
   workdir: Path
@@ -42,6 +46,7 @@ class Request:
   compilation_cache: str | None
   data_dir: Path | None = None
   accept_data_changes: bool = False
+  temperature: str = 'nll'
 
   @property
   def in_ms(self) -> bool:
@@ -81,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     compilation_cache=given.compilation_cache,
     data_dir=given.data_dir,
     accept_data_changes=given.accept_data_changes,
+    temperature=given.temperature,
   )
 
 
@@ -128,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
   target.add_argument('--threshold', type=float, help='one threshold for all exits, on the scale of the score (0.9)')
   add('--batch-size', type=positive, help='measure milliseconds at this batch size (default for a budget in ms: 1)')
   add('--score', choices=SCORES, default='max_prob', help='how confidence is measured (default: max_prob)')
+  add(
+    '--temperature',
+    choices=TEMPERATURES,
+    default='nll',
+    help='what the temperature of each exit minimizes: nll (default), which can raise ECE, or ece; none: all are 1',
+  )
   add('--policy', help=f'how thresholds are chosen: {_names()}, or a registered one; each target has a default')
   add('--guarantee', help='the --policy for --risk: ltt (default), with probability 1 - delta, or crc, on average')
   for flag in _policy_flags():

@@ -27,16 +27,23 @@ def summary_text(plan: ExitPlan) -> str:
       _exit_table(plan, plan.test),
       _gains(plan, plan.expected, plan.test),
       _calibration_table(plan, plan.test),
+      *_raised(plan, plan.expected, plan.test),
     ]
   )
 
 
 def _title(plan: ExitPlan, splits: dict[str, int]) -> str:
   return (
-    f'{plan.name} on {plan.dataset}, step {plan.step}: {_target(plan)}\n'
-    f'score: {plan.score}; temperatures from {splits["temperature"]:,} held-out images, thresholds from '
-    f'{splits["thresholds"]:,}'
+    f'{plan.name} on {plan.dataset}, step {plan.step}: {_target(plan)}\nscore: {plan.score}; {_sources(plan, splits)}'
   )
+
+
+def _sources(plan: ExitPlan, splits: dict[str, int]) -> str:
+  minimized = (plan.expected or {}).get('temperature', 'nll')
+  if minimized == 'none':
+    return f'no temperatures, thresholds from {splits["thresholds"]:,} held-out images'
+  by = ' by ECE' if minimized == 'ece' else ''
+  return f'temperatures{by} from {splits["temperature"]:,} held-out images, thresholds from {splits["thresholds"]:,}'
 
 
 def _target(plan: ExitPlan) -> str:
@@ -129,6 +136,27 @@ def _calibration_table(plan: ExitPlan, test: dict[str, Any]) -> str:
   header = ('exit', 'temperature', 'images', 'ECE (%)', 'NLL (nats)', 'Brier', 'AUROC')
   title = 'calibration on test images, before -> after temperature scaling (AUROC: correct ranked above wrong)'
   return '\n'.join([title, *align(header, rows, left=(2,))])
+
+
+def _raised(plan: ExitPlan, expected: dict[str, Any], test: dict[str, Any]) -> Iterator[str]:
+  """A note on each measure that the temperature of an exit makes worse, in the digits shown."""
+  lines = []
+  for name, unit, scale in (('ece', ' %', 100), ('nll', ' nats', 1)):
+    for k, number in enumerate(plan.exits):
+      found = []
+      for images, split in (('held-out', expected), ('test', test)):
+        change = _change(split['exits'][k]['calibration']['all'], name, scale)
+        before, after = change.split(' -> ')
+        if float(after) > float(before):
+          found.append(f'{images} {change}{unit}')
+      if found:
+        lines.append(f'  exit {number}: {name.upper()} rises, {", ".join(found)}')
+  if lines:
+    other = 'ece' if expected['temperature'] == 'nll' else 'nll'
+    title = (
+      f'what the temperatures make worse (--temperature={other} fits {other.upper()}, none leaves the logits alone)'
+    )
+    yield '\n'.join([title, *lines])
 
 
 def _row(label: str, values: Iterator[str]) -> Row:

@@ -129,7 +129,7 @@ def changed(workdir, folder, held_out):
       1,
       '--risk=0.1',
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
-      'train a new run with a larger --config.data.held_out and another --workdir',
+      'train a new run with a larger --config.data.held_out and another --workdir, or set --temperature=none',
     ),
   ],
 )
@@ -330,6 +330,56 @@ def test_what_is_printed(workdir):
   (speed_up,) = (line.split() for line in lines if 'speed-up over exit 3 alone' in line)
   assert speed_up[-2] == f'{plan.macs_alone[1] / plan.test["cost_macs"]:.2f}'
   assert speed_up[-4] == f'{plan.macs_alone[1] / plan.expected["cost_macs"]:.2f}'
+
+
+@pytest.mark.parametrize(
+  ('minimized', 'fitted', 'expected', 'said', 'sources'),
+  [
+    (
+      'nll',
+      1.7617,
+      [0, 0.1460],
+      {'ece': [2, 3], 'nll': []},
+      'temperatures from 300 held-out images, thresholds from 300',
+    ),
+    ('ece', 1, [0, 0], {'ece': [], 'nll': []}, 'temperatures by ECE from 300 held-out images, thresholds from 300'),
+    ('none', 1, [0, 0], {'ece': [], 'nll': []}, 'no temperatures, thresholds from 300 held-out images'),
+  ],
+)
+def test_what_a_temperature_makes_worse_is_said(workdir, monkeypatch, minimized, fitted, expected, said, sources):
+  """The logits of measures_test.py: 7 of 10 images have the first of three classes, the others the last."""
+
+  def split_logits(model, variables, exits, preprocessing, split, size):
+    step = math.log((7 + math.sqrt(133)) / 6)
+    found = np.full((len(exits), len(split), 10), -1000.0)
+    for image, label in enumerate(split.labels):
+      ranks = np.roll([2, 1, 0], 0 if image % 10 < 7 else 1)  # Of the label and the two classes after it.
+      found[:, image, (label + np.arange(3)) % 10] = step * ranks
+    return found
+
+  monkeypatch.setattr(calibration, 'split_logits', split_logits)
+  out = calibrate(f'--workdir={workdir}', '--threshold=0.9', f'--temperature={minimized}')
+  plan = read_plan(workdir)
+  assert plan.temperatures == pytest.approx((fitted, fitted), rel=1e-3)
+  assert plan.expected['temperature'] == minimized and plan.expected['raised'] == plan.test['raised'] == said
+  for split in (plan.expected, plan.test):
+    assert [row['exit'] for row in split['exits']] == [2, 3]
+    assert split['exits'][0]['calibration']['all']['ece'] == pytest.approx(expected, abs=1e-3)
+  assert plan.splits == {'temperature': 0 if minimized == 'none' else HELD_OUT, 'thresholds': HELD_OUT, 'test': TEST}
+  lines = out.splitlines()
+  assert lines[2] == f'score: max_prob; {sources}' and max(map(len, lines[:-1])) <= 100
+  notes = [line for line in lines if 'rises' in line]
+  assert notes == [
+    f'  exit {number}: ECE rises, held-out 0.00 -> 14.60 %, test 0.00 -> 14.60 %' for number in said['ece']
+  ]
+  assert ('make worse' in out) == bool(notes)
+
+
+def test_without_temperatures_all_held_out_images_control_the_risk(workdir):
+  calibrate(f'--workdir={workdir}', '--risk=0.5', '--temperature=none')
+  plan = read_plan(workdir)
+  assert plan.temperatures == (1, 1) and plan.expected['images'] == HELD_OUT
+  assert plan.splits == {'temperature': 0, 'thresholds': HELD_OUT, 'test': TEST}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_defaults():
   assert (request.score, request.policy.name) == ('max_prob', 'optimal')
   assert request.target == {'budget': 30e6, 'unit': 'macs'}
   assert (request.step, request.batch_size, request.curves) == (None, None, False)
+  assert request.temperature == 'nll'
   risk = parse(['--workdir=a', '--risk=0.02'])
   assert risk.target == {'risk': 0.02, 'guarantee': 'ltt', 'delta': 0.1, 'loss': 'gap'}
   assert parse(['--workdir=a', '--risk=0.02', '--policy=ltt']) == parse(
@@ -67,6 +68,10 @@ NOT_A_BUDGET = "argument --budget: expected multiply-adds such as 30M or a time 
     (
       ['--risk=0.1', '--risk-loss=mse'],
       'argument --risk-loss: must be one of gap, disagreement, found mse; see --help',
+    ),
+    (
+      ['--threshold=1', '--temperature=brier'],
+      "argument --temperature: invalid choice: 'brier' (choose from 'nll', 'ece', 'none'); see --help",
     ),
     (['--threshold=high'], "argument --threshold: invalid float value: 'high'; see --help"),
     (['--threshold=1', '--step=last'], "argument --step: invalid int value: 'last'; see --help"),

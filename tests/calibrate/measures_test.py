@@ -1,12 +1,23 @@
 """Temperature scaling and the calibration measures, against hand-computed numbers."""
 
-from math import log
+from math import log, sqrt
 
 import numpy as np
 import pytest
 from scipy.special import softmax
 
-from paranet_jax.calibrate.measures import auroc, brier, ece, fit_temperature, nll, reliability, summarize
+from paranet_jax.calibrate.measures import (
+  auroc,
+  brier,
+  ece,
+  fit_ece_temperature,
+  fit_temperature,
+  nll,
+  raised,
+  reliability,
+  summarize,
+  top_probability,
+)
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.thresholds import Samples
 
@@ -118,6 +129,45 @@ def test_temperature_follows_the_scale_of_the_logits_and_ignores_constants():
 )
 def test_a_loss_without_a_minimum(logits, labels, expected):
   assert fit_temperature(np.array(logits), np.array(labels)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize('scale', [1.0, 3.0, 1e-3])
+def test_the_temperature_of_the_least_nll_can_raise_ece(scale):
+  """Seven of ten samples have the first of three classes and the others the last, but all the same logits (2a, a, 0).
+
+  With x = exp(a / T), the top probability x^2 / (x^2 + x + 1) is 0.7 where 3 x^2 - 7 x - 7 = 0. NLL is least where
+  the mean logit is that of the labels: (2 x^2 + x) / (x^2 + x + 1) = 1.4, or 3 x^2 - 2 x - 7 = 0.
+  """
+  calibrated, likeliest = (7 + sqrt(133)) / 6, (2 + sqrt(88)) / 6
+  logits = scale * log(calibrated) * np.tile([2.0, 1.0, 0.0], (10, 1))
+  labels = np.array([0] * 7 + [2] * 3)
+  by_nll, by_ece = fit_temperature(logits, labels), fit_ece_temperature(logits, labels)
+  assert by_nll == pytest.approx(scale * log(calibrated) / log(likeliest), rel=1e-8)
+  assert by_ece == pytest.approx(scale, rel=1e-3)
+  gaps = [ece(top_probability(logits, temperature), labels == 0) for temperature in (by_ece, by_nll)]
+  assert gaps[0] == pytest.approx(0, abs=1e-3)
+  assert gaps[1] == pytest.approx(0.7 - likeliest**2 / (likeliest**2 + likeliest + 1), rel=1e-6)
+
+
+def test_the_temperature_of_the_least_ece():
+  logits, labels = sampled(500, 10, 2.5, 4)
+  correct = logits.argmax(-1) == labels
+  gaps = [
+    ece(top_probability(logits, temperature), correct)
+    for temperature in (fit_ece_temperature(logits, labels), fit_temperature(logits, labels), 1.0)
+  ]
+  assert gaps[0] == min(gaps) < gaps[2]
+  # All correct, and logits that are all equal: the samples do not say how far to go.
+  assert fit_ece_temperature(np.array([[3.0, 0.0], [0.0, 1.0]]), np.array([0, 1])) == 1
+  assert fit_ece_temperature(np.ones((2, 2)), np.array([0, 1])) == 1
+
+
+def test_what_a_temperature_raises():
+  rows = [
+    {'exit': number, 'calibration': {'all': {'ece': pair, 'nll': pair[::-1]}}}
+    for number, pair in ((1, [0.1, 0.2]), (2, [0.1, 0.1]), (4, [0.2, 0.1]))
+  ]
+  assert raised(rows) == {'ece': [1], 'nll': [4]}
 
 
 def test_never_raises_the_loss_nor_changes_a_prediction():
