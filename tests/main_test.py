@@ -149,6 +149,12 @@ def test_a_workdir_that_is_not_writable(tmp_path, monkeypatch):
   assert not contents(tmp_path)
 
 
+def saved_with(epochs):
+  """A saved configuration of the fewest fields."""
+  sections = f'"model": {{"image_side": 8}}, "data": {{"name": "digits"}}, "train": {{"epochs": {epochs}}}'
+  return f'{{"name": "PN2-dd", "seed": 0, {sections}}}'
+
+
 @pytest.mark.parametrize(
   ('saved', 'arguments', 'message'),
   [
@@ -160,10 +166,12 @@ def test_a_workdir_that_is_not_writable(tmp_path, monkeypatch):
       (),
       '{0}/config.json is not a JSON object (it holds [1, 2]); restore it, or set --workdir for a new run',
     ),
-    ('{}', (), 'expected a checkpoint in {0}/checkpoints, found none; train first, or set --workdir'),
-    ('{"train": {"epoch": 1}}', (), '{0}/config.json has a field train.epoch that this version does not know; '),
-    ('{"train": {"epochs": "many"}}', (), '{0}/config.json does not fit (Could not override field'),
-    ('{"train": {"epochs": null}}', (), 'train.epochs must have a value, found None; set --config.train.epochs'),
+    (saved_with('1'), (), 'expected a checkpoint in {0}/checkpoints, found none; train first, or set --workdir'),
+    (saved_with('1, "epoch": 1'), (), '{0}/config.json has a field train.epoch that this version does not know; '),
+    (saved_with('"many"'), (), '{0}/config.json does not fit (Could not override field'),
+    (saved_with('null'), (), 'train.epochs must have a value, found None; set --config.train.epochs'),
+    ('{}', (), '{0}/config.json is not the configuration of a run (it lacks the field name); restore it, or set'),
+    ('{"name": "a", "seed": 0, "model": 5}', (), '{0}/config.json is not the configuration of a run (it lacks the'),
   ],
 )
 def test_evaluating_what_is_not_there(tmp_path, saved, arguments, message):

@@ -14,6 +14,16 @@ def test_a_file_in_place_of_a_folder(tmp_path, name):
   assert (tmp_path / name).read_text() == 'mine'
 
 
+@pytest.mark.parametrize('name', ['summary.json', 'metrics.jsonl', 'curves.png'])
+def test_a_folder_in_place_of_a_file(tmp_path, name):
+  (tmp_path / name).mkdir()
+  assert refusal(*TINY, f'--workdir={tmp_path}') == (
+    f'expected {tmp_path / name} to be a file, found a folder, a pipe or a dangling link; '
+    'move it away, or set --workdir'
+  )
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_damaged_checkpoint(tmp_path, finished_run):
   folder = shutil.copytree(finished_run, tmp_path / 'run') / 'checkpoints' / '140'
   shutil.rmtree(folder.with_name('47'))

@@ -184,12 +184,9 @@ def read_plan(workdir: Path) -> ExitPlan:
     UserError: it is missing or damaged, or has a different version.
   """
   path = workdir / EXITS
-  try:
-    saved = read_object(path)
-  except FileNotFoundError as error:
-    raise UserError(f'expected {path}, found none; {calibrate_command(workdir)} writes it') from error
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not a JSON object ({error}); {_rewrites(workdir)}') from error
+  saved = read_object(path, _rewrites(workdir))
+  if saved is None:
+    raise UserError(f'expected {path}, found none; {calibrate_command(workdir)} writes it')
   version = saved.get('schema_version')
   if version != SCHEMA_VERSION:
     raise UserError(f'{path} must have schema_version {SCHEMA_VERSION}, found {version}; {_rewrites(workdir)}')

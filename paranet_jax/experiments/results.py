@@ -3,7 +3,7 @@
 Accuracies are percentages. Standard deviations are over seeds, with n - 1; None for a single seed.
 """
 
-import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,9 @@ from paranet_jax.experiments.published import (
   Table,
 )
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import write_json, write_text
+from paranet_jax.host.files import read_object, write_json, write_text
+from paranet_jax.runs.workdir import FILES as RUN_FILES
+from paranet_jax.runs.workdir import FOLDERS as RUN_FOLDERS
 
 RESULTS = 'results.json'
 FILES = {name: f'{name}.png' if name == FIGURE else f'{name}.md' for name in EXPERIMENTS}
@@ -126,18 +128,19 @@ def load_results(workdir: Path, protocol: Protocol) -> dict[str, Any]:
   Raises:
     UserError: the folder holds results of another protocol or files of another program, or results.json is damaged.
   """
-  path = workdir / RESULTS
-  if not path.exists():
-    foreign = [name for name in FILES.values() if (workdir / name).exists()]
-    if foreign:
+  path, fix = workdir / RESULTS, 'restore it, or set --workdir'
+  results = read_object(path, fix)
+  if results is None:
+    names = *FILES.values(), *RUN_FILES, *RUN_FOLDERS
+    if foreign := [name for name in names if os.path.lexists(workdir / name)]:
       raise UserError(f'{workdir} holds {foreign[0]} but no {RESULTS}, so this command did not write it; set --workdir')
     return {'protocol': protocol.name, 'overrides': protocol.overrides, 'experiments': {}}
   try:
-    results = json.loads(path.read_text())
     found = Protocol(results['protocol'], results['overrides'])
     results['experiments'].items()
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f'{path} is damaged ({error!r:.60}); restore it, or set --workdir') from error
+    found.overrides.items()
+  except (KeyError, AttributeError) as error:
+    raise UserError(f'{path} is damaged ({error!r:.60}); {fix}') from error
   if found != protocol:
     raise UserError(
       f'{workdir} holds results of {_describe(found)}, found {_describe(protocol)}; set --workdir to another folder'

@@ -37,7 +37,8 @@ def report_no_room(workdir: Path) -> Iterator[None]:
 def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -> int:
   """Runs a command and returns its exit code, 0 if it returns None.
 
-  Returns 2 after a `UserError`, whose line it prints, and 130 if the command was interrupted, after printing `stopped`.
+  Returns 2 after a `UserError`, whose line it prints, or after an error of the file system, whose path it names, and
+  130 if the command was interrupted, after printing `stopped`.
   """
   logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
   for name in ('stdout', 'stderr'):  # None if closed, as by `>&-`.
@@ -48,8 +49,13 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -
   try:
     return run() or 0
   except UserError as error:
-    line = ' '.join(str(error).split())
-    print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
+    _print_error(str(error))
+    return 2
+  except OSError as error:
+    if not names_file(error):  # Such as a closed pipe.
+      raise
+    path = os.fsdecode(error.filename2 or error.filename)
+    _print_error(f'{path} cannot be read or written ({error.strerror}); fix that, or name another path')
     return 2
   except (AssertionError, RuntimeError):  # jax raises either, and not always with a text.
     wanted = os.environ.get('JAX_PLATFORMS')
@@ -60,6 +66,16 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -
   except KeyboardInterrupt:
     print(stopped, file=sys.stderr)
     return 130
+
+
+def names_file(error: BaseException) -> bool:
+  """Whether this is an error of the file system that names a path."""
+  return isinstance(error, OSError) and isinstance(error.filename, str | bytes | os.PathLike)
+
+
+def _print_error(text: str) -> None:
+  line = ' '.join(text.split())
+  print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
 
 
 def discard_output(descriptor: int) -> None:

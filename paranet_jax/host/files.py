@@ -1,12 +1,18 @@
-"""Files that are written atomically, JSON, and checksums."""
+"""The files of a run: read by one loader, written atomically, and checksums."""
 
 import contextlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from paranet_jax.host.errors import UserError
+
+_DEEPEST = 50  # Levels of nested JSON; a run's files have fewer than ten.
+_MISSING = (FileNotFoundError, NotADirectoryError)
 
 
 @contextlib.contextmanager
@@ -21,13 +27,15 @@ def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any)
   """
   temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.tmp' if shared else f'{path.name}.tmp')
   try:
-    with temporary.open(mode, **options) as file:
+    temporary.unlink(missing_ok=True)  # A link left there would be written through.
+    with temporary.open(mode.replace('w', 'x'), **options) as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,17 +49,71 @@ def write_json(path: Path, value: Any) -> None:
   write_text(path, json.dumps(value, indent=2) + '\n')
 
 
-def read_object(path: Path) -> dict[str, Any]:
-  """Reads a JSON object.
+def read_file(path: Path, fix: str) -> bytes | None:
+  """Reads a regular file, or what a link to one names; None: there is nothing.
+
+  Args:
+    fix: ends the error.
 
   Raises:
-    OSError: the file cannot be read.
-    ValueError: it holds something else.
+    UserError: it cannot be read.
   """
-  value = json.loads(path.read_text())
+  try:
+    # Without blocking: opening a pipe would wait for its writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 'rb') as file:
+      if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file.read()
+      reason = 'Not a regular file'
+  except OSError as error:
+    if isinstance(error, _MISSING) and not os.path.islink(path):
+      return None
+    reason = error.strerror or str(error)
+  raise UserError(f'{path} cannot be read ({reason}); {fix}')
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any] | None:
+  """Reads a JSON object; None: there is no file.
+
+  Args:
+    fix: ends the error.
+
+  Raises:
+    UserError: the file cannot be read or holds something else.
+  """
+  content = read_file(path, fix)
+  if content is None:
+    return None
+  try:
+    value = parse_object(content)
+  except ValueError as error:
+    raise UserError(f'{path} is not a JSON object ({error}); {fix}') from error
+  return value
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+  """Parses a JSON object.
+
+  Raises:
+    ValueError: it is something else, or nested too deeply.
+  """
+  try:
+    value = json.loads(content.decode())
+  except RecursionError as error:
+    raise ValueError(str(error)) from error
+  if _depth(value) > _DEEPEST:  # What handles it may be recursive.
+    raise ValueError(f'it is nested more than {_DEEPEST} levels deep')
   if not isinstance(value, dict):
     raise ValueError(f'it holds {value!r:.40}')
   return value
+
+
+def _depth(value: Any) -> int:
+  """Levels of lists and objects, counted up to one more than `_DEEPEST`."""
+  depth, level = 0, [value]
+  while depth <= _DEEPEST and (level := [each for each in level if isinstance(each, dict | list)]):
+    level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+    depth += 1
+  return depth
 
 
 def file_checksums(folder: Path) -> dict[str, int]:
@@ -61,6 +123,20 @@ def file_checksums(folder: Path) -> dict[str, int]:
 
 
 def damaged_file(folder: Path, saved: dict[str, int]) -> str | None:
-  """Returns the first file that is missing or has another checksum; files that were added later are ignored."""
-  found = file_checksums(folder)
-  return next((path for path, checksum in saved.items() if found.get(path) != checksum), None)
+  """Returns the first file that is missing or has another checksum; files that were added later are ignored.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  fix = f'make it readable, or move {folder} away to continue without it'
+  for name, checksum in saved.items():
+    content = read_file(folder / name, fix)
+    if content is None or zlib.crc32(content) != checksum:
+      return name
+  return None
+
+
+def check_regular(path: Path, fix: str) -> None:
+  """Raises a `UserError`, which ends with `fix`, if something else than a file is in the way of one to be written."""
+  if os.path.lexists(path) and not os.path.isfile(path):
+    raise UserError(f'expected {path} to be a file, found a folder, a pipe or a dangling link; {fix}')

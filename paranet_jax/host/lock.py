@@ -4,7 +4,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -27,7 +29,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     workdir: an existing folder.
 
   Raises:
-    UserError: another process holds it.
+    UserError: another process holds it, or something else has its name.
   """
   path = workdir / LOCK
   with _locked(path) as file:
@@ -41,14 +43,25 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> IO[str]:
-  file = path.open('a+')  # Not 'w': until it is locked, its contents belong to another process.
+  # Not truncated: until it is locked, its contents belong to another process. A link's target belongs to the user.
+  flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+  try:
+    descriptor = os.open(path, flags, 0o666)
+  except OSError as error:
+    if not os.path.lexists(path):
+      raise
+    raise _not_ours(path, 'a link' if path.is_symlink() else error.strerror) from error
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise _not_ours(path, 'a pipe or a device')
+  file = open(descriptor, 'r+', errors='replace')
   try:
     # Unlike flock's, this lock is not inherited: workers that outlive a killed run do not hold it. It is released with
     # the first descriptor of the file that this process closes, so there is only one.
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
-    file.seek(0)
     holder = file.read() or 'another process'
+    file.seek(0)
     if error.errno not in _NO_LOCKS:
       file.close()
       raise UserError(
@@ -56,7 +69,15 @@ def _locked(path: Path) -> IO[str]:
       ) from error
     print(f'workdir {path.parent} cannot be locked ({error.strerror}): run one training there at a time', flush=True)
   if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+    if not re.fullmatch(r'(process \d+ on .*)?', file.read(1000)):
+      file.close()
+      raise _not_ours(path, 'a file of another program')
+    file.seek(0)
     return file
   # Its holder removed it after we opened it and before we locked it.
   file.close()
   return _locked(path)
+
+
+def _not_ours(path: Path, found: str | None) -> UserError:
+  return UserError(f'expected {path} to be the lock of a run, found {found}; move it away, or set --workdir')

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, names_file
 from paranet_jax.host.watch import Place, Watch
 
 JOIN_SECONDS = 300
@@ -143,7 +143,7 @@ def _end(error: BaseException, watch: Watch, coordinator: 'Coordinator') -> NoRe
   """Ends this process at once: an orderly shutdown would wait for the others, which wait for this one."""
   if isinstance(error, _ReportedOnce) and not coordinator.is_first:
     code = 2
-  elif isinstance(error, UserError | KeyboardInterrupt):
+  elif isinstance(error, UserError | KeyboardInterrupt) or names_file(error):
     code = exit_code(lambda: _raise(error, coordinator))
   else:
     watch.wait()  # A collective fails when another process dies, which the watch reports better.

@@ -1,6 +1,5 @@
 """The learning curves of a run: cross-entropy and accuracy of each exit by epoch."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from paranet_jax.host.files import read_object
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.report.plots import bare, exit_color, logarithmic, own_style, save_figure
 
@@ -69,7 +69,7 @@ def _series(records: list[dict], quantity: str) -> Series:
   for record in records:
     for key, value in record.items():
       match = re.fullmatch(rf'exit_(\d+)/{quantity}', key)
-      if match and record['split'] in _STYLES:
+      if match and record.get('split') in _STYLES and 'epoch' in record:
         # A loss that is not finite is saved as null and becomes a gap in the curve.
         points.setdefault((int(match[1]), record['split']), []).append(
           (record['epoch'], np.nan if value is None else value)
@@ -119,7 +119,7 @@ def _draw_legend(figure: Figure, keys: set[tuple[int, str]]) -> None:
 
 
 def _title(workdir: Path) -> str:
-  path = workdir / 'config.json'
-  config = json.loads(path.read_text()) if path.exists() else {}
-  name, dataset = config.get('name'), config.get('data', {}).get('name')
+  config = read_object(workdir / 'config.json', 'restore it') or {}
+  name, data = config.get('name'), config.get('data')
+  dataset = data.get('name') if isinstance(data, dict) else None
   return f'{name} on {dataset}' if name and dataset else name or workdir.resolve().name

@@ -11,9 +11,10 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import replacing
+from paranet_jax.host.files import parse_object, read_file, replacing
 
 FILE_NAME = 'metrics.jsonl'
+_FIX = 'restore it, or move it away'
 _events: Any = event_pb2  # The classes of generated protobuf modules exist at run time only.
 _summaries: Any = summary_pb2
 
@@ -90,7 +91,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
 def _drop_after(path: Path, step: float) -> None:
   """Atomically removes the lines with a step after `step`, and a last line that a kill left half written."""
   content = b''.join(line.rstrip(b'\n') + b'\n' for line, record in _read(path) if record['step'] <= step)
-  if path.exists() and content != path.read_bytes():
+  if content != (read_file(path, _FIX) or b''):
     with replacing(path, 'wb') as file:
       file.write(content)
 
@@ -105,7 +106,7 @@ def _new_event_path(folder: Path) -> str:
 
 
 def _read(path: Path) -> list[tuple[bytes, dict]]:
-  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  lines = (read_file(path, _FIX) or b'').splitlines(keepends=True)
   if lines and not lines[-1].endswith(b'\n') and _record(lines[-1]) is None:
     lines.pop()
   found = []
@@ -122,7 +123,7 @@ def _read(path: Path) -> list[tuple[bytes, dict]]:
 
 def _record(line: bytes) -> dict | None:
   try:
-    record = json.loads(line)
+    record = parse_object(line)
   except ValueError:
     return None
-  return record if isinstance(record, dict) and isinstance(record.get('step'), int) else None
+  return record if isinstance(record.get('step'), int) else None

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import damaged_file, file_checksums, read_object, write_json
+from paranet_jax.host.files import damaged_file, file_checksums, parse_object, read_file, write_json
 
 FOLDER = 'checkpoints'
 VARIABLES = ('params', 'batch_stats')
@@ -272,7 +272,9 @@ class Checkpoints:
     """Reads the meta after verifying the files, since orbax does not notice every kind of damage."""
     self._check_files(step)
     meta = self._read(step, meta=ocp.args.JsonRestore()).meta
-    found = meta.pop('format', 0)
+    shapes = meta.get('shapes') if isinstance(meta, dict) else None
+    if not isinstance(shapes, dict) or not isinstance(found := meta.pop('format', 0), int):
+      raise self._damaged(step, 'meta')
     if found > FORMAT:
       raise UserError(
         f'checkpoint {self._folder / str(step)} has format {found}, and this version reads up to {FORMAT}; '
@@ -292,14 +294,14 @@ class Checkpoints:
 
   def _check_files(self, step: int) -> None:
     folder = self._folder / str(step)
-    try:
-      saved = read_object(folder / CHECKSUMS)
-    except FileNotFoundError:  # Format 0, or the run was killed before it wrote them.
+    content = read_file(folder / CHECKSUMS, f'make it readable, or move {folder} away to continue without it')
+    if content is None:  # Format 0, or the run was killed before it wrote them.
       return
+    try:
+      saved = parse_object(content)
     except ValueError:
       raise self._damaged(step, CHECKSUMS) from None
-    damaged = damaged_file(folder, saved)
-    if damaged:
+    if damaged := damaged_file(folder, saved):
       raise self._damaged(step, damaged)
 
   def _damaged(self, step: int, reason: str) -> DamagedError:

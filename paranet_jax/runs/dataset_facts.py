@@ -10,7 +10,7 @@ from typing import Any
 
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import write_json
+from paranet_jax.host.files import read_object, write_json
 
 DATASET = 'dataset.json'
 
@@ -59,8 +59,8 @@ def save_dataset_facts(workdir: Path, dataset: Dataset, fingerprints: dict[str, 
   if fingerprints is None:  # As version 0.1.0 wrote it.
     del saved['fingerprints']
   try:
-    same = json.loads((workdir / DATASET).read_text()) == saved
-  except (OSError, ValueError):
+    same = read_object(workdir / DATASET, '') == saved
+  except UserError:
     same = False
   if not same:
     write_json(workdir / DATASET, saved)
@@ -78,25 +78,26 @@ def restore_dataset_facts(workdir: Path, channels: int) -> DatasetFacts:
   """
   path = workdir / DATASET
   fix = f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9 writes it again'
-  try:
-    saved = json.loads(path.read_text())
-  except FileNotFoundError as error:
-    raise UserError(f'expected {path}, found none; {fix}') from error
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not a JSON object ({error}); {fix}') from error
+  saved = read_object(path, fix)
+  if saved is None:
+    raise UserError(f'expected {path}, found none; {fix}')
   if not _fits(saved, channels):
     raise UserError(f'{path} must hold name, version, class_names, mean, std and counts, found {saved!r:.60}; {fix}')
   fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
   return DatasetFacts(**fields)
 
 
-def _fits(saved: object, channels: int) -> bool:
+def _fits(saved: dict[str, Any], channels: int) -> bool:
   fields = {field.name for field in dataclasses.fields(DatasetFacts)}
-  if not isinstance(saved, dict) or saved.keys() | {'fingerprints'} != fields:
+  if saved.keys() | {'fingerprints'} != fields:
     return False
-  names, mean, std = saved['class_names'], saved['mean'], saved['std']
+  names, mean, std, counts = (saved[name] for name in ('class_names', 'mean', 'std', 'counts'))
   return (
-    isinstance(names, list)
+    all(isinstance(saved[name], str) for name in ('name', 'version'))
+    and isinstance(counts, dict)
+    and all(type(count) is int for count in counts.values())
+    and isinstance(saved.get('fingerprints'), dict | None)
+    and isinstance(names, list)
     and all(isinstance(name, str) for name in names)
     and all(isinstance(values, list) and len(values) == channels for values in (mean, std))
     and all(isinstance(value, int | float) and math.isfinite(value) for value in mean + std)

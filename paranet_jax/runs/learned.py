@@ -101,6 +101,6 @@ def _learned(record: dict[str, Any], workdir: Path) -> Learned:
 
 def _expects_record(workdir: Path) -> bool:
   try:
-    return bool(read_object(workdir / DATASET).get('fingerprints'))
-  except (OSError, ValueError, RecursionError):
+    return bool((read_object(workdir / DATASET, '') or {}).get('fingerprints'))
+  except UserError:
     return False

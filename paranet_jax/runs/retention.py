@@ -28,7 +28,7 @@ class Retention:
     self._key = f'exit_{trained_exits(task.targets)[-1]}/{self._measure}'
     self._measured: dict[int, float] = {}
     for line in read_metrics(workdir) if self._measure and workdir else ():
-      if line['split'] == 'held_out':
+      if line.get('split') == 'held_out':
         self.note(line['step'], line)
 
   def note(self, step: int, held_out: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """How far a run has got, from the contents of its folder; nothing is changed."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def run_status(workdir: Path, config: ConfigDict, moved: bool = False) -> RunSta
   Raises:
     UserError: its configuration or summary is damaged.
   """
-  changed = changes(workdir, config, moved) if (workdir / CONFIG).exists() else []
+  changed = changes(workdir, config, moved) if os.path.lexists(workdir / CONFIG) else []
   if changed:
     return RunStatus(changed, None, None)
   with Checkpoints(workdir) as checkpoints:
@@ -54,12 +55,18 @@ def run_status(workdir: Path, config: ConfigDict, moved: bool = False) -> RunSta
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
-  try:
-    summary = read_object(path)
-    if 'steps' not in summary:
-      raise ValueError(f'it holds {summary!r:.40}')
-  except FileNotFoundError:
-    return None
-  except ValueError as error:
-    raise UserError(f'{path} is not the summary of a run ({error}); delete it, and it is written again') from error
+  fix = 'delete it, and it is written again'
+  summary = read_object(path, fix)
+  if summary is not None and not _fits(summary):
+    raise UserError(f'{path} is not the summary of a run (it holds {summary!r:.40}); {fix}')
   return summary
+
+
+def _fits(summary: dict[str, Any]) -> bool:
+  exits = summary.get('exits')
+  return (
+    type(summary.get('steps')) is int
+    and summary.keys() >= {'wall_time_s', 'device', 'versions'}
+    and isinstance(exits, list)
+    and all(isinstance(row, dict) and row.keys() >= {'accuracy', 'macs', 'params'} for row in exits)
+  )

@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import abstract_variables
+from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
 from paranet_jax.runs.learned import restore_learned
-from paranet_jax.runs.workdir import restore_config
+from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.task import Task, agreed_task
 
 
@@ -57,6 +58,10 @@ def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.c
     UserError: there is no run or no such checkpoint, or it does not fit the configuration.
   """
   config = restore_config(workdir)
+  try:
+    config_lib.validate(config)
+  except UserError as error:
+    raise UserError(f'{workdir / CONFIG} does not fit: {error}') from error
   image_shape = config_lib.image_shape(config)
   dataset = restore_dataset_facts(workdir, channels=image_shape[-1])
   num_classes = len(dataset.class_names)

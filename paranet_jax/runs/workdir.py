@@ -11,11 +11,15 @@ from paranet_jax.base_config import RENAMED, base_config, family_of, field_names
 from paranet_jax.config import differences
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import read_object, write_json
+from paranet_jax.host.files import check_regular, read_object, write_json
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
-FOLDERS = ('checkpoints', 'tensorboard')
+FOLDERS = ('checkpoints', 'tensorboard', 'damaged_checkpoints')
+FILES = (CONFIG, SUMMARY, 'metrics.jsonl', 'dataset.json', 'data_identity.npz', 'exits.json', 'curves.png')
+
+_ALWAYS = ('name', 'seed', 'model.image_side', 'data.name', 'train.epochs')
+"""Fields that every version has saved; others were added later, and take their defaults."""
 
 
 class Accepted(NamedTuple):
@@ -38,13 +42,15 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool, mov
     moved: the place of the data may.
 
   Raises:
-    UserError: the folder cannot be written, or holds a run with a different configuration.
+    UserError: the folder cannot be written, or holds a run with a different configuration or files of something else.
   """
+  check_saved(workdir, config, accept_changes, moved)
   prepare_folder(workdir)
   for name in FOLDERS:
-    if (workdir / name).exists():
+    if os.path.lexists(workdir / name):
       prepare_folder(workdir / name)
-  check_saved(workdir, config, accept_changes, moved)
+  for name in FILES:
+    check_regular(workdir / name, 'move it away, or set --workdir')
 
 
 def prepare_folder(folder: Path) -> None:
@@ -124,19 +130,19 @@ def _as_saved(config: ConfigDict) -> dict:
 
 
 def _load_config(workdir: Path) -> dict:
-  path = workdir / CONFIG
-  try:
-    return _present_names(read_object(path))
-  except OSError as error:
-    raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir') from error
-  except ValueError as error:
-    raise UserError(f'{path} is not a JSON object ({error}); restore it, or set --workdir for a new run') from error
+  path, fix = workdir / CONFIG, 'restore it, or set --workdir for a new run'
+  saved = read_object(path, fix)
+  if saved is None:
+    raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir')
+  if missing := [name for name in _ALWAYS if name not in field_names(saved)]:
+    raise UserError(f'{path} is not the configuration of a run (it lacks the field {missing[0]}); {fix}')
+  return _present_names(saved)
 
 
 def _present_names(saved: dict) -> dict:
   """The same configuration with the present names of fields."""
   for old, new in RENAMED.items():
     section, name = old.split('.')
-    if name in (fields := saved.get(section, {})):
+    if name in (fields := saved[section]):
       fields[new.removeprefix(f'{section}.')] = fields.pop(name)
   return saved

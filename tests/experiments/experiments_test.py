@@ -294,8 +294,8 @@ def test_folder_with_another_protocol(short, arguments, found, dry):
   ('name', 'content', 'message'),
   [
     ('table1.md', 'mine', '{0} holds table1.md but no results.json, so this command did not write it; set --workdir'),
-    ('results.json', '{"seed"', '{0}/results.json is damaged (JSONDecodeError('),
-    ('results.json', '[1]', '{0}/results.json is damaged (TypeError('),
+    ('config.json', '{}', '{0} holds config.json but no results.json, so this command did not write it; set --workdir'),
+    ('results.json', '{"seed"', '{0}/results.json is not a JSON object (Expecting'),
     ('results.json', '{}', "{0}/results.json is damaged (KeyError('protocol')); restore it, or "),
   ],
 )
@@ -326,8 +326,11 @@ def test_failing_run_is_named(tmp_path, monkeypatch):
 
 def test_damaged_summary(copied):
   path = copied / 'runs' / 'PN3-xdx-s0' / 'summary.json'
-  path.write_text('{"steps"')
-  assert refusal('table2', *SHORT, f'--workdir={copied}').startswith(f'{path} is not the summary of a run (Exp')
+  for content in ('{}', '{"steps": 3}', path.read_text().replace('"accuracy"', '"x"')):
+    path.write_text(content)
+    assert refusal('table2', *SHORT, f'--workdir={copied}').startswith(
+      f'{path} is not the summary of a run (it holds {{'
+    )
 
 
 def test_run_that_continued_after_its_summary_is_unfinished(copied):

@@ -56,6 +56,27 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
   assert not (tmp_path / 'lock').exists()
 
 
+@pytest.mark.parametrize(
+  ('make', 'found'),
+  [
+    (lambda lock: lock.symlink_to('mine'), 'a link'),
+    (lambda lock: lock.symlink_to('nothing'), 'a link'),
+    (lambda lock: lock.hardlink_to(lock.with_name('mine')), 'a file of another program'),
+    (lambda lock: lock.mkdir(), 'Is a directory'),
+    (os.mkfifo, 'a pipe or a device'),
+  ],
+)
+def test_what_is_not_its_own_lock_is_left_alone(tmp_path, make, found):
+  (tmp_path / 'mine').write_bytes(b'mine \xff')
+  make(tmp_path / 'lock')
+  before = contents(tmp_path)
+  with pytest.raises(UserError) as error, workdir_lock(tmp_path):
+    pass
+  expected = f'expected {tmp_path}/lock to be the lock of a run, found {found}; move it away, or set --workdir'
+  assert str(error.value) == expected
+  assert contents(tmp_path) == before and os.path.lexists(tmp_path / 'lock')
+
+
 def test_a_process_releases_the_lock_at_its_end(tmp_path):
   with holder(tmp_path) as process:
     process.communicate()
