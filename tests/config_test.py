@@ -31,6 +31,8 @@ BOUNDS = {
   'model.depth': ((0, -4), (1,)),
   'model.compression': ((0.0, 1.1, math.nan), (0.5, 1.0)),
   'model.block': (('wide', ''), ('basic', 'preactivation', 'bottleneck')),
+  'model.shortcut_padding': (('left', ''), ('behind', 'both_sides')),
+  'model.stem_channels': ((0, -1), (1, 24)),
   'model.num_blocks': ((0, -1), (1,)),
   'model.base': ((0, -1), (1,)),
   'model.step_mode': (('odd', ''), ('even', 'lin_grow')),
@@ -124,7 +126,7 @@ def test_bounds(name):
 
 
 DERIVED = {
-  *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers'),
+  *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers', 'model.stem_channels'),
   *('data.streaming', 'data.workers'),
   *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs', 'train.backbone_epochs'),
 }
