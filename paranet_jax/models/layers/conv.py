@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from paranet_jax.models.layers.backend import PLAIN, backend
-from paranet_jax.models.layers.dense import as_features, global_average, norm_affine
+from paranet_jax.models.layers.dense import as_features, global_average, norm_affine, parameter
 from paranet_jax.models.layers.dense_block import affine_relu
 from paranet_jax.models.layers.initial import kernel_init
 
@@ -52,7 +52,7 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H/stride W/stride features']:
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    return convolve(x, self.param('kernel', kernel_init, shape), self.stride)
+    return convolve(x, parameter(self, 'kernel', kernel_init, shape), self.stride)
 
 
 class ConvNormRelu(nn.Module):

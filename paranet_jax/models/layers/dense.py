@@ -61,7 +61,7 @@ def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, s
   """`module.param`, except that flax does not trace `init` to check the shape of an existing parameter."""
   if module.has_variable('params', name):
     return module.get_variable('params', name)
-  return module.param(name, nn.initializers.zeros if backend() == SHAPES else init, shape)
+  return module.param(name, init, shape)
 
 
 class BatchNorm(nn.Module):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paranet_jax.models.layers.backend import SHAPES, backend
+
 ONES = ('scale', 'var')
 ZEROS = ('bias', 'mean')
 
@@ -32,6 +34,8 @@ def initial_variables(shapes: Any, seed: int) -> Any:
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
   """Flax initializer for the kernel of a convolution or linear layer."""
+  if backend() == SHAPES:
+    return jnp.zeros(shape, dtype)
   if len(shape) == 2:
     return jax.random.uniform(key, shape, dtype, -_scale(shape), _scale(shape))
   return _scale(shape) * jax.random.normal(key, shape, dtype)
