@@ -9,8 +9,13 @@ if TYPE_CHECKING:
   from paranet_jax.early.loaded_run import load
   from paranet_jax.early.runtime import EarlyExit
 
+from paranet_jax.host.known_faults import avoid_known_faults
+
 __version__ = '0.2.0'
 __all__ = ['EarlyExit', 'load']
+
+
+avoid_known_faults()  # Here, because XLA reads its flags once, whatever of this package is used first.
 
 
 def __getattr__(name: str) -> Any:

@@ -90,6 +90,7 @@ def _define_flags() -> flags.FlagValues:
     ('integer', 'num_processes', None, 'Number of processes; 1: this one trains alone.'),
     ('integer', 'process_id', None, 'Index of this process, from 0.'),
     ('integer', 'heartbeat_timeout', 100, 'Seconds without a heartbeat until a process counts as dead.'),
+    ('bool', 'accept_wrong_numbers', False, 'Compute on although this jaxlib computes wrong numbers.'),
     ('bool', 'json', False, 'Print one JSON object (--mode=describe and eval).'),
     ('bool', 'accept_config_changes', False, 'Continue a run whose saved configuration differs.'),
     ('string', 'data_dir', None, 'Folder of the data set, if it is not where the configuration of the run says.'),
@@ -101,7 +102,7 @@ def _define_flags() -> flags.FlagValues:
     ),
   ):
     getattr(flags, f'DEFINE_{kind}')(name, default, text, flag_values=values)
-  for name in ('data_dir', 'accept_data_changes'):  # As in the commands that spell other flags so.
+  for name in ('data_dir', 'accept_data_changes', 'accept_wrong_numbers'):  # As in other commands.
     flags.DEFINE_alias(name.replace('_', '-'), name, flag_values=values)
   return values
 

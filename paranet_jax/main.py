@@ -22,7 +22,7 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   # jax takes a second to import, which a mistyped flag should not wait for.
   from paranet_jax import config as config_lib
   from paranet_jax.costs import describe
-  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import joined
   from paranet_jax.report.tables import describe_table
 
@@ -31,7 +31,7 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
     config.data.data_dir = values.data_dir
   config_lib.absolute_paths(config)
   workdir = absolute(values.workdir or config_lib.default_workdir(config))
-  use_compilation_cache(values.compilation_cache)
+  start_jax(values)
   if values.mode == 'describe':
     _print(values, description := describe(config), describe_table(description))
     return

@@ -16,6 +16,7 @@ from paranet_jax.host.files import write_json
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
+from paranet_jax.numerics import check_training
 from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record
@@ -117,6 +118,7 @@ def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Dev
     return True  # Each seed has its own order, and images are read for one run at a time.
   for own, folder in zip(group, folders, strict=True):
     prepare_workdir(folder, own, accepted.config, accepted.place)
+  check_training(tasks[0].model, tasks[0].image_shape, group[0].train.batch_size)
   layout = SideBySide(devices[: len(group)])
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())

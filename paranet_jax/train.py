@@ -20,6 +20,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
+from paranet_jax.numerics import check_training
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
 from paranet_jax.runs.learned import restore_learned
@@ -55,6 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
   task = agreed_task(config, processes, learned)
   processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)
+  check_training(task.model, task.image_shape, config.train.batch_size // len(devices))
   description = describe(config, len(task.dataset.class_names))
   print(f'{describe_table(description)}\n{task.facts_line(devices, processes.count)}\nworkdir: {workdir}', flush=True)
   with StopRequest() as stop, open_record(task, workdir, processes) as record:

@@ -36,6 +36,14 @@ def cache_dir(tmp_path_factory):
     yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def no_numerics_check():
+  """The suite compares with references anyway; a check for each small network's shapes takes seconds."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('paranet_jax.numerics.check_once', lambda *_, **__: None)
+    yield
+
+
 @pytest.fixture(scope='module')
 def programs():
   """What is built for a run is shared by all runs that it serves (see `running.SharedPrograms`)."""

@@ -20,11 +20,11 @@ def _run(request: Request, command: str) -> None:
   from paranet_jax.calibrate.calibration import calibrate
   from paranet_jax.calibrate.summary_text import summary_text
   from paranet_jax.early.exit_plan import EXITS
-  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import refuse_several
 
   refuse_several('calibrate')
-  use_compilation_cache(request.compilation_cache)
+  start_jax(request)
   path = request.workdir / EXITS
   replaced = ', replacing an earlier one' if path.exists() else ''
   result = calibrate(request, command)

@@ -10,7 +10,7 @@ from typing import Any
 
 from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
-from paranet_jax.host.arguments import Parser, absolute, add_data_flags, fraction, positive
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, fraction, positive
 from paranet_jax.host.errors import UserError
 
 TEMPERATURES = ('nll', 'ece', 'none')
@@ -30,7 +30,7 @@ class Request:
     target: the target as exits.json keeps it and the policy reads it, see `Policy`.
     batch_size: at which milliseconds are measured; None: nothing is measured.
     curves: draw the figures.
-    compilation_cache: folder, 'off', or None for the default.
+    compilation_cache, accept_wrong_numbers: as the flags (see `machine.start_jax`).
     data_dir: folder of the data set; None: as the run says.
     accept_data_changes: the data may have other classes or labels than the run learned.
     temperature: one of TEMPERATURES.
@@ -46,6 +46,7 @@ class Request:
   compilation_cache: str | None
   data_dir: Path | None = None
   accept_data_changes: bool = False
+  accept_wrong_numbers: bool = False
   temperature: str = 'nll'
 
   @property
@@ -86,6 +87,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     compilation_cache=given.compilation_cache,
     data_dir=given.data_dir,
     accept_data_changes=given.accept_data_changes,
+    accept_wrong_numbers=given.accept_wrong_numbers,
     temperature=given.temperature,
   )
 
@@ -145,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
   for flag in _policy_flags():
     add(f'--{flag.name}', type=_type(flag.parse), help=flag.help)
   add('--curves', action='store_true', help="draw the figures into the run's exits/")
-  add('--compilation_cache', help='folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none')
+  add_jax_flags(parser)
   add_data_flags(parser)
   return parser
 

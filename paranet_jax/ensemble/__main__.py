@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from paranet_jax.host.arguments import Parser, add_data_flags
+from paranet_jax.host.arguments import Parser, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 from paranet_jax.report.tables import align
@@ -23,7 +23,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   parser.add_argument('workdirs', nargs='*', metavar='RUN', help='Folders of finished runs, cheapest first.')
   parser.add_argument('--json', action='store_true', help='Print one JSON array.')
-  parser.add_argument('--compilation_cache', help='Folder of compiled programs; off: none.')
+  add_jax_flags(parser)
   add_data_flags(parser)
   given = parser.parse_args(argv)
   if len(given.workdirs) < 2:
@@ -34,9 +34,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(given: argparse.Namespace) -> None:
   # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.ensemble.evaluate import evaluate_ensemble, load_ensemble
-  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.machine import start_jax
 
-  use_compilation_cache(given.compilation_cache)
+  start_jax(given)
   rows = evaluate_ensemble(load_ensemble(given.workdirs), given.data_dir, given.accept_data_changes)
   print(json.dumps(rows) if given.json else _table(rows))
 

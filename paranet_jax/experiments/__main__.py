@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paranet_jax.experiments.published import EXPERIMENTS
-from paranet_jax.host.arguments import Parser, absolute, add_data_flags, positive
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -47,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--set', action='append', default=[], metavar='FIELD=VALUE', help='A field of every run; may be repeated.')
   add('--workdir', help='Folder of runs and results (default: results/<protocol>, followed by what --set changes).')
   add('--dry-run', action='store_true', help='List the runs and estimate how long they take; write nothing.')
-  add('--compilation_cache', help='Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.')
+  add_jax_flags(parser)
   add_data_flags(parser, accept=False)
   return parser.parse_args(argv)
 
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
   from paranet_jax.experiments.results import RESULTS, load_results, write_results
   from paranet_jax.experiments.speed import dry_run
   from paranet_jax.host.files import write_json
-  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.machine import start_jax
   from paranet_jax.runs.workdir import prepare_folder
 
   experiments = EXPERIMENTS if arguments.experiment == ALL else (arguments.experiment,)
@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> int:
   workdir = absolute(arguments.workdir or default_workdir(protocol))
   runs = plan_runs(experiments, protocol, arguments.seeds, folder, arguments.data_dir)
   results = load_results(workdir, protocol)
-  use_compilation_cache(arguments.compilation_cache)
+  start_jax(arguments)
   if arguments.dry_run:
     print(dry_run(runs))
     return 0

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from paranet_jax.host.arguments import Parser, absolute, add_data_flags
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -33,12 +33,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help='float16: the weights; int8: weights and activations (default: float32).',
   )
   add_data_flags(parser)
+  add_jax_flags(parser)
   return parser.parse_args(argv)
 
 
 def _run(given: argparse.Namespace) -> None:
-  from paranet_jax.export.bundle import Request, export_run  # jax takes a second to import; flags are checked first.
+  # jax takes a second to import; flags are checked first.
+  from paranet_jax.export.bundle import Request, export_run
+  from paranet_jax.host.machine import start_jax
 
+  start_jax(given)
   bundle = export_run(
     Request(given.workdir, given.out, FORMATS[given.format], given.dtype, given.data_dir, given.accept_data_changes)
   )

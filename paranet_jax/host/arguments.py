@@ -33,6 +33,18 @@ def add_data_flags(parser: argparse.ArgumentParser, accept: bool = True) -> None
     )
 
 
+def add_jax_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds `--compilation_cache` and `--accept_wrong_numbers` (see `machine.start_jax`)."""
+  add = parser.add_argument
+  add('--compilation_cache', help='folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none')
+  add(
+    '--accept_wrong_numbers',
+    '--accept-wrong-numbers',
+    action='store_true',
+    help='compute on although a check found that this jaxlib computes wrong numbers',
+  )
+
+
 def positive(text: str) -> int:
   """An integer of 1 or more."""
   if not text.isdecimal() or int(text) < 1:

@@ -11,12 +11,21 @@ import jax
 
 from paranet_jax import __version__
 from paranet_jax.host.arguments import absolute, cache_folder
+from paranet_jax.host.known_faults import accept_wrong_numbers
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 OFF = 'off'
 
+_FEATURES = 'flags', 'Features'  # On x86 and on ARM.
+
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib has no stubs.
+
+
+def start_jax(flags: Any) -> None:
+  """Applies the flags of `arguments.add_jax_flags`; call it before anything is compiled."""
+  accept_wrong_numbers(flags.accept_wrong_numbers)
+  use_compilation_cache(flags.compilation_cache)
 
 
 def use_compilation_cache(folder: str | None = None) -> Path | None:
@@ -51,7 +60,8 @@ def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
   XLA compiles for the CPU it runs on. A program compiled on another machine may use instructions that this one lacks,
   and would crash the process.
   """
-  features = {line for line in _lines(cpuinfo) if line.partition(':')[0].strip() in ('model name', 'flags', 'Features')}
+  names = 'model name', *_FEATURES
+  features = {line for line in _lines(cpuinfo) if line.partition(':')[0].strip() in names}
   described = '\n'.join(
     [jax.__version__, importlib.metadata.version('jaxlib'), platform.machine(), platform.processor(), *sorted(features)]
   )
@@ -71,6 +81,12 @@ def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
   """Model name of this machine's processor."""
   names = [line.partition(':')[2].strip() for line in _lines(cpuinfo) if line.startswith('model name')]
   return names[0] if names else platform.processor() or platform.machine()
+
+
+def cpu_features(cpuinfo: Path = Path('/proc/cpuinfo')) -> frozenset[str]:
+  """The processor's instruction sets, by Linux's names."""
+  lines = (line.partition(':') for line in _lines(cpuinfo))
+  return frozenset(next((text.split() for name, _, text in lines if name.strip() in _FEATURES), ()))
 
 
 def _lines(file: Path) -> list[str]:

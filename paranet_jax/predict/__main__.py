@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from paranet_jax.host.arguments import Parser, absolute, positive
+from paranet_jax.host.arguments import Parser, absolute, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 from paranet_jax.portable.run import (
@@ -51,7 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--overwrite', action='store_true', help='Replace an existing --output file.')
   add('--batch-size', type=positive, default=256, help='Images predicted at a time (default: 256).')
   add('--max-pixels', type=positive, default=MAX_PIXELS, help=f'Refuse larger images (default: {MAX_PIXELS}).')
-  add('--compilation_cache', help='Folder of compiled programs (default: compiled/ in PARANET_CACHE_DIR); off: none.')
+  add_jax_flags(parser)
   given = parser.parse_intermixed_args(argv)
   if given.output:
     check_output(given.output, given.overwrite)
@@ -65,11 +65,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(given: argparse.Namespace) -> int:
   # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.early.runtime import EarlyExit
-  from paranet_jax.host.machine import use_compilation_cache
+  from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import refuse_several
 
   refuse_several('predict')
-  use_compilation_cache(given.compilation_cache)
+  start_jax(given)
   early_exit = EarlyExit.load(given.workdir, step=given.step)
   tally = Tally(early_exit.plan)
   # A live line would be in the way of rows on the same terminal.

@@ -14,6 +14,7 @@ from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
+from paranet_jax.numerics import check_inference
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
 from paranet_jax.runs.learned import restore_learned
@@ -69,6 +70,7 @@ def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.c
   with Checkpoints(workdir) as checkpoints:
     step = choose(checkpoints)
     variables = checkpoints.restore_variables(step, abstract_variables(model, image_shape))
+  check_inference(model, image_shape, config.eval.batch_size)
   names = output_names(dataset.class_names, config.model.num_classes or num_classes)
   dataset = dataclasses.replace(dataset, class_names=names)
   return TrainedRun(model, jax.device_put(variables), config, step, dataset, workdir)
@@ -103,5 +105,6 @@ def read_task(
     task = agreed_task(config, processes, learned)
     like = abstract_variables(task.model, task.image_shape)
     variables = processes.once(lambda: checkpoints.restore_variables(chosen, like))
+  check_inference(task.model, task.image_shape, config.eval.batch_size)
   variables = processes.arrays_from_first(variables or like)
   return TrainedTask(task, chosen, jax.device_put(variables, devices_lib.replicated(devices)))

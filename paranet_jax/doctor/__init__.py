@@ -1,0 +1,1 @@
+"""`python -m paranet_jax.doctor`: what this machine has, and whether its jax computes right numbers."""

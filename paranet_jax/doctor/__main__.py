@@ -1,0 +1,42 @@
+"""`python -m paranet_jax.doctor`: reports versions, devices, flags, checks of numbers, memory, disk, and what to do."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from paranet_jax.host.arguments import Parser
+from paranet_jax.host.errors import exit_code
+from paranet_jax.host.huge_pages import use_huge_pages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command with these arguments (default: sys.argv).
+
+  Returns:
+    The exit code: 0; 1: a check failed; 2: a user's error.
+  """
+  return exit_code(lambda: _run(_parse(argv)))
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  parser = Parser(
+    prog='python -m paranet_jax.doctor',
+    description='Reports what this machine has, and checks against NumPy that its jax computes right numbers.',
+  )
+  parser.add_argument('--config', help='Configuration at whose shapes numbers are checked (default: the quickstart).')
+  parser.add_argument('--json', action='store_true', help='Print one JSON object.')
+  return parser.parse_args(argv)
+
+
+def _run(given: argparse.Namespace) -> int:
+  from paranet_jax.doctor.report import as_text, examine  # jax takes a second to import; flags are checked first.
+
+  found = examine(given.config)
+  print(json.dumps(found) if given.json else as_text(found))
+  return int(not all(check['right'] for check in found['checks']))
+
+
+if __name__ == '__main__':
+  use_huge_pages()
+  sys.exit(main())

@@ -1,0 +1,321 @@
+"""Checks that this machine's jax computes right numbers: our kernels and known faults, against NumPy in float64.
+
+A check runs once per jaxlib, processor, XLA flags and shapes, and is remembered in PARANET_CACHE_DIR. The versions that
+are known to be wrong, and the flags that avoid it, are in `host/known_faults.py`.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxlib.version import __version__ as jaxlib_name
+
+from paranet_jax.host.arguments import cache_folder
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import write_json
+from paranet_jax.host.known_faults import VARIABLE, faults_of, jaxlib_version, wrong_numbers_accepted
+from paranet_jax.host.machine import cpu_name, machine_key
+from paranet_jax.models.layers.backend import SHAPES, backend, compiling_for
+from paranet_jax.models.layers.dense import DenseBlock
+from paranet_jax.models.layers.dense_block import (
+  EPSILON,
+  SCAN_LAYERS,
+  Layer,
+  dense_block_inference,
+  dense_block_training,
+  image_conv3x3,
+)
+
+EXACT = 1e-4
+"""Largest error of a number in float32 on a CPU, relative to the largest of its output. Right ones stay below 1e-5."""
+
+ROUGH = 0.5
+"""Largest relative error of an output's norm in bfloat16, or on devices that shorten float32 operands (TPU, TF32).
+
+Gradients differ by 0.2 where ReLUs near 0 flip, so this finds only gross faults.
+"""
+
+
+_Layer: Any = Layer  # Its fields are jax's arrays; here they are NumPy's.
+
+
+class Program(NamedTuple):
+  """A program whose outputs, arrays, are compared with `expected()`, the same in NumPy's float64."""
+
+  name: str
+  compute: Callable[[], Sequence[jax.Array]]
+  expected: Callable[[], Sequence[np.ndarray]]
+  dtype: Any = jnp.float32
+
+  @property
+  def exact(self) -> bool:
+    """Whether products have full float32 precision; otherwise ReLUs near 0 flip, and with them single gradients."""
+    return jax.default_backend() == 'cpu' and self.dtype == jnp.float32
+
+
+class Finding(NamedTuple):
+  """The largest error of a program (see `EXACT` and `ROUGH`), and the numbers where a single one is most wrong."""
+
+  program: Program
+  error: float
+  found: float
+  expected: float
+
+  @property
+  def right(self) -> bool:
+    return self.error <= (EXACT if self.program.exact else ROUGH)
+
+  def __str__(self) -> str:
+    """One line: what is wrong, on what, and what to do."""
+    known = faults_of(jaxlib_version())
+    flags = ' '.join(sorted({fault.flag for fault in known}))
+    fix = f"set {VARIABLE}='{flags}' before jax starts ({known[0].issue})" if known else 'install another jaxlib'
+    return (
+      f'expected {self.expected:.9g} in {self.program.name}, found {self.found:.9g}: jaxlib {jaxlib_name} '
+      f'computes wrong numbers on {cpu_name()} with {VARIABLE}={os.environ.get(VARIABLE, "")!r}; {fix}, or go on '
+      'with --accept_wrong_numbers'
+    )
+
+
+def check_training(model: Any, image_shape: tuple[int, int, int], batch_size: int) -> None:
+  """Checks the programs of a run's training step at its shapes, for one device.
+
+  Raises:
+    UserError: a program computes wrong numbers, which were not accepted (see `known_faults.accept_wrong_numbers`).
+  """
+  check_once(model, image_shape, batch_size, train=True)
+
+
+def check_inference(model: Any, image_shape: tuple[int, int, int], batch_size: int) -> None:
+  """As `check_training`, for a forward pass with running statistics."""
+  check_once(model, image_shape, batch_size, train=False)
+
+
+def check_once(model: Any, image_shape: tuple[int, int, int], batch_size: int, train: bool) -> None:
+  environment = machine_key(), jax.devices()[0].device_kind, os.environ.get(VARIABLE)
+  described = repr((*environment, model, image_shape, batch_size, train))
+  key = hashlib.sha256(described.encode()).hexdigest()[:16]
+  try:
+    file = cache_folder() / 'numerics' / f'{key}.json'
+    if file.exists():
+      return
+  except (UserError, OSError):
+    file = None  # Without a cache, it is checked at every start.
+  findings = [measure(program) for program in programs(model, image_shape, batch_size, train)]
+  wrong = next((finding for finding in findings if not finding.right), None)
+  if wrong:
+    if not wrong_numbers_accepted():
+      raise UserError(str(wrong))
+    print(f'warning: {wrong}', flush=True)
+  elif file:
+    with contextlib.suppress(OSError):  # It is checked again at the next start.
+      file.parent.mkdir(parents=True, exist_ok=True)
+      write_json(file, {finding.program.name: finding.error for finding in findings})
+
+
+def measure(program: Program) -> Finding:
+  """Runs a program and finds its largest error."""
+  worst = Finding(program, -1.0, 0.0, 0.0)
+  for output, expected in zip(jax.device_get(program.compute()), program.expected(), strict=True):
+    found = np.asarray(output, np.float64)
+    errors = np.where(np.isfinite(found), np.abs(found - expected), np.inf)
+    place = np.unravel_index(np.argmax(errors), errors.shape)
+    size = np.abs(expected).max() if program.exact else np.linalg.norm(expected)
+    error = (errors[place] if program.exact else np.linalg.norm(errors)) / size
+    if error > worst.error:
+      worst = Finding(program, float(error), float(found[place]), float(expected[place]))
+  return worst
+
+
+def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int, train: bool) -> Iterator[Program]:
+  """Programs of known faults and of our own kernels, at the shapes of a run on one device."""
+  yield summed_products(32_769)
+  yield first_layer((batch_size, *image_shape))
+  largest = _largest_block(model, image_shape, batch_size)
+  if largest:
+    block, shape = largest
+    layers = min(block.num_layers, block.scan_layers or SCAN_LAYERS.get(backend(), 1), 2)  # Two are already a loop.
+    yield dense_layers(shape, layers, block.growth_rate, block.bn_size, train, getattr(model, 'dtype', jnp.float32))
+
+
+def summed_products(rows: int) -> Program:
+  """Vmapped matrix-vector products that are squared and summed (jax issue 39103)."""
+  x = np.zeros((rows, 3), np.float32)
+  x[:, 0] = np.arange(rows)
+  matrix = jnp.eye(3)
+  compute = jax.jit(jax.vmap(lambda row: jnp.sum(jnp.square(matrix @ row))))
+  return Program(
+    f'the sums of {rows:,} vmapped matrix-vector products',
+    lambda: [compute(x)],
+    lambda: [np.square(x.astype(np.float64)).sum(1)],
+  )
+
+
+def first_layer(shape: tuple[int, int, int, int], features: int = 16) -> Program:
+  """The 3x3 convolution of an image, its logarithmic loss per image and the kernel's gradient."""
+  random = np.random.default_rng(0)
+  images = random.normal(size=shape).astype(np.float32)
+  kernel = random.normal(0, 0.2, (3, 3, shape[-1], features)).astype(np.float32)
+
+  @jax.jit
+  def compute(kernel, images):
+    def losses(kernel):
+      logits = image_conv3x3(images, kernel).mean((1, 2))
+      return -jax.nn.log_softmax(logits)[:, 0]
+
+    return losses(kernel), jax.grad(lambda kernel: losses(kernel).mean())(kernel)
+
+  def expected():
+    wide, wide_kernel = images.astype(np.float64), kernel.astype(np.float64)
+    means = np.stack([part.mean((1, 2)) for part in _shifts(wide)])  # [9, B, C]: the mean and the convolution commute.
+    logits = np.einsum('sbc,sck->bk', means, wide_kernel.reshape(9, *kernel.shape[2:]))
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    losses = -np.log(shares[:, 0])
+    shares[:, 0] -= 1
+    return losses, np.einsum('sbc,bk->sck', means, shares / len(images)).reshape(kernel.shape)
+
+  name = f'a 3x3 convolution of {list(shape)} with its loss and gradient'
+  return Program(name, lambda: compute(kernel, images), expected)
+
+
+def dense_layers(
+  shape: tuple[int, int, int, int], layers: int, growth_rate: int, bn_size: int, train: bool, dtype: Any = jnp.float32
+) -> Program:
+  """Layers of a dense block; in training with batch statistics and all gradients."""
+  random = np.random.default_rng(1)
+  x = np.asarray(jnp.asarray(random.normal(size=shape), dtype))
+  width = growth_rate * bn_size
+
+  def draw(*size, spread=0.2, mean=0.0):
+    return random.normal(mean, spread, size).astype(np.float32)
+
+  parameters = [
+    _Layer(
+      draw(channels, mean=1.0),
+      draw(channels),
+      draw(channels, width, spread=channels**-0.5),
+      draw(width, mean=1.0),
+      draw(width),
+      draw(3, 3, width, growth_rate, spread=(9 * width) ** -0.5),
+    )
+    for channels in range(shape[-1], shape[-1] + layers * growth_rate, growth_rate)
+  ]
+  name = f'{layers} dense layers on {list(shape)}'
+  if not train:
+    forward = jax.jit(dense_block_inference)
+    return Program(
+      f'{name} in inference', lambda: [forward(x, parameters)], lambda: [_inference_reference(x, parameters)], dtype
+    )
+  weights = random.normal(size=(*shape[:-1], shape[-1] + layers * growth_rate)).astype(np.float32)
+
+  @jax.jit
+  def compute(x, parameters):
+    def block(x, parameters):
+      return dense_block_training(x, parameters, layers, None)[0]
+
+    values, backward = jax.vjp(block, x, parameters)
+    return values, *jax.tree.leaves(backward(jnp.asarray(weights, dtype)))
+
+  return Program(
+    f'{name} with their gradients',
+    lambda: compute(x, parameters),
+    lambda: _training_reference(x, parameters, weights),
+    dtype,
+  )
+
+
+def _largest_block(
+  model: Any, image_shape: tuple[int, int, int], batch_size: int
+) -> tuple[DenseBlock, tuple[int, int, int, int]] | None:
+  """The dense block that reads the most pixels, of several the one with the most channels, and its input's shape."""
+  found = []
+
+  def record(call, args, kwargs, context):
+    if isinstance(context.module, DenseBlock) and context.method_name == '__call__':
+      found.append((context.module.clone(parent=None), args[0].values.shape))
+    return call(*args, **kwargs)
+
+  images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+  with compiling_for(SHAPES), nn.intercept_methods(record):
+    jax.eval_shape(model.init, jax.random.key(0), images)
+  return max(found, key=lambda block: (block[1][1], block[1][-1]), default=None)
+
+
+def _wide(layer: Layer) -> Any:
+  """The same in float64, as NumPy's arrays."""
+  return _Layer(*(np.asarray(leaf, np.float64) for leaf in layer))
+
+
+def _inference_reference(x: np.ndarray, parameters: Sequence[Layer]) -> np.ndarray:
+  values = x.astype(np.float64)
+  for layer in map(_wide, parameters):
+    a = np.maximum(values * layer.scale1 + layer.shift1, 0)
+    h = np.maximum(a @ layer.kernel1 + layer.shift2, 0)
+    values = np.concatenate([values, _convolution(h, layer.kernel2)], -1)
+  return values
+
+
+def _training_reference(x: np.ndarray, parameters: Sequence[Layer], weights: np.ndarray) -> list[np.ndarray]:
+  """Values of the block, then gradients of sum(weights * values): of x, and of each layer's parameters in order."""
+  layers = list(map(_wide, parameters))
+  values, kept = x.astype(np.float64), []
+  for layer in layers:
+    a = np.maximum(values * layer.scale1 + layer.shift1, 0)
+    z, z_std = _normalized(a @ layer.kernel1)
+    h = np.maximum(z * layer.scale2 + layer.shift2, 0)
+    y, y_std = _normalized(_convolution(h, layer.kernel2))
+    kept.append((values, a, z, z_std, h, y, y_std))
+    values = np.concatenate([values, y], -1)
+  g, gradients = weights.astype(np.float64), []
+  for layer, (before, a, z, z_std, h, y, y_std) in zip(reversed(layers), reversed(kept), strict=True):
+    g, g_y = g[..., : before.shape[-1]], g[..., before.shape[-1] :]
+    dy = _normalized_gradient(g_y, y, y_std)
+    dkernel2 = np.stack([_over_pixels(part, dy) for part in _shifts(h)]).reshape(layer.kernel2.shape)
+    u2 = _convolution(dy, layer.kernel2[::-1, ::-1].transpose(0, 1, 3, 2)) * (h > 0)
+    dz = _normalized_gradient(u2 * layer.scale2, z, z_std)
+    u1 = (dz @ layer.kernel1.T) * (a > 0)
+    gradients.append(
+      _Layer(
+        (u1 * before).sum((0, 1, 2)),
+        u1.sum((0, 1, 2)),
+        _over_pixels(a, dz),
+        (u2 * z).sum((0, 1, 2)),
+        u2.sum((0, 1, 2)),
+        dkernel2,
+      )
+    )
+    g = g + u1 * layer.scale1
+  return [values, g, *(leaf for gradient in reversed(gradients) for leaf in gradient)]
+
+
+def _normalized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  std = np.sqrt(x.var((0, 1, 2)) + EPSILON)
+  return (x - x.mean((0, 1, 2))) / std, std
+
+
+def _normalized_gradient(g: np.ndarray, x_hat: np.ndarray, std: np.ndarray) -> np.ndarray:
+  return (g - g.mean((0, 1, 2)) - x_hat * (g * x_hat).mean((0, 1, 2))) / std
+
+
+def _convolution(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+  return functools.reduce(np.add, (part @ kernel[i // 3, i % 3] for i, part in enumerate(_shifts(x))))
+
+
+def _over_pixels(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+  """Sum over images and pixels of the outer products: [B, H, W, C], [B, H, W, D] -> [C, D]."""
+  return first.reshape(-1, first.shape[-1]).T @ second.reshape(-1, second.shape[-1])
+
+
+def _shifts(x: np.ndarray) -> list[np.ndarray]:
+  """The nine arrays [B, H, W, C] of zero-padded neighbors that a 3x3 kernel reads, as views."""
+  height, width = x.shape[1:3]
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  return [padded[:, i // 3 : i // 3 + height, i % 3 : i % 3 + width] for i in range(9)]

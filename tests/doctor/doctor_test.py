@@ -1,0 +1,112 @@
+"""The doctor: its report, its advice and its exit code."""
+
+import json
+
+import pytest
+from running import run_command
+
+from paranet_jax import numerics
+from paranet_jax.doctor import crashes, report
+from paranet_jax.doctor.__main__ import main
+
+FIELDS = [
+  'versions',
+  'device',
+  'processor',
+  'flags',
+  'known_faults',
+  'checks',
+  'memory',
+  'disk',
+  'caches',
+  'advice',
+]
+AVOIDING = '--xla_cpu_experimental_ynn_fusion_type=-reduce'
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+  """A machine with jaxlib 0.10.2, one quick check, and nothing to advise."""
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path))
+  monkeypatch.setenv('XLA_FLAGS', f'--other {AVOIDING}')
+  monkeypatch.setattr(report, 'jaxlib_version', lambda: (0, 10, 2))
+  monkeypatch.setattr(report, 'crash', lambda rank: None)
+  monkeypatch.setattr(report.os, 'getloadavg', lambda: (0.0, 0.0, 0.0))
+  monkeypatch.setattr(report, 'ROOM', 0)
+  monkeypatch.setattr(numerics, 'programs', lambda *_, **__: [numerics.summed_products(10)])
+  (tmp_path / 'compiled').mkdir()
+  (tmp_path / 'compiled' / 'program').write_bytes(bytes(1_500_000))
+  return monkeypatch
+
+
+def test_a_healthy_machine(machine, tmp_path):
+  code, out, err = run_command(main, '--json')
+  found = json.loads(out)
+  assert (code, err, list(found)[: len(FIELDS)]) == (0, '', FIELDS)
+  assert found['advice'] == [] and all(check['right'] for check in found['checks'])
+  assert [fault['avoided'] for fault in found['known_faults']] == [True] * 3
+  assert found['caches'] == {str(tmp_path / 'compiled'): 1_500_000}
+  code, out, _ = run_command(main)
+  assert code == 0 and out.endswith('to do        nothing\n')
+  assert f'cache        1.5 MB in {tmp_path}/compiled\n' in out and "XLA_FLAGS='--other" in out
+
+
+def test_wrong_numbers_crashes_and_what_to_do(machine):
+  right = numerics.summed_products(10)
+  wrong = right._replace(compute=lambda: [2 * right.compute()[0]])
+  machine.setattr(numerics, 'programs', lambda *_, **__: [wrong])
+  machine.setattr(report, 'crash', lambda rank: 'ended by SIGSEGV' if rank == 8 else None)
+  machine.setenv('XLA_FLAGS', '--other')
+  code, out, _ = run_command(main)
+  assert code == 1
+  assert 'WRONG: the sums of 10 vmapped matrix-vector products: expected 81, found 162\n' in out
+  assert 'right: the sum of a product of arrays of 7 axes\n' in out
+  assert 'CRASHES: the sum of a product of arrays of 8 axes: ended by SIGSEGV\n' in out
+  assert out.count('known fault  NOT AVOIDED: ') == 3
+  assert out.endswith(f'to do        add {AVOIDING} to XLA_FLAGS, or unset it and paranet_jax does\n')
+  machine.setattr(report, 'jaxlib_version', lambda: (0, 13, 0))
+  assert 'to do        install jaxlib 0.11.1 or newer, and report the output of --json\n' in run_command(main).out
+
+
+def test_little_room_and_a_busy_processor(machine):
+  machine.setattr(report, 'ROOM', 1 << 60)
+  machine.setattr(report.os, 'getloadavg', lambda: (99.0, 0.0, 0.0))
+  advice = json.loads(run_command(main, '--json').out)['advice']
+  assert [text.split(':')[1] for text in advice[:-1]] == [' free some before training'] * (len(advice) - 1)
+  assert len(advice) >= 2 and advice[-1] == 'other programs use the processor (load 99.0): measure no speed now'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [(['--config=no.py'], 'expected a configuration file at no.py, found none'), (['--jsn'], 'unrecognized arguments')],
+)
+def test_refusals(flags, message):
+  code, out, err = run_command(main, *flags)
+  assert (code, out, err.count('\n')) == (2, '', 1) and message in err
+
+
+@pytest.mark.parametrize('rank', crashes.RANKS)
+def test_programs_that_crash_some_versions_are_right_here(rank):
+  crashes.sum_of_product(rank)
+
+
+def test_a_crash_of_the_child_is_told_from_an_error(monkeypatch):
+  class Process:
+    exitcode = -11
+
+    def __init__(self, target, args):
+      assert (target, args) == (crashes.sum_of_product, (8,))
+
+    def start(self): ...
+
+    def join(self, seconds=None): ...
+
+    def is_alive(self):
+      return self.exitcode is None
+
+    def kill(self): ...
+
+  monkeypatch.setattr(crashes.multiprocessing, 'get_context', lambda method: type('Context', (), {'Process': Process}))
+  for code, expected in ((-11, 'ended by SIGSEGV'), (1, 'exit code 1'), (0, None), (None, 'took more than 60 seconds')):
+    Process.exitcode = code
+    assert crashes.crash(8) == expected
