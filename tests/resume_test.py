@@ -20,6 +20,8 @@ from paranet_jax.evaluation import Evaluator
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
 
+RUN = (*TINY, '--config.name=PN2-2d')
+
 pytestmark = pytest.mark.usefixtures('programs')
 
 NUM_STEPS = 10
@@ -33,13 +35,13 @@ class Killed(BaseException):
 def whole(programs, tmp_path_factory):
   """The folder of a run that was not stopped."""
   workdir = tmp_path_factory.mktemp('whole')
-  assert run_main(*TINY, f'--workdir={workdir}').code == 0
+  assert run_main(*RUN, f'--workdir={workdir}').code == 0
   return workdir
 
 
 def assert_ends_as(workdir, whole):
   """Trains to the end, and compares every leaf of the state, every measurement and the summary."""
-  assert run_main(*TINY, f'--workdir={workdir}').code == 0
+  assert run_main(*RUN, f'--workdir={workdir}').code == 0
   chex.assert_trees_all_equal(saved_state(workdir), saved_state(whole), strict=True)
   lines, expected = read_metrics(workdir), read_metrics(whole)
   assert [(line['step'], line['split']) for line in lines] == [(line['step'], line['split']) for line in expected]
@@ -70,7 +72,7 @@ def test_stopped_again_and_again(tmp_path, whole):
   for step, number in ((1, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)):
     with pytest.MonkeyPatch.context() as patch:
       before_each_step(patch, send(number, step))
-      result = run_main(*TINY, f'--workdir={tmp_path}')
+      result = run_main(*RUN, f'--workdir={tmp_path}')
     assert_stopped(result, tmp_path, number.name, step)
     if before:
       assert f'resuming from the checkpoint at step {before} of {NUM_STEPS}' in result.out.splitlines()
@@ -82,7 +84,7 @@ def test_stopped_before_the_first_step(tmp_path, whole):
   with pytest.MonkeyPatch.context() as patch:
     run_on = devices_lib.run_on
     patch.setattr(devices_lib, 'run_on', lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or run_on(*rest))
-    result = run_main(*TINY, f'--workdir={tmp_path}')
+    result = run_main(*RUN, f'--workdir={tmp_path}')
   assert_stopped(result, tmp_path, 'SIGTERM', 0)
   assert_ends_as(tmp_path, whole)
 
@@ -90,7 +92,7 @@ def test_stopped_before_the_first_step(tmp_path, whole):
 def test_a_signal_during_the_last_step_stops_nothing(tmp_path, whole):
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, send(signal.SIGTERM, NUM_STEPS))
-    result = run_main(*TINY, f'--workdir={tmp_path}')
+    result = run_main(*RUN, f'--workdir={tmp_path}')
   assert result.code == 0 and result.out.splitlines()[-1] == f'summary: {tmp_path}/summary.json'
   assert_ends_as(tmp_path, whole)
 
@@ -101,7 +103,7 @@ def test_killed(tmp_path, whole, step, saved):
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, kill(step))
     with pytest.raises(Killed):
-      run_main(*TINY, f'--workdir={tmp_path}')
+      run_main(*RUN, f'--workdir={tmp_path}')
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest_step() == saved
   assert_ends_as(tmp_path, whole)
@@ -118,7 +120,7 @@ def test_killed_between_the_last_evaluation_and_its_checkpoint(tmp_path, whole):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Checkpoints, 'save', killed_save)
     with pytest.raises(Killed):
-      run_main(*TINY, f'--workdir={tmp_path}')
+      run_main(*RUN, f'--workdir={tmp_path}')
   assert [line['split'] for line in read_metrics(tmp_path) if line['step'] == 10] == ['train', 'held_out', 'test']
   assert_ends_as(tmp_path, whole)
 
@@ -137,16 +139,16 @@ def test_in_the_middle_of_an_evaluation(tmp_path, whole, act):
     patch.setattr(Evaluator, 'evaluate', act_and_evaluate)
     if act is None:
       with pytest.raises(Killed):
-        run_main(*TINY, f'--workdir={tmp_path}')
+        run_main(*RUN, f'--workdir={tmp_path}')
     else:
-      assert_stopped(run_main(*TINY, f'--workdir={tmp_path}'), tmp_path, 'SIGTERM', 5)
+      assert_stopped(run_main(*RUN, f'--workdir={tmp_path}'), tmp_path, 'SIGTERM', 5)
   assert_ends_as(tmp_path, whole)
 
 
 def stop_at(step, workdir, *arguments):
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, send(signal.SIGTERM, step))
-    assert_stopped(run_main(*TINY, *arguments, f'--workdir={workdir}'), workdir, 'SIGTERM', step)
+    assert_stopped(run_main(*RUN, *arguments, f'--workdir={workdir}'), workdir, 'SIGTERM', step)
 
 
 def evaluations(workdir):
@@ -156,7 +158,7 @@ def evaluations(workdir):
 def test_another_cadence_of_evaluation_and_logging(tmp_path, whole):
   stop_at(3, tmp_path, '--config.eval.every_epochs=0.2', '--config.log.every_steps=1')
   other = '--config.eval.every_epochs=0.8', '--config.log.every_steps=3', '--config.checkpoint.every_steps=7'
-  assert run_main(*TINY, *other, f'--workdir={tmp_path}', '--accept_config_changes').code == 0
+  assert run_main(*RUN, *other, f'--workdir={tmp_path}', '--accept_config_changes').code == 0
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(whole), strict=True)
   found, expected = evaluations(tmp_path), evaluations(whole)
   assert sorted({step for step, _ in found}) == [1, 2, 3, 4, 8, 10]
@@ -238,7 +240,7 @@ def test_the_second_signal_ends_at_once(tmp_path, whole):
   try:
     with pytest.MonkeyPatch.context() as patch:
       before_each_step(patch, act)
-      result = run_main(*TINY, f'--workdir={tmp_path}')
+      result = run_main(*RUN, f'--workdir={tmp_path}')
   finally:
     signal.signal(signal.SIGINT, left)
   assert (result.code, result.err) == (130, 'stopped at once\n')

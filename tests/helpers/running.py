@@ -86,11 +86,17 @@ def summary_of(workdir: Path) -> dict[str, Any]:
 
 
 def saved_state(workdir: Path) -> Any:
-  """The state of the latest checkpoint, as NumPy arrays."""
-  like = task_lib.build_task(restore_config(workdir)).init_state()
+  """The state of the latest checkpoint, as NumPy arrays; a checkpoint with the same checksums is read once."""
   with Checkpoints(workdir) as checkpoints:
-    state, _ = checkpoints.restore(checkpoints.choose(), like)
-  return jax.tree.map(np.asarray, state)
+    step = checkpoints.choose()
+    key = _read(workdir / 'checkpoints' / str(step) / 'checksums.json')
+    if key is None or key not in _STATES:
+      like = task_lib.build_task(restore_config(workdir)).init_state()
+      _STATES[key] = jax.tree.map(np.asarray, checkpoints.restore(step, like)[0])
+  return _STATES[key]
+
+
+_STATES: dict[bytes | None, Any] = {}
 
 
 def before_each_step(monkeypatch: Any, act: Callable[[int, Any], Any]) -> None:
@@ -123,6 +129,7 @@ class SharedPrograms:
       'evaluator': train.Evaluator,
       'step': devices_lib.run_on,
       'state': task_lib.init_state,
+      'curves': train.draw_curves,
     }
 
   def install(self, patch: Any) -> None:
@@ -132,6 +139,7 @@ class SharedPrograms:
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
     patch.setattr(devices_lib, 'run_on', self._step)
     patch.setattr(task_lib, 'init_state', self._state)
+    patch.setattr(train, 'draw_curves', self._curves)
 
   def _task(self, config, dataset=None, learned=None):
     task = self._keep('task', config, config, dataset, learned)
@@ -149,6 +157,14 @@ class SharedPrograms:
         return state
       self._kept[key] = jax.tree.map(np.asarray, state)
     return jax.tree.map(np.copy, self._kept[key])
+
+  def _curves(self, workdir):
+    """The curves of the first run serve for all."""
+    if 'curves' not in self._kept:
+      self._kept['curves'] = self._build['curves'](workdir).read_bytes()
+    path = workdir / 'curves.png'
+    path.write_bytes(self._kept['curves'])
+    return path
 
   def _keep(self, kind, config, *arguments, phase=None):
     same = config.copy_and_resolve_references()
