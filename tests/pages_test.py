@@ -38,3 +38,11 @@ def test_cascade_drawing_is_what_its_script_draws(background, monkeypatch):
   assert script['COSTS'] == tuple(f'{macs / 1e6:.1f} M' for macs in FIGURE_MACS)
   palette = sys.modules.pop('svg').PALETTES[background]
   assert (folder / f'cascade-{background}.svg').read_text() == script['draw'](palette)
+
+
+def test_drawing_of_the_packages_is_what_its_script_draws(monkeypatch):
+  folder = REPO / 'docs/drawings'
+  monkeypatch.syspath_prepend(folder)
+  script = runpy.run_path(str(folder / 'packages.py'))
+  drawn = script['draw'](sys.modules.pop('svg').PALETTES['light'])
+  assert (folder / 'packages-light.svg').read_text() == drawn, 'run python docs/drawings/packages.py'

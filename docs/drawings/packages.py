@@ -8,12 +8,14 @@ from svg import Canvas, Palette, write
 
 ROOT = Path(__file__).parents[2] / 'paranet_jax'
 GROUPS = {
-  'commands': ('main', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'command_line'),
+  'commands': (
+    *('main', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'doctor', 'command_line'),
+  ),
   'training loop': ('train', 'seeds'),
   'task': ('task', 'feed', 'evaluation'),
   'steps': ('steps', 'devices'),
   'config': ('config', 'base_config'),
-  'objective': ('losses', 'optim', 'costs'),
+  'objective': ('losses', 'optim', 'costs', 'numerics'),
 }
 """Modules drawn as one box; any other package or module has its own."""
 PURPOSES = {
@@ -24,7 +26,7 @@ PURPOSES = {
   'task': 'what a run needs, built once; batches; evaluation',
   'steps': 'pure training and evaluation steps',
   'config': 'fields, defaults, checks',
-  'objective': 'losses, optimizer, multiply-adds',
+  'objective': 'losses, optimizer, multiply-adds, checks of numbers',
   'models': 'networks and their registry',
   'data': 'data sets, batches, augmentation',
   'targets': 'what each exit learns from',
@@ -53,12 +55,12 @@ def draw(palette: Palette) -> str:
     color = 1 if name == 'commands' else 2 if (ROOT / name).is_dir() else 0
     canvas.box(x, y, width, HEIGHT, color)
     canvas.text(x + width / 2, y + 21, name, bold=True)
-    canvas.text(x + width / 2, y + 39, PURPOSES.get(name, ''), soft=True, size=11)
+    canvas.text(x + width / 2, y + 39, PURPOSES[name], soft=True, size=11)
   return canvas.svg()
 
 
 def _row(names: list[str], y: float) -> dict[str, tuple[float, float, float]]:
-  widths = [max(110.0, 6.3 * len(PURPOSES.get(name, '')) + 18) for name in names]
+  widths = [max(110.0, 6.3 * len(PURPOSES[name]) + 18) for name in names]
   if names == ['host']:
     widths = [WIDTH - 2 * MARGIN]
   space = (WIDTH - sum(widths)) / (len(names) + 1)
