@@ -1,19 +1,12 @@
-"""Processes that train together, forked from a server that has imported the program once.
+"""What processes that train together do (see forking.py).
 
 The images that every step gets, uint8 [steps, b, H, W, C] of a process's share of the batches, are saved in the workdir
 as `batches_<process>.npy`. With the flag `--slow`, the steps of a training take 50 ms or more, so that a signal arrives
 before its end. A training with the flag `--refused` must be refused, and process 0 prints the message.
 """
 
-import multiprocessing
-import os
-import sys
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
-from unittest import mock
 
 import jax
 import numpy as np
@@ -65,8 +58,9 @@ def train(arguments):
   np.save(Path(values.workdir) / f'batches_{jax.process_index()}.npy', np.stack(batches))
 
 
-def main(trainings):
-  """Runs the trainings in turn; the flags of the first one say which process this is."""
+def main(devices, trainings):
+  """Runs the trainings in turn on so many devices; the flags of the first one say which process this is."""
+  jax.config.update('jax_num_cpu_devices', devices)
   values, _ = parse(['group', *trainings[0]])
   PROGRAMS.install(pytest.MonkeyPatch())
   with joined(place(values), values.heartbeat_timeout):
@@ -78,47 +72,3 @@ def main(trainings):
       with pytest.raises(UserError) as error:
         train([argument for argument in own if argument != '--refused'])
       print(error.value, flush=True)
-
-
-class Member:
-  """A started process of a group.
-
-  Attributes:
-    pid: its process id.
-    out, err: what it writes.
-  """
-
-  _context = multiprocessing.get_context('forkserver')
-  _context.set_forkserver_preload(['group'])
-
-  def __init__(self, devices: int, trainings: Sequence[Sequence[str]]):
-    pipes = [self._context.Pipe(duplex=False) for _ in range(2)]
-    self._process = self._context.Process(target=_run, args=(devices, trainings, *(end for _, end in pipes)))
-    helpers = Path(__file__).resolve().parent
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, [helpers.parents[1], helpers]))):
-      self._process.start()  # The first one starts the server.
-    self.pid, self.kill, self.terminate = self._process.pid, self._process.kill, self._process.terminate
-    self.out, self.err = (os.fdopen(os.dup(reader.fileno())) for reader, _ in pipes)
-    for _, writer in pipes:
-      writer.close()
-
-  def ended(self) -> tuple[int | None, str, str]:
-    """Exit code, remaining output and error; a process that hangs is killed."""
-    self._process.join(240)
-    self.kill()
-    self._process.join()
-    return self._process.exitcode, _rest(self.out), _rest(self.err)
-
-
-def _rest(pipe: TextIO) -> str:
-  with pipe:
-    return pipe.read()
-
-
-def _run(devices: int, trainings: Sequence[Sequence[str]], out: Connection, err: Connection) -> None:
-  for number, pipe in enumerate((out, err), 1):
-    os.dup2(pipe.fileno(), number)
-  sys.stdout, sys.stderr = (os.fdopen(os.dup(number), 'w', buffering=1) for number in (1, 2))
-  jax.config.update('jax_num_cpu_devices', devices)
-  jax.config.update('jax_disable_most_optimizations', True)
-  main(trainings)

@@ -12,6 +12,7 @@ import group
 import jax
 import numpy as np
 import pytest
+from forking import Forked
 from running import QUICKSTART, saved_state, summary_of
 
 from paranet_jax.report.metrics import read_metrics
@@ -43,7 +44,7 @@ def start(processes, devices, *trainings):
   place = f'--coordinator=localhost:{port}', f'--num_processes={processes}', '--process_id=PROCESS'
   trainings = [[*trainings[0], *place], *trainings[1:]]
   return [
-    group.Member(devices, [[flag.replace('PROCESS', str(index)) for flag in training] for training in trainings])
+    Forked(group.main, devices, [[flag.replace('PROCESS', str(index)) for flag in own] for own in trainings])
     for index in range(processes)
   ]
 

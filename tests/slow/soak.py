@@ -19,16 +19,20 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / 'helpers')]
 
 import jax  # noqa: E402
-from killing import LONG, assert_ends_as, start  # noqa: E402
+from killing import RUN, assert_ends_as, start  # noqa: E402
 
-RUN = *LONG, '--config.checkpoint.every_steps=15'
+# 330 steps, with as many evaluations as the shorter run.
+LONG = (
+  *(*RUN, '--config.train.epochs=30', '--config.eval.every_epochs=5'),
+  *('--config.checkpoint.every_steps=15', '--config.log.every_steps=10'),
+)
 LONGEST = 1.5
 """At most so many seconds from the first log line to the kill; a whole run takes a few."""
 
 
 def killed(workdir: Path, chance: random.Random) -> bool:
   """Starts the run and kills it; returns False if it finished before."""
-  with start(*RUN, workdir=workdir) as process:
+  with start(*LONG, workdir=workdir) as process:
     # Half of the kills hit the start (imports, restoring, compiling), half the training, saving and evaluating.
     training = chance.random() < 0.5
     if training:
@@ -44,7 +48,7 @@ def killed(workdir: Path, chance: random.Random) -> bool:
 
 def finish(workdir: Path) -> None:
   """Lets the run finish."""
-  with start(*RUN, workdir=workdir) as process:
+  with start(*LONG, workdir=workdir) as process:
     _, err = process.communicate()
   assert (process.returncode, err) == (0, ''), err
 
