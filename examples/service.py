@@ -111,7 +111,7 @@ class Predictor:
       self._scheduler.release()
     return 200, {
       'label': answer.label,
-      'class_name': self._bundle.class_names[answer.label],
+      'class_name': self._bundle.class_names[answer.label].encode('utf-8', 'backslashreplace').decode(),
       'probability': round(answer.probability, 6),
       'exit': answer.exit,
       'milliseconds': round(1e3 * answer.seconds, 3),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from paranet_jax.base_config import RENAMED, field_names
 from paranet_jax.host.arguments import absolute
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.watch import Place
 
 MODES = ('train', 'eval', 'describe')
@@ -39,7 +39,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
   values = _define_flags()
   rest = _renamed(_consume(values, argv, known_only=True))
   if values.help:
-    print(f'usage: python -m paranet_jax.main --config=FILE [--config.section.field=value ...]{values.get_help()}')
+    say(f'usage: python -m paranet_jax.main --config=FILE [--config.section.field=value ...]{values.get_help()}')
     raise SystemExit
   _consume(values, [argv[0], *(a for a in rest if a.startswith('--') and not _OVERRIDE.match(a))])
   if values.mode not in MODES:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.command_line import parse, place
 from paranet_jax.host.arguments import absolute
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 
@@ -61,7 +61,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> No
 
 
 def _print(values: flags.FlagValues, result: dict, text: str) -> None:
-  print(json.dumps(result) if values.json else text)
+  say(json.dumps(result) if values.json else text)
 
 
 if __name__ == '__main__':

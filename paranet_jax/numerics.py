@@ -18,7 +18,7 @@ import numpy as np
 from jaxlib.version import __version__ as jaxlib_name
 
 from paranet_jax.host.arguments import cache_folder
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.known_faults import VARIABLE, faults_of, jaxlib_version, wrong_numbers_accepted
 from paranet_jax.host.machine import cpu_name, machine_key
@@ -113,7 +113,7 @@ def check_once(model: Any, image_shape: tuple[int, int, int], batch_size: int, t
   if wrong:
     if not wrong_numbers_accepted():
       raise UserError(str(wrong))
-    print(f'warning: {wrong}', flush=True)
+    say(f'warning: {wrong}')
   elif file:
     with contextlib.suppress(OSError):  # It is checked again at the next start.
       file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser, absolute
-from paranet_jax.host.errors import exit_code
+from paranet_jax.host.errors import exit_code, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +30,8 @@ def _run(given: argparse.Namespace) -> None:
 
   step = pack(given.workdir, given.out, given.step)
   size = sum(path.stat().st_size for path in given.out.rglob('*'))
-  print(f'packed: {given.out}, step {step}, {size / 1e6:.2f} MB')
-  print(f'its exits must be calibrated again: python -m paranet_jax.calibrate --workdir={given.out} --budget=...')
+  say(f'packed: {given.out}, step {step}, {size / 1e6:.2f} MB')
+  say(f'its exits must be calibrated again: python -m paranet_jax.calibrate --workdir={given.out} --budget=...')
 
 
 if __name__ == '__main__':

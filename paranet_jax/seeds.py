@@ -11,7 +11,7 @@ from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
 from paranet_jax.devices import SideBySide
 from paranet_jax.evaluation import MEASURES, Evaluator
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
@@ -71,8 +71,8 @@ def train_seeds(
       summaries.append(summary)
   result = summarize(summaries)
   write_json(workdir / SUMMARY, result)
-  print(seeds_table(result))
-  print(f'summary: {workdir / SUMMARY}', flush=True)
+  say(seeds_table(result))
+  say(f'summary: {workdir / SUMMARY}')
   return result
 
 
@@ -108,7 +108,7 @@ def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Dev
   """
   if all(run_status(folder, own, accepted.place).summary for own, folder in zip(group, folders, strict=True)):
     return True
-  print(f'seeds {", ".join(str(own.seed) for own in group)} at once', flush=True)
+  say(f'seeds {", ".join(str(own.seed) for own in group)} at once')
   tasks = []
   for own, folder in zip(group, folders, strict=True):
     check_saved(folder, own, accepted.config, accepted.place)
@@ -133,7 +133,7 @@ def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Dev
       record.save_facts()
     train_loop(records, layout.join(states), layout, Evaluator(tasks[0], devices[:1]), stop)
   if stop.received:
-    print(f'stopped by {stop.received} after step {records[0].saved_step}, saved; the same command resumes', flush=True)
+    say(f'stopped by {stop.received} after step {records[0].saved_step}, saved; the same command resumes')
   return not stop.received
 
 

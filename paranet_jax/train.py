@@ -16,11 +16,12 @@ from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import say
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.numerics import check_training
+from paranet_jax.report.pictures import drawn
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
 from paranet_jax.runs.learned import restore_learned
@@ -58,35 +59,35 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)
   check_training(task.model, task.image_shape, config.train.batch_size // len(devices))
   description = describe(config, len(task.dataset.class_names))
-  print(f'{describe_table(description)}\n{task.facts_line(devices, processes.count)}\nworkdir: {workdir}', flush=True)
+  say(f'{describe_table(description)}\n{task.facts_line(devices, processes.count)}\nworkdir: {workdir}')
   with StopRequest() as stop, open_record(task, workdir, processes) as record:
     state = record.restore(devices)
     record.save_facts()
     evaluator = Evaluator(task, devices)
     state, evaluations = train_loop([record], state, Layout(devices), evaluator, stop)
     if evaluations is None and record.saved_step != task.total_steps:
-      print(f'stopped by {stop.received} after step {record.saved_step}, saved; the same command resumes', flush=True)
+      say(f'stopped by {stop.received} after step {record.saved_step}, saved; the same command resumes')
       return None
     if evaluations is None:
       # An earlier start stopped between its last checkpoint and its summary: the metrics are already written.
       evaluations = [evaluator.evaluate(state.params, state.batch_stats)]
-      print(evaluation_table(evaluations[0]))
+      say(evaluation_table(evaluations[0]))
     summary = record.finish(description, evaluations[0], environment(devices))
-    print(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
-    print(f'curves: {processes.once(draw_curves, workdir)}\nsummary: {workdir / SUMMARY}', flush=True)
+    curves = processes.once(draw_curves, workdir)
+    say(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
+    say(f'curves: {curves}\nsummary: {workdir / SUMMARY}')
   return summary
 
 
 def draw_curves(workdir: Path) -> Path | str:
-  """Draws the learning curves; returns their file, or why matplotlib fails, which loses no run."""
-  try:
-    from paranet_jax.report import curves  # matplotlib refuses an unknown MPLBACKEND when it is imported.
+  """Draws the learning curves; returns their file, or why matplotlib fails."""
+
+  def draw() -> Path:
+    from paranet_jax.report import curves
 
     return curves.draw_curves(workdir)
-  except (UserError, OSError):
-    raise
-  except Exception as error:
-    return f'not drawn: {" ".join(str(error).split())}'
+
+  return drawn(draw)
 
 
 def train_missing(config: ConfigDict, workdir: Path, title: str, accepted: Accepted = NOTHING) -> dict[str, Any] | None:
@@ -100,7 +101,7 @@ def train_missing(config: ConfigDict, workdir: Path, title: str, accepted: Accep
   """
   summary = run_status(workdir, config, accepted.place).summary
   if summary is None:
-    print(title, flush=True)
+    say(title)
     summary = train_and_evaluate(config, workdir, accepted)
   return summary
 

@@ -134,11 +134,12 @@ def test_describing_a_data_set_whose_classes_are_not_known():
     ('file', 'workdir {0} must be a folder, found a file; set --workdir'),
     ('file/below', 'workdir {0} must be a folder, found a file; set --workdir'),
     ('x' * 300, 'workdir {0} cannot be created: File name too long; set --workdir'),
+    ('caf\udce9', 'expected a folder whose path is UTF-8, found {0}; rename it, or set --workdir'),
   ],
 )
 def test_a_workdir_that_cannot_be(tmp_path, workdir, message):
   (tmp_path / 'file').write_text('mine')
-  assert refusal(*TINY, f'--workdir={workdir}') == message.format(tmp_path / workdir)
+  assert refusal(*TINY, f'--workdir={workdir}') == message.format(tmp_path / ascii(workdir)[1:-1])
   assert contents(tmp_path) == {'file': b'mine'}
 
 

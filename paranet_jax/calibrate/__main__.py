@@ -3,9 +3,11 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from paranet_jax.calibrate.flags import Request, parse
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 
@@ -22,6 +24,7 @@ def _run(request: Request, command: str) -> None:
   from paranet_jax.early.exit_plan import EXITS
   from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import refuse_several
+  from paranet_jax.report.pictures import drawn
 
   refuse_several('calibrate')
   start_jax(request)
@@ -30,12 +33,17 @@ def _run(request: Request, command: str) -> None:
   result = calibrate(request, command)
   if result.problem:
     raise UserError(result.problem)
-  print(summary_text(result.plan))
-  print(f'\nexits: {path}{replaced}', flush=True)
+  say(summary_text(result.plan))
+  say(f'\nexits: {path}{replaced}')
   if request.curves:
-    from paranet_jax.calibrate.figures import draw  # matplotlib takes a second to import.
+    found = drawn(lambda: _draw(request.workdir, result))
+    say('\n'.join(f'figure: {line}' for line in ([found] if isinstance(found, str) else found)))
 
-    print('\n'.join(f'figure: {path}' for path in draw(request.workdir, result) if path.suffix == '.png'))
+
+def _draw(workdir: Path, result: Any) -> list[Path]:
+  from paranet_jax.calibrate.figures import draw
+
+  return [path for path in draw(workdir, result) if path.suffix == '.png']
 
 
 if __name__ == '__main__':

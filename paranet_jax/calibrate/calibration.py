@@ -26,7 +26,7 @@ from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import Samples, visited
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import cpu_name, environment
 from paranet_jax.runs.learned import repair_dataset_facts
 from paranet_jax.runs.trained import read_task
@@ -82,7 +82,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
   dataset = subject.task.dataset
   assert dataset.held_out is not None  # As the configuration says.
-  print(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images', flush=True)
+  say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Risk control needs images that the temperatures were not fitted on.
   fitted, chosen = _halves(held_out) if _in_halves(request) else (held_out, held_out)

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import re
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,11 @@ from jaxtyping import Bool, Float64, Int, UInt8
 from paranet_jax.data.dataset import Images, Labels, Source, Split, StoredImages
 from paranet_jax.data.identity import Identities, choose_limits, drawn, read_identified
 from paranet_jax.host.arguments import cache_folder
-from paranet_jax.host.files import replacing
+from paranet_jax.host.files import replacing, sweep
 
 _FORMAT = 2  # Increase it when decoding or this layout changes, so that old entries are not found.
 _READ = 512  # Images read at a time.
 _CHUNK = 4096  # Images converted to float64 at a time.
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Listing(NamedTuple):
@@ -121,10 +119,13 @@ def statistics_of_sums(
 
 
 def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
-  """The cache folder of a source."""
+  """The cache folder of a source. What killed processes left there, or in those of other sources, is removed."""
   shape = 'x'.join(map(str, image_shape))
   name = f'{source.name}-{source.version}-{shape}-{source.fingerprint}-v{_FORMAT}'
-  return cache_folder() / re.sub(r'[^\w.-]+', '_', name)
+  root = cache_folder()
+  for folder in root.glob('*'):
+    sweep(folder)
+  return root / re.sub(r'[^\w.-]+', '_', name)
 
 
 def trained_indices(source: Source, listing: Listing) -> Int[np.ndarray, ' n']:
@@ -156,7 +157,7 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-  """Reads named arrays and verifies their checksums; raises one of `DAMAGE`."""
+  """Reads named arrays and verifies their checksums; damage makes zipfile and NumPy raise nearly anything."""
   with np.load(io.BytesIO(path.read_bytes())) as archive:  # Read into memory first, so that the file is closed.
     return dict(archive)
 
@@ -213,7 +214,7 @@ def _open_entry(entry: Path, image_shape: tuple[int, ...]) -> Decoded | None:
     }
     images = {split: _open_images(entry, split, index, image_shape) for split in listings}
     return Decoded(images, listings, mean=index['mean'], std=index['std'])
-  except DAMAGE as error:
+  except Exception as error:
     if not isinstance(error, OSError):  # An OSError means that there is no entry, or that writing will fail too.
       logging.warning('Decoded images in %s are damaged and will be written again: %s', entry, error)
     return None

@@ -13,7 +13,6 @@ import numpy as np
 from absl import logging
 
 from paranet_jax.data.cache import (
-  DAMAGE,
   Decoded,
   Listing,
   entry_folder,
@@ -96,7 +95,7 @@ def _scan(source: Source, image_shape: tuple[int, int, int], workers: int | None
 def _restore(path: Path) -> dict[str, np.ndarray] | None:
   try:
     return read_arrays(path)
-  except DAMAGE as error:
+  except Exception as error:
     if path.exists():
       logging.warning('%s is damaged and will be written again: %s', path, error)
     return None

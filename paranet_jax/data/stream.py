@@ -19,6 +19,7 @@ from absl import flags
 
 from paranet_jax.data.batches import epoch_order, eval_batches, steps_per_epoch
 from paranet_jax.data.dataset import Split, StoredImages
+from paranet_jax.host.errors import prepare_output
 
 _MAX_WORKERS = 16  # Unless the configuration says otherwise: each takes about 300 MB.
 READ_AHEAD = 2
@@ -152,6 +153,7 @@ def num_workers(workers: int | None) -> int:
 
 
 def _prepare_worker(_: int, __: int) -> None:
+  prepare_output()
   # Control-C and a cluster's signals reach the whole process group, but the run may still read: it ends its workers.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

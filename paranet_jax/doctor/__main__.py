@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser
-from paranet_jax.host.errors import exit_code
+from paranet_jax.host.errors import exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 
@@ -33,7 +33,7 @@ def _run(given: argparse.Namespace) -> int:
   from paranet_jax.doctor.report import as_text, examine  # jax takes a second to import; flags are checked first.
 
   found = examine(given.config)
-  print(json.dumps(found) if given.json else as_text(found))
+  say(json.dumps(found) if given.json else as_text(found))
   return int(not all(check['right'] for check in found['checks']))
 
 

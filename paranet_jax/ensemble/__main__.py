@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser, add_data_flags, add_jax_flags
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 from paranet_jax.report.tables import align
 
@@ -38,7 +38,7 @@ def _run(given: argparse.Namespace) -> None:
 
   start_jax(given)
   rows = evaluate_ensemble(load_ensemble(given.workdirs), given.data_dir, given.accept_data_changes)
-  print(json.dumps(rows) if given.json else _table(rows))
+  say(json.dumps(rows) if given.json else _table(rows))
 
 
 def _table(rows: Sequence[dict]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from paranet_jax.experiments.published import EXPERIMENTS
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, positive
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 ALL = 'all'
@@ -70,14 +70,14 @@ def _run(arguments: argparse.Namespace) -> int:
   results = load_results(workdir, protocol)
   start_jax(arguments)
   if arguments.dry_run:
-    print(dry_run(runs))
+    say(dry_run(runs))
     return 0
   prepare_folder(workdir)
   write_json(workdir / RESULTS, results)  # Records the protocol before anything is trained.
   summaries = run_missing(runs)
   if summaries is None:
     return STOPPED
-  print(write_results(workdir, results, experiments, list(zip(runs, summaries, strict=True))))
+  say(write_results(workdir, results, experiments, list(zip(runs, summaries, strict=True))))
   return 0
 
 

@@ -3,6 +3,7 @@
 Accuracies are percentages. Standard deviations are over seeds, with n - 1; None for a single seed.
 """
 
+import functools
 import os
 import statistics
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from paranet_jax.experiments.published import (
 )
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json, write_text
+from paranet_jax.report.pictures import drawn
 from paranet_jax.runs.workdir import FILES as RUN_FILES
 from paranet_jax.runs.workdir import FOLDERS as RUN_FOLDERS
 
@@ -163,16 +165,21 @@ def write_results(workdir: Path, results: dict[str, Any], experiments: Sequence[
   sections = {name: section(name, finished) for name in experiments}
   lines = []
   for name, found in sections.items():
-    path = workdir / FILES[name]
+    path: Path | str = workdir / FILES[name]
     if name == FIGURE:
-      from paranet_jax.experiments.figure import anytime_figure  # matplotlib takes a second to import.
-      from paranet_jax.report.plots import save_figure
-
-      save_figure(anytime_figure(found, results['protocol']), path)
+      path = drawn(functools.partial(_draw, found, results['protocol'], path))
     else:
       text = table_markdown(found, results['protocol'])
       write_text(path, text)
       lines.append(text)
-    lines.append(f'written: {path}')
+    lines.append(f'written: {path}' if isinstance(path, Path) else f'{FILES[name]}: {path}')
   write_json(workdir / RESULTS, results | {'experiments': results['experiments'] | sections})
   return '\n'.join(lines)
+
+
+def _draw(found: dict[str, Any], protocol: str, path: Path) -> Path:
+  from paranet_jax.experiments.figure import anytime_figure
+  from paranet_jax.report.plots import save_figure
+
+  save_figure(anytime_figure(found, protocol), path)
+  return path

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags
-from paranet_jax.host.errors import exit_code
+from paranet_jax.host.errors import exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 FORMATS = {'onnx': ('onnx',), 'stablehlo': ('stablehlo',), 'both': ('onnx', 'stablehlo')}
@@ -47,14 +47,14 @@ def _run(given: argparse.Namespace) -> None:
     Request(given.workdir, given.out, FORMATS[given.format], given.dtype, given.data_dir, given.accept_data_changes)
   )
   size = sum(path.stat().st_size for path in given.out.iterdir())
-  print(f'bundle: {given.out}, {given.format}, {given.dtype}, step {bundle["step"]}, {size / 1e6:.2f} MB')
+  say(f'bundle: {given.out}, {given.format}, {given.dtype}, step {bundle["step"]}, {size / 1e6:.2f} MB')
   found = bundle.get('agreement')
   if found:
-    print(
+    say(
       f'compared with JAX on {found["images"]:,} {found["of"]} images: {100 * found["labels"]:.2f} % the same labels, '
       f'{100 * found["exits"]:.2f} % the same exits, logits differ by at most {found["logits"]:.1e}'
     )
-    print(f'try it: python {given.out}/run.py IMAGE...')
+    say(f'try it: python {given.out}/run.py IMAGE...')
 
 
 if __name__ == '__main__':

@@ -74,6 +74,14 @@ def absolute(path: str | Path) -> Path:
   return Path(expanded).absolute()
 
 
+def check_utf8(folder: Path, flag: str) -> None:
+  """Raises a `UserError` naming the flag for a folder whose path is not UTF-8: libraries in C++ do not take it."""
+  try:
+    str(folder).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'expected a folder whose path is UTF-8, found {folder}; rename it, or set {flag}') from error
+
+
 def cache_folder() -> Path:
   """PARANET_CACHE_DIR, by default ~/.cache/paranet_jax.
 

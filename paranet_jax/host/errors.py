@@ -3,13 +3,16 @@
 import contextlib
 import errno
 import io
+import logging as python_logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import logging
 
+_BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -37,34 +40,31 @@ def report_no_room(workdir: Path) -> Iterator[None]:
 def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -> int:
   """Runs a command and returns its exit code, 0 if it returns None.
 
-  Returns 2 after a `UserError`, whose line it prints, or after an error of the file system, whose path it names, and
-  130 if the command was interrupted, after printing `stopped`.
+  Returns 2 after a `UserError`, whose line it prints, or after an error of the file system, whose path it names; 130 if
+  the command was interrupted, after printing `stopped`; 141 if the reader of standard output has stopped.
   """
-  logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
-  for name in ('stdout', 'stderr'):  # None if closed, as by `>&-`.
-    if getattr(sys, name) is None:
-      setattr(sys, name, open(os.devnull, 'w'))
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors='backslashreplace')  # For characters that its encoding lacks.
+  prepare_output()
   try:
     return run() or 0
   except UserError as error:
-    _print_error(str(error))
+    _say_error(str(error))
     return 2
+  except BrokenPipeError:
+    return _BROKEN_PIPE
   except OSError as error:
-    if not names_file(error):  # Such as a closed pipe.
+    if not names_file(error):
       raise
     path = os.fsdecode(error.filename2 or error.filename)
-    _print_error(f'{path} cannot be read or written ({error.strerror}); fix that, or name another path')
+    _say_error(f'{path} cannot be read or written ({error.strerror}); fix that, or name another path')
     return 2
   except (AssertionError, RuntimeError):  # jax raises either, and not always with a text.
     wanted = os.environ.get('JAX_PLATFORMS')
     if not wanted or _platform_starts():
       raise
-    print(f'error: expected the platform of JAX_PLATFORMS={wanted}, found no such device; unset it', file=sys.stderr)
+    _say_error(f'expected the platform of JAX_PLATFORMS={wanted}, found no such device; unset it')
     return 2
   except KeyboardInterrupt:
-    print(stopped, file=sys.stderr)
+    say(stopped, to_stderr=True)
     return 130
 
 
@@ -73,16 +73,70 @@ def names_file(error: BaseException) -> bool:
   return isinstance(error, OSError) and isinstance(error.filename, str | bytes | os.PathLike)
 
 
-def _print_error(text: str) -> None:
-  line = ' '.join(text.split())
-  print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
+def _say_error(text: str) -> None:
+  say(f'error: {" ".join(text.split())}', to_stderr=True)
+
+
+def say(text: str, to_stderr: bool = False) -> None:
+  """Prints lines at once, with what is not printable escaped, such as control characters in a file's name.
+
+  What stderr does not take is lost.
+
+  Raises:
+    UserError: standard output cannot be written.
+    BrokenPipeError: its reader has stopped.
+  """
+  try:
+    print(printable_lines(text), file=sys.stderr if to_stderr else None, flush=True)  # noqa: T201
+  except OSError as error:
+    discard_output(2 if to_stderr else sys.stdout.fileno())  # Otherwise Python tries to write it again when it exits.
+    if to_stderr:
+      return
+    if isinstance(error, BrokenPipeError):
+      raise
+    raise UserError(f'standard output cannot be written ({error.strerror}); make room, or send it elsewhere') from error
+
+
+def printable_lines(text: str) -> str:
+  """Escapes what is not printable, except the ends of lines."""
+  return '\n'.join(map(_printable, text.split('\n')))
+
+
+def _printable(line: str) -> str:
+  return ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+class _Formatter(python_logging.Formatter):
+  """A line for each record, as printable as what `say` prints."""
+
+  def formatMessage(self, record: python_logging.LogRecord) -> str:
+    return _printable(super().formatMessage(record))
+
+
+def prepare_output() -> None:
+  """Makes the standard streams of this process usable, and what libraries print on them short and printable."""
+  logging.set_verbosity(logging.WARNING)  # At INFO, orbax logs much that users need not see.
+  warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.portable\.run')  # About odd but readable images.
+  for descriptor, name in ((1, 'stdout'), (2, 'stderr')):
+    if getattr(sys, name) is None:  # Closed, as by `>&-`. Without a descriptor, the next file would get its number.
+      try:
+        os.fstat(descriptor)
+      except OSError:
+        discard_output(descriptor)
+      setattr(sys, name, open(os.devnull, 'w'))
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')  # For characters that its encoding lacks.
+  if not python_logging.root.handlers:
+    python_logging.basicConfig()
+    python_logging.root.handlers[0].setFormatter(_Formatter(python_logging.BASIC_FORMAT))
 
 
 def discard_output(descriptor: int) -> None:
   """Discards what is written to a standard stream from now on, such as after its reader stopped."""
   silent = os.open(os.devnull, os.O_WRONLY)
-  os.dup2(silent, descriptor)
-  os.close(silent)
+  if silent != descriptor:
+    os.dup2(silent, descriptor)
+    os.close(silent)
 
 
 def _platform_starts() -> bool:

@@ -1,6 +1,8 @@
 """The files of a run: read by one loader, written atomically, and checksums."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import stat
@@ -21,14 +23,19 @@ def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any)
 
   Args:
     mode: 'w' or 'wb'.
-    shared: several processes may write the path at once, and the last one wins. Otherwise the temporary name is fixed,
-      so that the next write takes the place of what a kill left behind.
-    **options: as for `open`.
+    shared: several processes may write the path at once, and the last one wins; see `sweep`. Otherwise the temporary
+      name is fixed, so that the next write takes the place of what a kill left behind.
+    **options: as for `open`. Text is UTF-8, and what it cannot hold is escaped.
   """
+  if 'b' not in mode:  # Whatever the locale.
+    options = {'encoding': 'utf-8', 'errors': 'backslashreplace'} | options
+  if shared:
+    sweep(path.parent, glob.escape(path.name))
   temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.tmp' if shared else f'{path.name}.tmp')
   try:
     temporary.unlink(missing_ok=True)  # A link left there would be written through.
-    with temporary.open(mode.replace('w', 'x'), **options) as file:
+    mode = mode.replace('w', 'x')
+    with _open_locked(temporary, mode, options) if shared else temporary.open(mode, **options) as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
@@ -36,6 +43,31 @@ def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any)
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink()
+
+
+def sweep(folder: Path, name: str = '*') -> None:
+  """Removes the temporary files of `replacing(shared=True)` that killed processes left in a folder.
+
+  Args:
+    name: a pattern of the names of the files that were to be replaced.
+  """
+  for path in folder.glob(f'{name}.{8 * "[0-9a-f]"}.tmp'):
+    with contextlib.suppress(OSError):
+      if path.is_file():
+        with path.open('rb') as file:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Refused while the process that writes it lives.
+          path.unlink()
+
+
+def _open_locked(path: Path, mode: str, options: dict[str, Any]) -> IO:
+  """Opens a new file that `sweep` leaves alone."""
+  file = path.open(mode, **options)
+  with contextlib.suppress(OSError):  # A file system without locks.
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not path.exists():  # It was swept before it was locked.
+      file.close()
+      return _open_locked(path, mode, options)
+  return file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 
 LOCK = 'lock'
 
@@ -67,7 +67,7 @@ def _locked(path: Path) -> IO[str]:
       raise UserError(
         f'workdir {path.parent} is in use by {holder}; wait for it or stop it, or set --workdir'
       ) from error
-    print(f'workdir {path.parent} cannot be locked ({error.strerror}): run one training there at a time', flush=True)
+    say(f'workdir {path.parent} cannot be locked ({error.strerror}): run one training there at a time')
   if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
     if not re.fullmatch(r'(process \d+ on .*)?', file.read(1000)):
       file.close()

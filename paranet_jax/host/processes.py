@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from paranet_jax.host.errors import UserError, exit_code, names_file
+from paranet_jax.host.errors import UserError, exit_code, names_file, say
 from paranet_jax.host.watch import Place, Watch
 
 JOIN_SECONDS = 300
@@ -103,11 +103,10 @@ def _initialize(place: Place, heartbeat_timeout: int) -> None:
 
 def _no_process_came(place: Place) -> NoReturn:
   at = f' at {place.coordinator}' if place.coordinator else ''
-  print(
+  say(
     f'error: the other processes did not join{at} within {JOIN_SECONDS} s; start all of them with the same '
     '--coordinator, where process 0 must be reachable, or set --num_processes=1 to train alone',
-    file=sys.stderr,
-    flush=True,
+    to_stderr=True,
   )
   os._exit(2)
 
@@ -130,11 +129,10 @@ def _watch(coordinator: 'Coordinator', address: str | None, heartbeat_timeout: i
   host, port = coordinator.from_first(None)
   hosts = [address.rpartition(':')[0].strip('[]')] if address else []
   if not watch.connect([*hosts, host], port):
-    print(
+    say(
       f'process {coordinator.index} cannot reach {host}:{port}, where process 0 watches the others: '
       "only jax's own log will report a process that dies",
-      file=sys.stderr,
-      flush=True,
+      to_stderr=True,
     )
   return watch
 
@@ -257,7 +255,7 @@ class Coordinator:
     """
     if self.count == 1:
       return
-    own = {name: hashlib.sha256(fact.encode()).hexdigest()[:8] for name, fact in facts.items()}
+    own = {name: hashlib.sha256(fact.encode(errors='backslashreplace')).hexdigest()[:8] for name, fact in facts.items()}
     first = self.from_first(own)
     places = np.zeros(self.count)
     places[self.index] = next((place for place, name in enumerate(first, 1) if own.get(name) != first[name]), 0)

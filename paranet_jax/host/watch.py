@@ -15,6 +15,8 @@ import threading
 import time
 from typing import NamedTuple, NoReturn
 
+from paranet_jax.host.errors import say
+
 _GRACE = 1.0  # Seconds for this process to report its own error first: often all processes fail alike.
 
 
@@ -142,7 +144,7 @@ class Watch:
       if self._leaving:
         return
       self._send(f'end {reason}')
-      print(f'error: {reason}', file=sys.stderr, flush=True)
+      say(f'error: {reason}', to_stderr=True)
       time.sleep(_GRACE / 2)  # Time for the others to read it, before jax aborts them for a missing coordinator.
       os._exit(1)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from paranet_jax.command_line import load_config, override
 from paranet_jax.host.arguments import Parser, add_data_flags, positive
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 
@@ -51,8 +51,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   if config.seeds > 1:
     raise UserError(f'a plan covers one run, found {config.seeds} seeds; leave out --config.seeds')
   target = choose_target(arguments.topology, arguments.devices)
-  plan = build_plan(config, target, lambda message: print(message, file=sys.stderr, flush=True))
-  print(json.dumps(as_json(plan)) if arguments.json else as_text(plan))
+  plan = build_plan(config, target, lambda message: say(message, to_stderr=True))
+  say(json.dumps(as_json(plan)) if arguments.json else as_text(plan))
 
 
 if __name__ == '__main__':

@@ -31,13 +31,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import errno
 import functools
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
+import re
 import stat
 import statistics
 import struct
@@ -957,8 +960,18 @@ def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int) -> np.nda
     width, height = image.size
     if width * height > max_pixels:
       raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found {width} x {height}')
+    if image.format == 'TIFF':
+      _silence_libtiff()
     image.load()
     return fit_image(_upright(image), side, channels)
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+  """Stops libtiff from printing on stderr: what is wrong with an image is reported by the exception."""
+  with contextlib.suppress(OSError, AttributeError, StopIteration), open('/proc/self/maps') as maps:
+    path = next(line.split()[-1] for line in maps if '/libtiff' in line)
+    ctypes.CDLL(path).TIFFSetErrorHandler(None)
 
 
 def _upright(image: Any) -> Any:
@@ -982,7 +995,7 @@ def _upright(image: Any) -> Any:
 
 
 def _without_metadata(encoded: bytes) -> bytes:
-  """A PNG, JPEG or TIFF without the parts that its pixels and its orientation do not need: Pillow refuses damaged ones.
+  """An image file without the parts that its pixels and its orientation do not need: Pillow refuses damaged ones.
 
   Raises:
     struct.error: it is truncated.
@@ -991,6 +1004,9 @@ def _without_metadata(encoded: bytes) -> bytes:
     return encoded[:8] + b''.join(_png_chunks(encoded))
   if encoded.startswith(b'\xff\xd8'):
     return encoded[:2] + b''.join(_jpeg_segments(encoded))
+  if encoded.startswith(b'RIFF'):
+    chunks = b'WEBP' + b''.join(_webp_chunks(encoded))
+    return b'RIFF' + struct.pack('<I', len(chunks)) + chunks
   order = '<' if encoded.startswith(b'II') else '>'
   (place,) = struct.unpack_from(order + 'I', encoded, 4)
   (count,) = struct.unpack_from(order + 'H', encoded, place)
@@ -1000,23 +1016,29 @@ def _without_metadata(encoded: bytes) -> bytes:
   return encoded[:place] + directory + encoded[place + len(directory) :]
 
 
-_WITH_METADATA = b'\x89PNG', b'\xff\xd8', b'II*\0', b'MM\0*'
+_WITH_METADATA = b'\x89PNG', b'\xff\xd8', b'RIFF', b'II*\0', b'MM\0*'
 # Sizes, samples, color, strips, tiles and orientation.
 _TIFF_TAGS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, 320, *range(322, 326)}
 _TIFF_TAGS |= {332, 338, 339, 347, 512, 513, 514, *range(519, 522), *range(529, 533)}
 
 
+_PNG_CHUNKS = re.compile(b'IHDR|PLTE|tRNS|IDAT|IEND|eXIf')
+
+
 def _png_chunks(encoded: bytes) -> Iterator[bytes]:
-  """The chunks of pixels, palette and transparency, and a whole one of EXIF."""
+  """The whole chunks of pixels, palette, transparency and EXIF, also behind one whose length is damaged."""
   place = 8
-  while place < len(encoded):
+  while place + 12 <= len(encoded):
     (size,) = struct.unpack_from('>I', encoded, place)
     chunk = encoded[place : place + size + 12]
-    kind = chunk[4:8]
-    whole_exif = kind == b'eXIf' and chunk[-4:] == struct.pack('>I', zlib.crc32(chunk[4:-4]))
-    if kind in (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND') or whole_exif:
-      yield chunk
-    place += len(chunk)
+    if chunk[8 + size :] == struct.pack('>I', zlib.crc32(chunk[4 : 8 + size])):
+      if _PNG_CHUNKS.match(chunk, 4):
+        yield chunk
+      place += len(chunk)
+    elif found := _PNG_CHUNKS.search(encoded, place + 8):
+      place = found.start() - 4
+    else:
+      return
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[bytes]:
@@ -1024,12 +1046,62 @@ def _jpeg_segments(encoded: bytes) -> Iterator[bytes]:
   place = 2
   while encoded[place + 1] != 0xDA:  # From the first scan on, everything is pixels.
     marker, size = struct.unpack_from('>xBH', encoded, place)
-    segment = encoded[place : place + 2 + size]
-    keep = marker < 0xE0 or marker in (0xE0, 0xEE) or (marker == 0xE1 and segment[4:10] == b'Exif\0\0')
+    end = place + 2 + size
+    if marker >= 0xE0 and encoded[end : end + 1] != b'\xff':
+      place = _after_damaged_length(encoded, place)
+      continue
+    keep = marker < 0xE0 or marker in (0xE0, 0xEE) or (marker == 0xE1 and encoded[place + 4 : end][:6] == b'Exif\0\0')
     if keep and marker != 0xFE:
-      yield segment
-    place += len(segment)
+      yield encoded[place:end]
+    place = end
   yield encoded[place:]
+
+
+def _after_damaged_length(encoded: bytes, place: int) -> int:
+  """Where the segments of the picture begin: the largest one, as there may be a thumbnail in the damaged segment."""
+  found = re.finditer(b'\xff[\xc0-\xc4\xdb\xdd]', encoded[place + 4 : place + 2**18])
+  starts = [place + 4 + start.start() for start in itertools.islice(found, 1000)]
+  pixels = [_jpeg_pixels(encoded, start) for start in starts]
+  if not any(pixels):
+    raise ValueError('no picture follows')
+  return starts[pixels.index(max(pixels))]
+
+
+def _jpeg_pixels(encoded: bytes, place: int) -> int:
+  """Pixels of the picture whose segments continue at `place`; 0 if they do not lead to it."""
+  pixels = 0
+  with contextlib.suppress(struct.error):
+    for _ in range(100):
+      start, marker, size = struct.unpack_from('>BBH', encoded, place)
+      if start != 0xFF or size < 2 or marker < 0xC0:
+        return 0
+      if marker == 0xDA:
+        return pixels
+      if marker in (0xC0, 0xC1, 0xC2):
+        height, width = struct.unpack_from('>HH', encoded, place + 5)
+        pixels = height * width
+      place += 2 + size
+  return 0
+
+
+_WEBP_CHUNKS = re.compile(b'VP8[ LX]|ALPH|ANIM|ANMF|ICCP|EXIF|XMP ')
+
+
+def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
+  """The chunks of pixels, and whole ones of EXIF."""
+  place = 12
+  while place + 8 <= len(encoded):
+    (size,) = struct.unpack_from('<I', encoded, place + 4)
+    kind, end = encoded[place : place + 4], place + 8 + size + size % 2
+    whole = end == len(encoded) or _WEBP_CHUNKS.match(encoded, end)
+    if kind == b'VP8X' and whole:
+      yield encoded[place : place + 8] + bytes([encoded[place + 8] & ~0x24]) + encoded[place + 9 : end]
+    elif kind.startswith((b'VP8', b'AL', b'AN')) or (kind == b'EXIF' and whole):
+      yield encoded[place:end]
+    found = None if whole else _WEBP_CHUNKS.search(encoded, place + 4)
+    if not whole and not found:
+      return
+    place = found.start() if found else end
 
 
 def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
@@ -1234,15 +1306,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parse(argv)
     files, left_out = list_images(given.files)
     if left_out:
-      print(printable(left_out_line(left_out)), file=sys.stderr)
+      _note(printable(left_out_line(left_out)))
     return _print(_load(given), files, given.deadline_ms, int(given.max_pixels))
   except BundleError as error:
-    print('error:', printable(' '.join(str(error).split())), file=sys.stderr)
+    _note(f'error: {printable(" ".join(str(error).split()))}')
     return 2
   except BrokenPipeError:
     return BROKEN_PIPE
   except KeyboardInterrupt:
-    print('stopped at once', file=sys.stderr)
+    _note('stopped at once')
     return 130
 
 
@@ -1319,15 +1391,25 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, ma
     answers = iter(_predict(bundle, images, deadline_ms))
     for file, image in zip(wave, decoded, strict=True):
       if isinstance(image, str):
-        print(f'error: {printable(file)}: {image}', file=sys.stderr)
+        _note(f'error: {printable(file)}: {image}')
         unreadable += 1
         continue
       answer = next(answers)
       probability = f'{answer.probabilities[answer.label]:.3f}'
       _say(layout.format(printable(file), names[answer.label], probability, answer.exit))
       exiting[answer.exit] += 1
-  print(_summary(exiting, unreadable), file=sys.stderr)
+  _note(_summary(exiting, unreadable))
   return int(unreadable > 0)
+
+
+def _note(line: str) -> None:
+  """Prints a line on stderr, if that takes it."""
+  if sys.stderr is None:  # Closed. print() would take standard output.
+    return
+  try:
+    print(line, file=sys.stderr, flush=True)
+  except OSError:  # Python would try to flush the rest again when it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _say(line: str) -> None:

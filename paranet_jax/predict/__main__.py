@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -11,7 +10,6 @@ from paranet_jax.host.arguments import Parser, absolute, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 from paranet_jax.portable.run import (
-  BROKEN_PIPE,
   MAX_PIXELS,
   BundleError,
   left_out_line,
@@ -30,10 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code: 0; 1: some files were unreadable; 2: a user's error, nothing was predicted or written; 130:
     interrupted; 141: the reader of standard output has stopped.
   """
-  try:
-    return exit_code(lambda: _run(_parse(argv)))
-  except BrokenPipeError:
-    return BROKEN_PIPE
+  return exit_code(lambda: _run(_parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,8 +88,7 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
   top = min(given.top, len(early_exit.class_names))
   side, _, channels = early_exit.image_shape
   batches = read_batches(given.files, side, channels, given.batch_size, given.max_pixels)
-  with open_output(given.output) as stream, closing(batches), warnings.catch_warnings():
-    warnings.filterwarnings('ignore', module=r'PIL|paranet_jax\.portable\.run')  # About odd but readable files.
+  with open_output(given.output) as stream, closing(batches):
     format = make_format(given.format, given.files, early_exit.class_names, top, stream)
     stream.write(format.before)
     line.update(0, 0)

@@ -56,13 +56,18 @@ def json_format() -> Format:
   return Format('[', lambda row: next(separators) + json.dumps(row), '\n]\n')
 
 
-def csv_format(top: int) -> Format:
-  """file, label, probability, exit, macs, then label_2, probability_2 and so on for the runners-up."""
+def csv_format(top: int, escape: bool = False) -> Format:
+  """file, label, probability, exit, macs, then label_2, probability_2 and so on for the runners-up.
+
+  Args:
+    escape: what is not printable, for a terminal.
+  """
   first = ('file', 'label', 'probability', 'exit', 'macs')
   others = [f'{name}_{place}' for place in range(2, top + 1) for name in ('label', 'probability')]
 
   def text(row: dict[str, Any]) -> str:
-    return _csv_line([row[key] for key in first] + [value for entry in row['top'][1:] for value in entry.values()])
+    values = [row[key] for key in first] + [value for entry in row['top'][1:] for value in entry.values()]
+    return _csv_line([printable(value) if escape and isinstance(value, str) else value for value in values])
 
   return Format(_csv_line([*first, *others]), text)
 
@@ -81,13 +86,15 @@ def table_format(files: Sequence[str], class_names: Sequence[str], columns: int 
     columns: width of the terminal; None: no limit.
   """
   file_width = _width(('file', *map(printable, files)), _LONGEST_FILE)
-  layout = f'{{:{file_width}}}  {{:{_width(("label", *class_names), _LONGEST_LABEL)}}}  {{:>11}}  {{:>4}}  {{:>8}}'
+  label_width = _width(('label', *map(printable, class_names)), _LONGEST_LABEL)
+  layout = f'{{:{file_width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}  {{:>8}}'
 
   def line(row: dict[str, Any]) -> str:
     probability, macs = f'{row["probability"]:.3f}', human_count(row['macs'])
-    text, separator = layout.format(printable(row['file']), row['label'], probability, row['exit'], macs), '  '
+    names = printable(row['file']), printable(row['label'])
+    text, separator = layout.format(*names, probability, row['exit'], macs), '  '
     for entry in row['top'][1:]:
-      more = f'{separator}{entry["label"]} {entry["probability"]:.3f}'
+      more = f'{separator}{printable(entry["label"])} {entry["probability"]:.3f}'
       if columns and len(text + more) > columns:
         break
       text, separator = text + more, ', '
@@ -105,7 +112,7 @@ def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top
   if name == 'json':
     return json_format()
   if name == 'csv':
-    return csv_format(top)
+    return csv_format(top, stream.isatty())
   return table_format(files, class_names, shutil.get_terminal_size().columns if stream.isatty() else None)
 
 
@@ -131,8 +138,7 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
       yield sys.stdout
       return
-    # A file name that is not UTF-8 is escaped, as on standard output.
-    with replacing(path, shared=True, encoding='utf-8', errors='backslashreplace', newline='') as stream:
+    with replacing(path, shared=True, newline='') as stream:
       yield stream
   except OSError as error:
     if path is None:  # Otherwise Python tries to write the rest again at exit.

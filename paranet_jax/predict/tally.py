@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from paranet_jax.host.errors import discard_output, printable_lines
 from paranet_jax.report.progress import human_duration
 from paranet_jax.report.tables import human_count
 
@@ -92,7 +93,7 @@ class LiveLine:
   def message(self, text: str) -> None:
     """Prints a line in place of the live one, which the next update restores."""
     self.clear()
-    self._write(f'{text}\n')
+    self._write(f'{printable_lines(text)}\n')
 
   def clear(self) -> None:
     """Erases the live line."""
@@ -100,8 +101,11 @@ class LiveLine:
       self._write('\r\x1b[K')
 
   def _write(self, text: str) -> None:
-    self._stream.write(text)
-    self._stream.flush()
+    try:
+      self._stream.write(text)
+      self._stream.flush()
+    except OSError:  # Predicting continues without it.
+      discard_output(self._stream.fileno())
 
 
 def _speed(images_per_second: float) -> str:

@@ -12,6 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from paranet_jax.host.files import read_object
+from paranet_jax.portable.run import printable
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.report.plots import bare, exit_color, logarithmic, own_style, save_figure
 
@@ -55,7 +56,7 @@ def curves_figure(workdir: str | os.PathLike) -> Figure:
   entropy, loss, accuracy = (_series(records, quantity) for quantity in ('nll', 'loss', 'accuracy'))
   layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
   figure = Figure(figsize=(10, 4.8), dpi=150, layout=layout)
-  figure.suptitle(_title(Path(workdir)))
+  figure.suptitle(printable(_title(Path(workdir))), parse_math=False)
   left, right = figure.subplots(1, 2)
   _draw_panel(left, loss | entropy, 'cross-entropy (nats)' if loss.keys() <= entropy.keys() else 'loss')
   _draw_panel(right, {key: (x, 100 * y) for key, (x, y) in accuracy.items()}, 'accuracy (%)')

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TextIO
 
-from paranet_jax.host.errors import discard_output
+from paranet_jax.host.errors import discard_output, printable_lines
 
 
 class Progress:
@@ -50,6 +50,7 @@ class Progress:
 
   def message(self, text: str) -> None:
     """Prints one or more lines above the live line."""
+    text = printable_lines(text)
     self._write(f'\r\x1b[K{text}\n{self._line}' if self._line else f'{text}\n')
 
   def close(self) -> None:

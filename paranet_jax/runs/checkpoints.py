@@ -14,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.arguments import check_utf8
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import damaged_file, file_checksums, parse_object, read_file, write_json
 
 FOLDER = 'checkpoints'
@@ -57,6 +58,7 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, keep: int | None = None):
     self.also_keep: Callable[[Sequence[int]], Iterable[int]] = lambda steps: ()
+    check_utf8(workdir, '--workdir')
     self._keep = keep
     self._folder = workdir / FOLDER
     self._manager = self._open() if keep or self._folder.exists() else None
@@ -207,7 +209,7 @@ class Checkpoints:
       except DamagedError as error:
         if len(self.steps()) == 1:
           raise
-        print(f'{error.what}; moved to {self._move_away(step)}', flush=True)
+        say(f'{error.what}; moved to {self._move_away(step)}')
 
   def _move_away(self, step: int) -> Path:
     folder = self._folder.parent / DAMAGED

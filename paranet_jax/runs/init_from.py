@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.runs.checkpoints import FOLDER, Checkpoints, shape_difference, shapes_by_path
 from paranet_jax.runs.workdir import CONFIG, SUMMARY
 from paranet_jax.steps import TrainState
@@ -40,7 +40,7 @@ def take_backbone(state: TrainState, run: Path) -> TrainState:
       f'the backbone of init_from {run} does not fit: {difference}; '
       f'set --config to the network of {run / CONFIG}, or --config.init_from'
     )
-  print(f'backbone from {run} at step {step}, new exits', flush=True)
+  say(f'backbone from {run} at step {step}, new exits')
   exits = {part: {name: own for name, own in fresh[part].items() if name.startswith(EXIT)} for part in fresh}
   return dataclasses.replace(state, **{part: saved[part] | exits[part] for part in fresh})
 

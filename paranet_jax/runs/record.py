@@ -13,7 +13,7 @@ import numpy as np
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.evaluation import as_metrics
-from paranet_jax.host.errors import UserError, report_no_room
+from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
 from paranet_jax.host.machine import Device
@@ -98,7 +98,7 @@ class RunRecord:
       )
     self.saved_step, state, meta = checkpoints.restore_latest(like)
     self._earlier_wall_time = meta['wall_time_s']
-    print(f'resuming from the checkpoint at step {self.saved_step} of {total}', flush=True)
+    say(f'resuming from the checkpoint at step {self.saved_step} of {total}')
     return state
 
   def save_facts(self) -> None:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.base_config import RENAMED, base_config, family_of, field_names
 from paranet_jax.config import differences
-from paranet_jax.host.arguments import absolute
+from paranet_jax.host.arguments import absolute, check_utf8
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import check_regular, read_object, write_json
 
@@ -109,6 +109,7 @@ def changes(workdir: Path, config: ConfigDict, moved: bool = False) -> list[str]
 
 def check_saved(workdir: Path, config: ConfigDict, accept_changes: bool, moved: bool = False) -> None:
   """Compares the configuration with the one saved in a folder, if any; see `prepare_workdir`."""
+  check_utf8(workdir, '--workdir')
   changed = changes(workdir, config, moved) if os.path.exists(workdir / CONFIG) and not accept_changes else []
   if changed:
     place = any(change.startswith('data.data_dir:') for change in changed)

@@ -10,6 +10,7 @@ import pytest
 from paranet_jax.data import cache
 from paranet_jax.data.cache import channel_statistics, fingerprint, load_decoded
 from paranet_jax.data.dataset import Source
+from paranet_jax.host.files import replacing
 
 SIDE, CHANNELS = 4, 3
 
@@ -122,6 +123,31 @@ def test_damaged_entry_is_written_again(cache_folder, file, damage):
   assert reads == 2 * ['train', 'test']
   check(load(reads))
   assert reads == 2 * ['train', 'test']
+
+
+@pytest.mark.parametrize('place', range(4, 30))
+def test_each_byte_of_a_zip_header_may_be_damaged(cache_folder, place):
+  load([])
+  index = next(cache_folder.iterdir()) / 'index.npz'
+  whole = index.read_bytes()
+  for start in (0, whole.index(b'PK\x01\x02')):
+    for flipped in (1, 8, 128):
+      content = bytearray(whole)
+      content[start + place] ^= flipped
+      index.write_bytes(content)
+      check(load([]))
+
+
+def test_what_killed_processes_left_is_swept(cache_folder):
+  load([])
+  (entry,) = cache_folder.iterdir()
+  old = cache_folder / 'other' / 'train.npy.0123abcd.tmp'
+  old.parent.mkdir()
+  old.write_bytes(b'half')
+  with replacing(entry / 'test.npy', 'wb', shared=True) as file:
+    load([])
+    assert file.name.endswith('.tmp') and os.path.exists(file.name)  # Its process lives.
+  assert not old.exists() and not list(entry.glob('*.tmp'))
 
 
 def test_continues_without_a_folder_to_write_to(tmp_path, monkeypatch, caplog):

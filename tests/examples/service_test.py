@@ -92,6 +92,15 @@ def test_a_stage_that_fails(service, bundle, monkeypatch, capsys):
   assert service.predictor.requests == {500: 1, 200: 1} and service.scheduler.inside == 0
 
 
+def test_a_class_name_that_is_not_utf_8(service, bundle, monkeypatch):
+  monkeypatch.setattr(bundle, 'class_names', ('caf\udce9 \x1b[2J',) * tiny_bundle.CLASSES)
+  status, _, body = service.ask('POST', '/predict', PNG)
+  assert (status, body['answers'][0]['class_name']) == (
+    200,
+    'caf\\udce9 \x1b[2J',
+  )  # JSON escapes what controls a terminal.
+
+
 def test_an_unexpected_failure(service, monkeypatch):
   def failing(count):
     raise ArithmeticError('of ours')

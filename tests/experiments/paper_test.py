@@ -1,15 +1,18 @@
 """Tests of the numbers, the tables and the figure, from summaries written by hand."""
 
+import json
+
 import pytest
 from reference import PN3
 
 from paranet_jax.config import drop_epochs
+from paranet_jax.experiments import figure
 from paranet_jax.experiments.figure import anytime_figure
 from paranet_jax.experiments.markdown import table_markdown
 from paranet_jax.experiments.planned_runs import plan_runs
 from paranet_jax.experiments.protocols import Protocol, default_workdir, parse_protocol, run_config
 from paranet_jax.experiments.published import CURVES, EXPERIMENTS, FIGURE_MACS, TABLES
-from paranet_jax.experiments.results import section
+from paranet_jax.experiments.results import section, write_results
 from paranet_jax.models.msdnet import MSDNet
 from paranet_jax.optim import make_schedule
 
@@ -123,6 +126,16 @@ def test_figure_2(finished, dataset):
   assert axes.get_ylabel() == f'test accuracy on {dataset} (%)'
   assert len(axes.containers) == 1  # The standard deviations of two seeds.
   assert not anytime_figure(found | {'seeds': [0]}, 'tenth').axes[0].containers
+
+
+def test_a_figure_that_cannot_be_drawn_loses_no_results(finished, tmp_path, monkeypatch):
+  def fails(*_):
+    raise ValueError('no font')
+
+  monkeypatch.setattr(figure, 'anytime_figure', fails)
+  text = write_results(tmp_path, {'protocol': 'tenth', 'experiments': {}}, ['figure2'], finished)
+  assert text == 'figure2.png: not drawn: no font'
+  assert 'figure2' in json.loads((tmp_path / 'results.json').read_text())['experiments']
 
 
 def test_published_numbers():

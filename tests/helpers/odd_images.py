@@ -55,10 +55,23 @@ def with_exif(jpeg, *tags):
   return jpeg[:2] + b'\xff\xe1' + struct.pack('>H', len(block) + 2) + block + jpeg[2:]
 
 
+def with_length(file, kind, change):
+  """The same file, but for the length that is declared before a chunk of a PNG, or after the name of another one."""
+  place = file.index(kind)
+  place, form = (place - 4, '>I') if file.startswith(b'\x89PNG') else (place + len(kind), '>H')
+  if file.startswith(b'RIFF'):
+    form = '<I'
+  (length,) = struct.unpack_from(form, file, place)
+  return file[:place] + struct.pack(form, length + change) + file[place + struct.calcsize(form) :]
+
+
 ROTATED = (0x0112, 3, 1, struct.pack('<H', 6))
 _PICTURE = np.kron(np.random.RandomState(0).randint(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
 _JPEG = encoded(_PICTURE, 'JPEG', quality=95)
 _PNG = encoded(_PICTURE)
+_TEXT = with_chunk(_PNG, chunk(b'tEXt', b'a\0b'))
+_WEBP = encoded(_PICTURE, 'WEBP', lossless=True, exif=orientation(1))
+_THUMBNAIL = _JPEG[:2] + b'\xff\xe1\x40\0' + encoded(_PICTURE[:8, :8], 'JPEG').ljust(0x3FFE, b'?') + _JPEG[2:]
 
 DAMAGED = {  # (damaged file, the same without the damage)
   'EXIF of a PNG': (with_chunk(_PNG, chunk(b'eXIf', b'\0\x08\0\x02\x01\x12\0\x03')), _PNG),
@@ -70,6 +83,14 @@ DAMAGED = {  # (damaged file, the same without the damage)
   'width of floating point': (with_exif(_JPEG, ROTATED, (0x0100, 11, 1, struct.pack('<f', 3.5))), 'rotated'),
   'rational height': (with_exif(_JPEG, ROTATED, (0x0101, 10, 1, struct.pack('<ii', 2**31 - 1, 1))), 'rotated'),
   'resolution of 0 / 0': (with_exif(_JPEG, ROTATED, (0x011A, 5, 1, struct.pack('<II', 0, 0))), 'rotated'),
+  **{f'length of a text {change:+}': (with_length(_TEXT, b'tEXt', change), _PNG) for change in (-1, 1, 9, 2**31)},
+  **{
+    f'length of {name} {change:+}': (with_length(file, marker, change), _JPEG)
+    for name, file, marker in (('JFIF', _JPEG, b'\xff\xe0'), ('a thumbnail', _THUMBNAIL, b'\xff\xe1'))
+    for change in (-3, 5, 90, 0x3000)
+  },
+  **{f'length of EXIF in WebP {change:+}': (with_length(_WEBP, b'EXIF', change), _PNG) for change in (-6, 8, 999)},
+  'length of a WebP': (with_length(_WEBP, b'RIFF', 2000), _PNG),
   'profile of a JPEG': (_JPEG[:2] + b'\xff\xe2\0\x0aMPF\0MM\0*' + _JPEG[2:], _JPEG),
 }
 DAMAGED = {

@@ -85,6 +85,7 @@ FEWER = Split(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, 1], np.int32))
     ({}, {'of_data': {'mean': (0.51,)}}, 'mean of the images', ('0.50000', '0.51000')),
     ({}, {'of_data': {'std': (0.26,)}}, 'std of the images', ('0.25000', '0.26000')),
     ({}, {'of_data': {'class_names': ('a', 'c')}}, 'class names', ('a, b', 'a, c')),
+    ({}, {'of_data': {'class_names': ('a', 'caf\udce9')}}, 'class names', ('a, b', 'a, caf\udce9')),
   ],
 )
 def test_every_process_names_the_first_field_that_differs(one, other, name, values):

@@ -1,12 +1,17 @@
 """How a command ends: errors in one line, whatever the streams and the platform are."""
 
+import errno
+import io
+import logging
+import os
+import subprocess
 import sys
 from unittest import mock
 
 import jax
 import pytest
 
-from paranet_jax.host.errors import UserError, exit_code
+from paranet_jax.host.errors import UserError, exit_code, say
 
 
 def _fails() -> int:
@@ -54,3 +59,84 @@ def test_closed_streams_do_not_stop_a_command(closed, monkeypatch):
   assert exit_code(command) == 2
   for name in closed:
     getattr(sys, name).close()
+
+
+ODD = 'caf\udce9 \x1b[31mred\r \x07'
+ESCAPED = r'caf\udce9 \x1b[31mred\r \x07'
+
+
+def test_what_is_printed_controls_no_terminal(capsys, monkeypatch):
+  monkeypatch.setattr(logging.root, 'handlers', [])
+
+  def command():
+    say(f'a {ODD}\nb')
+    logging.warning('c %s\n', ODD)
+    raise UserError(f'd {ODD}')
+
+  assert exit_code(command) == 2
+  out, err = capsys.readouterr()
+  assert out == f'a {ESCAPED}\nb\n'
+  assert err.splitlines() == [f'WARNING:root:c {ESCAPED}\\n', r'error: d caf\udce9 \x1b[31mred \x07']
+
+
+class Full(io.StringIO):
+  """A stream that nothing can be written to."""
+
+  number = errno.ENOSPC
+
+  def write(self, text):
+    raise OSError(self.number, os.strerror(self.number))
+
+  def fileno(self):
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+class Closed(Full):
+  number = errno.EPIPE
+
+
+def test_streams_that_take_nothing(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'stdout', Full())
+  assert exit_code(lambda: say('text')) == 2
+  expected = 'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n'
+  assert capsys.readouterr().err == expected
+  monkeypatch.setattr(sys, 'stdout', Closed())
+  assert exit_code(lambda: say('text')) == 141
+  assert capsys.readouterr().err == ''
+
+
+CODE = """
+import contextlib, os, sys
+from paranet_jax.host.errors import UserError, exit_code, say
+def command():
+  with open('file', 'w') as file:
+    with contextlib.suppress(OSError):
+      os.write(1, b'from C ')
+    file.write('content')
+  say('lines')
+  raise UserError('wrong')
+sys.exit(exit_code(command))
+"""
+
+
+@pytest.mark.parametrize(
+  ('redirected', 'shown'),
+  [
+    ('>&-', 'error: wrong\n'),
+    ('>&- 2>&-', ''),
+    ('<&- >&- 2>&-', ''),
+    ('2>&-', 'from C lines\n'),
+    ('2>/dev/full', 'from C lines\n'),
+    (
+      '>/dev/full',
+      'error: standard output cannot be written (No space left on device); make room, or send it elsewhere\n',
+    ),
+  ],
+)
+def test_redirected_streams(tmp_path, redirected, shown):
+  (tmp_path / 'code.py').write_text(CODE)
+  line = f'{sys.executable} code.py {redirected}'
+  environment = os.environ | {'PYTHONPATH': os.getcwd()}
+  done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert (done.returncode, done.stdout + done.stderr) == (2, shown)
+  assert (tmp_path / 'file').read_text() == 'content'

@@ -127,6 +127,14 @@ def test_damaged_tiff_tags():
   np.testing.assert_array_equal(decode_image(damaged, 2, 1)[..., 0], [[30, 10], [40, 20]])
 
 
+def test_a_damaged_tiff_prints_nothing(capfd):
+  file = bytearray(encoded(np.random.RandomState(0).randint(0, 256, (64, 64, 3)), 'TIFF', compression='tiff_lzw'))
+  file[8:100:9] = bytes(byte ^ 0x11 for byte in file[8:100:9])
+  with pytest.raises(OSError, match='decoder error -2'):
+    decode_image(bytes(file), 8, 3)
+  assert capfd.readouterr() == ('', '')
+
+
 def test_a_file_of_another_format_is_not_read_to_its_end():
   file = io.BytesIO(b'text' + bytes(10**6))
   with pytest.raises(OSError, match='cannot identify'):

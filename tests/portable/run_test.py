@@ -1,6 +1,7 @@
 """The runtime of a bundle on stages that are tables, against a walk of one image at a time."""
 
 import ast
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +283,14 @@ def test_agreement():
     assert [found['images'], found['labels'], found['exits']] == [COUNT, *expected]
     assert found['exit_labels'] == pytest.approx(exit_labels)
     assert found['logits'] == pytest.approx(np.abs(logits - LOGITS).max() / np.abs(logits).max())
+
+
+@pytest.mark.parametrize('stream', [None, '/dev/full'])
+def test_stderr_that_takes_nothing(monkeypatch, capsys, stream):
+  with contextlib.nullcontext() if stream is None else open(stream, 'w') as stderr:
+    monkeypatch.setattr(runtime.sys, 'stderr', stderr)
+    assert runtime.main([]) == 2
+  assert capsys.readouterr().out == ''
 
 
 def test_what_the_file_imports():

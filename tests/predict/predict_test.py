@@ -15,7 +15,7 @@ from unwritable import run_with_closed_pipe, run_with_full_disk
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.predict.__main__ import main
-from paranet_jax.predict.output import open_output, prediction_rows, table_format
+from paranet_jax.predict.output import make_format, open_output, prediction_rows, table_format
 from paranet_jax.predict.tally import LiveLine, Tally
 
 MACS = {1: 1_000, 3: 40_000}
@@ -182,6 +182,22 @@ def test_odd_names(predict):
   assert predict('--', names[2][2:])[0] == 0
   Path(latin).write_text('text')
   assert predict(latin)[2].startswith('error: caf\\udce9.png: not an image')
+
+
+def test_odd_class_names():
+  names = ['caf\udce9', '\x1b[2J\n']
+  row = {'file': 'a', 'label': names[0], 'probability': 0.6, 'exit': 1, 'macs': 1}
+  row['top'] = [{'label': name, 'probability': 0.5} for name in names]
+  table = table_format(['a'], names, None)
+  assert table.before.startswith('file  label      prob')
+  assert table.row(row) == r'a     caf\udce9        0.600     1         1  \x1b[2J\n 0.500' + '\n'
+
+  class Terminal(io.StringIO):
+    def isatty(self):
+      return True
+
+  assert list(csv.reader([make_format('csv', ['a'], names, 2, Terminal()).row(row)]))[0][5] == r'\x1b[2J\n'
+  assert list(csv.reader(io.StringIO(make_format('csv', ['a'], names, 2, io.StringIO()).row(row))))[0][5] == names[1]
 
 
 def test_pillow_warnings_do_not_leak(predict, monkeypatch):

@@ -9,9 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from paranet_jax import train
 from paranet_jax.host.errors import UserError
-from paranet_jax.report import curves as curves_lib
 from paranet_jax.report.curves import curves_figure, draw_curves
 
 BLUE, VERMILLION, GREEN = '#0072b2', '#d55e00', '#009e73'
@@ -160,11 +158,3 @@ def test_a_users_style_does_not_reach_the_picture(tmp_path):
   with matplotlib.rc_context({'text.usetex': True, 'axes.facecolor': 'red', 'savefig.facecolor': 'red'}):
     assert draw_curves(tmp_path).read_bytes() == plain
     assert matplotlib.rcParams['text.usetex']
-
-
-def test_a_failing_picture_does_not_stop_a_run(tmp_path, monkeypatch):
-  def fails(workdir):
-    raise ValueError("'qt9' is not\na backend")
-
-  monkeypatch.setattr(curves_lib, 'draw_curves', fails)
-  assert train.draw_curves(tmp_path) == "not drawn: 'qt9' is not a backend"

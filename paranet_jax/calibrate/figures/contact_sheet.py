@@ -9,6 +9,7 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from paranet_jax.calibrate.figures.drawings import Drawing, wrapped_title
 from paranet_jax.calibrate.figures.figure_data import FigureData
+from paranet_jax.portable.run import printable
 from paranet_jax.report.plots import VERMILLION
 
 # Inches.
@@ -83,5 +84,6 @@ def _caption(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
 
 
 def short(name: str, longest: int) -> str:
-  """Shortens a name to at most `longest` letters."""
+  """Shortens a name to at most `longest` letters, all of which can be drawn."""
+  name = printable(name)
   return name if len(name) <= longest else f'{name[: longest - 1]}…'

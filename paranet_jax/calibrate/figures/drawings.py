@@ -13,6 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from paranet_jax.calibrate.figures.figure_data import SPLITS, FigureData, Reliability
 from paranet_jax.early.policies.risk import LOSSES
+from paranet_jax.portable.run import printable
 from paranet_jax.report.plots import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, bare, logarithmic
 
 Style = dict[str, Any]
@@ -240,7 +241,7 @@ def histogram(data: FigureData) -> Drawing:
 
 def wrapped_title(data: FigureData, what: str, width: float) -> str:
   """The run, the data set and what is shown, in lines of 12 point text that fit `width` inches."""
-  name = textwrap.fill(f'{data.run} on {data.dataset}', int(9 * width))
+  name = textwrap.fill(printable(f'{data.run} on {data.dataset}'), int(9 * width))
   return f'{name}\n{what}'
 
 

@@ -5,7 +5,7 @@ from absl import logging
 from jaxtyping import UInt8
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import TooManyPixels, damage, decode_image
+from paranet_jax.portable.run import TooManyPixels, damage, decode_image, printable
 
 
 def decode_or_skip(
@@ -28,5 +28,5 @@ def decode_or_skip(
     fix = f'expected an image, found a corrupt {where} ({reason}): fix or remove it'
   if not skip:
     raise UserError(f'{fix}, or set --config.data.on_corrupt=skip')
-  logging.warning('Skipping corrupt %s: %s', where, reason)
+  logging.warning('Skipping corrupt %s: %s', printable(where), reason)  # Also in a worker, whose log is its own.
   return None

@@ -168,7 +168,8 @@ def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
   _check_forms(sorted(by_class), folder)
   expected = f'expected <class>/*{"|".join(SUFFIXES)} in {folder}'
   if not any(by_class.values()):
-    raise UserError(f'{expected}, found no images there: name another folder with --config.data.data_dir=...')
+    found = 'images but no class folders' if _holds_images(folder) else 'no images'
+    raise UserError(f'{expected}, found {found} there: name another folder with --config.data.data_dir=...')
   if empty := sorted(name for name, files in by_class.items() if not files):
     raise UserError(f'{expected}, found no images of class {empty[0]!r}: add some or remove {folder / empty[0]}')
   return by_class
@@ -205,25 +206,33 @@ class _FolderRecords:
     return len(self.files)
 
   def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n']]:
-    return [self._decode(file, _encoded(file)) for file in self._chosen(numbers)], self.labels[list(numbers)]
+    return [self._decode(file, self._encoded(file)) for file in self._chosen(numbers)], self.labels[list(numbers)]
 
   def read_identified(
     self, numbers: Sequence[int]
   ) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n'], Identities]:
     files = self._chosen(numbers)
-    contents = [_encoded(file) for file in files]
+    contents = [self._encoded(file) for file in files]
     images = [self._decode(file, encoded) for file, encoded in zip(files, contents, strict=True)]
-    return images, self.labels[list(numbers)], identities(contents)
+    return images, self.labels[list(numbers)], identities(content or b'' for content in contents)
 
   def _chosen(self, numbers: Sequence[int]) -> list[str]:
     return [self.files[number] for number in numbers]
 
-  def _decode(self, file: str, encoded: bytes) -> UInt8[np.ndarray, 'H W C'] | None:
+  def _encoded(self, file: str) -> bytes | None:
+    """None, with a warning, for a file that cannot be read and is skipped."""
+    try:
+      return Path(file).read_bytes()
+    except OSError as error:
+      if not self.skip_corrupt:
+        raise UserError(
+          f'expected a readable image, found {error.strerror} at {file}: change its permissions or remove it, or set '
+          '--config.data.on_corrupt=skip'
+        ) from error
+      logging.warning('Skipping %s: %s', printable(file), error.strerror)
+      return None
+
+  def _decode(self, file: str, encoded: bytes | None) -> UInt8[np.ndarray, 'H W C'] | None:
+    if encoded is None:
+      return None
     return decode_or_skip(encoded, f'file {file}', self.image_side, self.channels, self.skip_corrupt)
-
-
-def _encoded(file: str) -> bytes:
-  try:
-    return Path(file).read_bytes()
-  except OSError as error:
-    raise UserError(f'expected a readable image, found {error.strerror} at {file}: change its permissions') from error

@@ -28,7 +28,7 @@ from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
 from paranet_jax.data.identity import Identities, identities
 from paranet_jax.data.sources.corrupt import decode_or_skip
-from paranet_jax.host.arguments import absolute
+from paranet_jax.host.arguments import absolute, check_utf8
 from paranet_jax.host.errors import UserError
 
 _PREPARABLE = ('cifar10', 'cifar100')  # tfds needs TensorFlow to prepare the others.
@@ -55,8 +55,10 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
   name, data_dir, on_corrupt = data_config.name, data_config.data_dir, data_config.get('on_corrupt', 'refuse')
   builder = _open_builder(name, data_dir)
   if builder is None:
+    _check_place(name, data_dir)
     return None
   if not _is_prepared(builder):
+    _check_place(name, builder.data_dir_root, builder)
     _prepare(builder)
     builder = _open_builder(name, data_dir)
   _check_format(builder)
@@ -84,12 +86,14 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
 
 def _open_builder(name: str, data_dir: str) -> _Builder:
   """None if tfds does not know the name."""
+  check_utf8(Path(data_dir), '--config.data.data_dir=...')
   try:
     with contextlib.redirect_stdout(io.StringIO()):  # Some data sets' modules print that TensorFlow is missing.
       return tfds.builder(name, data_dir=str(absolute(data_dir)) if data_dir else None)
   except tfds.core.DatasetNotFoundError:
     return None
   except Exception as error:  # A name that does not parse, an unknown version, damaged metadata.
+    _check_place(name, data_dir)
     raise UserError(
       f'expected a data set that tensorflow-datasets can open, found {name!r} ({_one_line(error)}): see '
       f'--config.data.name=... and --config.data.data_dir=...'
@@ -99,6 +103,40 @@ def _open_builder(name: str, data_dir: str) -> _Builder:
 def _is_prepared(builder: _Builder) -> bool:
   # is_prepared() logs a warning if the first condition fails.
   return (builder.data_path / 'dataset_info.json').exists() and builder.is_prepared()
+
+
+def _check_place(name: str, data_dir: str, builder: _Builder | None = None) -> None:
+  """Raises UserError if the folder holds another version of the data set, or lies in the data set's own folder."""
+  root, (name, _, version) = absolute(data_dir or '~/tensorflow_datasets'), name.partition(':')
+  own = next((folder for folder in (root, *root.parents) if folder.name == name), None)
+  if own and _prepared(own.parent, name):
+    raise UserError(
+      f'expected the folder that holds {name}/, found {root}, which is part of the data set: set '
+      f'--config.data.data_dir={own.parent}'
+    )
+  found = [folder.name for folder in _prepared(root, name)]
+  version = version or (str(builder.version) if builder and builder.name not in _PREPARABLE else '')
+  if found and version and version not in found:
+    raise UserError(
+      f'expected {name} {version} prepared in {root}, found only version {", ".join(found)} there: set '
+      f'--config.data.name={name}:{found[-1]}'
+    )
+
+
+def _prepared(root: Path, name: str = '*') -> list[Path]:
+  """The folders of the versions of prepared data sets."""
+  infos = [file for place in ('*', '*/*') for file in root.glob(f'{name}/{place}/dataset_info.json')]
+  return sorted(file.parent for file in infos)
+
+
+def _contents(root: Path) -> str:
+  """What a folder holds in place of the data set that was expected."""
+  if not root.is_dir():
+    return 'no such folder'
+  found = [' '.join(folder.relative_to(root).parts) for folder in _prepared(root)]
+  found = found or sorted(entry.name for entry in root.iterdir() if entry.name != 'downloads')
+  more = f' and {len(found) - 3:,} more' if len(found) > 3 else ''
+  return f'only {", ".join(found[:3])}{more} there' if found else 'nothing there'
 
 
 def _check_format(builder: _Builder) -> None:
@@ -182,7 +220,7 @@ def _prepare(builder: _Builder) -> None:
   """
   if builder.name not in _PREPARABLE:
     raise UserError(
-      f'expected {builder.name} prepared in {builder.data_dir_root}, found nothing there: '
+      f'expected {builder.name} prepared in {builder.data_dir_root}, found {_contents(Path(builder.data_dir_root))}: '
       f'{_build_command(builder, builder.data_dir_root)}'
     )
   archive_builder = _archive_builder(type(builder))(data_dir=builder.data_dir_root)
@@ -209,10 +247,12 @@ def _check_archive(builder: _Builder) -> None:
   manual = downloads / 'manual' / known.filename
   if manual.exists() or any(downloads.rglob(get_dl_fname(url, known.checksum))) or _host_answers(url):
     return
+  by_hand = [file.name for file in manual.parent.glob('*')]
+  found = f'only {", ".join(by_hand)} in {manual.parent}' if by_hand else _contents(Path(builder.data_dir_root))
   raise UserError(
-    f'expected {builder.name} prepared in {builder.data_dir_root} or a network to download it, found neither '
-    f'({urlsplit(url).hostname} does not answer): put {url} into {manual.parent}/ by hand, or name the folder that '
-    f'holds the prepared data set with --config.data.data_dir=...'
+    f'expected {builder.name} prepared in {builder.data_dir_root} or a network to download it, found {found} and no '
+    f'answer from {urlsplit(url).hostname}: put {url} into {manual.parent}/ by hand, or name the folder that holds the '
+    f'prepared data set with --config.data.data_dir=...'
   )
 
 

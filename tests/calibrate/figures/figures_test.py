@@ -327,3 +327,13 @@ def test_files_are_replaced_atomically(tmp_path, monkeypatch):
 def test_names_outside_the_font_raise_no_warning(tmp_path, monkeypatch):
   monkeypatch.setattr(figures, 'FUNCTIONS', (contact_sheet,))
   assert write_figures(tmp_path, made_up(1, run='試験', class_names=('猫', '犬')))
+
+
+def test_names_that_cannot_be_printed(tmp_path, monkeypatch):
+  monkeypatch.setattr(figures, 'FUNCTIONS', (contact_sheet,))
+  data = made_up(1, run='a\x1b[31m', class_names=('\udcff', '\x1b[2J'))
+  texts = [text.get_text() for text in contact_sheet(data).figure.axes[0].texts]
+  assert '\\udcff, 100 %' in texts and 'true: \\x1b[2J' in texts
+  write_figures(tmp_path, data)
+  assert ',\\udcff,' in (tmp_path / 'contact_sheet.csv').read_text(encoding='utf-8')
+  assert json.loads((tmp_path / 'contact_sheet.json').read_text())['rows'][0]['prediction'] == '\udcff'

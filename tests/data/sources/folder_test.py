@@ -1,5 +1,6 @@
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,25 @@ def test_a_folder_that_cannot_be_listed(root, monkeypatch):
     load(root)
 
 
+@pytest.mark.parametrize('streaming', [False, True])
+def test_a_file_that_may_not_be_read(root, monkeypatch, caplog, streaming):
+  write_all(root, ONE_FOLDER)
+  read_bytes = Path.read_bytes
+
+  def refuse(path):
+    if path.name == '3.png' and path.parent.name == 'ant':
+      raise PermissionError(13, 'Permission denied', str(path))
+    return read_bytes(path)
+
+  monkeypatch.setattr(Path, 'read_bytes', refuse)
+  fix = 'change its permissions or remove it, or set --config.data.on_corrupt=skip'
+  with pytest.raises(UserError, match=f'^expected a readable image, found Permission denied at .*/ant/3.png: {fix}$'):
+    load(root, streaming=streaming)
+  dataset = load(root, on_corrupt='skip', streaming=streaming)
+  assert (len(dataset.train) + len(dataset.test), dataset.skipped) == (len(ONE_FOLDER) - 1, 1)
+  assert re.search('Skipping .*/ant/3.png: Permission denied', caplog.text)
+
+
 @pytest.mark.parametrize('test', ['test', 'val', 'validation'])
 def test_names_of_the_test_split(root, test):
   write_all(root, {name.replace('test/', f'{test}/'): value for name, value in BOTH.items()})
@@ -279,7 +299,7 @@ def test_every_file_is_used_skipped_or_left_out(tmp_path_factory, tree):
 # What is written ('/' ends an empty folder), changes of the configuration, and the message.
 ERRORS = {
   'no images': ([], {}, r'expected <class>/\*.png.* in .*images, found no images there: .*data_dir=\.\.\.'),
-  'no classes': (['a.png'], {}, 'found no images there'),
+  'no classes': (['a.png'], {}, 'found images but no class folders there: name another folder'),
   'empty class': ([*BOTH, 'train/bee/'], {}, "found no images of class 'bee': add some or remove .*/train/bee"),
   'empty test class': ([*BOTH, 'test/cat/'], {}, "found no images of class 'cat': add some or remove .*/test/cat"),
   'no test': (

@@ -173,8 +173,8 @@ def test_no_archive_at_the_host(tmp_path, monkeypatch, served_folder):
 def test_no_network(tmp_path, monkeypatch):
   archive = Archive('cifar100', monkeypatch)
   message = (
-    f'expected cifar100 prepared in {tmp_path} or a network to download it, found neither \\(127.0.0.1 does not '
-    f'answer\\): put {CLOSED}/{archive.file_name} into {tmp_path}/downloads/manual/ by hand, or .*config.data.data_dir='
+    f'expected cifar100 prepared in {tmp_path} or a network to download it, found nothing there and no answer from '
+    f'127.0.0.1: put {CLOSED}/{archive.file_name} into {tmp_path}/downloads/manual/ by hand, or .*config.data.data_dir='
   )
   with pytest.raises(UserError, match=message):
     load('cifar100', tmp_path)
@@ -196,10 +196,11 @@ def test_a_silent_host_is_not_waited_for(monkeypatch):
   released.set()
 
 
-def test_wrong_archive(tmp_path, monkeypatch):
+@pytest.mark.parametrize('truncated', [False, True])
+def test_wrong_archive(tmp_path, monkeypatch, truncated):
   archive = Archive('cifar10', monkeypatch)
   expected = hashlib.sha256(archive.content).hexdigest()
-  archive.content = b'another archive'
+  archive.content = archive.content[:1000] if truncated else b'another archive'
   manual = archive.put_by_hand(tmp_path)
   found = hashlib.sha256(archive.content).hexdigest()
   with pytest.raises(
@@ -378,6 +379,50 @@ def test_not_prepared(tmp_path):
   )
   with pytest.raises(UserError, match=f'{message} --data_dir={tmp_path}` where TensorFlow is installed'):
     load('mnist', tmp_path)
+
+
+def test_a_folder_that_is_not_the_place(tmp_path, monkeypatch):
+  monkeypatch.setattr(tfds_source, '_host_answers', lambda url: False)
+  folder = prepare_two(tmp_path / 'data', version='1.0.0')
+  prepare_two(tmp_path / 'data', version='1.1.0')
+  prepare_two(tmp_path / 'data', 'mnist', version='2.0.0')
+  place = f'set --config.data.data_dir={tmp_path}/data'
+  for inside in (folder, folder.parent):
+    message = f'expected the folder that holds tiny_shapes/, found {inside}, which is part of the data set: {place}'
+    with pytest.raises(UserError, match=message):
+      load('tiny_shapes', inside)
+  for name, message in {
+    'mnist': 'mnist 3.0.1 prepared in .*/data, found only version 2.0.0 there: set --config.data.name=mnist:2.0.0',
+    'tiny_shapes:3.0.0': '3.0.0 .* only version 1.0.0, 1.1.0 there: set --config.data.name=tiny_shapes:1.1.0',
+    'mnist:9.9.9': 'mnist 9.9.9 prepared in .*/data, found only version 2.0.0 there: set',
+    'fashion_mnist': 'found only mnist 2.0.0, tiny_shapes 1.0.0, tiny_shapes 1.1.0 there: run `tfds build',
+    'cifar10': 'found only mnist 2.0.0, tiny_shapes 1.0.0, tiny_shapes 1.1.0 there and no answer from www.cs.toronto',
+  }.items():
+    with pytest.raises(UserError, match=message):
+      load(name, tmp_path / 'data')
+  with pytest.raises(UserError, match='expected mnist prepared in .*/none, found no such folder: run'):
+    load('mnist', tmp_path / 'none')
+  with pytest.raises(UserError, match='expected mnist prepared in .*, found only 1.0.0, 1.1.0 there: run'):
+    load('mnist', folder.parent.rename(tmp_path / 'renamed'))
+  assert len(load('mnist:2.0.0', tmp_path / 'data').train) == 2
+
+
+def test_a_folder_whose_path_is_not_utf_8(tmp_path):
+  with pytest.raises(
+    UserError, match='a folder whose path is UTF-8, found .*; rename it, or set --config.data.data_dir='
+  ):
+    load('tiny_shapes', tmp_path / 'caf\udce9')
+
+
+@pytest.mark.parametrize('name', ['cifar-10-python.tar.gz', 'renamed.tar.gz', 'cifar-10-batches-bin'])
+def test_another_archive_put_by_hand(tmp_path, monkeypatch, name):
+  put = Archive('cifar10', monkeypatch).put_by_hand(tmp_path)
+  manual = put.rename(put.with_name(name)).parent
+  if name == 'cifar-10-batches-bin':  # Extracted.
+    (manual / name).unlink()
+    (manual / name).mkdir()
+  with pytest.raises(UserError, match=f'found only {name} in {manual} and no answer from 127.0.0.1: put {CLOSED}'):
+    load('cifar10', tmp_path)
 
 
 NOT_CLASSIFICATION = {
