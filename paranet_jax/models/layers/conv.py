@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from paranet_jax.models.layers.backend import PLAIN, backend
 from paranet_jax.models.layers.dense import as_features, global_average, norm_affine, parameter
-from paranet_jax.models.layers.dense_block import affine_relu
+from paranet_jax.models.layers.dense_block import affine_relu, product
 from paranet_jax.models.layers.initial import kernel_init
 
 
@@ -22,7 +22,7 @@ def convolve(
   kernel = kernel.astype(x.dtype)
   height, width = kernel.shape[:2]
   if height == width == 1 and backend() != PLAIN:
-    return x[:, ::stride, ::stride] @ kernel[0, 0]
+    return product(x[:, ::stride, ::stride], kernel[0, 0])
   padding = [(size // 2, size // 2) for size in (height, width)]
   return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 

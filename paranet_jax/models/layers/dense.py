@@ -25,6 +25,7 @@ from paranet_jax.models.layers.dense_block import (
   dense_block_inference,
   dense_block_training,
   normalize,
+  product,
 )
 from paranet_jax.models.layers.drop import dropout
 from paranet_jax.models.layers.initial import kernel_init
@@ -218,7 +219,7 @@ class DenseBlock(nn.Module):
     for module in modules:
       layer = module(True)
       values = affine_relu(x.values, layer.scale1, layer.shift1)
-      values = values @ layer.kernel1.astype(values.dtype)
+      values = product(values, layer.kernel1)
       values = dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name)
       bottleneck = as_features(values, True, self.axis_name)
       values = conv3x3(affine_relu(bottleneck.values, layer.scale2, layer.shift2), layer.kernel2)

@@ -119,10 +119,18 @@ def conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -> Floa
   return _convolution(x, kernel.astype(x.dtype))
 
 
+def product(x: Float[Array, '... C'], kernel: Float[Array, 'C K']) -> Float[Array, '... K']:
+  """x @ kernel in x's dtype, added up in float32 or wider.
+
+  A bfloat16 product that is returned in bfloat16 misses the matrix units of CPUs: on 2 cores of an Intel Xeon with AMX
+  and jaxlib 0.10.2, 35 to 200 GFLOP/s, against 400 to 1,100 if it is returned in float32.
+  """
+  return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=_wide_dtype(x)).astype(x.dtype)
+
+
 def conv1x1(x: Float[Array, 'B H W C'], kernel: Float[Array, 'C K']) -> Float[Array, 'B H W K']:
   """1x1 convolution."""
-  kernel = kernel.astype(x.dtype)
-  return _convolution(x, kernel[None, None]) if backend() == PLAIN else x @ kernel
+  return _convolution(x, kernel.astype(x.dtype)[None, None]) if backend() == PLAIN else product(x, kernel)
 
 
 def image_conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -> Float[Array, 'B H W K']:
@@ -130,7 +138,7 @@ def image_conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -
   if backend() != 'cpu':
     return conv3x3(x, kernel)
   features = kernel.shape[-1]
-  return (_shifts(x) @ kernel.astype(x.dtype).reshape(-1, features)).reshape(*x.shape[:-1], features)
+  return product(_shifts(x), kernel.reshape(-1, features)).reshape(*x.shape[:-1], features)
 
 
 def dense_block_inference(x: Float[Array, 'B H W C'], layers: Sequence[Layer]) -> Float[Array, 'B H W C+n*k']:
@@ -202,7 +210,7 @@ def _block_forward(axis_name, x, segments):
 def _layer_forward(axis_name, image_shape, x, inputs):
   offset, layer = inputs
   a = affine_relu(x, layer.scale1, layer.shift1)
-  z_hat, inner = normalize(a @ layer.kernel1.astype(x.dtype), axis_name)
+  z_hat, inner = normalize(product(a, layer.kernel1), axis_name)
   h = affine_relu(z_hat, layer.scale2, layer.shift2)
   y = _flat(conv3x3(h.reshape(*image_shape, -1), layer.kernel2))
   y_hat, new = normalize(y, axis_name)
@@ -240,7 +248,7 @@ def _layer_backward(axis_name, image_shape, x, g, inputs):
 
   a = affine_relu(x, layer.scale1, layer.shift1)
   dkernel1 = _product_over_batch(dz, a)
-  u1, dscale1, dshift1 = _affine_relu_backward(a, x, dz @ layer.kernel1.astype(dz.dtype).T)
+  u1, dscale1, dshift1 = _affine_relu_backward(a, x, product(dz, layer.kernel1.T))
   g = g + _times(u1, layer.scale1)
   return g, Layer(dscale1, dshift1, dkernel1, dscale2, dshift2, dkernel2)
 
@@ -258,7 +266,7 @@ def _convolution(x, kernel):
 def _conv3x3_by_product(x, kernel):
   _, height, width, channels = x.shape
   growth = kernel.shape[-1]
-  products = x @ kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * growth)
+  products = product(x, kernel.transpose(2, 0, 1, 3).reshape(channels, 9 * growth))
   products = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0)))
   parts = []
   for index in range(9):
@@ -279,7 +287,7 @@ def _conv3x3_backward(x, kernel, g):
   shifts = _shifts(g)
   flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2).reshape(9 * growth, channels)
   dkernel = _product_over_batch(shifts, x).reshape(3, 3, growth, channels)
-  return shifts @ flipped, dkernel[::-1, ::-1].transpose(0, 1, 3, 2)
+  return product(shifts, flipped), dkernel[::-1, ::-1].transpose(0, 1, 3, 2)
 
 
 def _shifts(x):

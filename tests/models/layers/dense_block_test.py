@@ -113,10 +113,13 @@ def gradients(loss, variables, x, weights):
 
 @functools.cache
 def plain_outcome(shape):
-  """The plain block's outputs and gradients in training, and its output in inference."""
+  """The plain block's outputs and gradients in training, and its output in inference, in float64."""
   plain, variables, x, weights = problem(shape)
-  inference = jax.jit(lambda: plain.apply(variables, x, False))()
-  return *gradients(functools.partial(plain_loss, plain), variables, x, weights), inference
+  plain = plain.clone(dtype=jnp.float64)
+  with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):  # flax adds a float32 epsilon.
+    variables, x, weights = jax.tree.map(np.float64, (variables, x, weights))
+    inference = jax.jit(lambda: plain.apply(variables, x, False))()
+    return *gradients(functools.partial(plain_loss, plain), variables, x, weights), inference
 
 
 @pytest.mark.parametrize(
