@@ -6,7 +6,10 @@ and 3,072 bytes of pixels, channel by channel.
 """
 
 import contextlib
+import fcntl
 import io
+import os
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -108,7 +111,7 @@ def _is_prepared(builder: _Builder) -> bool:
 def _check_place(name: str, data_dir: str, builder: _Builder | None = None) -> None:
   """Raises UserError if the folder holds another version of the data set, or lies in the data set's own folder."""
   root, (name, _, version) = absolute(data_dir or '~/tensorflow_datasets'), name.partition(':')
-  own = next((folder for folder in (root, *root.parents) if folder.name == name), None)
+  own = next((folder for folder in (root, *root.parents) if folder.name == name.partition('/')[0]), None)
   if own and _prepared(own.parent, name):
     raise UserError(
       f'expected the folder that holds {name}/, found {root}, which is part of the data set: set '
@@ -227,7 +230,10 @@ def _prepare(builder: _Builder) -> None:
   _check_archive(archive_builder)
   config = tfds.download.DownloadConfig(try_download_gcs=False)
   try:
-    archive_builder.download_and_prepare(download_config=config, file_format='array_record')
+    with _only_one(Path(builder.data_dir_root)) as only_one:
+      for unfinished in Path(builder.data_dir).parent.glob('incomplete.*') if only_one else ():
+        shutil.rmtree(unfinished, ignore_errors=True)  # A process that prepared it was killed.
+      archive_builder.download_and_prepare(download_config=config, file_format='array_record')
   except NonMatchingChecksumError as error:
     reason = _one_line(str(error).partition('To debug')[0])
     raise UserError(f'expected the official archive, found another: {reason}: remove that file') from error
@@ -238,6 +244,20 @@ def _prepare(builder: _Builder) -> None:
     ) from error
   if not _is_prepared(builder):  # tfds does not touch a folder that exists, whatever it contains.
     raise UserError(f'expected {builder.name} or nothing in {builder.data_dir}, found other files: remove that folder')
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[bool]:
+  """Lets one process at a time prepare data sets in a folder; False if its file system has no locks."""
+  folder.mkdir(parents=True, exist_ok=True)
+  descriptor, locked = os.open(folder, os.O_RDONLY), False
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+      locked = True
+    yield locked
+  finally:
+    os.close(descriptor)
 
 
 def _check_archive(builder: _Builder) -> None:

@@ -107,8 +107,10 @@ class Archive:
 def test_prepares_an_archive_put_by_hand(name, tmp_path, monkeypatch):
   archive = Archive(name, monkeypatch)
   archive.put_by_hand(tmp_path)
+  (tmp_path / name / 'incomplete.ABC_3.0.2').mkdir(parents=True)  # What a killed process left.
   dataset = load(name, tmp_path)
   archive.check(dataset)
+  assert [path.name for path in (tmp_path / name).iterdir()] == ['3.0.2']
   assert (dataset.version, dataset.crop_padding, dataset.flip) == ('3.0.2', 4, True)
   prepared = tfds.builder(name, data_dir=tmp_path)
   assert prepared.info.file_format.value == 'array_record'
