@@ -39,8 +39,7 @@ def test_flags_of_a_version_respect_the_users_own(monkeypatch, tmp_path, version
 
 
 def test_installed_version_is_found_without_importing_it():
-  found = jaxlib_version()
-  assert '.'.join(map(str, found)) == importlib.metadata.version('jaxlib')
+  assert list(jaxlib_version()) == [int(part) for part in importlib.metadata.version('jaxlib').split('.')[:3]]
 
 
 def test_each_fault_names_an_issue_and_ends():
