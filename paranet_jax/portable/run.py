@@ -68,6 +68,8 @@ BACKGROUND = (255, 255, 255)
 """The color behind transparent pixels, in training and prediction alike."""
 MAX_PIXELS = 178_956_970
 """The most pixels of an image that is decoded, unless the caller sets a limit; the number at which Pillow refuses."""
+MAX_MEMORY = 2**30
+"""The most bytes that decoding an image may take, unless the caller sets a limit; larger JPEGs are decoded smaller."""
 WAVE = 64
 """Images that go through the stages together."""
 GONE = -1
@@ -917,25 +919,59 @@ def _openvino(threads: int, path: Path) -> Session:
 
 
 class TooManyPixels(Exception):
-  """An image is larger than the limit. Its text: what was expected and what was found."""
+  """An image is larger than a limit. Its text: what was expected and what was found. flag: that sets the limit."""
+
+  flag = '--max-pixels'
 
 
-def decode_image(encoded: bytes | BinaryIO, side: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+class TooMuchMemory(TooManyPixels):
+  """An image would take more memory than the limit."""
+
+  flag = '--max-memory'
+
+
+def decode_image(
+  encoded: bytes | BinaryIO, side: int, channels: int, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
+) -> np.ndarray:
   """Decodes an image from bytes or an open file, rotated by its EXIF orientation.
 
   Accepts the formats in FORMATS, in every mode that Pillow knows; takes the first frame of an animation. Damaged
-  metadata do not matter if the pixels can be decoded.
+  metadata do not matter if the pixels can be decoded. A JPEG that would take more than MAX_MEMORY is decoded at a half,
+  a quarter or an eighth of its size, whatever the limit.
+
+  Args:
+    max_pixels, max_memory: limits on the pixels, and on the bytes that decoding takes.
 
   Returns:
     uint8 [side, side, channels], see `fit_image`.
 
   Raises:
-    TooManyPixels: checked before they are decoded.
+    TooManyPixels: a limit is exceeded, which is checked before the pixels are decoded.
     Exception: any that Pillow raises for bytes that are not a complete image; see `damage`.
   """
+  return _with_retry(encoded, lambda file: _decode(file, side, channels, max_pixels, max_memory))
+
+
+def decoding_memory(encoded: bytes | BinaryIO, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY) -> int:
+  """The bytes that `decode_image` would take at most, by the header of an image.
+
+  Raises:
+    TooManyPixels, Exception: as `decode_image`.
+  """
+
+  def memory(file: BinaryIO) -> int:
+    image, taken = _opened(file, max_pixels, max_memory)
+    with image:
+      return taken
+
+  return _with_retry(encoded, memory)
+
+
+def _with_retry(encoded: bytes | BinaryIO, read: Callable[[BinaryIO], Any]) -> Any:
+  """Reads an image; if that fails, once more without the metadata."""
   file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
   try:
-    return _decode(file, side, channels, max_pixels)
+    return read(file)
   except TooManyPixels:
     raise
   except Exception:
@@ -943,11 +979,24 @@ def decode_image(encoded: bytes | BinaryIO, side: int, channels: int, max_pixels
       file.seek(0)
       if file.read(4).startswith(_WITH_METADATA):  # Otherwise a huge file would be read for nothing.
         file.seek(0)
-        return _decode(io.BytesIO(_without_metadata(file.read())), side, channels, max_pixels)
+        return read(io.BytesIO(_without_metadata(file.read())))
     raise
 
 
-def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int) -> np.ndarray:
+def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int, max_memory: int) -> np.ndarray:
+  image, _ = _opened(file, max_pixels, max_memory)
+  with image:
+    if image.format == 'TIFF':
+      _silence_libtiff()
+    image.load()
+    upright = _upright(image, max_memory)
+    if upright is not image:
+      image.close()  # Frees its pixels.
+    return fit_image(upright, side, channels)
+
+
+def _opened(file: BinaryIO, max_pixels: int, max_memory: int) -> tuple[Any, int]:
+  """An image whose pixels are not decoded yet, and the bytes that decoding it takes."""
   from PIL import Image
 
   if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # Beyond twice its limit, Pillow opens nothing.
@@ -956,14 +1005,54 @@ def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int) -> np.nda
     image = Image.open(file, formats=FORMATS)
   except Image.DecompressionBombError as error:
     raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found many more') from error
-  with image:
+  try:
     width, height = image.size
     if width * height > max_pixels:
       raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found {width} x {height}')
-    if image.format == 'TIFF':
-      _silence_libtiff()
-    image.load()
-    return fit_image(_upright(image), side, channels)
+    turned, coefficients = _is_turned(image), 0
+    if 'progressive' in image.info:  # A JPEG of which libjpeg keeps all coefficients, 2 bytes each.
+      coefficients = 2 * len(image.getbands()) * width * height
+    if image.format in ('JPEG', 'MPO') and coefficients + _memory(image, turned) > MAX_MEMORY:
+      fits = (scale for scale in (2, 4, 8) if coefficients + _memory(image, turned) / scale**2 <= MAX_MEMORY)
+      scale = next(fits, 8)
+      image.draft(None, (max(width // scale, 1), max(height // scale, 1)))
+    memory = coefficients + _memory(image, turned)
+    _check_memory(memory, max_memory, (width, height))
+  except BaseException:
+    image.close()
+    raise
+  return image, memory
+
+
+def _memory(image: Any, turned: bool) -> int:
+  """The bytes that pixels take at most while they are decoded, rotated, converted and resized, as measured."""
+  as_stored = _BYTES_STORED.get(image.mode, 4)
+  copied = turned or image.mode not in ('1', 'L', 'RGB') or 'transparency' in image.info
+  return (as_stored + 4 * copied + _DECODER_BYTES.get(image.format, 0)) * image.size[0] * image.size[1]
+
+
+_BYTES_STORED = {'1': 2, 'L': 1, 'P': 1, 'I;16': 2, 'I;16B': 2, 'I;16L': 2, 'I;16N': 2}
+"""A pixel, by Pillow's mode; all others take 4."""
+_DECODER_BYTES = {'WEBP': 12, 'TIFF': 4}
+"""What the libraries of these formats hold in addition, a pixel."""
+
+
+def _check_memory(memory: int, max_memory: int, size: tuple[int, int]) -> None:
+  if memory > max_memory:
+    raise TooMuchMemory(
+      f'expected an image that takes at most {max_memory / 2**20:,.0f} MiB to decode, '
+      f'found {size[0]} x {size[1]} that takes {memory / 2**20:,.0f} MiB'
+    )
+
+
+def _is_turned(image: Any) -> bool:
+  """Whether an image whose pixels are not decoded yet will be rotated, as far as it says so already."""
+  if 'exif' not in image.info and image.format != 'TIFF':  # Of a PNG, Pillow would decode the pixels to know.
+    return False
+  try:
+    return image.getexif().get(0x0112, 1) != 1
+  except Exception:
+    return False
 
 
 @functools.cache
@@ -974,7 +1063,7 @@ def _silence_libtiff() -> None:
     ctypes.CDLL(path).TIFFSetErrorHandler(None)
 
 
-def _upright(image: Any) -> Any:
+def _upright(image: Any, max_memory: int) -> Any:
   """The image rotated by its EXIF orientation; as it is if that cannot be read."""
   from PIL.Image import Transpose
 
@@ -991,7 +1080,10 @@ def _upright(image: Any) -> Any:
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
   }
-  return image.transpose(turns[orientation]) if orientation in turns else image
+  if orientation not in turns:
+    return image
+  _check_memory(_memory(image, True), max_memory, image.size)  # The EXIF of a PNG may follow the pixels.
+  return image.transpose(turns[orientation])
 
 
 def _without_metadata(encoded: bytes) -> bytes:
@@ -1113,12 +1205,14 @@ def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
   from PIL import Image, ImageOps
 
   if image.mode[0] in 'IF':
-    image = Image.fromarray(_to_8_bit(image))
+    image = _to_8_bit(image)
   if image.has_transparency_data:
     image = _on_background(image)
-  image = image.convert('L' if channels == 1 else 'RGB')
+  mode = 'L' if channels == 1 or image.mode in ('1', 'L') else 'RGB'
+  if image.mode != mode:  # Otherwise convert() would copy it.
+    image = image.convert(mode)
   fitted = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
-  return np.asarray(fitted).reshape(side, side, channels)
+  return np.asarray(fitted.convert('L' if channels == 1 else 'RGB')).reshape(side, side, channels)
 
 
 def _on_background(image: Any) -> Any:
@@ -1127,40 +1221,66 @@ def _on_background(image: Any) -> Any:
   key = image.info.get('transparency')
   if image.mode == 'RGB' and isinstance(key, tuple) and max(key) > 255:  # Of a 16-bit PNG, whose colors Pillow halves.
     image.info['transparency'] = tuple(value >> 8 for value in key)
-  opaque = Image.new('RGBA', image.size, BACKGROUND)
-  opaque.alpha_composite(image.convert('RGBA'))
+  opaque = Image.new('RGB', image.size)
+  for top, strip in _strips(image):
+    white = Image.new('RGBA', strip.size, BACKGROUND)
+    white.alpha_composite(strip.convert('RGBA'))
+    opaque.paste(white.convert('RGB'), (0, top))
   return opaque
+
+
+_STRIP = 2**20  # Pixels.
+
+
+def _strips(image: Any) -> Iterator[tuple[int, Any]]:
+  """An image in parts, each with its first row, so that what is computed pixel by pixel takes little memory."""
+  width, height = image.size
+  rows = max(_STRIP // width, 1)
+  for top in range(0, height, rows):
+    yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
 _WHITES = (255, 1023, 4095, 16383, 65535)
 
 
-def _to_8_bit(image: Any) -> np.ndarray:
-  """Scales gray of other depths, which Pillow's convert() clips at 255, to 0..255: uint8 [H, W].
+def _to_8_bit(image: Any) -> Any:
+  """Scales gray of other depths, which Pillow's convert() clips at 255, to 0..255: an image of mode L.
 
   Black is 0. White is what the file declares (12 bits in TIFF, the largest sample in PGM or in a TIFF tag) or otherwise
   the smallest of 255, 1023, 4095, 16383 and 65535, for floating-point pixels also 1, that no pixel exceeds; if none
   is, the largest pixel. If pixels are negative, black is the smallest pixel and white the largest. Non-finite pixels
   become black.
   """
-  gray, tags = np.asarray(image), getattr(image, 'tag_v2', {})
-  if gray.dtype == np.int32 and tags.get(339) == (1,):  # Pillow reads unsigned samples as signed ones.
-    gray = gray.view(np.uint32)
-  finite = np.isfinite(gray)
-  values = np.where(finite, gray, 0).astype(np.float64)
-  black, largest = min(values.min(), 0), values.max()
+  from PIL import Image
+
+  tags = getattr(image, 'tag_v2', {})
+
+  def gray(strip: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Its pixels, which are finite, and those as float64."""
+    pixels = np.asarray(strip)
+    if pixels.dtype == np.int32 and tags.get(339) == (1,):  # Pillow reads unsigned samples as signed ones.
+      pixels = pixels.view(np.uint32)
+    finite = np.isfinite(pixels)
+    return pixels, finite, np.where(finite, pixels, 0).astype(np.float64)
+
+  ranges = [(values.min(), values.max()) for values in (gray(strip)[2] for _, strip in _strips(image))]
+  black, largest = min(*(low for low, _ in ranges), 0), max(high for _, high in ranges)
   if black < 0:
     white = largest
   else:
     scales = [*_declared_whites(image, tags), *((1,) if image.mode == 'F' else ()), *_WHITES]
     white = next((scale for scale in scales if largest <= scale), largest)
-  scaled = np.rint((values - black) * (255 / ((white - black) or 1)))
-  if tags.get(262) == 0:  # White is zero. Pillow inverts 8-bit samples only.
-    scaled = 255 - scaled
-  scaled[~finite] = 0
-  if isinstance(key := image.info.get('transparency'), int):
-    scaled[gray == key] = BACKGROUND[0]
-  return scaled.astype(np.uint8)
+  found = Image.new('L', image.size)
+  for top, strip in _strips(image):
+    pixels, finite, values = gray(strip)
+    scaled = np.rint((values - black) * (255 / ((white - black) or 1)))
+    if tags.get(262) == 0:  # White is zero. Pillow inverts 8-bit samples only.
+      scaled = 255 - scaled
+    scaled[~finite] = 0
+    if isinstance(key := image.info.get('transparency'), int):
+      scaled[pixels == key] = BACKGROUND[0]
+    found.paste(Image.fromarray(scaled.astype(np.uint8)), (0, top))
+  return found
 
 
 def _declared_whites(image: Any, tags: Mapping[int, Any]) -> Iterator[float]:
@@ -1181,15 +1301,17 @@ def damage(error: Exception) -> str:
   return getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
 
 
-def read_image(file: str, side: int, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray | str:
+def read_image(
+  file: str, side: int, channels: int, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
+) -> np.ndarray | str:
   """An image file decoded by `decode_image`, or the reason why it cannot be read."""
   try:
     with _open(file) as stream:
-      return decode_image(stream, side, channels, max_pixels)
+      return decode_image(stream, side, channels, max_pixels, max_memory)
   except FileNotFoundError as error:
     return _DANGLING if os.path.islink(file) else damage(error)
   except TooManyPixels as error:
-    return f'{error}; set --max-pixels'
+    return f'{error}; set {error.flag}'
   except Exception as error:  # Damaged bytes make Pillow raise almost anything.
     return damage(error)
 
@@ -1307,7 +1429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files, left_out = list_images(given.files)
     if left_out:
       _note(printable(left_out_line(left_out)))
-    return _print(_load(given), files, given.deadline_ms, int(given.max_pixels))
+    return _print(_load(given), files, given.deadline_ms, (given.max_pixels, given.max_memory))
   except BundleError as error:
     _note(f'error: {printable(" ".join(str(error).split()))}')
     return 2
@@ -1337,7 +1459,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--deadline-ms', type=_milliseconds, help='Time per image: the best answer by then, whatever the thresholds.')
   add('--threshold', type=float, help='Exit where the score reaches this (default: where calibration chose).')
   add('--budget', type=_count, help='Most multiply-adds per image, such as 5M.')
-  add('--max-pixels', type=_count, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
+  add('--max-pixels', type=_size, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
+  add('--max-memory', type=_size, default=MAX_MEMORY, help='Bytes to decode an image, else refuse it (default: 1.07G).')
   return parser.parse_intermixed_args(argv)
 
 
@@ -1356,6 +1479,13 @@ def _count(text: str) -> float:
     raise argparse.ArgumentTypeError(f'expected a number such as 5M, found {text}') from error
 
 
+def _size(text: str) -> int:
+  value = _count(text)
+  if not 1 <= value < 2**63:
+    raise argparse.ArgumentTypeError(f'expected a number above 0 such as 5M, found {text}')
+  return int(value)
+
+
 def _checked_threshold(threshold: float, score: str) -> float:
   most = np.inf if score == 'patience' else 1
   if not 0 <= threshold <= most:
@@ -1372,7 +1502,7 @@ def _load(given: argparse.Namespace) -> Adaptive:
   return bundle if given.budget is None else bundle.with_budget(given.budget)
 
 
-def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, max_pixels: int) -> int:
+def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, limits: tuple[int, int]) -> int:
   """Prints a row per image at once, reports unreadable files, and summarizes where images exited."""
   try:
     importlib.import_module('PIL')
@@ -1386,7 +1516,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, ma
   exiting, unreadable = dict.fromkeys(bundle.exits, 0), 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
-    decoded = [_read(file, bundle.image_shape, max_pixels) for file in wave]
+    decoded = [_read(file, bundle.image_shape, limits) for file in wave]
     images = [image for image in decoded if not isinstance(image, str)]
     answers = iter(_predict(bundle, images, deadline_ms))
     for file, image in zip(wave, decoded, strict=True):
@@ -1424,10 +1554,10 @@ def _say(line: str) -> None:
     ) from error
 
 
-def _read(file: str, image_shape: Sequence[int], max_pixels: int) -> np.ndarray | str:
+def _read(file: str, image_shape: Sequence[int], limits: tuple[int, int]) -> np.ndarray | str:
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # Pillow warns about odd but readable files.
-    return read_image(file, image_shape[0], image_shape[-1], max_pixels)
+    return read_image(file, image_shape[0], image_shape[-1], *limits)
 
 
 def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float | None) -> list[Prediction]:

@@ -10,6 +10,7 @@ from paranet_jax.host.arguments import Parser, absolute, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.huge_pages import use_huge_pages
 from paranet_jax.portable.run import (
+  MAX_MEMORY,
   MAX_PIXELS,
   BundleError,
   left_out_line,
@@ -46,6 +47,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--overwrite', action='store_true', help='Replace an existing --output file.')
   add('--batch-size', type=positive, default=256, help='Images predicted at a time (default: 256).')
   add('--max-pixels', type=positive, default=MAX_PIXELS, help=f'Refuse larger images (default: {MAX_PIXELS}).')
+  add(
+    '--max-memory',
+    type=positive,
+    default=MAX_MEMORY,
+    help=f'Bytes that decoding an image may take; images that need more are refused (default: {MAX_MEMORY}).',
+  )
   add_jax_flags(parser)
   given = parser.parse_intermixed_args(argv)
   if given.output:
@@ -87,7 +94,7 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
   """Writes one row per file as the batches come, and reports unreadable files."""
   top = min(given.top, len(early_exit.class_names))
   side, _, channels = early_exit.image_shape
-  batches = read_batches(given.files, side, channels, given.batch_size, given.max_pixels)
+  batches = read_batches(given.files, side, channels, given.batch_size, given.max_pixels, given.max_memory)
   with open_output(given.output) as stream, closing(batches):
     format = make_format(given.format, given.files, early_exit.class_names, top, stream)
     stream.write(format.before)

@@ -9,7 +9,15 @@ import pytest
 from odd_images import DAMAGED, ORIENTED, SAME, chunk, encoded, orientation, with_chunk
 from PIL import Image
 
-from paranet_jax.portable.run import TooManyPixels, damage, decode_image, read_image
+from paranet_jax.portable import run
+from paranet_jax.portable.run import (
+  TooManyPixels,
+  TooMuchMemory,
+  damage,
+  decode_image,
+  decoding_memory,
+  read_image,
+)
 
 SQUARE = [[10, 20], [30, 40]]
 WIDE = np.array([[0, 257], [32896, 65535]])  # 257 times NARROW.
@@ -182,6 +190,69 @@ def test_a_limit_above_that_of_pillow(monkeypatch):
   with pytest.raises(OSError) as error:
     decode_image(file, 2, 1, max_pixels=10**9)
   assert damage(error.value)
+
+
+@pytest.mark.parametrize(
+  ('file', 'bytes_a_pixel'),
+  [
+    (encoded(Image.new('L', (50, 40))), 1),
+    (encoded(Image.new('RGB', (50, 40))), 4),
+    (encoded(Image.new('RGB', (50, 40)), exif=orientation(6)), 8),
+    (encoded(Image.new('RGBA', (50, 40))), 8),
+    (encoded(Image.fromarray(np.zeros((40, 50), np.uint16))), 6),
+    (encoded(Image.new('RGB', (50, 40)), 'JPEG', progressive=True), 4 + 6),
+    (encoded(Image.new('RGB', (50, 40)), 'TIFF'), 8),
+    (encoded(Image.new('RGB', (50, 40)), 'WEBP', exif=orientation(3)), 20),
+  ],
+)
+def test_memory(tmp_path, file, bytes_a_pixel):
+  memory = bytes_a_pixel * 2000
+  assert decoding_memory(file) == memory
+  assert decode_image(file, 2, 3, max_memory=memory).shape == (2, 2, 3)
+  message = r'^expected an image that takes at most 0 MiB to decode, found 50 x 40 that takes 0 MiB'
+  with pytest.raises(TooMuchMemory, match=f'{message}$'):
+    decode_image(file, 2, 3, max_memory=memory - 1)
+  (tmp_path / 'a.png').write_bytes(file)
+  assert read_image(str(tmp_path / 'a.png'), 2, 3, max_memory=memory - 1).endswith(' takes 0 MiB; set --max-memory')
+
+
+def test_orientation_after_the_pixels_counts_as_memory():
+  first = encoded(Image.new('RGB', (50, 40)), exif=orientation(6))
+  exif = first.index(b'eXIf') - 4
+  end = exif + 12 + int.from_bytes(first[exif : exif + 4], 'big')
+  late = first[:exif] + first[end:-12] + first[exif:end] + first[-12:]
+  np.testing.assert_array_equal(decode_image(late, 40, 3), decode_image(first, 40, 3))
+  with pytest.raises(TooMuchMemory):
+    decode_image(late, 40, 3, max_memory=8 * 2000 - 1)
+
+
+@pytest.mark.parametrize(('limit', 'scale'), [(8 * 1600, 1), (8 * 1600 - 1, 2), (8 * 400 - 1, 4), (1, 8)])
+def test_huge_jpegs_are_decoded_smaller(monkeypatch, limit, scale):
+  """Whatever the limit of the caller, so that all decode the same pixels."""
+  pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+  file = encoded(pixels, 'JPEG', exif=orientation(3))
+  monkeypatch.setattr(run, 'MAX_MEMORY', limit)
+  reduced = Image.open(io.BytesIO(file))
+  reduced.draft('RGB', (40 // scale, 40 // scale))
+  expected = np.asarray(reduced.transpose(Image.Transpose.ROTATE_180).resize((5, 5), Image.Resampling.BILINEAR))
+  for max_memory in (10**6, 10**9):
+    np.testing.assert_array_equal(decode_image(file, 5, 3, max_memory=max_memory), expected)
+  with pytest.raises(TooMuchMemory, match='expected an image .* found 40 x 40 that takes'):
+    decode_image(file, 5, 3, max_memory=8 * 1600 // scale**2 - 1)
+  with pytest.raises(TooMuchMemory):
+    decode_image(encoded(pixels), 5, 3, max_memory=4 * 1600 - 1)
+
+
+def test_large_images_are_composited_and_scaled_in_strips(monkeypatch):
+  """As in one strip."""
+  pixels = np.random.default_rng(0).integers(0, 4096, (90, 70, 4))
+  files = [encoded(pixels % 256), encoded(Image.fromarray(pixels[..., 0].astype(np.uint16)))]
+  whole = [decode_image(file, 70, 3) for file in files]
+  monkeypatch.setattr(run, '_STRIP', 500)
+  for file, expected in zip(files, whole, strict=True):
+    np.testing.assert_array_equal(decode_image(file, 70, 3), expected)
+  strips = run._strips(Image.new('L', (70, 20)))
+  assert [(top, strip.size) for top, strip in strips] == [(0, (70, 7)), (7, (70, 7)), (14, (70, 6))]
 
 
 def test_scaling_averages():

@@ -102,7 +102,7 @@ def test_batches_keep_the_order_and_omit_unreadable_files(tmp_path):
 def test_two_later_batches_are_decoded_ahead(monkeypatch):
   decoded, ready = [], threading.Semaphore(0)
 
-  def decode(file, side, channels, max_pixels):
+  def decode(file, side, channels, max_pixels, max_memory):
     decoded.append(file)
     ready.release()
     return np.zeros((side, side, channels), np.uint8)

@@ -255,7 +255,7 @@ def test_classes_with_the_name_of_a_split(root, names):
 
 def test_too_many_pixels(root, monkeypatch):
   write_all(root, ONE_FOLDER)
-  monkeypatch.setattr('paranet_jax.portable.run.decode_image.__defaults__', (15,))
+  monkeypatch.setattr('paranet_jax.portable.run.decode_image.__defaults__', (15, 10**9))
   fix = 'scale it down, or set --config.data.on_corrupt=skip'
   with pytest.raises(UserError, match=f'^expected at most 15 pixels, found 4 x 4 in file .*/0.png: {fix}$'):
     load(root)
