@@ -1114,13 +1114,14 @@ _TIFF_TAGS = {254, *range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 
 _TIFF_TAGS |= {332, 338, 339, 347, 512, 513, 514, *range(519, 522), *range(529, 533)}
 
 
+_MOST_SEGMENTS, _MOST_DAMAGED = 10_000, 16  # A file that is made of small or damaged ones would take long.
 _PNG_CHUNKS = re.compile(b'IHDR|PLTE|tRNS|IDAT|IEND|eXIf')
 
 
 def _png_chunks(encoded: bytes) -> Iterator[bytes]:
   """The whole chunks of pixels, palette, transparency and EXIF, also behind one whose length is damaged."""
-  place = 8
-  while place + 12 <= len(encoded):
+  place, damaged = 8, 0
+  while place + 12 <= len(encoded) and damaged < _MOST_DAMAGED:
     (size,) = struct.unpack_from('>I', encoded, place)
     chunk = encoded[place : place + size + 12]
     if chunk[8 + size :] == struct.pack('>I', zlib.crc32(chunk[4 : 8 + size])):
@@ -1128,15 +1129,16 @@ def _png_chunks(encoded: bytes) -> Iterator[bytes]:
         yield chunk
       place += len(chunk)
     elif found := _PNG_CHUNKS.search(encoded, place + 8):
-      place = found.start() - 4
+      place, damaged = found.start() - 4, damaged + 1
     else:
       return
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[bytes]:
   """All but comments and the applications' segments; JFIF, EXIF and Adobe's, which names the color space, stay."""
-  place = 2
-  while encoded[place + 1] != 0xDA:  # From the first scan on, everything is pixels.
+  place, count = 2, 0
+  while encoded[place + 1] != 0xDA and count < _MOST_SEGMENTS:  # From the first scan on, everything is pixels.
+    count += 1
     marker, size = struct.unpack_from('>xBH', encoded, place)
     end = place + 2 + size
     if marker >= 0xE0 and encoded[end : end + 1] != b'\xff':
@@ -1180,20 +1182,26 @@ _WEBP_CHUNKS = re.compile(b'VP8[ LX]|ALPH|ANIM|ANMF|ICCP|EXIF|XMP ')
 
 
 def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
-  """The chunks of pixels, and whole ones of EXIF."""
-  place = 12
-  while place + 8 <= len(encoded):
+  """The chunks of pixels, and whole ones of EXIF, also behind one whose length is damaged."""
+  place, damaged, count = 12, 0, 0
+  while place + 8 <= len(encoded) and damaged < _MOST_DAMAGED and count < _MOST_SEGMENTS:
+    count += 1
     (size,) = struct.unpack_from('<I', encoded, place + 4)
     kind, end = encoded[place : place + 4], place + 8 + size + size % 2
-    whole = end == len(encoded) or _WEBP_CHUNKS.match(encoded, end)
-    if kind == b'VP8X' and whole:
+    if end != len(encoded) and not _WEBP_CHUNKS.match(encoded, end):
+      found = _WEBP_CHUNKS.search(encoded, place + 4)
+      if kind.startswith((b'VP8', b'AL', b'AN')):
+        yield encoded[place:]
+        return
+      if not found:
+        return
+      place, damaged = found.start(), damaged + 1
+      continue
+    if kind == b'VP8X':
       yield encoded[place : place + 8] + bytes([encoded[place + 8] & ~0x24]) + encoded[place + 9 : end]
-    elif kind.startswith((b'VP8', b'AL', b'AN')) or (kind == b'EXIF' and whole):
+    elif kind.startswith((b'VP8', b'AL', b'AN', b'EXIF')):
       yield encoded[place:end]
-    found = None if whole else _WEBP_CHUNKS.search(encoded, place + 4)
-    if not whole and not found:
-      return
-    place = found.start() if found else end
+    place = end
 
 
 def fit_image(image: Any, side: int, channels: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Image files of every format and mode, decoded to the size and the channels of a network."""
 
 import io
+import struct
 import subprocess
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,6 +135,23 @@ def test_damaged_tiff_tags():
   assert b'\x1a\x01\x05\x00' in whole
   damaged = whole.replace(b'\x1a\x01\x05\x00', b'\x1a\x01\x0b\x00')  # A resolution of floating point, of 8 bytes.
   np.testing.assert_array_equal(decode_image(damaged, 2, 1)[..., 0], [[30, 10], [40, 20]])
+
+
+@pytest.mark.parametrize(
+  'hostile',
+  [
+    encoded(SQUARE)[:33] + b'\0\x08\0\0IDAT' * 2**17,
+    b'\xff\xd8' + b'\xff\xe1\0\x02' * 2**18,
+    b'RIFF\0\0\x10\0WEBP' + b'ALPH\0\x08\0\0' * 2**17,
+    b'RIFF\0\0\x10\0WEBP' + b'XMP \0\0\0\0' * 2**17,
+  ],
+)
+def test_the_search_behind_damage_is_bounded(hostile, monkeypatch):
+  unpacked = []
+  monkeypatch.setattr(run, 'struct', SimpleNamespace(**vars(struct)))
+  monkeypatch.setattr(run.struct, 'unpack_from', lambda *given: unpacked.append(1) or struct.unpack_from(*given))
+  without = run._without_metadata(hostile)
+  assert len(unpacked) <= 10_002 and len(without) <= len(hostile)
 
 
 def test_a_damaged_tiff_prints_nothing(capfd):
