@@ -6,4 +6,5 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 
 prepare_venv requirements.txt requirements-test.txt
+unset PYTHONDONTWRITEBYTECODE  # Or each of the many processes that tests start would compile the package again.
 exec .venv/bin/python -m pytest -q --durations=10 --numprocesses=2 --dist=loadfile "$@"

@@ -35,6 +35,12 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
     For each exit: `exit` (1-based); `own_macs`, `own_params`: what its stage adds; `macs`, `params`: cumulative over
     the exits up to it; `macs_alone`: what the exit alone needs.
   """
+  count = _counted if _hashable(model) else _counted.__wrapped__
+  return [dict(cost) for cost in count(model, image_shape)]
+
+
+@functools.lru_cache(maxsize=32)  # Each seed of an experiment asks for the same.
+def _counted(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, int]]:
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   variables = abstract_variables(model, image_shape)
 
@@ -103,11 +109,16 @@ def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, An
 
 def abstract_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None = None) -> Any:
   """Shapes of the variables that these exits (None: all) use, as a tree of ShapeDtypeStruct. Not to be changed."""
+  trace = _traced_variables if _hashable(model) else _traced_variables.__wrapped__
+  return trace(model, image_shape, exits)
+
+
+def _hashable(model: Any) -> bool:
   try:
     hash(model)
   except TypeError:  # A field is a list.
-    return _traced_variables.__wrapped__(model, image_shape, exits)
-  return _traced_variables(model, image_shape, exits)
+    return False
+  return True
 
 
 @functools.lru_cache(maxsize=32)  # To trace a large network takes seconds, and a run asks several times.

@@ -19,7 +19,6 @@ from paranet_jax.early.scores import confidences
 from paranet_jax.models.ensemble import Ensemble
 from paranet_jax.models.staged import StagedModel
 from paranet_jax.runs.dataset_facts import DatasetFacts
-from tests.models.registry_test import small
 
 CLASSES = 5
 SIDE = 8
@@ -43,7 +42,7 @@ class Stage(nn.Module):
 
 
 def of_family(family, **fields):
-  return config_lib.build_model(small(family, **fields), CLASSES)
+  return config_lib.build_model(tiny.small(family, **fields), CLASSES)
 
 
 MODELS = {

@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.models.staged import StagedModel
@@ -16,7 +18,25 @@ from paranet_jax.targets import parse_name
 NUM_CLASSES = 3
 SIDE = 8
 
+# The fields of a small network of each other family.
+FAMILIES = {
+  'densenet': {'depth': 10, 'growth_rate': 2, 'image_side': 8},
+  'resnet': {'depth': 8, 'image_side': 8},
+  'msdnet': {
+    **{'num_blocks': 2, 'base': 1, 'step': 1, 'initial_channels': 2, 'image_side': 8},
+    **{'growth_factors': (1, 2), 'bottleneck_factors': (1, 2)},
+  },
+  'fractalnet': {'columns': 2, 'widths': (2, 3), 'image_side': 8},
+}
+
 network = partial(ParaNet, num_classes=NUM_CLASSES, layers_per_block=1, growth_rate=2, bn_size=2, image_side=SIDE)
+
+
+def small(family: str, **fields) -> ConfigDict:
+  """The configuration of a small network of a family."""
+  config = base_config('small', family)
+  config.model.update(FAMILIES[family] | fields)
+  return config
 
 
 def named(name: str, **fields) -> ParaNet:

@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from running import CONFIGS, refusal, run_main
+from tiny import small
 
 from paranet_jax import config as config_lib
 from paranet_jax.base_config import base_config, field_names
@@ -19,16 +21,6 @@ from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.registry import FAMILIES, Family, family_names, find_family, register_family
 from paranet_jax.models.resnet import ResNet
 from paranet_jax.runs.workdir import prepare_workdir, restore_config, save_config
-
-SMALL = {
-  'densenet': {'depth': 10, 'growth_rate': 2, 'image_side': 8},
-  'resnet': {'depth': 8, 'image_side': 8},
-  'msdnet': {
-    **{'num_blocks': 2, 'base': 1, 'step': 1, 'initial_channels': 2, 'image_side': 8},
-    **{'growth_factors': (1, 2), 'bottleneck_factors': (1, 2)},
-  },
-  'fractalnet': {'columns': 2, 'widths': (2, 3), 'image_side': 8},
-}
 
 # For each field, a new value and the other fields to set.
 FIELDS = {
@@ -76,12 +68,6 @@ COMMON = {
 }
 
 
-def small(family, **fields):
-  config = base_config('small', family)
-  config.model.update(SMALL[family] | fields)
-  return config
-
-
 def program(config):
   """The traced program of a forward pass in training."""
   model, shape = config_lib.build_model(config, 10), config_lib.image_shape(config)
@@ -104,7 +90,7 @@ def small_program(family, *fields):
 
 
 def test_every_family_and_field_is_in_the_tables():
-  assert {'paranet', *SMALL} == {'paranet', *FIELDS} == set(family_names())
+  assert {'paranet', *tiny.FAMILIES} == {'paranet', *FIELDS} == set(family_names())
   for family, fields in FIELDS.items():
     assert {'family', *fields, *COMMON} == set(base_config(family=family).model)
 
