@@ -18,6 +18,7 @@ from paranet_jax.host.fields import (
   at_least,
   derived,
   new_config,
+  numbers,
   one_of,
   tuple_of,
 )
@@ -33,6 +34,11 @@ _INT32 = Rule(lambda value: -(2**31) <= value < 2**31, 'an integer of 32 bits')
 _INSIDE = Rule(lambda value: 0 < value < 1, 'between 0 and 1')
 _DROPS = Rule(
   lambda values: _TIMES.holds(values) and max(values, default=0) <= 1, 'shares from 0 to 1, such as "(0.5,0.75)"'
+)
+
+_CLASS_WEIGHTS = Rule(
+  lambda value: value in ('none', 'balanced') or all(1e-6 <= weight <= 1e6 for weight in numbers(value) or (0,)),
+  'none, balanced, or a number from 0.000001 to 1,000,000 for each class, such as "1,2.5"',
 )
 
 FIELDS: Fields = {
@@ -68,6 +74,9 @@ FIELDS: Fields = {
   'loss.gradient_equilibrium': Field(False),
   'loss.exit_weights': derived(tuple, _TIMES),  # One factor per exit; None: 1 each.
   'loss.label_smoothing': Field(0.0, RATE),  # Share of the label spread over all classes, 0 to less than 1.
+  # Weights of the classes, in the order of dataset.json, in every loss with the true label: 'none', 'balanced'
+  # (inversely proportional to their training images, 1 on average over these), or a number for each class ('1,2.5').
+  'loss.class_weights': Field('none', _CLASS_WEIGHTS),
   'train.epochs': Field(130.0, _EPOCHS),  # Passes over the training images, without the last partial batch.
   'train.max_steps': Field(0, at_least(0)),  # Stop after this many steps, schedule unchanged; 0: after `epochs`.
   # 'joint': all exits; 'disjoint': the last exit, then the others with all that it uses frozen; 'mixed': the last exit,
@@ -101,9 +110,9 @@ FIELDS: Fields = {
   'checkpoint.every_steps': Field(500, at_least(1)),
   'checkpoint.keep': Field(2, at_least(1)),  # Number of latest checkpoints to keep.
   'checkpoint.keep_every_epochs': Field(0.0, at_least(0)),  # Epochs between checkpoints that are kept forever; 0: none.
-  # 'none', 'accuracy', 'top5', 'loss' or 'nll' of the last trained exit on the held-out split: also keep the best
-  # checkpoint by it; every evaluation then saves a checkpoint.
-  'checkpoint.keep_best': Field('none', one_of('none', 'accuracy', 'top5', 'loss', 'nll')),
+  # 'none', 'accuracy', 'balanced_accuracy', 'top5', 'loss' or 'nll' of the last trained exit on the held-out split:
+  # also keep the best checkpoint by it; every evaluation then saves a checkpoint.
+  'checkpoint.keep_best': Field('none', one_of('none', 'accuracy', 'balanced_accuracy', 'top5', 'loss', 'nll')),
   'log.every_steps': Field(20, at_least(1)),  # Steps between training lines in metrics.jsonl and on the terminal.
 }
 """Every field but those of `model`."""

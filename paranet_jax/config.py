@@ -1,14 +1,18 @@
 """Checks of a whole configuration, and the values derived from it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from paranet_jax.base_config import base_config, family_of, field_names, fields_of
 from paranet_jax.data.known import known_dataset
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.fields import numbers
 from paranet_jax.models.registry import COMMON, build_model, family_names, find_family, targets
 from paranet_jax.targets import check_regime, distill_teachers, trained_exits
 
@@ -62,6 +66,37 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
         f'set --config.loss.exit_weights{or_name}'
       )
   return tuple(weights)
+
+
+def class_weights(
+  config: ConfigDict, class_names: Sequence[str], labels: Int[np.ndarray, ' N'], num_outputs: int
+) -> tuple[float, ...] | None:
+  """The weight of every output in losses with the true label; None: all are the same.
+
+  'balanced' gives class c the weight N / (C n_c), for N training images of C classes, n_c of class c. Outputs without
+  training images have the weight 1.
+
+  Args:
+    labels: of the training images.
+    num_outputs: of the model, which may have more than the data set has classes.
+
+  Raises:
+    UserError: there is another number of weights than of classes.
+  """
+  given = config.loss.class_weights
+  if given == 'none':
+    return None
+  if given == 'balanced':
+    counts = np.bincount(labels, minlength=num_outputs)
+    present = counts > 0
+    return tuple(np.where(present, len(labels) / (present.sum() * np.maximum(counts, 1)), 1.0).tolist())
+  weights = numbers(given)
+  if len(weights) != len(class_names):
+    raise UserError(
+      f'loss.class_weights must have {len(class_names)} numbers, one for each class from {class_names[0]!r} to '
+      f'{class_names[-1]!r}, found {len(weights)}; set --config.loss.class_weights'
+    )
+  return weights + (1.0,) * (num_outputs - len(weights))
 
 
 def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:

@@ -17,8 +17,13 @@ from paranet_jax.steps import make_eval_step
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
-MEASURES = ('accuracy', 'top5', 'loss', 'nll')
+MEASURES = ('accuracy', 'balanced_accuracy', 'top5', 'loss', 'nll')
+MOST_CLASSES = 2000
+"""There is no confusion matrix of more classes than this: it would have more than four million cells."""
+INLINE_CLASSES = 100
+"""A confusion matrix of more classes than this is not written as JSON."""
 
+_SUMS = ('count', 'weight', 'accuracy', 'top5', 'loss', 'nll')
 _AHEAD = 2  # Batches that may be waiting for the device.
 
 Batch = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
@@ -35,34 +40,49 @@ class Evaluator:
     self._task = task
     self._devices = devices
     self._processes = Coordinator()
+    options = task.preprocessing, task.config.loss.label_smoothing, task.class_weights
     self._steps = {
-      number: jax.jit(make_eval_step(task.model, number, task.preprocessing, task.config.loss.label_smoothing))
-      for number in trained_exits(task.targets)
+      number: jax.jit(make_eval_step(task.model, number, *options)) for number in trained_exits(task.targets)
     }
     named = {'held_out': task.dataset.held_out, 'test': task.dataset.test}
     self._splits = {name: self._place(split) for name, split in named.items() if split is not None}
 
-  def evaluate(self, params: Any, batch_stats: Any) -> dict[str, list[dict]]:
+  def evaluate(self, params: Any, batch_stats: Any, confusion: bool = False) -> dict[str, list[dict]]:
     """Evaluates every split.
 
-    Returns:
-      {'held_out' (if there is such a split), 'test': one dict per exit: `exit`, `trained`, and `accuracy`, `top5`
-      (fractions), `loss`, `nll` (nats), which are None if the exit is not trained}.
-    """
-    return {name: list(self._exits(params, batch_stats, batches)) for name, batches in self._splits.items()}
+    Args:
+      confusion: also return confusion matrices.
 
-  def _exits(self, params: Any, batch_stats: Any, batches: Callable[[], Iterator[Batch]]) -> Iterator[dict]:
+    Returns:
+      {'held_out' (if there is such a split), 'test': one dict per exit, in which all but the first two are None if the
+      exit is not trained}:
+        `exit`, `trained`;
+        `accuracy`, `top5`, and `balanced_accuracy`, the mean accuracy of the classes in the split (fractions);
+        `loss`, `nll` (nats);
+        `class_accuracy`: by class, rounded to 6 digits; None for a class that the split does not have;
+        `confusion`, if asked for: the number of images by class and prediction, int [classes, classes]; None if there
+        are more than MOST_CLASSES.
+    """
+    return {name: list(self._exits(params, batch_stats, batches, confusion)) for name, batches in self._splits.items()}
+
+  def _exits(
+    self, params: Any, batch_stats: Any, batches: Callable[[], Iterator[Batch]], confusion: bool
+  ) -> Iterator[dict]:
     sums = {number: [] for number in self._steps}
     for batch in batches():
       for number, step in self._steps.items():
         sums[number].append(step(params, batch_stats, *batch))
       # A streamed batch holds memory until its turn comes.
       jax.block_until_ready([own[-_AHEAD] for own in sums.values() if len(own) >= _AHEAD])
-    totals = dict(zip(sums, self._processes.summed(np.array([_totals(own) for own in sums.values()])), strict=True))
+    found = {number: _Counts(jax.device_get(own), self._task.model.num_classes) for number, own in sums.items()}
+    totals = dict(zip(found, self._processes.summed(np.array([own.totals for own in found.values()])), strict=True))
     for number in range(1, self._task.model.num_exits + 1):
       trained = number in totals
-      measured = _means(totals[number]) if trained else dict.fromkeys(MEASURES)
-      yield {'exit': number, 'trained': trained, **measured}
+      row: dict[str, Any] = _measured(totals[number]) if trained else dict.fromkeys((*MEASURES, 'class_accuracy'))
+      if confusion:
+        matrix = found[number].confusion() if trained else None
+        row['confusion'] = None if matrix is None else self._processes.summed(matrix).astype(int)
+      yield {'exit': number, 'trained': trained, **row}
 
   def _place(self, split: Split) -> Callable[[], Iterator[Batch]]:
     shared = devices_lib.shared(self._devices)
@@ -86,15 +106,50 @@ def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sha
       yield batch['images'], batch['labels'], None, batch['mask']
 
 
-def _totals(sums: list[dict[str, jax.Array]]) -> list[float]:
-  """The number of images, and each measure summed over them."""
-  # Summed on the host in float64: a count of images in float32 is exact only up to 2^24.
-  found = jax.device_get(sums)
-  return [float(sum(np.float64(batch[name]) for batch in found)) for name in ('count', *MEASURES)]
+class _Counts:
+  """What this process has counted at one exit, from the results of `steps.make_eval_step`."""
+
+  def __init__(self, batches: list[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]], num_classes: int):
+    self._classes = num_classes
+    real = [np.zeros((2, 0), int), *(np.stack(both)[:, both[0] >= 0] for _, *both in batches)]
+    self._labels, self._predictions = np.concatenate(real, axis=1)
+    # Summed on the host in float64: a count of images in float32 is exact only up to 2^24.
+    sums = [float(sum(np.float64(batch[0][name]) for batch in batches)) for name in _SUMS]
+    self.totals = [*sums, *self._count(self._labels), *self._count(self._labels[self._labels == self._predictions])]
+    """`_SUMS`, then the images and the right predictions of each class."""
+
+  def confusion(self) -> np.ndarray | None:
+    """The number of images by class and prediction, float64 [classes, classes]; None: too many classes."""
+    if self._classes > MOST_CLASSES:
+      return None
+    cells = np.bincount(self._labels * self._classes + self._predictions, minlength=self._classes**2)
+    return cells.reshape(self._classes, self._classes).astype(np.float64)
+
+  def _count(self, labels: np.ndarray) -> np.ndarray:
+    return np.bincount(labels, minlength=self._classes)
 
 
-def _means(totals: np.ndarray) -> dict[str, float]:
-  return {name: float(total / totals[0]) for name, total in zip(MEASURES, totals[1:], strict=True)}
+def _measured(totals: np.ndarray) -> dict[str, Any]:
+  sums = dict(zip(_SUMS, totals, strict=False))
+  images, right = np.split(totals[len(_SUMS) :], 2)
+  by_class = right[images > 0] / images[images > 0]
+  means = {name: float(sums[name] / sums['weight' if name == 'loss' else 'count']) for name in _SUMS[2:]}
+  means['balanced_accuracy'] = float(np.mean(by_class))
+  return {name: means[name] for name in MEASURES} | {
+    'class_accuracy': [round(float(r / n), 6) if n else None for r, n in zip(right, images, strict=True)]
+  }
+
+
+def as_json(evaluations: dict[str, list[dict]]) -> dict[str, list[dict]]:
+  """Evaluations with their confusion matrices as lists; None if there are more than INLINE_CLASSES."""
+
+  def listed(matrix: np.ndarray | None) -> list[list[int]] | None:
+    return None if matrix is None or len(matrix) > INLINE_CLASSES else matrix.tolist()
+
+  return {
+    split: [row | {'confusion': listed(row['confusion'])} if 'confusion' in row else row for row in exits]
+    for split, exits in evaluations.items()
+  }
 
 
 def as_metrics(exits: list[dict]) -> dict[str, float]:

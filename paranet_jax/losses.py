@@ -19,15 +19,30 @@ Labels = Int[Array, ' B'] | Float[Array, 'B classes']
 NO_TEACHERS: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 
-def cross_entropy(logits: Logits, labels: Labels, label_smoothing: float = 0.0) -> Losses:
+def cross_entropy(
+  logits: Logits, labels: Labels, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+) -> Losses:
   """Cross-entropy with the true label, float32, in nats.
 
   Args:
     label_smoothing: share of the target spread evenly over all classes, from 0 to less than 1.
+    class_weights: factor of each class's part of the target, smoothed or not; None: 1. The mean of a batch is the sum
+      of these losses divided by the sum of `label_weights`, as in PyTorch.
   """
   logits = logits.astype(jnp.float32)
   shares = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
-  return optax.softmax_cross_entropy(logits, optax.smooth_labels(shares, label_smoothing))
+  shares = optax.smooth_labels(shares, label_smoothing)
+  if class_weights is not None:
+    shares = shares * jnp.asarray(class_weights, jnp.float32)
+  return optax.softmax_cross_entropy(logits, shares)
+
+
+def label_weights(labels: Labels, class_weights: Sequence[float] | None) -> Losses:
+  """The weight of each image: its class's, or the mean over the classes that it is blended from; None: 1."""
+  if class_weights is None:
+    return jnp.ones(len(labels), jnp.float32)
+  weights = jnp.asarray(class_weights, jnp.float32)
+  return jnp.sum(labels * weights, axis=-1) if labels.ndim == 2 else weights[labels]
 
 
 def squared_error(student: Logits, teacher: Logits) -> Losses:
@@ -57,8 +72,13 @@ def exit_losses(
   hard_label_weight: float = 0.0,
   label_smoothing: float = 0.0,
   teachers: Mapping[int, Sequence[int]] = NO_TEACHERS,
+  class_weights: Sequence[float] | None = None,
+  axis_name: str | None = None,
 ) -> dict[int, Float[Array, '']]:
   """Mean loss over the batch for each trained exit, by 1-based exit number.
+
+  With class weights, every cross-entropy is a weighted mean (see `cross_entropy`); what exits learn from each other is
+  not weighted.
 
   Args:
     logits: one array per exit; None if the exit was not computed.
@@ -68,7 +88,18 @@ def exit_losses(
     hard_label_weight: w in (1 - w) kl + w cross-entropy, for 'kl' and for exits with teachers.
     label_smoothing: applies to every cross-entropy.
     teachers: for exits with target 0, the exits they also learn from: kl is the mean of their `distillation`.
+    class_weights: one per class; None: images weigh the same.
+    axis_name: device axis that the batch is split over; the mean of the devices' losses is that of the whole batch.
   """
+  mean_weight = None
+  if class_weights is not None:
+    mean_weight = jnp.mean(label_weights(labels, class_weights))
+    mean_weight = jax.lax.pmean(mean_weight, axis_name) if axis_name else mean_weight
+
+  def from_labels(student: Logits) -> Losses:
+    loss = cross_entropy(student, labels, label_smoothing, class_weights)
+    return loss if mean_weight is None else loss / mean_weight
+
   computed = {number: values for number, values in enumerate(logits, 1) if values is not None}
   losses = {}
   for number, target in enumerate(targets, 1):
@@ -77,13 +108,12 @@ def exit_losses(
     student = computed[number]
     own_teachers = teachers.get(number, ()) if target == LABELS else (target,)
     if not own_teachers:
-      loss = cross_entropy(student, labels, label_smoothing)
+      loss = from_labels(student)
     elif target != LABELS and matching == 'squared_error':
       loss = squared_error(student, computed[target])
     else:
       soft = sum(distillation(student, computed[teacher], temperature) for teacher in own_teachers)
-      hard = cross_entropy(student, labels, label_smoothing)
-      loss = (1 - hard_label_weight) * soft / len(own_teachers) + hard_label_weight * hard
+      loss = (1 - hard_label_weight) * soft / len(own_teachers) + hard_label_weight * from_labels(student)
     losses[number] = jnp.mean(loss)
   return losses
 

@@ -49,7 +49,8 @@ def _train(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
 
 
 def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
-  from paranet_jax.report.tables import evaluation_table
+  from paranet_jax.evaluation import as_json
+  from paranet_jax.report.tables import class_table, evaluation_table
   from paranet_jax.train import evaluate_checkpoint
 
   if config.seeds > 1:
@@ -57,7 +58,9 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> No
       f'--mode=eval evaluates one run, found {config.seeds} seeds; set --workdir={workdir}/seed_{config.seed}'
     )
   result = evaluate_checkpoint(config, workdir, values.step, values.accept_data_changes)
-  _print(values, result, f'{result["name"]} after step {result["step"]}:\n{evaluation_table(result["splits"])}')
+  splits = result['splits']
+  tables = f'{evaluation_table(splits)}\n\n{class_table(splits["test"], result["class_names"])}'
+  _print(values, result | {'splits': as_json(splits)}, f'{result["name"]} after step {result["step"]}:\n{tables}')
 
 
 def _print(values: flags.FlagValues, result: dict, text: str) -> None:

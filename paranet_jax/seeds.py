@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +143,22 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
   Returns:
     What they share; `seeds`; for every exit of `exits` and `held_out`, each measure as {`mean`, `std` (of the sample,
-    n - 1), `each`}, None if the exit is not trained; `wall_time_s`, the total.
+    n - 1), `each`}, None if the exit is not trained or a run of version 0.1.0 has no such measure; `wall_time_s`, the
+    total. Accuracies by class and confusion matrices are in the summary of each seed.
   """
   first = summaries[0]
-  result = {key: value for key, value in first.items() if key != 'seed'}
+  result = {key: value for key, value in first.items() if key not in ('seed', 'confusion_file')}
   result['seeds'] = [summary['seed'] for summary in summaries]
   for split in ('exits', 'held_out'):
     if split in first:
       columns = zip(*(summary[split] for summary in summaries), strict=True)
-      result[split] = [rows[0] | {name: _spread([row[name] for row in rows]) for name in MEASURES} for rows in columns]
+      result[split] = [_spreads(rows) for rows in columns]
   return result | {'wall_time_s': round(sum(summary['wall_time_s'] for summary in summaries), 1)}
+
+
+def _spreads(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  shared = {name: value for name, value in rows[0].items() if name not in ('class_accuracy', 'confusion')}
+  return shared | {name: _spread([row.get(name) for row in rows]) for name in MEASURES}
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:

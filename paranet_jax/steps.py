@@ -12,7 +12,7 @@ from jaxtyping import Float, Int32, Key, UInt8
 
 from paranet_jax.costs import abstract_variables
 from paranet_jax.data.augment import augment, image_keys, mixup, normalize
-from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, total_loss
+from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, label_weights, total_loss
 from paranet_jax.targets import LABELS, Targets, trained_exits
 
 _MODEL_STREAM = 3  # Separates these random numbers from those of shuffling and augmentation.
@@ -53,6 +53,7 @@ class Objective(NamedTuple):
   hard_label_weight: float = 0.0
   label_smoothing: float = 0.0
   teachers: Mapping[int, Sequence[int]] = NO_TEACHERS
+  class_weights: Sequence[float] | None = None
 
 
 def init_state(
@@ -111,7 +112,7 @@ def make_train_step(
     if frozen:
       variables = _restored(variables, jax.lax.stop_gradient(variables), frozen)
     logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'], rngs=rngs)
-    losses = exit_losses(logits, labels, **options)
+    losses = exit_losses(logits, labels, axis_name=axis_name, **options)
     loss = total_loss(losses, exit_weights)
     return loss, (updated.get('batch_stats', {}), train_metrics(logits, labels, losses, loss))
 
@@ -211,14 +212,21 @@ def zero_totals(targets: Targets) -> dict[str, jax.Array]:
   return {name: jnp.float32(0) for name in names}
 
 
-def make_eval_step(model: Any, number: int, preprocessing: Preprocessing, label_smoothing: float) -> Callable:
+def make_eval_step(
+  model: Any,
+  number: int,
+  preprocessing: Preprocessing,
+  label_smoothing: float,
+  class_weights: Sequence[float] | None = None,
+) -> Callable:
   """Makes the evaluation of exit `number` on one batch, which computes only what that exit needs.
 
   Returns:
-    step(params, batch_stats, images, labels, indices, mask) -> {'count', 'accuracy', 'top5', 'loss', 'nll'}:
-      sums over the images whose mask, float32 [B], is 1; indices, int32 [B], select the batch from the whole set, and
-      are None if images and labels are the batch.
-    `loss` is the cross-entropy smoothed as in training, `nll` the plain one.
+    step(params, batch_stats, images, labels, indices, mask) -> (sums, labels, predictions):
+      sums: {'count', 'weight', 'accuracy', 'top5', 'loss', 'nll'} over the images whose mask, float32 [B], is 1;
+      labels, predictions: int32 [B]; the labels of other images are -1;
+      indices, int32 [B], select the batch from the whole set, and are None if images and labels are the batch.
+    `loss` is the cross-entropy smoothed and weighted as in training, to be divided by `weight`; `nll` is the plain one.
   """
 
   def eval_step(params, batch_stats, images, labels, indices, mask):
@@ -230,12 +238,17 @@ def make_eval_step(model: Any, number: int, preprocessing: Preprocessing, label_
     rank = label_rank(logits, labels)
     values = {
       'count': jnp.ones_like(mask),
+      'weight': label_weights(labels, class_weights),
       'accuracy': rank < 1,
       'top5': rank < 5,
-      'loss': cross_entropy(logits, labels, label_smoothing),
+      'loss': cross_entropy(logits, labels, label_smoothing, class_weights),
       'nll': cross_entropy(logits, labels),
     }
-    return {name: jnp.sum(mask * value.astype(mask.dtype)) for name, value in values.items()}
+    sums = {name: jnp.sum(mask * value.astype(mask.dtype)) for name, value in values.items()}
+    # Exactly what counts as right predicts the label, also among logits that are not finite.
+    others = jnp.where(jnp.arange(logits.shape[-1]) == labels[:, None], -jnp.inf, jnp.nan_to_num(logits, nan=-jnp.inf))
+    predictions = jnp.where(rank < 1, labels, jnp.argmax(others, axis=-1))
+    return sums, jnp.where(mask > 0, labels, -1), predictions
 
   return eval_step
 

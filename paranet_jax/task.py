@@ -22,6 +22,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
+from paranet_jax.portable.run import printable
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import Phase, Targets, make_phases, trained_exits
 
@@ -54,6 +55,12 @@ class Task:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return config_lib.image_shape(self.config)
+
+  @property
+  def class_weights(self) -> tuple[float, ...] | None:
+    """The weight of every output in losses with the true label; None: all are the same."""
+    data = self.dataset
+    return config_lib.class_weights(self.config, data.class_names, data.train.labels, self.model.num_classes)
 
   @property
   def phases(self) -> tuple[Phase, ...]:
@@ -121,8 +128,16 @@ class Task:
     where = f'{len(devices)} x {devices[0].device_kind}' + (f' in {processes} processes' if processes > 1 else '')
     return (
       f'images: {len(data.train):,} train,{held_out} {len(data.test):,} test{skipped}; '
-      f'{self.total_steps:,} steps of {self.config.train.batch_size} on {where}'
+      f'{self.total_steps:,} steps of {self.config.train.batch_size} on {where}{self._weights_line()}'
     )
+
+  def _weights_line(self) -> str:
+    if not self.class_weights:
+      return ''
+    weights = self.class_weights[: len(self.dataset.class_names)]
+    named = list(zip(weights, map(printable, self.dataset.class_names), strict=True))
+    low, high = (f'{weight:g} ({name})' for weight, name in (min(named), max(named)))
+    return f'\nclass weights: from {low} to {high}'
 
 
 def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | None = None) -> Task:
@@ -176,6 +191,9 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       hard_label_weight=config.loss.hard_label_weight,
       label_smoothing=config.loss.label_smoothing,
       teachers=config_lib.teachers(config),
+      class_weights=config_lib.class_weights(
+        config, dataset.class_names, dataset.train.labels, config.model.num_classes or len(dataset.class_names)
+      ),
     ),
     preprocessing=Preprocessing(
       dataset.mean, dataset.std, dataset.crop_padding, dataset.flip, config.train.cutout, config.train.mixup

@@ -14,7 +14,7 @@ from paranet_jax.config import check_devices
 from paranet_jax.costs import describe
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
-from paranet_jax.evaluation import Evaluator
+from paranet_jax.evaluation import MOST_CLASSES, Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
 from paranet_jax.host.errors import say
 from paranet_jax.host.machine import environment
@@ -24,6 +24,7 @@ from paranet_jax.numerics import check_training
 from paranet_jax.report.pictures import drawn
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
+from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import RunRecord, open_record
 from paranet_jax.runs.status import run_status
@@ -70,12 +71,13 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
       return None
     if evaluations is None:
       # An earlier start stopped between its last checkpoint and its summary: the metrics are already written.
-      evaluations = [evaluator.evaluate(state.params, state.batch_stats)]
+      evaluations = [evaluator.evaluate(state.params, state.batch_stats, True)]
       say(evaluation_table(evaluations[0]))
     summary = record.finish(description, evaluations[0], environment(devices))
     curves = processes.once(draw_curves, workdir)
+    confusion = processes.once(draw_confusion, workdir, evaluations[0]['test'], summary)
     say(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
-    say(f'curves: {curves}\nsummary: {workdir / SUMMARY}')
+    say(f'curves: {curves}\nconfusion: {confusion}\nsummary: {workdir / SUMMARY}')
   return summary
 
 
@@ -86,6 +88,20 @@ def draw_curves(workdir: Path) -> Path | str:
     from paranet_jax.report import curves
 
     return curves.draw_curves(workdir)
+
+  return drawn(draw)
+
+
+def draw_confusion(workdir: Path, exits: list[dict], summary: dict[str, Any]) -> Path | str:
+  """Draws the confusion matrices of the exits on one split; returns their file, or why there is none."""
+  matrices = {row['exit']: row['confusion'] for row in exits if row['confusion'] is not None}
+  if not matrices:
+    return f'not drawn: more than {MOST_CLASSES:,} classes'
+
+  def draw() -> Path:
+    from paranet_jax.report import confusion
+
+    return confusion.draw_confusion(workdir, matrices, summary['class_names'], summary['name'], summary['dataset'])
 
   return drawn(draw)
 
@@ -117,7 +133,8 @@ def evaluate_checkpoint(
     accept_data_changes: the data may have other classes or labels than the run learned.
 
   Returns:
-    `name`, `dataset`, `seed`, `step`, and `splits` as returned by `Evaluator.evaluate`.
+    `name`, `dataset`, `seed`, `step`, `class_names`, and `splits` as returned by `Evaluator.evaluate`, with confusion
+    matrices.
   """
   devices = devices_lib.pick_devices(config.train.devices)
   task, step, variables = read_task(config, workdir, step, devices, accept_data_changes)
@@ -126,7 +143,8 @@ def evaluate_checkpoint(
     'dataset': config.data.name,
     'seed': config.seed,
     'step': step,
-    'splits': Evaluator(task, devices).evaluate(**variables),
+    'class_names': list(output_names(task.dataset.class_names, task.model.num_classes)),
+    'splits': Evaluator(task, devices).evaluate(**variables, confusion=True),
   }
 
 
@@ -234,7 +252,7 @@ class _Loop:
     for record, own in zip(self._records, self._layout.split(state), strict=True):
       if len(self._records) > 1:
         self._progress.message(f'seed {record.task.config.seed}')
-      evaluations.append(self._evaluator.evaluate(own.params, own.batch_stats))
+      evaluations.append(self._evaluator.evaluate(own.params, own.batch_stats, step == self._task.total_steps))
       record.log_evaluation(step, evaluations[-1])
       self._progress.message(f'after step {step}:\n{evaluation_table(evaluations[-1])}')
     return evaluations

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -63,6 +64,10 @@ BOUNDS = {
   'loss.distill': (('first', ''), ('none', 'last', 'next', 'later')),
   'loss.exit_weights': (((-1.0, 1), (math.nan, 1), (math.inf, 1), ('a', 'b')), ((0,), (0.5, 2))),
   'loss.label_smoothing': ((1.0, -0.1, math.nan), (0.0, 0.99)),
+  'loss.class_weights': (
+    ('cat', '', ',', '0,1', '-1,2', '1,nan', '1,inf', '1e7,1', '1e-7,1', '1,,2'),
+    ('none', 'balanced', '1,2.5', '(1,2.5)', '(3,)', '0.001, 1000'),
+  ),
   'train.epochs': ((0.0, -1.0, math.nan, math.inf, 1e30), (0.01, 300.0)),
   'train.max_steps': ((-1,), (0,)),
   'train.regime': (('separate', ''), ('joint', 'disjoint', 'mixed')),
@@ -169,6 +174,29 @@ def test_every_field_has_a_comment():
     fields = [i for i, line in enumerate(lines) if re.match(r"'\w+(\.\w+)?': (Field|derived|_PARANET)", line)]
     assert fields
     assert [lines[i] for i in fields if '  # ' not in lines[i] and not lines[i - 1].startswith('# ')] == []
+
+
+@pytest.mark.parametrize(
+  ('given', 'expected'),
+  [
+    ('none', None),
+    ('(1,2.5)', (1, 2.5, 1)),  # The network has an output more than there are classes.
+    # Four images of two classes: 4 / (2 * 3) and 4 / (2 * 1).
+    ('balanced', (pytest.approx(2 / 3), 2, 1)),
+  ],
+)
+def test_class_weights(given, expected):
+  labels = np.array([0, 1, 0, 0], np.int32)
+  assert config_lib.class_weights(changed(loss__class_weights=given), ('cat', 'dog'), labels, 3) == expected
+
+
+def test_another_number_of_class_weights_than_of_classes():
+  names = ('cat', 'cow', 'dog')
+  message = refusal(config_lib.class_weights, changed(loss__class_weights='1,2'), names, np.zeros(3, np.int32), 3)
+  assert message == (
+    "loss.class_weights must have 3 numbers, one for each class from 'cat' to 'dog', found 2; "
+    'set --config.loss.class_weights'
+  )
 
 
 def test_the_data_folder_from_the_environment(monkeypatch):

@@ -8,10 +8,11 @@ import pytest
 import reference
 import tiny
 
+from paranet_jax import evaluation
 from paranet_jax.base_config import base_config
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.devices import pick_devices
-from paranet_jax.evaluation import Evaluator, as_metrics
+from paranet_jax.evaluation import MOST_CLASSES, Evaluator, as_json, as_metrics
 from paranet_jax.targets import LABELS
 from paranet_jax.task import Task
 
@@ -23,6 +24,7 @@ class Linear(nn.Module):
   """The least multi-exit model; notes in ASKED which exits it was traced for."""
 
   num_exits: int = 3
+  num_classes: int = NUM_CLASSES
 
   @nn.compact
   def __call__(self, images, train=False, exits=None):
@@ -48,8 +50,11 @@ def split(number: int, side: int = SIDE, num_classes: int = NUM_CLASSES) -> Spli
   return Split(images, rng.integers(0, num_classes, number, dtype=np.int32))
 
 
-def task(model, targets, test: Split, held_out: Split | None = None, label_smoothing: float = 0.0) -> Task:
+def task(
+  model, targets, test: Split, held_out: Split | None = None, label_smoothing: float = 0.0, class_weights='none'
+) -> Task:
   config = base_config()
+  config.loss.class_weights = class_weights
   config.eval.batch_size = BATCH
   config.loss.label_smoothing = label_smoothing
   mean, std = tiny.PLAIN.mean, tiny.PLAIN.std
@@ -61,25 +66,34 @@ def pixels(images):
   return (images / 255 - np.array(tiny.PLAIN.mean)) / np.array(tiny.PLAIN.std)
 
 
-def measured(logits, labels, label_smoothing=0.0) -> dict:
+def measured(logits, labels, label_smoothing=0.0, weights=None) -> dict:
   log_probabilities = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
   nll = -log_probabilities[np.arange(len(labels)), labels]
   best = np.argsort(-logits, axis=-1)
+  classes = range(logits.shape[-1])
+  right = [np.mean(best[labels == number, 0] == number) if number in labels else None for number in classes]
+  weights = np.ones(len(classes)) if weights is None else np.array(weights)
+  smoothed = (1 - label_smoothing) * weights[labels] * nll - label_smoothing * np.mean(weights * log_probabilities, -1)
   return {
     'accuracy': np.mean(best[:, 0] == labels),
+    'balanced_accuracy': np.mean([share for share in right if share is not None]),
     'top5': np.mean(np.any(best[:, :5] == labels[:, None], axis=-1)),
-    'loss': np.mean((1 - label_smoothing) * nll - label_smoothing * np.mean(log_probabilities, axis=-1)),
+    'loss': np.sum(smoothed) / np.sum(weights[labels]),
     'nll': np.mean(nll),
+    'class_accuracy': [share if share is None else round(share, 6) for share in right],
   }
 
 
-def linear_exits(data: Split, label_smoothing: float = 0.0) -> list[dict]:
+def linear_exits(data: Split, label_smoothing: float = 0.0, weights=None) -> list[dict]:
   """What the evaluation of `Linear` must say where exit 2 is not trained."""
   flat = pixels(data.images).reshape(len(data), -1)
   exits = []
   for number in (1, 2, 3):
     layer = PARAMS[f'exit_{number}']
-    values = measured(flat @ layer['kernel'] + layer['bias'], data.labels, label_smoothing)
+    logits = flat @ layer['kernel'] + layer['bias']
+    values = measured(logits, data.labels, label_smoothing, weights)
+    values['confusion'] = np.zeros((NUM_CLASSES, NUM_CLASSES), int)
+    np.add.at(values['confusion'], (data.labels, logits.argmax(-1)), 1)
     trained = number != 2
     exits.append({'exit': number, 'trained': trained} | (values if trained else dict.fromkeys(values)))
   return exits
@@ -89,8 +103,8 @@ def check(found: list[dict], expected: list[dict]) -> None:
   assert [row.keys() for row in found] == [row.keys() for row in expected]
   for row, wanted in zip(found, expected, strict=True):
     assert {name for name, value in row.items() if value is None} == {name for name in wanted if wanted[name] is None}
-    values = [name for name in wanted if wanted[name] is not None]
-    np.testing.assert_allclose([row[name] for name in values], [wanted[name] for name in values], rtol=1e-5)
+    for name in (name for name in wanted if wanted[name] is not None):
+      np.testing.assert_allclose(np.array(row[name], float), np.array(wanted[name], float), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -103,18 +117,65 @@ def test_exact_for_any_number_of_images(number, devices):
     pytest.skip(f'needs {devices} devices, found {len(jax.devices())}')
   data = split(number)
   evaluator = Evaluator(task(Linear(), (LABELS, None, LABELS), data), pick_devices(devices))
-  found = evaluator.evaluate(PARAMS, {})
+  found = evaluator.evaluate(PARAMS, {}, True)
   assert found.keys() == {'test'}
   check(found['test'], linear_exits(data))
 
 
 def test_both_splits_and_smoothing():
   test, held_out = split(5), split(9)
-  evaluator = Evaluator(task(Linear(), (3, None, LABELS), test, held_out, label_smoothing=0.2), pick_devices(1))
-  found = evaluator.evaluate(PARAMS, {})
-  check(found['test'], linear_exits(test, 0.2))
-  check(found['held_out'], linear_exits(held_out, 0.2))
+  weights = '1,2,0.5,1,1,3,1'
+  given = task(Linear(), (3, None, LABELS), test, held_out, label_smoothing=0.2, class_weights=weights)
+  found = Evaluator(given, pick_devices(1)).evaluate(PARAMS, {}, True)
+  check(found['test'], linear_exits(test, 0.2, (1, 2, 0.5, 1, 1, 3, 1)))
+  check(found['held_out'], linear_exits(held_out, 0.2, (1, 2, 0.5, 1, 1, 3, 1)))
   assert found['test'][0]['loss'] != found['test'][0]['nll']
+
+
+def test_two_processes_count_what_one_does(monkeypatch):
+  """Each has some of the batches, the last of which is padded."""
+  given, counted = task(Linear(), (LABELS, None, LABELS), split(3 * BATCH + 2)), []
+
+  class Process:
+    def __init__(self, index, count):
+      self.index, self.count, self.found = index, count, []
+      monkeypatch.setattr(evaluation, 'Coordinator', lambda: self)
+      Evaluator(given, pick_devices(1)).evaluate(PARAMS, {}, True)
+
+    def summed(self, values):
+      self.found.append(values)
+      return values
+
+  counted = [Process(*place).found for place in ((0, 1), (0, 2), (1, 2))]
+  assert len(counted[0]) == 3  # The sums of both exits, and a matrix for each.
+  for whole, *parts in zip(*counted, strict=True):
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-6)
+
+
+def test_what_is_right_predicts_the_label_also_if_logits_are_not_finite():
+  """NaN in every logit: no image is right, although an argmax would say class 0."""
+  broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), PARAMS)
+  labels = np.zeros(3, np.int32)
+  data = Split(split(3).images, labels)
+  (row, *_) = Evaluator(task(Linear(), (LABELS, None, None), data), pick_devices(1)).evaluate(broken, {}, True)['test']
+  assert row['accuracy'] == row['balanced_accuracy'] == row['class_accuracy'][0] == row['confusion'][0, 0] == 0
+  assert row['confusion'].sum() == 3
+
+
+def test_many_classes():
+  """Above 100 there is no matrix in JSON, above 2,000 there is none; the accuracy of each class stays."""
+  labels, predictions = np.array([0, 0, 7, -1]), np.array([0, 3, 7, 0])
+  sums = dict.fromkeys(('count', 'weight', 'accuracy', 'top5', 'loss', 'nll'), np.float32(3))
+  for classes in (100, 101, MOST_CLASSES + 1):
+    counts = evaluation._Counts([(sums, labels, predictions)], classes)
+    matrix, row = counts.confusion(), evaluation._measured(np.array(counts.totals))
+    assert (row['class_accuracy'][0], row['class_accuracy'][7], row['balanced_accuracy']) == (0.5, 1.0, 0.75)
+    assert len(row['class_accuracy']) == classes and row['class_accuracy'][1] is None
+    listed = as_json({'test': [row | {'confusion': matrix}]})['test'][0]['confusion']
+    if classes == 100:
+      assert listed[0][:4] == [1, 0, 0, 1] and listed[7][7] == 1 and np.sum(listed) == 3
+    else:
+      assert listed is None and (matrix is None) == (classes > MOST_CLASSES)
 
 
 def test_each_exit_is_compiled_once_for_itself():
@@ -139,11 +200,13 @@ def test_paranet_with_its_running_statistics():
 
 def test_as_metrics_leaves_out_untrained_exits():
   exits = [
-    {'exit': 1, 'trained': False, 'accuracy': None, 'top5': None, 'loss': None, 'nll': None},
-    {'exit': 2, 'trained': True, 'accuracy': 0.5, 'top5': 0.75, 'loss': 2.0, 'nll': 1.5},
+    {'exit': 1, 'trained': False} | dict.fromkeys(evaluation.MEASURES),
+    {'exit': 2, 'trained': True, 'accuracy': 0.5, 'balanced_accuracy': 0.25, 'top5': 0.75, 'loss': 2.0, 'nll': 1.5}
+    | {'class_accuracy': [0.5]},
   ]
   assert as_metrics(exits) == {
     'exit_2/accuracy': 0.5,
+    'exit_2/balanced_accuracy': 0.25,
     'exit_2/top5': 0.75,
     'exit_2/loss': 2.0,
     'exit_2/nll': 1.5,

@@ -177,7 +177,7 @@ def run(config, workdir):
     return batches(count, size)
 
   batches = evaluation.eval_batches
-  nothing = {'exit': 1, 'trained': True} | dict.fromkeys(evaluation.MEASURES, 0.0)
+  nothing = {'exit': 1, 'trained': True} | dict.fromkeys(evaluation.MEASURES, 0.0) | {'confusion': None}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(devices_lib, 'run_on', run_on)
     patch.setattr(evaluation, 'eval_batches', eval_batches)
@@ -231,6 +231,7 @@ FIELDS = {
   'loss.gradient_equilibrium': (program, True, {'name': 'PN2-dd'}),
   'loss.exit_weights': (objective, (2.0,), {}),
   'loss.label_smoothing': (objective, 0.1, {}),
+  'loss.class_weights': (objective, '1,2,1,1,1,1,1,1,1,1', {}),
   'train.epochs': (run, 3.0, {}),
   'train.max_steps': (run, 5, {}),
   'train.regime': (phases, 'mixed', {'name': 'PN2-dd'}),

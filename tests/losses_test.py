@@ -34,6 +34,47 @@ def test_cross_entropy_of_blended_labels():
   np.testing.assert_allclose(cross_entropy(LOGITS, shares, 0.3), expected, rtol=1e-6)
 
 
+WEIGHTS = (3.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+  ('labels', 'label_smoothing', 'expected'),
+  [
+    # As torch.nn.functional.cross_entropy(weight=WEIGHTS): the weights of the labels are 0.5 and 3.
+    ([2, 0], 0.0, (0.5 * log(8 / 5) + 3 * log(4)) / 3.5),
+    # And with label_smoothing=0.3: targets 0.1, 0.1, 0.8 and 0.8, 0.1, 0.1, each class times its weight.
+    (
+      [2, 0],
+      0.3,
+      (3 * 0.1 * log(8) + 0.1 * log(4) + 0.5 * 0.8 * log(8 / 5) + 3 * 0.8 * log(4) + 0.1 * log(4) + 0.05 * log(2))
+      / 3.5,
+    ),
+    # Blended labels: the weights are (1 + 0.5) / 2 and (3 + 1) / 2.
+    ([[0.0, 0.5, 0.5], [0.5, 0.5, 0.0]], 0.0, (0.5 * log(4) + 0.25 * log(8 / 5) + 2 * log(4)) / 2.75),
+  ],
+)
+def test_class_weights(labels, label_smoothing, expected):
+  options = {'label_smoothing': label_smoothing, 'class_weights': WEIGHTS}
+
+  @jax.jit
+  def outcomes(logits, labels):
+    def first(targets, logits=logits, labels=labels, shift=0.0, **given):
+      return exit_losses([logits, logits + shift], labels, targets, **options, **given)[1]
+
+    # On two devices with an image each, the mean of their losses and gradients is that of the whole batch.
+    part = jax.value_and_grad(lambda logits, labels: first((0, 0), logits, labels, axis_name='devices'))
+    parts = jax.vmap(part, axis_name='devices')(logits[:, None], labels[:, None])
+    gradients = parts[1][:, 0] / 2 - jax.grad(lambda logits: first((0, 0), logits))(logits)
+    # Matching is not weighted, its part with the label is; the logits match themselves.
+    matched = first((2, 0), matching='kl', hard_label_weight=0.25)
+    taught = first((0, 0), teachers={1: (2,)}, hard_label_weight=0.5)
+    return [first((0, 0)), parts[0].mean(), matched, taught, first((2, 0), shift=2.0)], gradients
+
+  losses, differences = outcomes(LOGITS, jnp.array(labels))
+  np.testing.assert_allclose(losses, [expected, expected, expected / 4, expected / 2, 4], rtol=1e-6)
+  np.testing.assert_allclose(differences, np.zeros((2, 3)), atol=1e-7)
+
+
 def test_squared_error_is_a_mean_over_classes():
   student, teacher = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]]), jnp.array([[0.0, 4.0, 2.0], [0.0, 0.0, 0.0]])
   np.testing.assert_allclose(squared_error(student, teacher), [3.0, 3.0])

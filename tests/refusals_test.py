@@ -14,7 +14,7 @@ def test_a_file_in_place_of_a_folder(tmp_path, name):
   assert (tmp_path / name).read_text() == 'mine'
 
 
-@pytest.mark.parametrize('name', ['summary.json', 'metrics.jsonl', 'curves.png'])
+@pytest.mark.parametrize('name', ['summary.json', 'metrics.jsonl', 'curves.png', 'confusion.png'])
 def test_a_folder_in_place_of_a_file(tmp_path, name):
   (tmp_path / name).mkdir()
   assert refusal(*TINY, f'--workdir={tmp_path}') == (

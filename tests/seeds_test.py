@@ -143,7 +143,8 @@ def test_folder_with_other_runs(together, alone, tmp_path):
 
 
 def measured(seed, accuracy, wall_time):
-  values = {'accuracy': accuracy, 'top5': 1.0, 'loss': 0.5, 'nll': 0.5}
+  # A run of version 0.1.0 has no balanced accuracy.
+  values = {'accuracy': accuracy, 'top5': 1.0, 'loss': 0.5, 'nll': 0.5, 'class_accuracy': [1.0], 'confusion': [[1]]}
   exits = [{'exit': 1, 'trained': False, **dict.fromkeys(values)}, {'exit': 2, 'trained': True, **values}]
   return {'name': 'PN1-d', 'seed': seed, 'steps': 9, 'exits': exits, 'wall_time_s': wall_time}
 
@@ -156,7 +157,8 @@ def test_mean_and_deviation_of_three():
     'std': pytest.approx(0.07**0.5),
     'each': [0.2, 0.3, 0.7],
   }
-  assert result['exits'][0]['accuracy'] is None
+  assert result['exits'][0]['accuracy'] is None and result['exits'][1]['balanced_accuracy'] is None
+  assert not {'class_accuracy', 'confusion'} & result['exits'][1].keys()
   assert (result['name'], result['steps'], result['seeds'], result['wall_time_s']) == ('PN1-d', 9, [0, 1, 2], 4.5)
   assert [line.split() for line in seeds_table(result).splitlines()[2:]] == [
     ['test', '1', '—', '—', '—'],

@@ -31,6 +31,20 @@ def config(name='PN2-dd', family='paranet', **train):
   return found
 
 
+def test_balanced_class_weights():
+  given = config()
+  given.loss.class_weights = 'balanced'
+  task = build_task(given)
+  expected = 1137 / (10 * np.bincount(task.dataset.train.labels))
+  assert task.class_weights == task.objective.class_weights == pytest.approx(expected)
+  assert task.facts_line(jax.devices()[:1], 1).splitlines()[1] == (
+    f'class weights: from {expected.min():g} ({expected.argmin()}) to {expected.max():g} ({expected.argmax()})'
+  )
+  given.loss.class_weights = '1,2'
+  with pytest.raises(UserError, match='loss.class_weights must have 10 numbers, one for each class'):
+    build_task(given)
+
+
 def test_lengths_and_learning_rate():
   """1,137 images make 11 batches of 100; an update is two steps, so the rate drops after 10 and 20 of the 30 epochs."""
   task = build_task(config('PN2-2d', epochs=30.0, accumulate_steps=2, drop_epochs=(10, 20)))

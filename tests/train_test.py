@@ -48,10 +48,11 @@ def steps(workdir):
 def test_what_is_in_a_workdir(finished):
   workdir, _ = finished
   names = {path.name for path in workdir.iterdir()}
-  files = {'config.json', 'curves.png', 'data_identity.npz', 'dataset.json', 'metrics.jsonl', 'summary.json'}
-  assert names == files | {'checkpoints', 'tensorboard'}
+  files = {'config.json', 'data_identity.npz', 'dataset.json', 'metrics.jsonl', 'summary.json'}
+  assert names == files | {'curves.png', 'confusion.png', 'checkpoints', 'tensorboard'}
   assert steps(workdir) == [8, 10]
-  assert (workdir / 'curves.png').read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
+  for picture in ('curves.png', 'confusion.png'):
+    assert (workdir / picture).read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
   config = json.loads((workdir / 'config.json').read_text())
   assert config['name'] == 'PN3-x3d' and config['model']['growth_rate'] == 2 and config['train']['epochs'] == 2
 
@@ -59,7 +60,7 @@ def test_what_is_in_a_workdir(finished):
 def test_summary(summary):
   assert set(summary) == {
     *('name', 'dataset', 'seed', 'image_shape', 'num_classes', 'steps', 'exits', 'held_out'),
-    *('versions', 'device', 'wall_time_s'),
+    *('class_names', 'versions', 'device', 'wall_time_s'),
   }
   assert [summary[key] for key in ('name', 'dataset', 'seed', 'steps')] == ['PN3-x3d', 'digits', 0, 10]
   assert summary['image_shape'] == [8, 8, 3] and summary['num_classes'] == 10
@@ -73,7 +74,7 @@ def test_summary(summary):
 
 def test_summary_of_the_exits(summary):
   costs = {'own_macs', 'own_params', 'macs', 'params', 'macs_alone'}
-  measures = {'accuracy', 'top5', 'loss', 'nll'}
+  measures = {'accuracy', 'balanced_accuracy', 'top5', 'loss', 'nll', 'class_accuracy', 'confusion'}
   exits = summary['exits']
   assert [(row['exit'], row['trained'], row['learns_from']) for row in exits] == [
     (1, False, 'nothing'),
@@ -98,6 +99,12 @@ def test_the_numbers_are_those_of_the_saved_network(finished, summary):
       logits = np.asarray(logits, np.float64)
       ranked = np.argsort(-logits, axis=-1)
       assert row['accuracy'] == np.mean(ranked[:, 0] == split.labels)
+      matrix = np.zeros((10, 10), int)
+      np.add.at(matrix, (split.labels, ranked[:, 0]), 1)
+      assert row['confusion'] == matrix.tolist()
+      by_class = np.diag(matrix) / matrix.sum(axis=1)
+      assert row['class_accuracy'] == np.round(by_class, 6).tolist()
+      assert row['balanced_accuracy'] == pytest.approx(by_class.mean())
       assert row['top5'] == np.mean(np.any(ranked[:, :5] == split.labels[:, None], axis=-1))
       nll = np.log(np.sum(np.exp(logits), axis=-1)) - logits[np.arange(len(split)), split.labels]
       assert row['nll'] == pytest.approx(np.mean(nll), rel=1e-5)
@@ -111,7 +118,8 @@ def test_metrics(finished, summary):
   ]
   where = {'step', 'epoch', 'split'}
   for line in lines:
-    measures = ('accuracy', 'loss', 'nll') if line['split'] == 'train' else ('accuracy', 'loss', 'nll', 'top5')
+    measures = ('accuracy', 'loss', 'nll')
+    measures += () if line['split'] == 'train' else ('balanced_accuracy', 'top5')
     own = {'loss', 'learning_rate', 'images_per_second'} if line['split'] == 'train' else set()
     assert line.keys() == where | own | {f'exit_{number}/{name}' for number in (2, 3) for name in measures}
     assert line['epoch'] == line['step'] / 5
@@ -135,7 +143,8 @@ def test_output_where_there_is_no_terminal(finished):
   progress = [line.split('  ')[:2] for line in lines if line.startswith('epoch ')]
   assert progress == [[f'epoch {step / 5:.2f}/2', f'step {step}/10'] for step in (2, 4, 6, 8, 10)]
   assert [line for line in lines if line.startswith('after step')] == ['after step 5:', 'after step 10:']
-  assert lines[-2:] == [f'curves: {workdir}/curves.png', f'summary: {workdir}/summary.json']
+  files = ('curves', 'png'), ('confusion', 'png'), ('summary', 'json')
+  assert lines[-3:] == [f'{name}: {workdir}/{name}.{suffix}' for name, suffix in files]
 
 
 @pytest.mark.parametrize('config', [TINY, ()], ids=['its config', 'the saved config'])
@@ -144,7 +153,7 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_the_run(finished, summa
   before = contents(workdir)
   result = run_main(*config, f'--workdir={workdir}', '--mode=eval', '--json')
   evaluation = json.loads(result.out)
-  assert evaluation.keys() == {'name', 'dataset', 'seed', 'step', 'splits'} and evaluation['step'] == 10
+  assert evaluation.keys() == {'name', 'dataset', 'seed', 'step', 'class_names', 'splits'} and evaluation['step'] == 10
   assert evaluation['splits']['held_out'] == summary['held_out']
   for measured, row in zip(evaluation['splits']['test'], summary['exits'], strict=True):
     assert measured == {key: row[key] for key in measured}
@@ -156,6 +165,7 @@ def test_evaluation_of_an_earlier_checkpoint(finished):
   earlier, latest = (run_main(f'--workdir={workdir}', '--mode=eval', *step).out for step in (['--step=8'], []))
   assert earlier.startswith('PN3-x3d after step 8:\nsplit ') and latest.startswith('PN3-x3d after step 10:\nsplit ')
   assert earlier.splitlines()[2:] != latest.splitlines()[2:]
+  assert 'all classes on test images, least accurate at exit 3 first' in latest.splitlines()
   message = refusal(f'--workdir={workdir}', '--mode=eval', '--step=9')
   assert message == f'no checkpoint of step 9 in {workdir}/checkpoints, found [8, 10]; set --step'
 

@@ -72,8 +72,8 @@ def evaluate_ensemble(
     accept_data_changes: the data may have other classes or labels than the runs learned.
 
   Returns:
-    One row per member: `exit`, `name`, `seed`, `params` and `macs` (totals up to this member), `accuracy`, `top5`
-    (fractions), `nll` (nats).
+    One row per member: `exit`, `name`, `seed`, `params` and `macs` (totals up to this member), `accuracy`,
+    `balanced_accuracy`, `top5` (fractions), `nll` (nats).
 
   Raises:
     UserError: the data set cannot be read.
@@ -94,7 +94,7 @@ def evaluate_ensemble(
       'name': run.config.name,
       'seed': run.config.seed,
       **{key: cost[key] for key in ('params', 'macs')},
-      **{key: row[key] for key in ('accuracy', 'top5', 'nll')},
+      **{key: row[key] for key in ('accuracy', 'balanced_accuracy', 'top5', 'nll')},
     }
     for number, (run, cost, row) in enumerate(
       zip(runs, exit_costs(model, runs[0].image_shape), measured, strict=True), 1

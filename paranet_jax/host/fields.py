@@ -69,6 +69,14 @@ def tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
   return Rule(holds, f'numbers of {low} or more, such as "(1,2,3)"')
 
 
+def numbers(text: str) -> tuple[float, ...]:
+  """Numbers separated by commas, as in `1,2.5` or `(1,2.5)`; () if the text is something else."""
+  try:
+    return tuple(map(float, text.strip().removeprefix('(').removesuffix(')').rstrip(',').split(',')))
+  except ValueError:
+    return ()
+
+
 POSITIVE = Rule(lambda value: 0 < value < math.inf, 'more than 0 and finite')
 FRACTION = Rule(lambda value: 0 < value <= 1, 'more than 0 and at most 1')
 SHARE = Rule(lambda value: 0 <= value <= 1, 'from 0 to 1')

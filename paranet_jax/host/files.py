@@ -5,6 +5,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from paranet_jax.host.errors import UserError
 
 _DEEPEST = 50  # Levels of nested JSON; a run's files have fewer than ten.
 _MISSING = (FileNotFoundError, NotADirectoryError)
+_NUMBERS = re.compile(r'(?<=\[)\n[\s\d.,eE+-]*(?:null[\s\d.,eE+-]*)*(?=\])')
+"""The inside of a list of numbers and nulls. Strings hold no line breaks, so this is in none."""
 
 
 @contextlib.contextmanager
@@ -77,8 +80,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file atomically."""
-  write_text(path, json.dumps(value, indent=2) + '\n')
+  """Writes a JSON file atomically, with each list of numbers on one line."""
+  write_text(path, _NUMBERS.sub(lambda found: ' '.join(found[0].split()), json.dumps(value, indent=2)) + '\n')
 
 
 def read_file(path: Path, fix: str) -> bytes | None:

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from paranet_jax.portable.run import printable
+
 ABSENT = '—'
+_MOST_CLASSES, _MOST_EXITS, _LONGEST_NAME = 10, 3, 20
 
 _DESCRIBE_NOTE = 'macs: multiply-adds an image; own: added by this stage; alone: needed by this exit alone.'
 
@@ -28,20 +31,53 @@ def describe_table(description: dict) -> str:
 
 
 def evaluation_table(evaluations: Mapping[str, Sequence[dict]]) -> str:
-  """Formats one row per split and exit: accuracy and top-5 accuracy in percent, loss, and NLL in nats.
+  """Formats one row per split and exit: accuracies in percent, loss, and NLL in nats.
 
   Args:
-    evaluations: for each split a list of `exit`, `trained`, `accuracy`, `top5` (fractions 0..1), `loss`, `nll`. None,
-      and all metrics of an exit that is not trained, are shown as a dash.
+    evaluations: for each split a list of `exit`, `trained`, `accuracy`, `balanced_accuracy`, `top5` (fractions 0..1),
+      `loss`, `nll`. None, and all metrics of an exit that is not trained, are shown as a dash.
   """
-  columns = (('accuracy', 100, 2), ('top5', 100, 2), ('loss', 1, 4), ('nll', 1, 4))
+  columns = (('accuracy', 100, 2), ('balanced_accuracy', 100, 2), ('top5', 100, 2), ('loss', 1, 4), ('nll', 1, 4))
   rows = [
     (split, str(entry['exit']), *(_number(entry, *column) for column in columns))
     for split, entries in evaluations.items()
     for entry in entries
   ]
-  header = ('split', 'exit', 'accuracy (%)', 'top-5 (%)', 'loss', 'nll')
+  header = ('split', 'exit', 'accuracy (%)', 'balanced (%)', 'top-5 (%)', 'loss', 'nll')
   return '\n'.join(align(header, rows, left=(0,)))
+
+
+def class_table(exits: Sequence[dict], class_names: Sequence[str]) -> str:
+  """Formats the classes that the last trained exit gets right least often, and what it takes them for.
+
+  Args:
+    exits: of `Evaluator.evaluate` on one split, with `class_accuracy` and `confusion`.
+    class_names: one per output.
+  """
+  trained = [entry for entry in exits if entry['trained']]
+  last, matrix = trained[-1], trained[-1]['confusion']
+  shown = trained if len(trained) <= _MOST_EXITS else [trained[0], *trained[1 - _MOST_EXITS :]]
+  present = [number for number, share in enumerate(last['class_accuracy']) if share is not None]
+  worst = sorted(present, key=lambda number: last['class_accuracy'][number])[:_MOST_CLASSES]
+  rows = []
+  for number in worst:
+    shares = (f'{100 * entry["class_accuracy"][number]:.2f}' for entry in shown)
+    images, taken_for = ABSENT, ABSENT
+    if matrix is not None:
+      wrong = [0 if other == number else int(count) for other, count in enumerate(matrix[number])]
+      images, most = f'{int(matrix[number].sum()):,}', max(wrong)
+      taken_for = f'{short_name(class_names[wrong.index(most)], _LONGEST_NAME)} ({most:,})' if most else ABSENT
+    rows.append((short_name(class_names[number], _LONGEST_NAME), images, *shares, taken_for))
+  what = f'the {len(worst)} least accurate of {len(present):,} classes' if len(present) > len(worst) else 'all classes'
+  header = ('class', 'images', *(f'exit {entry["exit"]} (%)' for entry in shown), 'most often taken for')
+  title = f'{what} on test images, least accurate at exit {last["exit"]} first'
+  return '\n'.join([title, *align(header, rows, left=(0, len(header) - 1))])
+
+
+def short_name(name: str, longest: int) -> str:
+  """A class name in at most `longest` characters that can be printed."""
+  name = printable(name)
+  return name if len(name) <= longest else f'{name[: longest - 1]}…'
 
 
 def human_count(count: int) -> str:

@@ -12,9 +12,10 @@ from paranet_jax.report.metrics import FILE_NAME as METRICS
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY
-from paranet_jax.runs.workdir import SUMMARY, prepare_folder, restore_config, save_config
+from paranet_jax.runs.workdir import CONFUSION, SUMMARY, prepare_folder, restore_config, save_config
 
 _CARRIED = (SUMMARY, METRICS, DATASET)
+_OPTIONAL = (IDENTITY, CONFUSION)
 
 
 def pack(workdir: Path, out: Path, step: int | None = None) -> int:
@@ -47,7 +48,7 @@ def pack(workdir: Path, out: Path, step: int | None = None) -> int:
   with config.unlocked():
     del config.data.data_dir  # The data set's folder on this machine is of no use to others.
   save_config(out, config)
-  for name in (*_CARRIED, *([IDENTITY] if (workdir / IDENTITY).exists() else [])):
+  for name in (*_CARRIED, *(name for name in _OPTIONAL if (workdir / name).exists())):
     shutil.copyfile(workdir / name, out / name)
   with Checkpoints(out, keep=1) as checkpoints:
     checkpoints.save(step, variables, {'seed': config.seed})

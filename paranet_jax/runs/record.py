@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from paranet_jax import devices as devices_lib
-from paranet_jax.evaluation import as_metrics
+from paranet_jax.data.cache import write_arrays
+from paranet_jax.evaluation import INLINE_CLASSES, as_json, as_metrics
 from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
@@ -20,10 +21,11 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator, reported_once
 from paranet_jax.report.metrics import MetricsWriter
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
+from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
-from paranet_jax.runs.workdir import SUMMARY, save_config
+from paranet_jax.runs.workdir import CONFUSION, SUMMARY, save_config
 from paranet_jax.steps import TrainState
 from paranet_jax.task import Task
 
@@ -169,11 +171,30 @@ class RunRecord:
   def finish(
     self, description: dict[str, Any], evaluations: dict[str, list[dict]], environment: dict[str, Any]
   ) -> dict[str, Any]:
-    """Writes summary.json; returns its contents."""
-    exits = [cost | measured for cost, measured in zip(description['exits'], evaluations['test'], strict=True)]
+    """Writes summary.json, and the confusion matrices if they are too large for it; returns the summary's contents.
+
+    Args:
+      description: of `costs.describe`.
+      evaluations: of `Evaluator.evaluate`, with confusion matrices.
+      environment: of `machine.environment`.
+    """
+    splits, data = as_json(evaluations), self.task.dataset
+    exits = [cost | measured for cost, measured in zip(description['exits'], splits['test'], strict=True)]
     summary = description | {'steps': self.task.total_steps, 'exits': exits}
-    if 'held_out' in evaluations:
-      summary['held_out'] = evaluations['held_out']
+    if 'held_out' in splits:
+      summary['held_out'] = splits['held_out']
+    summary['class_names'] = list(output_names(data.class_names, description['num_classes']))
+    if self.task.class_weights:
+      summary['class_weights'] = self.task.class_weights
+    large = {
+      f'{split}.exit_{row["exit"]}': row['confusion'].astype(np.int32)
+      for split, exits in evaluations.items()
+      for row in exits
+      if row['confusion'] is not None and len(row['confusion']) > INLINE_CLASSES
+    }
+    if large:
+      summary['confusion_file'] = CONFUSION
+      self._processes.once(write_arrays, self._workdir / CONFUSION, large, True)
     summary |= environment | {'wall_time_s': round(self._wall_time(), 1)}
     self._processes.once(write_json, self._workdir / SUMMARY, summary)
     return summary

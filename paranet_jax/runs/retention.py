@@ -8,7 +8,7 @@ from paranet_jax.report.metrics import read_metrics
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
-HIGHER_IS_BETTER = {'accuracy': True, 'top5': True, 'loss': False, 'nll': False}
+HIGHER_IS_BETTER = {'accuracy': True, 'balanced_accuracy': True, 'top5': True, 'loss': False, 'nll': False}
 """Measures by which the best checkpoint can be kept: of the last trained exit on the held-out split."""
 
 

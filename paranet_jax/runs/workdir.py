@@ -16,7 +16,12 @@ from paranet_jax.host.files import check_regular, read_object, write_json
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
 FOLDERS = ('checkpoints', 'tensorboard', 'damaged_checkpoints')
-FILES = (CONFIG, SUMMARY, 'metrics.jsonl', 'dataset.json', 'data_identity.npz', 'exits.json', 'curves.png')
+CONFUSION = 'confusion.npz'
+"""Confusion matrices that are too large for summary.json: int32 [classes, classes] by split and exit."""
+FILES = (
+  *(CONFIG, SUMMARY, CONFUSION, 'metrics.jsonl', 'dataset.json', 'data_identity.npz', 'exits.json'),
+  *('curves.png', 'confusion.png'),
+)
 
 _ALWAYS = ('name', 'seed', 'model.image_side', 'data.name', 'train.epochs')
 """Fields that every version has saved; others were added later, and take their defaults."""

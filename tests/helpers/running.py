@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -129,7 +130,8 @@ class SharedPrograms:
       'evaluator': train.Evaluator,
       'step': devices_lib.run_on,
       'state': task_lib.init_state,
-      'curves': train.draw_curves,
+      'curves.png': train.draw_curves,
+      'confusion.png': train.draw_confusion,
     }
 
   def install(self, patch: Any) -> None:
@@ -139,7 +141,8 @@ class SharedPrograms:
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
     patch.setattr(devices_lib, 'run_on', self._step)
     patch.setattr(task_lib, 'init_state', self._state)
-    patch.setattr(train, 'draw_curves', self._curves)
+    for name in ('curves', 'confusion'):
+      patch.setattr(train, f'draw_{name}', functools.partial(self._picture, f'{name}.png'))
 
   def _task(self, config, dataset=None, learned=None):
     task = self._keep('task', config, config, dataset, learned)
@@ -158,12 +161,12 @@ class SharedPrograms:
       self._kept[key] = jax.tree.map(np.asarray, state)
     return jax.tree.map(np.copy, self._kept[key])
 
-  def _curves(self, workdir):
-    """The curves of the first run serve for all."""
-    if 'curves' not in self._kept:
-      self._kept['curves'] = self._build['curves'](workdir).read_bytes()
-    path = workdir / 'curves.png'
-    path.write_bytes(self._kept['curves'])
+  def _picture(self, name, workdir, *arguments):
+    """The pictures of the first run serve for all."""
+    if name not in self._kept:
+      self._kept[name] = self._build[name](workdir, *arguments).read_bytes()
+    path = workdir / name
+    path.write_bytes(self._kept[name])
     return path
 
   def _keep(self, kind, config, *arguments, phase=None):

@@ -19,6 +19,14 @@ from paranet_jax.runs.status import run_status
 from paranet_jax.runs.workdir import restore_config
 
 
+def test_lists_of_numbers_are_on_one_line(tmp_path):
+  value = {'a': [1, None, -2.5e-9], 'b': [[1, 2], [3]], 'names': ['[\n1,', 'x'], 'rows': [{'c': [True]}], 'd': []}
+  write_json(tmp_path / 'a.json', value)
+  text = (tmp_path / 'a.json').read_text()
+  assert json.loads(text) == value and text.endswith('}\n')
+  assert '"a": [1, null, -2.5e-09],\n' in text and '"b": [\n    [1, 2],\n    [3]\n  ],' in text
+
+
 @pytest.mark.parametrize('failure', ['value', 'disk', 'interrupt'])
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failure):
   path = tmp_path / 'summary.json'

@@ -1,8 +1,9 @@
 """Tests of the tables on the terminal."""
 
+import numpy as np
 import pytest
 
-from paranet_jax.report.tables import describe_table, evaluation_table, human_count
+from paranet_jax.report.tables import class_table, describe_table, evaluation_table, human_count
 
 
 def exit_cost(number, trained, learns_from, own_params, params, own_macs, macs, macs_alone) -> dict:
@@ -49,16 +50,48 @@ def test_the_table_of_a_large_model_fits_100_columns():
 
 
 def test_evaluation_table():
-  measured = {'exit': 2, 'trained': True, 'accuracy': 0.65674, 'top5': 0.9, 'loss': 1.23456, 'nll': 12.5}
-  untrained = {'exit': 1, 'trained': False, 'accuracy': 0.01, 'top5': 0.05, 'loss': 4.6, 'nll': None}
+  names = ('exit', 'trained', 'accuracy', 'balanced_accuracy', 'top5', 'loss', 'nll')
+  measured = dict(zip(names, (2, True, 0.65674, 0.5, 0.9, 1.23456, 12.5), strict=True))
+  untrained = dict(zip(names, (1, False, 0.01, 0.01, 0.05, 4.6, None), strict=True))
   # A data set of two classes has no top-5 accuracy.
-  two_classes = {'exit': 1, 'trained': True, 'accuracy': 1.0, 'top5': None, 'loss': 0.0, 'nll': 0.0}
+  two_classes = dict(zip(names, (1, True, 1.0, 1.0, None, 0.0, 0.0), strict=True))
   assert evaluation_table({'held_out': [untrained, measured], 'test': [two_classes]}).splitlines() == [
-    'split     exit  accuracy (%)  top-5 (%)    loss      nll',
-    'held_out     1             —          —       —        —',
-    'held_out     2         65.67      90.00  1.2346  12.5000',
-    'test         1        100.00          —  0.0000   0.0000',
+    'split     exit  accuracy (%)  balanced (%)  top-5 (%)    loss      nll',
+    'held_out     1             —             —          —       —        —',
+    'held_out     2         65.67         50.00      90.00  1.2346  12.5000',
+    'test         1        100.00        100.00          —  0.0000   0.0000',
   ]
+
+
+def row(number, accuracies, matrix=None) -> dict:
+  matrix = None if matrix is None else np.array(matrix)
+  return {'exit': number, 'trained': accuracies is not None, 'class_accuracy': accuracies, 'confusion': matrix}
+
+
+def test_class_table():
+  # Of 4 cats 1 is taken for a dog and 1 for a cow; the first of equals is shown. No image is of the fourth class.
+  exits = [
+    row(1, None),
+    row(2, [0.25, 1.0, 0.5, None], np.eye(4, dtype=int)),
+    row(3, [0.5, 1.0, 0.25, None], [[2, 1, 1, 0], [0, 1000, 0, 0], [0, 3, 1, 0], [0, 0, 0, 0]]),
+  ]
+  assert class_table(exits, ['cat', 'do\x1bg', 'a cow whose name is too long', 'fox']).splitlines() == [
+    'all classes on test images, least accurate at exit 3 first',
+    'class                 images  exit 2 (%)  exit 3 (%)  most often taken for',
+    'a cow whose name is…       4       50.00       25.00  do\\x1bg (3)',
+    'cat                        4       25.00       50.00  do\\x1bg (1)',
+    'do\\x1bg                1,000      100.00      100.00  —',
+  ]
+
+
+def test_class_table_of_many_classes_and_exits():
+  # More classes than a matrix may have.
+  exits = [row(number, [share / 3000 for share in range(3000)]) for number in range(1, 11)]
+  lines = class_table(exits, ['w' * 99] * 3000).splitlines()
+  assert lines[0] == 'the 10 least accurate of 3,000 classes on test images, least accurate at exit 10 first'
+  assert len(lines) == 12 and max(map(len, lines)) <= 100
+  assert lines[1].split('  ')[-4:] == ['exit 1 (%)', 'exit 9 (%)', 'exit 10 (%)', 'most often taken for']
+  assert lines[2].split()[1:] == ['—', '0.00', '0.00', '0.00', '—']
 
 
 @pytest.mark.parametrize(

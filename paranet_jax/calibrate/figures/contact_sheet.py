@@ -9,8 +9,8 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from paranet_jax.calibrate.figures.drawings import Drawing, wrapped_title
 from paranet_jax.calibrate.figures.figure_data import FigureData
-from paranet_jax.portable.run import printable
 from paranet_jax.report.plots import VERMILLION
+from paranet_jax.report.tables import short_name
 
 # Inches.
 _IMAGE, _CELL_WIDTH, _CELL_HEIGHT = 0.95, 1.25, 1.4
@@ -70,10 +70,10 @@ def _draw_image(axes: Axes, data: FigureData, member: int, x: float, y: float) -
   pixels = image if image.shape[-1] == 3 else image[..., 0]
   axes.imshow(pixels, extent=(x, x + wide, y + tall, y), **_PIXELS)
   label, prediction = sheet.labels[member], sheet.predictions[member]
-  caption = f'{short(data.class_names[prediction], _LONGEST_NAME)}, {100 * sheet.probabilities[member]:.0f} %'
+  caption = f'{short_name(data.class_names[prediction], _LONGEST_NAME)}, {100 * sheet.probabilities[member]:.0f} %'
   _caption(axes, x, y + _IMAGE + _LINE, caption)
   if label != prediction:
-    truth = f'true: {short(data.class_names[label], _LONGEST_NAME)}'
+    truth = f'true: {short_name(data.class_names[label], _LONGEST_NAME)}'
     _caption(axes, x, y + _IMAGE + 2 * _LINE, truth, color=VERMILLION)
 
 
@@ -81,9 +81,3 @@ def _caption(axes: Axes, x: float, y: float, text: str, **style: Any) -> None:
   """Writes a line below an image, clipped where the next image begins."""
   cell = TransformedBbox(Bbox.from_bounds(x, y - 1, _CELL_WIDTH - 0.03, 2), axes.transData)
   axes.text(x, y, text, fontsize=7, parse_math=False, clip_on=True, **style).set_clip_box(cell)
-
-
-def short(name: str, longest: int) -> str:
-  """Shortens a name to at most `longest` letters, all of which can be drawn."""
-  name = printable(name)
-  return name if len(name) <= longest else f'{name[: longest - 1]}…'

@@ -13,7 +13,7 @@ from matplotlib.transforms import Bbox
 
 from paranet_jax.calibrate import figures
 from paranet_jax.calibrate.figures import write_figures
-from paranet_jax.calibrate.figures.contact_sheet import contact_sheet, short
+from paranet_jax.calibrate.figures.contact_sheet import contact_sheet
 from paranet_jax.calibrate.figures.drawings import anytime, budgeted, cost_scale, histogram, reliability, risk
 from paranet_jax.calibrate.figures.figure_data import (
   SPLITS,
@@ -25,6 +25,7 @@ from paranet_jax.calibrate.figures.figure_data import (
   RiskCurve,
   Sheet,
 )
+from paranet_jax.report.tables import short_name
 
 LONG = 'a long name of a run that contains all hyperparameters, in $dollars_ '
 
@@ -268,7 +269,7 @@ def test_contact_sheet_names_the_truth_of_wrong_answers():
   assert texts.count('WWWWWWWWWWWWW…, 100 %') == 10
   assert [text for text in texts if text.startswith('true')] == ['true: another long …'] * 5
   assert 'no image\nexits here' in texts and '100.0 %\nexit here' in texts
-  assert (short('maple', 5), short('maples', 5)) == ('maple', 'mapl…')
+  assert (short_name('maple', 5), short_name('maples', 5)) == ('maple', 'mapl…')
   images = drawing.figure.axes[0].images
   assert {image.get_interpolation() for image in images} == {'nearest'}
   lefts = [image.get_extent()[0] for image in images]
