@@ -154,8 +154,13 @@ def together(records: Sequence[Learned | None]) -> Learned | None:
   first = next(iter(records), None)
   if first is None or not first.splits:
     return first
-  trained = [record.splits['train'] for record in records if record and record.splits]
-  return replace(first, splits=first.splits | {'train': Known(*map(np.concatenate, zip(*trained, strict=True)))})
+  trained = first.splits['train']
+  for known in (record.splits['train'] for record in records if record and record.splits):
+    more = ~np.isin(known.ids, trained.ids)
+    trained = Known(
+      np.concatenate([trained.ids, known.ids[more]]), np.concatenate([trained.labels, known.labels[more]])
+    )
+  return replace(first, splits=first.splits | {'train': trained})
 
 
 def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) -> Int32[np.ndarray, ' classes'] | None:

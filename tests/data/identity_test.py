@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from paranet_jax.data.dataset import Source
-from paranet_jax.data.identity import Known, choose_limits, drawn, identities, together
+from paranet_jax.data.identity import Known, choose_limits, compare, drawn, identities, together
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.learned import IDENTITY, restore_learned, save_learned
@@ -366,4 +366,6 @@ def test_members_of_an_ensemble_test_on_what_none_was_trained_on(run):
   rest = Known(*(values[:3] for values in first.splits['test']))
   both = together([first, replace(first, splits=first.splits | {'train': rest}), replace(first, splits={})])
   assert set(both.splits['train'].ids) == set(first.splits['train'].ids) | set(rest.ids)
+  same = together([first, first])  # As several seeds are: no image counts twice.
+  assert compare(same, first.splits, 'photos') == [] and len(same.splits['train'].ids) == len(first.splits['train'].ids)
   assert together([]) is None and together([None, first]) is None
