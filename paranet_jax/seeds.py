@@ -19,6 +19,7 @@ from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.numerics import check_training
 from paranet_jax.report.tables import ABSENT, align
+from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.status import run_status
@@ -56,6 +57,7 @@ def train_seeds(
     raise UserError(f'workdir {workdir} holds a single run, found {config.seeds} seeds; set --workdir for new runs')
   devices = devices_lib.pick_devices(config.train.devices)
   config_lib.check_devices(config, len(devices))
+  check_backbone(configs[0], workdir / f'seed_{configs[0].seed}')
   prepare_workdir(workdir, config, accepted.config, accepted.place)
   save_config(workdir, config)
   # Measured on one core of a CPU: a vmapped step of 4 small networks takes 16.1 ms, their 4 steps in turn 13.9 ms.

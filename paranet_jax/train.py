@@ -25,6 +25,7 @@ from paranet_jax.report.pictures import drawn
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table
 from paranet_jax.runs.dataset_facts import output_names
+from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import RunRecord, open_record
 from paranet_jax.runs.status import run_status
@@ -55,6 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   check_devices(config, len(devices))
   # Before the data is read, which follows from the configuration.
   processes.once(check_saved, workdir, config, accepted.config, accepted.place)
+  processes.once(check_backbone, config, workdir)
   learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
   task = agreed_task(config, processes, learned)
   processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)

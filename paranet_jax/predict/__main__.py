@@ -18,7 +18,7 @@ from paranet_jax.portable.run import (
   printable,
 )
 from paranet_jax.predict.image_files import read_batches
-from paranet_jax.predict.output import FORMATS, check_output, make_format, open_output, prediction_rows
+from paranet_jax.predict.output import FORMATS, check_output, check_replaced, make_format, open_output, prediction_rows
 from paranet_jax.predict.tally import LiveLine, Tally
 
 
@@ -61,6 +61,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given.files, given.left_out = list_images(given.files)
   except BundleError as error:
     raise UserError(str(error)) from error
+  if given.output:
+    check_replaced(given.output, given.files)
   return given
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -124,6 +124,19 @@ def check_output(path: Path, overwrite: bool) -> None:
     raise UserError(f'{path} already exists; set --output to another file, or --overwrite')
   if not os.path.isdir(path.parent):
     raise UserError(f'--output must be in an existing folder, and {path.parent} is none; make it, or set --output')
+
+
+def check_replaced(path: Path, files: Sequence[str]) -> None:
+  """Raises a `UserError` if writing to a path would replace an image that is read, or a file of a run."""
+  from paranet_jax.runs.workdir import run_of  # Imports configurations, which --help does not wait for.
+
+  if run := run_of(path):
+    raise UserError(f'{path} would be a file of the run in {run}; set --output to another file')
+  if os.path.exists(path):
+    for file in files:
+      with suppress(OSError):
+        if os.path.samefile(file, path):
+          raise UserError(f'{path} would replace the image {file}, which is read; set --output to another file')
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from absl import logging
 from paranet_jax.host.arguments import check_utf8
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import damaged_file, file_checksums, parse_object, read_file, write_json
+
+T = TypeVar('T')
 
 FOLDER = 'checkpoints'
 VARIABLES = ('params', 'batch_stats')
@@ -131,6 +133,31 @@ class Checkpoints:
     if step is not None and step not in steps:
       raise UserError(f'no checkpoint of step {step} in {self._folder}, found {steps}; set --step')
     return steps[-1] if step is None else step
+
+  def read_chosen(self, choose: Callable[['Checkpoints'], int], read: Callable[[int], T]) -> tuple[int, T]:
+    """The step that `choose` names and what `read` returns for it.
+
+    Chooses again if a training that goes on elsewhere deletes the checkpoint before it is read.
+
+    Raises:
+      UserError: as `choose` and `read`.
+    """
+    while True:
+      step = choose(self)
+      try:
+        return step, read(step)
+      except DamagedError:
+        if (self._folder / str(step)).exists():
+          raise
+      self._opened.reload()
+
+  def shapes(self, step: int) -> dict[str, list[int]]:
+    """The shapes of a checkpoint's arrays by path, see `shapes_by_path`.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    return self._read_meta(step)['shapes']
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Copies a state to the host, then saves it in the background.
@@ -259,8 +286,7 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is damaged, or has a different architecture.
     """
-    shapes = self._read_meta(step)['shapes']
-    saved = {path: shape for path, shape in shapes.items() if path.split('/')[0] in like}
+    saved = {path: shape for path, shape in self.shapes(step).items() if path.split('/')[0] in like}
     self._check_shapes(step, saved, shapes_by_path(like))
     variables = self._read_variables(step)
     return {name: variables[name] for name in like}

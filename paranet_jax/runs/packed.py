@@ -18,7 +18,7 @@ _CARRIED = (SUMMARY, METRICS, DATASET)
 _OPTIONAL = (IDENTITY, CONFUSION)
 
 
-def pack(workdir: Path, out: Path, step: int | None = None) -> int:
+def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
   """Writes a run's parameters in float16 and its running statistics in float32 to another folder.
 
   Every command, and `init_from`, reads that folder as a run, but it cannot be trained further. It gets no exits.json:
@@ -27,7 +27,7 @@ def pack(workdir: Path, out: Path, step: int | None = None) -> int:
   Args:
     workdir: absolute, of a finished run.
     out: absolute; must not exist, or be empty.
-    step: the checkpoint's; None: the latest.
+    asked: the checkpoint's step; None: the latest.
 
   Returns:
     The step of the checkpoint.
@@ -41,8 +41,8 @@ def pack(workdir: Path, out: Path, step: int | None = None) -> int:
   if not (workdir / SUMMARY).exists():
     raise UserError(f'expected a finished run, and {workdir} has no {SUMMARY}; train it to its end first')
   with Checkpoints(workdir) as checkpoints:
-    step = checkpoints.choose(step)
-    variables = _rounded(checkpoints.read_variables(step))
+    step, variables = checkpoints.read_chosen(lambda found: found.choose(asked), checkpoints.read_variables)
+    variables = _rounded(variables)
   _check_free(out)
   prepare_folder(out)
   with config.unlocked():

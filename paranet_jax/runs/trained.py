@@ -68,8 +68,8 @@ def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.c
   num_classes = len(dataset.class_names)
   model = config_lib.build_model(config, num_classes)
   with Checkpoints(workdir) as checkpoints:
-    step = choose(checkpoints)
-    variables = checkpoints.restore_variables(step, abstract_variables(model, image_shape))
+    like = abstract_variables(model, image_shape)
+    step, variables = checkpoints.read_chosen(choose, lambda step: checkpoints.restore_variables(step, like))
   check_inference(model, image_shape, config.eval.batch_size)
   names = output_names(dataset.class_names, config.model.num_classes or num_classes)
   dataset = dataclasses.replace(dataset, class_names=names)
@@ -100,11 +100,16 @@ def read_task(
   """
   processes = Coordinator()
   with processes.once_within(Checkpoints, workdir) as checkpoints:
-    chosen: int = processes.from_first(processes.once(lambda: checkpoints.choose(step)))
+    processes.once(lambda: checkpoints.choose(step))  # Before the data is read.
     learned = processes.once(restore_learned, workdir, config.model.channels, accept_data_changes)
     task = agreed_task(config, processes, learned)
     like = abstract_variables(task.model, task.image_shape)
-    variables = processes.once(lambda: checkpoints.restore_variables(chosen, like))
+    chosen, variables = processes.once(
+      lambda: checkpoints.read_chosen(
+        lambda found: found.choose(step), lambda step: checkpoints.restore_variables(step, like)
+      )
+    ) or (None, None)
+    chosen = processes.from_first(chosen)
   check_inference(task.model, task.image_shape, config.eval.batch_size)
   variables = processes.arrays_from_first(variables or like)
   return TrainedTask(task, chosen, jax.device_put(variables, devices_lib.replicated(devices)))

@@ -12,10 +12,11 @@ from paranet_jax.config import differences
 from paranet_jax.host.arguments import absolute, check_utf8
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import check_regular, read_object, write_json
+from paranet_jax.host.lock import LOCK
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
-FOLDERS = ('checkpoints', 'tensorboard', 'damaged_checkpoints')
+FOLDERS = ('checkpoints', 'tensorboard', 'damaged_checkpoints', 'exits')
 CONFUSION = 'confusion.npz'
 """Confusion matrices that are too large for summary.json: int32 [classes, classes] by split and exit."""
 FILES = (
@@ -72,6 +73,17 @@ def prepare_folder(folder: Path) -> None:
     raise UserError(f'workdir {folder} cannot be created: {error.strerror}; set --workdir') from error
   if not os.access(folder, os.W_OK | os.X_OK):
     raise UserError(f'workdir {folder} is not writable; set --workdir')
+
+
+def run_of(path: Path) -> Path | None:
+  """The run of which a path is a file, or would be if it existed; None: there is none."""
+  real = Path(os.path.realpath(path.parent)) / path.name
+  for folder in real.parents:
+    name, *below = real.relative_to(folder).parts
+    holds_run = os.path.exists(folder / CONFIG) or os.path.exists(folder / FOLDERS[0])
+    if holds_run and name in (FOLDERS if below else (*FILES, LOCK)):
+      return folder
+  return None
 
 
 def save_config(workdir: Path, config: ConfigDict) -> None:

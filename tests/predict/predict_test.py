@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from running import contents
 from unwritable import run_with_closed_pipe, run_with_full_disk
 
 from paranet_jax.host.errors import UserError
@@ -229,6 +230,40 @@ def test_pillow_warnings_do_not_leak(predict, monkeypatch):
 def test_rejected(predict, fake, arguments, message):
   assert predict(*arguments) == (2, '', f'error: {message.format(here=os.getcwd())}\n')
   assert not fake  # Before anything is loaded.
+
+
+@pytest.mark.parametrize(
+  ('make', 'output', 'replaced'),
+  [
+    (lambda: None, 'a.png', 'a.png'),
+    (lambda: os.symlink('a.png', 'link.png'), 'link.png', 'a.png'),
+    (lambda: os.symlink('.', 'folder'), 'folder/b.png', 'b.png'),
+    (lambda: os.link('b.png', 'same.png'), 'same.png', 'b.png'),
+  ],
+)
+def test_an_image_that_is_read_is_not_replaced(predict, fake, tmp_path, make, output, replaced):
+  make()
+  before = contents(tmp_path)
+  for given in ('a.png', 'b.png'), ('.',):
+    code, out, err = predict(*given, f'--output={output}', '--overwrite')
+    assert (code, out) == (2, '')
+    assert err.startswith(f'error: {tmp_path}/{output} would replace the image ')
+    assert err.endswith(', which is read; set --output to another file\n') and err.count('\n') == 1
+  assert contents(tmp_path) == before and not fake
+
+
+@pytest.mark.parametrize('output', ['config.json', 'summary.json', 'lock', 'checkpoints/1/state', 'link/exits.json'])
+def test_a_file_of_a_run_is_not_replaced(predict, fake, tmp_path, output):
+  (tmp_path / 'run/checkpoints/1').mkdir(parents=True)
+  (tmp_path / 'run/link').symlink_to('.')
+  (tmp_path / 'run/config.json').write_text('{}')
+  before = contents(tmp_path)
+  code, _, err = predict('a.png', f'--output=run/{output}', '--overwrite')
+  where = f'{tmp_path}/run/{output} would be a file of the run in {tmp_path}/run'
+  expected = f'error: {where}; set --output to another file\n'
+  assert (code, err) == (2, expected)
+  assert contents(tmp_path) == before and not fake
+  assert predict('a.png', '--output=run/answers.csv')[0] == 0
 
 
 def test_a_user_error_of_the_runtime_is_one_line(predict, monkeypatch):

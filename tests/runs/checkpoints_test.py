@@ -230,6 +230,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
   assert sorted(path.name for path in other.iterdir()) == ['8', '8.1']
 
 
+def test_a_checkpoint_that_training_deletes_meanwhile_is_not_damaged(tmp_path):
+  save(tmp_path, 4, 8, value=noise)
+
+  def read(step):
+    if step == 8:  # As a training elsewhere does, between the choice and the reading.
+      (tmp_path / 'checkpoints/8').rename(tmp_path / 'gone')
+      shutil.copytree(tmp_path / 'checkpoints/4', tmp_path / 'checkpoints/12')
+    return checkpoints.read_variables(step)
+
+  with Checkpoints(tmp_path) as checkpoints:
+    step, variables = checkpoints.read_chosen(Checkpoints.choose, read)
+    assert step == 12
+    np.testing.assert_array_equal(variables['params']['kernel'].view(np.uint32), NOISE)
+    with pytest.raises(UserError, match=r'no checkpoint of step 8 in .*, found \[4, 12\]; set --step'):
+      checkpoints.read_chosen(lambda found: found.choose(8), read)
+    shutil.rmtree(tmp_path / 'checkpoints/12/state')
+    with pytest.raises(UserError, match='checkpoints/12 is damaged'):
+      checkpoints.read_chosen(Checkpoints.choose, read)
+
+
 def test_the_only_checkpoint_is_not_moved_away(tmp_path, capsys):
   save(tmp_path, 4, 8, value=noise)
   for step in (4, 8):

@@ -17,7 +17,7 @@ from paranet_jax.host.files import write_json
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.registry import family_names
 from paranet_jax.runs.checkpoints import Checkpoints
-from paranet_jax.runs.init_from import EXIT
+from paranet_jax.runs.init_from import EXIT, check_backbone
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.workdir import save_config
 from paranet_jax.task import build_task
@@ -64,6 +64,7 @@ def restore(settings, workdir, save=False):
 def test_the_backbone_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, standard_promotion):
   source = by_path(save_run(tmp_path / 'source', config()))
   settings = config(**fields, init_from=str(tmp_path / 'source'))
+  check_backbone(settings, tmp_path / 'new')
   begun, drawn = restore(settings, tmp_path / 'new', save=True), build_task(settings).init_state()
   assert f'backbone from {tmp_path}/source at step 5, new exits' in capsys.readouterr().out
   begun, drawn = by_path(begun), by_path(drawn)
@@ -73,6 +74,7 @@ def test_the_backbone_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, s
     np.testing.assert_array_equal(value, expected[path], err_msg=path, strict=True)
   # A resumed run does not read it again.
   shutil.rmtree(tmp_path / 'source')
+  check_backbone(settings, tmp_path / 'new')
   for path, value in by_path(restore(settings, tmp_path / 'new')).items():
     np.testing.assert_array_equal(value, begun[path])
 
@@ -102,10 +104,12 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, missing):
   source = tmp_path / 'source'
   for name in {'config.json', 'summary.json', 'checkpoints'} - {missing}:
     (source / name).mkdir(parents=True)
-  message = refusal(*TINY, f'--workdir={tmp_path}/new', f'--config.init_from={source}', started=True)
-  assert message == (
-    f'init_from must be the folder of a finished run, and {source} has no {missing}; set --config.init_from'
-  )
+  for seeds in (1, 2):
+    message = refusal(*TINY, f'--workdir={tmp_path}/new', f'--config.init_from={source}', f'--config.seeds={seeds}')
+    assert message == (
+      f'init_from must be the folder of a finished run, and {source} has no {missing}; set --config.init_from'
+    )
+  assert [path.name for path in tmp_path.iterdir()] == ['source']
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,7 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, missing):
     ({'model__stem_norm': True}, 'batch_stats/pipeline_1_stem_norm/mean is absent there and [4]'),
     (
       {'name': 'PN1-d', 'model__halvings': (2,)},
-      'batch_stats/pipeline_2_block_1/layer_1/norm1/mean is [4] there and absent',
+      'params/pipeline_2_block_1/layer_1/conv1/kernel is [1, 1, 4, 4] there and absent',
     ),
   ],
 )
@@ -126,7 +130,7 @@ def test_the_backbone_of_a_different_architecture_is_refused(tmp_path, fields, w
   source = tmp_path / 'source'
   save_run(source, config())
   with pytest.raises(UserError) as error:
-    restore(config(**fields, init_from=str(source)), tmp_path / 'new')
+    check_backbone(config(**fields, init_from=str(source)), tmp_path / 'new')
   assert str(error.value) == (
     f'the backbone of init_from {source} does not fit: {what} in this configuration; '
     f'set --config to the network of {source}/config.json, or --config.init_from'

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LOSSES = {'gap': 'wrong where the last exit is right', 'disagreement': 'answer differs from the last exit'}
 """What is lost where a sample exits early."""
+MANY = 10**12
+"""More images than anybody has: larger numbers are not told apart."""
 
 
 def losses_of(samples: Samples, loss: str) -> Float[np.ndarray, 'K N']:
@@ -102,15 +104,15 @@ def images_needed_ltt(epsilon: float, delta: float) -> int:
   """The fewest samples, none with a loss, with which `ltt` can qualify: (1 - epsilon)^n <= delta."""
   from scipy.stats import binom
 
-  n = max(1, math.floor(math.log(delta) / math.log1p(-epsilon)) - 1)
-  while binom.cdf(0, n, epsilon) > delta:
+  n = max(1, math.floor(min(math.log(delta) / math.log1p(-epsilon), MANY)) - 1)
+  while n < MANY - 1 and binom.cdf(0, n, epsilon) > delta:
     n += 1
   return n
 
 
 def images_needed_crc(epsilon: float) -> int:
   """The fewest samples, none with a loss, with which `crc` can qualify: (n + 1) epsilon >= 1."""
-  return max(1, math.ceil(1 / epsilon - 1e-9) - 1)
+  return max(1, math.ceil(min(1 / epsilon - 1e-9, MANY)) - 1)
 
 
 def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
@@ -125,7 +127,8 @@ def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
   if confidence < math.inf or num_exits == 1:
     return Choice(thresholds)
   lost = 'would do if the most confident images lost nothing, and they do'
-  why = f'it would need {needed:,}' if images < needed else f'{needed:,} {lost}'
+  many = f'{needed:,}' if needed < MANY - 1 else f'more than {MANY:,}'
+  why = f'it would need {many}' if images < needed else f'{needed:,} {lost}'
   return Choice(
     thresholds,
     f'risk {epsilon} cannot be promised from {images:,} held-out images: {why}; exits.json keeps the full network; '

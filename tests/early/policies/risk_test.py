@@ -4,9 +4,10 @@ import functools
 
 import numpy as np
 import pytest
+from early_samples import path_costs
 from scipy.stats import binom
 
-from paranet_jax.early.policies.risk import crc, images_needed_crc, images_needed_ltt, losses_of, ltt
+from paranet_jax.early.policies.risk import LTT, crc, images_needed_crc, images_needed_ltt, losses_of, ltt
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.thresholds import Samples, exits_taken
 
@@ -148,6 +149,16 @@ def test_images_needed_ltt(epsilon, delta):
   assert [qualifies(lambda *given: ltt(*given, epsilon, delta), size) for size in (n - 1, n)] == [False, True]
   if (epsilon, delta) == (0.02, 0.1):
     assert n == 114  # 0.98^113 = 0.1020, 0.98^114 = 0.0999
+
+
+@pytest.mark.parametrize('epsilon', [1e-13, 1e-300, 5e-324])
+@pytest.mark.parametrize('target', [{}, {'delta': 0.1}, {'delta': 5e-324}])
+def test_a_risk_that_no_number_of_images_can_promise(epsilon, target):
+  samples = Samples(np.ones((2, 3)), np.zeros((2, 3), int), np.ones((2, 3), bool), 'max_prob', path_costs(2, cut=False))
+  problem = LTT.choose(samples, {'risk': epsilon, 'loss': 'gap', **target}).problem
+  assert problem is not None
+  start = f'risk {epsilon} cannot be promised from 3 held-out images: it would need more than 1,000,000,000,000; '
+  assert problem.startswith(start)
 
 
 @pytest.mark.parametrize(
