@@ -192,7 +192,8 @@ def _diagram(axes: Axes, exit_: Reliability, number: int) -> None:
   for (state, style), bins in zip(_STATES.items(), exit_[1:], strict=True):
     filled = bins.counts >= _MIN_IMAGES
     x, y = 100 * bins.confidence[filled], 100 * bins.accuracy[filled]
-    axes.plot(x, y, label=f'{state} temperature', clip_on=False, **style)
+    (line,) = axes.plot(x, y, label=f'{state} temperature', clip_on=False, **style)
+    line.set_in_layout(bool(filled.any()))  # Without points it counts as one at the figure's corner.
   ece = f'ECE {100 * exit_.before.ece:.1f} % → {100 * exit_.after.ece:.1f} %'
   axes.set_title(f'exit {number}, T = {exit_.temperature:.3g}\n{ece}', fontsize='medium')
   axes.set(xlim=(0, 100), ylim=(0, 100), xticks=range(0, 101, 25), yticks=range(0, 101, 25))

@@ -252,6 +252,14 @@ def test_reliability_omits_bins_with_few_images_and_counts_them():
   assert drawing.rows[15]['confidence_percent'] is None  # an empty bin
 
 
+def test_reliability_of_few_images_keeps_its_panels():
+  data = made_up(2)
+  few = [exit_._replace(before=bins(9, 1), after=bins(1)) for exit_ in data.reliability]
+  figure = reliability(replace(data, reliability=few)).figure
+  figure.draw_without_rendering()
+  assert min(axes.get_position().width for axes in figure.axes) > 0.3
+
+
 def test_histogram_shows_shares_and_accuracies():
   shares = {'held_out': np.array([0.25, 0, 0.75]), 'test': np.array([0.5, 0, 0.5])}
   drawing = histogram(made_up(3, shares=shares))
