@@ -48,7 +48,8 @@ FIELDS: Fields = {
   'seed': Field(0, _INT32),  # Seeds initialization, order of the images and augmentation; an integer of 32 bits.
   # Number of runs, with seeds seed, seed + 1, ..., each in WORKDIR/seed_<seed>; 1: one run, in WORKDIR itself.
   'seeds': Field(1, at_least(1)),
-  # Folder of a finished run whose backbone (all but the exits) this run starts from; '': drawn from the seed.
+  # Folder of a finished run, or file of PyTorch weights, whose backbone (all but the exits) this run starts from; '':
+  # drawn from the seed.
   'init_from': Field(''),
   'data.name': Field('cifar100'),  # 'cifar100', 'cifar10', 'digits', 'folder', or a prepared tensorflow-datasets name.
   # Folder of prepared data sets, or of your images for 'folder'; '': ~/tensorflow_datasets. Default: PARANET_DATA_DIR.

@@ -29,6 +29,7 @@ PURPOSES = {
   'objective': 'losses, optimizer, multiply-adds, checks of numbers',
   'models': 'networks and their registry',
   'data': 'data sets, batches, augmentation',
+  'weights': 'tensors from PyTorch files',
   'targets': 'what each exit learns from',
   'report': 'tables, curves, metrics',
   'host': 'files, errors, signals, processes: every box but portable may import it, so no arrows are drawn',

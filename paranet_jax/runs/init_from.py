@@ -1,4 +1,4 @@
-"""Fine-tuning: a new run takes its backbone from a finished one, and its exits are new."""
+"""Fine-tuning: a new run takes its backbone from a finished one, or from PyTorch's weights, and its exits are new."""
 
 import dataclasses
 import os
@@ -13,23 +13,27 @@ from paranet_jax.host.errors import UserError, say
 from paranet_jax.runs.checkpoints import FOLDER, VARIABLES, Checkpoints, shape_difference, shapes_by_path
 from paranet_jax.runs.workdir import CONFIG, SUMMARY
 from paranet_jax.steps import TrainState
+from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone
 
 EXIT = 'exit'
 """Prefix of the modules of an exit in every model; no module of the backbone has it."""
 
 
 def check_backbone(config: ConfigDict, workdir: Path) -> None:
-  """Checks, before a run's folder is made, that `init_from` is a finished run whose backbone fits.
+  """Checks, before a run's folder is made, that `init_from` is a finished run, or a file of PyTorch weights, that fits.
 
   Args:
     workdir: of the new run; one that has a checkpoint does not need `init_from` any more.
 
   Raises:
-    UserError: there is no finished run in the folder, or its backbone has a different architecture.
+    UserError: there is no finished run and no such file, or its backbone has a different architecture.
   """
   if not config.init_from or any((workdir / FOLDER).glob('[0-9]*')):
     return
   run = Path(config.init_from)
+  if not os.path.isdir(run):
+    _read_pytorch(run, config.model)
+    return
   for name in (CONFIG, SUMMARY, FOLDER):
     if not os.path.exists(run / name):
       raise UserError(
@@ -45,23 +49,47 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
     )
 
 
-def take_backbone(state: TrainState, run: Path) -> TrainState:
-  """Returns a fresh state with the backbone's parameters and running statistics of a finished run.
+def take_backbone(state: TrainState, source: Path, model: ConfigDict) -> TrainState:
+  """Returns a fresh state with the backbone's parameters and running statistics of a finished run or a file.
 
   The exits are new even if the number of classes is the same. Images are normalized with the new data set's own mean
   and deviation, so that the backbone reads inputs of mean 0 and deviation 1, as before.
 
   Args:
     state: at step 0.
-    run: absolute folder, see `check_backbone`.
+    source: absolute, see `check_backbone`.
+    model: the fields of the new run's network.
   """
-  with Checkpoints(run) as checkpoints:
-    step, variables = checkpoints.read_chosen(Checkpoints.choose, checkpoints.read_variables)
-  saved = _backbone(variables)
+  if os.path.isdir(source):
+    with Checkpoints(source) as checkpoints:
+      step, variables = checkpoints.read_chosen(Checkpoints.choose, checkpoints.read_variables)
+    saved, which = _backbone(variables), f'at step {step}'
+  else:
+    saved = _read_pytorch(source, model)
+    which = f'(PyTorch, CIFAR ResNet-{model.depth}, zeros of shortcuts on both sides)'
   fresh = {'params': state.params, 'batch_stats': state.batch_stats}
-  say(f'backbone from {run} at step {step}, new exits')
+  say(f'backbone from {source} {which}, new exits')
   exits = {part: {name: own for name, own in fresh[part].items() if name.startswith(EXIT)} for part in fresh}
   return dataclasses.replace(state, **{part: saved[part] | exits[part] for part in fresh})
+
+
+def _read_pytorch(file: Path, model: ConfigDict) -> dict[str, Any]:
+  if not os.path.lexists(file):
+    raise UserError(
+      f'init_from must be the folder of a finished run or a file of PyTorch weights, and {file} does not exist; '
+      'set --config.init_from'
+    )
+  if model.family != 'resnet':
+    raise UserError(
+      f"PyTorch weights are read for model.family 'resnet' (CIFAR ResNets), found {model.family!r}; "
+      'set --config, or --config.init_from to the folder of a run'
+    )
+  for name, value in FIELDS.items():
+    if model[name] != value:
+      raise UserError(
+        f"PyTorch's CIFAR ResNets have model.{name} {value!r}, found {model[name]!r}; set --config.model.{name}={value}"
+      )
+  return read_backbone(file, model.depth, model.channels)
 
 
 def _backbone_paths(shapes: dict[str, list[int]]) -> dict[str, list[int]]:

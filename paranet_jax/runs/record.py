@@ -92,7 +92,7 @@ class RunRecord:
     total = self.task.total_steps
     if self.saved_step is None:
       state, source = self.task.init_state(), self.task.config.init_from
-      return take_backbone(state, Path(source)) if source else state
+      return take_backbone(state, Path(source), self.task.config.model) if source else state
     if self.saved_step > total:
       raise UserError(
         f'the run is at step {self.saved_step} and this configuration ends at step {total}; '

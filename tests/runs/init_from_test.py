@@ -1,4 +1,4 @@
-"""Tests of a run that starts from the backbone of another."""
+"""Tests of a run that starts from the backbone of another, or from PyTorch's weights."""
 
 import json
 import shutil
@@ -6,7 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import resnet_weights
 from running import TINY, refusal, run_main
+from tensor_files import safetensors_bytes
 
 from paranet_jax import config as config_lib
 from paranet_jax import train
@@ -135,3 +137,64 @@ def test_the_backbone_of_a_different_architecture_is_refused(tmp_path, fields, w
     f'the backbone of init_from {source} does not fit: {what} in this configuration; '
     f'set --config to the network of {source}/config.json, or --config.init_from'
   )
+
+
+def resnet(**fields):
+  found = base_config('resnet', 'resnet')
+  found.data.update(name='digits', held_out=300)
+  found.train.batch_size = 100
+  found.model.update(depth=8, image_side=8, shortcut_padding='both_sides')
+  found.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+  return found
+
+
+def test_the_backbone_is_taken_from_pytorch_weights(tmp_path, capsys):
+  drawn = resnet_weights.draw(8)
+  (tmp_path / 'a.pth').write_bytes(safetensors_bytes(drawn))  # The content decides, not the suffix.
+  settings = resnet(init_from=str(tmp_path / 'a.pth'), model__exits='stages')
+  check_backbone(settings, tmp_path / 'new')
+  begun, fresh = by_path(restore(settings, tmp_path / 'new')), by_path(build_task(settings).init_state())
+  assert f'backbone from {tmp_path}/a.pth (PyTorch, CIFAR ResNet-8, zeros of shortcuts on both sides), new exits' in (
+    capsys.readouterr().out
+  )
+  assert begun.keys() == fresh.keys()
+  for path in begun:
+    if '/exit_' in path:
+      np.testing.assert_array_equal(begun[path], fresh[path], err_msg=path)
+  np.testing.assert_array_equal(begun['params/stem/conv/kernel'], drawn['conv1.weight'].transpose(2, 3, 1, 0))
+  np.testing.assert_array_equal(begun['batch_stats/stage_3_block_1/norm2/var'], drawn['layer3.0.bn2.running_var'])
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (
+      config(init_from='/no/file'),
+      'init_from must be the folder of a finished run or a file of PyTorch weights, and /no/file does not exist; '
+      'set --config.init_from',
+    ),
+    (
+      config(init_from=__file__),
+      "PyTorch weights are read for model.family 'resnet' (CIFAR ResNets), found 'paranet'; "
+      'set --config, or --config.init_from to the folder of a run',
+    ),
+    (
+      resnet(init_from=__file__, model__shortcut_padding='behind'),
+      "PyTorch's CIFAR ResNets have model.shortcut_padding 'both_sides', found 'behind'; "
+      'set --config.model.shortcut_padding=both_sides',
+    ),
+    (
+      resnet(init_from=__file__, model__block='preactivation'),
+      "PyTorch's CIFAR ResNets have model.block 'basic', found 'preactivation'; set --config.model.block=basic",
+    ),
+    (
+      resnet(init_from=__file__),
+      f'{__file__} cannot be read as PyTorch weights (expected a file that torch.save wrote, or safetensors); save the '
+      'state dict alone, by torch.save(model.state_dict(), FILE) or as safetensors, and name that file',
+    ),
+  ],
+)
+def test_pytorch_weights_that_cannot_be_used_are_refused(tmp_path, settings, message):
+  with pytest.raises(UserError) as error:
+    check_backbone(settings, tmp_path / 'new')
+  assert str(error.value) == message
