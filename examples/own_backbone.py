@@ -64,10 +64,10 @@ config = base_config('OwnBackbone', family='own')
 config.model.image_side = 8
 config.data.name = 'digits'
 config.data.held_out = 300
-config.train.epochs = 6.0
+config.train.epochs = 3.0
 config.train.schedule = 'cosine'
 config.train.devices = 1
-config.eval.every_epochs = 6.0
+config.eval.every_epochs = 3.0
 summary = train_and_evaluate(config, workdir)
 
 # %%

@@ -1,5 +1,6 @@
 """Processes forked from a server that has imported the program once, which takes a process seconds."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -53,4 +54,6 @@ def _run(out: Connection, err: Connection, function: Callable[..., Any], *argume
     os.dup2(pipe.fileno(), number)
   sys.stdout, sys.stderr = (os.fdopen(os.dup(number), 'w', buffering=1) for number in (1, 2))
   jax.config.update('jax_disable_most_optimizations', True)
+  gc.freeze()  # See conftest.py.
+  gc.set_threshold(20_000, 20, 20)
   function(*arguments)
