@@ -18,8 +18,8 @@ from paranet_jax.targets import parse_name
 
 pytestmark = pytest.mark.usefixtures('programs')
 
-# 5 steps an epoch, 10 in all; evaluated after every step, saved after every 4 and at the end, the last 2 kept.
-RUN = *TINY, '--config.eval.every_epochs=0.2'
+# 5 steps an epoch, 10 in all; saved after every 4 and at the end, the last 2 kept.
+RUN = *TINY, '--config.name=PN1-d'
 
 
 def retention(workdir, **fields):
@@ -89,8 +89,8 @@ def steps(workdir):
 
 def test_a_run_keeps_its_best_although_it_is_stopped(tmp_path, monkeypatch):
   note = Retention.note
-  monkeypatch.setattr(Retention, 'note', lambda self, step, _: note(self, step, {'exit_3/nll': abs(step - 3)}))
-  arguments = *RUN, '--config.checkpoint.keep_best=nll', f'--workdir={tmp_path}'
+  monkeypatch.setattr(Retention, 'note', lambda self, step, _: note(self, step, {'exit_1/nll': abs(step - 3)}))
+  arguments = *RUN, '--config.eval.every_epochs=0.2', '--config.checkpoint.keep_best=nll', f'--workdir={tmp_path}'
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, send(signal.SIGTERM, 7))
     assert run_main(*arguments).code == 0
@@ -101,13 +101,13 @@ def test_a_run_keeps_its_best_although_it_is_stopped(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_one_every_so_many_epochs(tmp_path):
-  arguments = *TINY, '--config.checkpoint.keep_every_epochs=0.6', '--config.checkpoint.keep=1'
+  arguments = *RUN, '--config.checkpoint.keep_every_epochs=0.6', '--config.checkpoint.keep=1'
   assert run_main(*arguments, f'--workdir={tmp_path}').code == 0
   assert steps(tmp_path) == [3, 6, 9, 10]
 
 
 def test_the_best_needs_images_held_out():
-  assert refusal(*TINY, '--config.checkpoint.keep_best=nll', '--config.data.held_out=0') == (
+  assert refusal(*RUN, '--config.checkpoint.keep_best=nll', '--config.data.held_out=0') == (
     'checkpoint.keep_best needs a held-out split, found data.held_out 0; '
     'set --config.data.held_out, or --config.checkpoint.keep_best=none'
   )
