@@ -47,7 +47,7 @@ FIELDS: Fields = {
   'name': Field(''),
   'seed': Field(0, _INT32),  # Seeds initialization, order of the images and augmentation; an integer of 32 bits.
   # Number of runs, with seeds seed, seed + 1, ..., each in WORKDIR/seed_<seed>; 1: one run, in WORKDIR itself.
-  'seeds': Field(1, at_least(1)),
+  'seeds': Field(1, at_least(1, 10_000)),
   # Folder of a finished run, or file of PyTorch weights, whose backbone (all but the exits) this run starts from; '':
   # drawn from the seed.
   'init_from': Field(''),
@@ -59,12 +59,12 @@ FIELDS: Fields = {
   'data.test_fraction': Field(0.2, _INSIDE),  # Share of the images to test on, of a folder without train/ and test/.
   'data.on_corrupt': Field('refuse', one_of('refuse', 'skip')),  # 'refuse' or 'skip' (and count) an unreadable image.
   # Pixels of zero padding before the random crop; None: the data set's own.
-  'data.crop_padding': derived(int, at_least(0)),
+  'data.crop_padding': derived(int, at_least(0, 10_000)),
   'data.flip': derived(bool),  # Random horizontal flip; None: the data set's own (digits are not mirrored).
   # Read images from their files batch by batch; None: if they decode to 2 * 10^9 bytes or more.
   'data.streaming': derived(bool),
   # Processes that read streamed images; 0: only the training process; None: one per core, at most 16.
-  'data.workers': derived(int, at_least(0)),
+  'data.workers': derived(int, at_least(0, 1024)),
   # 'squared_error' or 'kl': loss of an exit that matches another exit's logits.
   'loss.matching': Field('squared_error', one_of('squared_error', 'kl')),
   'loss.temperature': Field(4.0, POSITIVE),  # T of 'kl' and of distillation (the loss is scaled by T^2).
@@ -85,7 +85,7 @@ FIELDS: Fields = {
   'train.regime': Field('joint', one_of(*REGIMES)),
   # Epochs in which 'disjoint' and 'mixed' train the last exit alone; None: half of `epochs`.
   'train.backbone_epochs': derived(float, _EPOCHS),
-  'train.batch_size': Field(64, at_least(1)),  # Images per step, over all devices.
+  'train.batch_size': Field(64, at_least(1, 10**7)),  # Images per step, over all devices.
   'train.learning_rate': Field(0.1, POSITIVE),  # Peak of the schedule.
   'train.schedule': Field('step', one_of('step', 'cosine', 'one_cycle', 'constant')),  # Learning rate over the run.
   # When 'step' drops, as shares of `epochs`; the paper's, 50 and 100 of 130.
@@ -100,13 +100,14 @@ FIELDS: Fields = {
   # Parameters that decay: 'all', as in DenseNet's code, or only the 'kernels'.
   'train.decay': Field('all', one_of('all', 'kernels')),
   'train.clip_norm': Field(0.0, at_least(0)),  # Maximum global gradient norm; 0: no clipping.
-  'train.accumulate_steps': Field(1, at_least(1)),  # Steps whose gradients are averaged into one update.
-  'train.cutout': Field(0, at_least(0)),  # Side, in pixels, of the square cut out of every training image; 0: none.
+  'train.accumulate_steps': Field(1, at_least(1, 10**6)),  # Steps whose gradients are averaged into one update.
+  # Side, in pixels, of the square cut out of every training image; 0: none.
+  'train.cutout': Field(0, at_least(0, 10_000)),
   # alpha of Beta(alpha, alpha), the distribution of the weights that blend two images; 0: no blending.
   'train.mixup': Field(0.0, at_least(0)),
-  'train.devices': Field(0, at_least(0)),  # Devices to train on, over all processes; 0: all devices.
+  'train.devices': Field(0, at_least(0, 10**6)),  # Devices to train on, over all processes; 0: all devices.
   'eval.every_epochs': Field(1.0, _EPOCHS),  # Epochs between evaluations; the last step is always evaluated.
-  'eval.batch_size': Field(500, at_least(1)),  # Images per batch; changes speed and memory, not the result.
+  'eval.batch_size': Field(500, at_least(1, 10**7)),  # Images per batch; changes speed and memory, not the result.
   # Steps between checkpoints; the end of a run and a stop by a signal are always saved.
   'checkpoint.every_steps': Field(500, at_least(1)),
   'checkpoint.keep': Field(2, at_least(1)),  # Number of latest checkpoints to keep.

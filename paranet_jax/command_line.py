@@ -116,6 +116,8 @@ def _check_place(values: flags.FlagValues) -> None:
   coordinator, number, index = place(values)
   if values.heartbeat_timeout < 5:
     raise UserError(f'--heartbeat_timeout must be 5 seconds or more, found {values.heartbeat_timeout}')
+  if values.heartbeat_timeout > 10**6 or (number or 0) > 10**6:
+    raise UserError('--heartbeat_timeout and --num_processes must be at most 1,000,000, found more')
   if (coordinator, index) == (None, None) and number in (None, 1):
     return
   if coordinator is None or number is None or index is None:

@@ -143,6 +143,33 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     )
 
 
+def check_memory(config: ConfigDict, parts: int, memory: float, training: bool) -> None:
+  """Refuses, before anything is read or traced, what cannot fit by far: by a lower bound on its memory.
+
+  Args:
+    parts: into which a training batch is divided, each with its own memory.
+    memory: bytes of each.
+    training: or else only evaluation.
+
+  Raises:
+    UserError: it does not fit.
+  """
+  model, family = config.model, find_family(config.model.family)
+  params, values = family.least(dict(model)) if family and family.least else (0, 0)
+  # Of an image its pixels, as bytes and as float32.
+  needed = config.eval.batch_size * 5 * model.channels * model.image_side**2 + 4 * params
+  if training:  # Values may be bfloat16; every parameter has a momentum or a gradient.
+    padded = model.image_side + 2 * (config.data.crop_padding or 0)
+    each = 5 * model.channels * padded**2 + 2 * values
+    needed = max(needed, config.train.batch_size / parts * each + 8 * params)
+  if needed > memory:
+    raise UserError(
+      f'expected a run that fits the {memory / 1e9:,.1f} GB of a device, found one that needs more than '
+      f'{needed / 1e9:,.1f} GB; lower --config.train.batch_size, .eval.batch_size, .model.image_side or the size of '
+      'the network'
+    )
+
+
 def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
   """The fields in which two configurations differ, as `field: saved -> current`.
 

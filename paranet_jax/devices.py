@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
+from paranet_jax import config as config_lib
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.machine import Device
+from paranet_jax.host.machine import Device, device_memory
 
 AXIS = 'devices'
 
@@ -32,6 +34,19 @@ def pick_devices(count: int) -> list[Device]:
     )
   each = count // processes or fewest
   return [device for own in devices for device in own[:each]]
+
+
+def check_fits(config: ConfigDict, devices: list[Device], training: bool = True) -> None:
+  """Checks, before anything is read or traced, that the devices can share a batch and have the memory for a run.
+
+  Raises:
+    UserError: they cannot.
+  """
+  if training:
+    config_lib.check_devices(config, len(devices))
+  own = of_this_process(devices)[0]
+  parts = jax.process_count() if own.platform == 'cpu' else len(devices)
+  config_lib.check_memory(config, parts, device_memory(own), training)
 
 
 def of_this_process(devices: list[Device]) -> list[Device]:

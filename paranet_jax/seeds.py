@@ -56,7 +56,7 @@ def train_seeds(
   if (workdir / FOLDERS[0]).exists():
     raise UserError(f'workdir {workdir} holds a single run, found {config.seeds} seeds; set --workdir for new runs')
   devices = devices_lib.pick_devices(config.train.devices)
-  config_lib.check_devices(config, len(devices))
+  devices_lib.check_fits(config, devices)
   check_backbone(configs[0], workdir / f'seed_{configs[0].seed}')
   prepare_workdir(workdir, config, accepted.config, accepted.place)
   save_config(workdir, config)

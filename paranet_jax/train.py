@@ -10,7 +10,6 @@ import jax
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
-from paranet_jax.config import check_devices
 from paranet_jax.costs import describe
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
@@ -53,7 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   """
   processes = Coordinator()
   devices = devices_lib.pick_devices(config.train.devices)
-  check_devices(config, len(devices))
+  devices_lib.check_fits(config, devices)
   # Before the data is read, which follows from the configuration.
   processes.once(check_saved, workdir, config, accepted.config, accepted.place)
   processes.once(check_backbone, config, workdir)

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -11,19 +12,20 @@ from ml_collections import ConfigDict
 from paranet_jax import base_config as base_config_lib
 from paranet_jax import config as config_lib
 from paranet_jax.base_config import base_config, field_names, fields_of
+from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.models import registry
-from paranet_jax.models.registry import family_names
+from paranet_jax.models.registry import family_names, find_family
 from paranet_jax.task import build_task
 
 # field: values that its rule refuses, values just within it
 BOUNDS = {
   'seed': ((2**31, -(2**31) - 1), (2**31 - 1, -(2**31), 0)),
-  'seeds': ((0, -1), (1, 5)),
-  'model.layers_per_block': ((0, -1), (1,)),
+  'seeds': ((0, -1, 10_001), (1, 5, 10_000)),
+  'model.layers_per_block': ((0, -1, 1001), (1, 1000)),
   'model.growth_rate': ((0, -1), (1,)),
   'model.bn_size': ((0, -1), (1,)),
-  'model.blocks': (((0, 1), (1.0, 2), (True, 2), ('1', '2')), ((1,), (1, 3))),
+  'model.blocks': (((0, 1), (1,) * 1001, (1.0, 2), (True, 2), ('1', '2')), ((1,), (1, 3))),
   'model.halvings': (((-1, 1), (1.5, 2), (False, 2)), ((0,), (0, 3))),
   'model.cascade': (('2', '2.2,', '2.2;3.3', 'all', '2.2, 3.3'), ('', '2.2', '2.2,3.3,4.12')),
   'model.stem': (('5x5', ''), ('3x3', '7x7')),
@@ -42,14 +44,14 @@ BOUNDS = {
   'model.growth_factors': (((0, 1), (1.0, 2), (True, 2)), ((1,), (1, 2, 4))),
   'model.bottleneck_factors': (((0, 1), (1.5, 2)), ((1,), (1, 2, 4))),
   'model.reduction': ((0.0, 1.1, math.nan), (0.5, 1.0)),
-  'model.columns': ((1, 0), (2, 4)),
+  'model.columns': ((1, 0, 13), (2, 4, 12)),
   'model.widths': (((0, 1), (1.0,)), ((1,), (64, 128))),
   'model.dropout': ((1.0, -0.1, math.nan), (0.0, 0.9)),
   'model.block_dropout': (((1.0,), (-0.1, 0.0), (math.nan,), ('a',)), ((), (0.0, 0.4), (0,))),
   'model.local_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.global_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.num_classes': ((1, 0, -3), (2,)),
-  'model.image_side': ((0, -8), (1,)),
+  'model.image_side': ((0, -8, 10_001), (1, 10_000)),
   'model.channels': ((0, 2, 4), (1, 3)),
   'model.dtype': (('float16', 'int8', ''), ('float32', 'bfloat16')),
   'model.scan_layers': ((0, -1), (1, 16)),
@@ -72,7 +74,7 @@ BOUNDS = {
   'train.max_steps': ((-1,), (0,)),
   'train.regime': (('separate', ''), ('joint', 'disjoint', 'mixed')),
   'train.backbone_epochs': ((0.0, -1.0, math.nan, 1e30), (0.5, 65.0)),
-  'train.batch_size': ((0, -64), (1,)),
+  'train.batch_size': ((0, -64, 10**7 + 1), (1, 10**7)),
   'train.learning_rate': ((0.0, -0.1, math.nan, math.inf), (1e-9, 10.0)),
   'train.schedule': (('linear', ''), ('step', 'cosine', 'one_cycle', 'constant')),
   'train.drops': (((-0.1,), (0.5, 1.1), (math.nan,), ('a',)), ((), (0, 0.5, 1))),
@@ -128,6 +130,56 @@ def test_bounds(name):
     message = refusal(config_lib.validate, changed(family, **{name.replace('.', '__'): value}))
     assert message == f'{name} must be {field.rule.expected}, found {value}; set --config.{name}'
   assert all(field.rule.holds(value) for value in allowed)
+
+
+@pytest.mark.parametrize('name', BOUNDS)
+def test_every_number_has_an_upper_bound(name):
+  _, field = ALL_FIELDS[name]
+  kind = field.kind or type(field.default)
+  if kind in (int, float):
+    assert not field.rule.holds(kind(10**30)), name
+  elif kind is tuple:
+    assert not field.rule.holds((10**30,)), name
+
+
+ABSURD = [
+  ('paranet', {'model__layers_per_block': 1000, 'model__growth_rate': 10_000}),
+  ('paranet', {'model__image_side': 10_000}),
+  ('paranet', {'data__crop_padding': 10_000}),
+  ('paranet', {'train__batch_size': 10**7}),
+  ('paranet', {'eval__batch_size': 10**7}),
+  ('densenet', {'model__depth': 9_994, 'model__growth_rate': 10_000}),
+  ('densenet', {'model__depth': 10_000, 'model__growth_rate': 10_000, 'model__bottleneck': False}),
+  ('resnet', {'model__depth': 9_998, 'model__image_side': 1000}),
+  ('msdnet', {'model__base': 1000, 'model__growth_rate': 10_000}),
+  ('fractalnet', {'model__columns': 12, 'model__widths': (100_000,)}),
+]
+
+
+@pytest.mark.parametrize(('family', 'fields'), ABSURD)
+def test_what_cannot_fit_is_refused_before_it_is_built(family, fields):
+  config = changed(family, **fields)
+  message = refusal(config_lib.check_memory, config, 1, 64e9, True)
+  assert re.fullmatch(
+    r'expected a run that fits the 64.0 GB of a device, found one that needs more than [\d,]+\.\d GB; lower '
+    '--config.train.batch_size, .eval.batch_size, .model.image_side or the size of the network',
+    message,
+  )
+  config_lib.check_memory(config, 1, math.inf, True)
+  config_lib.check_memory(base_config(family=family), 1, 2e9, True)
+  config_lib.check_memory(changed(train__batch_size=10**7), 1, 2e9, training=False)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_bound_on_parameters_is_below_them(family):
+  config = base_config('PN2-dd' if family == 'paranet' else family, family)
+  config.model.image_side = 64
+  depth = 38 if family == 'resnet' else 34
+  small = {'growth_rate': 3, 'layers_per_block': 2, 'depth': depth, 'initial_channels': 1, 'base': 2}
+  for fields in ({}, small):
+    config.model.update({name: value for name, value in fields.items() if name in config.model})
+    variables = abstract_variables(config_lib.build_model(config, 2), config_lib.image_shape(config))
+    assert find_family(family).least(dict(config.model))[0] <= sum(x.size for x in jax.tree.leaves(variables['params']))
 
 
 DERIVED = {

@@ -46,7 +46,8 @@ def _here(tmp_path, monkeypatch):
     *(
       (
         f'model.blocks={typed}',
-        f'model.blocks must be numbers of 1 or more, such as "(1,2,3)", found {read}; set --config.model.blocks',
+        'model.blocks must be at most 1,000 numbers from 1 to 1,000, such as "(1,2,3)", '
+        f'found {read}; set --config.model.blocks',
       )
       for typed, read in [
         ('a', "('a',)"),

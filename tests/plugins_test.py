@@ -165,7 +165,7 @@ def test_flags_of_a_policy(folder):
 
 
 def test_fields_of_a_family(folder):
-  for width, message in ((0, 'model.width must be 1 or more'), (3, 'width must be even')):
+  for width, message in ((0, 'model.width must be from 1 to 1,000,000,000'), (3, 'width must be even')):
     code, _, err = run_main(f'--config={folder}/own.py', f'--config.model.width={width}', '--mode=describe')
     assert (code, err) == (2, f'error: {message}, found {width}; set --config.model.width\n')
   with pytest.raises(UserError, match="family 'broken': entry point a_family:NONE fails: .*; fix or uninstall its"):

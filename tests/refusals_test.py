@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from running import TINY, refusal, run_main
+from running import TINY, contents, refusal, run_main
 
 
 @pytest.mark.parametrize('name', ['checkpoints', 'tensorboard'])
@@ -60,3 +60,13 @@ def test_one_line(arguments, message):
 
 def test_a_version_of_a_known_data_set_is_described():
   assert run_main(*TINY, '--config.data.name=cifar100:3.0.2', '--mode=describe').code == 0
+
+
+@pytest.mark.parametrize('field', ['train.batch_size=10000000', 'eval.batch_size=10000000', 'seeds=2', 'mode=eval'])
+def test_a_run_without_enough_memory_is_refused_before_anything_is_read(tmp_path, monkeypatch, field):
+  monkeypatch.setattr('paranet_jax.devices.device_memory', lambda device: 1e6 if '=1' not in field else 64e9)
+  flag = '--mode=eval' if field.startswith('mode') else f'--config.{field}'
+  message = refusal(*TINY, flag, '--config.model.image_side=32', f'--workdir={tmp_path}/run')
+  assert message.startswith('expected a run that fits the ')
+  assert message.endswith('.eval.batch_size, .model.image_side or the size of the network')
+  assert not contents(tmp_path)

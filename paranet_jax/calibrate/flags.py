@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -134,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     '--risk', type=fraction, help='share of images that the full network gets right and an early exit may not (0.02)'
   )
   target.add_argument('--threshold', type=float, help='one threshold for all exits, on the scale of the score (0.9)')
-  add('--batch-size', type=positive, help='measure milliseconds at this batch size (default for a budget in ms: 1)')
+  add(
+    '--batch-size',
+    type=functools.partial(positive, most=65_536),
+    help='measure milliseconds at this batch size (default for a budget in ms: 1)',
+  )
   add('--score', choices=SCORES, default='max_prob', help='how confidence is measured (default: max_prob)')
   add(
     '--temperature',

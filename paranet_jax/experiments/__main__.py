@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from paranet_jax.experiments.published import EXPERIMENTS
@@ -37,7 +38,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('experiment', choices=(*EXPERIMENTS, ALL), help='The table or figure to reproduce.')
-  add('--seeds', type=positive, default=1, help='Runs of each network, with seeds 0, 1, ... (default: 1).')
+  add(
+    '--seeds',
+    type=partial(positive, most=10_000),
+    default=1,
+    help='Runs of each network, with seeds 0, 1, ... (default: 1).',
+  )
   add(
     '--protocol',
     choices=('paper', 'tenth', 'smoke'),

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
-from paranet_jax.config import check_devices
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.experiments.planned_runs import PlannedRun, status
@@ -78,7 +77,7 @@ def measure(config: ConfigDict) -> Speed:
   """
   started = time.monotonic()
   devices = devices_lib.pick_devices(config.train.devices)
-  check_devices(config, len(devices))
+  devices_lib.check_fits(config, devices)
   task = build_task(config)
   phase = task.phase(0)
   train_step = devices_lib.run_on(devices, functools.partial(task.train_step, phase=phase), images_axis(task))

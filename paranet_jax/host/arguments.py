@@ -45,11 +45,14 @@ def add_jax_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def positive(text: str) -> int:
-  """An integer of 1 or more."""
-  if not text.isdecimal() or int(text) < 1:
-    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text}')
-  return int(text)
+def positive(text: str, most: int = 10**9) -> int:
+  """An integer from 1 to `most`."""
+  digits = text.lstrip('0')
+  if not text.isdecimal() or not digits:
+    raise argparse.ArgumentTypeError(f'expected an integer of 1 or more, found {text:.40}')
+  if len(digits) > len(str(most)) or int(digits) > most:  # Thousands of digits are not converted.
+    raise argparse.ArgumentTypeError(f'expected an integer from 1 to {most:,}, found {text:.40}')
+  return int(digits)
 
 
 def fraction(text: str) -> float:

@@ -1,6 +1,5 @@
 """Configuration fields: default values and rules for valid values."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,18 +54,19 @@ def one_of(*choices: Any) -> Rule:
   return Rule(lambda value: value in choices, 'one of ' + ', '.join(map(str, choices)))
 
 
-def at_least(low: float) -> Rule:
-  """A finite number, `low` or more."""
-  return Rule(lambda value: low <= value < math.inf, f'{low} or more')
+def at_least(low: float, high: float = 10**9) -> Rule:
+  """A number from `low` to `high`, beyond which nothing could be computed."""
+  return Rule(lambda value: low <= value <= high, f'from {low} to {high:,}')
 
 
-def tuple_of(kind: type | tuple[type, ...], low: float) -> Rule:
-  """Finite numbers of a type, each `low` or more."""
+def tuple_of(kind: type | tuple[type, ...], low: float, high: float = 10**6) -> Rule:
+  """At most 1,000 numbers of a type, each from `low` to `high`."""
 
   def holds(values):
-    return all(isinstance(v, kind) and not isinstance(v, bool) and low <= v < math.inf for v in values)
+    numbers = all(isinstance(v, kind) and not isinstance(v, bool) and low <= v <= high for v in values)
+    return numbers and len(values) <= 1000
 
-  return Rule(holds, f'numbers of {low} or more, such as "(1,2,3)"')
+  return Rule(holds, f'at most 1,000 numbers from {low} to {high:,}, such as "(1,2,3)"')
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -77,7 +77,7 @@ def numbers(text: str) -> tuple[float, ...]:
     return ()
 
 
-POSITIVE = Rule(lambda value: 0 < value < math.inf, 'more than 0 and finite')
+POSITIVE = Rule(lambda value: 0 < value <= 10**6, 'more than 0 and at most 1,000,000')
 FRACTION = Rule(lambda value: 0 < value <= 1, 'more than 0 and at most 1')
 SHARE = Rule(lambda value: 0 <= value <= 1, 'from 0 to 1')
 RATE = Rule(lambda value: 0 <= value < 1, 'from 0 to less than 1')

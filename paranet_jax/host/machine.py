@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 from pathlib import Path
@@ -75,6 +76,13 @@ def environment(devices: list[Device]) -> dict[str, Any]:
     'versions': {'paranet_jax': __version__, 'python': platform.python_version(), **versions},
     'device': {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices)},
   }
+
+
+def device_memory(device: Device) -> float:
+  """Bytes of a device; CPU devices share those of the machine."""
+  if device.platform == 'cpu':
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  return (device.memory_stats() or {}).get('bytes_limit', math.inf)
 
 
 def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:

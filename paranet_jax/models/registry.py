@@ -33,6 +33,8 @@ class Family:
     fields: the fields of `model` in addition to COMMON.
     fix: the fields that an error of `build` asks the user to set, such as 'depth, .exits or .image_side'.
     targets: function from the run's name to what each exit learns from; None: every exit learns from the labels.
+    least: function from the model fields to lower bounds of the number of parameters, and of the values that a training
+      step keeps for an image: a run that cannot fit is refused before anything is traced. None: nothing is known.
   """
 
   name: str
@@ -41,6 +43,7 @@ class Family:
   fields: Fields
   fix: str = 'image_side'
   targets: Callable[[str], Targets] | None = None
+  least: Callable[[dict[str, Any]], tuple[float, float]] | None = None
 
   def __post_init__(self):
     if self.fields.keys() & COMMON.keys():
@@ -49,8 +52,8 @@ class Family:
 
 COMMON: Fields = {
   'family': Field(''),  # A registered family. It determines the other fields of `model`, so it cannot be changed later.
-  'num_classes': derived(int, at_least(2)),  # Width of an exit; None: the data set's number of classes.
-  'image_side': Field(32, at_least(1)),  # Pixels; images of another size are resized.
+  'num_classes': derived(int, at_least(2, 10**6)),  # Width of an exit; None: the data set's number of classes.
+  'image_side': Field(32, at_least(1, 10_000)),  # Pixels; images of another size are resized.
   'channels': Field(3, one_of(1, 3)),  # 3 (RGB) or 1 (gray).
   # 'float32' or 'bfloat16', in which the network computes; parameters and statistics stay float32.
   'dtype': Field('float32', one_of('float32', 'bfloat16')),
@@ -58,11 +61,11 @@ COMMON: Fields = {
 """The fields of `model` in every family."""
 
 _PARANET: Fields = {
-  'layers_per_block': Field(16, at_least(1)),  # n, dense layers in every block: 16 is L = 100.
-  'growth_rate': Field(12, at_least(1)),  # k, channels that a dense layer adds.
-  'bn_size': Field(4, at_least(1)),  # Bottleneck width, in multiples of growth_rate.
-  'blocks': derived(tuple, tuple_of(int, 1)),  # Dense blocks of each pipeline; None: pipeline p has p.
-  'halvings': derived(tuple, tuple_of(int, 0)),  # 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
+  'layers_per_block': Field(16, at_least(1, 1000)),  # n, dense layers in every block: 16 is L = 100.
+  'growth_rate': Field(12, at_least(1, 10_000)),  # k, channels that a dense layer adds.
+  'bn_size': Field(4, at_least(1, 1000)),  # Bottleneck width, in multiples of growth_rate.
+  'blocks': derived(tuple, tuple_of(int, 1, 1000)),  # Dense blocks of each pipeline; None: pipeline p has p.
+  'halvings': derived(tuple, tuple_of(int, 0, 30)),  # 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
   # Receiving blocks 'pipeline.block', separated by commas ('2.2,3.3'); None: all of them, or none if the name says cut.
   'cascade': derived(
     str,
@@ -81,15 +84,15 @@ _PARANET: Fields = {
   'dropout': Field(0.0, RATE),  # Rate after each convolution except a stem's, 0 to less than 1.
   # Dense layers compiled as one loop in training; changes speed, memory and compile time, not the result; None: the
   # backend's measured default.
-  'scan_layers': derived(int, at_least(1)),
+  'scan_layers': derived(int, at_least(1, 1000)),
 }
 
 _DENSENET: Fields = {
   # L, layers with weights: 6 n + 4 for n dense layers per block, 3 n + 4 without bottlenecks.
-  'depth': Field(100, at_least(1)),
+  'depth': Field(100, at_least(1, 10_000)),
   'growth_rate': _PARANET['growth_rate'],  # k, channels that a dense layer adds.
   # Channels of the first convolution; None: 2 growth_rate, or without bottlenecks 16 (2 growth_rate is common too).
-  'stem_channels': derived(int, at_least(1)),
+  'stem_channels': derived(int, at_least(1, 100_000)),
   'compression': Field(0.5, FRACTION),  # theta, share of the channels that a transition keeps: above 0, at most 1.
   'bottleneck': Field(True),  # Dense layers begin with a 1x1 convolution, the B of DenseNet-BC.
   'bn_size': _PARANET['bn_size'],  # Width of that convolution, in multiples of growth_rate.
@@ -102,7 +105,7 @@ _DENSENET: Fields = {
 
 _RESNET: Fields = {
   # Layers with weights: 6 n + 2 for n residual blocks per stage, 9 n + 2 for bottlenecks.
-  'depth': Field(110, at_least(1)),
+  'depth': Field(110, at_least(1, 10_000)),
   # 'basic', 'preactivation' or 'bottleneck' (also pre-activation).
   'block': Field('basic', one_of('basic', 'preactivation', 'bottleneck')),
   # Where a shortcut without parameters has the zeros for new channels: 'behind' the others, or half on 'both_sides'.
@@ -113,24 +116,25 @@ _RESNET: Fields = {
 }
 
 _MSDNET: Fields = {
-  'num_blocks': Field(7, at_least(1)),  # Blocks of layers, with an exit after each.
-  'base': Field(4, at_least(1)),  # Layers of the first block.
+  'num_blocks': Field(7, at_least(1, 1000)),  # Blocks of layers, with an exit after each.
+  'base': Field(4, at_least(1, 1000)),  # Layers of the first block.
   # 'even' or 'lin_grow': later blocks have `step` layers, or each has `step` more than the one before.
   'step_mode': Field('even', one_of('even', 'lin_grow')),
-  'step': Field(2, at_least(1)),  # Layers.
+  'step': Field(2, at_least(1, 1000)),  # Layers.
   # Channels of layer 0 at the finest scale; other scales multiply them by their growth factor.
-  'initial_channels': Field(16, at_least(1)),
+  'initial_channels': Field(16, at_least(1, 100_000)),
   # Channels that a layer adds at the finest scale; other scales multiply them by their growth factor.
-  'growth_rate': Field(6, at_least(1)),
-  'growth_factors': Field((1, 2, 4), tuple_of(int, 1)),  # One per scale, finest first.
+  'growth_rate': Field(6, at_least(1, 10_000)),
+  'growth_factors': Field((1, 2, 4), tuple_of(int, 1, 1000)),  # One per scale, finest first.
   # One per scale: width of a 1x1 convolution, in multiples of what its path adds.
-  'bottleneck_factors': Field((1, 2, 4), tuple_of(int, 1)),
+  'bottleneck_factors': Field((1, 2, 4), tuple_of(int, 1, 1000)),
   'reduction': Field(0.5, FRACTION),  # Share of the channels that a transition keeps: above 0, at most 1.
 }
 
 _FRACTALNET: Fields = {
-  'columns': Field(3, at_least(2)),  # C: blocks have 2^(C - 1) rows; the exits are each column and the whole network.
-  'widths': Field((64, 128, 256, 512, 512), tuple_of(int, 1)),  # Channels of each block.
+  # C: blocks have 2^(C - 1) rows; the exits are each column and the whole network.
+  'columns': Field(3, at_least(2, 12)),
+  'widths': Field((64, 128, 256, 512, 512), tuple_of(int, 1, 100_000)),  # Channels of each block.
   # Rate after each block's convolutions, 0 to less than 1; (): none.
   'block_dropout': Field(
     (),
@@ -143,27 +147,50 @@ _FRACTALNET: Fields = {
   'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep a single column instead.
 }
 
+
+def _least_dense(fields: dict[str, Any], layers: int, side: float) -> tuple[float, float]:
+  """Those of the first dense block: layer i has the k channels of each layer before it, and adds k."""
+  k, pairs = fields['growth_rate'], layers * (layers - 1) / 2
+  bottleneck = fields.get('bottleneck', True)
+  params = fields['bn_size'] * k**2 * (pairs + 9 * layers) if bottleneck else 9 * k**2 * pairs
+  return params, layers * k * side**2
+
+
+def _least_fractal(fields: dict[str, Any]) -> tuple[float, float]:
+  rows, widths = 2 ** (fields['columns'] - 1), fields['widths'] or (0,)
+  return 9 * (rows - 1) * sum(width**2 for width in widths), rows * widths[0] * fields['image_side'] ** 2
+
+
 _BUILT_IN = (
   Family(
     *('paranet', 'configs/paranet.py', 'paranet_jax.models.paranet:from_fields', _PARANET),
     fix='image_side, .blocks, .halvings or .cascade',
     targets=lambda name: parse_name(name).targets,
+    least=lambda fields: _least_dense(
+      fields, fields['layers_per_block'], fields['image_side'] / 2 ** (1 + min(fields['halvings'] or (1,)))
+    ),
   ),
   Family(
     *('densenet', 'configs/densenet_bc_100_12.py', 'paranet_jax.models.densenet:from_fields', _DENSENET),
     fix='depth, .bottleneck, .exits or .image_side',
+    least=lambda fields: _least_dense(
+      fields, (fields['depth'] - 4) // (6 if fields['bottleneck'] else 3), fields['image_side'] / 4
+    ),
   ),
   Family(
     *('resnet', 'configs/resnet_110.py', 'paranet_jax.models.resnet:from_fields', _RESNET),
     fix='depth, .block, .shortcut_padding, .exits or .image_side',
+    least=lambda fields: (0, 16 * (fields['depth'] // 9) * fields['image_side'] ** 2),
   ),
   Family(
     *('msdnet', 'configs/msdnet_anytime.py', 'paranet_jax.models.msdnet:from_fields', _MSDNET),
     fix='num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
+    least=lambda fields: (9 * fields['base'] * fields['growth_rate'] ** 2, 0),
   ),
   Family(
     *('fractalnet', 'configs/fractalnet_20.py', 'paranet_jax.models.fractalnet:from_fields', _FRACTALNET),
     fix='widths, .columns, .block_dropout or .image_side',
+    least=_least_fractal,
   ),
 )
 FAMILIES = Registry('paranet_jax.families', 'family', {family.name: family for family in _BUILT_IN})

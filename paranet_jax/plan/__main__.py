@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from paranet_jax.command_line import load_config, override
 from paranet_jax.host.arguments import Parser, add_data_flags, positive
@@ -25,7 +26,11 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add = parser.add_argument
   add('--config', required=True, help='Configuration file.')
   add('--topology', help='TPU slice to compile for, such as v5e:2x2 (default: the devices of this machine).')
-  add('--devices', type=positive, help='Number of devices; a CPU is divided into that many (default: all).')
+  add(
+    '--devices',
+    type=partial(positive, most=100_000),
+    help='Number of devices; a CPU is divided into that many (default: all).',
+  )
   add('--json', action='store_true', help='Print one JSON object.')
   add_data_flags(parser, accept=False)
   arguments, rest = parser.parse_known_args(argv)

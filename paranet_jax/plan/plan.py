@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from paranet_jax import devices as devices_lib
 from paranet_jax.feed import time_steps
 from paranet_jax.host.errors import UserError
 from paranet_jax.plan.data_size import dataset_like
@@ -71,6 +72,10 @@ def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
     raise UserError(
       f'{count} devices cannot share train.batch_size {asked} evenly; set --config.train.batch_size or --devices'
     )
+  if target.here:
+    smallest = config.copy_and_resolve_references()
+    smallest.train.batch_size = smallest.eval.batch_size = count
+    devices_lib.check_fits(smallest, target.devices)
   task, compiled, facts = _compile(build_task(config, dataset_like(config)), target, progress)
   chip = target.chip()
   measured = None

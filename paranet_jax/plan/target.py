@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.machine import Device, cpu_name
+from paranet_jax.host.machine import Device, cpu_name, device_memory
 
 INSTALL = 'pip install -r requirements-tpu.txt'
 
@@ -23,6 +23,7 @@ _WITHOUT_TPU = {
   'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
 }
 """What libtpu requires on a machine without a TPU, whichever TPU it then compiles for."""
+_MOST_HERE = 512  # A CPU starts threads for each.
 _DOCS = 'https://docs.cloud.google.com/tpu/docs'
 
 
@@ -75,7 +76,7 @@ def measured_chip(device: Device, count: int) -> Chip:
   product = _seconds(jax.jit(jnp.matmul), matrix, matrix)
   copy = _seconds(jax.jit(lambda x: x + 1), vector)
   return Chip(
-    memory=_memory(device) / shared,
+    memory=device_memory(device) / shared,
     flops=2 * side**3 / product / shared,
     bandwidth=2 * vector.nbytes / copy / shared,
     links=None,
@@ -91,12 +92,6 @@ def _seconds(function: Callable, *arguments: jax.Array) -> float:
     jax.block_until_ready(function(*arguments))
     best = min(best, time.perf_counter() - started)
   return best
-
-
-def _memory(device: Device) -> float:
-  if device.platform == 'cpu':
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  return device.memory_stats()['bytes_limit']
 
 
 class Target(NamedTuple):
@@ -129,6 +124,8 @@ def choose_target(topology: str | None, count: int | None) -> Target:
     UserError: the topology does not exist, or has fewer devices.
   """
   if topology is None and count is not None:
+    if count > _MOST_HERE:
+      raise UserError(f'expected at most {_MOST_HERE} devices of this machine, found {count}; set --devices')
     with contextlib.suppress(RuntimeError):  # JAX has created its devices already.
       jax.config.update('jax_num_cpu_devices', count)
   devices = jax.local_devices() if topology is None else topology_devices(topology)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from paranet_jax.host.arguments import Parser, absolute, add_jax_flags, positive
@@ -45,7 +46,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--format', choices=FORMATS, default='table', help='Default: table.')
   add('--output', type=absolute, help='File to write (default: standard output).')
   add('--overwrite', action='store_true', help='Replace an existing --output file.')
-  add('--batch-size', type=positive, default=256, help='Images predicted at a time (default: 256).')
+  add(
+    '--batch-size', type=partial(positive, most=16_384), default=256, help='Images predicted at a time (default: 256).'
+  )
   add('--max-pixels', type=positive, default=MAX_PIXELS, help=f'Refuse larger images (default: {MAX_PIXELS}).')
   add(
     '--max-memory',

@@ -99,6 +99,7 @@ def read_task(
     UserError: there is no such checkpoint, or it or the data does not fit the configuration.
   """
   processes = Coordinator()
+  devices_lib.check_fits(config, devices, training=False)
   with processes.once_within(Checkpoints, workdir) as checkpoints:
     processes.once(lambda: checkpoints.choose(step))  # Before the data is read.
     learned = processes.once(restore_learned, workdir, config.model.channels, accept_data_changes)

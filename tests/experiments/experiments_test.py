@@ -248,6 +248,10 @@ def test_measurement(_programs):
     (('table3',), "argument experiment: invalid choice: 'table3' (choose from "),
     ((), 'the following arguments are required: experiment; see --help'),
     (('all', '--sets=1'), 'unrecognized arguments: --sets=1; see --help'),
+    (
+      ('all', '--seeds=' + '9' * 5000),
+      f'argument --seeds: expected an integer from 1 to 10,000, found {"9" * 40}; see --help',
+    ),
     (('all', '--seeds=0'), 'argument --seeds: expected an integer of 1 or more, found 0; see --help'),
     (('all', '--protocol=short'), "argument --protocol: invalid choice: 'short' (choose from "),
     (

@@ -53,6 +53,10 @@ ALL = ('--coordinator=a:1', '--num_processes=2', '--process_id=1')
     (['--coordinator=a', *ALL[1:]], '--coordinator must be HOST:PORT, found a'),
     ([*ALL[:2], '--process_id=2'], '--process_id must be from 0 to --num_processes - 1, found 2 of 2'),
     ([*ALL[:2], '--process_id=-1'], '--process_id must be from 0 to --num_processes - 1, found -1 of 2'),
+    (
+      ['--heartbeat_timeout=1000001'],
+      '--heartbeat_timeout and --num_processes must be at most 1,000,000, found more',
+    ),
     (['--heartbeat_timeout=4'], '--heartbeat_timeout must be 5 seconds or more, found 4'),
     (
       [*ALL, '--mode=describe'],

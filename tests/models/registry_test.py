@@ -160,7 +160,7 @@ def test_the_family_cannot_be_changed_by_a_flag(found):
     (
       'densenet_mc',
       'model.stem_channels=0',
-      'model.stem_channels must be 1 or more, found 0; set --config.model.stem_channels',
+      'model.stem_channels must be from 1 to 100,000, found 0; set --config.model.stem_channels',
     ),
     (
       'densenet_mc',

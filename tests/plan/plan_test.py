@@ -186,6 +186,11 @@ def test_time_and_run(plans):
     ([*TINY, '--topolgy=v5e:2x2'], 'unrecognized arguments: --topolgy=v5e:2x2; see --help'),
     ([*TINY, 'v5e:2x2'], 'unrecognized arguments: v5e:2x2; see --help'),
     ([*TINY, '--devices=none'], 'argument --devices: expected an integer of 1 or more, found none; see --help'),
+    (
+      [*TINY, '--devices=999999'],
+      'argument --devices: expected an integer from 1 to 100,000, found 999999; see --help',
+    ),
+    ([*TINY, '--devices=99999'], 'expected at most 512 devices of this machine, found 99999; set --devices'),
     ([*TINY, '--devices=0'], 'argument --devices: expected an integer of 1 or more, found 0; see --help'),
     (
       [*TINY, '--config.train.batchsize=3'],

@@ -212,6 +212,10 @@ def test_pillow_warnings_do_not_leak(predict, monkeypatch):
   ('arguments', 'message'),
   [
     (['a.png', '--top=0'], 'argument --top: expected an integer of 1 or more, found 0; see --help'),
+    (
+      ['a.png', f'--batch-size={10**8}'],
+      'argument --batch-size: expected an integer from 1 to 16,384, found 100000000; see --help',
+    ),
     (['a.png', '--batch-size=-1'], 'argument --batch-size: expected an integer of 1 or more, found -1; see --help'),
     (
       ['a.png', '--output=~nobody-here/x'],
