@@ -15,7 +15,7 @@ from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
 from paranet_jax.evaluation import MOST_CLASSES, Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
-from paranet_jax.host.errors import say
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
@@ -213,8 +213,14 @@ class _Loop:
     phase, train_step, zeros = self._enter_phase(step)
     clock, evaluation_steps = Clock(config.train.batch_size), task.evaluation_steps
     totals, logged, evaluations = _copy(zeros), step, None
+    if step and step % evaluation_steps == 0 and not self._records[0].evaluated(step):
+      evaluations = self._evaluate(step, state)  # The images could not be read when it was due.
     while step < task.total_steps and not self._stop.requested(step):
-      state, totals = train_step(state, totals, *feed(step))
+      try:
+        batch = feed(step)
+      except UserError as error:
+        raise self._saved(step, state, error) from error
+      state, totals = train_step(state, totals, *batch)
       step += 1
       if not clock.running:
         jax.block_until_ready(totals)  # The first step compiles: wait for it once, and count from there.
@@ -253,10 +259,23 @@ class _Loop:
     for record, own in zip(self._records, self._layout.split(state), strict=True):
       if len(self._records) > 1:
         self._progress.message(f'seed {record.task.config.seed}')
-      evaluations.append(self._evaluator.evaluate(own.params, own.batch_stats, step == self._task.total_steps))
+      try:
+        measured = self._evaluator.evaluate(own.params, own.batch_stats, step == self._task.total_steps)
+      except UserError as error:
+        raise self._saved(step, state, error) from error
+      evaluations.append(measured)
       record.log_evaluation(step, evaluations[-1])
       self._progress.message(f'after step {step}:\n{evaluation_table(evaluations[-1])}')
     return evaluations
+
+  def _saved(self, step: int, state: TrainState, error: UserError) -> UserError:
+    """Saves a run whose images can no longer be read; returns the error to raise."""
+    if not step:
+      return error
+    self.save(step, state)
+    for record in self._records:
+      record.wait()
+    return error.saying(f'{error}; saved after step {step}, and the same command resumes')
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves the checkpoint of every run, unless it has been saved."""

@@ -16,7 +16,8 @@ from running import CONFIGS, TINY, before_each_step, refusal, run_main, saved_st
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.command_line import parse
 from paranet_jax.data.stream import TrainBatches
-from paranet_jax.host.errors import UserError
+from paranet_jax.evaluation import Evaluator
+from paranet_jax.host.errors import LostWorkersError, UserError
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import train_seeds
 
@@ -121,8 +122,23 @@ def test_an_image_that_cannot_be_read_ends_the_run_in_one_line(tmp_path, monkeyp
 
   monkeypatch.setattr(TrainBatches, '__getitem__', failing)
   message = refusal(*RUN, f'--workdir={tmp_path}', *STREAMED, started=True)
-  assert message == 'expected an image, found none: put it back'
-  assert saved_state(tmp_path).step == 4
+  assert message == ('expected an image, found none: put it back; saved after step 6, and the same command resumes')
+  assert saved_state(tmp_path).step == 6
+
+
+def test_workers_that_are_lost_during_an_evaluation(tmp_path, streamed):
+  def fail(*unused):
+    raise LostWorkersError('worker 5 was killed')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Evaluator, 'evaluate', fail)
+    result = run_main(*RUN, f'--workdir={tmp_path}', *STREAMED)
+  message = 'error: worker 5 was killed; saved after step 5, and the same command resumes\n'
+  assert (result.code, result.err) == (1, message)
+  trained(tmp_path, *STREAMED)
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(streamed), strict=True)
+  found, expected = ([line for line in measured(folder) if line['split'] != 'train'] for folder in (tmp_path, streamed))
+  assert found == expected and summary_of(tmp_path) == summary_of(streamed)
 
 
 def test_several_seeds_are_trained_one_after_another(tmp_path, capsys, streamed):

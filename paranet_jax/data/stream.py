@@ -8,6 +8,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from typing import Any
@@ -19,9 +20,13 @@ from absl import flags
 
 from paranet_jax.data.batches import epoch_order, eval_batches, steps_per_epoch
 from paranet_jax.data.dataset import Split, StoredImages
-from paranet_jax.host.errors import prepare_output
+from paranet_jax.host.errors import LostWorkersError, UserError, prepare_output
+from paranet_jax.host.signals import seconds_since_request
 
 _MAX_WORKERS = 16  # Unless the configuration says otherwise: each takes about 300 MB.
+_PATIENCE = 5.0
+"""Seconds after a signal to stop in which a batch is still waited for."""
+_POLL = 0.5  # Seconds between looks at the workers, while no batch comes.
 READ_AHEAD = 2
 """Batches that each worker holds ready or is reading, and batches on the device."""
 
@@ -128,12 +133,19 @@ class Stream:
       dataset = grain.experimental.device_put(dataset, place, cpu_buffer_size=1, device_buffer_size=READ_AHEAD)
     self._placed = place is not None
     self._batches: Any = iter(dataset)
+    self._count, self._others = workers, set(multiprocessing.active_children())
+    self._workers: set[Any] = set()
+    self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    self._found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    threading.Thread(target=_serve, args=(self._batches, self._wanted, self._found), daemon=True).start()
 
   def __enter__(self) -> 'Stream':
     return self
 
-  def __exit__(self, *unused) -> None:
-    self._batches.close()
+  def __exit__(self, kind: type | None, *unused) -> None:
+    self._wanted.put(False)
+    if kind is None or not issubclass(kind, LostWorkersError) or self._count:  # Threads that hang cannot be ended.
+      self._batches.close()
     self._batches = iter(())
     gc.collect()  # grain's iterators form cycles that hold memory shared with the workers.
 
@@ -141,9 +153,70 @@ class Stream:
     return self
 
   def __next__(self) -> Any:
-    batch = next(self._batches)
+    self._wanted.put(True)
+    batch, error = self._wait()
+    if error is not None:
+      if not isinstance(error, StopIteration | UserError):
+        self._check_workers()
+      raise error
+    if len(self._workers) < self._count:
+      self._note_workers()
     # A worker's arrays are in shared memory, which only a placed array keeps alive.
     return batch if self._placed else jax.tree.map(np.array, batch)
+
+  def _wait(self) -> tuple[Any, BaseException | None]:
+    """Waits for the batch or the error; not in grain, which a signal cannot interrupt, nor always a worker's death."""
+    deaths = 0
+    while True:
+      try:
+        return self._found.get(timeout=_POLL)
+      except queue.Empty:
+        self._note_workers()
+        deaths += any(worker.exitcode for worker in self._workers)
+        if deaths > 4:  # grain should have reported it.
+          self._check_workers()
+        waited = seconds_since_request()
+        if waited is not None and waited > _PATIENCE:
+          self._end_workers()
+          raise LostWorkersError(
+            f'a signal to stop came, and {self._names()} had no batch ready within {_PATIENCE:.0f} s: '
+            'look whether the disk or network that holds the images still answers'
+          ) from None
+
+  def _note_workers(self) -> None:
+    self._workers |= set(multiprocessing.active_children()) - self._others
+
+  def _check_workers(self) -> None:
+    """Raises an error that names a worker that was killed or has crashed, if any."""
+    dead = next((worker for worker in self._workers if worker.exitcode), None)
+    if dead is None:
+      return
+    how = f'ended with exit code {dead.exitcode}'
+    if dead.exitcode < 0:
+      how = f'was killed by {signal.Signals(-dead.exitcode).name}'
+      how += ', probably because memory ran out' if dead.exitcode == -signal.SIGKILL else ''
+    self._end_workers()
+    raise LostWorkersError(
+      f'worker {dead.pid} of {self._count} that read the images {how}: free memory, or set '
+      f'--config.data.workers={self._count // 2}'
+    )
+
+  def _end_workers(self) -> None:
+    for worker in self._workers:  # They may hang, or wait for one that has died.
+      worker.kill()
+
+  def _names(self) -> str:
+    pids = ', '.join(str(pid) for pid in sorted(worker.pid for worker in self._workers))
+    return f'the workers that read the images (pid {pids})' if pids else 'the threads that read the images'
+
+
+def _serve(batches: Any, wanted: 'queue.SimpleQueue[bool]', found: queue.SimpleQueue) -> None:
+  """Puts the next batch, or the error, for each True."""
+  while wanted.get():
+    try:
+      found.put((next(batches), None))
+    except BaseException as error:
+      found.put((None, error))
 
 
 def num_workers(workers: int | None) -> int:

@@ -13,14 +13,28 @@ from pathlib import Path
 from absl import logging
 
 _BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
   """A user's mistake, in one line: what was expected, what was found, and what fixes it.
 
-  A command prints the line and exits with code 2, without a traceback.
+  A command prints the line and exits with its code, without a traceback.
   """
+
+  code = 2
+
+  def saying(self, text: str) -> 'UserError':
+    """An error with another text and the same exit code."""
+    error = UserError(text)
+    error.code = self.code
+    return error
+
+
+class LostWorkersError(UserError):
+  """What reads the images has ended or hangs, which is no mistake of the user's."""
+
+  code = 1
 
 
 @contextlib.contextmanager
@@ -29,7 +43,7 @@ def report_no_room(workdir: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if error.errno not in _NO_ROOM:
+    if error.errno not in NO_ROOM:
       raise
     raise UserError(
       f'{workdir} cannot be written ({error.strerror}), and its checkpoints are intact; '
@@ -40,15 +54,15 @@ def report_no_room(workdir: Path) -> Iterator[None]:
 def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -> int:
   """Runs a command and returns its exit code, 0 if it returns None.
 
-  Returns 2 after a `UserError`, whose line it prints, or after an error of the file system, whose path it names; 130 if
-  the command was interrupted, after printing `stopped`; 141 if the reader of standard output has stopped.
+  Returns the code of a `UserError`, whose line it prints; 2 after an error of the file system, whose path it names; 130
+  if the command was interrupted, after printing `stopped`; and 141 if the reader of standard output has stopped.
   """
   prepare_output()
   try:
     return run() or 0
   except UserError as error:
     _say_error(str(error))
-    return 2
+    return error.code
   except BrokenPipeError:
     return _BROKEN_PIPE
   except OSError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import NO_ROOM, UserError
 
 _DEEPEST = 50  # Levels of nested JSON; a run's files have fewer than ten.
 _MISSING = (FileNotFoundError, NotADirectoryError)
@@ -43,6 +43,10 @@ def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
+  except OSError as error:
+    if error.errno in NO_ROOM and error.filename is None:  # A failed write does not say where.
+      error.filename = str(path)
+    raise
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink()

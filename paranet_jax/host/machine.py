@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,6 +51,7 @@ def use_compilation_cache(folder: str | None = None) -> Path | None:
     path.mkdir(parents=True, exist_ok=True)
   except OSError:
     return None  # Training works without a cache.
+  warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')  # As on a full disk.
   jax.config.update('jax_compilation_cache_dir', str(path))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   return path

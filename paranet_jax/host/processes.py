@@ -155,7 +155,7 @@ def _end(error: BaseException, watch: Watch, coordinator: 'Coordinator') -> NoRe
 
 def _raise(error: BaseException, coordinator: 'Coordinator') -> NoReturn:
   if isinstance(error, UserError) and not coordinator.is_first:
-    raise UserError(f'process {coordinator.index} of {coordinator.count}: {error}')
+    raise error.saying(f'process {coordinator.index} of {coordinator.count}: {error}')
   raise error
 
 

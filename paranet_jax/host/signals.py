@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import threading
+import time
 from types import FrameType
 
 import jax
@@ -19,8 +20,19 @@ NOTICE = 'a preemption notice'
 _SAME = 1.0  # Seconds in which further signals are the same request: a launcher and a terminal both send one to all.
 
 
+_open: list['StopRequest'] = []
+
+
+def seconds_since_request() -> float | None:
+  """How long ago an open `StopRequest` got a signal; None: it did not."""
+  times = [stop.received_at for stop in _open if stop.received_at is not None]
+  return time.monotonic() - min(times) if times else None
+
+
 class StopRequest:
   """A context in which the first SIGINT, SIGTERM or SIGHUP sets `received` to the signal's name and does nothing else.
+
+  `received_at` is the time of the signal that reached this process.
 
   A SIGHUP that is ignored stays so, as under nohup.
 
@@ -33,6 +45,7 @@ class StopRequest:
 
   def __init__(self):
     self.received: str | None = None
+    self.received_at: float | None = None
     self._together = jax.distributed.is_initialized()
     self._jax_handler: int | None = None
     self._acts: threading.Timer | None = None
@@ -45,9 +58,11 @@ class StopRequest:
         self._jax_handler = set_c_handler(signal.SIGTERM, None)
       handle = self._pass_on if self._together else self._remember
       self._previous = {number: signal.signal(number, handle) for number in _heeded()}
+    _open.append(self)
     return self
 
   def __exit__(self, *unused) -> None:
+    _open.remove(self)
     if self._acts is not None:
       self._acts.cancel()
       self._acts.join()
@@ -65,6 +80,7 @@ class StopRequest:
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     self._restore()
+    self.received_at = time.monotonic()
     if number == signal.SIGHUP:
       _leave_terminal()
     self.received = signal.Signals(number).name
@@ -73,6 +89,7 @@ class StopRequest:
     if number == signal.SIGHUP:
       _leave_terminal()
     if self._acts is None:
+      self.received_at = time.monotonic()
       set_c_handler(signal.SIGTERM, self._jax_handler)
       signal.raise_signal(signal.SIGTERM)
       # Not a handler in Python: it would wait as long as the main thread does in a step that hangs.

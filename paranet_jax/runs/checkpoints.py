@@ -1,9 +1,12 @@
 """Saving and restoring the train state: the only file that knows orbax."""
 
+import asyncio
 import contextlib
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint._src import asyncio_utils
 
 from paranet_jax.host.arguments import check_utf8
 from paranet_jax.host.errors import UserError, say
@@ -204,10 +208,14 @@ class Checkpoints:
         marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
       write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
+      _join_writers()
       self._tidy()
-      last = 'there is none before it' if saved_step is None else f'the one of step {saved_step} is intact'
+      self._opened.reload()
+      intact = self._opened.latest_step()
+      what = 'the checksums of the checkpoint' if intact == step else 'the checkpoint'
+      last = 'there is none before it' if intact is None else f'the one of step {intact} is intact'
       raise UserError(
-        f'the checkpoint of step {step} cannot be written to {self._folder} ({_reason(error)}), and {last}; '
+        f'{what} of step {step} cannot be written to {self._folder} ({_reason(error)}), and {last}; '
         'fix that or make room, and the same command resumes'
       ) from error
     self._tidy()
@@ -389,6 +397,30 @@ def shape_difference(saved: dict[str, list[int]], wanted: dict[str, list[int]]) 
   return None
 
 
+async def _to_the_end(work: Coroutine[Any, Any, Any]) -> Any:
+  try:
+    return await work
+  finally:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _wait_for_all(run_sync: Callable[[Coroutine], Any]) -> Callable[[Coroutine], Any]:
+  return lambda work: run_sync(_to_the_end(work))
+
+
+# orbax has no public way: when one file fails, it leaves the others to be written and read without an event loop, which
+# prints tracebacks and puts files into a folder that is being removed.
+asyncio_utils.run_sync = _wait_for_all(asyncio_utils.run_sync)
+
+
+def _join_writers() -> None:
+  """Waits for orbax's threads: it reports the first error while others still write."""
+  for thread in threading.enumerate():
+    if type(thread).__module__.startswith('orbax.'):
+      threading.Thread.join(thread)  # Their own `join` raises what they raised.
+
+
 @contextlib.contextmanager
 def _raised_not_logged() -> Iterator[None]:
   """Keeps orbax from also logging its errors, with the tracebacks of its threads."""
@@ -402,5 +434,5 @@ def _raised_not_logged() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
   """The reason in short, such as `No space left on device`, in whichever form orbax gives it."""
-  said = re.search(r'([^:]+) \[os_error_code', str(error))
-  return said[1].strip() if said else getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]

@@ -19,7 +19,7 @@ from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator, reported_once
-from paranet_jax.report.metrics import MetricsWriter
+from paranet_jax.report.metrics import MetricsWriter, read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
 from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import take_backbone
@@ -138,6 +138,11 @@ class RunRecord:
       self._write(step, split, as_metrics(exits))
     if 'held_out' in evaluations:
       self._retention.note(step, as_metrics(evaluations['held_out']))
+
+  def evaluated(self, step: int) -> bool:
+    """Whether the evaluation after this step was written."""
+    lines = self._processes.once(read_metrics, self._workdir)
+    return self._processes.from_first(any((line['step'], line['split']) == (step, 'test') for line in lines or ()))
 
   def _write(self, step: int, split: str, values: dict[str, float]) -> None:
     if self._writer:

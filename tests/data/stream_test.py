@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from paranet_jax.data import stream as stream_lib
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.data.dataset import Split, StoredImages
 from paranet_jax.data.stream import EvalBatches, Stream, TrainBatches, num_workers
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import LostWorkersError, UserError
 
 SHAPE = (2, 2, 1)
 
@@ -153,6 +154,48 @@ def test_worker_processes_give_the_same_batches_and_end():
   for step, batch in enumerate(found):
     assert batch['images'].devices() == {device}
     jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
+
+
+def test_a_worker_that_is_killed_is_named():
+  with Stream(train_batches(), 2) as items:
+    next(items)
+    victim, other = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(LostWorkersError) as error:
+      list(items)
+  assert str(error.value) == (
+    f'worker {victim.pid} of 2 that read the images was killed by SIGKILL, probably because memory ran out: '
+    'free memory, or set --config.data.workers=1'
+  )
+  assert multiprocessing.active_children() == [] and other.exitcode == -signal.SIGKILL
+
+
+def test_after_a_signal_a_stalled_worker_is_waited_for_shortly(monkeypatch):
+  monkeypatch.setattr(stream_lib, 'seconds_since_request', lambda: 5.1)
+  with Stream(train_batches(), 1) as items:
+    while not (workers := multiprocessing.active_children()):
+      items._wanted.put(True)  # The first batch may take longer to come than a stalled one is waited for.
+      items._found.get()
+    os.kill(workers[0].pid, signal.SIGSTOP)
+    with pytest.raises(LostWorkersError) as error:
+      list(items)
+  assert str(error.value) == (
+    f'a signal to stop came, and the workers that read the images (pid {workers[0].pid}) had no batch ready within '
+    '5 s: look whether the disk or network that holds the images still answers'
+  )
+  assert multiprocessing.active_children() == []
+
+
+def test_after_a_signal_a_stalled_thread_is_waited_for_shortly(monkeypatch):
+  answers = threading.Event()
+  monkeypatch.setattr(stream_lib, 'seconds_since_request', lambda: 5.1)
+  monkeypatch.setattr(TrainBatches, '__getitem__', lambda *unused: answers.wait())
+  with (
+    pytest.raises(LostWorkersError, match='the threads that read the images had no batch'),
+    Stream(train_batches(), 0) as items,
+  ):
+    next(items)
+  answers.set()
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.files import write_text
 
 
 def _fails() -> int:
@@ -140,3 +141,15 @@ def test_redirected_streams(tmp_path, redirected, shown):
   done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert (done.returncode, done.stdout + done.stderr) == (2, shown)
   assert (tmp_path / 'file').read_text() == 'content'
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys, monkeypatch):
+  def command():
+    with open('/dev/full', 'w', buffering=1) as full:
+      monkeypatch.setattr(type(tmp_path), 'open', lambda *unused, **options: full)
+      write_text(tmp_path / 'exits.json', '{}\n')
+
+  assert exit_code(command) == 2
+  assert not list(tmp_path.iterdir())
+  expected = f'error: {tmp_path}/exits.json cannot be read or written (No space left on device)'
+  assert capsys.readouterr().err == f'{expected}; fix that, or name another path\n'

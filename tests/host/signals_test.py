@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from paranet_jax.host.signals import StopRequest
+from paranet_jax.host.signals import StopRequest, seconds_since_request
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -36,10 +36,10 @@ def send(number):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_remembered(outer, number):
   with StopRequest() as stop:
-    assert stop.received is None
+    assert stop.received is None and seconds_since_request() is None
     send(number)
-    assert stop.received == number.name
-  assert not outer
+    assert stop.received == number.name and 0 <= seconds_since_request() < 60
+  assert not outer and seconds_since_request() is None
 
 
 @pytest.mark.parametrize('second', [signal.SIGINT, signal.SIGTERM])

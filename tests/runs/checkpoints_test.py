@@ -1,5 +1,8 @@
 """Tests of saving and restoring. How a run uses them is tested in train_test.py and resume_test.py."""
 
+import asyncio
+import gc
+import resource
 import shutil
 import threading
 
@@ -263,6 +266,62 @@ def test_the_only_checkpoint_is_not_moved_away(tmp_path, capsys):
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['4']
 
 
+def many(step):
+  """Arrays of several sizes that do not compress, each of which has a writer and a reader of its own."""
+  rng = np.random.default_rng(step)
+  arrays = {f'layer_{i}': rng.standard_normal(80 << (i % 4), np.float32) for i in range(16)}
+  return jax.tree.map(jnp.asarray, {'params': arrays, 'step': np.int32(step)})
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_nothing_behind(tmp_path, capfd):
+  folder, free = tmp_path / 'checkpoints', resource.getrlimit(resource.RLIMIT_FSIZE)
+  save(tmp_path, 4, value=many)
+  for room in (0, 100, 150, 300, 500, 800, 1200, 2000, 4000, 8000):  # Of a file: the largest has 26,000 bytes.
+    with pytest.raises(UserError) as error, Checkpoints(tmp_path, 1) as checkpoints:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (room, free[1]))
+      try:
+        checkpoints.save(8, many(8), {'seed': 8})
+        checkpoints.wait()
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    assert str(error.value) == (
+      f'the checkpoint of step 8 cannot be written to {folder} (File too large), and the one of step 4 is intact; '
+      'fix that or make room, and the same command resumes'
+    )
+    assert [path.name for path in folder.iterdir()] == ['4']
+  gc.collect()
+  assert capfd.readouterr() == ('', '')
+
+
+def test_no_room_for_checksums(tmp_path, monkeypatch):
+  def fail(*unused):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(checkpoints_lib, 'write_json', fail)
+  with pytest.raises(UserError) as error:
+    save(tmp_path, 4)
+  assert str(error.value).startswith('the checksums of the checkpoint of step 4 cannot be written to ')
+  assert ' (No space left on device), and the one of step 4 is intact; ' in str(error.value)
+  with Checkpoints(tmp_path) as checkpoints:
+    chex.assert_trees_all_equal(checkpoints.restore(4, tree())[0], tree(4), strict=True)
+
+
+def test_orbax_waits_for_all_writers_when_one_fails():
+  written = []
+
+  async def write():
+    await asyncio.sleep(0.01)
+    written.append('second')
+
+  async def save():
+    asyncio.get_running_loop().create_task(write())
+    raise OSError('first')
+
+  with pytest.raises(OSError, match='first'):
+    checkpoints_lib.asyncio_utils.run_sync(save())
+  assert written == ['second']
+
+
 def test_no_memory_is_not_damage(tmp_path, monkeypatch):
   save(tmp_path, 4, 8)
 
@@ -319,6 +378,7 @@ def test_another_architecture_is_refused(tmp_path, like, difference):
       ValueError("UNKNOWN: Writing /a/b: No space left on device [os_error_code='28']"),
       'No space left on device',
     ),
+    (ValueError("Error: File too large [os_error_code='28'] [spec='{true}']"), 'No space left on device'),
     (ValueError('two\n  lines'), 'two lines'),
   ],
 )
