@@ -150,6 +150,8 @@ def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | N
     UserError: as `build_task`, or the tasks differ.
   """
   learned = processes.object_from_first(learned)
+  if learned and not processes.is_first:
+    learned = dataclasses.replace(learned, silent=True)
   task = processes.first_then_others(lambda: build_task(config, learned=learned))
   if processes.count > 1:
     processes.check_same(task.facts())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -13,6 +15,7 @@ from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_s
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
 from paranet_jax.costs import variable_paths
+from paranet_jax.data.identity import Learned
 from paranet_jax.host.errors import UserError
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
@@ -188,3 +191,13 @@ def test_a_run_stopped_in_each_phase_ends_like_an_uninterrupted_one(disjoint, tm
     assert result.code == 0 and f'stopped by SIGTERM after step {step}, saved' in result.out
   assert run_main(*DISJOINT, f'--workdir={tmp_path}').code == 0
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(disjoint), strict=True)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_only_process_0_logs_how_the_data_changed(monkeypatch, caplog, first):
+  processes = SimpleNamespace(
+    count=1, is_first=first, object_from_first=lambda value: value, first_then_others=lambda act: act()
+  )
+  monkeypatch.setattr(task_lib, 'build_task', lambda config, learned: learned)
+  task_lib.agreed_task(None, processes, Learned(Path('run'))).log('%d images are gone', 3)
+  assert caplog.messages == ['3 images are gone'] * first

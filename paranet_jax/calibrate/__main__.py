@@ -14,7 +14,8 @@ from paranet_jax.host.huge_pages import use_huge_pages
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process) and returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
-  return exit_code(lambda: _run(parse(argv), shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv])))
+  command = shlex.join(['python', '-m', 'paranet_jax.calibrate', *argv])
+  return exit_code(lambda: _run(parse(argv), command), has_config=False)
 
 
 def _run(request: Request, command: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int32, Int64, UInt64
 
 from paranet_jax.data.dataset import Images, Labels, Records, Split, quotas
@@ -125,6 +126,7 @@ class Learned:
     splits: 'train', 'held_out' and 'test'; empty where the images are not known.
     limits: of the splits that were drawn by identity.
     accept_changes: of classes and labels.
+    silent: what changed is logged by another process.
   """
 
   workdir: Path
@@ -136,11 +138,17 @@ class Learned:
   splits: dict[str, Known] = field(default_factory=dict)
   limits: dict[str, Limits] = field(default_factory=dict)
   accept_changes: bool = False
+  silent: bool = False
 
   @property
   def everything(self) -> Known:
     """The images of all splits."""
     return Known(*map(np.concatenate, zip(*self.splits.values(), strict=True)))
+
+  def log(self, text: str, *arguments: object) -> None:
+    """Logs how the data differs from what the run learned."""
+    if not self.silent:
+      logging.warning(text, *arguments)
 
   def trained_on(self, split: str, ids: Identities) -> Bool[np.ndarray, ' N']:
     """Which of a split's images the run was trained on, but for copies that it had in both."""

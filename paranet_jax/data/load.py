@@ -5,7 +5,6 @@ import math
 import os
 
 import numpy as np
-from absl import logging
 from jaxtyping import Bool, Int64
 from ml_collections import ConfigDict
 
@@ -58,16 +57,18 @@ def load_dataset(
   if learned is None:
     return _load(data_config, image_side, channels, num_classes, None)
   try:
-    return _load(_at_present_place(data_config), image_side, channels, num_classes, learned)
+    return _load(_at_present_place(data_config, learned), image_side, channels, num_classes, learned)
   except UserError as error:  # Every command that reads a run's data has this flag, but not all have --config.
     raise UserError(str(error).replace('--config.data.data_dir', '--data_dir')) from error
 
 
-def _at_present_place(data_config: ConfigDict) -> ConfigDict:
+def _at_present_place(data_config: ConfigDict, learned: Learned) -> ConfigDict:
   """The same data set in PARANET_DATA_DIR, if the run's own folder does not exist."""
   place, own = os.environ.get('PARANET_DATA_DIR'), data_config.data_dir
   if not place or (own and absolute(own).exists()):
     return data_config
+  if own and known_dataset(data_config.name).in_data_dir:
+    learned.log('%s does not exist: reading %s, which PARANET_DATA_DIR names', own, absolute(place))
   data_config = data_config.copy_and_resolve_references()
   data_config.data_dir = str(absolute(place))
   return data_config
@@ -170,7 +171,7 @@ def _with_learned_labels(decoded: Decoded, source: Source, learned: Learned, pla
     own, ids, readable = (values[known] for values in listing)
     listings[name] = Listing(labels[own], ids, readable)
   if left_out := [name for name, label in zip(source.class_names, labels, strict=True) if label < 0]:
-    logging.warning('Leaving out the images of %s in %s, unknown to the run', ', '.join(left_out), place)
+    learned.log('Leaving out the images of %s in %s, unknown to the run', ', '.join(left_out), place)
   return Decoded(images, listings, decoded.mean, decoded.std)
 
 
@@ -252,11 +253,11 @@ def _leave_out_trained(
   """
   known = {name: known_of(split) for name, split in splits.items()}
   for line in compare(learned, known, place):
-    logging.warning('%s', line)
+    learned.log('%s', line)
   lost = set()
   for name in splits.keys() - {'train'}:
     if (trained := learned.trained_on(name, known[name].ids)).any():
       splits[name] = splits[name].take(np.flatnonzero(~trained))
       lost |= set(known[name].labels.tolist()) - set(splits[name].labels.tolist())
-      logging.warning('%s leaves out %d images that the run in %s was trained on', name, trained.sum(), learned.workdir)
+      learned.log('%s leaves out %d images that the run in %s was trained on', name, trained.sum(), learned.workdir)
   return tuple(names[label] for label in sorted(lost))

@@ -4,13 +4,16 @@ A batch depends on its index only, so a stream that starts at a later batch cont
 for any number of workers.
 """
 
+import ast
 import functools
 import gc
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -125,6 +128,8 @@ class Stream:
       flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which our commands do not parse.
     grain.config.update('py_traceback_filtering', 'off')  # It would add lines to the message of a worker's error.
     workers = min(num_workers(workers), len(batches))
+    if workers:
+      _check_main_guard()
     read = grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD)
     processes = grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=READ_AHEAD)
     dataset: Any = grain.MapDataset.source(batches).to_iter_dataset(read)
@@ -217,6 +222,27 @@ def _serve(batches: Any, wanted: 'queue.SimpleQueue[bool]', found: queue.SimpleQ
       found.put((next(batches), None))
     except BaseException as error:
       found.put((None, error))
+
+
+def _check_main_guard() -> None:
+  """Refuses a script whose present line its worker processes, which import it again, would run again."""
+  frame, script = sys._current_frames().get(threading.main_thread().ident or 0), sys.modules['__main__']
+  while frame is not None and (frame.f_globals is not vars(script) or frame.f_code.co_name != '<module>'):
+    frame = frame.f_back
+  path = getattr(script, '__file__', None)
+  if frame is None or path is None or getattr(script, '__spec__', None):  # Interactive, or `python -m`.
+    return
+  try:
+    conditions = [node for node in ast.parse(Path(path).read_bytes()).body if isinstance(node, ast.If)]
+  except (OSError, SyntaxError, ValueError):
+    return
+  for node in conditions:
+    if node.lineno <= frame.f_lineno <= (node.end_lineno or 0) and '__name__' in ast.unparse(node.test):
+      return
+  raise UserError(
+    f"expected `if __name__ == '__main__':` around line {frame.f_lineno} of {path}, because the worker processes that "
+    'read the images import it again; or set --config.data.workers=0'
+  )
 
 
 def num_workers(workers: int | None) -> int:

@@ -13,7 +13,7 @@ from paranet_jax.report.tables import align
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process) and returns the exit code."""
-  return exit_code(lambda: _run(_parse(argv)))
+  return exit_code(lambda: _run(_parse(argv)), has_config=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

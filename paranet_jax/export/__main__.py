@@ -14,7 +14,7 @@ DTYPES = ('float32', 'float16', 'int8')
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (default: sys.argv); returns the exit code."""
-  return exit_code(lambda: _run(_parse(argv)))
+  return exit_code(lambda: _run(_parse(argv)), has_config=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ import errno
 import io
 import logging as python_logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,17 +52,21 @@ def report_no_room(workdir: Path) -> Iterator[None]:
     ) from error
 
 
-def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once') -> int:
+def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', has_config: bool = True) -> int:
   """Runs a command and returns its exit code, 0 if it returns None.
 
   Returns the code of a `UserError`, whose line it prints; 2 after an error of the file system, whose path it names; 130
   if the command was interrupted, after printing `stopped`; and 141 if the reader of standard output has stopped.
+
+  Args:
+    has_config: the command has a flag for each field; otherwise errors name the place of a field instead.
   """
   prepare_output()
   try:
     return run() or 0
   except UserError as error:
-    _say_error(str(error))
+    fix = r'set --config\.([\w.]+(=[^\s,;]+)?)', r'set \1 in the config.json of the run'
+    _say_error(str(error) if has_config else re.sub(*fix, str(error)))
     return error.code
   except BrokenPipeError:
     return _BROKEN_PIPE

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code: 0; 1: some files were unreadable; 2: a user's error, nothing was predicted or written; 130:
     interrupted; 141: the reader of standard output has stopped.
   """
-  return exit_code(lambda: _run(_parse(argv)))
+  return exit_code(lambda: _run(_parse(argv)), has_config=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

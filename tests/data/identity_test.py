@@ -335,12 +335,15 @@ def test_records_that_do_not_know_their_identities(photos, tmp_path, monkeypatch
   assert values(found.held_out) - {(0, 50)} == values(dataset.held_out) and len(caplog.messages) == 1
 
 
-def test_the_present_place_of_a_run_s_images(run, photos, monkeypatch):
+def test_the_present_place_of_a_run_s_images(run, photos, monkeypatch, caplog):
   shutil.move(photos, photos.with_name('moved'))
   with pytest.raises(UserError, match=f'found no folder {photos}: name it with --data_dir='):
     again(run, photos)
   monkeypatch.setenv('PARANET_DATA_DIR', str(photos.with_name('moved')))
   assert splits(again(run, photos)) == splits(run[1])
+  assert caplog.messages == [
+    f'{photos} does not exist: reading {photos.with_name("moved")}, which PARANET_DATA_DIR names'
+  ]
   with pytest.raises(UserError, match='name it with --config.data.data_dir='):
     load(photos)  # A new run's.
 

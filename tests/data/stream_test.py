@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,3 +248,44 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     assert reader.stdout.readline() == b'reading\n'
     os.kill(reader.pid, signal.SIGKILL)
     reader.communicate(timeout=20)  # Until the worker, too, has let go of the pipe.
+
+
+SCRIPT = """
+import sys
+from paranet_jax.data import stream
+from paranet_jax.host.errors import UserError
+
+def main():
+  stream._check_main_guard()
+
+{guard}
+  try:
+    main()
+  except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+  ('guard', 'refused'), [("if __name__ == '__main__':", False), ('if True:', True), ('for _ in range(1):', True)]
+)
+def test_a_script_without_a_main_guard_is_refused_before_its_workers_import_it(tmp_path, monkeypatch, guard, refused):
+  script = tmp_path / 'script.py'
+  script.write_text(SCRIPT.replace('{guard}', guard))
+  if not refused:
+    run_script(script, monkeypatch)
+    return
+  with pytest.raises(SystemExit) as error:
+    run_script(script, monkeypatch)
+  assert str(error.value) == (
+    f"expected `if __name__ == '__main__':` around line 11 of {script}, because the worker processes that read the "
+    'images import it again; or set --config.data.workers=0'
+  )
+
+
+def run_script(path, monkeypatch):
+  """Runs it as Python does, and as the main module."""
+  module = types.ModuleType('__main__')
+  module.__file__ = str(path)
+  monkeypatch.setitem(sys.modules, '__main__', module)
+  exec(compile(path.read_text(), path, 'exec'), vars(module))

@@ -153,3 +153,22 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys, monkeypat
   assert not list(tmp_path.iterdir())
   expected = f'error: {tmp_path}/exits.json cannot be read or written (No space left on device)'
   assert capsys.readouterr().err == f'{expected}; fix that, or name another path\n'
+
+
+@pytest.mark.parametrize(
+  ('text', 'shown'),
+  [
+    (
+      'fix or remove it, or set --config.data.on_corrupt=skip',
+      'fix or remove it, or set data.on_corrupt=skip in the config.json of the run',
+    ),
+    ('set --config.train.devices; then', 'set train.devices in the config.json of the run; then'),
+    ('train a new run with --config.data.held_out=9', 'train a new run with --config.data.held_out=9'),
+  ],
+)
+def test_a_command_without_config_names_the_place_of_a_field(text, shown, capsys):
+  def command():
+    raise UserError(text)
+
+  assert exit_code(command, has_config=False) == exit_code(command) == 2
+  assert capsys.readouterr().err == f'error: {shown}\nerror: {text}\n'
