@@ -16,6 +16,24 @@ from absl import logging
 _BROKEN_PIPE = 141  # What a shell reports for a command that SIGPIPE ended.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_DEBUGGING = {
+  'jax_numpy_rank_promotion': 'allow',
+  'jax_numpy_dtype_promotion': 'standard',
+  'jax_transfer_guard': None,
+  'jax_transfer_guard_host_to_device': None,
+  'jax_transfer_guard_device_to_device': None,
+  'jax_transfer_guard_device_to_host': None,
+  'jax_debug_nans': False,
+  'jax_debug_infs': False,
+  'jax_debug_key_reuse': False,
+  'jax_enable_x64': False,
+  'jax_disable_jit': False,
+  'jax_check_tracer_leaks': False,
+  'jax_no_tracing': False,
+}
+"""Settings of jax with which a command would fail or compute other numbers, and their defaults."""
+_HARMLESS = ('', '0', 'n', 'no', 'f', 'false', 'off', 'allow', 'standard', 'log', 'log_explicit')
+
 
 class UserError(Exception):
   """A user's mistake, in one line: what was expected, what was found, and what fixes it.
@@ -62,6 +80,7 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', h
     has_config: the command has a flag for each field; otherwise errors name the place of a field instead.
   """
   prepare_output()
+  _ignore_debugging()
   try:
     return run() or 0
   except UserError as error:
@@ -85,6 +104,18 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', h
   except KeyboardInterrupt:
     say(stopped, to_stderr=True)
     return 130
+
+
+def _ignore_debugging() -> None:
+  """Unsets the environment variables of `_DEBUGGING`, also for the processes that this one starts."""
+  for name, default in _DEBUGGING.items():
+    value = os.environ.get(name.upper(), '')
+    if value.lower() in _HARMLESS:
+      continue
+    del os.environ[name.upper()]
+    if 'jax' in sys.modules:  # Otherwise jax reads the environment when it is imported.
+      sys.modules['jax'].config.update(name, default)
+    say(f'{name.upper()}={value} is ignored: commands run with the default settings of jax', to_stderr=True)
 
 
 def names_file(error: BaseException) -> bool:

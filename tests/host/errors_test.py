@@ -172,3 +172,36 @@ def test_a_command_without_config_names_the_place_of_a_field(text, shown, capsys
 
   assert exit_code(command, has_config=False) == exit_code(command) == 2
   assert capsys.readouterr().err == f'error: {shown}\nerror: {text}\n'
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'default', 'ignored'),
+  [
+    ('jax_numpy_rank_promotion', 'raise', 'allow', True),
+    ('jax_numpy_dtype_promotion', 'strict', 'standard', True),
+    ('jax_transfer_guard', 'disallow', None, True),
+    ('jax_transfer_guard_host_to_device', 'disallow_explicit', None, True),
+    ('jax_transfer_guard_device_to_host', 'log', None, False),
+    ('jax_debug_nans', True, False, True),
+    ('jax_debug_infs', True, False, True),
+    ('jax_debug_key_reuse', True, False, True),
+    ('jax_enable_x64', True, False, True),
+    ('jax_disable_jit', True, False, True),
+    ('jax_check_tracer_leaks', True, False, True),
+    ('jax_no_tracing', True, False, True),
+    ('jax_debug_nans', False, False, False),
+  ],
+)
+def test_debugging_settings_of_jax_do_not_reach_a_command(name, value, default, ignored, monkeypatch, capsys):
+  monkeypatch.setenv(name.upper(), str(value))
+  before = getattr(jax.config, name)
+  found = []
+  try:
+    jax.config.update(name, value)
+    assert exit_code(lambda: found.append(getattr(jax.config, name))) == 0
+  finally:
+    jax.config.update(name, before)
+  line = f'{name.upper()}={value} is ignored: commands run with the default settings of jax\n'
+  assert capsys.readouterr().err == line * ignored
+  assert found == [default if ignored else value]
+  assert (name.upper() in os.environ) == (not ignored)
