@@ -213,7 +213,8 @@ class _Loop:
     phase, train_step, zeros = self._enter_phase(step)
     clock, evaluation_steps = Clock(config.train.batch_size), task.evaluation_steps
     totals, logged, evaluations = _copy(zeros), step, None
-    if step and step % evaluation_steps == 0 and not self._records[0].evaluated(step):
+    due = step and (step == task.total_steps or step % evaluation_steps == 0)
+    if due and not self._records[0].evaluated(step):
       evaluations = self._evaluate(step, state)  # The images could not be read when it was due.
     while step < task.total_steps and not self._stop.requested(step):
       try:
