@@ -142,7 +142,8 @@ class Stream:
     self._workers: set[Any] = set()
     self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     self._found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-    threading.Thread(target=_serve, args=(self._batches, self._wanted, self._found), daemon=True).start()
+    self._server = threading.Thread(target=_serve, args=(self._batches, self._wanted, self._found), daemon=True)
+    self._server.start()
 
   def __enter__(self) -> 'Stream':
     return self
@@ -152,6 +153,7 @@ class Stream:
     if kind is None or not issubclass(kind, LostWorkersError) or self._count:  # Threads that hang cannot be ended.
       self._batches.close()
     self._batches = iter(())
+    self._server.join(_POLL)
     gc.collect()  # grain's iterators form cycles that hold memory shared with the workers.
 
   def __iter__(self) -> 'Stream':
@@ -189,7 +191,8 @@ class Stream:
           ) from None
 
   def _note_workers(self) -> None:
-    self._workers |= set(multiprocessing.active_children()) - self._others
+    children = set(multiprocessing.active_children()) - self._others
+    self._workers |= {child for child in children if child.name.startswith('grain-')}  # The program may start others.
 
   def _check_workers(self) -> None:
     """Raises an error that names a worker that was killed or has crashed, if any."""
