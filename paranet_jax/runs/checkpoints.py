@@ -208,7 +208,6 @@ class Checkpoints:
         marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
       write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
-      _join_writers()
       self._tidy()
       self._opened.reload()
       intact = self._opened.latest_step()
@@ -414,13 +413,6 @@ def _wait_for_all(run_sync: Callable[[Coroutine], Any]) -> Callable[[Coroutine],
 asyncio_utils.run_sync = _wait_for_all(asyncio_utils.run_sync)
 
 
-def _join_writers() -> None:
-  """Waits for orbax's threads: it reports the first error while others still write."""
-  for thread in threading.enumerate():
-    if type(thread).__module__.startswith('orbax.'):
-      threading.Thread.join(thread)  # Their own `join` raises what they raised.
-
-
 @contextlib.contextmanager
 def _raised_not_logged() -> Iterator[None]:
   """Keeps orbax from also logging its errors, with the tracebacks of its threads."""
@@ -429,6 +421,10 @@ def _raised_not_logged() -> Iterator[None]:
   try:
     yield
   finally:
+    # It reports the first error while its other threads still write, or log theirs.
+    for thread in threading.enumerate():
+      if type(thread).__module__.startswith('orbax.'):
+        threading.Thread.join(thread)  # Their own `join` raises what they raised.
     logging.set_verbosity(verbosity)
 
 
