@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _RUNS = 5
+_NOTICEABLE = 0.02  # Seconds of waiting from which its length says how fast the service is.
 
 
 class Full(Exception):
@@ -78,7 +79,8 @@ def _time_stages(bundle: Any, size: int) -> dict[int, float]:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Waiting:
-  """An image in the service. number: the exit that it waits for; last: the last one that it may reach."""
+  """An image in the service. number: the exit that it waits for; last: the last one that it may reach; ahead: images
+  admitted before it and not answered when it was submitted."""
 
   image: np.ndarray
   arrived: float
@@ -88,6 +90,7 @@ class Waiting:
   number: int
   carried: dict[str, np.ndarray] | None = None
   reached: tuple[int, float, int] | None = None
+  ahead: int = 0
   answer: Future = dataclasses.field(default_factory=Future)
 
 
@@ -98,6 +101,30 @@ class Runs:
   count: int = 0
   images: int = 0
   seconds: float = 0.0
+
+
+class Pace:
+  """How long images wait: what their stages should take by `Timings`, times a factor learned from answers.
+
+  The factor covers early exits, which make it small, and decoding, HTTP and other programs, which make it large.
+  """
+
+  def __init__(self, timings: Timings, batch: int):
+    self._timings, self._batch, self.factor = timings, batch, 1.0
+
+  def wait(self, ahead: int) -> float:
+    """Seconds until an image is answered that arrives after `ahead` others."""
+    return self.factor * self._expected(ahead)
+
+  def learn(self, ahead: int, seconds: float) -> None:
+    """An image that arrived after `ahead` others took so long."""
+    expected = self._expected(ahead)
+    if expected >= _NOTICEABLE:
+      self.factor += 0.05 * (min(max(seconds / expected, 1 / 16), 16.0) - self.factor)
+
+  def _expected(self, count: int) -> float:
+    full, rest = divmod(count, self._batch)
+    return full * self._timings.all_stages(self._batch) + (self._timings.all_stages(rest) if rest else 0.0)
 
 
 class Scheduler:
@@ -133,6 +160,7 @@ class Scheduler:
     self._pools: dict[int, list[Waiting]] = {number: [] for number in timings.visited}
     self._next = dict(zip(timings.visited, timings.visited[1:], strict=False))
     self._arriving: list[Waiting] = []
+    self._pace = Pace(timings, batch)
     self._changed, self._closing = threading.Condition(), False
     self._thread = threading.Thread(target=self._work, name='stages', daemon=True)
     self.runs = {number: Runs() for number in timings.visited}
@@ -165,6 +193,10 @@ class Scheduler:
         raise Full
       self.inside += count
 
+  def wait(self) -> float:
+    """Seconds until an image that arrives now should be answered."""
+    return self._pace.wait(self.inside)
+
   def release(self) -> None:
     """Frees the room of one image."""
     with self._changed:
@@ -187,6 +219,7 @@ class Scheduler:
     """
     sample = Waiting(image, arrived, last, deadline, min(deadline, arrived + self._patience), self._timings.visited[0])
     sample.answer.set_running_or_notify_cancel()
+    sample.ahead = max(self.inside - 1, 0)
     with self._changed:
       if self._closing:
         raise Full
@@ -292,4 +325,5 @@ class Scheduler:
     seconds = self._clock() - sample.arrived
     self.exits[sample.reached[2]] += 1
     self.seconds += seconds
+    self._pace.learn(sample.ahead, seconds)
     sample.answer.set_result(Answer(*sample.reached, seconds))

@@ -5,13 +5,15 @@
   curl -F image=@a.png -F image=@b.jpg -F deadline_ms=20 localhost:8000/predict
 
 service.py describes the answers. The server runs the bundle's run.py, so serve only bundles that you trust. It has
-neither TLS nor protection against slow clients, so put a proxy in front of it where other machines can reach it. On
-SIGTERM and Control-C it refuses new requests, answers those it has, and exits with code 0. User errors are one line and
-exit code 2.
+neither TLS nor limits on connections, so put a proxy in front of it where other machines can reach it. On SIGTERM and
+Control-C it closes its port, answers the requests that it has and those that kept connections send in the next two
+seconds with Connection: close, and exits with code 0. User errors are one line and exit code 2.
 """
 
 import argparse
 import importlib.util
+import logging
+import re
 import signal
 import socket
 import sys
@@ -20,8 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
-
-_LONGEST_STOP = 30  # Seconds that clients have to read their answers after a signal.
 
 
 class UserError(Exception):
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     _serve(_parse(argv))
   except UserError as error:
-    print('error:', *str(error).split(), file=sys.stderr)
+    line = ' '.join(str(error).split())
+    print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)
@@ -60,6 +61,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--batch', type=_count, default=64, help='Most images per run of a stage (default: 64).')
   add('--max-bytes', type=_count, default='10M', help='Of a request (default: 10M).')
   add('--max-pixels', type=_count, default='25M', help='Of an image (default: 25M).')
+  add('--max-decoding', type=_count, default='512M', help='Bytes to decode the images of a request (default: 512M).')
+  add('--max-wait-ms', type=_count, help='Longest expected wait (default: 500, or two full batches).')
+  add('--cors', metavar='ORIGIN', type=_origin, action='append', default=[], help='Site whose pages may call it.')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
   add('--threads', type=int, default=0, help='Per stage (default and maximum: one per core).')
   return parser.parse_args(argv)
@@ -69,6 +73,12 @@ def _port(text: str) -> int:
   if not text.isdecimal() or int(text) > 65535:
     raise argparse.ArgumentTypeError(f'expected a port from 0 to 65535, found {text}')
   return int(text)
+
+
+def _origin(text: str) -> str:
+  if text != '*' and not re.fullmatch(r'https?://[^/\s?#@,]+', text):
+    raise argparse.ArgumentTypeError(f'expected an origin such as https://example.com, or *, found {text!r}')
+  return text
 
 
 def _count(text: str) -> int:
@@ -85,12 +95,15 @@ def _serve(given: argparse.Namespace) -> None:
     import python_multipart  # noqa: F401
     import uvicorn
     from batching import Scheduler, measure
+    from connections import LONGEST_STOP, Protocol, Server
+    from decoding import Decoders
     from PIL import Image
-    from service import Predictor, make_app
+    from service import MAX_WAIT, Predictor, make_app
     from uploads import Uploads
   except ImportError as error:
     needs = Path(__file__).with_name('requirements.txt')
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
+  logging.getLogger('python_multipart').setLevel(logging.ERROR)  # It warns about malformed forms.
   warnings.filterwarnings('ignore', module='PIL')  # Pillow warns about odd but readable files.
   Image.init()  # Otherwise the first image waits for it.
   runtime = _load_runtime(given.bundle)
@@ -113,10 +126,20 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
   uploads = Uploads(given.max_bytes, given.queue)
-  predictor = Predictor(runtime, bundle, timings, scheduler, uploads, given.max_pixels)
-  app = make_app(predictor, scheduler, lambda: _report(given, listening, timings.alone()))
-  config = uvicorn.Config(app, log_level='warning', access_log=False, timeout_graceful_shutdown=_LONGEST_STOP)
-  server = uvicorn.Server(config)
+  decoders = Decoders(runtime, bundle.image_shape, given.max_pixels, given.max_decoding)
+  max_wait = given.max_wait_ms / 1e3 if given.max_wait_ms else max(MAX_WAIT, 2 * timings.all_stages(batch))
+  predictor = Predictor(bundle, timings, scheduler, uploads, decoders, max_wait)
+  app = make_app(predictor, scheduler, lambda: _report(given, listening, timings.alone()), given.cors)
+  config = uvicorn.Config(
+    app,
+    http=Protocol,
+    loop='asyncio',  # uvloop accepts one connection a turn, so that under load new ones wait for seconds.
+    ws='none',
+    log_level='error',
+    access_log=False,
+    timeout_graceful_shutdown=LONGEST_STOP,
+  )
+  server = Server(config)
   for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again once it has stopped.
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   server.run(sockets=[listening])

@@ -8,15 +8,17 @@ in the order sent; milliseconds are from the request's arrival to the answer, wa
 answered has {"error": "..."} in its place. The status is 200 if any image is answered. Otherwise it is the status that
 all images share (413: too many pixels; 500: the network failed), or else 400, with the first "error" next to "answers".
 
-A whole request is refused with 400 (no image, an unknown field or a malformed form), 413 (too many bytes, declared or
-read) or 503 with Retry-After (no room for its images, or too many bytes in flight).
+A whole request is refused with 400 (no image, an unknown field or a malformed form), 408 (not sent in time), 413 (too
+many bytes, declared, read, or to decode), 415 (compressed, or a form of another type), 431 (long headers) or 503 with
+Retry-After (no room for its images, too long a wait, or too many bytes in flight). The wait is what requests that
+arrive now should spend before their turn: in the event loop, for decoding and for the stages.
 
 The query or the form may have one of
   budget_ms: no image goes to an exit that a single image reaches later than this on this machine, as measured at
     start-up; waiting does not count.
   deadline_ms: the best answer available this many milliseconds after the request arrived, waiting included. An image
     exits earlier where it is confident enough. A stage starts only if it should finish in time, but the first always
-    runs: under load, an answer may be late.
+    runs: an answer may be late, but a request that would only wait until its deadline is refused with 503.
 """
 
 import asyncio
@@ -27,17 +29,23 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType
 from typing import Any
 
 from batching import Full, Scheduler, Timings
+from connections import MAX_HEADERS
+from decoding import Decoders
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from uploads import FIELDS, Refused, Uploads, decode
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uploads import FIELDS, Refused, Uploads
 
+MAX_WAIT = 0.5
+"""Seconds that a request may have to wait for its turn, by default; or two full batches if those take longer."""
+_MOST_LAG = 4  # Longest waits that the event loop may be late: refusing costs it nearly as much as answering.
+_UNNOTICED = 0.02  # Seconds of waiting for which no request is refused, whatever its deadline.
 _GONE = 499  # As nginx logs a client that disconnected; never sent.
 _DOCUMENTED = {
   'parameters': [{'name': name, 'in': 'query', 'schema': {'type': 'number'}} for name in FIELDS],
@@ -59,13 +67,35 @@ class Predictor:
   """Answers requests. requests: their number by status."""
 
   def __init__(
-    self, runtime: ModuleType, bundle: Any, timings: Timings, scheduler: Scheduler, uploads: Uploads, max_pixels: int
+    self,
+    bundle: Any,
+    timings: Timings,
+    scheduler: Scheduler,
+    uploads: Uploads,
+    decoders: Decoders,
+    max_wait: float = MAX_WAIT,
   ):
-    self._runtime, self._bundle, self._scheduler, self._uploads = runtime, bundle, scheduler, uploads
-    self._alone, self._max_pixels = timings.alone(), max_pixels
-    # Pillow decodes without the interpreter lock, but the stages need cores too.
-    self._decoders = ThreadPoolExecutor(2, 'decode')
+    """max_wait: seconds that a request may have to wait for its turn."""
+    self._bundle, self._scheduler, self._uploads, self._decoders = bundle, scheduler, uploads, decoders
+    self._alone, self._max_wait, self.lag = timings.alone(), max_wait, Lag()
     self.requests: Counter[int] = Counter()
+
+  def check_wait(self, sizes: Sequence[int] = (), seconds: float = math.inf) -> None:
+    """Refuses a request whose turn should come too late.
+
+    Args:
+      sizes: bytes to decode, by image.
+      seconds: until its deadline.
+
+    Raises:
+      Refused: 503.
+    """
+    wait = self._scheduler.wait() + self._decoders.wait(sizes)
+    if wait > self._max_wait or self.lag.seconds > _MOST_LAG * self._max_wait or wait > max(seconds, _UNNOTICED):
+      limit = min(self._max_wait, max(seconds, _UNNOTICED))
+      raise Refused(
+        503, f'expected a wait of at most {1e3 * limit:.0f} ms, found {1e3 * (wait + self.lag.seconds):.0f}; try again'
+      )
 
   async def answer(self, request: Request) -> Response:
     """The response to a request."""
@@ -91,16 +121,18 @@ class Predictor:
     deadline = arrived + fields.get('deadline_ms', math.inf) / 1e3
     if not self._scheduler.alive():
       raise Refused(503, 'the service is stopping')
+    sizes = await self._decoders.sizes(images)
+    self.check_wait(sizes, deadline - arrived)
     try:
       self._scheduler.admit(len(images))
     except Full as error:
       raise Refused(503, f'no room for {len(images)} images now; try again') from error
-    return await asyncio.gather(*(self._outcome(image, arrived, last, deadline) for image in images))
+    work = zip(images, sizes, strict=True)
+    return await asyncio.gather(*(self._outcome(*image, arrived, last, deadline) for image in work))
 
-  async def _outcome(self, encoded: bytes, arrived: float, last: int, deadline: float) -> Outcome:
+  async def _outcome(self, encoded: bytes, size: int, arrived: float, last: int, deadline: float) -> Outcome:
     try:
-      work = decode, self._runtime, encoded, self._bundle.image_shape, self._max_pixels
-      image = await asyncio.get_running_loop().run_in_executor(self._decoders, *work)
+      image = await self._decoders.decode(encoded, size)
       answer = await asyncio.wrap_future(self._scheduler.submit(image, arrived, last, deadline))
     except Refused as refused:
       return refused.status, {'error': refused.reason}
@@ -126,17 +158,66 @@ class Predictor:
     return within[-1]
 
 
-def make_app(predictor: Predictor, scheduler: Scheduler, started: Callable[[], None]) -> FastAPI:
-  """The application; `started` is called once it serves."""
+class Lag:
+  """How late the event loop is: what it has to do before a request that arrives now. seconds: of the last moments."""
+
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    self._clock, self.seconds = clock, 0.0
+
+  async def watch(self) -> None:
+    """Measures until cancelled."""
+    while True:
+      before = self._clock()
+      await asyncio.sleep(_TICK)
+      self.seconds = max(self._clock() - before - _TICK, self.seconds / 2)
+
+
+_TICK = 0.02
+
+
+class Gate:
+  """Refuses requests before anything of them is read: long headers, and predictions that would wait too long."""
+
+  def __init__(self, app: ASGIApp, predictor: Predictor):
+    self._app, self._predictor = app, predictor
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    answer: ASGIApp = self._app
+    if scope['type'] == 'http':
+      try:
+        self._check(scope)
+      except Refused as refused:
+        self._predictor.requests[refused.status] += 1
+        answer = _refusal(refused.status, refused.reason)
+    await answer(scope, receive, send)
+
+  def _check(self, scope: Scope) -> None:
+    if sum(len(name) + len(value) for name, value in scope['headers']) + len(scope['query_string']) > MAX_HEADERS:
+      raise Refused(431, f'expected at most {MAX_HEADERS:,} bytes of headers, found more')
+    if scope['method'] == 'POST' and scope['path'] == '/predict':
+      self._predictor.check_wait()
+
+
+def make_app(
+  predictor: Predictor, scheduler: Scheduler, started: Callable[[], None], origins: Sequence[str] = ()
+) -> FastAPI:
+  """The application.
+
+  Args:
+    started: called once it serves.
+    origins: of other sites whose pages may call it.
+  """
 
   @contextlib.asynccontextmanager
   async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     scheduler.start()
     started()
+    watching = asyncio.create_task(predictor.lag.watch())
     yield
+    watching.cancel()
     await asyncio.to_thread(scheduler.close)
 
-  app = FastAPI(title='Early exits', lifespan=lifespan, docs_url=None, redoc_url=None)
+  app = FastAPI(title='Early exits', lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
 
   @app.post('/predict', openapi_extra=_DOCUMENTED)
   async def predict(request: Request) -> Response:
@@ -152,14 +233,25 @@ def make_app(predictor: Predictor, scheduler: Scheduler, started: Callable[[], N
     text = ''.join(f'{line}\n' for line in metric_lines(predictor, scheduler))
     return PlainTextResponse(text, media_type='text/plain; version=0.0.4')
 
+  for path, answer in (('/healthz', healthz), ('/metrics', metrics)):
+    app.add_api_route(path, answer, methods=['HEAD'], include_in_schema=False)
+
   @app.exception_handler(HTTPException)
-  async def unknown(_: Request, error: HTTPException) -> Response:
+  async def unknown(request: Request, error: HTTPException) -> Response:
+    allowed = {name for route in app.routes if route.path == request.url.path for name in route.methods}
+    if error.status_code == 405:
+      error.headers = {'Allow': ', '.join(sorted(allowed | {'OPTIONS'}))}
+      if request.method == 'OPTIONS':
+        return Response(status_code=204, headers=error.headers)
     return JSONResponse({'error': str(error.detail)}, error.status_code, error.headers)
 
   @app.exception_handler(Exception)
   async def failed(_: Request, error: Exception) -> Response:
     return _refusal(500, 'the service failed; see its log')
 
+  app.add_middleware(Gate, predictor=predictor)
+  if origins:
+    app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=['*'], expose_headers=['Retry-After'])
   return app
 
 

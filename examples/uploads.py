@@ -1,17 +1,19 @@
 """Reads the images and fields of a request, within limits."""
 
+import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.types import Message, Receive
 
 FIELDS = ('budget_ms', 'deadline_ms')
+READ_SECONDS = 30
+"""Seconds in which a client must have sent its whole request."""
 _HELD = 16  # All requests together may hold this many largest bodies.
 
 
@@ -33,31 +35,39 @@ class Upload(NamedTuple):
 class Uploads:
   """Reads requests of at most `max_bytes` each, and of 16 times that together."""
 
-  def __init__(self, max_bytes: int, max_images: int):
-    self._max_bytes, self._max_images, self._held = max_bytes, max_images, 0
+  def __init__(self, max_bytes: int, max_images: int, seconds: float = READ_SECONDS):
+    """seconds: in which a request must have arrived."""
+    self._max_bytes, self._max_images, self._seconds, self._held = max_bytes, max_images, seconds, 0
 
   @contextlib.asynccontextmanager
   async def read(self, request: Request) -> AsyncIterator[Upload]:
     """Reads a request, whose bytes count as held until the context ends.
 
     Raises:
-      Refused: 400, 413 or 503.
+      Refused: 400, 408, 413, 415 or 503.
       HTTPException: 400, a form cannot be parsed.
     """
     declared = request.headers.get('content-length', '')
     if declared.isdecimal() and int(declared) > self._max_bytes:
       raise self._too_large()
-    is_form = request.headers.get('content-type', '').lower().startswith('multipart/form-data')
+    kind, coding = (request.headers.get(name, '').strip().lower() for name in ('content-type', 'content-encoding'))
+    is_form = kind.startswith('multipart/form-data')
+    if coding not in ('', 'identity') or kind.startswith('multipart/') and not is_form:
+      found = f'Content-Encoding: {coding[:40]}' if coding else f'Content-Type: {kind[:40]}'
+      raise Refused(415, f'expected an image or a form (multipart/form-data), not compressed, found {found}')
     body = _Body(request.receive, is_form)
     request = Request(request.scope, lambda: self._receive(body))
     try:
-      if is_form:
-        upload = await self._read_form(request)
-      else:
-        encoded = await request.body()
-        upload = Upload([encoded] if encoded else [], read_fields(request.query_params.multi_items()))
+      upload = await asyncio.wait_for(self._read_form(request) if is_form else _read_body(request), self._seconds)
       if not upload.images:
         raise Refused(400, 'expected an image, found none; send one as the body, or several as files of a form')
+    except TimeoutError as error:
+      self._held -= body.size
+      raise Refused(408, f'expected the whole request within {self._seconds:g} s, found {body.size:,} bytes') from error
+    except BaseException:
+      self._held -= body.size
+      raise
+    try:
       yield upload
     finally:
       self._held -= body.size
@@ -89,6 +99,11 @@ class Uploads:
     return Refused(413, f'expected at most {self._max_bytes:,} bytes, found more; send fewer or smaller images')
 
 
+async def _read_body(request: Request) -> Upload:
+  encoded = await request.body()
+  return Upload([encoded] if encoded else [], read_fields(request.query_params.multi_items()))
+
+
 class _Body:
   def __init__(self, receive: Receive, is_form: bool):
     self.receive, self.is_form, self.size, self.tail = receive, is_form, 0, b''
@@ -102,6 +117,8 @@ def read_fields(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
   """
   found = {}
   for name, text in pairs:
+    if name == 'image':
+      raise Refused(400, 'expected a file as image, found text; send it with a filename, as curl -F image=@FILE does')
     if name not in FIELDS:
       raise Refused(400, f'unknown field {name[:40]!r}, expected {" or ".join(FIELDS)}')
     if found:
@@ -120,19 +137,14 @@ def _positive(name: str, text: str) -> float:
   return value
 
 
-def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int) -> np.ndarray:
-  """Decodes an image for the bundle as its run.py does, within limits: uint8 [H, W, C].
-
-  Raises:
-    Refused: 400, it is not an image; 413, it has too many pixels, which is checked before they are decoded.
-  """
+def guarded(runtime: ModuleType, max_pixels: int, read: Callable[..., Any]) -> Any:
+  """What `read` returns, given the limits that this run.py takes; its exceptions become `Refused`: 400 or 413."""
   from PIL.Image import DecompressionBombError, UnidentifiedImageError
 
-  side, channels = image_shape[0], image_shape[-1]
   # The run.py of version 0.1.0 has no limit of its own; serve.py sets Pillow's.
   limited = hasattr(runtime, 'TooManyPixels')
   try:
-    return runtime.decode_image(encoded, side, channels, *([max_pixels] if limited else []))
+    return read(*([max_pixels] if limited else []))
   except getattr(runtime, 'TooManyPixels', DecompressionBombError) as error:
     found = error if limited else f'expected at most {max_pixels:,} pixels, found more'
     raise Refused(413, f'{found}; send a smaller image') from error

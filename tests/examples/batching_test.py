@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from batching import Full, Scheduler, Timings, measure
+from batching import Full, Pace, Scheduler, Timings, measure
 
 from paranet_jax.portable import run
 
@@ -217,6 +217,32 @@ def test_a_thread_that_ended_fails_what_waits(queue):
     queue.send(0)
   queue.scheduler.close()
   assert not queue.scheduler.alive()
+
+
+def test_the_wait_is_what_stages_should_take_until_answers_say_otherwise():
+  pace = Pace(Timings(ONE, FULL, BATCH), BATCH)
+  assert [pace.wait(ahead) for ahead in (0, 1, 4, 9)] == [0, 7, 17.5, 2 * 17.5 + 7]
+  for _ in range(500):
+    pace.learn(4, 8.75)  # Half, since images exit early.
+  assert pace.wait(8) == pytest.approx(17.5)
+  pace.learn(0, 1e6)  # It waited for none.
+  assert pace.wait(8) == pytest.approx(17.5)
+  pace.learn(4, 1e6)
+  assert pace.wait(8) < 50
+
+
+def test_the_scheduler_learns_how_long_images_wait(queue):
+  assert queue.scheduler.wait() == 0
+  for label in range(8):
+    queue.scheduler.admit(1)
+    queue.send(label, sure=1)
+  assert queue.scheduler.wait() == 35
+  queue.finish()  # Takes 5.
+  for _ in range(8):
+    queue.scheduler.release()
+  assert queue.scheduler.wait() == 0
+  queue.scheduler.admit(8)
+  assert 5 < queue.scheduler.wait() < 30
 
 
 def test_timings():

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import batching
+import connections
+import decoding
 import pytest
 import serve
 import tiny_bundle
 import uploads
-import uvicorn
 from PIL import Image
 from serving import EXAMPLES
 
@@ -74,6 +75,10 @@ def refusal(capsys, *arguments):
     (
       (WHOLE, '--max-bytes=M'),
       "argument --max-bytes: expected an integer of 1 or more, such as 64 or 10M, found 'M'; see --help",
+    ),
+    (
+      (WHOLE, '--cors=example.com'),
+      "argument --cors: expected an origin such as https://example.com, or *, found 'example.com'; see --help",
     ),
     ((WHOLE, '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
     (
@@ -137,7 +142,7 @@ def test_a_signal_just_before_it_serves(folder, monkeypatch):
     asked.append(server.should_exit)
     sockets[0].close()
 
-  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(connections.Server, 'run', run)
   before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   try:
     assert serve.main([f'--bundle={folder / "whole"}', '--port=0']) == 0
@@ -163,11 +168,11 @@ def test_pillow_refuses_no_image_that_the_service_takes(folder, monkeypatch, sid
   def run(server, sockets):
     sockets[0].close()
     try:
-      found.append(uploads.decode(run_file, encoded.getvalue(), (8, 8, 3), 1000).shape)
+      found.append(decoding.decode(run_file, encoded.getvalue(), (8, 8, 3), 1000).shape)
     except uploads.Refused as refused:
       found.append(refused.reason)
 
-  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(connections.Server, 'run', run)
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
   assert serve.main([f'--bundle={folder / "whole"}', '--port=0', '--max-pixels=1K']) == 0
   assert found == [message or (8, 8, 3)]
@@ -182,13 +187,13 @@ def test_a_bundle_of_0_1_0_is_decoded_within_pillows_limits(monkeypatch):
       encoded = io.BytesIO()
       Image.new('RGB', (side, side)).save(encoded, format)
       try:
-        found.append(uploads.decode(sys.modules['bundle_run'], encoded.getvalue(), (8, 8, 3), 1000).shape)
+        found.append(decoding.decode(sys.modules['bundle_run'], encoded.getvalue(), (8, 8, 3), 1000).shape)
       except uploads.Refused as refused:
         found.append((refused.status, refused.reason))
 
   for name in ('MAX_IMAGE_PIXELS', 'ID'):
     monkeypatch.setattr(Image, name, copy.copy(getattr(Image, name)))
-  monkeypatch.setattr(uvicorn.Server, 'run', run)
+  monkeypatch.setattr(connections.Server, 'run', run)
   monkeypatch.setattr(signal, 'signal', lambda *_: None)
   assert serve.main([f'--bundle={BUNDLE_OF_0_1_0}', '--port=0', '--max-pixels=1K']) == 0
   too_many = 'expected at most 1,000 pixels, found more; send a smaller image'

@@ -1,5 +1,7 @@
 """Tests of the service as a user starts it, without JAX or this package: no request is lost or mixed up."""
 
+import http.client
+import json
 import queue
 import re
 import signal
@@ -218,6 +220,82 @@ REFUSED = {
   'another path': ('/', PNG, {}, 404, 'Not Found'),
   'another method': ('/metrics', PNG, {}, 405, 'Method Not Allowed'),
 }  # fmt: skip
+
+
+def part(content: bytes, head: str = 'Content-Disposition: form-data; name="image"; filename="x"') -> bytes:
+  return f'--border\r\n{head}\r\n\r\n'.encode() + content + b'\r\n'
+
+
+AS_FORM = {'Content-Type': 'multipart/form-data; boundary=border'}
+NO_NAME = 'The Content-Disposition header field "name" must be provided.'
+NO_FILE = 'expected a file as image, found text; send it with a filename, as curl -F image=@FILE does'
+NESTED = b'--inner\r\n\r\n' + PNG + b'\r\n--inner--'
+ODD_FORMS = {
+  'no filename': ([part(PNG, 'Content-Disposition: form-data; name="image"')], AS_FORM, 400, NO_FILE),
+  'an empty filename': (
+    [part(PNG, 'Content-Disposition: form-data; name="image"; filename=""')], AS_FORM, 200, None
+  ),
+  'a filename not of UTF-8': (
+    [part(PNG).replace(b'="x"', b'="\xff"')], AS_FORM, 200, None
+  ),
+  'an empty file': ([part(b'')], AS_FORM, 400, 'expected an image, found an empty file'),
+  'an empty file and an image': ([part(b''), part(PNG)], AS_FORM, 200, None),
+  'no name': ([part(PNG, 'Content-Disposition: form-data; filename="x"')], AS_FORM, 400, NO_NAME),
+  'no headers': ([b'--border\r\n\r\n' + PNG + b'\r\n'], AS_FORM, 400, NO_NAME),
+  'a damaged header': ([part(PNG, 'nothing')], AS_FORM, 400, 'Invalid multipart data.'),
+  'long headers': ([part(PNG, f'X: {"a" * 20_000}')], AS_FORM, 400, 'Invalid multipart data.'),
+  'another boundary': (
+    [part(PNG)], {'Content-Type': 'multipart/form-data; boundary=other'}, 400, 'Invalid multipart data.'
+  ),
+  'no boundary': (
+    [part(PNG)], {'Content-Type': 'multipart/form-data; boundary='}, 400, 'Invalid multipart data.'
+  ),
+  'a form in a form': (
+    [part(NESTED, 'Content-Disposition: form-data; name="image"\r\nContent-Type: multipart/mixed; boundary=inner')],
+    AS_FORM, 400, NO_FILE,
+  ),
+  'a form as a file': ([part(NESTED)], AS_FORM, 400, NO_IMAGE),
+  'a field twice': (
+    [part(b'5', 'Content-Disposition: form-data; name="budget_ms"')] * 2 + [part(PNG)], AS_FORM, 400, SEVERAL
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ODD_FORMS)
+def test_odd_forms(server, name):
+  parts, headers, status, reason = ODD_FORMS[name]
+  reply = server.ask('POST', '/predict', b''.join(parts) + b'--border--\r\n', headers)
+  assert (reply.status, reply.body.get('error')) == (status, reason)
+
+
+MALFORMED = 'expected an HTTP/1.1 request, found a malformed one ('
+START = b'POST /predict HTTP/1.1\r\nHost: x\r\n'
+RAW = {
+  'a negative length': (START + b'Content-Length: -5\r\n\r\n', 400, f'{MALFORMED}bad Content-Length)'),
+  'two lengths': (START + b'Content-Length: 5\r\nContent-Length: 6\r\n\r\n', 400, f'{MALFORMED}conflicting '),
+  'a damaged chunk': (START + b'Transfer-Encoding: chunked\r\n\r\nzz\r\n', 400, f'{MALFORMED}illegal chunk header'),
+  'another coding': (START + b'Transfer-Encoding: gzip\r\n\r\n', 501, f'{MALFORMED}Only Transfer-Encoding: chunked '),
+  'no host': (b'POST /predict HTTP/1.1\r\n\r\n', 400, f'{MALFORMED}Missing mandatory Host: header)'),
+  'TLS': (b'\x16\x03\x01\x02\x00\x01\x00\r\n\r\n', 400, f'{MALFORMED}illegal request line'),
+  'a header without end': (START + b'X: ' + b'a' * 300_000, 431, f'{MALFORMED}Receive buffer too long)'),
+  'no length': (START + b'\r\n', 400, NONE_SENT),
+}
+
+
+@pytest.mark.parametrize('name', RAW)
+def test_what_is_not_http(server, name):
+  request, status, reason = RAW[name]
+  with socket.create_connection(('127.0.0.1', server.port), timeout=60) as client:
+    client.sendall(request)
+    reply = http.client.HTTPResponse(client)
+    reply.begin()
+    assert reply.status == status
+    (line,) = json.loads(reply.read()).items()
+  assert line[0] == 'error' and line[1].startswith(reason)
+
+
+def test_chunks(server):
+  assert server.ask('POST', '/predict', iter([PNG[:20], PNG[20:]])).status == 200
 
 
 @pytest.mark.parametrize('name', REFUSED)

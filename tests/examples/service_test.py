@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny_bundle
 from batching import Scheduler, measure
+from decoding import Decoders
 from fastapi import Request
 from service import Predictor, make_app
-from serving import PNG, form
+from serving import PNG, form, of_pixels
 from uploads import Refused, Uploads
 
 from paranet_jax.portable import run
@@ -20,11 +21,12 @@ MAX_BYTES = 1000
 class Service:
   """The application of a tiny bundle."""
 
-  def __init__(self, bundle):
+  def __init__(self, bundle, origins=()):
     timings = measure(bundle, 4)
     self.scheduler = Scheduler(run, bundle, timings, 8, 4)
-    self.predictor = Predictor(run, bundle, timings, self.scheduler, Uploads(MAX_BYTES, 8), 10**6)
-    self.app = make_app(self.predictor, self.scheduler, lambda: None)
+    decoders = Decoders(run, bundle.image_shape, 10**6, 10**6)
+    self.predictor = Predictor(bundle, timings, self.scheduler, Uploads(MAX_BYTES, 8), decoders)
+    self.app = make_app(self.predictor, self.scheduler, lambda: None, origins)
 
   def ask(self, method, path, body=b'', headers=()):
     """Status, headers and JSON of a response."""
@@ -40,7 +42,8 @@ class Service:
     scope['headers'] = [(name.lower().encode(), value.encode()) for name, value in dict(headers).items()]
     asyncio.run(self.app(scope, receive, send))
     headers = {name.decode(): value.decode() for name, value in sent[0]['headers']}
-    return sent[0]['status'], headers, json.loads(sent[1]['body'])
+    body = sent[1]['body']
+    return sent[0]['status'], headers, json.loads(body) if body[:1] == b'{' else body
 
 
 @pytest.fixture
@@ -109,6 +112,95 @@ def test_an_unexpected_failure(service, monkeypatch):
   with pytest.raises(ArithmeticError, match='of ours'):  # The server logs it.
     service.ask('POST', '/predict', PNG)
   assert service.predictor.requests == {500: 1}
+
+
+def test_requests_that_would_wait_too_long_are_refused(service, monkeypatch):
+  refused = 'expected a wait of at most {} ms, found {}; try again'
+  service.predictor.lag.seconds = 2.1
+  status, headers, body = service.ask('POST', '/predict', PNG)
+  assert (status, headers['retry-after'], body) == (503, '1', {'error': refused.format(500, 2100)})
+  assert service.ask('GET', '/healthz')[0] == 200
+  service.predictor.lag.seconds = 0.1
+  monkeypatch.setattr(service.scheduler, 'wait', lambda: 0.3)
+  monkeypatch.setattr(service.predictor._decoders, 'wait', lambda sizes=(): 0.05)
+  assert service.ask('POST', '/predict', PNG)[0] == 200
+  assert service.ask('POST', '/predict', *form([PNG], [('deadline_ms', '400')]))[0] == 200
+  status, _, body = service.ask('POST', '/predict', *form([PNG], [('deadline_ms', '340')]))
+  assert (status, body) == (503, {'error': refused.format(340, 450)})
+  monkeypatch.setattr(service.predictor._decoders, 'wait', lambda sizes=(): 0.3 if sizes else 0.0)
+  status, _, body = service.ask('POST', '/predict', PNG)
+  assert (status, body) == (503, {'error': refused.format(500, 700)})
+  assert service.predictor.requests == {503: 3, 200: 2} and service.scheduler.inside == 0
+
+
+def test_images_that_take_too_much_to_decode_together(service):
+  status, _, body = service.ask('POST', '/predict', *form([of_pixels(300, 1000)] * 2))
+  assert status == 413 and body['error'].startswith('expected images that take at most 1,000,000 bytes to decode toge')
+  assert service.scheduler.inside == 0
+
+
+def test_long_headers(service):
+  status, _, body = service.ask('POST', '/predict', PNG, {'X': 'a' * 17_000})
+  assert (status, body) == (431, {'error': 'expected at most 16,384 bytes of headers, found more'})
+
+
+@pytest.mark.parametrize(
+  ('headers', 'found'),
+  [
+    ({'Content-Encoding': 'gzip'}, 'Content-Encoding: gzip'),
+    ({'Content-Type': 'multipart/mixed; boundary=b'}, 'Content-Type: multipart/mixed; boundary=b'),
+  ],
+)
+def test_other_encodings(service, headers, found):
+  expected = f'expected an image or a form (multipart/form-data), not compressed, found {found}'
+  assert service.ask('POST', '/predict', PNG, headers)[::2] == (415, {'error': expected})
+
+
+@pytest.mark.parametrize(
+  ('method', 'path', 'status', 'allow'),
+  [
+    ('HEAD', '/healthz', 200, None),
+    ('HEAD', '/metrics', 200, None),
+    ('HEAD', '/predict', 405, 'OPTIONS, POST'),
+    ('OPTIONS', '/predict', 204, 'OPTIONS, POST'),
+    ('OPTIONS', '/healthz', 204, 'GET, HEAD, OPTIONS'),
+    ('OPTIONS', '/metrics', 204, 'GET, HEAD, OPTIONS'),
+    ('OPTIONS', '/nowhere', 404, None),
+    ('PUT', '/metrics', 405, 'GET, HEAD, OPTIONS'),
+    ('POST', '/predict/', 404, None),
+  ],
+)
+def test_methods(service, method, path, status, allow):
+  found = service.ask(method, path)
+  assert (found[0], found[1].get('allow')) == (status, allow)
+
+
+def test_pages_of_other_sites(bundle):
+  origin = {'Origin': 'https://example.com'}
+  asked = origin | {'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'content-type'}
+  for origins, allowed in (((), None), (['https://example.com'], 'https://example.com'), (['*'], '*')):
+    service = Service(bundle, origins)
+    for method, path, headers in (('GET', '/metrics', origin), ('OPTIONS', '/predict', asked)):
+      assert service.ask(method, path, headers=headers)[1].get('access-control-allow-origin') == allowed
+    service.predictor.lag.seconds = 9
+    status, headers, _ = service.ask('POST', '/predict', PNG, origin)
+    assert (status, headers.get('access-control-allow-origin')) == (503, allowed)
+
+
+def test_a_request_that_does_not_arrive():
+  uploads = Uploads(MAX_BYTES, 8, seconds=0.01)
+  sent = [{'type': 'http.request', 'body': b'half', 'more_body': True}]
+
+  async def receive():
+    return sent.pop() if sent else await asyncio.Future()
+
+  async def read():
+    async with uploads.read(Request({'type': 'http', 'headers': [], 'query_string': b''}, receive)):
+      pass
+
+  with pytest.raises(Refused, match='^expected the whole request within 0.01 s, found 4 bytes$') as refused:
+    asyncio.run(read())
+  assert refused.value.status == 408 and uploads._held == 0
 
 
 def test_bytes_in_flight_are_bounded():

@@ -7,11 +7,11 @@ import sys
 import types
 from pathlib import Path
 
+import decoding
 import numpy as np
 import odd_images
 import pytest
 import tiny
-import uploads
 from exportable import IMAGES, SIDE, early_exit, made
 from PIL import Image
 from unwritable import run_with_closed_pipe, run_with_full_disk
@@ -169,7 +169,7 @@ def test_odd_images_are_answered_alike_by_predict_and_decoded_alike_in_training(
   (batch,) = read_batches(paths, SIDE, 3, len(paths))
   trained, _ = _FolderRecords(paths, np.zeros(len(paths), np.int32), SIDE, 3, False).read(range(len(paths)))
   np.testing.assert_array_equal(batch.images, trained)
-  uploaded = [uploads.decode(runtime, Path(path).read_bytes(), (SIDE, SIDE, 3), 10**6) for path in paths]
+  uploaded = [decoding.decode(runtime, Path(path).read_bytes(), (SIDE, SIDE, 3), 10**6) for path in paths]
   np.testing.assert_array_equal(batch.images, uploaded)
   code, printed, _ = command(str(tmp_path))
   rows = [re.split(r'  +', line) for line in printed.splitlines()[1:]]

@@ -1,0 +1,120 @@
+"""Decodes images in threads, so that those that take long do not delay the others, and their waiting time is known."""
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+from uploads import Refused, guarded
+
+SMALL = 8_000_000
+"""Bytes that decoding takes up to which an image is decoded among the small ones (two million pixels in RGB)."""
+_LEAST = 65_536  # Bytes that an image counts as, for what takes time whatever its size.
+_PACE = 4e-9  # Seconds a byte, until images have been decoded.
+
+
+class Lane:
+  """Threads that decode images in the order of arrival. bytes: of the images that wait or are being decoded."""
+
+  def __init__(self, name: str, threads: int, nice: int = 0, clock: Callable[[], float] = time.perf_counter):
+    """nice: added to the niceness of the threads, on Linux."""
+    self._pool = ThreadPoolExecutor(threads, name, initializer=_be_nice, initargs=(nice,))
+    self._threads, self._pace, self._clock, self.bytes = threads, _PACE, clock, 0
+
+  def wait(self) -> float:
+    """Seconds until an image that arrives now should be decoded, itself excluded."""
+    return self.bytes * self._pace / self._threads
+
+  async def run(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function that takes as long as decoding `size` bytes."""
+    size = max(size, _LEAST)
+    self.bytes += size
+    try:
+      return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, size, work, *arguments)
+    finally:
+      self.bytes -= size
+
+  def _timed(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    started = self._clock()
+    result = work(*arguments)
+    self._pace += 0.1 * ((self._clock() - started) / size - self._pace)
+    return result
+
+
+class Decoders:
+  """Decodes images of a bundle: small ones in one lane, the others in a second one, whose threads yield to all else."""
+
+  def __init__(self, runtime: ModuleType, image_shape: Sequence[int], max_pixels: int, max_decoding: int):
+    """max_decoding: bytes that decoding the images of a request may take."""
+    self._runtime, self._shape, self._max_pixels = runtime, image_shape, max_pixels
+    self._max_decoding = max_decoding
+    # Pillow decodes without the interpreter lock, but the stages need cores too.
+    self.small, self.large = Lane('small', 2), Lane('large', max((os.cpu_count() or 1) // 2, 1), nice=10)
+
+  async def sizes(self, images: Sequence[bytes]) -> list[int]:
+    """The bytes that decoding each of a request's images takes, by its header; 0 for what will be refused.
+
+    Raises:
+      Refused: 413, they take too many together.
+    """
+    found = await self.small.run(0, lambda: [self._size(image) for image in images])
+    if sum(found) > self._max_decoding:
+      raise Refused(
+        413,
+        f'expected images that take at most {self._max_decoding:,} bytes to decode together, found {sum(found):,}; '
+        'send fewer or smaller images',
+      )
+    return found
+
+  def wait(self, sizes: Sequence[int] = ()) -> float:
+    """Seconds until a request with images of these sizes should be decoded, itself excluded."""
+    return max(self.small.wait(), self.large.wait() if any(size > SMALL for size in sizes) else 0.0)
+
+  async def decode(self, image: bytes, size: int) -> Any:
+    """A decoded image: uint8 [H, W, C].
+
+    Raises:
+      Refused: 400 or 413.
+    """
+    lane = self.large if size > SMALL else self.small
+    return await lane.run(size, decode, self._runtime, image, self._shape, self._max_pixels)
+
+  def _size(self, image: bytes) -> int:
+    try:
+      return guarded(self._runtime, self._max_pixels, lambda *limits: _memory(self._runtime, image, *limits))
+    except Refused:
+      return 0
+
+
+def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int) -> Any:
+  """Decodes an image for the bundle as its run.py does, within limits: uint8 [H, W, C].
+
+  Raises:
+    Refused: 400, it is not an image; 413, it has too many pixels, which is checked before they are decoded.
+  """
+  if not encoded:
+    raise Refused(400, 'expected an image, found an empty file')
+  side, channels = image_shape[0], image_shape[-1]
+  return guarded(runtime, max_pixels, lambda *limits: runtime.decode_image(encoded, side, channels, *limits))
+
+
+def _memory(runtime: ModuleType, encoded: bytes, *limits: int) -> int:
+  if hasattr(runtime, 'decoding_memory'):
+    return runtime.decoding_memory(encoded, *limits)
+  import io
+
+  from PIL import Image
+
+  with Image.open(io.BytesIO(encoded)) as image:  # For the run.py of version 0.1.0.
+    return 12 * image.size[0] * image.size[1]
+
+
+def _be_nice(nice: int) -> None:
+  if nice:
+    with contextlib.suppress(OSError, AttributeError):
+      os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

@@ -1,0 +1,79 @@
+"""The server that stops: what has arrived is answered, and what stalls is cut, by an application of the test."""
+
+import asyncio
+import contextlib
+import socket
+
+import connections
+import pytest
+import uvicorn
+
+REQUEST = b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody'
+
+
+async def application(scope, receive, send):
+  """Answers once it has the body."""
+  while True:
+    message = await receive()
+    if message['type'] == 'http.disconnect':
+      return
+    if not message.get('more_body'):
+      break
+  await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'2')]})
+  await send({'type': 'http.response.body', 'body': b'ok'})
+
+
+async def ask(reader, writer):
+  """The lines of an answer's head; its body is read."""
+  writer.write(REQUEST)
+  head = await reader.readuntil(b'\r\n\r\n')
+  assert await reader.readexactly(2) == b'ok'
+  return head.lower().split(b'\r\n')
+
+
+@pytest.mark.parametrize('stalled', [0, 1, 2])
+def test_a_stop_answers_all_that_has_arrived(monkeypatch, capsys, stalled):
+  monkeypatch.setattr(connections, 'LONGEST_STOP', 1)
+  monkeypatch.setattr(connections, 'LINGER', 0.5)
+
+  async def live():
+    listening = socket.create_server(('127.0.0.1', 0))
+    port = listening.getsockname()[1]
+    config = uvicorn.Config(application, http=connections.Protocol, lifespan='off', log_config=None)
+    server = connections.Server(config)
+    serving = asyncio.create_task(server.serve([listening]))
+    kept = [await asyncio.open_connection('127.0.0.1', port) for _ in range(3)]
+    for one in kept:
+      assert b'connection: close' not in await ask(*one)
+    slow = [await asyncio.open_connection('127.0.0.1', port) for _ in range(stalled)]
+    for _, writer in slow:
+      writer.write(REQUEST[:-2])
+    late = await asyncio.open_connection('127.0.0.1', port)
+    late[1].write(REQUEST[:-4])
+    await asyncio.sleep(0.1)
+    server.should_exit = True
+    waiting = [socket.create_connection(('127.0.0.1', port)) for _ in range(3)]  # Not accepted yet.
+    while listening.fileno() >= 0:
+      await asyncio.sleep(0.01)
+    with pytest.raises(ConnectionRefusedError):
+      await asyncio.open_connection('127.0.0.1', port)
+    accepted = [await asyncio.open_connection(sock=sock) for sock in waiting]
+    for one in kept + accepted:
+      assert b'connection: close' in await ask(*one)
+      assert await one[0].read() == b''  # Closed, not reset.
+    late[1].write(b'body')
+    assert b'connection: close' in (await late[0].readuntil(b'\r\n\r\n')).lower().split(b'\r\n')
+    await serving
+    for reader, _ in slow:
+      with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await reader.readexactly(1)
+    for _, writer in [*kept, *accepted, *slow, late]:
+      writer.close()
+      with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+  asyncio.run(live())
+  out, err = capsys.readouterr()
+  count = {0: '', 1: '1 connection', 2: '2 connections'}[stalled]
+  line = f'cut {count} whose client sent no whole request, or read no answer, in 1 s\n'
+  assert (out, err) == ('', line if stalled else '')

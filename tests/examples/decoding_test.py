@@ -1,0 +1,86 @@
+"""Which images are decoded when: large ones do not delay small ones, and what a request may decode is bounded."""
+
+import asyncio
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from decoding import _LEAST, SMALL, Decoders, Lane, decode
+from serving import PNG, of_pixels
+from uploads import Refused
+
+from paranet_jax.portable import run
+
+
+class Slow:
+  """A run.py whose large images are decoded once the test says so. The size of an image is its text."""
+
+  TooManyPixels = run.TooManyPixels
+
+  def __init__(self):
+    self.may_end = threading.Event()
+
+  def decoding_memory(self, encoded, max_pixels):
+    return int(encoded)
+
+  def decode_image(self, encoded, side, channels, max_pixels):
+    if int(encoded) > SMALL:
+      assert self.may_end.wait(60)
+    return encoded
+
+
+def test_small_images_do_not_wait_for_large_ones():
+  runtime = Slow()
+  decoders = Decoders(runtime, (8, 8, 3), 1, 10**9)
+
+  async def decode_all():
+    large = [asyncio.create_task(decoders.decode(b'%d' % (SMALL + 1), SMALL + 1)) for _ in range(20)]
+    sizes = await decoders.sizes([b'5', b'7'])
+    assert sizes == [5, 7]
+    assert await decoders.decode(b'5', 5) == b'5' and not any(task.done() for task in large)
+    assert decoders.wait(sizes) == 0 and decoders.wait([5, SMALL + 1]) > 0.01
+    runtime.may_end.set()
+    await asyncio.gather(*large)
+    assert decoders.wait([SMALL + 1]) == 0
+
+  asyncio.run(decode_all())
+
+
+def test_all_images_of_a_request_count():
+  decoders = Decoders(Slow(), (8, 8, 3), 1, 100)
+  assert asyncio.run(decoders.sizes([b'50'] * 2)) == [50, 50]
+  with pytest.raises(Refused, match='at most 100 bytes to decode together, found 150; send fewer or ') as refused:
+    asyncio.run(decoders.sizes([b'50'] * 3))
+  assert refused.value.status == 413
+
+
+def test_the_sizes_of_real_files():
+  decoders = Decoders(run, (8, 8, 3), 10**6, 10**9)
+  images = [PNG, of_pixels(500, 400), of_pixels(5000, 400), b'', b'no image']
+  assert asyncio.run(decoders.sizes(images)) == [8 * 8 * 4, 500 * 400 * 2, 0, 0, 0]
+  old = SimpleNamespace(damage=run.damage)
+  assert asyncio.run(Decoders(old, (8, 8, 3), 10**6, 10**9).sizes([PNG, b'no image'])) == [8 * 8 * 12, 0]
+
+
+def test_an_empty_file():
+  with pytest.raises(Refused, match='^expected an image, found an empty file$'):
+    decode(run, b'', (8, 8, 3), 100)
+
+
+def test_the_pace_of_a_lane_is_learned():
+  now = [0.0]
+  lane = Lane('test', 2, clock=lambda: now[0])
+
+  def work(seconds):
+    now[0] += seconds
+    return lane.wait()
+
+  async def learn():
+    for _ in range(200):
+      await lane.run(10**6, work, 3.0)
+    return await lane.run(10**6, work, 3.0)
+
+  assert asyncio.run(learn()) == pytest.approx(3 / 2)  # One image of 3 s in two threads.
+  assert lane.bytes == 0 and lane.wait() == 0
+  asyncio.run(lane.run(0, lambda: np.testing.assert_equal(lane.bytes, _LEAST)))
