@@ -13,7 +13,7 @@ import numpy as np
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.weights.pytorch_file import read_tensors
-from paranet_jax.weights.state_dict import Entry, differences, not_finite, to_variables, without_prefix
+from paranet_jax.weights.state_dict import Entry, differences, not_finite, shown, to_variables, without_prefix
 
 FIELDS = {'block': 'basic', 'shortcut_padding': 'both_sides'}
 """Fields of `model` that these networks have."""
@@ -97,7 +97,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
   if learned:
     raise UserError(
       f'expected a CIFAR ResNet whose shortcuts have no parameters (option A), and {path} has {len(learned)} of them '
-      f'({learned[0]}, ...); name weights of one without'
+      f'({shown(learned[0])}, ...); name weights of one without'
     )
   return tensors
 

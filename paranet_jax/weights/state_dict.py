@@ -31,7 +31,7 @@ def differences(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> li
     if name in tensors and (tensors[name].shape != shape or not _is_real(tensors[name]))
   ]
   groups = {
-    'unknown': [name for name in tensors if name not in shapes],
+    'unknown': [shown(name) for name in tensors if name not in shapes],
     'missing': [name for name in shapes if name not in tensors],
     'of another shape or type': other,
   }
@@ -40,6 +40,11 @@ def differences(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> li
     for what, names in groups.items()
     if names
   ]
+
+
+def shown(name: str) -> str:
+  """A tensor's name as a message has it: short, and in one line."""
+  return ascii(name)[1:-1][:80]
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> dict[str, Any]:

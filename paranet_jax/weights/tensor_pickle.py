@@ -17,7 +17,7 @@ import numpy as np
 
 LARGEST_PICKLE = 2**26
 """Bytes of one pickle, which holds names and shapes but no numbers of a tensor."""
-MOST_INSTRUCTIONS = 2_000_000
+MOST_INSTRUCTIONS = 1_000_000
 """Of one pickle, with the items that its calls read; a large network has fewer than 100,000."""
 DEEPEST = 50
 """Levels of nested containers."""
@@ -326,11 +326,14 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-  level = [[value]]
+  level, seen = [[value]], 0
   for _ in range(DEEPEST):
     inner = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
     # Each container once, as one may be in others, or in itself, many times over.
     level = list({id(item): item for item in inner if isinstance(item, dict | list | tuple)}.values())
+    seen += len(inner)
     if not level:
       return
+    if seen > 2 * MOST_INSTRUCTIONS:
+      raise Refused('it nests the same containers too many times')
   raise Refused(f'it nests containers more than {DEEPEST} levels deep')

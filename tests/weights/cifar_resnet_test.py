@@ -106,6 +106,10 @@ FITS = 'set --config.model.depth or --config.init_from'
       'does not fit ResNet-8: tensors 2 of another shape or type (conv1.weight [16, 1, 3, 3] instead of '
       f'[16, 3, 3, 3], bn1.bias int64 [16] instead of [16]); the nearest is depth 8, {FITS}',
     ),
+    (
+      {'a\nb\x1b' + 'c' * 100: STEM},
+      f'does not fit ResNet-8: tensors 1 unknown (a\\nb\\x1b{"c" * 72}); the nearest is depth 8, {FITS}',
+    ),
     ({'bn1.bias': np.full(16, np.nan, np.float32)}, 'has NaN or infinity in 1 tensors (bn1.bias); name another file'),
   ],
 )

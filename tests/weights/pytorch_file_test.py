@@ -250,6 +250,13 @@ def test_long_arguments_are_counted_at_every_call(tmp_path, monkeypatch):
   assert reason(path) == 'its pickle has more than 5,000 instructions'
 
 
+def test_containers_in_containers_are_counted(tmp_path, monkeypatch):
+  path = archive(tmp_path / 'a', b']q\0(' + b'h\0' * 80 + b'e')
+  assert reason(path) == 'it nests containers more than 50 levels deep'
+  monkeypatch.setattr(tensor_pickle, 'MOST_INSTRUCTIONS', 100)
+  assert reason(path) == 'it nests the same containers too many times'
+
+
 def test_limits(tmp_path, monkeypatch):
   path = archive(tmp_path / 'a', named(tensor()))
   for module, name, limit, expected in (
