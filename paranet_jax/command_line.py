@@ -192,9 +192,11 @@ def _split(flag: str) -> tuple[str, list[str]]:
 
 def _check_exists(path: Path) -> None:
   if not path.is_file():
-    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob('*.py')], 1)
+    files = [file.name for file in path.parent.glob('*.py') if file.is_file()]
+    near = difflib.get_close_matches(path.name, files, 1)
     hint = f'did you mean {path.parent / near[0]}?' if near else 'set --config, such as configs/quickstart.py'
-    raise UserError(f'expected a configuration file at {path}, found none; {hint}')
+    found = 'a link to a file that does not exist' if path.is_symlink() else 'none'
+    raise UserError(f'expected a configuration file at {path}, found {found}; {hint}')
 
 
 def _check_overrides(config: ConfigDict, argv: Sequence[str]) -> None:

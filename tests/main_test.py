@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from running import CONFIGS, QUICKSTART, TINY, contents, refusal
@@ -134,14 +135,32 @@ def test_describing_a_data_set_whose_classes_are_not_known():
   [
     ('file', 'workdir {0} must be a folder, found a file; set --workdir'),
     ('file/below', 'workdir {0} must be a folder, found a file; set --workdir'),
+    ('dangling', 'workdir {0} must be a folder, found a dangling link; set --workdir'),
     ('x' * 300, 'workdir {0} cannot be created: File name too long; set --workdir'),
     ('caf\udce9', 'expected a folder whose path is UTF-8, found {0}; rename it, or set --workdir'),
   ],
 )
 def test_a_workdir_that_cannot_be(tmp_path, workdir, message):
   (tmp_path / 'file').write_text('mine')
+  (tmp_path / 'dangling').symlink_to('nothing')
   assert refusal(*TINY, f'--workdir={workdir}') == message.format(tmp_path / ascii(workdir)[1:-1])
-  assert contents(tmp_path) == {'file': b'mine'}
+  assert contents(tmp_path) == {'file': b'mine', 'dangling': None}
+
+
+def test_a_configuration_that_is_a_dangling_link_or_may_not_be_reached(tmp_path, monkeypatch):
+  (tmp_path / 'a.py').symlink_to('nothing')
+  assert refusal(f'--config={tmp_path}/a.py') == (
+    f'expected a configuration file at {tmp_path}/a.py, found a link to a file that does not exist; '
+    'set --config, such as configs/quickstart.py'
+  )
+
+  def refuse(path):  # Root may enter every folder.
+    raise PermissionError(13, 'Permission denied', str(path))
+
+  monkeypatch.setattr(Path, 'is_file', refuse)
+  assert refusal(f'--config={tmp_path}/a.py') == (
+    f'{tmp_path}/a.py cannot be read or written (Permission denied); fix that, or name another path'
+  )
 
 
 def test_a_workdir_that_is_not_writable(tmp_path, monkeypatch):

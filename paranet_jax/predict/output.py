@@ -124,6 +124,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     raise UserError(f'{path} already exists; set --output to another file, or --overwrite')
   if not os.path.isdir(path.parent):
     raise UserError(f'--output must be in an existing folder, and {path.parent} is none; make it, or set --output')
+  if not os.access(path.parent, os.W_OK | os.X_OK):
+    raise UserError(f'--output must be in a writable folder, and {path.parent} is not; set --output')
 
 
 def check_replaced(path: Path, files: Sequence[str]) -> None:

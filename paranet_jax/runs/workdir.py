@@ -68,7 +68,8 @@ def prepare_folder(folder: Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
-    raise UserError(f'workdir {folder} must be a folder, found a file; set --workdir') from error
+    found = 'a file' if os.path.exists(folder) or not os.path.islink(folder) else 'a dangling link'
+    raise UserError(f'workdir {folder} must be a folder, found {found}; set --workdir') from error
   except OSError as error:
     raise UserError(f'workdir {folder} cannot be created: {error.strerror}; set --workdir') from error
   if not os.access(folder, os.W_OK | os.X_OK):

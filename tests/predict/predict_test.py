@@ -236,6 +236,13 @@ def test_rejected(predict, fake, arguments, message):
   assert not fake  # Before anything is loaded.
 
 
+def test_an_output_that_could_not_be_written_is_refused_first(predict, fake, tmp_path, monkeypatch):
+  monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path)  # Root may write everywhere.
+  message = f'error: --output must be in a writable folder, and {tmp_path} is not; set --output\n'
+  assert predict('a.png', '--output=o') == (2, '', message)
+  assert not fake
+
+
 @pytest.mark.parametrize(
   ('make', 'output', 'replaced'),
   [
