@@ -85,7 +85,7 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', h
     return run() or 0
   except UserError as error:
     fix = r'set --config\.([\w.]+(=[^\s,;]+)?)', r'set \1 in the config.json of the run'
-    _say_error(str(error) if has_config else re.sub(*fix, str(error)))
+    _say_error(str(error) if has_config else re.sub(*fix, str(error).replace('--config.data.data_dir', '--data_dir')))
     return error.code
   except BrokenPipeError:
     return _BROKEN_PIPE

@@ -423,7 +423,7 @@ def test_missing_data_set(refused, monkeypatch):
     raise UserError('expected cifar100, found none; set --config.data.data_dir')
 
   monkeypatch.setattr(bundle_lib, 'load_dataset', missing)
-  assert refused('--dtype=int8') == 'expected cifar100, found none; set --config.data.data_dir'
+  assert refused('--dtype=int8') == 'expected cifar100, found none; set --data_dir'
 
 
 @pytest.mark.parametrize(
