@@ -7,6 +7,7 @@ are known to be wrong, and the flags that avoid it, are in `host/known_faults.py
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxlib.version import __version__ as jaxlib_name
 
 from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError, say
@@ -75,10 +75,11 @@ class Finding(NamedTuple):
   def __str__(self) -> str:
     """One line: what is wrong, on what, and what to do."""
     known = faults_of(jaxlib_version())
+    version = importlib.metadata.version('jaxlib')
     flags = ' '.join(sorted({fault.flag for fault in known}))
     fix = f"set {VARIABLE}='{flags}' before jax starts ({known[0].issue})" if known else 'install another jaxlib'
     return (
-      f'expected {self.expected:.9g} in {self.program.name}, found {self.found:.9g}: jaxlib {jaxlib_name} '
+      f'expected {self.expected:.9g} in {self.program.name}, found {self.found:.9g}: jaxlib {version} '
       f'computes wrong numbers on {cpu_name()} with {VARIABLE}={os.environ.get(VARIABLE, "")!r}; {fix}, or go on '
       'with --accept_wrong_numbers'
     )

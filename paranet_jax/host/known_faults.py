@@ -77,20 +77,11 @@ def faults_of(version: tuple[int, ...] | None) -> list[Fault]:
 
 
 def jaxlib_version() -> tuple[int, ...] | None:
-  """Version of the jaxlib that would be imported; None: there is none."""
+  """Version of the jaxlib that would be imported; None: there is none, or it does not tell."""
   for folder in map(Path, sys.path):
     if (folder / 'jaxlib').is_dir():
       # importlib.metadata takes 25 ms to import, a tenth of a command's --help.
       names = [path.name for path in folder.glob('jaxlib-*.dist-info')]
-      return _numbers(names[0].removeprefix('jaxlib-')) if names else _imported_version()
-  return _imported_version() if 'jaxlib' in sys.modules else None
-
-
-def _imported_version() -> tuple[int, ...]:
-  from jaxlib.version import __version__
-
-  return _numbers(__version__)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-  return tuple(int(number) for number in re.findall(r'\d+', version)[:3])
+      numbers = re.findall(r'\d+', names[0].removeprefix('jaxlib-')) if names else ()
+      return tuple(map(int, numbers[:3])) or None
+  return None
