@@ -24,6 +24,14 @@ def test_a_folder_in_place_of_a_file(tmp_path, name):
   assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_another_programs_file_is_not_overwritten(tmp_path):
+  (tmp_path / 'summary.json').write_text('mine')
+  assert refusal(*TINY, f'--workdir={tmp_path}') == (
+    f'{tmp_path} holds summary.json but no config.json, so no run wrote it; move it away, or set --workdir'
+  )
+  assert contents(tmp_path) == {'summary.json': b'mine'}
+
+
 def test_a_damaged_checkpoint(tmp_path, finished_run):
   folder = shutil.copytree(finished_run, tmp_path / 'run') / 'checkpoints' / '140'
   shutil.rmtree(folder.with_name('47'))

@@ -38,8 +38,9 @@ def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
   """
   config = restore_config(workdir)
   restore_dataset_facts(workdir, channels=config.model.channels)
-  if not (workdir / SUMMARY).exists():
-    raise UserError(f'expected a finished run, and {workdir} has no {SUMMARY}; train it to its end first')
+  for name in _CARRIED:
+    if not (workdir / name).exists():
+      raise UserError(f'expected a finished run, and {workdir} has no {name}; train it to its end first')
   with Checkpoints(workdir) as checkpoints:
     step, variables = checkpoints.read_chosen(lambda found: found.choose(asked), checkpoints.read_variables)
     variables = _rounded(variables)

@@ -57,6 +57,9 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool, mov
       prepare_folder(workdir / name)
   for name in FILES:
     check_regular(workdir / name, 'move it away, or set --workdir')
+  found = [name for name in FILES if os.path.lexists(workdir / name)]
+  if found and CONFIG not in found:  # A run saves it first.
+    raise UserError(f'{workdir} holds {found[0]} but no {CONFIG}, so no run wrote it; move it away, or set --workdir')
 
 
 def prepare_folder(folder: Path) -> None:
