@@ -28,6 +28,10 @@ _ALWAYS = ('name', 'seed', 'model.image_side', 'data.name', 'train.epochs')
 """Fields that every version has saved; others were added later, and take their defaults."""
 
 
+_BEFORE_CONFIG = 'dataset.json', 'data_identity.npz'
+"""What a run that is killed at its start may leave without a configuration."""
+
+
 class Accepted(NamedTuple):
   """What may differ from what a run saved: its configuration, the data itself, and the place of the data alone."""
 
@@ -57,8 +61,8 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool, mov
       prepare_folder(workdir / name)
   for name in FILES:
     check_regular(workdir / name, 'move it away, or set --workdir')
-  found = [name for name in FILES if os.path.lexists(workdir / name)]
-  if found and CONFIG not in found:  # A run saves it first.
+  found = [name for name in FILES if os.path.lexists(workdir / name) and name not in _BEFORE_CONFIG]
+  if found and CONFIG not in found:
     raise UserError(f'{workdir} holds {found[0]} but no {CONFIG}, so no run wrote it; move it away, or set --workdir')
 
 
