@@ -18,11 +18,10 @@ from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.identity import Learned
 from paranet_jax.data.load import load_dataset
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, printable
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
-from paranet_jax.portable.run import printable
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import Phase, Targets, make_phases, trained_exits
 

@@ -149,10 +149,11 @@ def say(text: str, to_stderr: bool = False) -> None:
 
 def printable_lines(text: str) -> str:
   """Escapes what is not printable, except the ends of lines."""
-  return '\n'.join(map(_printable, text.split('\n')))
+  return '\n'.join(map(printable, text.split('\n')))
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
+  """Escapes what is not printable, line ends too. `portable/run.py` has its own: it imports nothing of ours."""
   return ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
@@ -160,7 +161,7 @@ class _Formatter(python_logging.Formatter):
   """A line for each record, as printable as what `say` prints."""
 
   def formatMessage(self, record: python_logging.LogRecord) -> str:
-    return _printable(super().formatMessage(record))
+    return printable(super().formatMessage(record))
 
 
 def prepare_output() -> None:

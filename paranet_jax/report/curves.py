@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from paranet_jax.host.errors import printable
 from paranet_jax.host.files import read_object
-from paranet_jax.portable.run import printable
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.report.plots import bare, exit_color, logarithmic, own_style, save_figure
 

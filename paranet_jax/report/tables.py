@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from paranet_jax.portable.run import printable
+from paranet_jax.host.errors import printable
 
 ABSENT = '—'
 _MOST_CLASSES, _MOST_EXITS, _LONGEST_NAME = 10, 3, 20
