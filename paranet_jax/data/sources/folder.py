@@ -167,6 +167,9 @@ def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
     rest.left_out += found.left_out
   _check_forms(sorted(by_class), folder)
   expected = f'expected <class>/*{"|".join(SUFFIXES)} in {folder}'
+  if rest.unreadable and not all(by_class.values()):
+    path, reason = rest.unreadable[0]
+    raise UserError(f'{expected}, found {reason} at {path}: make it readable or remove it')
   if not any(by_class.values()):
     found = 'images but no class folders' if _holds_images(folder) else 'no images'
     raise UserError(f'{expected}, found {found} there: name another folder with --config.data.data_dir=...')

@@ -204,17 +204,24 @@ def test_regular_files_only(root, caplog, make):
   assert folder_source(config_of(root, on_corrupt='skip'), 4, 3).left_out == 1
 
 
-def test_a_folder_that_cannot_be_listed(root, monkeypatch):
-  write_all(root, {**ONE_FOLDER, 'ant/closed/a.png': 1})
+@pytest.mark.parametrize(
+  ('closed', 'message'),
+  [
+    ('ant/closed', 'found Permission denied at .*/ant/closed: fix or remove it, or set --config'),
+    ('zoo', 'found Permission denied at .*/zoo: make it readable or remove it$'),
+  ],
+)
+def test_a_folder_that_cannot_be_listed(root, monkeypatch, closed, message):
+  write_all(root, {**ONE_FOLDER, f'{closed}/a.png': 1})
   scandir = os.scandir
 
   def refuse(folder):
-    if str(folder).endswith('closed'):
+    if str(folder).endswith(closed):
       raise PermissionError(13, 'Permission denied', folder)
     return scandir(folder)
 
   monkeypatch.setattr(os, 'scandir', refuse)
-  with pytest.raises(UserError, match='found Permission denied at .*/ant/closed: fix or remove it, or set --config'):
+  with pytest.raises(UserError, match=message):
     load(root)
 
 
