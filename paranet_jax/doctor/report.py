@@ -10,7 +10,8 @@ import jax
 
 from paranet_jax import numerics
 from paranet_jax.command_line import CONFIGS, load_config
-from paranet_jax.config import build_model, image_shape
+from paranet_jax.config import build_model, image_shape, validate
+from paranet_jax.devices import check_fits
 from paranet_jax.doctor.crashes import RANKS, crash
 from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError
@@ -65,6 +66,8 @@ def _decides(name: str) -> bool:
 
 def _checks(config: str | None) -> list[dict[str, Any]]:
   given = load_config(config or str(CONFIGS / 'quickstart.py'))
+  validate(given)
+  check_fits(given, jax.local_devices()[:1])
   model = build_model(given, given.model.num_classes or CLASSES)
   checks = []
   for program in numerics.programs(model, image_shape(given), given.train.batch_size, train=True):

@@ -22,7 +22,7 @@ from paranet_jax.host.machine import environment
 from paranet_jax.portable import run as runtime
 from paranet_jax.runs.workdir import save_config
 
-_PATH_FLAGS = ('--workdir', '--compilation_cache')
+_PATH_FLAGS = ('--workdir', '--compilation_cache', '--data_dir', '--data-dir')
 
 
 def describe_bundle(

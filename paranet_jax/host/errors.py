@@ -30,9 +30,13 @@ _DEBUGGING = {
   'jax_disable_jit': False,
   'jax_check_tracer_leaks': False,
   'jax_no_tracing': False,
+  'jax_enable_checks': False,
+  'jax_random_seed_offset': 0,
+  'jax_default_prng_impl': 'threefry2x32',
+  'jax_threefry_partitionable': True,
 }
 """Settings of jax with which a command would fail or compute other numbers, and their defaults."""
-_HARMLESS = ('', '0', 'n', 'no', 'f', 'false', 'off', 'allow', 'standard', 'log', 'log_explicit')
+_HARMLESS = ('', '0', 'n', 'no', 'f', 'false', 'off', 'allow', 'standard', 'log', 'log_explicit', 'threefry2x32')
 
 
 class UserError(Exception):
@@ -100,6 +104,11 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', h
     if not wanted or _platform_starts():
       raise
     _say_error(f'expected the platform of JAX_PLATFORMS={wanted}, found no such device; unset it')
+    return 2
+  except ValueError as error:
+    if 'jax' in sys.modules or not any(name.startswith('JAX_') for name in os.environ):
+      raise
+    _say_error(f'expected a value that jax takes, found: {error}; unset that JAX_... variable')  # jax did not import.
     return 2
   except KeyboardInterrupt:
     say(stopped, to_stderr=True)

@@ -142,7 +142,7 @@ class RunRecord:
   def evaluated(self, step: int) -> bool:
     """Whether the evaluation after this step was written."""
     lines = self._processes.once(read_metrics, self._workdir)
-    return self._processes.from_first(any((line['step'], line['split']) == (step, 'test') for line in lines or ()))
+    return self._processes.from_first(any((line['step'], line.get('split')) == (step, 'test') for line in lines or ()))
 
   def _write(self, step: int, split: str, values: dict[str, float]) -> None:
     if self._writer:

@@ -86,6 +86,18 @@ def test_refusals(flags, message):
   assert (code, out, err.count('\n')) == (2, '', 1) and message in err
 
 
+def test_a_configuration_that_cannot_fit(tmp_path):
+  (tmp_path / 'huge.py').write_text(
+    'from paranet_jax.configs import quickstart\n'
+    'def get_config():\n'
+    '  config = quickstart.get_config()\n'
+    '  config.model.image_side = 10**6\n'
+    '  return config\n'
+  )
+  code, out, err = run_command(main, f'--config={tmp_path}/huge.py')
+  assert (code, out, err.count('\n')) == (2, '', 1) and 'model.image_side' in err
+
+
 @pytest.mark.parametrize('rank', crashes.RANKS)
 def test_programs_that_crash_some_versions_are_right_here(rank):
   crashes.sum_of_product(rank)

@@ -247,13 +247,13 @@ def test_local_paths_are_removed(tmp_path):
   (copy / 'config.json').write_text(json.dumps(fields))
   exits = json.loads((copy / 'exits.json').read_text())
   # The run was calibrated in another folder and moved.
-  places = f'--workdir={tmp_path}/elsewhere/run --compilation_cache {tmp_path}/cache'
+  places = f'--workdir={tmp_path}/elsewhere/run --compilation_cache {tmp_path}/cache --data-dir={tmp_path}/mine'
   exits['provenance']['command'] = f'python -m paranet_jax.calibrate {places} --budget=8M'
   (copy / 'exits.json').write_text(json.dumps(exits))
   assert export.main([f'--workdir={copy}', f'--out={tmp_path}/out', '--format=stablehlo']) == 0
   for path in (tmp_path / 'out').iterdir():
     assert str(tmp_path).encode() not in path.read_bytes(), path
-  command = 'python -m paranet_jax.calibrate --workdir=FOLDER --compilation_cache FOLDER --budget=8M'
+  command = 'python -m paranet_jax.calibrate --workdir=FOLDER --compilation_cache FOLDER --data-dir=FOLDER --budget=8M'
   assert command in (tmp_path / 'out/README.md').read_text().splitlines()
   assert json.loads((tmp_path / 'out/exits.json').read_text())['provenance']['command'] == command
 

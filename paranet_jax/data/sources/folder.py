@@ -19,7 +19,8 @@ from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, left_out_line, printable
 
-_TESTS = ('test', 'val', 'validation')  # The first that exists is the test split.
+_TRAINS = ('train', 'training')
+_TESTS = ('test', 'testing', 'val', 'valid', 'validation')  # The first that exists is the test split.
 
 _ByClass = dict[str, list[Path]]
 
@@ -35,7 +36,7 @@ class _Rest:
 def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
   """Images in `data_dir`/train/<class>/ and `data_dir`/test/<class>/, or only in `data_dir`/<class>/.
 
-  The test folder may also be called val or validation. In the second form `test_fraction` of the images, stratified by
+  The folders may also be called training, and testing, val, valid or validation, in any case. In the second form `test_fraction` of the images, stratified by
   class, become the test split, chosen by their content; a class may be called train there. Images also lie in folders
   below those of their class; which files are images, `run.find_images` decides, and what is left out is counted and
   named in one line. Class names are sorted. Images are scaled so that the short side is `image_side`, then
@@ -95,9 +96,12 @@ def _report(rest: _Rest, on_corrupt: str) -> None:
 
 def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
   """The images in train/ and test/; None if root holds class folders, of which train may be one."""
-  present = [split for split in ('train', *_TESTS) if (root / split).is_dir()]
+  folders = {entry.name.casefold(): entry.name for entry in reversed(_entries(root)) if entry.is_dir()}
+  present = [folders[split] for split in (*_TRAINS, *_TESTS) if split in folders]
   splits = [split for split in present if _visible_folders(root / split)]
-  if 'train' not in splits or len(splits) < 2:
+  train = next((split for split in splits if split.casefold() in _TRAINS), None)
+  test = next((split for split in splits if split.casefold() in _TESTS), None)
+  if train is None or test is None:
     lone = [split for split in present if not _holds_images(root / split)]
     if not lone:
       return None
@@ -107,15 +111,14 @@ def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
       f'one folder of class folders with --config.data.data_dir=... and a share of it with '
       f'--config.data.test_fraction=0.2'
     )
-  test = splits[1]
   for entry in _entries(root):
-    if entry.name not in ('train', test):
+    if entry.name not in (train, test):
       rest.left_out += _all_files(entry)
-  by_class = {'train': _find_classes(root / 'train', rest), 'test': _find_classes(root / test, rest)}
+  by_class = {'train': _find_classes(root / train, rest), 'test': _find_classes(root / test, rest)}
   _check_forms([*by_class['train'], *by_class['test']], root)
   if unknown := sorted(by_class['test'].keys() - by_class['train'].keys()):
     raise UserError(
-      f'expected the classes of {root}/train, found {", ".join(unknown)} in {root}/{test} only: move them'
+      f'expected the classes of {root}/{train}, found {", ".join(unknown)} in {root}/{test} only: move them'
     )
   return by_class
 

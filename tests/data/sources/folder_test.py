@@ -253,6 +253,13 @@ def test_names_of_the_test_split(root, test):
   assert folder_source(config_of(root), 4, 3).left_out == 2 + (test != 'validation')
 
 
+@pytest.mark.parametrize('names', [('Training', 'Testing'), ('TRAIN', 'Val'), ('training', 'valid')])
+def test_other_names_of_the_splits(root, names):
+  for old, new in zip(('train/', 'test/'), names, strict=True):
+    write_all(root, {name.replace(old, f'{new}/'): value for name, value in BOTH.items() if name.startswith(old)})
+  assert pairs(load(root).test) == [(0, 31), (2, 12)]
+
+
 @pytest.mark.parametrize('names', [('bus', 'car', 'train'), ('test', 'train'), ('bus', 'val')])
 def test_classes_with_the_name_of_a_split(root, names):
   write_all(root, {f'{name}/{number}.png': 9 for name in names for number in range(4)})
