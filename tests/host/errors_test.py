@@ -205,3 +205,18 @@ def test_debugging_settings_of_jax_do_not_reach_a_command(name, value, default, 
   assert capsys.readouterr().err == line * ignored
   assert found == [default if ignored else value]
   assert (name.upper() in os.environ) == (not ignored)
+
+
+def test_a_value_that_jax_refuses_when_it_is_imported(monkeypatch, capsys):
+  def run():
+    raise ValueError("invalid truth value 'bogus' for environment 'JAX_ENABLE_CHECKS'")
+
+  with pytest.raises(ValueError):  # jax is imported, so the error is another's.
+    exit_code(run)
+  monkeypatch.setenv('JAX_LOG_COMPILES', '0')
+  monkeypatch.delitem(sys.modules, 'jax')
+  assert exit_code(run) == 2
+  assert capsys.readouterr().err == (
+    "error: expected a value that jax takes, found: invalid truth value 'bogus' for environment 'JAX_ENABLE_CHECKS'; "
+    'unset that JAX_... variable\n'
+  )
