@@ -40,8 +40,8 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   `test_fraction` of the images, stratified by class, become the test split, chosen by their content; a class may be
   called train there. Images also lie in folders below those of their class; which files are images, `run.find_images`
   decides, and what is left out is counted and named in one line. Class names are sorted. Images are scaled so that the
-  short side is `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded, a dangling link and
-  what is no regular file are an error if `on_corrupt` is 'refuse', and are left out if it is 'skip'.
+  short side is `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded, a dangling link
+  and what is no regular file are an error if `on_corrupt` is 'refuse', and are left out if it is 'skip'.
 
   Raises:
     UserError: the folder, its images or its classes are missing or do not fit.
