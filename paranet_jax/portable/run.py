@@ -70,6 +70,10 @@ MAX_PIXELS = 178_956_970
 """The most pixels of an image that is decoded, unless the caller sets a limit; the number at which Pillow refuses."""
 MAX_MEMORY = 2**30
 """The most bytes that decoding an image may take, unless the caller sets a limit; larger JPEGs are decoded smaller."""
+MAX_SCANS = 100
+"""The most scans of a JPEG: each decodes all pixels again. Encoders write about ten, libtiff has the same limit."""
+MAX_SLOW_PIXELS = 2**20
+"""The most pixels of plain PPM and of run-length encoded BMP, which Pillow decodes in Python, one at a time."""
 WAVE = 64
 """Images that go through the stages together."""
 GONE = -1
@@ -1009,6 +1013,8 @@ def _opened(file: BinaryIO, max_pixels: int, max_memory: int) -> tuple[Any, int]
     width, height = image.size
     if width * height > max_pixels:
       raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found {width} x {height}')
+    _check_blocks(image, max_pixels)
+    _check_speed(image, file)
     turned, coefficients = _is_turned(image), 0
     if 'progressive' in image.info:  # A JPEG of which libjpeg keeps all coefficients, 2 bytes each.
       coefficients = 2 * len(image.getbands()) * width * height
@@ -1028,7 +1034,59 @@ def _memory(image: Any, turned: bool) -> int:
   """The bytes that pixels take at most while they are decoded, rotated, converted and resized, as measured."""
   as_stored = _BYTES_STORED.get(image.mode, 4)
   copied = turned or image.mode not in ('1', 'L', 'RGB') or 'transparency' in image.info
-  return (as_stored + 4 * copied + _DECODER_BYTES.get(image.format, 0)) * image.size[0] * image.size[1]
+  pixels = image.size[0] * image.size[1]
+  by_decoder = max(_DECODER_BYTES.get(image.format, 0) * pixels, _block(image)[2])
+  return (as_stored + 4 * copied) * pixels + by_decoder
+
+
+def _block(image: Any) -> tuple[int, int, int]:
+  """Width, height and bytes of a tile or strip of a TIFF, which libtiff decodes whole, however small the image is."""
+  if image.format != 'TIFF':
+    return 0, 0, 0
+
+  def tag(number: int, default: int) -> int:
+    value = image.tag_v2.get(number, default)
+    values = value if isinstance(value, tuple) else (value,)
+    return max((int(value) for value in values if isinstance(value, int)), default=default)
+
+  width, height = tag(322, 0), tag(323, 0)
+  if not width or not height:
+    width, length = tag(256, image.size[0]), tag(257, image.size[1])
+    height = min(tag(278, length), length)
+  return width, height, width * height * tag(277, 1) * max(tag(258, 1), 1) // 8
+
+
+def _check_blocks(image: Any, max_pixels: int) -> None:
+  width, height, _ = _block(image)
+  if width * height > max(max_pixels, _STRIP):  # Tiles may be larger than a small image.
+    raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found tiles or strips of {width} x {height}')
+
+
+def _check_speed(image: Any, file: BinaryIO) -> None:
+  """Raises ValueError for files that take long for the pixels that they have."""
+  width, height = image.size
+  if image.format in ('JPEG', 'MPO') and (scans := _count_scans(file)) > MAX_SCANS:
+    raise ValueError(f'expected a JPEG of at most {MAX_SCANS} scans, found {scans:,}; encode it again')
+  if image.tile and image.tile[0][0] in ('ppm_plain', 'bmp_rle') and width * height > MAX_SLOW_PIXELS:
+    kind = 'plain PPM' if image.format == 'PPM' else 'run-length encoded BMP'
+    raise ValueError(
+      f'expected at most {MAX_SLOW_PIXELS:,} pixels in {kind}, found {width} x {height}; convert it to PNG'
+    )
+
+
+# A scan's header: marker, length, channels. Longer than a marker: chance does not find it in a video that is appended.
+_SCAN = re.compile(rb'\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)')
+
+
+def _count_scans(file: BinaryIO) -> int:
+  place, count, rest = file.tell(), 0, b''
+  file.seek(0)
+  while part := file.read(2**20):
+    part = rest + part
+    count += len(_SCAN.findall(part))
+    rest = part[-4:]  # A header has 5 bytes.
+  file.seek(place)
+  return count
 
 
 _BYTES_STORED = {'1': 2, 'L': 1, 'P': 1, 'I;16': 2, 'I;16B': 2, 'I;16L': 2, 'I;16N': 2}

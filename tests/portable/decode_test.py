@@ -235,6 +235,53 @@ def test_memory(tmp_path, file, bytes_a_pixel):
   assert read_image(str(tmp_path / 'a.png'), 2, 3, max_memory=memory - 1).endswith(' takes 0 MiB; set --max-memory')
 
 
+def test_a_small_tiff_of_a_huge_tile():
+  tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 8, 325: 100}
+  entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items())
+  file = b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(100)
+  with pytest.raises(TooManyPixels, match='^expected at most 178,956,970 pixels, found tiles or strips of 30000 x 3'):
+    decode_image(file, 2, 1)
+  with pytest.raises(TooMuchMemory, match='^expected an image .* found 16 x 16 that takes 858 MiB$'):
+    decode_image(file, 2, 1, max_pixels=10**9, max_memory=2**29)
+
+
+def test_a_jpeg_of_many_scans(tmp_path, monkeypatch):
+  file = encoded(Image.new('RGB', (50, 40)), 'JPEG', progressive=True)
+  scans = file.count(b'\xff\xda')
+  assert 5 < scans < 20
+  monkeypatch.setattr(run, 'MAX_SCANS', scans)
+  assert decode_image(file, 2, 3).shape == (2, 2, 3)
+  assert decode_image(file + b'\xff\xda' * 2**20, 2, 3).shape == (2, 2, 3)  # What follows is no scan.
+  monkeypatch.setattr(run, 'MAX_SCANS', scans - 1)
+  (tmp_path / 'a.jpg').write_bytes(file)
+  message = f'expected a JPEG of at most {scans - 1} scans, found {scans}; encode it again'
+  assert read_image(str(tmp_path / 'a.jpg'), 2, 3) == message
+
+
+@pytest.mark.parametrize(
+  ('file', 'kind'),
+  [
+    (b'P3\n2 1\n255\n1 2 3 4 5 6\n', 'plain PPM'),
+    (
+      b'BM' + struct.pack('<IHHI', 1084, 0, 0, 1078) + struct.pack('<IiiHHIIiiII', 40, 2, 1, 1, 8, 1, 6, 0, 0, 256, 0)
+      + bytes(1024) + b'\2\0\0\0\0\1',
+      'run-length encoded BMP',
+    ),
+  ],
+)  # fmt: skip
+def test_formats_that_pillow_decodes_slowly(monkeypatch, file, kind):
+  monkeypatch.setattr(run, 'MAX_SLOW_PIXELS', 2)
+  assert decode_image(file, 1, 3).shape == (1, 1, 3)
+  monkeypatch.setattr(run, 'MAX_SLOW_PIXELS', 1)
+  with pytest.raises(ValueError, match=f'^expected at most 1 pixels in {kind}, found 2 x 1; convert it to PNG$'):
+    decode_image(file, 1, 3)
+
+
+def test_scans_across_the_parts_that_are_read():
+  for before in range(2**20 - 5, 2**20 + 1):
+    assert run._count_scans(io.BytesIO(bytes(before) + b'\xff\xda\0\x08\1')) == 1
+
+
 def test_orientation_after_the_pixels_counts_as_memory():
   first = encoded(Image.new('RGB', (50, 40)), exif=orientation(6))
   exif = first.index(b'eXIf') - 4
