@@ -156,6 +156,19 @@ def _check_forms(names: Sequence[str], root: Path) -> None:
       )
 
 
+def _check_shared(by_class: _ByClass) -> None:
+  """Raises UserError if images of two classes lie in one folder, as with a link to the folder above both."""
+  seen: dict[str, tuple[str, Path]] = {}
+  for name, files in by_class.items():
+    for folder in dict.fromkeys(file.parent for file in files):
+      other, place = seen.setdefault(os.path.realpath(folder), (name, folder))
+      if other != name:
+        raise UserError(
+          f'expected each folder of images in one class, found {place} of class {other!r} and {folder} of class '
+          f'{name!r} to be the same: remove the link to it'
+        )
+
+
 def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
   """The images of each class folder, including those in folders below it; there is at least one per class."""
   by_class: _ByClass = {}
@@ -169,6 +182,7 @@ def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
     rest.unreadable += found.unreadable
     rest.left_out += found.left_out
   _check_forms(sorted(by_class), folder)
+  _check_shared(by_class)
   expected = f'expected <class>/*{"|".join(SUFFIXES)} in {folder}'
   if rest.unreadable and not all(by_class.values()):
     path, reason = rest.unreadable[0]

@@ -205,6 +205,31 @@ def test_regular_files_only(root, caplog, make):
 
 
 @pytest.mark.parametrize(
+  ('link', 'target', 'found'),
+  [
+    ('cat/all', '..', 'ant of class .ant. and .*/cat/all/ant of class .cat.'),
+    ('cat/more', '../ant', 'ant of class .ant. and .*/cat/more of class .cat.'),
+    ('kitten', 'cat', 'cat of class .cat. and .*/kitten of class .kitten.'),
+    ('ant/some', '../cat/young', 'ant/some of class .ant. and .*/cat/young of class .cat.'),
+  ],
+)
+def test_a_folder_linked_into_another_class(root, link, target, found):
+  write_all(root, {**ONE_FOLDER, 'cat/young/a.png': 1})
+  (root / link).symlink_to(target)
+  message = f'^expected each folder of images in one class, found .*/{found} to be the same: remove the link to it$'
+  with pytest.raises(UserError, match=message):
+    load(root)
+
+
+def test_a_folder_linked_into_its_own_class(root):
+  write_all(root, {**ONE_FOLDER, 'cat/young/a.png': 1})
+  (root / 'cat/again').symlink_to('young')
+  (root / 'cat/itself').symlink_to('.')
+  dataset = load(root)
+  assert len(dataset.train) + len(dataset.test) == len(ONE_FOLDER) + 1
+
+
+@pytest.mark.parametrize(
   ('closed', 'message'),
   [
     ('ant/closed', 'found Permission denied at .*/ant/closed: fix or remove it, or set --config'),
