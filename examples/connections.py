@@ -80,7 +80,8 @@ class Server(uvicorn.Server):
       await asyncio.sleep(0.02)
     if stalled := list(self.server_state.connections):
       found = f'{len(stalled)} connection{"s" * (len(stalled) > 1)}'
-      print(f'cut {found} whose client sent no whole request, or read no answer, in {LONGEST_STOP} s', file=sys.stderr)
+      why = 'requests that had not arrived whole or were being worked on, or answers that were not read'
+      print(f'cut {found} after {LONGEST_STOP} s: {why}', file=sys.stderr)
     for connection in stalled:
       connection.transport.abort()
     await super().shutdown(sockets)

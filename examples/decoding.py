@@ -25,10 +25,14 @@ class Lane:
     """nice: added to the niceness of the threads, on Linux."""
     self._pool = ThreadPoolExecutor(threads, name, initializer=_be_nice, initargs=(nice,))
     self._threads, self._pace, self._clock, self.bytes = threads, _PACE, clock, 0
+    self._started: dict[object, float] = {}  # Of the images that are being decoded.
 
   def wait(self) -> float:
     """Seconds until an image that arrives now should be decoded, itself excluded."""
-    return self.bytes * self._pace / self._threads
+    started = list(self._started.values())
+    # What has taken long goes on for long, whatever its size says; a thread that is free takes the next image at once.
+    age = self._clock() - max(started) if len(started) >= self._threads else 0.0
+    return max(self.bytes * self._pace / self._threads, age)
 
   async def run(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a function that takes as long as decoding `size` bytes."""
@@ -40,8 +44,12 @@ class Lane:
       self.bytes -= size
 
   def _timed(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    started = self._clock()
-    result = work(*arguments)
+    running = object()
+    self._started[running] = started = self._clock()
+    try:
+      result = work(*arguments)
+    finally:
+      del self._started[running]
     self._pace += 0.1 * ((self._clock() - started) / size - self._pace)
     return result
 

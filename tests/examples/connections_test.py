@@ -75,5 +75,6 @@ def test_a_stop_answers_all_that_has_arrived(monkeypatch, capsys, stalled):
   asyncio.run(live())
   out, err = capsys.readouterr()
   count = {0: '', 1: '1 connection', 2: '2 connections'}[stalled]
-  line = f'cut {count} whose client sent no whole request, or read no answer, in 1 s\n'
+  why = 'requests that had not arrived whole or were being worked on, or answers that were not read'
+  line = f'cut {count} after 1 s: {why}\n'
   assert (out, err) == ('', line if stalled else '')

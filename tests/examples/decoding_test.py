@@ -84,3 +84,34 @@ def test_the_pace_of_a_lane_is_learned():
   assert asyncio.run(learn()) == pytest.approx(3 / 2)  # One image of 3 s in two threads.
   assert lane.bytes == 0 and lane.wait() == 0
   asyncio.run(lane.run(0, lambda: np.testing.assert_equal(lane.bytes, _LEAST)))
+
+
+def test_images_that_take_longer_than_their_size_says():
+  now, may_end = [0.0], threading.Event()
+  lane = Lane('test', 2, clock=lambda: now[0])
+
+  async def run_all():
+    started = [threading.Event(), threading.Event()]
+
+    def work(number):
+      started[number].set()
+      assert may_end.wait(60)
+
+    tasks = []
+    for number in range(2):
+      tasks.append(asyncio.create_task(lane.run(0, work, number)))
+      await asyncio.to_thread(started[number].wait, 60)
+      now[0] += 10
+      assert lane.wait() == pytest.approx([0, 10][number], abs=0.1)  # At first, one thread is free.
+    may_end.set()
+    await asyncio.gather(*tasks)
+
+  asyncio.run(run_all())
+  assert lane.wait() == 0
+
+
+def test_a_failed_image_is_no_longer_decoded():
+  lane = Lane('test', 1)
+  with pytest.raises(ZeroDivisionError):
+    asyncio.run(lane.run(0, lambda: 1 / 0))
+  assert lane.wait() == 0
