@@ -992,11 +992,28 @@ def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int, max_memor
   with image:
     if image.format == 'TIFF':
       _silence_libtiff()
+    halved = image.format == 'PNG' and image.mode in ('LA', 'RGB', 'RGBA') and ';16' in str(image.tile)
     image.load()
+    if halved:
+      _check_upper_bytes(image)
     upright = _upright(image, max_memory)
     if upright is not image:
       image.close()  # Frees its pixels.
     return fit_image(upright, side, channels)
+
+
+def _check_upper_bytes(image: Any) -> None:
+  """Raises ValueError if the upper bytes, all that Pillow keeps of 16-bit colors, are those of 12 bits or fewer.
+
+  They would be nearly black. (Gray of 16 bits is kept whole and scaled by its range.)
+  """
+  colors = 1 if image.mode == 'LA' else 3
+  largest = max(high for _, strip in _strips(image) for _, high in strip.getextrema()[:colors])
+  if largest < 16:
+    raise ValueError(
+      f'expected a 16-bit PNG whose colors use the range up to 65,535, found at most {256 * largest + 255:,}; '
+      f'convert it to 8 bits'
+    )
 
 
 def _opened(file: BinaryIO, max_pixels: int, max_memory: int) -> tuple[Any, int]:

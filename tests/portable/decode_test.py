@@ -277,6 +277,19 @@ def test_formats_that_pillow_decodes_slowly(monkeypatch, file, kind):
     decode_image(file, 1, 3)
 
 
+@pytest.mark.parametrize(('kind', 'channels'), [(2, 3), (4, 2), (6, 4)], ids=['RGB', 'gray and alpha', 'RGBA'])
+def test_16_bit_colors_of_few_bits(tmp_path, kind, channels):
+  def png(largest):
+    pixel = struct.pack(f'>{channels}H', *[largest] * (channels - 1), largest if kind == 2 else 65535)
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', 1, 1, 16, kind, 0, 0, 0))
+    return encoded(SQUARE)[:8] + header + chunk(b'IDAT', zlib.compress(b'\0' + pixel)) + chunk(b'IEND', b'')
+
+  assert decode_image(png(4096), 1, 3).tolist() == [[[16] * 3]]
+  (tmp_path / 'a.png').write_bytes(png(4095))
+  message = 'expected a 16-bit PNG whose colors use the range up to 65,535, found at most 4,095; convert it to 8 bits'
+  assert read_image(str(tmp_path / 'a.png'), 1, 3) == message
+
+
 def test_scans_across_the_parts_that_are_read():
   for before in range(2**20 - 5, 2**20 + 1):
     assert run._count_scans(io.BytesIO(bytes(before) + b'\xff\xda\0\x08\1')) == 1
