@@ -12,7 +12,7 @@ from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.identity import Known, Learned, Limits, fingerprint_of, known_of
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object
-from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts, save_dataset_facts
+from paranet_jax.runs.dataset_facts import DATASET, DatasetFacts, restore_dataset_facts, save_dataset_facts
 
 IDENTITY = 'data_identity.npz'
 SPLITS = ('train', 'held_out', 'test')
@@ -33,8 +33,12 @@ def save_learned(workdir: Path, dataset: Dataset) -> None:
   record: dict[str, Any] = {'class_names': np.array(dataset.class_names), 'mean': dataset.mean, 'std': dataset.std}
   for prefix, values in (*known.items(), *dataset.limits.items()):
     record |= {f'{prefix}.{name}': value for name, value in values._asdict().items()}
+  prints = {name: fingerprint_of(*images) for name, images in known.items()}
+  if before and before.splits and prints != {name: fingerprint_of(*old) for name, old in before.splits.items()}:
+    # A process killed between the two writes leaves none of the older facts, which would contradict the record.
+    (workdir / DATASET).unlink(missing_ok=True)
   write_arrays(workdir / IDENTITY, record)
-  save_dataset_facts(workdir, dataset, {name: fingerprint_of(*images) for name, images in known.items()})
+  save_dataset_facts(workdir, dataset, prints)
 
 
 def repair_dataset_facts(workdir: Path, dataset: Dataset) -> None:
@@ -64,9 +68,17 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
   """
   path = workdir / IDENTITY
   try:
+    facts = restore_dataset_facts(workdir, channels)
+  except UserError:
+    facts = None
+  checkpoints = workdir / 'checkpoints'
+  trained = os.path.isdir(checkpoints) and any(checkpoints.glob('[0-9]*'))
+  try:
     if os.path.isfile(path):  # Unlike Path.is_file, also False where the name is too long.
-      return dataclasses.replace(_learned(read_arrays(path), workdir), accept_changes=accept_changes)
-    problem = 'is missing' if os.path.lexists(path) or _expects_record(workdir) else None
+      return dataclasses.replace(_learned(read_arrays(path), workdir, channels, facts), accept_changes=accept_changes)
+    # Version 0.1.0 wrote dataset.json alone; a trained run without either has lost its record.
+    missing = os.path.lexists(path) or _expects_record(workdir) or (trained and facts is None)
+    problem = 'is missing' if missing else None
   except Exception as error:  # A damaged archive makes zipfile and NumPy raise nearly anything.
     problem = f'is damaged ({error})'
   if problem and not accept_changes:
@@ -74,12 +86,7 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
       f'{path}, by which images that the run was trained on are recognized, {problem}: restore it, or set '
       '--accept_data_changes to draw the splits again'
     )
-  try:
-    facts = restore_dataset_facts(workdir, channels)
-  except UserError:
-    facts = None
-  checkpoints = workdir / 'checkpoints'
-  if facts is None and not (os.path.isdir(checkpoints) and any(checkpoints.glob('[0-9]*'))):
+  if facts is None and not trained:
     return None
   learned = Learned(workdir, by_position=not problem, accept_changes=accept_changes)
   if facts is None:
@@ -88,15 +95,42 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
   return dataclasses.replace(learned, class_names=facts.class_names, mean=facts.mean, std=facts.std, count=count)
 
 
-def _learned(record: dict[str, Any], workdir: Path) -> Learned:
-  splits = {name: Known(record[f'{name}.ids'], record[f'{name}.labels']) for name in SPLITS}
-  limits = {
-    name: Limits(record[f'{name}.bound'], record[f'{name}.copies'], float(record[f'{name}.asked']))
-    for name in SPLITS
-    if f'{name}.bound' in record
-  }
+def _learned(record: dict[str, Any], workdir: Path, channels: int, facts: DatasetFacts | None) -> Learned:
+  """What the record says; raises ValueError if it cannot have been written by a run, or not by the one of `facts`."""
+  names = record['class_names']
+  _check(names.dtype.kind == 'U' and names.ndim == 1 and len(np.unique(names)) == len(names), 'class_names')
+  for name in ('mean', 'std'):
+    values = record[name]
+    _check(values.dtype.kind == 'f' and values.shape == (channels,) and bool(np.isfinite(values).all()), name)
+  _check(bool((record['std'] > 0).all()), 'std')
+  splits, limits = {}, {}
+  for name in SPLITS:
+    ids, labels = record[f'{name}.ids'], record[f'{name}.labels']
+    _check(ids.dtype == np.uint64 and ids.ndim == 1, f'{name}.ids')
+    within = (
+      labels.dtype.kind == 'i' and labels.shape == ids.shape and bool(((labels >= 0) & (labels < len(names))).all())
+    )
+    _check(within, f'{name}.labels')
+    splits[name] = Known(ids, labels)
+    if f'{name}.bound' in record:
+      bound, copies, asked = (record[f'{name}.{field}'] for field in Limits._fields)
+      _check(bound.dtype == np.uint64 and bound.ndim == 1, f'{name}.bound')
+      _check(copies.dtype.kind == 'i' and copies.shape == bound.shape, f'{name}.copies')
+      _check(asked.dtype.kind in 'if' and asked.ndim == 0 and bool(np.isfinite(asked)), f'{name}.asked')
+      limits[name] = Limits(bound, copies, float(asked))
   mean, std = (tuple(record[name].tolist()) for name in ('mean', 'std'))
-  return Learned(workdir, tuple(record['class_names'].tolist()), mean, std, splits=splits, limits=limits)
+  learned = Learned(workdir, tuple(names.tolist()), mean, std, splits=splits, limits=limits)
+  if facts:
+    for name in ('class_names', 'mean', 'std'):
+      _check(getattr(learned, name) == getattr(facts, name), name, f'other values than {DATASET}')
+    prints = {name: fingerprint_of(*known) for name, known in splits.items()}
+    _check(facts.fingerprints in (None, prints), 'images', f'other ones than {DATASET}')
+  return learned
+
+
+def _check(right: bool, name: str, found: str = 'impossible values') -> None:
+  if not right:
+    raise ValueError(f'{name}: {found}')
 
 
 def _expects_record(workdir: Path) -> bool:

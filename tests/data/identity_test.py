@@ -260,14 +260,49 @@ def test_a_damaged_record(run, photos, damage):
   assert splits(again(run, photos, accept=True)) == splits(run[1])
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'class_names': np.array(['cat', 'cat'])}, 'class_names: impossible values'),
+    ({'class_names': np.array(['cat', 'eel'])}, 'class_names: other values than dataset.json'),
+    ({'mean': np.array([0.5, np.nan, 0.5])}, 'mean: impossible values'),
+    ({'mean': np.array([0.5, 0.5, 0.5])}, 'mean: other values than dataset.json'),
+    ({'mean': np.array([0.5])}, 'mean: impossible values'),
+    ({'std': np.array([1.0, 0.0, 1.0])}, 'std: impossible values'),
+    ({'train.ids': np.zeros(26)}, 'train.ids: impossible values'),
+    ({'train.ids': np.zeros(26, np.uint64)}, 'images: other ones than dataset.json'),
+    ({'test.labels': np.zeros(3, np.int32)}, 'test.labels: impossible values'),
+    ({'test.labels': np.full(8, 2, np.int32)}, 'test.labels: impossible values'),
+    ({'test.bound': np.zeros((2, 2), np.uint64)}, 'test.bound: impossible values'),
+    ({'test.copies': np.zeros(1, np.int64)}, 'test.copies: impossible values'),
+    ({'test.asked': np.array(np.inf)}, 'test.asked: impossible values'),
+  ],
+)
+def test_a_record_of_impossible_values(run, changes, message):
+  with np.load(run[0] / IDENTITY) as record:
+    np.savez(run[0] / IDENTITY, **(dict(record) | changes))
+  with pytest.raises(UserError) as error:
+    restore_learned(run[0], channels=3)
+  assert f'is damaged ({message}): restore it, or set --accept_data_changes' in str(error.value)
+  assert not restore_learned(run[0], channels=3, accept_changes=True).splits
+
+
+def test_a_trained_run_without_any_record(run):
+  (run[0] / 'checkpoints/47').mkdir(parents=True)
+  for name in (IDENTITY, 'dataset.json'):
+    (run[0] / name).unlink()
+  with pytest.raises(UserError, match=f'{IDENTITY}, by .* is missing: restore it, or set --accept_data_changes'):
+    restore_learned(run[0], channels=3)
+  assert not restore_learned(run[0], channels=3, accept_changes=True).by_position
+
+
 def test_a_run_of_version_0_1_0(run, photos, caplog):
   (run[0] / IDENTITY).unlink()
-  facts = run[0] / 'dataset.json'
-  facts.write_text(facts.read_text().replace('"fingerprints"', '"other"'))
+  facts = json.loads((run[0] / 'dataset.json').read_text())
+  del facts['fingerprints']
+  (run[0] / 'dataset.json').write_text(json.dumps(facts))
   (run[0] / 'checkpoints/47').mkdir(parents=True)
-  dataset = again(run, photos)  # Nothing is known, so the statistics are those of its images.
-  reds = [red for name in ('train', 'held_out') for _, red in splits(dataset)[name]]
-  np.testing.assert_allclose(dataset.mean, [np.mean(reds) / 255, 0, 0], rtol=1e-12)
+  dataset = again(run, photos)
   (line,) = caplog.messages
   assert line.endswith('has no fingerprint of its images (version 0.1.0), so no change is noticed')
   # By position: version 0.1.0 drew these of the same images.
