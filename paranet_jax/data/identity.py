@@ -5,6 +5,7 @@ draws the images whose seeded hash is below a limit, one per class: adding or re
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,6 +157,10 @@ class Learned:
       return np.zeros(len(ids), bool)
     return np.isin(ids, self.splits['train'].ids) & ~np.isin(ids, self.splits[split].ids)
 
+  def kept_from_training(self, split: str, ids: Identities) -> Bool[np.ndarray, ' N']:
+    """Which of these images were in another split, and not trained on."""
+    return np.isin(ids, self.splits[split].ids) & ~np.isin(ids, self.splits['train'].ids)
+
 
 def together(records: Sequence[Learned | None]) -> Learned | None:
   """The first record, with the training images of all that have the same drawing."""
@@ -210,6 +215,12 @@ def _class_difference(names: tuple[str, ...], own: tuple[str, ...], workdir: Pat
     )
   if gone and not added:
     return f'{expected}, found no class {gone[0]!r} in {place}: restore it, {_ACCEPT}'
+  for old, new in ((old, new) for old in gone for new in added):
+    if unicodedata.normalize('NFC', old) == unicodedata.normalize('NFC', new):  # Printed, they are the same.
+      return (
+        f'{expected}, found {ascii(new)} in {place}, which was {ascii(old)} (they differ only in their Unicode form): '
+        f'restore it, train a new run with another --workdir, {_ACCEPT}'
+      )
   number = next(i for i, (name, learned) in enumerate(zip(names, own, strict=False)) if name != learned)
   return (
     f'{expected}, found {names[number]!r} as class {number + 1} of {place}, which was {own[number]!r}: restore it, '

@@ -255,6 +255,9 @@ def _leave_out_trained(
 
   Returns:
     The classes of which a split has no other images.
+
+  Raises:
+    UserError: a split has no other images.
   """
   known = {name: known_of(split) for name, split in splits.items()}
   for line in compare(learned, known, place):
@@ -264,5 +267,15 @@ def _leave_out_trained(
     if (trained := learned.trained_on(name, known[name].ids)).any():
       splits[name] = splits[name].take(np.flatnonzero(~trained))
       lost |= set(known[name].labels.tolist()) - set(splits[name].labels.tolist())
-      learned.log('%s leaves out %d images that the run in %s was trained on', name, trained.sum(), learned.workdir)
+      if trained.all():
+        raise UserError(
+          f'expected images in {name} of {place} that the run in {learned.workdir} was not trained on, found none '
+          f'({trained.sum():,} left out): restore the splits, or train a new run with another --workdir'
+        )
+      text = '%s leaves out %d images that the run in %s was trained on; %d stay in'
+      learned.log(text, name, trained.sum(), learned.workdir, len(splits[name]))
+  for name in learned.splits.keys() - {'train'}:
+    if count := learned.kept_from_training(name, known['train'].ids).sum():
+      text = 'train has %d images that were in %s of the run in %s: a resumed training learns them'
+      learned.log(text, count, name, learned.workdir)
   return tuple(names[label] for label in sorted(lost))

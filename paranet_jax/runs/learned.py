@@ -9,7 +9,7 @@ import numpy as np
 
 from paranet_jax.data.cache import read_arrays, write_arrays
 from paranet_jax.data.dataset import Dataset
-from paranet_jax.data.identity import Known, Learned, Limits, fingerprint_of, known_of
+from paranet_jax.data.identity import Identities, Known, Learned, Limits, fingerprint_of, known_of
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object
 from paranet_jax.runs.dataset_facts import DATASET, DatasetFacts, restore_dataset_facts, save_dataset_facts
@@ -29,7 +29,10 @@ def save_learned(workdir: Path, dataset: Dataset) -> None:
     return
   known = {name: known_of(getattr(dataset, name)) for name in SPLITS}
   if before and before.splits:
-    known = {name: _union(before.splits[name], now) for name, now in known.items()}
+    trained = known['train'].ids
+    known = {
+      name: _union(before.splits[name], now, trained if name != 'train' else trained[:0]) for name, now in known.items()
+    }
   record: dict[str, Any] = {'class_names': np.array(dataset.class_names), 'mean': dataset.mean, 'std': dataset.std}
   for prefix, values in (*known.items(), *dataset.limits.items()):
     record |= {f'{prefix}.{name}': value for name, value in values._asdict().items()}
@@ -51,8 +54,9 @@ def repair_dataset_facts(workdir: Path, dataset: Dataset) -> None:
     save_dataset_facts(workdir, dataset, {name: fingerprint_of(*known) for name, known in splits.items()} or None)
 
 
-def _union(before: Known, now: Known) -> Known:
-  gone = ~np.isin(before.ids, now.ids)
+def _union(before: Known, now: Known, trained: Identities) -> Known:
+  """Both, without those images of before that are now trained on: they would count as copies."""
+  gone = ~np.isin(before.ids, now.ids) & ~np.isin(before.ids, trained)
   return Known(np.concatenate([now.ids, before.ids[gone]]), np.concatenate([now.labels, before.labels[gone]]))
 
 

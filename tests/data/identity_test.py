@@ -234,6 +234,53 @@ def test_a_class_without_other_images_is_lost(photos, tmp_path):
   assert dataset.lost == ('dog',) and values(dataset.test) == {(0, 4), (0, 5)}
 
 
+@pytest.fixture
+def halves(photos, tmp_path):
+  """A run on cats and dogs in train/ and test/, 4 and 2 of each."""
+  for split, numbers in (('train', range(4)), ('test', range(4, 6))):
+    for label, name in enumerate(('cat', 'dog')):
+      for number in numbers:
+        write(tmp_path / 'both' / split / name / f'{number}.png', 100 * label + number)
+  (tmp_path / 'run').mkdir()
+  save_learned(tmp_path / 'run', load(tmp_path / 'both', held_out=0))
+  return (tmp_path / 'run',), tmp_path / 'both'
+
+
+def test_only_images_that_were_trained_on(halves):
+  run, both = halves
+  for old, new in (('train', 'x'), ('test', 'train'), ('x', 'test')):
+    shutil.move(both / old, both / new)
+  with pytest.raises(UserError, match=r'images in test of .* found none \(8 left out\): restore the splits'):
+    again(run, both, accept=True, held_out=0)
+
+
+def test_how_many_images_are_left_out_is_said(halves, caplog):
+  run, both = halves
+  for kind in ('cat', 'dog'):
+    shutil.move(both / f'train/{kind}/0.png', both / f'test/{kind}/0.png')
+    shutil.move(both / f'test/{kind}/4.png', both / f'train/{kind}/4.png')
+  dataset = again(run, both, held_out=0)
+  said = f'test leaves out 2 images that the run in {run[0]} was trained on; 2 stay in'
+  assert said in caplog.messages and len(dataset.test) == 2
+  learns = f'train has 2 images that were in test of the run in {run[0]}: a resumed training learns them'
+  assert learns in caplog.messages
+  save_learned(run[0], dataset)  # Resumed: it has now learned them, wherever they are next.
+  for kind in ('cat', 'dog'):
+    shutil.move(both / f'train/{kind}/4.png', both / f'test/{kind}/4.png')
+  assert values(again(run, both, held_out=0).test) == {(0, 5), (1, 105)}
+
+
+def test_a_class_renamed_in_unicode_form_only(run, photos, tmp_path):
+  rename('dog', 'caf\u00e9')(photos)
+  (tmp_path / 'cafe').mkdir()
+  save_learned(tmp_path / 'cafe', load(photos))
+  rename('caf\u00e9', 'cafe\u0301')(photos)
+  with pytest.raises(UserError) as error:
+    again((tmp_path / 'cafe',), photos)
+  said = f"found 'cafe\\u0301' in {photos}, which was 'caf\\xe9' (they differ only in their Unicode form): restore it"
+  assert said in str(error.value)
+
+
 def test_none_of_the_images(run, photos, tmp_path):
   for name, base in (('cat', 30), ('dog', 130)):
     for number in range(10):
