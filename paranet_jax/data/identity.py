@@ -163,17 +163,25 @@ class Learned:
 
 
 def together(records: Sequence[Learned | None]) -> Learned | None:
-  """The first record, with the training images of all that have the same drawing."""
+  """The first record, with the training images of all; what any was trained on is no image of another split.
+
+  The first one may be of version 0.1.0, which recorded no images: its splits are drawn as it drew them, and the images
+  of the others are still left out.
+  """
   first = next(iter(records), None)
-  if first is None or not first.splits:
+  known = [record for record in records if record and record.splits]
+  if first is None or not known:
     return first
-  trained = first.splits['train']
-  for known in (record.splits['train'] for record in records if record and record.splits):
-    more = ~np.isin(known.ids, trained.ids)
-    trained = Known(
-      np.concatenate([trained.ids, known.ids[more]]), np.concatenate([trained.labels, known.labels[more]])
+  splits = dict(first.splits or dict.fromkeys(known[0].splits, _NOTHING))
+  for record in known:
+    more = ~np.isin(record.splits['train'].ids, splits['train'].ids)
+    splits['train'] = Known(
+      *(np.concatenate([a, b[more]]) for a, b in zip(splits['train'], record.splits['train'], strict=True))
     )
-  return replace(first, splits=first.splits | {'train': trained})
+    for name in splits.keys() - {'train'}:
+      kept = ~record.trained_on(name, splits[name].ids)
+      splits[name] = Known(*(values[kept] for values in splits[name]))
+  return replace(first, splits=splits)
 
 
 def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) -> Int32[np.ndarray, ' classes'] | None:

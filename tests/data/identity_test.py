@@ -454,3 +454,20 @@ def test_members_of_an_ensemble_test_on_what_none_was_trained_on(run):
   same = together([first, first])  # As several seeds are: no image counts twice.
   assert compare(same, first.splits, 'photos') == [] and len(same.splits['train'].ids) == len(first.splits['train'].ids)
   assert together([]) is None and together([None, first]) is None
+
+
+def test_the_test_images_of_an_ensemble_are_those_that_no_member_was_trained_on(run, photos):
+  first = restore_learned(run[0], channels=3)
+  test = first.splits['test']
+  trained, left = (Known(*(values[part] for values in test)) for part in (slice(3), slice(3, None)))
+  other = replace(first, splits=first.splits | {'train': trained, 'test': left})
+  dataset = load(photos, together([first, other]))
+  assert not set(dataset.test.identities) & set(trained.ids) and set(dataset.test.identities) == set(left.ids)
+
+
+def test_a_member_of_version_0_1_0_leaves_out_the_training_images_of_the_others(run, photos):
+  first = restore_learned(run[0], channels=3)
+  oldest = replace(first, by_position=True, splits={}, limits={})
+  alone, both = load(photos, together([oldest])), load(photos, together([oldest, first]))
+  trained = set(first.splits['train'].ids)
+  assert set(alone.test.identities) & trained and set(both.test.identities) == set(alone.test.identities) - trained
