@@ -54,7 +54,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--workdir', help='Folder of runs and results (default: results/<protocol>, followed by what --set changes).')
   add('--dry-run', action='store_true', help='List the runs and estimate how long they take; write nothing.')
   add_jax_flags(parser)
-  add_data_flags(parser, accept=False)
+  add_data_flags(parser)
   return parser.parse_args(argv)
 
 
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
   prepare_folder(workdir)
   write_json(workdir / RESULTS, results)  # Records the protocol before anything is trained.
-  summaries = run_missing(runs)
+  summaries = run_missing(runs, arguments.accept_data_changes)
   if summaries is None:
     return STOPPED
   say(write_results(workdir, results, experiments, list(zip(runs, summaries, strict=True))))

@@ -88,8 +88,11 @@ def status(run: PlannedRun) -> RunStatus:
   return found
 
 
-def run_missing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]] | None:
+def run_missing(runs: Sequence[PlannedRun], accept_data_changes: bool = False) -> list[dict[str, Any]] | None:
   """Trains what is not finished, one run after another.
+
+  Args:
+    accept_data_changes: the data may have other classes or labels than a run learned before it was stopped.
 
   Returns:
     The summaries of all runs; None if a signal stopped one.
@@ -102,8 +105,9 @@ def run_missing(runs: Sequence[PlannedRun]) -> list[dict[str, Any]] | None:
   summaries = []
   for number, run in enumerate(runs, 1):
     try:
-      title = f'run {number} of {len(runs)}: {run}\n{run.command}'
-      summary = train_missing(run.config, run.workdir, title, Accepted(place=run.moved))
+      flag = ' --accept_data_changes' if accept_data_changes else ''
+      title = f'run {number} of {len(runs)}: {run}\n{run.command}{flag}'
+      summary = train_missing(run.config, run.workdir, title, Accepted(data=accept_data_changes, place=run.moved))
     except UserError as error:
       raise UserError(f'run {run}: {error}') from error
     if summary is None:

@@ -345,6 +345,18 @@ def test_run_that_continued_after_its_summary_is_unfinished(copied):
   assert json.loads(path.read_text())['steps'] == 3
 
 
+@pytest.mark.parametrize('flags', [(), ('--accept_data_changes',)])
+def test_changed_data_is_accepted_as_the_messages_say(tmp_path, monkeypatch, flags):
+  asked = []
+
+  def stopped(config, workdir, title, accepted):
+    asked.append((accepted.data, '--accept_data_changes' in title))
+
+  monkeypatch.setattr(runs_lib, 'train_missing', stopped)
+  assert run_experiments('table2', '--protocol=smoke', f'--workdir={tmp_path}', *flags).code == 130
+  assert asked == [(bool(flags), bool(flags))]
+
+
 def test_the_place_of_the_data(tmp_path):
   runs = runs_lib.plan_runs(['table2'], Protocol('smoke', {}), 1, tmp_path, tmp_path / 'my images')
   assert {run.config.data.data_dir for run in runs} == {f'{tmp_path}/my images'}
