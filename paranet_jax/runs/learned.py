@@ -80,8 +80,10 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
   try:
     if os.path.isfile(path):  # Unlike Path.is_file, also False where the name is too long.
       return dataclasses.replace(_learned(read_arrays(path), workdir, channels, facts), accept_changes=accept_changes)
-    # Version 0.1.0 wrote dataset.json alone; a trained run without either has lost its record.
-    missing = os.path.lexists(path) or _expects_record(workdir) or (trained and facts is None)
+    # Version 0.1.0 wrote dataset.json alone, and what came before it neither that nor checksums of checkpoints; another
+    # trained run without either has lost its record.
+    lost = facts is None and trained and any(checkpoints.glob('[0-9]*/checksums.json'))
+    missing = os.path.lexists(path) or _expects_record(workdir) or lost
     problem = 'is missing' if missing else None
   except Exception as error:  # A damaged archive makes zipfile and NumPy raise nearly anything.
     problem = f'is damaged ({error})'
