@@ -36,7 +36,12 @@ _DEBUGGING = {
   'jax_threefry_partitionable': True,
 }
 """Settings of jax with which a command would fail or compute other numbers, and their defaults."""
-_HARMLESS = ('', '0', 'n', 'no', 'f', 'false', 'off', 'allow', 'standard', 'log', 'log_explicit', 'threefry2x32')
+_WORDS = {
+  True: ('1', 'y', 'yes', 't', 'true', 'on'),
+  False: ('0', 'n', 'no', 'f', 'false', 'off'),
+  None: ('allow', 'log', 'log_explicit'),  # Of the transfer guards, which have no default of their own.
+}
+"""What jax reads as these values, or as harmless as the default."""
 
 
 class UserError(Exception):
@@ -119,7 +124,8 @@ def _ignore_debugging() -> None:
   """Unsets the environment variables of `_DEBUGGING`, also for the processes that this one starts."""
   for name, default in _DEBUGGING.items():
     value = os.environ.get(name.upper(), '')
-    if value.lower() in _HARMLESS:
+    same = _WORDS[default] if default is None or isinstance(default, bool) else (str(default),)
+    if value.lower() in ('', *same):
       continue
     del os.environ[name.upper()]
     if 'jax' in sys.modules:  # Otherwise jax reads the environment when it is imported.

@@ -190,6 +190,12 @@ def test_a_command_without_config_names_the_place_of_a_field(text, shown, capsys
     ('jax_check_tracer_leaks', True, False, True),
     ('jax_no_tracing', True, False, True),
     ('jax_debug_nans', False, False, False),
+    ('jax_threefry_partitionable', False, True, True),
+    ('jax_threefry_partitionable', True, True, False),
+    ('jax_random_seed_offset', 7, 0, True),
+    ('jax_random_seed_offset', 0, 0, False),
+    ('jax_default_prng_impl', 'rbg', 'threefry2x32', True),
+    ('jax_transfer_guard', 'log', None, False),
   ],
 )
 def test_debugging_settings_of_jax_do_not_reach_a_command(name, value, default, ignored, monkeypatch, capsys):
