@@ -101,6 +101,8 @@ class Load:
     self.outcomes.append((status, time.perf_counter() - started, started - due))
 
   async def _status(self, request: bytes) -> int:
+    while self._idle and self._idle[-1][0].at_eof():  # The service closes connections that have been idle for long.
+      self._idle.pop()[1].close()
     reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection('127.0.0.1', self._port)
     writer.write(request)
     head = await reader.readuntil(b'\r\n\r\n')
