@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,10 +56,9 @@ class Task:
     return config_lib.image_shape(self.config)
 
   @property
-  def class_weights(self) -> tuple[float, ...] | None:
+  def class_weights(self) -> Sequence[float] | None:
     """The weight of every output in losses with the true label; None: all are the same."""
-    data = self.dataset
-    return config_lib.class_weights(self.config, data.class_names, data.train.labels, self.model.num_classes)
+    return self.objective.class_weights
 
   @property
   def phases(self) -> tuple[Phase, ...]:

@@ -13,6 +13,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.devices import pick_devices
 from paranet_jax.evaluation import MOST_CLASSES, Evaluator, as_json, as_metrics
+from paranet_jax.steps import Objective
 from paranet_jax.targets import LABELS
 from paranet_jax.task import Task
 
@@ -51,15 +52,15 @@ def split(number: int, side: int = SIDE, num_classes: int = NUM_CLASSES) -> Spli
 
 
 def task(
-  model, targets, test: Split, held_out: Split | None = None, label_smoothing: float = 0.0, class_weights='none'
+  model, targets, test: Split, held_out: Split | None = None, label_smoothing: float = 0.0, class_weights=None
 ) -> Task:
   config = base_config()
-  config.loss.class_weights = class_weights
   config.eval.batch_size = BATCH
   config.loss.label_smoothing = label_smoothing
   mean, std = tiny.PLAIN.mean, tiny.PLAIN.std
   dataset = Dataset('noise', '1', split(1), held_out, test, tuple('abcdefg'), mean, std, crop_padding=2, flip=True)
-  return Task(config, dataset, model, targets, None, tiny.AUGMENTED, None, None, 0, 0)
+  objective = Objective(targets, (1.0,) * len(targets), class_weights=class_weights)
+  return Task(config, dataset, model, targets, objective, tiny.AUGMENTED, None, None, 0, 0)
 
 
 def pixels(images):
@@ -124,7 +125,7 @@ def test_exact_for_any_number_of_images(number, devices):
 
 def test_both_splits_and_smoothing():
   test, held_out = split(5), split(9)
-  weights = '1,2,0.5,1,1,3,1'
+  weights = 1.0, 2.0, 0.5, 1.0, 1.0, 3.0, 1.0
   given = task(Linear(), (3, None, LABELS), test, held_out, label_smoothing=0.2, class_weights=weights)
   found = Evaluator(given, pick_devices(1)).evaluate(PARAMS, {}, True)
   check(found['test'], linear_exits(test, 0.2, (1, 2, 0.5, 1, 1, 3, 1)))

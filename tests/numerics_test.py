@@ -117,7 +117,7 @@ def test_a_fault_that_the_user_forces_stops_training(tmp_path):
   assert not list(tmp_path.glob('run/checkpoints/*'))
 
 
-def test_networks_without_dense_blocks_are_checked_too(monkeypatch):
+def test_networks_without_dense_blocks_are_checked_too():
   names = [program.name for program in numerics.programs(OneLayer(), (4, 4, 3), 2, True)]
   assert names == [
     'the sums of 32,769 vmapped matrix-vector products',

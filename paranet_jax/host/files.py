@@ -123,10 +123,9 @@ def read_object(path: Path, fix: str) -> dict[str, Any] | None:
   if content is None:
     return None
   try:
-    value = parse_object(content)
+    return parse_object(content)
   except ValueError as error:
     raise UserError(f'{path} is not a JSON object ({error}); {fix}') from error
-  return value
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

@@ -21,28 +21,31 @@ class Fault(NamedTuple):
   issue: str
 
 
-# Ranges were tried with jaxlib 0.10.2, 0.11.0, 0.11.1, 0.11.2 and 0.12.0 on an Intel Xeon (`numerics.py` has the
-# programs). The flag keeps sums out of YNNPACK and its fast bfloat16 products in.
+_NO_SUMS = '--xla_cpu_experimental_ynn_fusion_type=-reduce'
+"""Keeps sums out of YNNPACK, and its fast bfloat16 products in."""
+
+# Ranges were tried with jaxlib 0.10.2, 0.11.0, 0.11.1, 0.11.2 and 0.12.0 on an Intel Xeon, by the programs of
+# `numerics.summed_products` and `doctor/crashes.py`.
 KNOWN_FAULTS = (
   Fault(
     'vmapped matrix-vector products that are summed are wrong above 32,768 rows',
     (0, 10, 2),
     (0, 11, 0),
-    '--xla_cpu_experimental_ynn_fusion_type=-reduce',
+    _NO_SUMS,
     'https://github.com/jax-ml/jax/issues/39103',
   ),
   Fault(
     'the sum of a product of arrays of 7 axes crashes',
     (0, 10, 2),
     (0, 11, 0),
-    '--xla_cpu_experimental_ynn_fusion_type=-reduce',
+    _NO_SUMS,
     'https://github.com/jax-ml/jax/issues/40412',
   ),
   Fault(
     'the sum of a product of arrays of 8 axes crashes',
     (0, 10, 2),
     (0, 11, 1),
-    '--xla_cpu_experimental_ynn_fusion_type=-reduce',
+    _NO_SUMS,
     'https://github.com/jax-ml/jax/issues/39257',
   ),
 )

@@ -51,6 +51,11 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+def has_checkpoint(workdir: Path, file: str = '') -> bool:
+  """Whether a run has saved a checkpoint, with a file of this name in it; '': any."""
+  return os.path.isdir(workdir / FOLDER) and any((workdir / FOLDER).glob(f'[0-9]*/{file}' if file else '[0-9]*'))
+
+
 class Checkpoints:
   """The checkpoints of a run in `workdir/checkpoints`, one folder a step. A context manager.
 

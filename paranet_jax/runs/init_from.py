@@ -10,7 +10,14 @@ from ml_collections import ConfigDict
 from paranet_jax.config import build_model, image_shape
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError, say
-from paranet_jax.runs.checkpoints import FOLDER, VARIABLES, Checkpoints, shape_difference, shapes_by_path
+from paranet_jax.runs.checkpoints import (
+  FOLDER,
+  VARIABLES,
+  Checkpoints,
+  has_checkpoint,
+  shape_difference,
+  shapes_by_path,
+)
 from paranet_jax.runs.workdir import CONFIG, SUMMARY
 from paranet_jax.steps import TrainState
 from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone
@@ -28,7 +35,7 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
   Raises:
     UserError: there is no finished run and no such file, or its backbone has a different architecture.
   """
-  if not config.init_from or any((workdir / FOLDER).glob('[0-9]*')):
+  if not config.init_from or has_checkpoint(workdir):
     return
   run = Path(config.init_from)
   if not os.path.isdir(run):

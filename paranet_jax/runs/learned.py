@@ -12,6 +12,7 @@ from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.identity import Identities, Known, Learned, Limits, fingerprint_of, known_of
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object
+from paranet_jax.runs.checkpoints import CHECKSUMS, has_checkpoint
 from paranet_jax.runs.dataset_facts import DATASET, DatasetFacts, restore_dataset_facts, save_dataset_facts
 
 IDENTITY = 'data_identity.npz'
@@ -75,14 +76,13 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
     facts = restore_dataset_facts(workdir, channels)
   except UserError:
     facts = None
-  checkpoints = workdir / 'checkpoints'
-  trained = os.path.isdir(checkpoints) and any(checkpoints.glob('[0-9]*'))
+  trained = has_checkpoint(workdir)
   try:
     if os.path.isfile(path):  # Unlike Path.is_file, also False where the name is too long.
       return dataclasses.replace(_learned(read_arrays(path), workdir, channels, facts), accept_changes=accept_changes)
     # Version 0.1.0 wrote dataset.json alone, and what came before it neither that nor checksums of checkpoints; another
     # trained run without either has lost its record.
-    lost = facts is None and trained and any(checkpoints.glob('[0-9]*/checksums.json'))
+    lost = facts is None and has_checkpoint(workdir, CHECKSUMS)
     missing = os.path.lexists(path) or _expects_record(workdir) or lost
     problem = 'is missing' if missing else None
   except Exception as error:  # A damaged archive makes zipfile and NumPy raise nearly anything.
