@@ -50,6 +50,8 @@ BOUNDS = {
   'model.block_dropout': (((1.0,), (-0.1, 0.0), (math.nan,), ('a',)), ((), (0.0, 0.4), (0,))),
   'model.local_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.global_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
+  'model.head': (('mlp', ''), ('linear', 'bn_relu', 'conv', 'class_token')),
+  'model.last': (('', 'none'), ('own', 'new')),
   'model.num_classes': ((1, 0, -3), (2,)),
   'model.image_side': ((0, -8, 10_001), (1, 10_000)),
   'model.channels': ((0, 2, 4), (1, 3)),
@@ -170,7 +172,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(family, fields):
   config_lib.check_memory(changed(train__batch_size=10**7), 1, 2e9, training=False)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', [name for name in FAMILIES if find_family(name).least])
 def test_the_bound_on_parameters_is_below_them(family):
   config = base_config('PN2-dd' if family == 'paranet' else family, family)
   config.model.image_side = 64
@@ -184,6 +186,7 @@ def test_the_bound_on_parameters_is_below_them(family):
 
 DERIVED = {
   *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers', 'model.stem_channels'),
+  'model.head',
   *('data.streaming', 'data.workers'),
   *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs', 'train.backbone_epochs'),
 }

@@ -147,6 +147,18 @@ _FRACTALNET: Fields = {
   'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep a single column instead.
 }
 
+_ADOPTED: Fields = {
+  # A network that PyTorch users have trained, by torchvision's or timm's name (see models/adopted/registry.py).
+  'arch': Field('cifar_resnet56'),
+  # Places of the exits before the last one, by PyTorch's names of modules ('layer1,layer2.1'); '': the last exit alone.
+  'exits': Field(''),
+  # 'linear' (pool-linear), 'bn_relu' (BN-ReLU-pool-linear, the paper's), 'conv' (a convolution before it) or
+  # 'class_token' (norm-linear of the first token), for the exits before the last one; None: the architecture's own.
+  'head': derived(str, one_of('linear', 'bn_relu', 'conv', 'class_token')),
+  # The last exit: the network's 'own' classifier, or a 'new' one, for other classes.
+  'last': Field('own', one_of('own', 'new')),
+}
+
 
 def _least_dense(fields: dict[str, Any], layers: int, side: float) -> tuple[float, float]:
   """Those of the first dense block: layer i has the k channels of each layer before it, and adds k."""
@@ -191,6 +203,10 @@ _BUILT_IN = (
     *('fractalnet', 'configs/fractalnet_20.py', 'paranet_jax.models.fractalnet:from_fields', _FRACTALNET),
     fix='widths, .columns, .block_dropout or .image_side',
     least=_least_fractal,
+  ),
+  Family(
+    *('adopted', 'configs/adopted.py', 'paranet_jax.models.adopted.network:from_fields', _ADOPTED),
+    fix='arch, .exits or .head',
   ),
 )
 FAMILIES = Registry('paranet_jax.families', 'family', {family.name: family for family in _BUILT_IN})

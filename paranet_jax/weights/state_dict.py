@@ -48,16 +48,16 @@ def shown(name: str) -> str:
 
 
 def to_variables(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> dict[str, Any]:
-  """The tensors of the table as nested float32 variables in this package's layout: HWIO kernels, [in, out] matrices."""
+  """The tensors of the table as nested float32 variables in this package's layout: kernels HWIO or [in, out]."""
   variables: dict[str, Any] = {}
   for name, _, path in table:
     array = tensors[name].astype(np.float32)
-    if array.ndim == 4:
-      array = array.transpose(2, 3, 1, 0)
+    if path[-1] == 'kernel':
+      array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
     node = variables
     for part in path[:-1]:
       node = node.setdefault(part, {})
-    node[path[-1]] = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+    node[path[-1]] = np.ascontiguousarray(array)
   return variables
 
 

@@ -60,6 +60,7 @@ MODELS = {
   'resnet of bottlenecks': lambda: of_family('resnet', block='bottleneck', depth=11),
   'msdnet': lambda: of_family('msdnet', num_blocks=3),
   'fractalnet': lambda: of_family('fractalnet'),
+  'adopted': lambda: of_family('adopted', arch='cifar_resnet20', exits='layer1.0,layer2.0', head='conv'),
   'ensemble': lambda: Ensemble([of_family('resnet'), tiny.network(2, num_classes=CLASSES)]),
   'own stages': lambda: StagedModel([Stage(4), Stage(6), Stage(8)], exits=(1, 3), num_classes=CLASSES),
 }

@@ -27,6 +27,7 @@ FAMILIES = {
     **{'growth_factors': (1, 2), 'bottleneck_factors': (1, 2)},
   },
   'fractalnet': {'columns': 2, 'widths': (2, 3), 'image_side': 8},
+  'adopted': {'arch': 'cifar_resnet20', 'image_side': 8},
 }
 
 network = partial(ParaNet, num_classes=NUM_CLASSES, layers_per_block=1, growth_rate=2, bn_size=2, image_side=SIDE)

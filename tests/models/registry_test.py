@@ -59,6 +59,12 @@ FIELDS = {
     'local_drop_path': (0.3, {}),
     'global_drop_path': (0.1, {}),
   },
+  'adopted': {
+    'arch': ('cifar_resnet26', {}),
+    'exits': ('layer1', {}),
+    'head': ('conv', {'exits': 'layer1'}),
+    'last': ('new', {}),
+  },
 }
 COMMON = {
   'num_classes': (12, {}),
@@ -121,7 +127,8 @@ def test_an_unknown_family_is_refused():
   with pytest.raises(UserError) as error:
     base_config('VGG', 'vgg')
   assert str(error.value) == (
-    "family of base_config must be one of paranet, densenet, resnet, msdnet, fractalnet, found 'vgg'; fix --config"
+    'family of base_config must be one of paranet, densenet, resnet, msdnet, fractalnet, adopted, '
+    "found 'vgg'; fix --config"
   )
 
 

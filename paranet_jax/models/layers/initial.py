@@ -29,7 +29,7 @@ def initial_variables(shapes: Any, seed: int) -> Any:
   Raises:
     ValueError: a leaf has another name.
   """
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(path, leaf, seed), shapes)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: draw(path, leaf, seed), shapes)
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -49,7 +49,13 @@ def _scale(shape: tuple[int, ...]) -> float:
   return math.sqrt(2 / (height * width * features))
 
 
-def _draw(path: tuple, leaf: jax.ShapeDtypeStruct, seed: int) -> np.ndarray:
+def generator(path: tuple, seed: int) -> np.random.Generator:
+  """The random numbers of one variable."""
+  return np.random.Generator(np.random.Philox([seed % 2**32, zlib.crc32(jax.tree_util.keystr(path).encode())]))
+
+
+def draw(path: tuple, leaf: jax.ShapeDtypeStruct, seed: int) -> np.ndarray:
+  """Draws one variable (see `initial_variables`)."""
   name = path[-1].key
   if name in ONES:
     return np.ones(leaf.shape, leaf.dtype)
@@ -57,7 +63,7 @@ def _draw(path: tuple, leaf: jax.ShapeDtypeStruct, seed: int) -> np.ndarray:
     return np.zeros(leaf.shape, leaf.dtype)
   if name != 'kernel':
     raise ValueError(f'no initial value is known for {jax.tree_util.keystr(path)}')
-  random = np.random.Generator(np.random.Philox([seed % 2**32, zlib.crc32(jax.tree_util.keystr(path).encode())]))
+  random = generator(path, seed)
   scale = _scale(leaf.shape)
   values = (
     random.uniform(-scale, scale, leaf.shape) if len(leaf.shape) == 2 else scale * random.standard_normal(leaf.shape)

@@ -1,0 +1,97 @@
+"""An adopted architecture as a multi-exit network: exits at some of its places, and the one that it came with."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts
+from paranet_jax.models.adopted.heads import HEADS
+from paranet_jax.models.adopted.registry import find_architecture
+from paranet_jax.models.layers.initial import ONES, ZEROS, draw, generator
+from paranet_jax.models.multi_exit import Chain, Logits
+
+
+class AdoptedNetwork(Chain):
+  """A trained network with exits.
+
+  Attributes:
+    arch: name of the architecture.
+    exits: ascending places of the exits before the last one.
+    head: kind of head of these exits (see `heads.py`); None: the architecture's default.
+    last: 'own': the last exit is the network's own classifier; 'new': it is replaced by pool-linear.
+
+  Raises:
+    ValueError: the architecture has no such place, or the exits are not in ascending order; the message is one line.
+    UserError: there is no such architecture.
+  """
+
+  num_classes: int = 10
+  image_side: int = 32
+  channels: int = 3
+  dtype: Any = jnp.float32
+  axis_name: str | None = None
+  arch: str = 'cifar_resnet20'
+  exits: tuple[str, ...] = ()
+  head: str | None = None
+  last: str = 'own'
+
+  def __post_init__(self):
+    positions = self.exit_positions
+    if list(positions) != sorted(set(positions)):
+      places = self.architecture.places
+      raise ValueError(
+        f'exits must be places of {self.arch} in the order of its layers, before the last, {places[-1]}, '
+        f'found {",".join(self.exits)}'
+      )
+    super().__post_init__()
+
+  def initial_variables(self, shapes: Any, seed: int) -> Any:
+    """Draws variables as NumPy arrays (see `initial.initial_variables`); tokens and positions are normal."""
+
+    def drawn(path, leaf):
+      if path[-1].key in (*ONES, *ZEROS, 'kernel'):
+        return draw(path, leaf, seed)
+      return generator(path, seed).normal(0, 0.02, leaf.shape).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
+
+  @property
+  def architecture(self) -> Architecture:
+    """What is adopted."""
+    return find_architecture(self.arch)
+
+  @property
+  def parts(self) -> Parts:
+    """Its stages and its classifier."""
+    return self.architecture.build(self.num_classes)
+
+  @property
+  def exit_positions(self) -> tuple[int, ...]:
+    """The stages that the exits follow."""
+    found = self.architecture
+    return (*map(found.position, self.exits), len(found.places))
+
+  def segment(self, x: Any, start: int, end: int, train: bool) -> Any:
+    """Stages start + 1 to end."""
+    for _, stage in self.parts.stages[start:end]:
+      x = stage(x, Mode(train, self.axis_name))
+    return x
+
+  def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
+    """An added head, or the network's own classifier."""
+    mode, name = Mode(train, self.axis_name), f'exit_{number}'
+    if number < self.num_exits:
+      logits = HEADS[self.head or self.architecture.head](self.num_classes, name=name)(x, mode)
+    elif self.last == 'new':
+      logits = HEADS['class_token' if x.ndim == 3 else 'linear'](self.num_classes, name=name)(x, mode)
+    else:
+      logits = self.parts.classifier(x, mode)
+    return logits.astype(jnp.float32)
+
+
+def from_fields(name: str, fields: dict[str, Any]) -> AdoptedNetwork:
+  """Builds the network from a run's configuration fields."""
+  fields['exits'] = tuple(place.strip() for place in fields['exits'].split(',') if place.strip())
+  return AdoptedNetwork(**fields)

@@ -1,0 +1,57 @@
+"""The registry of architectures, by torchvision's and timm's names. It imports no network before one is asked for.
+
+Another package's architecture is registered by `register_architecture`, or provided as an entry point:
+
+    [project.entry-points."paranet_jax.architectures"]
+    my_net = "my_package.my_net:architecture"
+"""
+
+import difflib
+import pkgutil
+from collections.abc import Callable
+
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.plugins import Registry
+from paranet_jax.models.adopted.architecture import Architecture
+
+Maker = str | Callable[[str], Architecture]
+"""A function from the name to the architecture, or its 'module:function'."""
+
+_GROUPS = {
+  'cifar_resnet': [f'cifar_resnet{depth}' for depth in range(20, 111, 6)],
+}
+"""File of this package, each with a function `architecture`, and the names in it."""
+
+ARCHITECTURES: Registry[Maker] = Registry(
+  'paranet_jax.architectures',
+  'architecture',
+  {name: f'{__package__}.{group}:architecture' for group, names in _GROUPS.items() for name in names},
+)
+
+architecture_names = ARCHITECTURES.names
+"""Every architecture, without importing any."""
+
+
+def find_architecture(name: str) -> Architecture:
+  """The architecture with this name.
+
+  Raises:
+    UserError: there is none; the message has the nearest names.
+  """
+  maker = ARCHITECTURES.find(name)
+  if maker is None:
+    names = architecture_names()
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names
+    raise UserError(
+      f'expected an architecture ({", ".join(near)}, ...), found {name!r}; set --arch or --config.model.arch'
+    )
+  return (pkgutil.resolve_name(maker) if isinstance(maker, str) else maker)(name)
+
+
+def register_architecture(name: str, maker: Maker) -> None:
+  """Makes an architecture available to every command in this process.
+
+  Raises:
+    ValueError: another architecture has this name.
+  """
+  ARCHITECTURES.register(name, maker)
