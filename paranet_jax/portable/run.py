@@ -934,6 +934,36 @@ class TooMuchMemory(TooManyPixels):
   flag = '--max-memory'
 
 
+class _Refused(ValueError):
+  """An image is not read although it could be; without its metadata it would not be either."""
+
+
+_MOST_READS = 2**16
+"""The most parts of a file, besides one per 256 bytes, that Pillow reads one by one in Python."""
+
+
+class _Counted:
+  """An open file of which not too many parts can be read, so that one made of tiny parts does not take long.
+
+  Attributes:
+    left: parts that may still be read.
+  """
+
+  def __init__(self, file: BinaryIO):
+    self._file, self.left = file, _MOST_READS + file.seek(0, io.SEEK_END) // 256
+    file.seek(0)
+
+  def read(self, size: int = -1) -> bytes:
+    """Reads a part."""
+    self.left -= 1
+    if self.left < 0:
+      raise _Refused('expected an image of fewer and larger parts (segments, chunks or comments); encode it again')
+    return self._file.read(size)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._file, name)
+
+
 def decode_image(
   encoded: bytes | BinaryIO, side: int, channels: int, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
 ) -> np.ndarray:
@@ -963,7 +993,7 @@ def decoding_memory(encoded: bytes | BinaryIO, max_pixels: int = MAX_PIXELS, max
     TooManyPixels, Exception: as `decode_image`.
   """
 
-  def memory(file: BinaryIO) -> int:
+  def memory(file: Any) -> int:
     image, taken = _opened(file, max_pixels, max_memory)
     with image:
       return taken
@@ -971,58 +1001,86 @@ def decoding_memory(encoded: bytes | BinaryIO, max_pixels: int = MAX_PIXELS, max
   return _with_retry(encoded, memory)
 
 
-def _with_retry(encoded: bytes | BinaryIO, read: Callable[[BinaryIO], Any]) -> Any:
+def _with_retry(encoded: bytes | BinaryIO, read: Callable[[Any], Any]) -> Any:
   """Reads an image; if that fails, once more without the metadata."""
   file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
   try:
-    return read(file)
-  except TooManyPixels:
+    return read(_Counted(file))
+  except (TooManyPixels, _Refused):
     raise
   except Exception:
     with contextlib.suppress(Exception):
       file.seek(0)
       if file.read(4).startswith(_WITH_METADATA):  # Otherwise a huge file would be read for nothing.
         file.seek(0)
-        return read(io.BytesIO(_without_metadata(file.read())))
+        return read(_Counted(io.BytesIO(_without_metadata(file.read()))))
     raise
 
 
-def _decode(file: BinaryIO, side: int, channels: int, max_pixels: int, max_memory: int) -> np.ndarray:
+def _decode(file: Any, side: int, channels: int, max_pixels: int, max_memory: int) -> np.ndarray:
   image, _ = _opened(file, max_pixels, max_memory)
   with image:
     if image.format == 'TIFF':
       _silence_libtiff()
-    halved = image.format == 'PNG' and image.mode in ('LA', 'RGB', 'RGBA') and ';16' in str(image.tile)
-    image.load()
-    if halved:
-      _check_upper_bytes(image)
-    upright = _upright(image, max_memory)
+    halved = image.mode in ('LA', 'RGB', 'RGBA', 'CMYK') and ';16' in str(image.tile)
+    if image.tile and image.tile[0][0] == 'ppm':
+      upright = _scaled_samples(image)
+    else:
+      image.load()
+      if halved:
+        _check_upper_bytes(image)
+      upright = _upright(image, max_memory)
     if upright is not image:
       image.close()  # Frees its pixels.
     return fit_image(upright, side, channels)
 
 
-def _check_upper_bytes(image: Any) -> None:
-  """Raises ValueError if the upper bytes, all that Pillow keeps of 16-bit colors, are those of 12 bits or fewer.
+def _scaled_samples(image: Any) -> Any:
+  """The pixels of a binary PGM or PPM by the largest sample that it declares, which Pillow scales one by one."""
+  from PIL import Image
 
-  They would be nearly black. (Gray of 16 bits is kept whole and scaled by its range.)
+  (_, _, offset, (_, most)), (width, height) = image.tile[0], image.size
+  dtype, bands = np.dtype('>u2' if most > 255 else 'u1'), 1 if image.mode in ('L', 'I') else 3
+  scaled = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)
+  pixels = np.empty((height, width, bands), np.uint8)
+  image.fp.seek(offset)
+  for top in range(0, height, rows := max(_STRIP // width, 1)):
+    strip = pixels[top : top + rows]
+    encoded = image.fp.read(strip.size * dtype.itemsize)
+    if len(encoded) < strip.size * dtype.itemsize:
+      raise OSError('image file is truncated')
+    samples = np.frombuffer(encoded, dtype)
+    if samples.max() > most:
+      raise _Refused(f'expected samples of at most {most:,}, as the file declares, found {samples.max():,}')
+    strip[:] = scaled[samples].reshape(strip.shape)
+  return Image.fromarray(pixels if bands == 3 else pixels[..., 0])
+
+
+def _check_upper_bytes(image: Any) -> None:
+  """Raises ValueError if the upper bytes, all that Pillow keeps of 16-bit colors, are those of 14 bits or fewer.
+
+  They would be too dark, and nearly black with 12 bits. (Gray of 16 bits is kept whole and scaled by its range.)
   """
-  colors = 1 if image.mode == 'LA' else 3
+  key = image.info.get('transparency')
+  if isinstance(key, tuple):
+    image.info['transparency'] = tuple(value >> 8 for value in key)
+  colors = {'LA': 1, 'CMYK': 4}.get(image.mode, 3)
   largest = max(high for _, strip in _strips(image) for _, high in strip.getextrema()[:colors])
-  if largest < 16:
-    raise ValueError(
-      f'expected a 16-bit PNG whose colors use the range up to 65,535, found at most {256 * largest + 255:,}; '
-      f'convert it to 8 bits'
+  if largest < 64:
+    raise _Refused(
+      f'expected 16-bit colors that use the range up to 65,535, found at most {256 * largest + 255:,}; '
+      f'convert the image to 8 bits'
     )
 
 
-def _opened(file: BinaryIO, max_pixels: int, max_memory: int) -> tuple[Any, int]:
+def _opened(file: Any, max_pixels: int, max_memory: int) -> tuple[Any, int]:
   """An image whose pixels are not decoded yet, and the bytes that decoding it takes."""
   from PIL import Image
 
   if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:  # Beyond twice its limit, Pillow opens nothing.
     Image.MAX_IMAGE_PIXELS = max(max_pixels, Image.MAX_IMAGE_PIXELS)
   try:
+    _check_tiles(file)
     image = Image.open(file, formats=FORMATS)
   except Image.DecompressionBombError as error:
     raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found many more') from error
@@ -1032,6 +1090,8 @@ def _opened(file: BinaryIO, max_pixels: int, max_memory: int) -> tuple[Any, int]
       raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found {width} x {height}')
     _check_blocks(image, max_pixels)
     _check_speed(image, file)
+    if image.tile and image.tile[0][0] == 'bmp_rle':
+      file.left += 4 * MAX_SLOW_PIXELS  # Pillow reads each run.
     turned, coefficients = _is_turned(image), 0
     if 'progressive' in image.info:  # A JPEG of which libjpeg keeps all coefficients, 2 bytes each.
       coefficients = 2 * len(image.getbands()) * width * height
@@ -1079,14 +1139,35 @@ def _check_blocks(image: Any, max_pixels: int) -> None:
     raise TooManyPixels(f'expected at most {max_pixels:,.0f} pixels, found tiles or strips of {width} x {height}')
 
 
-def _check_speed(image: Any, file: BinaryIO) -> None:
+_MOST_TILES = 2**16
+
+
+def _check_tiles(file: Any) -> None:
+  """Raises ValueError for a TIFF of too many strips or tiles, all of which Pillow lists when it opens the file."""
+  head = file.read(16)
+  if head[:2] in (b'II', b'MM') and len(head) == 16:
+    order, big = '<' if head[:1] == b'I' else '>', 43 in head[2:4]
+    counted, entry = (order + 'Q', order + 'HHQ8x') if big else (order + 'H', order + 'HHI4x')
+    (place,) = struct.unpack_from(order + ('Q' if big else 'I'), head, 8 if big else 4)
+    file.seek(min(place, file.seek(0, io.SEEK_END)))
+    number, size = file.read(struct.calcsize(counted)), struct.calcsize(entry)
+    entries = (
+      file.read(min(*struct.unpack(counted, number), 65535) * size) if len(number) == struct.calcsize(counted) else b''
+    )
+    for tag, _, count in struct.iter_unpack(entry, entries[: len(entries) // size * size]):
+      if tag in (273, 324) and count > _MOST_TILES:
+        raise _Refused(f'expected a TIFF of at most {_MOST_TILES:,} strips or tiles, found {count:,}; save it anew')
+  file.seek(0)
+
+
+def _check_speed(image: Any, file: Any) -> None:
   """Raises ValueError for files that take long for the pixels that they have."""
   width, height = image.size
   if image.format in ('JPEG', 'MPO') and (scans := _count_scans(file)) > MAX_SCANS:
-    raise ValueError(f'expected a JPEG of at most {MAX_SCANS} scans, found {scans:,}; encode it again')
+    raise _Refused(f'expected a JPEG of at most {MAX_SCANS} scans, found {scans:,}; encode it again')
   if image.tile and image.tile[0][0] in ('ppm_plain', 'bmp_rle') and width * height > MAX_SLOW_PIXELS:
     kind = 'plain PPM' if image.format == 'PPM' else 'run-length encoded BMP'
-    raise ValueError(
+    raise _Refused(
       f'expected at most {MAX_SLOW_PIXELS:,} pixels in {kind}, found {width} x {height}; convert it to PNG'
     )
 
@@ -1095,7 +1176,7 @@ def _check_speed(image: Any, file: BinaryIO) -> None:
 _SCAN = re.compile(rb'\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)')
 
 
-def _count_scans(file: BinaryIO) -> int:
+def _count_scans(file: Any) -> int:
   place, count, rest = file.tell(), 0, b''
   file.seek(0)
   while part := file.read(2**20):
@@ -1158,7 +1239,7 @@ def _upright(image: Any, max_memory: int) -> Any:
   if orientation not in turns:
     return image
   _check_memory(_memory(image, True), max_memory, image.size)  # The EXIF of a PNG may follow the pixels.
-  return image.transpose(turns[orientation])
+  return _usual_mode(image).transpose(turns[orientation])  # Which loses the tags of a TIFF.
 
 
 def _without_metadata(encoded: bytes) -> bytes:
@@ -1287,8 +1368,7 @@ def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
   """
   from PIL import Image, ImageOps
 
-  if image.mode[0] in 'IF':
-    image = _to_8_bit(image)
+  image = _usual_mode(image)
   if image.has_transparency_data:
     image = _on_background(image)
   mode = 'L' if channels == 1 or image.mode in ('1', 'L') else 'RGB'
@@ -1301,9 +1381,6 @@ def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
 def _on_background(image: Any) -> Any:
   from PIL import Image
 
-  key = image.info.get('transparency')
-  if image.mode == 'RGB' and isinstance(key, tuple) and max(key) > 255:  # Of a 16-bit PNG, whose colors Pillow halves.
-    image.info['transparency'] = tuple(value >> 8 for value in key)
   opaque = Image.new('RGB', image.size)
   for top, strip in _strips(image):
     white = Image.new('RGBA', strip.size, BACKGROUND)
@@ -1323,6 +1400,14 @@ def _strips(image: Any) -> Iterator[tuple[int, Any]]:
     yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
+def _usual_mode(image: Any) -> Any:
+  """The image, in a mode of 8 bits that Pillow converts."""
+  signed = image.mode == 'L' and getattr(image, 'tag_v2', {}).get(339) == (2,)
+  if signed or image.mode[0] in 'IF':
+    return _to_8_bit(image)
+  return image.convert('LA') if image.mode == 'La' else image
+
+
 _WHITES = (255, 1023, 4095, 16383, 65535)
 
 
@@ -1331,8 +1416,9 @@ def _to_8_bit(image: Any) -> Any:
 
   Black is 0. White is what the file declares (12 bits in TIFF, the largest sample in PGM or in a TIFF tag) or otherwise
   the smallest of 255, 1023, 4095, 16383 and 65535, for floating-point pixels also 1, that no pixel exceeds; if none
-  is, the largest pixel. If pixels are negative, black is the smallest pixel and white the largest. Non-finite pixels
-  become black.
+  is, the largest pixel. The largest is also white if floating-point pixels exceed one of these by a tenth or less, as
+  resampling makes them, or are up to 16 at most. If pixels are negative, black is the smallest pixel and white the
+  largest. Non-finite pixels become black.
   """
   from PIL import Image
 
@@ -1341,7 +1427,9 @@ def _to_8_bit(image: Any) -> Any:
   def gray(strip: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Its pixels, which are finite, and those as float64."""
     pixels = np.asarray(strip)
-    if pixels.dtype == np.int32 and tags.get(339) == (1,):  # Pillow reads unsigned samples as signed ones.
+    if pixels.dtype == np.uint8:  # Pillow reads signed samples as unsigned ones, and the other way round.
+      pixels = pixels.view(np.int8)
+    if pixels.dtype == np.int32 and tags and tags.get(339, (1,)) == (1,):
       pixels = pixels.view(np.uint32)
     finite = np.isfinite(pixels)
     return pixels, finite, np.where(finite, pixels, 0).astype(np.float64)
@@ -1351,8 +1439,11 @@ def _to_8_bit(image: Any) -> Any:
   if black < 0:
     white = largest
   else:
-    scales = [*_declared_whites(image, tags), *((1,) if image.mode == 'F' else ()), *_WHITES]
-    white = next((scale for scale in scales if largest <= scale), largest)
+    declared, floats = list(_declared_whites(image, tags)), image.mode == 'F'
+    scales, excess = [*declared, *((1,) if floats else ()), *_WHITES], 1.1 if floats else 1
+    white = max(next((scale for scale in scales if largest <= excess * scale), largest), largest)
+    if floats and white == 255 and largest < 16 and 255 not in declared:
+      white = largest
   found = Image.new('L', image.size)
   for top, strip in _strips(image):
     pixels, finite, values = gray(strip)
@@ -1486,11 +1577,11 @@ def list_images(paths: Sequence[str]) -> tuple[list[str], list[str]]:
   return files, left_out
 
 
-def left_out_line(left_out: Sequence[str]) -> str:
+def left_out_line(left_out: Sequence[str], why: str = 'hidden or without the suffix of an image') -> str:
   """One line that counts the files that were left out and names the first."""
   named, more = ', '.join(left_out[:3]), len(left_out) - 3
   files = f'{len(left_out):,} file{"s" * (len(left_out) != 1)}'
-  return f'left out {files}, hidden or without the suffix of an image: {named}{f" and {more:,} more" * (more > 0)}'
+  return f'left out {files}, {why}: {named}{f" and {more:,} more" * (more > 0)}'
 
 
 def printable(text: str) -> str:

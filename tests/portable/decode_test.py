@@ -46,6 +46,23 @@ ON_WHITE = [[255, 137], [31, 40]]
 PALETTE = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8), 'L').convert('P')
 PALETTE.putpalette(sum(([gray] * 3 for gray in (10, 20, 30, 40)), []))
 SIGNED = np.array([[-1000, 0], [1000, 3000]], np.int32)
+
+
+def raw_tiff(pixels, tags):
+  """An uncompressed TIFF of pixels [2, 2, samples] with more tags."""
+  samples, bits = pixels.shape[2], 8 * pixels.itemsize
+  tags = {256: 2, 257: 2, 259: 1, 262: 1, 277: samples, 278: 2, 279: pixels.nbytes} | tags
+  place = 8 + 2 + 12 * (len(tags) + 2) + 4
+  all_bits = struct.pack(f'<{samples}H', *[bits] * samples)
+  entries = {tag: struct.pack('<HHII', tag, 4, 1, value) for tag, value in tags.items()}
+  entries[258] = struct.pack('<HHI', 258, 3, samples) + (all_bits + bytes(4))[:4]
+  if samples > 2:
+    entries[258] = struct.pack('<HHII', 258, 3, samples, place)
+  entries[273] = struct.pack('<HHII', 273, 4, 1, place + len(all_bits))
+  header = b'II*\0' + struct.pack('<IH', 8, len(entries))
+  return header + b''.join(entries[tag] for tag in sorted(entries)) + bytes(4) + all_bits + pixels.tobytes()
+
+
 # Name: (encoded file, channels, expected values of every channel).
 GRAY = {
   'unchanged': (encoded(SQUARE), 1, SQUARE),
@@ -105,6 +122,32 @@ GRAY = {
   'progressive': (encoded(Image.new('L', (16, 16), 50), 'JPEG', progressive=True), 3, [[50, 50]] * 2),
   'floating point to 1': (tiff(FLOATS), 1, [[0, 64], [0, 255]]),
   'floating point to 255': (tiff(np.float32(SQUARE)), 1, SQUARE),
+  'floating point that overshoots 1': (tiff(np.array([[0, 0.26], [0.52, 1.04]], np.float32)), 1, [[0, 64], [128, 255]]),
+  'floating point that overshoots 255': (tiff(np.array([[0, 65], [130, 260]], np.float32)), 1, [[0, 64], [128, 255]]),
+  'floating point to 3': (tiff(np.array([[0, 0.75], [1.5, 3]], np.float32)), 1, [[0, 64], [128, 255]]),
+  '16 bits, white is zero, rotated': (
+    tiff(Image.fromarray(WIDE.astype(np.uint16)), tiffinfo={262: 0, 0x0112: 6}),
+    1,
+    [[127, 255], [0, 254]],
+  ),
+  '12 bits by a tag, rotated': (
+    tiff(np.array([[0, 16], [32, 64]], np.uint16), tiffinfo={281: 4095, 0x0112: 6}),
+    1,
+    [[2, 0], [4, 1]],
+  ),
+  'signed 8-bit gray': (raw_tiff(np.array([[[-128], [-127]], [[0], [127]]], np.int8), {339: 2}), 1, NARROW),
+  '32-bit gray, unsigned by default': (raw_tiff((WIDE[..., None] * 65537).astype('<u4'), {}), 1, NARROW),
+  'gray with premultiplied alpha': (
+    raw_tiff(np.array([[[0, 0], [64, 128]], [[100, 255], [255, 255]]], np.uint8), {338: 1}),
+    1,
+    [[255, 191], [100, 255]],
+  ),
+  'PGM to 3': (b'P5 2 2 3\n\0\1\2\3', 1, [[0, 85], [170, 255]]),
+  'PPM of 10 bits': (
+    b'P6 2 2 1023\n' + np.repeat(np.array([0, 4, 514, 1023], '>u2'), 3).tobytes(),
+    3,
+    [[0, 1], [128, 255]],
+  ),
 }
 
 
@@ -284,10 +327,60 @@ def test_16_bit_colors_of_few_bits(tmp_path, kind, channels):
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', 1, 1, 16, kind, 0, 0, 0))
     return encoded(SQUARE)[:8] + header + chunk(b'IDAT', zlib.compress(b'\0' + pixel)) + chunk(b'IEND', b'')
 
-  assert decode_image(png(4096), 1, 3).tolist() == [[[16] * 3]]
-  (tmp_path / 'a.png').write_bytes(png(4095))
-  message = 'expected a 16-bit PNG whose colors use the range up to 65,535, found at most 4,095; convert it to 8 bits'
+  assert decode_image(png(16384), 1, 3).tolist() == [[[64] * 3]]
+  (tmp_path / 'a.png').write_bytes(png(16383))
+  message = 'expected 16-bit colors that use the range up to 65,535, found at most 16,383; convert the image to 8 bits'
   assert read_image(str(tmp_path / 'a.png'), 1, 3) == message
+
+
+def test_16_bit_tiffs_of_few_bits():
+  pixels = np.full((2, 2, 3), 16383, np.uint16)
+  assert decode_image(raw_tiff(pixels + 1, {262: 2}), 1, 3).tolist() == [[[64] * 3]]
+  with pytest.raises(ValueError, match='^expected 16-bit colors .*, found at most 16,383'):
+    decode_image(raw_tiff(pixels, {262: 2}), 1, 3)
+
+
+@pytest.mark.parametrize(
+  ('file', 'message'),
+  [
+    (b'P5 2 1 100\nd\x65', 'expected samples of at most 100, as the file declares, found 101'),
+    (b'P6 2 1 1000\n' + bytes(11), 'image file is truncated'),
+  ],
+)
+def test_samples_of_ppm_that_do_not_fit(file, message):
+  with pytest.raises((ValueError, OSError), match=f'^{message}$'):
+    decode_image(file, 1, 1)
+
+
+SMALL_JPEG, SMALL_GIF = encoded(Image.new('L', (8, 8)), 'JPEG'), encoded(Image.new('L', (8, 8)), 'GIF')
+
+
+@pytest.mark.parametrize(
+  'file',
+  [
+    SMALL_JPEG[:2] + b'\xff\xe5\0\2' * 100 + SMALL_JPEG[2:],
+    encoded(SQUARE)[:33] + chunk(b'tEXt', b'a\0b') * 100 + encoded(SQUARE)[33:],
+    SMALL_GIF[: (at := SMALL_GIF.index(b','))] + b'!\xfe\1a\0' * 100 + SMALL_GIF[at:],
+    b'P5\n#' + b'x' * 200 + b'\n1 1\n255\n\0',
+  ],
+  ids=['JPEG', 'PNG', 'GIF', 'PGM'],
+)
+def test_files_of_many_tiny_parts(monkeypatch, file):
+  assert decode_image(file, 1, 1).shape == (1, 1, 1)
+  monkeypatch.setattr(run, '_MOST_READS', 100)
+  monkeypatch.setattr(run, '_without_metadata', None)  # They are not read again.
+  with pytest.raises(ValueError, match='^expected an image of fewer and larger parts .* encode it again$'):
+    decode_image(file, 1, 1)
+
+
+@pytest.mark.parametrize('kind', [273, 324])
+def test_a_tiff_of_many_tiles(monkeypatch, kind):
+  monkeypatch.setattr(run, '_MOST_TILES', 3)
+  monkeypatch.setattr(Image, 'open', None)  # It would list them.
+  for order in '<>':
+    file = (b'II*\0' if order == '<' else b'MM\0*') + struct.pack(order + 'IHHHII', 8, 1, kind, 3, 4, 8) + bytes(8)
+    with pytest.raises(ValueError, match='^expected a TIFF of at most 3 strips or tiles, found 4; save it anew$'):
+      decode_image(file, 1, 1)
 
 
 def test_scans_across_the_parts_that_are_read():
