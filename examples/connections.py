@@ -14,6 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_HEADERS = 16_384
 """Bytes of a request's first line and headers."""
+KEEP_ALIVE = 75
+"""Seconds after which an idle connection is closed: longer than proxies keep theirs, who would send on a closed one."""
 LINGER = 2
 """Seconds after a signal in which kept connections may send a last request; it is answered with Connection: close."""
 LONGEST_STOP = 30
@@ -57,6 +59,18 @@ class Protocol(H11Protocol):
       ):
         self.transport.write(self.conn.send(event))
     self.transport.close()
+
+  def timeout_keep_alive_handler(self) -> None:
+    """Closes an idle connection, unless a request has arrived that the event loop has not read yet."""
+    if self._has_unread():
+      self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+    else:
+      super().timeout_keep_alive_handler()
+
+  def _has_unread(self) -> bool:
+    with contextlib.suppress(OSError), self.transport.get_extra_info('socket').dup() as connection:
+      return bool(connection.recv(1, socket.MSG_PEEK))
+    return False
 
 
 class Server(uvicorn.Server):

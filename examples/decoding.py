@@ -16,6 +16,7 @@ SMALL = 8_000_000
 """Bytes that decoding takes up to which an image is decoded among the small ones (two million pixels in RGB)."""
 _LEAST = 65_536  # Bytes that an image counts as, for what takes time whatever its size.
 _PACE = 4e-9  # Seconds a byte, until images have been decoded.
+_SLOWEST = 64 * _PACE  # What is learned from an image that takes longer: few do, and others are not refused for them.
 
 
 class Lane:
@@ -50,7 +51,7 @@ class Lane:
       result = work(*arguments)
     finally:
       del self._started[running]
-    self._pace += 0.1 * ((self._clock() - started) / size - self._pace)
+    self._pace += 0.1 * (min((self._clock() - started) / size, _SLOWEST) - self._pace)
     return result
 
 

@@ -95,7 +95,7 @@ def _serve(given: argparse.Namespace) -> None:
     import python_multipart  # noqa: F401
     import uvicorn
     from batching import Scheduler, measure
-    from connections import LONGEST_STOP, Protocol, Server
+    from connections import KEEP_ALIVE, LONGEST_STOP, Protocol, Server
     from decoding import Decoders
     from PIL import Image
     from service import MAX_WAIT, Predictor, make_app
@@ -137,6 +137,7 @@ def _serve(given: argparse.Namespace) -> None:
     ws='none',
     log_level='error',
     access_log=False,
+    timeout_keep_alive=KEEP_ALIVE,
     timeout_graceful_shutdown=LONGEST_STOP,
   )
   server = Server(config)

@@ -78,3 +78,26 @@ def test_a_stop_answers_all_that_has_arrived(monkeypatch, capsys, stalled):
   why = 'requests that had not arrived whole or were being worked on, or answers that were not read'
   line = f'cut {count} after 1 s: {why}\n'
   assert (out, err) == ('', line if stalled else '')
+
+
+@pytest.mark.parametrize(('sent', 'closed'), [(b'', True), (REQUEST, False)], ids=['idle', 'unread request'])
+def test_a_connection_with_an_unread_request_is_not_idle(sent, closed):
+  async def live():
+    ours, theirs = socket.socketpair()
+    config = uvicorn.Config(application, lifespan='off', log_config=None)
+    config.load()
+    state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
+    transport, protocol = await loop.connect_accepted_socket(
+      lambda: connections.Protocol(config=config, server_state=state, app_state={}, _loop=loop), ours
+    )
+    theirs.send(sent)  # The event loop does not run before the handler does.
+    protocol.timeout_keep_alive_handler()
+    assert transport.is_closing() == closed
+    if not closed:
+      reader, writer = await asyncio.open_connection(sock=theirs)
+      assert (await reader.readuntil(b'\r\n\r\n')).startswith(b'HTTP/1.1 200')
+      writer.close()
+    transport.abort()
+    theirs.close()
+
+  asyncio.run(live())

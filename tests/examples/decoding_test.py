@@ -78,12 +78,14 @@ def test_the_pace_of_a_lane_is_learned():
 
   async def learn():
     for _ in range(200):
-      await lane.run(10**6, work, 3.0)
-    return await lane.run(10**6, work, 3.0)
+      await lane.run(10**6, work, 0.2)
+    return await lane.run(10**6, work, 0.2)
 
-  assert asyncio.run(learn()) == pytest.approx(3 / 2)  # One image of 3 s in two threads.
+  assert asyncio.run(learn()) == pytest.approx(0.2 / 2)  # One image of 0.2 s in two threads.
   assert lane.bytes == 0 and lane.wait() == 0
   asyncio.run(lane.run(0, lambda: np.testing.assert_equal(lane.bytes, _LEAST)))
+  asyncio.run(lane.run(0, work, 1000))  # A file that takes long for its size does not make others wait for as long.
+  asyncio.run(lane.run(0, lambda: np.testing.assert_array_less(lane.wait(), 0.02)))
 
 
 def test_images_that_take_longer_than_their_size_says():
