@@ -5,6 +5,7 @@ import math
 import os
 
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int64
 from ml_collections import ConfigDict
 
@@ -94,6 +95,8 @@ def _load(
   names = learned.class_names if learned and learned.class_names else source.class_names
   splits, limits, untested = _split(decoded, source, names, data_config, learned)
   lost = _leave_out_trained(splits, names, learned, place) if learned else ()
+  if learned is None and not source.by_position:
+    _report_shared(splits, place)
   mean, std = decoded.mean, decoded.std
   if learned and learned.mean is None and source.test_count is not None:  # A new run would test on other images.
     mean, std = channel_statistics(decoded.images['train'], untested)
@@ -245,6 +248,15 @@ def _check_readable(names: tuple[str, ...], split: str, listing: Listing, member
   if len(lost):
     raise UserError(
       f'expected images of class {names[lost[0]]!r} in {split}, found only corrupt files: fix or remove them'
+    )
+
+
+def _report_shared(splits: dict[str, Split], place: str) -> None:
+  """Says how many test images of a new run it will be trained on."""
+  own = [known_of(split).ids for name, split in splits.items() if name != 'test']
+  if shared := np.isin(known_of(splits['test']).ids, np.concatenate(own)).sum():
+    logging.warning(
+      'test has %d images that are also in train of %s: they do not tell how new ones fare', shared, place
     )
 
 

@@ -31,6 +31,7 @@ class _Rest:
 
   unreadable: list[tuple[str, str]] = field(default_factory=list)
   left_out: list[str] = field(default_factory=list)
+  beside: list[str] = field(default_factory=list)  # In folders that are no split.
 
 
 def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
@@ -78,7 +79,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
     test_count=test_count,
     test_share=data_config.test_fraction,
-    left_out=len(rest.left_out) + len(rest.unreadable),
+    left_out=len(rest.left_out) + len(rest.beside) + len(rest.unreadable),
   )
 
 
@@ -104,6 +105,7 @@ def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
   if train is None or test is None:
     lone = [split for split in present if not _holds_images(root / split)]
     if not lone:
+      _check_class_folders(root, present)
       return None
     found = f'only {splits[0]}/' if splits else f'none in {lone[0]}/'
     raise UserError(
@@ -113,14 +115,26 @@ def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
     )
   for entry in _entries(root):
     if entry.name not in (train, test):
-      rest.left_out += _all_files(entry)
+      (rest.beside if entry.is_dir() and not is_hidden(entry.name) else rest.left_out).extend(_all_files(entry))
+  if rest.beside:
+    logging.warning('%s', printable(left_out_line(rest.beside, f'beside {train}/ and {test}/')))
   by_class = {'train': _find_classes(root / train, rest), 'test': _find_classes(root / test, rest)}
   _check_forms([*by_class['train'], *by_class['test']], root)
+  _check_apart(by_class['train'], by_class['test'])
   if unknown := sorted(by_class['test'].keys() - by_class['train'].keys()):
     raise UserError(
       f'expected the classes of {root}/{train}, found {", ".join(unknown)} in {root}/{test} only: move them'
     )
   return by_class
+
+
+def _check_class_folders(root: Path, present: Sequence[str]) -> None:
+  """Raises UserError if the only folders are splits whose images are in no class."""
+  if len(present) > 1 and {entry.name for entry in _visible_folders(root)} == set(present):
+    raise UserError(
+      f'expected a folder for each class in {present[0]}/ and {present[1]}/ of {root}, found images directly there: '
+      f'move them to folders of their classes'
+    )
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:
@@ -167,6 +181,18 @@ def _check_shared(by_class: _ByClass) -> None:
           f'expected each folder of images in one class, found {place} of class {other!r} and {folder} of class '
           f'{name!r} to be the same: remove the link to it'
         )
+
+
+def _check_apart(train: _ByClass, test: _ByClass) -> None:
+  """Raises UserError if a folder is in both splits, as with a link from one to the other."""
+  folders = [dict.fromkeys(file.parent for files in by_class.values() for file in files) for by_class in (train, test)]
+  seen = {os.path.realpath(folder): folder for folder in folders[0]}
+  for folder in folders[1]:
+    if other := seen.get(os.path.realpath(folder)):
+      raise UserError(
+        f'expected other images to test on than to train on, found {folder} and {other} to be the same folder: '
+        f'remove the link to it'
+      )
 
 
 def _find_classes(folder: Path, rest: _Rest) -> _ByClass:

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,41 @@ def test_a_folder_linked_into_another_class(root, link, target, found):
     load(root)
 
 
+TWO_FOLDERS = {'train/ant/a.png': 1, 'train/cat/a.png': 2, 'test/ant/a.png': 3, 'test/cat/a.png': 4}
+
+
+@pytest.mark.parametrize('splits', [('train', 'test'), ('Train', 'Val', 'test')])
+def test_splits_without_classes(root, splits):
+  write_all(root, {f'{split}/{number}.png': number for split in splits for number in range(8)})
+  message = f'^expected a folder for each class in {splits[0]}/ and test/ of {root}, found images directly there: move '
+  with pytest.raises(UserError, match=message):
+    load(root)
+  write_all(root, {f'bus/{number}.png': number for number in range(8)})
+  assert load(root).class_names == tuple(sorted(['bus', *splits]))
+
+
+def test_a_folder_linked_into_both_splits(root):
+  write_all(root, TWO_FOLDERS)
+  (root / 'test/ant/more').symlink_to('../../train/ant')
+  message = '^expected other images to test on than to train on, found .*/test/ant/more and .*/train/ant to be the same'
+  with pytest.raises(UserError, match=message):
+    load(root)
+
+
+def test_images_in_both_splits_are_counted(root, caplog):
+  write_all(root, TWO_FOLDERS)
+  load(root)
+  assert 'also in train' not in caplog.text
+  shutil.copy(root / 'train/ant/a.png', root / 'test/ant/copy.png')
+  load(root)
+  write_all(root, {'val/ant/a.png': 5, '.hidden/a.png': 6})
+  caplog.clear()
+  assert len(load(root).test) == 3
+  assert f'left out 1 file, beside train/ and test/: {root}/val/ant/a.png' in caplog.text
+  assert f'left out 1 file, hidden or without the suffix of an image: {root}/.hidden/a.png' in caplog.text
+  assert f'test has 1 images that are also in train of {root}: they do not tell how new ones fare' in caplog.text
+
+
 def test_a_folder_linked_into_its_own_class(root):
   write_all(root, {**ONE_FOLDER, 'cat/young/a.png': 1})
   (root / 'cat/again').symlink_to('young')
@@ -285,7 +321,7 @@ def test_other_names_of_the_splits(root, names):
   assert pairs(load(root).test) == [(0, 31), (2, 12)]
 
 
-@pytest.mark.parametrize('names', [('bus', 'car', 'train'), ('test', 'train'), ('bus', 'val')])
+@pytest.mark.parametrize('names', [('bus', 'car', 'train'), ('bus', 'test', 'train'), ('bus', 'val')])
 def test_classes_with_the_name_of_a_split(root, names):
   write_all(root, {f'{name}/{number}.png': 9 for name in names for number in range(4)})
   dataset = load(root)
