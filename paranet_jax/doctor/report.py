@@ -17,7 +17,7 @@ from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.huge_pages import VARIABLE as GLIBC_TUNABLES
 from paranet_jax.host.known_faults import KNOWN_FAULTS, VARIABLE, faults_of, jaxlib_version
-from paranet_jax.host.machine import cpu_features, cpu_name, environment
+from paranet_jax.host.machine import container_memory, cpu_features, cpu_name, environment
 
 FEATURES = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'sve')
 """Instruction sets that decide how fast products are, as Linux names them."""
@@ -92,10 +92,8 @@ def _memory() -> dict[str, int]:
     name, _, rest = line.partition(':')
     kib[name] = int(rest.split()[0])
   memory = {'total': 1024 * kib['MemTotal'], 'available': 1024 * kib['MemAvailable']} if kib else {}
-  limit = Path('/sys/fs/cgroup/memory.max')
-  if memory and limit.exists() and limit.read_text().strip().isdigit():
-    memory['total'] = min(memory['total'], int(limit.read_text()))
-    memory['available'] = min(memory['available'], memory['total'])
+  if memory and (limit := container_memory()) < memory['total']:
+    memory = {'total': int(limit), 'available': min(memory['available'], int(limit))}
   return memory
 
 

@@ -30,12 +30,14 @@ _DEBUGGING = {
   'jax_disable_jit': False,
   'jax_check_tracer_leaks': False,
   'jax_no_tracing': False,
+  'jax_no_execution': False,
   'jax_enable_checks': False,
   'jax_random_seed_offset': 0,
   'jax_default_prng_impl': 'threefry2x32',
   'jax_threefry_partitionable': True,
 }
 """Settings of jax with which a command would fail or compute other numbers, and their defaults."""
+_DEVICE_SETTINGS = ('JAX_PLATFORMS', 'JAX_PLATFORM_NAME', 'JAX_NUM_CPU_DEVICES')
 _WORDS = {
   True: ('1', 'y', 'yes', 't', 'true', 'on'),
   False: ('0', 'n', 'no', 'f', 'false', 'off'),
@@ -105,10 +107,10 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', h
     _say_error(f'{path} cannot be read or written ({error.strerror}); fix that, or name another path')
     return 2
   except (AssertionError, RuntimeError):  # jax raises either, and not always with a text.
-    wanted = os.environ.get('JAX_PLATFORMS')
+    wanted = next((f'{name}={os.environ[name]}' for name in _DEVICE_SETTINGS if os.environ.get(name)), None)
     if not wanted or _platform_starts():
       raise
-    _say_error(f'expected the platform of JAX_PLATFORMS={wanted}, found no such device; unset it')
+    _say_error(f'expected the platform of {wanted}, found no such device; unset it')
     return 2
   except ValueError as error:
     if 'jax' in sys.modules or not any(name.startswith('JAX_') for name in os.environ):

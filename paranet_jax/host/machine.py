@@ -81,10 +81,16 @@ def environment(devices: list[Device]) -> dict[str, Any]:
 
 
 def device_memory(device: Device) -> float:
-  """Bytes of a device; CPU devices share those of the machine."""
+  """Bytes of a device; CPU devices share those of the machine, or of the container."""
   if device.platform == 'cpu':
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), container_memory())
   return (device.memory_stats() or {}).get('bytes_limit', math.inf)
+
+
+def container_memory(limit: Path = Path('/sys/fs/cgroup/memory.max')) -> float:
+  """Bytes that this container may use; infinity: there is no limit."""
+  text = ''.join(_lines(limit)).strip()
+  return int(text) if text.isdecimal() else math.inf
 
 
 def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:

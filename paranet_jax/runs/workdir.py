@@ -135,7 +135,12 @@ def changes(workdir: Path, config: ConfigDict, moved: bool = False) -> list[str]
 def check_saved(workdir: Path, config: ConfigDict, accept_changes: bool, moved: bool = False) -> None:
   """Compares the configuration with the one saved in a folder, if any; see `prepare_workdir`."""
   check_utf8(workdir, '--workdir')
-  changed = changes(workdir, config, moved) if os.path.exists(workdir / CONFIG) and not accept_changes else []
+  if not os.path.exists(workdir / CONFIG):
+    return
+  if accept_changes:
+    _load_config(workdir)  # What is damaged, or no run's, is not overwritten either.
+    return
+  changed = changes(workdir, config, moved)
   if changed:
     place = any(change.startswith('data.data_dir:') for change in changed)
     raise UserError(

@@ -19,11 +19,13 @@ def _fails() -> int:
   raise AssertionError
 
 
-def test_a_platform_without_a_device_is_one_line(monkeypatch, capsys):
-  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+@pytest.mark.parametrize('setting', ['JAX_PLATFORMS', 'JAX_PLATFORM_NAME', 'JAX_NUM_CPU_DEVICES'])
+def test_a_platform_without_a_device_is_one_line(monkeypatch, capsys, setting):
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  monkeypatch.setenv(setting, 'cuda')
   monkeypatch.setattr(jax, 'devices', _fails)
   assert exit_code(_fails) == 2
-  expected = 'error: expected the platform of JAX_PLATFORMS=cuda, found no such device; unset it\n'
+  expected = f'error: expected the platform of {setting}=cuda, found no such device; unset it\n'
   assert capsys.readouterr().err == expected
 
 
@@ -189,6 +191,7 @@ def test_a_command_without_config_names_the_place_of_a_field(text, shown, capsys
     ('jax_disable_jit', True, False, True),
     ('jax_check_tracer_leaks', True, False, True),
     ('jax_no_tracing', True, False, True),
+    ('jax_no_execution', True, False, True),
     ('jax_debug_nans', False, False, False),
     ('jax_threefry_partitionable', False, True, True),
     ('jax_threefry_partitionable', True, True, False),

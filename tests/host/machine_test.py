@@ -1,14 +1,22 @@
 """The cache of compiled programs, and the description of the machine."""
 
+import math
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from paranet_jax.host.machine import environment, machine_key, use_compilation_cache
+from paranet_jax.host.machine import (
+  container_memory,
+  device_memory,
+  environment,
+  machine_key,
+  use_compilation_cache,
+)
 
 PROGRAM = """
 import sys, jax
@@ -78,3 +86,15 @@ def test_environment():
   found = environment(jax.devices()[:3])
   assert found['device'] == {'platform': 'cpu', 'kind': 'cpu', 'count': 3}
   assert found['versions']['python'] == platform.python_version() and found['versions']['jax'] == jax.__version__
+
+
+@pytest.mark.parametrize(('text', 'bytes_'), [('max\n', math.inf), ('2147483648\n', 2**31), (None, math.inf)])
+def test_the_memory_of_a_container(tmp_path, text, bytes_):
+  if text:
+    (tmp_path / 'memory.max').write_text(text)
+  assert container_memory(tmp_path / 'memory.max') == bytes_
+
+
+def test_a_device_has_no_more_memory_than_its_container(monkeypatch):
+  monkeypatch.setattr('paranet_jax.host.machine.container_memory', lambda: 5)
+  assert device_memory(SimpleNamespace(platform='cpu')) == 5

@@ -68,6 +68,14 @@ def test_preparing_for_the_same_configuration(tmp_path, accept_changes):
   assert restore_config(tmp_path).to_dict() == CHANGED.to_dict()
 
 
+@pytest.mark.parametrize('content', ['', '{"model": ', '{}', '{"architectures": ["another program"]}'])
+def test_what_is_no_configuration_is_not_overwritten(tmp_path, content):
+  (tmp_path / 'config.json').write_text(content)
+  for accept_changes in (False, True):
+    with pytest.raises(UserError, match='config.json .*restore it, or set --workdir for a new run'):
+      prepare_workdir(tmp_path, CHANGED, accept_changes)
+
+
 def test_another_configuration_needs_to_be_accepted(tmp_path):
   save_config(tmp_path, CHANGED)
   other = changed(**{**{'name': 'PN2-2d', 'seed': -5}, 'model__blocks': (2, 2)})
