@@ -51,12 +51,16 @@ FIELDS: Fields = {
   # Folder of a finished run, or file of PyTorch weights, whose backbone (all but the exits) this run starts from; '':
   # drawn from the seed.
   'init_from': Field(''),
-  'data.name': Field('cifar100'),  # 'cifar100', 'cifar10', 'digits', 'folder', or a prepared tensorflow-datasets name.
-  # Folder of prepared data sets, or of your images for 'folder'; '': ~/tensorflow_datasets. Default: PARANET_DATA_DIR.
+  # 'cifar100', 'cifar10', 'digits', 'folder' (of class folders), 'images' (a folder without labels), or a prepared
+  # tensorflow-datasets name.
+  'data.name': Field('cifar100'),
+  # Folder of prepared data sets, or of your images for 'folder' and 'images'; '': ~/tensorflow_datasets. Default:
+  # PARANET_DATA_DIR.
   'data.data_dir': Field(''),
   # Number of training images in the held-out split: stratified, never trained on or augmented.
   'data.held_out': Field(0, at_least(0)),
-  'data.test_fraction': Field(0.2, _INSIDE),  # Share of the images to test on, of a folder without train/ and test/.
+  # Share of the images to test on, of a folder without train/ and test/, or without labels.
+  'data.test_fraction': Field(0.2, _INSIDE),
   'data.on_corrupt': Field('refuse', one_of('refuse', 'skip')),  # 'refuse' or 'skip' (and count) an unreadable image.
   # Pixels of zero padding before the random crop; None: the data set's own.
   'data.crop_padding': derived(int, at_least(0, 10_000)),

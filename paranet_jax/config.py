@@ -14,7 +14,7 @@ from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.fields import numbers
 from paranet_jax.models.registry import COMMON, build_model, family_names, find_family, targets
-from paranet_jax.targets import check_regime, distill_teachers, trained_exits
+from paranet_jax.targets import LABELS, check_regime, distill_teachers, trained_exits
 
 __all__ = ['build_model', 'targets']  # Also derived from a configuration.
 
@@ -34,6 +34,7 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f'{name} must be {field.rule.expected}, found {value}; set --config.{name}')
   exit_weights(config)
   teachers(config)
+  _check_labels(config)
   _check_training(config)
   if config.checkpoint.keep_best != 'none' and not config.data.held_out:
     raise UserError(
@@ -199,6 +200,20 @@ def with_data_dir(config: ConfigDict, data_dir: Path | None) -> ConfigDict:
   config = config.copy_and_resolve_references()
   config.data.data_dir = str(data_dir)
   return config
+
+
+def _check_labels(config: ConfigDict) -> None:
+  """Raises UserError if something would be learned or chosen from labels that the data set does not have."""
+  if known_dataset(config.data.name).labeled:
+    return
+  found = f'found images without labels (data.name {config.data.name})'
+  fix = 'set --config.data.name=folder, with a folder of images for each class'
+  if LABELS in targets(config):
+    number = targets(config).index(LABELS) + 1
+    raise UserError(f'exit {number} of {config.name} learns from labels, {found}; {fix}')
+  for name in ('loss.hard_label_weight', 'checkpoint.keep_best'):
+    if _get(config, name) not in (0, 'none'):
+      raise UserError(f'{name} {_get(config, name)} needs labels, {found}; set --config.{name} back, or {fix}')
 
 
 def _check_training(config: ConfigDict) -> None:

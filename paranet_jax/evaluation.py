@@ -1,4 +1,7 @@
-"""Accuracy and loss of every exit on a whole split, exact for any number of images."""
+"""Accuracy and loss of every exit on a whole split, exact for any number of images.
+
+Of images without labels, all that can be measured is how often an exit agrees with the last one.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
 MEASURES = ('accuracy', 'balanced_accuracy', 'top5', 'loss', 'nll')
+AGREEMENT = 'agreement'
 MOST_CLASSES = 2000
 """There is no confusion matrix of more classes than this: it would have more than four million cells."""
 INLINE_CLASSES = 100
@@ -62,6 +66,8 @@ class Evaluator:
         `class_accuracy`: by class, rounded to 6 digits; None for a class that the split does not have;
         `confusion`, if asked for: the number of images by class and prediction, int [classes, classes]; None if there
         are more than MOST_CLASSES.
+      Of images without labels all of these are None, and there is `agreement`: the share of the images that the exit
+      answers as the last trained one does.
     """
     return {name: list(self._exits(params, batch_stats, batches, confusion)) for name, batches in self._splits.items()}
 
@@ -75,12 +81,18 @@ class Evaluator:
       # A streamed batch holds memory until its turn comes.
       jax.block_until_ready([own[-_AHEAD] for own in sums.values() if len(own) >= _AHEAD])
     found = {number: _Counts(jax.device_get(own), self._task.model.num_classes) for number, own in sums.items()}
-    totals = dict(zip(found, self._processes.summed(np.array([own.totals for own in found.values()])), strict=True))
+    labeled, last = self._task.dataset.labeled, found[max(found)]
+    counted = [own.totals if labeled else own.agreement(last) for own in found.values()]
+    totals = dict(zip(found, self._processes.summed(np.array(counted)), strict=True))
     for number in range(1, self._task.model.num_exits + 1):
       trained = number in totals
-      row: dict[str, Any] = _measured(totals[number]) if trained else dict.fromkeys((*MEASURES, 'class_accuracy'))
+      row: dict[str, Any] = dict.fromkeys((*MEASURES, 'class_accuracy'))
+      if trained and labeled:
+        row = _measured(totals[number])
+      elif not labeled:
+        row[AGREEMENT] = float(np.divide(*totals[number])) if trained else None
       if confusion:
-        matrix = found[number].confusion() if trained else None
+        matrix = found[number].confusion() if trained and labeled else None
         row['confusion'] = None if matrix is None else self._processes.summed(matrix).astype(int)
       yield {'exit': number, 'trained': trained, **row}
 
@@ -118,6 +130,10 @@ class _Counts:
     self.totals = [*sums, *self._count(self._labels), *self._count(self._labels[self._labels == self._predictions])]
     """`_SUMS`, then the images and the right predictions of each class."""
 
+  def agreement(self, other: '_Counts') -> list[float]:
+    """The number of images that another exit answers in the same way, and of all images."""
+    return [float(np.sum(self._predictions == other._predictions)), float(len(self._predictions))]
+
   def confusion(self) -> np.ndarray | None:
     """The number of images by class and prediction, float64 [classes, classes]; None: too many classes."""
     if self._classes > MOST_CLASSES:
@@ -153,5 +169,10 @@ def as_json(evaluations: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def as_metrics(exits: list[dict]) -> dict[str, float]:
-  """One split's evaluation as the values of a metrics line: `exit_1/accuracy`, ..."""
-  return {f'exit_{row["exit"]}/{name}': row[name] for row in exits if row['trained'] for name in MEASURES}
+  """One split's evaluation as the values of a metrics line: `exit_1/accuracy`, ... or `exit_1/agreement`."""
+  return {
+    f'exit_{row["exit"]}/{name}': row[name]
+    for row in exits
+    if row['trained']
+    for name in ((AGREEMENT,) if AGREEMENT in row else MEASURES)
+  }

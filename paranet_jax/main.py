@@ -59,7 +59,9 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> No
     )
   result = evaluate_checkpoint(config, workdir, values.step, values.accept_data_changes)
   splits = result['splits']
-  tables = f'{evaluation_table(splits)}\n\n{class_table(splits["test"], result["class_names"])}'
+  tables = evaluation_table(splits)
+  if not any('agreement' in row for row in splits['test']):  # Without labels there are no accuracies by class.
+    tables += f'\n\n{class_table(splits["test"], result["class_names"])}'
   _print(values, result | {'splits': as_json(splits)}, f'{result["name"]} after step {result["step"]}:\n{tables}')
 
 

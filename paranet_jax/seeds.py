@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
 from paranet_jax.devices import SideBySide
-from paranet_jax.evaluation import MEASURES, Evaluator
+from paranet_jax.evaluation import AGREEMENT, MEASURES, Evaluator
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.machine import Device
@@ -26,6 +26,9 @@ from paranet_jax.runs.status import run_status
 from paranet_jax.runs.workdir import FOLDERS, NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir, save_config
 from paranet_jax.task import agreed_task
 from paranet_jax.train import train_loop, train_missing
+
+_SPLITS = (('held_out', 'held_out'), ('test', 'exits'))
+"""Names of the splits, and their keys in summary.json."""
 
 
 def train_seeds(
@@ -160,7 +163,8 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _spreads(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   shared = {name: value for name, value in rows[0].items() if name not in ('class_accuracy', 'confusion')}
-  return shared | {name: _spread([row.get(name) for row in rows]) for name in MEASURES}
+  names = (*MEASURES, AGREEMENT) if AGREEMENT in shared else MEASURES
+  return shared | {name: _spread([row.get(name) for row in rows]) for name in names}
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
@@ -172,13 +176,16 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 
 def seeds_table(summary: dict[str, Any]) -> str:
   """Mean and standard deviation of every exit as plain text: accuracies in percent, NLL in nats."""
+  splits = [(name, row) for name, split in _SPLITS for row in summary.get(split, ())]
+  columns = {'accuracy (%)': ('accuracy', 100, 2), 'top-5 (%)': ('top5', 100, 2), 'nll': ('nll', 1, 4)}
+  if any(AGREEMENT in row for _, row in splits):
+    columns = {'same answer as the last exit (%)': (AGREEMENT, 100, 2)}
   rows = [
-    (name, str(row['exit']), _cell(row['accuracy'], 100, 2), _cell(row['top5'], 100, 2), _cell(row['nll'], 1, 4))
-    for name, split in (('held_out', 'held_out'), ('test', 'exits'))
-    for row in summary.get(split, ())
+    (name, str(row['exit']), *(_cell(row[key], scale, digits) for key, scale, digits in columns.values()))
+    for name, row in splits
   ]
   title = f'{summary["name"]}, seeds {", ".join(map(str, summary["seeds"]))}: mean +- standard deviation'
-  return '\n'.join([title, *align(('split', 'exit', 'accuracy (%)', 'top-5 (%)', 'nll'), rows, left=(0,))])
+  return '\n'.join([title, *align(('split', 'exit', *columns), rows, left=(0,))])
 
 
 def _cell(spread: dict[str, Any] | None, scale: float, digits: int) -> str:

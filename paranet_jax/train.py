@@ -76,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
       say(evaluation_table(evaluations[0]))
     summary = record.finish(description, evaluations[0], environment(devices))
     curves = processes.once(draw_curves, workdir)
-    confusion = processes.once(draw_confusion, workdir, evaluations[0]['test'], summary)
+    confusion = processes.once(draw_confusion, workdir, evaluations[0]['test'], summary, task.dataset.labeled)
     say(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
     say(f'curves: {curves}\nconfusion: {confusion}\nsummary: {workdir / SUMMARY}')
   return summary
@@ -93,9 +93,11 @@ def draw_curves(workdir: Path) -> Path | str:
   return drawn(draw)
 
 
-def draw_confusion(workdir: Path, exits: list[dict], summary: dict[str, Any]) -> Path | str:
+def draw_confusion(workdir: Path, exits: list[dict], summary: dict[str, Any], labeled: bool = True) -> Path | str:
   """Draws the confusion matrices of the exits on one split; returns their file, or why there is none."""
   matrices = {row['exit']: row['confusion'] for row in exits if row['confusion'] is not None}
+  if not labeled:
+    return 'not drawn: the images have no labels'
   if not matrices:
     return f'not drawn: more than {MOST_CLASSES:,} classes'
 

@@ -254,6 +254,20 @@ def test_another_number_of_class_weights_than_of_classes():
   )
 
 
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'name': 'PN3-3xd'}, 'exit 3 of PN3-3xd learns from labels, found images without labels (data.name images); '),
+    ({'loss__hard_label_weight': 0.1}, 'loss.hard_label_weight 0.1 needs labels, found images without labels'),
+    ({'checkpoint__keep_best': 'nll'}, 'checkpoint.keep_best nll needs labels, found images without labels'),
+  ],
+)
+def test_what_needs_labels_is_refused_without(fields, message, monkeypatch):
+  if 'name' not in fields:
+    monkeypatch.setattr(config_lib, 'targets', lambda config: (3, 3, None))
+  assert refusal(config_lib.validate, changed(data__name='images', data__held_out=1, **fields)).startswith(message)
+
+
 def test_the_data_folder_from_the_environment(monkeypatch):
   monkeypatch.setenv('PARANET_DATA_DIR', '/prepared')
   assert base_config().data.data_dir == '/prepared'

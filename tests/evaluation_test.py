@@ -1,5 +1,7 @@
 """Tests that an evaluation is exact: equal to numpy on the logits of every image, once each."""
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
@@ -131,6 +133,23 @@ def test_both_splits_and_smoothing():
   check(found['test'], linear_exits(test, 0.2, (1, 2, 0.5, 1, 1, 3, 1)))
   check(found['held_out'], linear_exits(held_out, 0.2, (1, 2, 0.5, 1, 1, 3, 1)))
   assert found['test'][0]['loss'] != found['test'][0]['nll']
+
+
+def test_without_labels_an_exit_is_compared_with_the_last_one():
+  data = split(3 * BATCH + 2)
+  given = task(Linear(), (3, None, 3), data)
+  given = dataclasses.replace(given, dataset=dataclasses.replace(given.dataset, labeled=False))
+  found = Evaluator(given, pick_devices(1)).evaluate(PARAMS, {}, True)
+  flat = pixels(data.images).reshape(len(data), -1)
+  first, last = (np.argmax(flat @ PARAMS[name]['kernel'] + PARAMS[name]['bias'], -1) for name in ('exit_1', 'exit_3'))
+  share = np.mean(first == last)
+  assert 0 < share < 1
+  nothing = dict.fromkeys((*evaluation.MEASURES, 'class_accuracy', 'confusion'))
+  assert found['test'] == [
+    {'exit': number, 'trained': number != 2, 'agreement': agreement} | nothing
+    for number, agreement in ((1, share), (2, None), (3, 1.0))
+  ]
+  assert as_metrics(found['test']) == {'exit_1/agreement': share, 'exit_3/agreement': 1.0}
 
 
 def test_two_processes_count_what_one_does(monkeypatch):

@@ -112,7 +112,8 @@ def channel_statistics(
 def statistics_of_sums(
   total: Float64[np.ndarray, ' C'], squares: Float64[np.ndarray, ' C'], count: int
 ) -> tuple[Float64[np.ndarray, ' C'], Float64[np.ndarray, ' C']]:
-  """`channel_statistics` from the sums of `count` pixel values in 0..255 and of their squares."""
+  """`channel_statistics` from the sums of `count` pixel values in 0..255 and of their squares; of none: 0 and 1."""
+  count = max(count, 1)
   mean = total / count
   std = np.sqrt(np.maximum(squares / count - mean**2, 0))
   return mean / 255, np.where(std > 0, std / 255, 1.0)

@@ -146,6 +146,7 @@ class Dataset:
     flip: whether training images are mirrored at random.
     skipped: corrupt files left out of both splits.
     limits: by split, the `identity.Limits` that drew it.
+    labeled: whether labels mean anything; otherwise all are 0.
     lost: classes that have no held-out or no test images but those that the run was trained on.
   """
 
@@ -162,6 +163,7 @@ class Dataset:
   skipped: int = 0
   limits: dict[str, Any] = field(default_factory=dict)
   lost: tuple[str, ...] = ()
+  labeled: bool = True
 
 
 def stratified_indices(

@@ -36,6 +36,7 @@ class KnownDataset:
     mirrored: whether training images are mirrored unless the configuration says otherwise.
     padding_share: training images are padded by image_side // padding_share pixels, and cropped at random, unless the
       configuration says otherwise. 8 gives 4 pixels at 32, as for CIFAR in DenseNet's code.
+    labeled: whether the label of an image means anything; otherwise only what needs none can be learned or measured.
     in_data_dir: whether `data.data_dir` says which images these are, not only where they are on this machine.
     license: for the model card.
   """
@@ -45,6 +46,7 @@ class KnownDataset:
   counts: tuple[int, int] | None = None
   mirrored: bool = True
   padding_share: int = 8
+  labeled: bool = True
   in_data_dir: bool = False
   license: str = 'not known to the exporter; see the data set'
 
@@ -61,6 +63,7 @@ class KnownDataset:
     return found(data_config, image_side, channels)
 
 
+_OWN_IMAGES = "the exporter's own images; ask the provider of this bundle for the terms"
 _CIFAR = 'Krizhevsky 2009; distributed for research without a stated license'
 _CHARACTERS = KnownDataset(mirrored=False)  # A mirrored character is a different character, or none.
 
@@ -81,7 +84,13 @@ DATASETS = Registry(
     'folder': KnownDataset(
       'paranet_jax.data.sources.folder:folder_source',
       in_data_dir=True,
-      license="the exporter's own images; ask the provider of this bundle for the terms",
+      license=_OWN_IMAGES,
+    ),
+    'images': KnownDataset(
+      'paranet_jax.data.sources.images:images_source',
+      labeled=False,
+      in_data_dir=True,
+      license=_OWN_IMAGES,
     ),
     'imagenet2012': KnownDataset(num_classes=1000, counts=(1_281_167, 50_000)),
     'binary_alpha_digits': _CHARACTERS,

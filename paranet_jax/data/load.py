@@ -86,20 +86,25 @@ def _load(
     decoded = load_stored(source, image_side, channels, data_config.workers)
   else:
     decoded = load_decoded(source, image_side, channels)
-  for split in source.splits:
+  known = known_dataset(data_config.name)
+  for split in source.splits if known.labeled else ():
     _check_labels(decoded.split(split), source, num_classes)
   crop_padding, flip = augmentation(data_config, image_side)
-  place = str(data_config.data_dir) if known_dataset(data_config.name).in_data_dir else source.name
-  if learned:
+  place = str(data_config.data_dir) if known.in_data_dir else source.name
+  if learned and known.labeled:
     decoded = _with_learned_labels(decoded, source, learned, place)
   names = learned.class_names if learned and learned.class_names else source.class_names
-  splits, limits, untested = _split(decoded, source, names, data_config, learned)
+  if not known.labeled:
+    names = names or _numbered(num_classes, place)
+  splits, limits, untested = _split(decoded, source, names if known.labeled else (), data_config, learned)
   lost = _leave_out_trained(splits, names, learned, place) if learned else ()
   if learned is None and not source.by_position:
     _report_shared(splits, place)
   mean, std = decoded.mean, decoded.std
-  if learned and learned.mean is None and source.test_count is not None:  # A new run would test on other images.
-    mean, std = channel_statistics(decoded.images['train'], untested)
+  if learned and learned.mean is None:
+    learned.log('No mean and deviation are recorded in %s: taking those of %s', learned.workdir, place)
+    if source.test_count is not None:  # A new run would test on other images.
+      mean, std = channel_statistics(decoded.images['train'], untested)
   return Dataset(
     name=source.name,
     version=source.version,
@@ -114,6 +119,7 @@ def _load(
     skipped=sum(int((~listing.readable).sum()) for listing in decoded.listings.values()),
     limits=limits,
     lost=lost,
+    labeled=known.labeled,
   )
 
 
@@ -153,6 +159,16 @@ def _open(data_config: ConfigDict, image_side: int, channels: int) -> Source:
   raise UserError(f'unknown data set {name!r}; nearest: {", ".join(near)}; set --config.data.name=...')
 
 
+def _numbered(num_classes: int | None, place: str) -> tuple[str, ...]:
+  """Names of outputs that nothing names."""
+  if num_classes is None:
+    raise UserError(
+      f'expected the number of classes, which the images without labels in {place} do not tell: set '
+      '--config.model.num_classes'
+    )
+  return tuple(f'class {number}' for number in range(num_classes))
+
+
 def _check_labels(split: Split, source: Source, num_classes: int | None) -> None:
   limit = len(source.class_names) if num_classes is None else num_classes
   outside = np.flatnonzero((split.labels < 0) | (split.labels >= limit))
@@ -187,6 +203,9 @@ def _split(
   decoded: Decoded, source: Source, names: tuple[str, ...], data_config: ConfigDict, learned: Learned | None
 ) -> tuple[dict[str, Split], dict[str, Limits], Int64[np.ndarray, ' n']]:
   """Draws the splits.
+
+  Args:
+    names: of the classes; empty if labels mean nothing.
 
   Returns:
     'train', 'test' and, if the configuration asks for it, 'held_out'; the limits that drew them; and which images are
@@ -243,12 +262,11 @@ def _draw(
 
 
 def _check_readable(names: tuple[str, ...], split: str, listing: Listing, members: Bool[np.ndarray, ' N']) -> None:
-  """Raises UserError if all images of a class are corrupt."""
+  """Raises UserError if all images of a class, or of a split without labels, are corrupt."""
   lost = np.setdiff1d(listing.labels[members], listing.labels[members & listing.readable])
   if len(lost):
-    raise UserError(
-      f'expected images of class {names[lost[0]]!r} in {split}, found only corrupt files: fix or remove them'
-    )
+    of_class = f' of class {names[lost[0]]!r}' if names else ''
+    raise UserError(f'expected images{of_class} in {split}, found only corrupt files: fix or remove them')
 
 
 def _report_shared(splits: dict[str, Split], place: str) -> None:

@@ -84,6 +84,8 @@ def evaluate_ensemble(
     restore_learned(run.workdir, config.model.channels, accept_data_changes) for run in runs if run.workdir is not None
   ]
   task = build_task(config, learned=together(learned))
+  if not task.dataset.labeled:
+    raise UserError('expected runs on images with labels, to measure the ensemble by, found none; name other runs')
   task = dataclasses.replace(
     task, model=model, targets=(LABELS,) * model.num_exits, dataset=dataclasses.replace(task.dataset, held_out=None)
   )

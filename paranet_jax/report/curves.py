@@ -43,7 +43,7 @@ def draw_curves(workdir: str | os.PathLike) -> Path:
 
 
 def curves_figure(workdir: str | os.PathLike) -> Figure:
-  """Plots cross-entropy (nats) on the left and accuracy (%) on the right by epoch.
+  """Plots cross-entropy (nats) on the left and accuracy (%) on the right by epoch; without labels, the agreement.
 
   Cross-entropy is `exit_p/nll`, or `exit_p/loss` if a split has no `nll` for an exit; the axis label then says 'loss'.
   Long training curves are averaged over neighboring points.
@@ -53,15 +53,16 @@ def curves_figure(workdir: str | os.PathLike) -> Figure:
   """
   # An earlier checkpoint may have been evaluated after later ones.
   records = sorted(read_metrics(workdir), key=lambda record: record['step'])
-  entropy, loss, accuracy = (_series(records, quantity) for quantity in ('nll', 'loss', 'accuracy'))
+  entropy, loss, accuracy, agreement = (_series(records, name) for name in ('nll', 'loss', 'accuracy', 'agreement'))
   layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
   figure = Figure(figsize=(10, 4.8), dpi=150, layout=layout)
   figure.suptitle(printable(_title(Path(workdir))), parse_math=False)
   left, right = figure.subplots(1, 2)
   _draw_panel(left, loss | entropy, 'cross-entropy (nats)' if loss.keys() <= entropy.keys() else 'loss')
-  _draw_panel(right, {key: (x, 100 * y) for key, (x, y) in accuracy.items()}, 'accuracy (%)')
+  measured, words = (agreement, 'same answer as the last exit (%)') if agreement else (accuracy, 'accuracy (%)')
+  _draw_panel(right, {key: (x, 100 * y) for key, (x, y) in measured.items()}, words)
   _choose_scale(left, loss | entropy)
-  _draw_legend(figure, loss.keys() | entropy.keys() | accuracy.keys())
+  _draw_legend(figure, loss.keys() | entropy.keys() | measured.keys())
   return figure
 
 

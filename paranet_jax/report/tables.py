@@ -35,8 +35,16 @@ def evaluation_table(evaluations: Mapping[str, Sequence[dict]]) -> str:
 
   Args:
     evaluations: for each split a list of `exit`, `trained`, `accuracy`, `balanced_accuracy`, `top5` (fractions 0..1),
-      `loss`, `nll`. None, and all metrics of an exit that is not trained, are shown as a dash.
+      `loss`, `nll`, or, of images without labels, of `exit`, `trained` and `agreement` with the last exit. None, and
+      all metrics of an exit that is not trained, are shown as a dash.
   """
+  if any('agreement' in entry for entries in evaluations.values() for entry in entries):
+    rows = [
+      (split, str(entry['exit']), _number(entry, 'agreement', 100, 2))
+      for split, entries in evaluations.items()
+      for entry in entries
+    ]
+    return '\n'.join(align(('split', 'exit', 'same answer as the last exit (%)'), rows, left=(0,)))
   columns = (('accuracy', 100, 2), ('balanced_accuracy', 100, 2), ('top5', 100, 2), ('loss', 1, 4), ('nll', 1, 4))
   rows = [
     (split, str(entry['exit']), *(_number(entry, *column) for column in columns))

@@ -23,7 +23,8 @@ class DatasetFacts:
     class_names: one per class.
     mean, std: one per channel, for pixel values of 0..1.
     counts: images in 'train', 'held_out' and 'test'.
-    fingerprints: of the same splits, by content and label, whatever the order; None: a run of version 0.1.0.
+    fingerprints: of the same splits, by content and label, whatever the order; None: a run of version 0.1.0; empty:
+      weights from elsewhere, whose images are not known here.
   """
 
   name: str
@@ -51,6 +52,24 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
 def output_names(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
   """One name per output of a model, which may have more or fewer outputs than its data set has classes."""
   return (*class_names[:num_outputs], *(f'class {number}' for number in range(len(class_names), num_outputs)))
+
+
+def save_weights_facts(
+  workdir: Path, name: str, class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> None:
+  """Writes dataset.json for weights from elsewhere, before anything is trained on them.
+
+  A run in this folder then keeps their classes and their normalization, whatever images its exits are trained on.
+
+  Args:
+    workdir: an existing folder.
+    name: of the data that the weights were trained on.
+    class_names: one per output.
+    mean, std: one per channel, for pixel values of 0..1.
+  """
+  counts = dict.fromkeys(('train', 'held_out', 'test'), 0)
+  facts = DatasetFacts(name, '', tuple(class_names), tuple(mean), tuple(std), counts, fingerprints={})
+  write_json(workdir / DATASET, dataclasses.asdict(facts))
 
 
 def save_dataset_facts(workdir: Path, dataset: Dataset, fingerprints: dict[str, str] | None = None) -> None:

@@ -94,10 +94,11 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
     )
   if facts is None and not trained:
     return None
-  learned = Learned(workdir, by_position=not problem, accept_changes=accept_changes)
+  brought = facts is not None and facts.fingerprints == {}  # With weights from elsewhere: no image was read yet.
+  learned = Learned(workdir, by_position=not problem and not brought, accept_changes=accept_changes)
   if facts is None:
     return learned
-  count = sum(facts.counts.values())
+  count = None if brought else sum(facts.counts.values())
   return dataclasses.replace(learned, class_names=facts.class_names, mean=facts.mean, std=facts.std, count=count)
 
 

@@ -16,6 +16,7 @@ FACTS = {
   'digits': (10, (1437, 360), False, 1, False),
   'imagenet2012': (1000, (1_281_167, 50_000), True, 4, False),
   'folder': (None, None, True, 4, True),
+  'images': (None, None, True, 4, True),
   'mnist': (None, None, False, 4, False),
   'emnist/letters:3.1.0': (None, None, False, 4, False),
   'some_other': (None, None, True, 4, False),
@@ -27,6 +28,7 @@ def test_facts(name):
   known = known_dataset(name)
   facts = known.num_classes, known.counts, known.mirrored, 32 // known.padding_share, known.in_data_dir
   assert facts == FACTS[name]
+  assert known.labeled == (name != 'images')
 
 
 def test_register_source(monkeypatch):

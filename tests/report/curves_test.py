@@ -70,6 +70,14 @@ def test_loss_takes_the_place_of_absent_nll_and_the_axis_says_so(tmp_path):
   assert axes.get_ylabel() == 'loss'
 
 
+def test_without_labels_the_agreement_is_drawn(tmp_path):
+  write_metrics(tmp_path, [record(5, 'train', exit1__loss=9.0), record(10, 'test', exit1__agreement=0.5)])
+  loss, agreement = curves_figure(tmp_path).axes
+  assert curves(loss) == [(BLUE, [0.5], [9.0])]
+  assert curves(agreement) == [(BLUE, [1.0], [50.0])]
+  assert agreement.get_ylabel() == 'same answer as the last exit (%)'
+
+
 def test_a_null_is_a_gap_and_an_exit_of_nulls_is_left_out(tmp_path):
   values = ((10, 1.0, None), (20, None, None), (30, 2.0, None))
   write_metrics(tmp_path, [record(step, 'test', exit1__nll=first, exit2__nll=second) for step, first, second in values])

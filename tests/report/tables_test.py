@@ -68,6 +68,15 @@ def row(number, accuracies, matrix=None) -> dict:
   return {'exit': number, 'trained': accuracies is not None, 'class_accuracy': accuracies, 'confusion': matrix}
 
 
+def test_without_labels_the_agreement_is_shown():
+  rows = [{'exit': 1, 'trained': True, 'agreement': 0.875}, {'exit': 2, 'trained': False, 'agreement': None}]
+  assert evaluation_table({'test': rows}).splitlines() == [
+    'split  exit  same answer as the last exit (%)',
+    'test      1                             87.50',
+    'test      2                                 —',
+  ]
+
+
 def test_class_table():
   # Of 4 cats 1 is taken for a dog and 1 for a cow; the first of equals is shown. No image is of the fourth class.
   exits = [

@@ -3,19 +3,16 @@
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source, max_drawable
-from paranet_jax.data.identity import Identities, identities
-from paranet_jax.data.sources.corrupt import decode_or_skip
-from paranet_jax.host.arguments import absolute
+from paranet_jax.data.sources.image_files import ImageFiles, Rest, image_folder, report
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, left_out_line, printable
 
@@ -23,15 +20,6 @@ _TRAINS = ('train', 'training')
 _TESTS = ('test', 'testing', 'val', 'valid', 'validation')  # The first that exists is the test split.
 
 _ByClass = dict[str, list[Path]]
-
-
-@dataclass
-class _Rest:
-  """The files that are not images of a class, see `run.Found`."""
-
-  unreadable: list[tuple[str, str]] = field(default_factory=list)
-  left_out: list[str] = field(default_factory=list)
-  beside: list[str] = field(default_factory=list)  # In folders that are no split.
 
 
 def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
@@ -47,15 +35,8 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   Raises:
     UserError: the folder, its images or its classes are missing or do not fit.
   """
-  on_corrupt = data_config.on_corrupt
-  if on_corrupt not in ('refuse', 'skip'):
-    raise UserError(f"expected 'refuse' or 'skip', found {on_corrupt!r}: set --config.data.on_corrupt=skip")
-  if not data_config.data_dir:
-    raise UserError('expected a folder of images, found none given: name it with --config.data.data_dir=...')
-  root = absolute(data_config.data_dir)
-  if not root.is_dir():
-    raise UserError(f'expected a folder of images, found no folder {root}: name it with --config.data.data_dir=...')
-  rest, test_count = _Rest(), None
+  root, on_corrupt = image_folder(data_config), data_config.on_corrupt
+  rest, test_count = Rest(), None
   splits = _find_splits(root, rest)
   if splits is None:
     splits = {'train': _find_classes(root, rest)}
@@ -63,12 +44,12 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   class_names = sorted(splits['train'])
   if len(class_names) < 2:
     raise UserError(f'expected 2 class folders or more, found only {class_names[0]!r} in {root}: add another class')
-  _report(rest, on_corrupt)
+  report(rest, on_corrupt)
   listed = {split: _flatten(by_class, class_names) for split, by_class in splits.items()}
 
-  def records(split: str) -> _FolderRecords:
+  def records(split: str) -> ImageFiles:
     files, labels = listed[split]
-    return _FolderRecords(list(map(str, files)), labels, image_side, channels, skip_corrupt=on_corrupt == 'skip')
+    return ImageFiles(list(map(str, files)), labels, image_side, channels, skip_corrupt=on_corrupt == 'skip')
 
   all_files = [file for files, _ in listed.values() for file in files]
   return Source(
@@ -83,19 +64,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   )
 
 
-def _report(rest: _Rest, on_corrupt: str) -> None:
-  """Names what is left out; raises UserError for an image that cannot be read and must not be skipped."""
-  for path, reason in rest.unreadable:
-    if on_corrupt == 'refuse':
-      raise UserError(
-        f'expected a readable image, found {reason} at {path}: fix or remove it, or set --config.data.on_corrupt=skip'
-      )
-    logging.warning('Skipping %s: %s', printable(path), reason)
-  if rest.left_out:
-    logging.warning('%s', printable(left_out_line(rest.left_out)))
-
-
-def _find_splits(root: Path, rest: _Rest) -> dict[str, _ByClass] | None:
+def _find_splits(root: Path, rest: Rest) -> dict[str, _ByClass] | None:
   """The images in train/ and test/; None if root holds class folders, of which train may be one."""
   folders = {entry.name.casefold(): entry.name for entry in reversed(_entries(root)) if entry.is_dir()}
   present = [folders[split] for split in (*_TRAINS, *_TESTS) if split in folders]
@@ -195,7 +164,7 @@ def _check_apart(train: _ByClass, test: _ByClass) -> None:
       )
 
 
-def _find_classes(folder: Path, rest: _Rest) -> _ByClass:
+def _find_classes(folder: Path, rest: Rest) -> _ByClass:
   """The images of each class folder, including those in folders below it; there is at least one per class."""
   by_class: _ByClass = {}
   visible = {entry.name for entry in _visible_folders(folder)}
@@ -238,47 +207,3 @@ def _flatten(by_class: _ByClass, class_names: Sequence[str]) -> tuple[list[Path]
   by_label = [by_class.get(name, []) for name in class_names]
   labels = np.repeat(np.arange(len(class_names), dtype=np.int32), [len(files) for files in by_label])
   return [file for files in by_label for file in files], labels
-
-
-@dataclass(frozen=True)
-class _FolderRecords:
-  files: list[str]  # Paths would take many times the memory, in each worker.
-  labels: Int32[np.ndarray, ' N']
-  image_side: int
-  channels: int
-  skip_corrupt: bool
-
-  def __len__(self) -> int:
-    return len(self.files)
-
-  def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n']]:
-    return [self._decode(file, self._encoded(file)) for file in self._chosen(numbers)], self.labels[list(numbers)]
-
-  def read_identified(
-    self, numbers: Sequence[int]
-  ) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n'], Identities]:
-    files = self._chosen(numbers)
-    contents = [self._encoded(file) for file in files]
-    images = [self._decode(file, encoded) for file, encoded in zip(files, contents, strict=True)]
-    return images, self.labels[list(numbers)], identities(content or b'' for content in contents)
-
-  def _chosen(self, numbers: Sequence[int]) -> list[str]:
-    return [self.files[number] for number in numbers]
-
-  def _encoded(self, file: str) -> bytes | None:
-    """None, with a warning, for a file that cannot be read and is skipped."""
-    try:
-      return Path(file).read_bytes()
-    except OSError as error:
-      if not self.skip_corrupt:
-        raise UserError(
-          f'expected a readable image, found {error.strerror} at {file}: change its permissions or remove it, or set '
-          '--config.data.on_corrupt=skip'
-        ) from error
-      logging.warning('Skipping %s: %s', printable(file), error.strerror)
-      return None
-
-  def _decode(self, file: str, encoded: bytes | None) -> UInt8[np.ndarray, 'H W C'] | None:
-    if encoded is None:
-      return None
-    return decode_or_skip(encoded, f'file {file}', self.image_side, self.channels, self.skip_corrupt)

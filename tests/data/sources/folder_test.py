@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
+from image_folder import config_of, spoil, write
 from PIL import Image
 
 from paranet_jax.data.load import load_dataset
@@ -25,30 +25,6 @@ def root(tmp_path):
   folder = tmp_path / 'images'
   folder.mkdir()
   return folder
-
-
-def write(path, value, size=(4, 4)):
-  """One image of a single grey value, width and height in pixels."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  options = {'lossless': True} if path.suffix.lower() == '.webp' else {}
-  Image.new('RGB', size, (value,) * 3).save(path, **options)
-
-
-def config_of(root, **changes):
-  return ConfigDict(
-    {
-      'name': 'folder',
-      'data_dir': str(root),
-      'held_out': 0,
-      'test_fraction': 0.25,
-      'on_corrupt': 'refuse',
-      'crop_padding': 0,
-      'flip': False,
-      'streaming': None,
-      'workers': 0,
-      **changes,
-    }
-  )
 
 
 def load(root, channels=3, **changes):
@@ -112,11 +88,6 @@ def test_changed_files_are_decoded_again(root):
   load(root)
   write(root / 'train/dog/new.png', 13)
   assert (2, 13) in pairs(load(root).train)
-
-
-def spoil(path):
-  content = path.read_bytes()
-  path.write_bytes(content[: len(content) // 2])
 
 
 def test_corrupt_file_is_named(root):
