@@ -600,8 +600,8 @@ def _checked_bundle(folder: Path, bundle: dict[str, Any]) -> dict[str, Any]:
     raise BundleError(f'expected ONNX stages in {folder}, found {formats}; export with --format=onnx')
   for name, stage in known['stages'].items():
     check(BUNDLE, stage, _RULES['stage'], f'stages.{name}.')
-  for name in (EXITS, PREPROCESSING):
-    check(name, _json(folder / name, dict, sealed(name)), _RULES[name])
+  for name, optional in ((EXITS, {'thresholds': None}), (PREPROCESSING, {})):
+    check(name, optional | _json(folder / name, dict, sealed(name)), _RULES[name])
   check(CLASSES, {'class_names': _json(folder / CLASSES, list, sealed(CLASSES))}, _RULES[CLASSES])
   check(BUNDLE, bundle, _RULES['order'])
   for stage in known['stages'].values():
@@ -674,6 +674,18 @@ def _are_thresholds(values: Any, known: Mapping[str, Any]) -> bool:
   return {number for number, at in zip(known['exits'], values, strict=True) if at is not None} <= set(known['visited'])
 
 
+def _are_scores(values: Any, known: Mapping[str, Any]) -> bool:
+  if values is None:
+    return True
+  if not _each(lambda value: value is None or _is_number(value), 'exits')(values, known):
+    return False
+  for value, at in zip(values, known['confidence_thresholds'], strict=True):
+    score = at if at is None or known['score'] == 'patience' else -np.expm1(-at)
+    if value is not score and (value is None or score is None or abs(value - score) > 1e-9):
+      return False
+  return True
+
+
 def _are_macs(values: Any, known: Mapping[str, Any]) -> bool:
   if not _each(lambda value: value is None or _is_number(value, most=2**63), 'exits')(values, known):
     return False
@@ -686,6 +698,8 @@ def _are_in_turn(counted: str) -> Callable[[Any, Mapping[str, Any]], bool]:
 
   def rule(names: Any, known: Mapping[str, Any]) -> bool:
     if not _each(lambda name: isinstance(name, str) and name in known['stages'], counted)(names, known):
+      return False
+    if len(set(names)) < len(names):
       return False
     carried = {'images'}
     for stage in (known['stages'][name] for name in names):
@@ -722,6 +736,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
       _are_thresholds,
       'a number of 0 or more, or null, for each exit, null where it is not visited, the last 0',
     ),
+    'thresholds': (_are_scores, 'confidence_thresholds on the scale of the score, by which run.py exits'),
     'macs': (_are_macs, 'a number of 0 or more for each visited exit, none less than the one before, null for others'),
   },
   PREPROCESSING: {
@@ -938,7 +953,7 @@ class _Refused(ValueError):
   """An image is not read although it could be; without its metadata it would not be either."""
 
 
-_MOST_READS = 2**16
+_MOST_READS = 2**14
 """The most parts of a file, besides one per 256 bytes, that Pillow reads one by one in Python."""
 
 
@@ -950,7 +965,8 @@ class _Counted:
   """
 
   def __init__(self, file: BinaryIO):
-    self._file, self.left = file, _MOST_READS + file.seek(0, io.SEEK_END) // 256
+    self.seek, self.tell, self._read, self._file = file.seek, file.tell, file.read, file
+    self.left = _MOST_READS + file.seek(0, io.SEEK_END) // 256
     file.seek(0)
 
   def read(self, size: int = -1) -> bytes:
@@ -958,7 +974,7 @@ class _Counted:
     self.left -= 1
     if self.left < 0:
       raise _Refused('expected an image of fewer and larger parts (segments, chunks or comments); encode it again')
-    return self._file.read(size)
+    return self._read(size)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._file, name)
@@ -1022,7 +1038,7 @@ def _decode(file: Any, side: int, channels: int, max_pixels: int, max_memory: in
   with image:
     if image.format == 'TIFF':
       _silence_libtiff()
-    halved = image.mode in ('LA', 'RGB', 'RGBA', 'CMYK') and ';16' in str(image.tile)
+    halved = image.mode in ('LA', 'RGB', 'RGBA') and ';16' in str(image.tile)
     if image.tile and image.tile[0][0] == 'ppm':
       upright = _scaled_samples(image)
     else:
@@ -1064,7 +1080,7 @@ def _check_upper_bytes(image: Any) -> None:
   key = image.info.get('transparency')
   if isinstance(key, tuple):
     image.info['transparency'] = tuple(value >> 8 for value in key)
-  colors = {'LA': 1, 'CMYK': 4}.get(image.mode, 3)
+  colors = 1 if image.mode == 'LA' else 3
   largest = max(high for _, strip in _strips(image) for _, high in strip.getextrema()[:colors])
   if largest < 64:
     raise _Refused(
@@ -1113,6 +1129,8 @@ def _memory(image: Any, turned: bool) -> int:
   copied = turned or image.mode not in ('1', 'L', 'RGB') or 'transparency' in image.info
   pixels = image.size[0] * image.size[1]
   by_decoder = max(_DECODER_BYTES.get(image.format, 0) * pixels, _block(image)[2])
+  if image.tile and image.tile[0][0] == 'ppm':  # See `_scaled_samples`.
+    by_decoder = 4 * pixels
   return (as_stored + 4 * copied) * pixels + by_decoder
 
 

@@ -264,6 +264,7 @@ def test_a_limit_above_that_of_pillow(monkeypatch):
     (encoded(Image.fromarray(np.zeros((40, 50), np.uint16))), 6),
     (encoded(Image.new('RGB', (50, 40)), 'JPEG', progressive=True), 4 + 6),
     (encoded(Image.new('RGB', (50, 40)), 'TIFF'), 8),
+    (b'P6 50 40 100\n' + bytes(6000), 8),
     (encoded(Image.new('RGB', (50, 40)), 'WEBP', exif=orientation(3)), 20),
   ],
 )

@@ -128,6 +128,7 @@ FIELDS = {
   'a text for a stage': ('bundle.json', 'stages', {'stage_1': 'stage_1.onnx'}),
   'too few stages': ('bundle.json', 'visited_stages', ['stage_1']),
   'unknown stages': ('bundle.json', 'all_stages', ['stage_1', 'stage_2', 'stage_4']),
+  'one stage for three exits': ('bundle.json', 'all_stages', ['stage_1'] * 3),
   'reversed stages': ('bundle.json', 'all_stages', ['stage_3', 'stage_2', 'stage_1']),
   'too few macs': ('bundle.json', 'all_macs', [1]),
   'text for macs': ('bundle.json', 'all_macs', [1, 2, '3']),
@@ -144,6 +145,8 @@ FIELDS = {
   'infinite temperature': ('exits.json', 'temperatures', [1.0, float('inf'), 1.0]),
   'too many temperatures': ('exits.json', 'temperatures', [1.0] * 4),
   'NaN threshold': ('exits.json', 'confidence_thresholds', [NAN, 1.0, 0.0]),
+  'another threshold': ('exits.json', 'thresholds', [0.6, 0.5, 0.0]),
+  'one threshold more': ('exits.json', 'thresholds', [0.6, 0.6, None]),
   'no last threshold': ('exits.json', 'confidence_thresholds', [1, 1, 1]),
   'negative macs': ('exits.json', 'macs', [-1, 2, 3]),
   'decreasing macs': ('exits.json', 'macs', [9, 2, 3]),
@@ -166,6 +169,12 @@ def test_fields(folder, name):
   seal(folder, file, read(folder, file) | {field: value})
   rules = {field: words for part in run._RULES.values() for field, (_, words) in part.items()}
   assert refusal(folder) == f'{file}: {field} must be {rules[field]}, found {json.dumps(value)}{AGAIN}'
+
+
+@pytest.mark.parametrize('thresholds', [None, [0.6, 0.6, 0.0]])
+def test_thresholds_on_the_scale_of_the_score(folder, thresholds):
+  seal(folder, 'exits.json', read(folder, 'exits.json') | {'thresholds': thresholds})
+  run.load(folder)
 
 
 def test_a_field(folder):
