@@ -213,6 +213,17 @@ def _increasing(values: Any) -> bool:
   return bool(numbers) and list(values) == sorted(set(values))
 
 
+def _measured(value: Any, k: int) -> bool:
+  """Whether these are test results that can be shown."""
+  if not isinstance(value, dict):
+    return False
+  lists = [value[name] for name in ('exit_accuracy', 'shares') if value.get(name) is not None]
+  return not value or (
+    all(_number(value.get(name)) for name in ('accuracy', 'cost_macs'))
+    and all(isinstance(each, list) and len(each) == k and all(map(_cost, each)) for each in lists)
+  )
+
+
 Rule = tuple[Callable[[Any, int], bool], str]
 """Whether a value is valid, given the number of exits, and what it must be."""
 
@@ -247,7 +258,8 @@ _RULES: dict[str, Rule] = {
   'macs': _COSTS,
   'ms': _optional(_COSTS),
   'macs_alone': _each(lambda value: type(value) is int and value > 0, 'an integer above 0 for each exit'),
-  **dict.fromkeys(('expected', 'test', 'splits', 'latency', 'provenance'), _optional(_OBJECT)),
+  'test': _optional((_measured, 'an object with accuracy and cost_macs, and numbers for each exit')),
+  **dict.fromkeys(('expected', 'splits', 'latency', 'provenance'), _optional(_OBJECT)),
 }
 
 

@@ -114,6 +114,7 @@ def _fits(saved: dict[str, Any], channels: int) -> bool:
   return (
     all(isinstance(saved[name], str) for name in ('name', 'version'))
     and isinstance(counts, dict)
+    and {'train', 'held_out', 'test'} <= counts.keys()
     and all(type(count) is int for count in counts.values())
     and isinstance(saved.get('fingerprints'), dict | None)
     and isinstance(names, list)

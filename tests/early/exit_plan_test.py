@@ -37,6 +37,7 @@ PLAN = dataclasses.replace(
 
 ABOVE_0 = 'must be a number above 0 for each exit'
 COSTS = 'must be a number of 0 or more, or null, for each exit'
+RESULTS = 'must be an object with accuracy and cost_macs, and numbers for each exit or null'
 VISITED = 'must be the exits that have macs, those with a threshold among them'
 AGREE = 'must be confidence_thresholds on the scale of the score'
 
@@ -75,7 +76,13 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'score': 'prob'}, ': score must be one of max_prob, entropy, margin, patience, found "prob"'),
     ({'policy': None}, ': policy must be text, found null'),
     ({'target': []}, ': target must be an object, found []'),
-    ({'test': 1}, ': test must be an object or null, found 1'),
+    ({'splits': 1}, ': splits must be an object or null, found 1'),
+    ({'test': 1}, f': test {RESULTS}, found 1'),
+    ({'test': {'accuracy': 0.5}}, f': test {RESULTS}, found {{"accuracy": 0.5}}'),
+    (
+      {'test': {'accuracy': 1, 'cost_macs': 1, 'shares': [1]}},
+      f': test {RESULTS}, found {{"accuracy": 1, "cost_macs": 1, "shares": [1]}}',
+    ),
     ({'exits': [2, 1, 3]}, ': exits must be increasing exit numbers, found [2, 1, 3]'),
     ({'exits': []}, ': exits must be increasing exit numbers, found []'),
     ({'exits': [0, 1, 2]}, ': exits must be increasing exit numbers, found [0, 1, 2]'),

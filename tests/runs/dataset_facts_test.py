@@ -76,6 +76,7 @@ FIELDS = '{path} must hold name, version, class_names, mean, std and counts, fou
     (lambda path: path.write_text('{'), '{path} is not a JSON object (Expecting property name'),
     (lambda path: _edit(path, counts=[3]), FIELDS + '{{'),
     (lambda path: _edit(path, counts={'train': '3'}), FIELDS + '{{'),
+    (lambda path: _edit(path, counts={'train': 3, 'test': 3}), FIELDS + '{{'),
     (lambda path: _edit(path, name=3), FIELDS + '{{'),
     (lambda path: _edit(path, mean=[0.5]), FIELDS + '{{'),
     (lambda path: _edit(path, mean=[0.5], std=[0.2]), FIELDS + '{{'),
