@@ -5,10 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax.config import build_model, image_shape
 from paranet_jax.costs import abstract_variables
+from paranet_jax.data.dataset import Dataset
+from paranet_jax.data.identity import known_of
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.runs.checkpoints import (
   FOLDER,
@@ -18,6 +21,7 @@ from paranet_jax.runs.checkpoints import (
   shape_difference,
   shapes_by_path,
 )
+from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.workdir import CONFIG, SUMMARY
 from paranet_jax.steps import TrainState
 from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone
@@ -78,6 +82,20 @@ def take_backbone(state: TrainState, source: Path, model: ConfigDict) -> TrainSt
   say(f'backbone from {source} {which}, new exits')
   exits = {part: {name: own for name, own in fresh[part].items() if name.startswith(EXIT)} for part in fresh}
   return dataclasses.replace(state, **{part: saved[part] | exits[part] for part in fresh})
+
+
+def say_shared(source: Path, dataset: Dataset) -> None:
+  """Says how many held-out and test images the run was trained on whose backbone is taken."""
+  if not os.path.isdir(source):
+    return
+  learned = restore_learned(source, channels=len(dataset.mean), accept_changes=True)
+  trained = learned.splits['train'].ids if learned and learned.splits else ()
+  for name in ('held_out', 'test'):
+    if count := np.isin(known_of(getattr(dataset, name)).ids, trained).sum():
+      say(
+        f'{name} has {count:,} images that {source} was trained on, so what is measured on them does not hold for new '
+        'ones; set --config.data.held_out (and data.test_fraction) as there'
+      )
 
 
 def _read_pytorch(file: Path, model: ConfigDict) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from paranet_jax.host.processes import Coordinator, reported_once
 from paranet_jax.report.metrics import MetricsWriter, read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
 from paranet_jax.runs.dataset_facts import output_names
-from paranet_jax.runs.init_from import take_backbone
+from paranet_jax.runs.init_from import say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
 from paranet_jax.runs.workdir import CONFUSION, SUMMARY, save_config
@@ -92,7 +92,10 @@ class RunRecord:
     total = self.task.total_steps
     if self.saved_step is None:
       state, source = self.task.init_state(), self.task.config.init_from
-      return take_backbone(state, Path(source), self.task.config.model) if source else state
+      if not source:
+        return state
+      say_shared(Path(source), self.task.dataset)
+      return take_backbone(state, Path(source), self.task.config.model)
     if self.saved_step > total:
       raise UserError(
         f'the run is at step {self.saved_step} and this configuration ends at step {total}; '

@@ -14,12 +14,14 @@ from paranet_jax import config as config_lib
 from paranet_jax import train
 from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables
+from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.registry import family_names
 from paranet_jax.runs.checkpoints import Checkpoints
-from paranet_jax.runs.init_from import EXIT, check_backbone
+from paranet_jax.runs.init_from import EXIT, check_backbone, say_shared
+from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.workdir import save_config
 from paranet_jax.task import build_task
@@ -198,3 +200,24 @@ def test_pytorch_weights_that_cannot_be_used_are_refused(tmp_path, settings, mes
   with pytest.raises(UserError) as error:
     check_backbone(settings, tmp_path / 'new')
   assert str(error.value) == message
+
+
+def test_images_that_the_backbone_was_trained_on_are_counted(tmp_path, capsys):
+  def split(*ids):
+    return Split(np.zeros((len(ids), 4, 4, 1), np.uint8), np.zeros(len(ids), np.int32), np.array(ids, np.uint64))
+
+  def dataset(train, held_out, test):
+    return Dataset('own', '', train, held_out, test, ('a', 'b'), (0.5,), (0.5,), 0, False)
+
+  source = tmp_path / 'source'
+  source.mkdir()
+  save_learned(source, dataset(split(1, 2, 3, 4), None, split(5, 6)))
+  say_shared(source, dataset(split(1, 2, 3), None, split(5, 6)))
+  say_shared(tmp_path / 'weights.pth', dataset(split(5), split(1), split(2)))
+  assert capsys.readouterr().out == ''
+  say_shared(source, dataset(split(1, 5), split(2, 3, 7), split(4, 6)))
+  held_out, test = capsys.readouterr().out.splitlines()
+  assert held_out.startswith(
+    f'held_out has 2 images that {source} was trained on, so what is measured on them does not'
+  )
+  assert test.startswith('test has 1 images that ') and test.endswith('held_out (and data.test_fraction) as there')
