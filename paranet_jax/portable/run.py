@@ -1107,7 +1107,7 @@ def _opened(file: Any, max_pixels: int, max_memory: int) -> tuple[Any, int]:
     _check_blocks(image, max_pixels)
     _check_speed(image, file)
     if image.tile and image.tile[0][0] == 'bmp_rle':
-      file.left += 4 * MAX_SLOW_PIXELS  # Pillow reads each run.
+      file.left += 2 * (width + 2) * height  # Pillow reads each run.
     turned, coefficients = _is_turned(image), 0
     if 'progressive' in image.info:  # A JPEG of which libjpeg keeps all coefficients, 2 bytes each.
       coefficients = 2 * len(image.getbands()) * width * height
@@ -1129,8 +1129,7 @@ def _memory(image: Any, turned: bool) -> int:
   copied = turned or image.mode not in ('1', 'L', 'RGB') or 'transparency' in image.info
   pixels = image.size[0] * image.size[1]
   by_decoder = max(_DECODER_BYTES.get(image.format, 0) * pixels, _block(image)[2])
-  if image.tile and image.tile[0][0] == 'ppm':  # See `_scaled_samples`.
-    by_decoder = 4 * pixels
+  by_decoder += _DECODED_HERE.get(image.tile[0][0] if image.tile else '', 0) * pixels
   return (as_stored + 4 * copied) * pixels + by_decoder
 
 
@@ -1181,26 +1180,33 @@ def _check_tiles(file: Any) -> None:
 def _check_speed(image: Any, file: Any) -> None:
   """Raises ValueError for files that take long for the pixels that they have."""
   width, height = image.size
-  if image.format in ('JPEG', 'MPO') and (scans := _count_scans(file)) > MAX_SCANS:
+  if image.format in ('JPEG', 'MPO') and (scans := _occurrences(_SCAN, file)) > MAX_SCANS:
     raise _Refused(f'expected a JPEG of at most {MAX_SCANS} scans, found {scans:,}; encode it again')
   if image.tile and image.tile[0][0] in ('ppm_plain', 'bmp_rle') and width * height > MAX_SLOW_PIXELS:
     kind = 'plain PPM' if image.format == 'PPM' else 'run-length encoded BMP'
     raise _Refused(
       f'expected at most {MAX_SLOW_PIXELS:,} pixels in {kind}, found {width} x {height}; convert it to PNG'
     )
+  # Pillow copies what follows each comment.
+  if image.tile and image.tile[0][0] == 'ppm_plain' and (comments := _occurrences(_COMMENT, file)) > _MOST_COMMENTS:
+    raise _Refused(f'expected a plain PPM of at most {_MOST_COMMENTS} comments, found {comments:,}; convert it to PNG')
 
 
 # A scan's header: marker, length, channels. Longer than a marker: chance does not find it in a video that is appended.
 _SCAN = re.compile(rb'\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)')
 
 
-def _count_scans(file: Any) -> int:
+_COMMENT, _MOST_COMMENTS = re.compile(b'#'), 1000
+
+
+def _occurrences(what: re.Pattern[bytes], file: Any) -> int:
+  """How often something of 5 bytes at most is in a file."""
   place, count, rest = file.tell(), 0, b''
   file.seek(0)
   while part := file.read(2**20):
     part = rest + part
-    count += len(_SCAN.findall(part))
-    rest = part[-4:]  # A header has 5 bytes.
+    count += len(what.findall(part))
+    rest = part[-4:] if what is _SCAN else b''
   file.seek(place)
   return count
 
@@ -1209,6 +1215,8 @@ _BYTES_STORED = {'1': 2, 'L': 1, 'P': 1, 'I;16': 2, 'I;16B': 2, 'I;16L': 2, 'I;1
 """A pixel, by Pillow's mode; all others take 4."""
 _DECODER_BYTES = {'WEBP': 12, 'TIFF': 4}
 """What the libraries of these formats hold in addition, a pixel."""
+_DECODED_HERE = {'ppm': 4, 'ppm_plain': 32, 'bmp_rle': 32}
+"""What is held in addition, a pixel, where Python decodes: `_scaled_samples`, and Pillow, which is slow besides."""
 
 
 def _check_memory(memory: int, max_memory: int, size: tuple[int, int]) -> None:

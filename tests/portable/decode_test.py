@@ -265,6 +265,7 @@ def test_a_limit_above_that_of_pillow(monkeypatch):
     (encoded(Image.new('RGB', (50, 40)), 'JPEG', progressive=True), 4 + 6),
     (encoded(Image.new('RGB', (50, 40)), 'TIFF'), 8),
     (b'P6 50 40 100\n' + bytes(6000), 8),
+    (b'P3 50 40 255\n' + b'7 ' * 6000, 36),
     (encoded(Image.new('RGB', (50, 40)), 'WEBP', exif=orientation(3)), 20),
   ],
 )
@@ -374,6 +375,15 @@ def test_files_of_many_tiny_parts(monkeypatch, file):
     decode_image(file, 1, 1)
 
 
+def test_a_plain_ppm_of_many_comments():
+  file = b'P2 1 1 255 ' + b'#a\n' * 1000 + b'7\n'
+  assert decode_image(file, 1, 1).tolist() == [[[7]]]
+  with pytest.raises(
+    ValueError, match='^expected a plain PPM of at most 1000 comments, found 1,001; convert it to PNG$'
+  ):
+    decode_image(b'P2 1 1 255 #' + file[10:], 1, 1)
+
+
 @pytest.mark.parametrize('kind', [273, 324])
 def test_a_tiff_of_many_tiles(monkeypatch, kind):
   monkeypatch.setattr(run, '_MOST_TILES', 3)
@@ -386,7 +396,7 @@ def test_a_tiff_of_many_tiles(monkeypatch, kind):
 
 def test_scans_across_the_parts_that_are_read():
   for before in range(2**20 - 5, 2**20 + 1):
-    assert run._count_scans(io.BytesIO(bytes(before) + b'\xff\xda\0\x08\1')) == 1
+    assert run._occurrences(run._SCAN, io.BytesIO(bytes(before) + b'\xff\xda\0\x08\1')) == 1
 
 
 def test_orientation_after_the_pixels_counts_as_memory():
