@@ -1,6 +1,7 @@
 """Early-exit image classifiers in JAX: ParaNet and the tools to train, calibrate and run every exit.
 
-`load(workdir)` gives a run's model, variables and exits; `EarlyExit.load(workdir)` predicts with it.
+`load(workdir)` gives a run's model, variables and exits (None: not calibrated); `EarlyExit.load(workdir)` predicts with
+it.
 """
 
 from typing import TYPE_CHECKING, Any

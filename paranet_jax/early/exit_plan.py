@@ -20,6 +20,8 @@ from paranet_jax.host.files import read_object, write_json
 
 EXITS = 'exits.json'
 SCHEMA_VERSION = 1
+FULL = 'full'
+"""The policy of a plan that nothing was calibrated for."""
 
 PerExit = tuple[float | None, ...]
 
@@ -100,7 +102,7 @@ def full_network_plan(checkpoint: CheckpointId, exits: Sequence[int], macs_alone
   return ExitPlan(
     *checkpoint,
     score='max_prob',
-    policy='full',
+    policy=FULL,
     target={},
     exits=tuple(exits),
     temperatures=(1.0,) * len(exits),
@@ -149,6 +151,12 @@ def save_plan(workdir: Path, plan: ExitPlan) -> None:
 def calibrate_command(workdir: Path) -> str:
   """A command that writes exits.json."""
   return f'python -m paranet_jax.calibrate --workdir={shlex.quote(str(workdir))} --threshold=0.9'
+
+
+def uncalibrated_line(plan: ExitPlan, workdir: Path) -> str:
+  """Says where the images of a run go that is not calibrated."""
+  earlier = f'; {calibrate_command(workdir)} lets them exit earlier' if len(plan.exits) > 1 else ''
+  return f'not calibrated: all images go to exit {plan.exits[-1]}{earlier}'
 
 
 def load_plan(workdir: Path, checkpoint: CheckpointId, exits: tuple[int, ...]) -> ExitPlan:

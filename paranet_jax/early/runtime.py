@@ -18,9 +18,8 @@ import numpy as np
 
 from paranet_jax.data.augment import normalize
 from paranet_jax.early.chunks import FixedSizes, Sizes, default_sizes
-from paranet_jax.early.exit_plan import ExitPlan, read_plan
+from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.path_costs import mac_costs
-from paranet_jax.host.arguments import absolute
 from paranet_jax.portable.run import Adaptive, Carried, Prediction, Predictions, Stage
 
 __all__ = ['EarlyExit', 'Prediction', 'Predictions']
@@ -66,21 +65,20 @@ class EarlyExit(Adaptive):
 
   @classmethod
   def load(cls, workdir: str | Path, step: int | None = None) -> EarlyExit:
-    """The runtime of a calibrated run.
+    """The runtime of a run, whose data set is not needed. One that is not calibrated answers at its last exit.
 
     Args:
       workdir: of the run.
-      step: of the checkpoint; None: the one that exits.json was made for.
+      step: of the checkpoint; None: the one that exits.json was made for, or else the latest.
 
     Raises:
-      UserError: there is no run, or no exits.json, or it belongs to another checkpoint.
+      UserError: there is no run, or its exits.json is damaged or belongs to another checkpoint.
     """
     from paranet_jax.early.loaded_run import load  # Orbax takes seconds to import.
 
     run = load(workdir, step)
-    plan = run.exits or read_plan(absolute(workdir))
     facts = run.dataset
-    return cls(run.model, run.variables, plan, run.image_shape, facts.mean, facts.std, facts.class_names)
+    return cls(run.model, run.variables, run.plan, run.image_shape, facts.mean, facts.std, facts.class_names)
 
   @property
   def num_traces(self) -> int:

@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.export`: a calibrated run as a folder that runs without JAX."""
+"""`python -m paranet_jax.export`: a run as a folder that runs without JAX."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.weights.hub import check_upload, hub_place, upload_folder
 
 FORMATS = {'onnx': ('onnx',), 'stablehlo': ('stablehlo',), 'both': ('onnx', 'stablehlo')}
 DTYPES = ('float32', 'float16', 'int8')
@@ -20,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.export',
-    description='Writes a calibrated run as one model file per stage, with one script that runs them without JAX.',
+    description='Writes a run as one model file per stage, with one script that runs them without JAX.',
   )
   add = parser.add_argument
-  add('--workdir', type=absolute, required=True, help='Folder of a calibrated run.')
+  add('--workdir', type=absolute, required=True, help='Folder of a run; without exits.json, its last exit answers.')
   add('--out', type=absolute, required=True, help='Folder to write; it must not exist.')
   add('--format', choices=FORMATS, default='onnx', help='Model files to write (default: onnx).')
   add(
@@ -32,9 +33,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default='float32',
     help='float16: the weights; int8: weights and activations (default: float32).',
   )
+  add(
+    '--push-to',
+    metavar='hf:OWNER/NAME',
+    help='Repository of the Hugging Face Hub to send the folder to, as one commit; hf:OWNER/NAME@BRANCH for a branch.',
+  )
   add_data_flags(parser)
   add_jax_flags(parser)
-  return parser.parse_args(argv)
+  given = parser.parse_args(argv)
+  given.push_to = given.push_to and hub_place(given.push_to, '--push-to', folder=True)
+  return given
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -43,6 +51,8 @@ def _run(given: argparse.Namespace) -> None:
   from paranet_jax.host.machine import start_jax
 
   start_jax(given)
+  if given.push_to:
+    check_upload(given.push_to, '--push-to')
   bundle = export_run(
     Request(given.workdir, given.out, FORMATS[given.format], given.dtype, given.data_dir, given.accept_data_changes)
   )
@@ -55,6 +65,8 @@ def _run(given: argparse.Namespace) -> None:
       f'{100 * found["exits"]:.2f} % the same exits, logits differ by at most {found["logits"]:.1e}'
     )
     say(f'try it: python {given.out}/run.py IMAGE...')
+  if given.push_to:
+    say(f'pushed: {upload_folder(given.out, given.push_to)}')
 
 
 if __name__ == '__main__':

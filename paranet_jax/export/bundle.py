@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from paranet_jax.config import with_data_dir
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.load import load_dataset
-from paranet_jax.early.exit_plan import ExitPlan, read_plan
+from paranet_jax.early.exit_plan import FULL, ExitPlan, uncalibrated_line
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.card import model_card
 from paranet_jax.export.compare import compare
@@ -26,7 +26,7 @@ from paranet_jax.export.onnx import onnx_stage
 from paranet_jax.export.precision import CALIBRATION_IMAGES, calibration_count, halved, quantized_stages
 from paranet_jax.export.stablehlo import write_stablehlo
 from paranet_jax.export.stages import Stages, cut
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
 from paranet_jax.runs.learned import restore_learned
@@ -76,15 +76,16 @@ def _packages(request: Request) -> list[str]:
 
 
 def export_run(request: Request) -> dict[str, Any]:
-  """Writes the bundle of a calibrated run; returns bundle.json.
+  """Writes the bundle of a run; returns bundle.json. That of one that is not calibrated answers at its last exit.
 
   Raises:
     UserError: the run, its exits.json, the folder or (for float16 and int8) the data set does not fit.
   """
   check_request(request)
   run = load(request.workdir)
-  plan = without_local_paths(run.exits or read_plan(request.workdir))
-  return write_bundle(request, run, plan, _images(request, run))
+  if run.plan.policy == FULL:
+    say(uncalibrated_line(run.plan, request.workdir))
+  return write_bundle(request, run, without_local_paths(run.plan), _images(request, run))
 
 
 def write_bundle(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from paranet_jax.data.known import known_dataset
-from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.loaded_run import LoadedRun
+from paranet_jax.export.state_dict import STATE_DICT, pytorch_tensors
 from paranet_jax.report.tables import human_count
 
 _RUN_ONNX = """With Python 3.10 or newer:
@@ -40,7 +41,7 @@ def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], 
     _metadata(run, plan, bundle),
     _what(run, bundle),
     _exits(plan, costs),
-    _files(bundle),
+    _files(run, bundle),
     _made(run, plan, bundle),
   ]
   return '\n\n'.join(parts) + '\n'
@@ -55,11 +56,11 @@ def _metadata(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     'license_name: that-of-the-data',
     f'datasets:\n- {name}',
     '\n- '.join(['tags:', *bundle['formats'], 'early-exit', 'image-classification']),
-    'metrics:\n- accuracy',
-    f'model-index:\n- name: {json.dumps(run.config.name)}',
   ]
-  if plan.test:
+  if plan.test and plan.test.get('accuracy') is not None:
     lines += [
+      'metrics:\n- accuracy',
+      f'model-index:\n- name: {json.dumps(run.config.name)}',
       '  results:\n  - task:\n      type: image-classification',
       f'    dataset:\n      type: {name}\n      name: {name}\n      split: test',
       f'    metrics:\n    - type: accuracy\n      value: {plan.test["accuracy"]:.4f}',
@@ -79,7 +80,8 @@ An image classifier that stops as soon as it is confident: {len(run.dataset.clas
 
 def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
   test = plan.test or {}
-  accuracy = test.get('exit_accuracy') or [None] * len(plan.exits)
+  kind = 'agreement' if 'agreement' in test else 'accuracy'
+  accuracy = test.get(f'exit_{kind}') or [None] * len(plan.exits)
   shares = test.get('shares') or [None] * len(plan.exits)
   params = {cost['exit']: cost['params'] for cost in costs}
   rows = [
@@ -87,9 +89,17 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
     for number, right, share, alone in zip(plan.exits, accuracy, shares, plan.macs_alone, strict=True)
   ]
   if test:
-    rows.append(f'| as calibrated | {_percent(test["accuracy"])} | | {human_count(round(test["cost_macs"]))} | |')
-  header = '| exit | test accuracy (%) | share of images (%) | multiply-adds per image | parameters up to it |'
-  target = json.dumps(plan.target) if plan.target else 'the last exit'
+    rows.append(f'| as calibrated | {_percent(test[kind])} | | {human_count(round(test["cost_macs"]))} | |')
+  words = 'test accuracy (%)' if kind == 'accuracy' else f'same answer as exit {plan.exits[-1]} on test images (%)'
+  header = f'| exit | {words} | share of images (%) | multiply-adds per image | parameters up to it |'
+  how = [
+    f'Calibrated for {json.dumps(plan.target)}, with policy `{plan.policy}` and score `{plan.score}`. Accuracies were',
+    'measured during calibration, with the network in JAX at its training precision.',
+  ]
+  if kind == 'agreement':
+    how[0] = how[0].replace('Accuracies were', 'The images have no labels; agreements were')
+  if plan.policy == FULL:
+    how = [f'Not calibrated: every image goes to exit {plan.exits[-1]}, and nothing was measured.']
   return '\n'.join(
     [
       '## Exits',
@@ -98,13 +108,12 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
       '|---|---|---|---|---|',
       *rows,
       '',
-      f'Calibrated for {target}, with policy `{plan.policy}` and score `{plan.score}`. Accuracies were measured during',
-      'calibration, with the network in JAX at its training precision.',
+      *how,
     ]
   )
 
 
-def _files(bundle: dict[str, Any]) -> str:
+def _files(run: LoadedRun, bundle: dict[str, Any]) -> str:
   lines = [
     '## Files',
     '',
@@ -113,6 +122,8 @@ def _files(bundle: dict[str, Any]) -> str:
     '`config.json`: the training configuration. `bundle.json`: every stage with its inputs and outputs, and the',
     'checksums of all files except this one.',
   ]
+  if pytorch_tensors(run):
+    lines.append(f'`{STATE_DICT}`: the network without its added exits, as a state dict in the names of PyTorch.')
   if 'onnx' in bundle['formats']:
     lines += [
       '',
@@ -137,10 +148,8 @@ def _names(tensors: Sequence[dict[str, Any]]) -> str:
 
 
 def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
-  found = bundle.get('agreement')
-  lines = [
-    '## How it was made',
-    '',
+  found, calibrated = bundle.get('agreement'), plan.policy != FULL
+  made = [
     f'Data: {run.dataset.name} {run.dataset.version}, {run.dataset.counts["train"]:,} training, '
     f'{run.dataset.counts["held_out"]:,} held-out and {run.dataset.counts["test"]:,} test images. '
     f'License of the data: {known_dataset(run.config.data.name).license}.',
@@ -149,8 +158,15 @@ def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     '',
     '```bash',
     'python -m paranet_jax.main --workdir=FOLDER',
-    f'{(plan.provenance or {}).get("command", "python -m paranet_jax.calibrate --workdir=FOLDER")}',
+    *([(plan.provenance or {}).get('command', 'python -m paranet_jax.calibrate --workdir=FOLDER')] * calibrated),
     '```',
+  ]
+  if not any(run.dataset.counts.values()):
+    made = [f'The weights were trained elsewhere, on {run.dataset.name}; ask their provider for the terms.']
+  lines = [
+    '## How it was made',
+    '',
+    *made,
     '',
     f'Versions: {", ".join(f"{name} {version}" for name, version in bundle["versions"].items())}.',
   ]

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from paranet_jax.early.bundle_folder import WEIGHTS
 from paranet_jax.early.exit_plan import ExitPlan, save_plan
 from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.export.onnx import is_nchw
 from paranet_jax.export.stages import Stages, StageSpec, Tensor
+from paranet_jax.export.state_dict import STATE_DICT, pytorch_tensors, save_state_dict
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.host.machine import environment
 from paranet_jax.portable import run as runtime
@@ -69,7 +71,10 @@ def _tensor_entry(tensor: Tensor) -> dict[str, Any]:
 
 
 def write_contents(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
-  """Writes exits.json, the class names, the preprocessing, the configuration, the weights and run.py."""
+  """Writes exits.json, the class names, the preprocessing, the configuration, the weights and run.py.
+
+  A network that PyTorch has too gets a state dict in PyTorch's names besides.
+  """
   save_plan(folder, plan)
   write_text(folder / runtime.CLASSES, json.dumps(run.dataset.class_names, indent=2) + '\n')
   side, _, channels = run.image_shape
@@ -87,7 +92,9 @@ def write_contents(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
     del config.data.data_dir  # Paths of this machine are private.
     config.init_from = Path(config.init_from).name
   save_config(folder, config)
-  save_weights(folder / 'weights.safetensors', run.variables)
+  save_weights(folder / WEIGHTS, run.variables)
+  if tensors := pytorch_tensors(run):
+    save_state_dict(folder / STATE_DICT, tensors)
   shutil.copyfile(runtime.__file__, folder / 'run.py')
 
 

@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.predict`: predicts the classes of image files with a calibrated run."""
+"""`python -m paranet_jax.predict`: predicts the classes of image files with a run."""
 
 import argparse
 import sys
@@ -36,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.predict',
-    description='Predicts the classes of image files, each at the first exit that is confident enough by exits.json.',
+    description='Predicts the classes of image files, each at the first exit that is confident enough by exits.json; '
+    'without it, at the last one.',
   )
   add = parser.add_argument
   add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; a folder stands for all images below it.')
-  add('--workdir', required=True, type=absolute, metavar='RUN', help='Folder of a calibrated run.')
+  add('--workdir', required=True, type=absolute, metavar='RUN', help='Folder of a run; its data set is not needed.')
   add('--step', type=int, help='Checkpoint (default: the one that was calibrated).')
   add('--top', type=positive, default=5, help='Classes reported per image, most probable first (default: 5).')
   add('--format', choices=FORMATS, default='table', help='Default: table.')
@@ -71,6 +72,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(given: argparse.Namespace) -> int:
   # jax takes a second to import; a wrong flag is reported before.
+  from paranet_jax.early.exit_plan import FULL, uncalibrated_line
   from paranet_jax.early.runtime import EarlyExit
   from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import refuse_several
@@ -82,6 +84,8 @@ def _run(given: argparse.Namespace) -> int:
   # A live line would be in the way of rows on the same terminal.
   rows_on_terminal = given.output is None and sys.stdout.isatty()
   line = LiveLine(sys.stderr, len(given.files), sys.stderr.isatty() and not rows_on_terminal)
+  if early_exit.plan.policy == FULL:
+    line.message(uncalibrated_line(early_exit.plan, given.workdir))
   if given.left_out:
     line.message(printable(left_out_line(given.left_out)))
   interrupted = False

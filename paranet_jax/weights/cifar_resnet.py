@@ -44,6 +44,11 @@ def backbone_table(depth: int, channels: int = 3) -> list[Entry]:
   return table
 
 
+def whole_table(depth: int, channels: int, classes: int, exit_number: int) -> list[Entry]:
+  """All tensors; the exit with this number is the classifier."""
+  return backbone_table(depth, channels) + _classifier_table(classes, exit_number, 'linear')
+
+
 def read_backbone(path: Path, depth: int, channels: int = 3) -> dict[str, Any]:
   """The variables outside the exits of a CIFAR ResNet of this depth.
 
@@ -77,14 +82,18 @@ def read_cifar_resnet(path: Path, exit_number: int = 1) -> tuple[dict[str, Any],
   classifier = {name: tensor for name, tensor in tensors.items() if name.split('.')[0] in ('linear', 'fc')}
   bias = classifier.get(f'{layer}.bias')
   classes = bias.shape[0] if bias is not None and bias.ndim == 1 else 0
-  own = ('params', f'exit_{exit_number}', 'classifier')
-  table = [
-    Entry(f'{layer}.weight', (classes, 64), (*own, 'kernel')),
-    Entry(f'{layer}.bias', (classes,), (*own, 'bias')),
-  ]
+  table = _classifier_table(classes, exit_number, layer)
   _check(path, classifier, table, f'the classifier of ResNet-{depth}', '')
   variables['params'] |= to_variables(classifier, table)['params']
   return {**FIELDS, 'depth': depth, 'channels': channels, 'num_classes': classes}, variables
+
+
+def _classifier_table(classes: int, exit_number: int, layer: str) -> list[Entry]:
+  own = ('params', f'exit_{exit_number}', 'classifier')
+  return [
+    Entry(f'{layer}.weight', (classes, 64), (*own, 'kernel')),
+    Entry(f'{layer}.bias', (classes,), (*own, 'bias')),
+  ]
 
 
 def _norm(name: str, width: int, *own: str) -> list[Entry]:

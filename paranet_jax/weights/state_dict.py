@@ -61,6 +61,20 @@ def to_variables(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> d
   return variables
 
 
+def from_variables(variables: Mapping[str, Any], table: Sequence[Entry]) -> dict[str, np.ndarray]:
+  """The tensors of the table under PyTorch's names and in its layout: the inverse of `to_variables`."""
+  tensors = {}
+  for name, _, path in table:
+    value: Any = variables
+    for part in path:
+      value = value[part]
+    array = np.asarray(value)
+    if path[-1] == 'kernel':
+      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    tensors[name] = np.ascontiguousarray(array)
+  return tensors
+
+
 def not_finite(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> list[str]:
   """Names of tensors with NaN or infinity as float32."""
   with np.errstate(over='ignore'):

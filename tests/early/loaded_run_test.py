@@ -55,11 +55,19 @@ def test_a_calibrated_run_loads_its_checkpoint_but_not_its_data_set(calibrated, 
   assert early.class_names == run.dataset.class_names
 
 
-def test_a_run_that_is_not_calibrated_does_not_predict(finished_run):
-  with pytest.raises(UserError) as error:
-    paranet_jax.EarlyExit.load(finished_run)
-  command = f'python -m paranet_jax.calibrate --workdir={finished_run} --threshold=0.9'
-  assert str(error.value) == f'expected {finished_run}/exits.json, found none; {command} writes it'
+def test_a_run_that_is_not_calibrated_answers_at_its_last_exit(finished_run, monkeypatch):
+  monkeypatch.delenv('PARANET_DATA_DIR', raising=False)
+  early = paranet_jax.EarlyExit.load(finished_run)
+  run = paranet_jax.load(finished_run)
+  assert run.exits is None and run.step == early.plan.step == 140
+  plan = early.plan
+  assert (plan.policy, plan.target, plan.exits, plan.visited) == ('full', {}, (2, 3), (3,))
+  assert (plan.expected, plan.test, plan.splits, plan.provenance) == (None,) * 4
+  assert plan.fingerprint == fingerprint(run.variables)
+  images = np.random.default_rng(0).integers(0, 256, (3, *run.image_shape), np.uint8)
+  found = early.predict(images)
+  np.testing.assert_array_equal(found.exits, [3] * 3)
+  np.testing.assert_array_equal(found.macs, [plan.macs_alone[1]] * 3)
 
 
 def replace(path, *pairs):

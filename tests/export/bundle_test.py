@@ -1,5 +1,7 @@
 """A written bundle in use, without JAX: it runs on image files, and damage is reported."""
 
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -12,11 +14,12 @@ import numpy as np
 import odd_images
 import pytest
 import tiny
-from exportable import IMAGES, SIDE, early_exit, made
+from exportable import IMAGES, SIDE, early_exit, made, of_family
 from PIL import Image
+from safetensors.numpy import load_file
 from unwritable import run_with_closed_pipe, run_with_full_disk
 
-from paranet_jax.data.sources.folder import _FolderRecords
+from paranet_jax.data.sources.image_files import ImageFiles
 from paranet_jax.export.bundle import Request, write_bundle
 from paranet_jax.portable import run as runtime
 from paranet_jax.predict.image_files import read_batches
@@ -167,7 +170,7 @@ def test_odd_images_are_answered_alike_by_predict_and_decoded_alike_in_training(
   paths, left_out = runtime.list_images([str(tmp_path)])
   assert len(paths) == len(files) and not left_out
   (batch,) = read_batches(paths, SIDE, 3, len(paths))
-  trained, _ = _FolderRecords(paths, np.zeros(len(paths), np.int32), SIDE, 3, False).read(range(len(paths)))
+  trained, _ = ImageFiles(paths, np.zeros(len(paths), np.int32), SIDE, 3, False).read(range(len(paths)))
   np.testing.assert_array_equal(batch.images, trained)
   uploaded = [decoding.decode(runtime, Path(path).read_bytes(), (SIDE, SIDE, 3), 10**6) for path in paths]
   np.testing.assert_array_equal(batch.images, uploaded)
@@ -232,3 +235,33 @@ def test_openvino(out):
   ours, theirs = runtime.load(out).predict(IMAGES), runtime.load(out, 'openvino').predict(IMAGES)
   np.testing.assert_array_equal(theirs.exits, ours.exits)
   np.testing.assert_allclose(theirs.probabilities, ours.probabilities, atol=1e-4)
+
+
+def test_a_run_that_is_not_calibrated(small, tmp_path):
+  """Its last exit answers, and nothing is said to have been measured."""
+  run, plan = small
+  write_bundle(Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, run.plan, IMAGES)
+  bundle = runtime.load(tmp_path / 'out')
+  found = bundle.predict(IMAGES)
+  assert found.exits.tolist() == [3] * len(IMAGES)
+  expected = early_exit(run, plan).with_thresholds([None, None, 0.0]).predict(IMAGES)
+  np.testing.assert_array_equal(found.labels, expected.labels)
+  assert set(bundle.with_threshold(0.0).predict(IMAGES).exits) == {1}
+  exits = json.loads((tmp_path / 'out/exits.json').read_text())
+  assert (exits['policy'], exits['target'], exits['expected'], exits['test']) == ('full', {}, None, None)
+  card = (tmp_path / 'out/README.md').read_text()
+  assert 'Not calibrated: every image goes to exit 3, and nothing was measured.' in card
+  assert 'metrics:' not in card and 'paranet_jax.calibrate' not in card
+
+
+def test_a_bundle_with_the_names_of_pytorch(tmp_path):
+  """The state dict is among the files, and it is what `hf:OWNER/NAME` finds."""
+  model = of_family('resnet', shortcut_padding='both_sides', exits='stages')
+  run, plan, _ = made(model)
+  run = dataclasses.replace(run, config=tiny.small('resnet', shortcut_padding='both_sides', exits='stages'))
+  write_bundle(Request(tmp_path, tmp_path / 'out', ('stablehlo',), 'float32'), run, plan, IMAGES)
+  tensors = load_file(tmp_path / 'out/model.safetensors')
+  np.testing.assert_array_equal(tensors['linear.weight'].T, run.variables['params']['exit_3']['classifier']['kernel'])
+  assert tensors['conv1.weight'].shape == (16, 3, 3, 3) and not any('exit' in name for name in tensors)
+  assert '`model.safetensors`: the network without its added exits' in (tmp_path / 'out/README.md').read_text()
+  assert 'model.safetensors' in json.loads((tmp_path / 'out/bundle.json').read_text())['checksums']

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import hub_server
 import jax
 import numpy as np
 import onnx
@@ -239,6 +240,28 @@ def test_model_card_follows_the_formats(out, run, costs, formats, library, tags)
   assert ("export.deserialize(Path('stage_1.stablehlo').read_bytes())" in text) == ('onnx' not in formats)
 
 
+def test_model_card_without_labels(out, run, costs):
+  bundle = json.loads((out / 'bundle.json').read_text())
+  test = run.exits.test | {
+    'accuracy': None,
+    'exit_accuracy': None,
+    'agreement': 0.75,
+    'exit_agreement': [0.5, 0.75, 1.0],
+  }
+  card = model_card(run, dataclasses.replace(run.exits, test=test), costs, bundle)
+  assert '| exit | same answer as exit 3 on test images (%) | share' in card
+  assert '| 1 | 50.00 | 4.15 |' in card and '| as calibrated | 75.00 | |' in card
+  assert 'accura' not in card.lower() and 'agreements were' in card
+
+
+def test_model_card_of_weights_from_elsewhere(out, run, costs):
+  bundle = json.loads((out / 'bundle.json').read_text())
+  facts = dataclasses.replace(run.dataset, name='photos', counts=dict.fromkeys(run.dataset.counts, 0))
+  card = model_card(dataclasses.replace(run, dataset=facts), run.exits, costs, bundle)
+  assert 'The weights were trained elsewhere, on photos; ask their provider for the terms.' in card
+  assert 'Data:' not in card and 'paranet_jax.main' not in card
+
+
 def test_local_paths_are_removed(tmp_path):
   config = (PRETRAINED / 'config.json').read_text()
   copy = shutil.copytree(PRETRAINED, tmp_path / 'mine' / 'run')
@@ -331,15 +354,54 @@ def test_folder_created_meanwhile_is_kept(tmp_path, monkeypatch, capsys):
   assert contents(tmp_path) == {'out': None}
 
 
+def test_a_run_that_is_not_calibrated_says_so(tmp_path, monkeypatch, capsys):
+  shutil.copytree(PRETRAINED, tmp_path / 'bare', ignore=shutil.ignore_patterns('exits.json'))
+  written = []
+
+  def write(request, run, plan, images):
+    request.out.mkdir()
+    written.append(plan)
+    return {'step': run.step}
+
+  monkeypatch.setattr(bundle_lib, 'write_bundle', write)
+  assert export.main([f'--workdir={tmp_path}/bare', f'--out={tmp_path}/out']) == 0
+  assert written[0].policy == 'full' and written[0].visited == (3,)
+  line = f'not calibrated: all images go to exit 3; {CALIBRATE}bare --threshold=0.9 lets them exit earlier'
+  assert capsys.readouterr().out.splitlines()[0] == line.format(here=tmp_path)
+
+
+@pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')  # Between huggingface_hub and its HTTP client.
+def test_a_bundle_is_pushed(tmp_path, monkeypatch, capsys):
+  def write(request, run, plan, images):
+    request.out.mkdir()
+    (request.out / 'bundle.json').write_text('{}')
+    (request.out / 'weights.safetensors').write_bytes(b'weights')
+    return {'step': run.step}
+
+  monkeypatch.setattr(bundle_lib, 'write_bundle', write)
+  flags = [f'--workdir={PRETRAINED}', f'--out={tmp_path}/out', '--push-to=hf:me/net']
+  with hub_server.used(tmp_path, monkeypatch) as hub:
+    assert export.main(flags) == 2 and not (tmp_path / 'out').exists()  # Before anything is written.
+    line = 'error: hf:me/net is written with a token of the hub, found none; run hf auth login, or set HF_TOKEN\n'
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+    assert export.main(flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f'pushed: {hub.endpoint}/me/net/commit/')
+    assert hub.repos['me/net']['main'] == {'bundle.json': b'{}', 'weights.safetensors': b'weights'}
+  assert export.main([*flags[:2], '--push-to=me/net']) == 2
+  assert capsys.readouterr().err == (
+    "error: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION, found 'me/net'; set --push-to\n"
+  )
+
+
 @pytest.fixture
 def place(tmp_path):
   """Runs that cannot be exported, and paths that exist."""
   (tmp_path / 'file').write_text('mine')
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
-  for name in ('bare', 'other', 'damaged'):
+  for name in ('other', 'damaged'):
     shutil.copytree(PRETRAINED, tmp_path / name)
-  (tmp_path / 'bare/exits.json').unlink()
   text = (tmp_path / 'other/exits.json').read_text()
   (tmp_path / 'other/exits.json').write_text(text.replace('e3f21c5c68617ac1', '0123456789abcdef'))
   (tmp_path / 'damaged/exits.json').write_text('{')
@@ -384,10 +446,6 @@ CALIBRATE = 'python -m paranet_jax.calibrate --workdir={here}/'
     (
       '--workdir={here}/folder --out={here}/new',
       'expected a run with a config.json in {here}/folder, found none; set --workdir',
-    ),
-    (
-      '--workdir={here}/bare --out={here}/new',
-      f'expected {{here}}/bare/exits.json, found none; {CALIBRATE}bare --threshold=0.9 writes it',
     ),
     (
       '--workdir={here}/other --out={here}/new',

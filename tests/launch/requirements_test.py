@@ -25,15 +25,16 @@ def read(name: str) -> dict[str, Requirement]:
 
 
 def test_files_are_those_expected():
-  assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-docs', '-export', '-test', '-tpu', '')]
+  assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-docs', '-export', '-hub', '-test', '-tpu', '')]
 
 
 def test_tests_need_what_the_service_needs():
   assert read(SERVICE).items() <= (read('requirements.txt') | read('requirements-test.txt')).items()
 
 
-def test_tests_need_what_exporting_needs():
-  assert read('requirements-export.txt').items() <= read('requirements-test.txt').items()
+@pytest.mark.parametrize('extra', ['export', 'hub'])
+def test_tests_need_what_an_extra_needs(extra):
+  assert read(f'requirements-{extra}.txt').items() <= read('requirements-test.txt').items()
 
 
 @pytest.mark.parametrize('file', [*FILES, SERVICE])
@@ -55,7 +56,7 @@ def test_no_other_framework(file):
   [
     (
       ('paranet_jax/**/*.py', 'configs/*.py', *(f'examples/{name}.py' for name in NOTEBOOKS)),
-      ('requirements.txt', 'requirements-export.txt'),
+      ('requirements.txt', 'requirements-export.txt', 'requirements-hub.txt'),
       OURS_OR_ASKED_FOR,
     ),
     ([f'examples/{name}.py' for name in SERVICE_MODULES], (SERVICE,), SERVICE_MODULES),

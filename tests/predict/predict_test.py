@@ -27,7 +27,7 @@ class Fake:
 
   class_names = ('ant', 'bee', 'cow', 'dog')
   image_shape = (8, 8, 3)
-  plan = types.SimpleNamespace(exits=(1, 3), macs_alone=(1_000, 30_000))
+  plan = types.SimpleNamespace(exits=(1, 3), macs_alone=(1_000, 30_000), policy='optimal')
 
   def __init__(self, workdir, step):
     self.asked, self.batches = (workdir, step), []
@@ -90,6 +90,19 @@ def test_json(predict, fake, tmp_path):
   assert out.count('\n') == 5  # One object per line.
   assert (code, err) == (0, SUMMARY)  # (1,000 + 1,000 + 40,000) / 3 = 14,000.
   assert fake[0].asked == (tmp_path / 'run', 7)
+
+
+def test_a_run_that_is_not_calibrated_says_so(predict, monkeypatch, tmp_path):
+  monkeypatch.setattr(Fake, 'plan', types.SimpleNamespace(exits=(1, 3), macs_alone=(1_000, 30_000), policy='full'))
+  code, out, err = predict('a.png', '--format=json')
+  assert code == 0 and len(json.loads(out)) == 1
+  assert err.splitlines()[0] == (
+    'not calibrated: all images go to exit 3; python -m paranet_jax.calibrate '
+    f'--workdir={tmp_path}/run --threshold=0.9 lets them exit earlier'
+  )
+  monkeypatch.setattr(Fake, 'plan', types.SimpleNamespace(exits=(3,), macs_alone=(30_000,), policy='full'))
+  monkeypatch.setattr('paranet_jax.predict.__main__._predict', lambda *_: None)
+  assert predict('a.png')[2].splitlines()[0] == 'not calibrated: all images go to exit 3'
 
 
 def test_csv(predict):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
-from paranet_jax.weights.state_dict import Entry
+from paranet_jax.weights.state_dict import Entry, from_variables
 
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 _EXIT = 'exit'  # Prefix of the modules of exits that the network did not have.
@@ -46,16 +46,7 @@ def tensor_table(shapes: Mapping[str, Any]) -> list[Entry]:
 
 def to_state_dict(variables: Mapping[str, Any]) -> dict[str, Num[np.ndarray, '...']]:
   """The tensors of the network as PyTorch has it: the inverse of `state_dict.to_variables` with `tensor_table`."""
-  tensors = {}
-  for name, _, path in tensor_table(variables):
-    value: Any = variables
-    for part in path:
-      value = value[part]
-    array = np.asarray(value)
-    if path[-1] == 'kernel':
-      array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-    tensors[name] = np.ascontiguousarray(array)
-  return tensors
+  return from_variables(variables, tensor_table(variables))
 
 
 def renamed(tensors: Mapping[str, Any], renames: Sequence[tuple[str, str]]) -> dict[str, Any]:
