@@ -1,4 +1,8 @@
-"""Calibrates a run: temperatures and thresholds from its held-out images, then measurements on its test images."""
+"""Calibrates a run: temperatures and thresholds from its held-out images, then measurements on its test images.
+
+Images without labels have the answers of the last exit as their labels: what is fitted, chosen and measured is then how
+often, and how surely, an early exit agrees with it. No result is called an accuracy.
+"""
 
 import dataclasses
 import datetime
@@ -10,7 +14,15 @@ import numpy as np
 
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
-from paranet_jax.calibrate.measures import exit_rows, fit_ece_temperature, fit_temperature, raised, rank, summarize
+from paranet_jax.calibrate.measures import (
+  exit_rows,
+  fit_ece_temperature,
+  fit_temperature,
+  raised,
+  rank,
+  summarize,
+  without_labels,
+)
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import (
@@ -78,6 +90,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
     UserError: the run or its data cannot be calibrated, or the target is out of range.
   """
   subject = _restore(request)
+  request = dataclasses.replace(request, target=_target(request, subject))
   costs = subject.ms if request.in_ms and subject.ms else subject.macs
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
   dataset = subject.task.dataset
@@ -105,10 +118,28 @@ def calibrate(request: Request, command: str) -> Calibrated:
   tested |= _exits(plan, test_samples, test, choice.thresholds)
   of_temperature = 0 if request.temperature == 'none' else len(fitted.labels)
   splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(test.labels)}
+  if not dataset.labeled:
+    expected, tested = without_labels(expected), without_labels(tested)
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
   repair_dataset_facts(request.workdir, dataset)
   save_plan(request.workdir, plan)
   return Calibrated(plan, subject, chosen, test, choice.problem)
+
+
+def _target(request: Request, subject: Subject) -> dict[str, Any]:
+  """The target; without labels, the risk is that an exit disagrees with the last one.
+
+  Raises:
+    UserError: another risk was asked for.
+  """
+  if subject.task.dataset.labeled or request.target.get('loss', 'disagreement') == 'disagreement':
+    return request.target
+  if 'loss' in request.explicit:
+    raise UserError(
+      f'--risk-loss={request.target["loss"]} needs labels, and the images of the run in {request.workdir} have none; '
+      'set --risk-loss=disagreement'
+    )
+  return request.target | {'loss': 'disagreement'}
 
 
 def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> None:
@@ -187,7 +218,7 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
       f'expected finite logits, found others at exits {np.array(subject.exits)[~finite].tolist()} at step '
       f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
     )
-  return Outputs(logits, np.asarray(split.labels))
+  return Outputs(logits, np.asarray(split.labels) if task.dataset.labeled else logits[-1].argmax(-1))
 
 
 def _in_halves(request: Request) -> bool:

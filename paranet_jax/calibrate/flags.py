@@ -35,6 +35,7 @@ class Request:
     data_dir: folder of the data set; None: as the run says.
     accept_data_changes: the data may have other classes or labels than the run learned.
     temperature: one of TEMPERATURES.
+    explicit: keys of the target that flags of the policy gave, and not their defaults.
   """
 
   workdir: Path
@@ -49,6 +50,7 @@ class Request:
   accept_data_changes: bool = False
   accept_wrong_numbers: bool = False
   temperature: str = 'nll'
+  explicit: frozenset[str] = frozenset()
 
   @property
   def in_ms(self) -> bool:
@@ -90,6 +92,7 @@ def parse(argv: Sequence[str] | None) -> Request:
     accept_data_changes=given.accept_data_changes,
     accept_wrong_numbers=given.accept_wrong_numbers,
     temperature=given.temperature,
+    explicit=frozenset(flag.key for flag in _policy_flags() if getattr(given, flag.name.replace('-', '_')) is not None),
   )
 
 

@@ -168,6 +168,21 @@ def summarize(samples: Samples, thresholds: PerExit, macs: PerExit, ms: PerExit 
   }
 
 
+def without_labels(measured: dict[str, Any]) -> dict[str, Any]:
+  """The same where labels were the answers of the last exit: accuracies are agreements with it, and named so.
+
+  Args:
+    measured: of `summarize`, with the `exits` of `exit_rows`.
+
+  Returns:
+    `accuracy`, `exit_accuracy` and `gap` are None, also in `exits`; `agreement` and `exit_agreement` are in their
+    place.
+  """
+  rows = [row | {'accuracy': None, 'agreement': row['accuracy']} for row in measured['exits']]
+  agreements = {'agreement': measured['accuracy'], 'exit_agreement': measured['exit_accuracy']}
+  return measured | {'accuracy': None, 'exit_accuracy': None, 'gap': None, 'exits': rows} | agreements
+
+
 def exit_rows(
   samples: Samples, logits: Float[np.ndarray, 'K N C'], labels: Labels, thresholds: PerExit, temperatures: PerExit
 ) -> list[dict[str, Any]]:

@@ -32,6 +32,11 @@ def summary_text(plan: ExitPlan) -> str:
   )
 
 
+def _kind(split: dict[str, Any]) -> str:
+  """What was measured: 'accuracy', or 'agreement' with the last exit where there are no labels."""
+  return 'agreement' if 'agreement' in split else 'accuracy'
+
+
 def _title(plan: ExitPlan, splits: dict[str, int]) -> str:
   return (
     f'{plan.name} on {plan.dataset}, step {plan.step}: {_target(plan)}\nscore: {plan.score}; {_sources(plan, splits)}'
@@ -60,14 +65,16 @@ def _target(plan: ExitPlan) -> str:
 
 def _exit_table(plan: ExitPlan, test: dict[str, Any]) -> str:
   units = _units(plan)
-  header = ('exit', 'threshold', 'images', 'share (%)', 'accuracy (%)', 'confidence', *(_UNITS[u] for u in units))
+  kind = _kind(test)
+  words = 'accuracy (%)' if kind == 'accuracy' else f'as exit {plan.exits[-1]} (%)'
+  header = ('exit', 'threshold', 'images', 'share (%)', words, 'confidence', *(_UNITS[u] for u in units))
   rows = []
   for k, row in enumerate(test['exits']):
     costs = (_cost(getattr(plan, unit)[k], unit) for unit in units)
-    shown = (str(row['images']), _percent(test['shares'][k], 1), _percent(row['accuracy']))
+    shown = (str(row['images']), _percent(test['shares'][k], 1), _percent(row[kind]))
     rows.append((str(plan.exits[k]), _threshold(plan, k), *shown, _number(row['confidence'], 3), *costs))
   means = (_cost(test[f'cost_{unit}'], unit) for unit in units)
-  rows.append(('all', '', str(test['images']), '100.0', _percent(test['accuracy']), '', *means))
+  rows.append(('all', '', str(test['images']), '100.0', _percent(test[kind]), '', *means))
   title = 'where the test images exit (costs per image; confidence: mean calibrated probability)'
   return '\n'.join([title, *align(header, rows, ())])
 
@@ -88,10 +95,13 @@ def _threshold(plan: ExitPlan, k: int) -> str:
 
 def _gains(plan: ExitPlan, *splits: dict[str, Any]) -> str:
   last = plan.exits[-1]
-  rows: list[Row] = [
-    _row('accuracy (%)', (_percent(split['accuracy']) for split in splits)),
-    _row(f'accuracy of exit {last} on all images (%)', (_percent(split['exit_accuracy'][-1]) for split in splits)),
-  ]
+  if _kind(splits[0]) == 'agreement':
+    rows = [_row(f'same answer as exit {last} (%)', (_percent(split['agreement']) for split in splits))]
+  else:
+    rows = [
+      _row('accuracy (%)', (_percent(split['accuracy']) for split in splits)),
+      _row(f'accuracy of exit {last} on all images (%)', (_percent(split['exit_accuracy'][-1]) for split in splits)),
+    ]
   for unit in _units(plan):
     rows += _gains_in(plan, unit, *splits)
   if 'loss' in plan.target:
@@ -118,7 +128,8 @@ def _gains_in(plan: ExitPlan, unit: str, expected: dict[str, Any], test: dict[st
   if best is None:
     yield '  no single exit is as accurate on the held-out images', '', ''
   elif best != last:
-    words = f'  over exit {best} alone ({_cost(alone[best], unit)}), the cheapest that is as accurate'
+    is_as_good = 'is as accurate' if _kind(expected) == 'accuracy' else 'agrees as often'
+    words = f'  over exit {best} alone ({_cost(alone[best], unit)}), the cheapest that {is_as_good}'
     yield _row(words, (f'{alone[best] / mean:.2f} x' for mean in means))
 
 
@@ -135,6 +146,11 @@ def _calibration_table(plan: ExitPlan, test: dict[str, Any]) -> str:
       rows.append((*cells, *changes, _number(measured and measured['auroc'], 3)))
   header = ('exit', 'temperature', 'images', 'ECE (%)', 'NLL (nats)', 'Brier', 'AUROC')
   title = 'calibration on test images, before -> after temperature scaling (AUROC: correct ranked above wrong)'
+  if _kind(test) == 'agreement':
+    title = (
+      f'calibration on test images without labels, as if exit {plan.exits[-1]} were right, before -> after temperature '
+      'scaling'
+    )
   return '\n'.join([title, *align(header, rows, left=(2,))])
 
 

@@ -225,9 +225,10 @@ def _measured(value: Any, k: int) -> bool:
   """Whether these are test results that can be shown."""
   if not isinstance(value, dict):
     return False
-  lists = [value[name] for name in ('exit_accuracy', 'shares') if value.get(name) is not None]
+  kind = 'agreement' if 'agreement' in value else 'accuracy'  # Of images without labels, or with.
+  lists = [value[name] for name in (f'exit_{kind}', 'shares') if value.get(name) is not None]
   return not value or (
-    all(_number(value.get(name)) for name in ('accuracy', 'cost_macs'))
+    all(_number(value.get(name)) for name in (kind, 'cost_macs'))
     and all(isinstance(each, list) and len(each) == k and all(map(_cost, each)) for each in lists)
   )
 
@@ -266,7 +267,7 @@ _RULES: dict[str, Rule] = {
   'macs': _COSTS,
   'ms': _optional(_COSTS),
   'macs_alone': _each(lambda value: type(value) is int and value > 0, 'an integer above 0 for each exit'),
-  'test': _optional((_measured, 'an object with accuracy and cost_macs, and numbers for each exit')),
+  'test': _optional((_measured, 'an object with accuracy (or agreement) and cost_macs, and numbers for each exit')),
   **dict.fromkeys(('expected', 'splits', 'latency', 'provenance'), _optional(_OBJECT)),
 }
 

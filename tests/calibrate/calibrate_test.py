@@ -375,6 +375,41 @@ def test_what_a_temperature_makes_worse_is_said(workdir, monkeypatch, minimized,
   assert ('make worse' in out) == bool(notes)
 
 
+def test_without_labels(workdir, logits, monkeypatch):
+  """What is fitted, chosen and measured is agreement with the last exit, and nothing is called an accuracy."""
+  read = calibration.read_task
+
+  def unlabeled(*arguments):
+    found = read(*arguments)
+    return found._replace(
+      task=dataclasses.replace(found.task, dataset=dataclasses.replace(found.task.dataset, labeled=False))
+    )
+
+  monkeypatch.setattr(calibration, 'read_task', unlabeled)
+  monkeypatch.setattr(figures, 'write_figures', lambda folder, data: drawn.append(data) or [])
+  drawn = []
+  out = calibrate(f'--workdir={workdir}', '--threshold=0.5', '--curves')
+  plan = read_plan(workdir)
+  for split, measured in (('held_out', plan.expected), ('test', plan.test)):
+    both = logits[split][0]
+    _, agreement = walked(plan, both, both[-1].argmax(-1))
+    assert 0.5 < agreement < 1 and measured['agreement'] == pytest.approx(agreement)
+    assert measured['disagreement'] == pytest.approx(1 - agreement)
+    assert measured['exit_agreement'] == pytest.approx([np.mean(both[0].argmax(-1) == both[1].argmax(-1)), 1])
+    assert measured['accuracy'] is measured['exit_accuracy'] is measured['gap'] is None
+    assert all(row['accuracy'] is None and row['agreement'] is not None for row in measured['exits'])
+  assert plan.temperatures[1] == 1  # It always agrees with itself.
+  assert 'accura' not in out and 'same answer as exit 3 (%)' in out
+  assert max(map(len, out.splitlines())) <= 100 + len(str(workdir))
+  (data,) = drawn
+  assert (data.kind, data.axis) == ('agreement', 'same answer as exit 3 (%)') and data.accuracy['test'][1] == 1
+  calibrate(f'--workdir={workdir}', '--risk=0.5')
+  assert read_plan(workdir).target == {'risk': 0.5, 'delta': 0.1, 'guarantee': 'ltt', 'loss': 'disagreement'}
+  assert rejected(f'--workdir={workdir}', '--risk=0.5', '--risk-loss=gap') == (
+    f'--risk-loss=gap needs labels, and the images of the run in {workdir} have none; set --risk-loss=disagreement'
+  )
+
+
 def test_without_temperatures_all_held_out_images_control_the_risk(workdir):
   calibrate(f'--workdir={workdir}', '--risk=0.5', '--temperature=none')
   plan = read_plan(workdir)

@@ -37,7 +37,7 @@ PLAN = dataclasses.replace(
 
 ABOVE_0 = 'must be a number above 0 for each exit'
 COSTS = 'must be a number of 0 or more, or null, for each exit'
-RESULTS = 'must be an object with accuracy and cost_macs, and numbers for each exit or null'
+RESULTS = 'must be an object with accuracy (or agreement) and cost_macs, and numbers for each exit or null'
 VISITED = 'must be the exits that have macs, those with a threshold among them'
 AGREE = 'must be confidence_thresholds on the scale of the score'
 
@@ -53,7 +53,13 @@ def edited(workdir, **changes):
   (workdir / EXITS).write_text(json.dumps({name: value for name, value in saved.items() if value is not ...}))
 
 
-@pytest.mark.parametrize('plan', [PLAN, FULL, full_network_plan(CHECKPOINT, (2,), (20,))])
+WITHOUT_LABELS = {'accuracy': None, 'agreement': 0.75, 'exit_agreement': [0.5, 0.75, 1.0], 'cost_macs': 20.0}
+
+
+@pytest.mark.parametrize(
+  'plan',
+  [PLAN, FULL, full_network_plan(CHECKPOINT, (2,), (20,)), dataclasses.replace(PLAN, test=WITHOUT_LABELS)],
+)
 def test_what_is_saved_is_loaded(tmp_path, plan):
   save_plan(tmp_path, plan)
   assert load_plan(tmp_path, CHECKPOINT, plan.exits) == plan
@@ -79,6 +85,7 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'splits': 1}, ': splits must be an object or null, found 1'),
     ({'test': 1}, f': test {RESULTS}, found 1'),
     ({'test': {'accuracy': 0.5}}, f': test {RESULTS}, found {{"accuracy": 0.5}}'),
+    ({'test': {'agreement': '1', 'cost_macs': 1}}, f': test {RESULTS}, found {{"agreement": "1", "cost_macs": 1}}'),
     (
       {'test': {'accuracy': 1, 'cost_macs': 1, 'shares': [1]}},
       f': test {RESULTS}, found {{"accuracy": 1, "cost_macs": 1, "shares": [1]}}',

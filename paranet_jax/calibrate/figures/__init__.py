@@ -34,6 +34,7 @@ def draw(workdir: Path, calibrated: Calibrated) -> list[Path]:
     output_names(dataset.class_names, calibrated.test.logits.shape[-1]),
     ms=None if ms is None else ms.alone(),
     measured=measured,
+    labeled=dataset.labeled,
   )
   return write_figures(workdir / FIGURES, data)
 

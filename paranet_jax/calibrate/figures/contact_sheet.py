@@ -54,7 +54,7 @@ def contact_sheet(data: FigureData) -> Drawing:
       'exit': data.exits[sheet.exits[member]],
       'among': 'hardest' if sheet.hard[member] else 'easiest',
       'test_image': sheet.numbers[member],
-      'label': data.class_names[sheet.labels[member]],
+      'label' if data.labeled else 'last_exit': data.class_names[sheet.labels[member]],
       'prediction': data.class_names[sheet.predictions[member]],
       'probability': sheet.probabilities[member],
     }
@@ -73,7 +73,8 @@ def _draw_image(axes: Axes, data: FigureData, member: int, x: float, y: float) -
   caption = f'{short_name(data.class_names[prediction], _LONGEST_NAME)}, {100 * sheet.probabilities[member]:.0f} %'
   _caption(axes, x, y + _IMAGE + _LINE, caption)
   if label != prediction:
-    truth = f'true: {short_name(data.class_names[label], _LONGEST_NAME)}'
+    whose = 'true' if data.labeled else f'exit {data.exits[-1]}'
+    truth = f'{whose}: {short_name(data.class_names[label], _LONGEST_NAME)}'
     _caption(axes, x, y + _IMAGE + 2 * _LINE, truth, color=VERMILLION)
 
 

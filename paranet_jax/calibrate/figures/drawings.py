@@ -58,7 +58,7 @@ class Drawing(NamedTuple):
 def anytime(data: FigureData) -> Drawing:
   """Accuracy of each exit against its cost alone: multiply-adds, and milliseconds if they were measured."""
   costs = {'macs': data.macs} | ({} if data.ms is None else {'ms': data.ms})
-  figure = _new_figure(data, 'accuracy of each exit alone', 5.6 * len(costs) + 1, 4.8)
+  figure = _new_figure(data, f'{data.kind} of each exit alone', 5.6 * len(costs) + 1, 4.8)
   panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
   for axes, (unit, values) in zip(panels, costs.items(), strict=True):
     factor, words = cost_scale(unit, values)
@@ -72,11 +72,11 @@ def anytime(data: FigureData) -> Drawing:
         axes.plot(x, y, marker='s', markersize=5, label=_split_label(data, split), **_SPLIT_STYLES[split])
     measured = textwrap.fill(data.measured, 64)
     _accuracy_axes(axes, x, f'cost ({words})' if unit == 'macs' else f'time ({words})\n{measured}')
-  panels[0].set_ylabel('accuracy (%)')
+  panels[0].set_ylabel(data.axis)
   _legend(figure)
   rows = [
     {'exit': number, 'cost_macs': data.macs[k], 'cost_ms': None if data.ms is None else data.ms[k]}
-    | {f'{split}_accuracy_percent': 100 * data.accuracy[split][k] for split in SPLITS}
+    | {f'{split}_{data.kind}_percent': 100 * data.accuracy[split][k] for split in SPLITS}
     for k, number in enumerate(data.exits)
   ]
   return Drawing(figure, rows, {'measured': data.measured or None})
@@ -84,7 +84,7 @@ def anytime(data: FigureData) -> Drawing:
 
 def budgeted(data: FigureData) -> Drawing:
   """Accuracy against mean cost: every family of thresholds, the oracle, single exits and the chosen point."""
-  figure = _new_figure(data, 'accuracy for every budget', 12, 5.4)
+  figure = _new_figure(data, f'{data.kind} for every budget', 12, 5.4)
   factor, words = cost_scale(data.unit, data.alone)
   panels = dict(zip(SPLITS, figure.subplots(1, 2, sharex=True, sharey=True), strict=True))
   for split, axes in panels.items():
@@ -97,7 +97,7 @@ def budgeted(data: FigureData) -> Drawing:
     axes.set_title(_split_label(data, split), fontsize='medium')
   for axes in panels.values():  # Only after both are drawn: they share their axes.
     _accuracy_axes(axes, data.alone, f'mean cost ({words})')
-  panels['held_out'].set_ylabel('accuracy (%)')
+  panels['held_out'].set_ylabel(data.axis)
   _legend(figure)
   curves = data.families | {'chosen': data.chosen}
   points = []
@@ -106,7 +106,7 @@ def budgeted(data: FigureData) -> Drawing:
   for k, number in enumerate(data.exits):
     points += [(split, f'exit {number}', data.alone[k], data.accuracy[split][k]) for split in SPLITS]
   rows = [
-    {'split': split, 'family': family, f'mean_cost_{data.unit}': cost, 'accuracy_percent': 100 * accuracy}
+    {'split': split, 'family': family, f'mean_cost_{data.unit}': cost, f'{data.kind}_percent': 100 * accuracy}
     for split, family, cost, accuracy in points
   ]
   return Drawing(figure, rows)
@@ -166,7 +166,7 @@ def reliability(data: FigureData) -> Drawing:
     lower.tick_params(labelbottom=True)  # There may be no panel below.
     lower.set_xlabel('confidence (%)')
     if column == 0:
-      upper.set_ylabel('accuracy (%)')
+      upper.set_ylabel(data.axis)
       lower.set_ylabel('images (%)')
   _legend(figure, columns=3 if columns > 1 else 1)
   rows = [
@@ -177,7 +177,7 @@ def reliability(data: FigureData) -> Drawing:
       'bin': index,
       'images': images,
       'confidence_percent': 100 * confidence if images else None,
-      'accuracy_percent': 100 * accuracy if images else None,
+      f'{data.kind}_percent': 100 * accuracy if images else None,
       'ece_percent': 100 * bins.ece,
     }
     for number, exit_ in zip(data.exits, data.reliability, strict=True)
@@ -223,7 +223,7 @@ def histogram(data: FigureData) -> Drawing:
       texts = ['' if np.isnan(value) else f'{100 * value:.1f}' for value in values]
       axes.bar_label(bars, texts, fontsize=7, padding=1)
   upper.set_ylabel('images that exit here (%)')
-  lower.set_ylabel('accuracy on these images (%)')
+  lower.set_ylabel('accuracy on these images (%)' if data.labeled else f'{data.axis[:-4]},\non these images (%)')
   lower.set_xticks(places, [f'exit {number}' for number in data.exits])
   lower.set_xlim(-0.8, len(places) - 0.2)
   for axes in (upper, lower):
@@ -233,7 +233,7 @@ def histogram(data: FigureData) -> Drawing:
   lower.set(ylim=(0, 112), yticks=range(0, 101, 20))
   _legend(figure, columns=2)
   rows = [
-    {'split': split, 'exit': number, 'share_percent': 100 * share, 'accuracy_percent': 100 * accuracy}
+    {'split': split, 'exit': number, 'share_percent': 100 * share, f'{data.kind}_percent': 100 * accuracy}
     for split in SPLITS
     for number, share, accuracy in zip(data.exits, data.shares[split], data.accuracy_there[split], strict=True)
   ]

@@ -120,6 +120,7 @@ class FigureData:
     chosen: by split, the plan's own point.
     shares: by split, of the images that exit at each exit.
     accuracy_there: by split, of those images; NaN where no image exits.
+    labeled: whether the images have labels; otherwise all that is called accuracy is agreement with the last exit.
   """
 
   run: str
@@ -140,6 +141,17 @@ class FigureData:
   shares: dict[str, PerExit]
   accuracy_there: dict[str, PerExit]
   sheet: Sheet
+  labeled: bool = True
+
+  @property
+  def kind(self) -> str:
+    """What was measured, as the figures and their numbers call it."""
+    return 'accuracy' if self.labeled else 'agreement'
+
+  @property
+  def axis(self) -> str:
+    """The same as the label of an axis."""
+    return 'accuracy (%)' if self.labeled else f'same answer as exit {self.exits[-1]} (%)'
 
 
 def figure_data(
@@ -151,6 +163,7 @@ def figure_data(
   class_names: Sequence[str],
   ms: PerExit | None = None,
   measured: str = '',
+  labeled: bool = True,
 ) -> FigureData:
   """Chooses every family of thresholds on the held-out split and applies it to both splits.
 
@@ -159,7 +172,7 @@ def figure_data(
     test: outputs for the test split.
     costs: in the plan's unit: ms for a budget in ms, else multiply-adds.
     images: of the test split.
-    ms, measured: see `FigureData`.
+    ms, measured, labeled: see `FigureData`.
   """
   temperatures = np.array(plan.temperatures)
   pairs = zip(SPLITS, (held_out, test), strict=True)
@@ -180,11 +193,12 @@ def figure_data(
     alone=costs.alone(),
     families=_families(splits),
     chosen={name: _curve([point]) for name, point in chosen.items()},
-    risk=_risk(plan, splits, thresholds),
+    risk=_risk(plan, splits, thresholds, labeled),
     reliability=tuple(_reliability(*exit_, test.labels) for exit_ in zip(test.logits, temperatures, strict=True)),
     shares={name: point.shares for name, point in chosen.items()},
     accuracy_there={name: _accuracy_there(split, thresholds) for name, split in splits.items()},
     sheet=_sheet(test, temperatures, exits_taken(splits['test'].confidences, thresholds), images),
+    labeled=labeled,
   )
 
 
@@ -224,8 +238,8 @@ def _risk_curve(split: Samples, family: Sequence[np.ndarray], loss: str) -> Risk
   return RiskCurve(split.costs.alone()[-1] / cost, risk)
 
 
-def _risk(plan: ExitPlan, splits: dict[str, Samples], thresholds: np.ndarray) -> Risk:
-  loss = plan.target.get('loss', 'gap')
+def _risk(plan: ExitPlan, splits: dict[str, Samples], thresholds: np.ndarray, labeled: bool) -> Risk:
+  loss = plan.target.get('loss', 'gap' if labeled else 'disagreement')
   # From +inf, where no sample exits early, down to where all exit at once.
   grid, early = np.array([np.inf]), splits['held_out'].confidences[:-1]
   if early.size:

@@ -147,7 +147,8 @@ _LOSS = Flag(
   'loss',
   _loss,
   'gap',
-  'of --risk: gap (default): wrong where the full network is right; disagreement: a different answer',
+  'of --risk: gap (default): wrong where the full network is right; disagreement (default without labels): a different '
+  'answer',
 )
 _DELTA = Flag('delta', 'delta', fraction, 0.1, 'of --policy=ltt: how often the risk may be missed (default: 0.1)')
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from paranet_jax.calibrate import figures
@@ -346,3 +347,11 @@ def test_names_that_cannot_be_printed(tmp_path, monkeypatch):
   write_figures(tmp_path, data)
   assert ',\\udcff,' in (tmp_path / 'contact_sheet.csv').read_text(encoding='utf-8')
   assert json.loads((tmp_path / 'contact_sheet.json').read_text())['rows'][0]['prediction'] == '\udcff'
+
+
+def test_without_labels_nothing_is_called_an_accuracy():
+  for function in figures.FUNCTIONS:
+    figure, rows, facts = function(made_up(3, labeled=False))
+    shown = [text.get_text() for text in figure.findobj(Text)]
+    assert function is risk or any('same answer as exit 3' in text or 'exit 3: ' in text for text in shown)
+    assert not any('accura' in text or 'true: ' in text or text == 'label' for text in (*shown, *rows[0], *facts))
