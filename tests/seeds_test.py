@@ -10,6 +10,7 @@ from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_mai
 from paranet_jax.command_line import parse
 from paranet_jax.config import default_workdir
 from paranet_jax.devices import SideBySide
+from paranet_jax.evaluation import MEASURES
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import seeds_table, summarize, train_seeds
 from paranet_jax.train import train_and_evaluate
@@ -163,6 +164,20 @@ def test_mean_and_deviation_of_three():
   assert [line.split() for line in seeds_table(result).splitlines()[2:]] == [
     ['test', '1', '—', '—', '—'],
     ['test', '2', '40.00', '+-', '26.46', '100.00', '+-', '0.00', '0.5000', '+-', '0.0000'],
+  ]
+
+
+def test_mean_and_deviation_without_labels():
+  summaries = []
+  for seed, agreement in enumerate((0.5, 0.75)):
+    rows = [{'exit': 1, 'trained': True, 'agreement': agreement} | dict.fromkeys(MEASURES)]
+    summaries.append(measured(seed, None, 1.5) | {'exits': rows})
+  result = summarize(summaries)
+  assert result['exits'][0]['accuracy'] is None
+  assert result['exits'][0]['agreement'] == {'mean': 0.625, 'std': pytest.approx(0.125 * 2**0.5), 'each': [0.5, 0.75]}
+  assert seeds_table(result).splitlines()[1:] == [
+    'split  exit  same answer as the last exit (%)',
+    'test      1                    62.50 +- 17.68',
   ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from paranet_jax.costs import exit_costs
 from paranet_jax.ensemble import evaluate
 from paranet_jax.ensemble.__main__ import main
 from paranet_jax.ensemble.evaluate import evaluate_ensemble, load_ensemble
+from paranet_jax.host.errors import UserError
 from paranet_jax.task import build_task
 
 STOPPED = Path(__file__).resolve().parents[1] / 'fixtures/v0_1_0/stopped'
@@ -96,6 +98,13 @@ def test_too_few_runs(workdirs, capsys, count):
   assert main([str(workdir) for workdir in workdirs[:count]]) == 2
   expected = f'error: expected the folders of 2 runs or more, found {count}; add them to the command\n'
   assert capsys.readouterr().err == expected
+
+
+def test_images_without_labels_are_refused(workdirs, monkeypatch):
+  task = types.SimpleNamespace(dataset=types.SimpleNamespace(labeled=False))
+  monkeypatch.setattr(evaluate, 'build_task', lambda *_, **__: task)
+  with pytest.raises(UserError, match='expected runs on images with labels, to measure the ensemble by, found none'):
+    evaluate_ensemble(load_ensemble(workdirs))
 
 
 def test_each_stage_runs_one_member(workdirs):
