@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the slow tests: the tools of the benchmarks, and a soak that kills training at random. Arguments go to pytest.
+# Runs the slow tests: deaths of real processes, all families, the tools of the benchmarks; then a soak that kills training
+# at random. Arguments go to pytest.
 #
 # Variables:
 #   MINUTES  of the soak, at least; default: 1

@@ -176,9 +176,9 @@ def test_what_cannot_fit_is_refused_before_it_is_built(family, fields):
 def test_the_bound_on_parameters_is_below_them(family):
   config = base_config('PN2-dd' if family == 'paranet' else family, family)
   config.model.image_side = 64
-  depth = 38 if family == 'resnet' else 34
-  small = {'growth_rate': 3, 'layers_per_block': 2, 'depth': depth, 'initial_channels': 1, 'base': 2}
-  for fields in ({}, small):
+  small = {'growth_rate': 3, 'layers_per_block': 2, 'depth': 20 if family == 'resnet' else 22}
+  small |= {'initial_channels': 1, 'base': 2, 'num_blocks': 3}
+  for fields in (small, {'growth_rate': 12, 'initial_channels': 16}):
     config.model.update({name: value for name, value in fields.items() if name in config.model})
     variables = abstract_variables(config_lib.build_model(config, 2), config_lib.image_shape(config))
     assert find_family(family).least(dict(config.model))[0] <= sum(x.size for x in jax.tree.leaves(variables['params']))

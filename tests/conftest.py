@@ -1,14 +1,33 @@
 """How every test runs jax: on eight pretended CPU devices, quick to compile, with strict promotion."""
 
+import ctypes
 import gc
 import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+# The dearest files, which start first so that no process is left with one in the end. Those of the first line start
+# training from a server of processes or share small programs (see `programs`), and so one process runs them.
+TOGETHER = (
+  *('host/processes_test.py', 'resume_test.py', 'faults_test.py', 'stream_train_test.py', 'numerics_test.py'),
+  'runs/retention_test.py',
+)
+DEAREST = (
+  *TOGETHER,
+  *('models/families_train_test.py', 'export/export_test.py', 'export/families_test.py', 'examples/scripts_test.py'),
+  *('costs_test.py', 'fields_test.py', 'train_test.py', 'models/layers/dense_block_test.py', 'data/stream_test.py'),
+)
+
+ENOUGH = 1_200_000_000
+"""Bytes of memory from which a process gives back what jax keeps."""
 
 if jax.__version_info__ < (0, 11):  # XLA aborts if a later version does not know a flag; it compiles four times faster.
   quick = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
@@ -38,6 +57,45 @@ def _exempt_from_collection():
   gc.freeze()
 
 
+def pytest_collection_modifyitems(items):
+  places = {TESTS / name: place for place, name in enumerate(DEAREST)}
+  items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Gives each process a file at a time, in the order above."""
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file = nodeid.split('::')[0]
+      return 'together' if file.removeprefix('tests/') in TOGETHER else file
+
+  config.option.loadscopereorder = False
+  return Scheduling(config, log)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def memory():
+  """Gives back memory after a file: jax keeps every program that a process has compiled."""
+  yield
+  if _resident() > ENOUGH:
+    if 'running' in sys.modules:
+      sys.modules['running'].PROGRAMS.forget()
+    gc.unfreeze()
+    jax.clear_caches()
+    _exempt_from_collection()
+    if hasattr(libc := ctypes.CDLL(None), 'malloc_trim'):  # Of glibc, which keeps what is freed.
+      libc.malloc_trim(0)
+
+
+def _resident() -> int:
+  """Bytes of memory of this process; 0 where Linux does not tell."""
+  statm = Path('/proc/self/statm')
+  return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') if statm.exists() else 0
+
+
 @pytest.fixture(scope='session', autouse=True)
 def cache_dir(tmp_path_factory):
   """Keeps decoded data sets away from the user's own cache."""
@@ -51,6 +109,27 @@ def no_numerics_check():
   """The suite compares with references anyway; a check for each small network's shapes takes seconds."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('paranet_jax.numerics.check_once', lambda *_, **__: None)
+    yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def digits_once():
+  """The digits, which hundreds of tests load, are decoded once for each size."""
+  from paranet_jax.data import cache
+
+  decode, kept = cache._decode_to_memory, {}
+
+  def once(source, image_shape):
+    if source.name != 'digits':
+      return decode(source, image_shape)
+    if image_shape not in kept:
+      kept[image_shape] = decode(source, image_shape)
+      for images in kept[image_shape].images.values():
+        images.flags.writeable = False
+    return kept[image_shape]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cache, '_decode_to_memory', once)
     yield
 
 

@@ -15,7 +15,7 @@ from paranet_jax.models.paranet import ParaNet
 from paranet_jax.steps import make_train_step, zero_totals
 
 STEPS, BATCH = 2, 16
-TARGETS = (2, 0)
+TARGETS = (0,)
 EVERYTHING = tiny.AUGMENTED._replace(cutout=3, mixup=0.5)
 
 
@@ -37,11 +37,11 @@ class Training:
     self.traces = 0
     self._devices = pick_devices(count)
     self._whole = replicated(self._devices)
-    model = network(2, tiny.NUM_CLASSES, 1, 2, 2, image_side=tiny.SIDE)
+    model = network(1, tiny.NUM_CLASSES, 1, 2, 2, image_side=tiny.SIDE)
     optimizer = optax.sgd(0.05, 0.9, True)
     self._step = run_on(
       self._devices,
-      lambda axis: self._counted(make_train_step(model, optimizer, tiny.objective('PN2-2d'), EVERYTHING, axis)),
+      lambda axis: self._counted(make_train_step(model, optimizer, tiny.objective('PN1-d'), EVERYTHING, axis)),
     )
     self._data = jax.device_put((tiny.images(STEPS * BATCH, model), tiny.labels(STEPS * BATCH)), self._whole)
     self.state = jax.device_put(tiny.state(model, optimizer), self._whole)
@@ -84,7 +84,7 @@ def test_without_shared_statistics_they_differ():
   """What the test above can see: here the gradients are shared and the batch statistics are not."""
   (state, _), (one, _) = trained(4, Unshared)[1], trained(1)[1]
   with pytest.raises(AssertionError):
-    chex.assert_trees_all_close(state.params, one.params, rtol=1e-2, atol=1e-2)
+    chex.assert_trees_all_close(state.params, one.params, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
 """The checks of this machine's numbers: right ones pass, wrong ones are caught, and results are remembered."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
-from running import CONFIGS, TINY
+from killing import run
+from running import TINY
 
 from paranet_jax import numerics
 from paranet_jax.config import build_model
@@ -107,13 +104,10 @@ def test_wrong_numbers_stop_until_they_are_accepted(monkeypatch, capsys, cache, 
 
 @pytest.mark.skipif(jaxlib_version() != (0, 10, 2), reason='jaxlib 0.10.2 computes wrong numbers with this flag')
 def test_a_fault_that_the_user_forces_stops_training(tmp_path):
-  environment = os.environ | {'XLA_FLAGS': KNOWN_WRONG, 'PARANET_CACHE_DIR': str(tmp_path / 'cache')}
-  command = [sys.executable, '-m', 'paranet_jax.main', *TINY, f'--workdir={tmp_path}/run']
-  result = subprocess.run(command, cwd=CONFIGS.parent, env=environment, capture_output=True, text=True)
-  assert result.returncode == 2 and result.stderr.count('\n') == 1, result.stderr
-  assert result.stderr.startswith(
-    'error: expected 1.07374182e+09 in the sums of 32,769 vmapped matrix-vector products,'
-  )
+  env = {'XLA_FLAGS': KNOWN_WRONG, 'PARANET_CACHE_DIR': str(tmp_path / 'cache')}
+  code, _, err = run(*TINY, workdir=tmp_path / 'run', env=env)
+  assert code == 2 and err.count('\n') == 1, err
+  assert err.startswith('error: expected 1.07374182e+09 in the sums of 32,769 vmapped matrix-vector products,')
   assert not list(tmp_path.glob('run/checkpoints/*'))
 
 

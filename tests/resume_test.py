@@ -1,5 +1,7 @@
 """Tests that a run stopped at any step ends like one that was not stopped."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -12,7 +14,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from killing import start
+from forking import Forked
+from killing import train
 from running import TINY, before_each_step, run_main, saved_state, send, summary_of
 
 from paranet_jax import devices as devices_lib
@@ -20,7 +23,7 @@ from paranet_jax.evaluation import Evaluator
 from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
 
-RUN = (*TINY, '--config.name=PN2-2d')
+RUN = (*TINY, '--config.name=PN1-d')
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -40,8 +43,13 @@ def whole(programs, tmp_path_factory):
 
 
 def assert_ends_as(workdir, whole):
-  """Trains to the end, and compares every leaf of the state, every measurement and the summary."""
+  """Trains to the end, which must be that of the whole run."""
   assert run_main(*RUN, f'--workdir={workdir}').code == 0
+  assert_alike(workdir, whole)
+
+
+def assert_alike(workdir, whole):
+  """Compares every leaf of the state, every measurement and the summary."""
   chex.assert_trees_all_equal(saved_state(workdir), saved_state(whole), strict=True)
   lines, expected = read_metrics(workdir), read_metrics(whole)
   assert [(line['step'], line['split']) for line in lines] == [(line['step'], line['split']) for line in expected]
@@ -66,82 +74,105 @@ def assert_stopped(result, workdir, name, step):
   assert not (workdir / 'summary.json').exists()
 
 
+@contextlib.contextmanager
+def before_the_first_step():
+  """A signal when the step is about to be compiled."""
+  run_on = devices_lib.run_on
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(devices_lib, 'run_on', lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or run_on(*rest))
+    yield
+
+
+@contextlib.contextmanager
+def in_an_evaluation(act):
+  """Calls act() as an evaluation begins."""
+  evaluate = Evaluator.evaluate
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Evaluator, 'evaluate', lambda *rest: act() or evaluate(*rest))
+    yield
+
+
+@contextlib.contextmanager
+def during_step(act):
+  """See `before_each_step`."""
+  with pytest.MonkeyPatch.context() as patch:
+    before_each_step(patch, act)
+    yield
+
+
+def two_signals(step, _):
+  """The second one during step 6."""
+  if step == 5:
+    os.kill(os.getpid(), signal.SIGTERM)
+    # Signals sent in one moment may be handled in any order, so the second waits for the first.
+    deadline = time.monotonic() + 60
+    while signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < deadline:
+      time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)  # Cut short by the signal.
+
+
 def test_stopped_again_and_again(tmp_path, whole):
   """Step 4 has a checkpoint of its own, and step 5 ends an epoch and is evaluated."""
+  terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
   before = None
-  for step, number in ((1, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM)):
-    with pytest.MonkeyPatch.context() as patch:
-      before_each_step(patch, send(number, step))
+  for stopped, name, step in (
+    (before_the_first_step(), 'SIGTERM', 0),
+    (during_step(send(signal.SIGINT, 1)), 'SIGINT', 1),
+    (during_step(send(signal.SIGTERM, 2)), 'SIGTERM', 2),
+    (during_step(send(signal.SIGINT, 4)), 'SIGINT', 4),
+    (in_an_evaluation(terminate), 'SIGTERM', 5),
+  ):
+    with stopped:
       result = run_main(*RUN, f'--workdir={tmp_path}')
-    assert_stopped(result, tmp_path, number.name, step)
-    if before:
+    assert_stopped(result, tmp_path, name, step)
+    if before is not None:
       assert f'resuming from the checkpoint at step {before} of {NUM_STEPS}' in result.out.splitlines()
     before = step
-  assert_ends_as(tmp_path, whole)
 
+  # Another test, or a library that one has imported, may have left a handler of its own.
+  left = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with during_step(two_signals):
+      result = run_main(*RUN, f'--workdir={tmp_path}')
+  finally:
+    signal.signal(signal.SIGINT, left)
+  assert (result.code, result.err) == (130, 'stopped at once\n')
 
-def test_stopped_before_the_first_step(tmp_path, whole):
-  with pytest.MonkeyPatch.context() as patch:
-    run_on = devices_lib.run_on
-    patch.setattr(devices_lib, 'run_on', lambda *rest: os.kill(os.getpid(), signal.SIGTERM) or run_on(*rest))
-    result = run_main(*RUN, f'--workdir={tmp_path}')
-  assert_stopped(result, tmp_path, 'SIGTERM', 0)
-  assert_ends_as(tmp_path, whole)
-
-
-def test_a_signal_during_the_last_step_stops_nothing(tmp_path, whole):
-  with pytest.MonkeyPatch.context() as patch:
-    before_each_step(patch, send(signal.SIGTERM, NUM_STEPS))
+  with during_step(send(signal.SIGTERM, NUM_STEPS)):  # Nothing is left to stop.
     result = run_main(*RUN, f'--workdir={tmp_path}')
   assert result.code == 0 and result.out.splitlines()[-1] == f'summary: {tmp_path}/summary.json'
-  assert_ends_as(tmp_path, whole)
+  assert_alike(tmp_path, whole)
 
 
-# Checkpoints are of steps 4, 8 and 10.
-@pytest.mark.parametrize(('step', 'saved'), [(3, None), (7, 4), (10, 8)])
-def test_killed(tmp_path, whole, step, saved):
-  with pytest.MonkeyPatch.context() as patch:
-    before_each_step(patch, kill(step))
-    with pytest.raises(Killed):
-      run_main(*RUN, f'--workdir={tmp_path}')
-  with Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.latest_step() == saved
-  assert_ends_as(tmp_path, whole)
+def killed():
+  raise Killed
 
 
-def test_killed_between_the_last_evaluation_and_its_checkpoint(tmp_path, whole):
+@contextlib.contextmanager
+def before_the_last_save():
+  """The end of the process between the last evaluation and its checkpoint."""
   save = Checkpoints.save
-
-  def killed_save(self, step, *rest):
-    if step == NUM_STEPS:
-      raise Killed
-    save(self, step, *rest)
-
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Checkpoints, 'save', killed_save)
-    with pytest.raises(Killed):
+    act = {NUM_STEPS: killed}
+    patch.setattr(Checkpoints, 'save', lambda self, step, *rest: act.get(step, lambda: save(self, step, *rest))())
+    yield
+
+
+def test_killed_again_and_again(tmp_path, whole):
+  """Checkpoints are of steps 4, 8 and 10."""
+  for death, saved in (
+    (during_step(kill(3)), None),
+    (in_an_evaluation(killed), 4),
+    (during_step(kill(7)), 4),
+    (during_step(kill(10)), 8),
+    (before_the_last_save(), 8),
+  ):
+    with death, pytest.raises(Killed):
       run_main(*RUN, f'--workdir={tmp_path}')
+    with Checkpoints(tmp_path) as checkpoints:
+      assert checkpoints.latest_step() == saved
   assert [line['split'] for line in read_metrics(tmp_path) if line['step'] == 10] == ['train', 'held_out', 'test']
-  assert_ends_as(tmp_path, whole)
-
-
-@pytest.mark.parametrize('act', [lambda: os.kill(os.getpid(), signal.SIGTERM), None], ids=['stopped', 'killed'])
-def test_in_the_middle_of_an_evaluation(tmp_path, whole, act):
-  evaluate = Evaluator.evaluate
-
-  def act_and_evaluate(self, *rest):
-    if act is None:
-      raise Killed
-    act()
-    return evaluate(self, *rest)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Evaluator, 'evaluate', act_and_evaluate)
-    if act is None:
-      with pytest.raises(Killed):
-        run_main(*RUN, f'--workdir={tmp_path}')
-    else:
-      assert_stopped(run_main(*RUN, f'--workdir={tmp_path}'), tmp_path, 'SIGTERM', 5)
   assert_ends_as(tmp_path, whole)
 
 
@@ -224,37 +255,13 @@ def test_a_checkpoint_of_format_0(tmp_path):
   assert saved_state(tmp_path).step == 5
 
 
-def test_the_second_signal_ends_at_once(tmp_path, whole):
-  def act(step, state):
-    if step == 5:
-      os.kill(os.getpid(), signal.SIGTERM)
-      # Signals sent in one moment may be handled in any order, so the second waits for the first.
-      deadline = time.monotonic() + 60
-      while signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < deadline:
-        time.sleep(0.001)
-      os.kill(os.getpid(), signal.SIGINT)
-      time.sleep(10)  # Cut short by the signal.
-
-  # Another test, or a library that one has imported, may have left a handler of its own.
-  left = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    with pytest.MonkeyPatch.context() as patch:
-      before_each_step(patch, act)
-      result = run_main(*RUN, f'--workdir={tmp_path}')
-  finally:
-    signal.signal(signal.SIGINT, left)
-  assert (result.code, result.err) == (130, 'stopped at once\n')
-  assert_ends_as(tmp_path, whole)
-
-
 def test_a_signal_to_its_own_process(tmp_path):
-  arguments = [*TINY, '--config.name=PN1-d', '--config.log.every_steps=1']
-  with start(*arguments, '--config.train.epochs=10000', workdir=tmp_path) as process:
-    next(line for line in process.stdout if line.startswith('epoch'))
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate()
-  assert (process.returncode, err) == (0, '')
+  longer = (*RUN, f'--workdir={tmp_path}', '--config.log.every_steps=1', '--config.train.epochs=10000')
+  process = Forked(train, longer)
+  next(line for line in process.out if line.startswith('epoch'))
+  process.terminate()
+  code, out, err = process.ended()
+  assert (code, err) == (0, '')
   step = int(re.fullmatch(r'stopped by SIGTERM after step (\d+), saved; .*', out.splitlines()[-1])[1])
-  end = f'--config.train.max_steps={step + 2}'
-  result = run_main(*arguments, f'--workdir={tmp_path}', '--config.train.epochs=10000', end, '--accept_config_changes')
+  result = run_main(*longer, f'--config.train.max_steps={step + 2}', '--accept_config_changes')
   assert result.code == 0 and json.loads((tmp_path / 'summary.json').read_text())['steps'] == step + 2

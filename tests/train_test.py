@@ -16,6 +16,8 @@ from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.task import build_task
 
+# One block a pipeline, which compiles faster.
+RUN = (*TINY, '--config.model.blocks=(1,1,1)')
 WORKDIR = 'runs/PN3-x3d-digits-s0'
 
 
@@ -30,7 +32,7 @@ def _in_a_folder_of_its_own(tmp_path_factory):
 @pytest.fixture(scope='module')
 def finished(_in_a_folder_of_its_own, tmp_path_factory):
   """The folder and the output of a run without --workdir."""
-  result = run_main(*TINY)
+  result = run_main(*RUN)
   assert (result.code, result.err) == (0, ''), result
   return (tmp_path_factory.getbasetemp() / 'here0' / WORKDIR).absolute(), result.out
 
@@ -147,7 +149,7 @@ def test_output_where_there_is_no_terminal(finished):
   assert lines[-3:] == [f'{name}: {workdir}/{name}.{suffix}' for name, suffix in files]
 
 
-@pytest.mark.parametrize('config', [TINY, ()], ids=['its config', 'the saved config'])
+@pytest.mark.parametrize('config', [RUN, ()], ids=['its config', 'the saved config'])
 def test_evaluation_of_a_checkpoint_gives_the_numbers_of_the_run(finished, summary, config):
   workdir, _ = finished
   before = contents(workdir)
@@ -170,7 +172,7 @@ def test_evaluation_of_an_earlier_checkpoint(finished):
   assert message == f'no checkpoint of step 9 in {workdir}/checkpoints, found [8, 10]; set --step'
 
 
-@pytest.mark.parametrize('config', [TINY, ()], ids=['its config', 'the saved config'])
+@pytest.mark.parametrize('config', [RUN, ()], ids=['its config', 'the saved config'])
 def test_a_finished_run_is_not_trained_again(finished, summary, monkeypatch, config):
   workdir, _ = finished
 
@@ -194,7 +196,7 @@ def test_a_finished_run_is_not_trained_again(finished, summary, monkeypatch, con
 def test_another_configuration_is_refused_with_its_differences(finished):
   workdir, _ = finished
   before = contents(workdir)
-  message = refusal(*TINY, f'--workdir={workdir}', '--config.train.learning_rate=0.2', '--config.data.held_out=0')
+  message = refusal(*RUN, f'--workdir={workdir}', '--config.train.learning_rate=0.2', '--config.data.held_out=0')
   assert message == (
     f'workdir {workdir} holds a run with a different configuration: data.held_out: 300 -> 0; '
     'train.learning_rate: 0.1 -> 0.2 (saved -> now); '
@@ -214,7 +216,7 @@ def test_another_configuration_is_refused_with_its_differences(finished):
 def test_a_checkpoint_of_another_architecture_is_refused(finished, change, what):
   workdir, _ = finished
   before = contents(workdir)
-  message = refusal(*TINY, f'--workdir={workdir}', f'--config.{change}', '--accept_config_changes', started=True)
+  message = refusal(*RUN, f'--workdir={workdir}', f'--config.{change}', '--accept_config_changes', started=True)
   assert message.startswith(f'checkpoint {workdir}/checkpoints/10 has a different architecture or optimizer: ')
   assert what in message and message.endswith('set --config to the one it was trained with, or --workdir')
   assert contents(workdir) == before
@@ -223,9 +225,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(finished, change, what)
 def test_a_run_that_is_further_than_its_end_is_refused(finished):
   workdir, _ = finished
   before = contents(workdir)
-  message = refusal(
-    *TINY, f'--workdir={workdir}', '--config.train.max_steps=9', '--accept_config_changes', started=True
-  )
+  message = refusal(*RUN, f'--workdir={workdir}', '--config.train.max_steps=9', '--accept_config_changes', started=True)
   assert message == (
     'the run is at step 10 and this configuration ends at step 9; '
     'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
@@ -257,7 +257,7 @@ def poison_and_stop(step, state):
 )
 def test_what_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, act, fields, what, step, saved):
   before_each_step(monkeypatch, act)
-  message = refusal(*TINY, f'--workdir={tmp_path}', *(f'--config.{field}' for field in fields), started=True)
+  message = refusal(*RUN, f'--workdir={tmp_path}', *(f'--config.{field}' for field in fields), started=True)
   last = 'nothing is saved' if saved is None else f'the last checkpoint is of step {saved}'
   assert message == (
     f'{what} is no longer finite at step {step}, and {last}; '

@@ -81,8 +81,8 @@ def test_an_image_that_became_corrupt():
     split(corrupt=(4, 8)).images.read(np.array([2, 4, 5]))
 
 
-def train_batches(first_step=0, **share) -> TrainBatches:
-  return TrainBatches(split(), seed=3, batch_size=8, total_steps=12, first_step=first_step, **share)
+def train_batches(first_step=0, total_steps=12, **share) -> TrainBatches:
+  return TrainBatches(split(), seed=3, batch_size=8, total_steps=total_steps, first_step=first_step, **share)
 
 
 def order(epoch):
@@ -139,8 +139,8 @@ def test_processes_share_an_evaluation():
     assert list(nothing) == []
 
 
-def test_worker_processes_give_the_same_batches_and_end():
-  batches, device = train_batches(), jax.devices()[1]
+def test_worker_processes_give_the_same_batches_and_one_that_is_killed_is_named():
+  batches, device = train_batches(total_steps=40), jax.devices()[1]
   with Stream(batches, 2, jax.sharding.SingleDeviceSharding(device)) as placed:
     found = [next(placed) for _ in range(4)]
     workers = multiprocessing.active_children()
@@ -151,24 +151,18 @@ def test_worker_processes_give_the_same_batches_and_end():
     for worker in workers:
       worker.join(0.2)
       assert worker.is_alive()
-  assert multiprocessing.active_children() == []
-  for step, batch in enumerate(found):
-    assert batch['images'].devices() == {device}
-    jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
-
-
-def test_a_worker_that_is_killed_is_named():
-  with Stream(train_batches(), 2) as items:
-    next(items)
-    victim, other = sorted(multiprocessing.active_children(), key=lambda worker: worker.pid)
+    victim, other = sorted(workers, key=lambda worker: worker.pid)
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(LostWorkersError) as error:
-      list(items)
+      list(placed)
   assert str(error.value) == (
     f'worker {victim.pid} of 2 that read the images was killed by SIGKILL, probably because memory ran out: '
     'free memory, or set --config.data.workers=1'
   )
   assert multiprocessing.active_children() == [] and other.exitcode == -signal.SIGKILL
+  for step, batch in enumerate(found):
+    assert batch['images'].devices() == {device}
+    jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
 
 
 def test_after_a_signal_a_stalled_worker_is_waited_for_shortly(monkeypatch):
@@ -206,6 +200,7 @@ def test_what_a_worker_raises_is_raised(workers):
     assert filled(next(items)['images']) == [0, 2]
     with pytest.raises(UserError, match='^expected a whole record, found 4: fix it$'):
       next(items)
+  assert multiprocessing.active_children() == []
 
 
 def test_arrays_are_split_over_the_devices_ahead():

@@ -1,11 +1,13 @@
 """A small network of every kind as a run to export, whose images exit at every exit."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 
 from paranet_jax import config as config_lib
@@ -16,8 +18,11 @@ from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences
+from paranet_jax.export import bundle as bundle_lib
+from paranet_jax.export.compare import all_logits
 from paranet_jax.models.ensemble import Ensemble
 from paranet_jax.models.staged import StagedModel
+from paranet_jax.portable import run as runtime
 from paranet_jax.runs.dataset_facts import DatasetFacts
 
 CLASSES = 5
@@ -53,17 +58,24 @@ MODELS = {
   ),
   'paranet that pools first': lambda: tiny.network(2, num_classes=CLASSES, entry_pool='avg', entry_order='pool_first'),
   'densenet-bc': lambda: of_family('densenet', exits='blocks'),
-  'densenet without bottlenecks': lambda: of_family('densenet', bottleneck=False, stem_channels=6, depth=7),
-  'densenet-mc': lambda: of_family('densenet', depth=16, exits='1'),
+  'densenet-mc without bottlenecks': lambda: of_family(
+    'densenet', bottleneck=False, stem_channels=6, depth=10, exits='1'
+  ),
   'resnet-mc': lambda: of_family('resnet', exits='stages'),
   'preact-resnet': lambda: of_family('resnet', block='preactivation', shortcut_padding='both_sides'),
   'resnet of bottlenecks': lambda: of_family('resnet', block='bottleneck', depth=11),
-  'msdnet': lambda: of_family('msdnet', num_blocks=3),
+  'msdnet': lambda: of_family('msdnet'),
   'fractalnet': lambda: of_family('fractalnet'),
   'adopted': lambda: of_family('adopted', arch='cifar_resnet20', exits='layer1.0,layer2.0', head='conv'),
   'ensemble': lambda: Ensemble([of_family('resnet'), tiny.network(2, num_classes=CLASSES)]),
   'own stages': lambda: StagedModel([Stage(4), Stage(6), Stage(8)], exits=(1, 3), num_classes=CLASSES),
 }
+
+
+QUICK = (
+  *('paranet cut', 'densenet-mc without bottlenecks', 'preact-resnet', 'msdnet', 'fractalnet', 'adopted'),
+  *('ensemble', 'own stages'),
+)
 
 
 def variables_of(model):
@@ -102,3 +114,26 @@ def early_exit(run, plan):
   """The JAX runtime."""
   model = run.model.clone(dtype=jnp.float32) if hasattr(run.model, 'dtype') else run.model
   return EarlyExit(model, run.variables, plan, (SIDE, SIDE, 3), MEAN, STD, tuple('abcde'), SIZES)
+
+
+def assert_bundle_answers_as_the_jax_runtime(name, folder):
+  """Exports a model and compares the logits, exits, labels and costs of both runtimes."""
+  model = MODELS[name]()
+  run, plan, logits = made(model)
+  run = dataclasses.replace(run, model=model)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(bundle_lib, 'compare', lambda *_: {'images': COUNT, 'labels': 1, 'exits': 1, 'logits': 0})
+    for name in ('exit_costs', 'model_card'):  # Only the card needs the costs.
+      patch.setattr(bundle_lib, name, lambda *_: '')
+    bundle_lib.write_bundle(bundle_lib.Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+  bundle = runtime.load(folder / 'out', threads=1)
+  np.testing.assert_allclose(all_logits(bundle, IMAGES), logits, rtol=1e-4, atol=1e-4 * max(np.abs(logits).max(), 1))
+  early = early_exit(run, plan)
+  ours, theirs = early.predict(IMAGES), bundle.predict(IMAGES)
+  for field in ('labels', 'exits', 'macs'):
+    np.testing.assert_array_equal(getattr(theirs, field), getattr(ours, field))
+  np.testing.assert_allclose(theirs.probabilities, ours.probabilities, atol=1e-4)
+  assert len(set(ours.exits)) == len(plan.exits)
+  anytime = list(bundle.anytime(IMAGES[0]))
+  assert [answer.macs for answer in anytime] == json.loads((folder / 'out/bundle.json').read_text())['all_macs']
+  np.testing.assert_array_equal([answer.label for answer in anytime], logits[:, 0].argmax(-1))

@@ -144,6 +144,10 @@ class SharedPrograms:
     for name in ('curves', 'confusion'):
       patch.setattr(train, f'draw_{name}', functools.partial(self._picture, f'{name}.png'))
 
+  def forget(self) -> None:
+    """Lets go of what was built."""
+    self._kept.clear()
+
   def _task(self, config, dataset=None, learned=None):
     task = self._keep('task', config, config, dataset, learned)
     return dataclasses.replace(task, config=config, total_steps=config_lib.total_steps(config, task.steps_per_epoch))

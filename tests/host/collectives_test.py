@@ -46,7 +46,7 @@ def statistics_size(params):
 
 
 @pytest.mark.skipif(len(jax.devices()) < COUNT, reason=f'needs {COUNT} devices, found {len(jax.devices())}')
-@pytest.mark.parametrize('name', ['PN1-d', 'PN3-2dd'])
+@pytest.mark.parametrize('name', ['PN1-d', 'PN2-2d'])
 def test_the_step_reduces_gradients_and_statistics_and_nothing_else(name):
   """The bytes of the parameters, twice those of the statistics (sums, and the cotangents of sums) and a few scalars."""
   state, found = collectives(name)

@@ -1,11 +1,7 @@
 """Several processes train as one: real processes on this machine, each with its own CPU devices."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import group
@@ -17,7 +13,6 @@ from running import QUICKSTART, saved_state, summary_of
 
 from paranet_jax.report.metrics import read_metrics
 
-REPO = Path(__file__).resolve().parents[2]
 # 1,437 training images in batches of 96 are 14 steps an epoch.
 RUN = (
   QUICKSTART,
@@ -31,7 +26,6 @@ RUN = (
   '--config.log.every_steps=1',
 )
 THREE = (*RUN, '--config.train.max_steps=3')
-STREAMED = ('--config.data.streaming=True', '--config.data.workers=0')
 LONGER = (*RUN, '--config.train.max_steps=40')
 """Two seconds of slow steps: jax looks for a signal once a second."""
 
@@ -65,14 +59,6 @@ def read_until(process, *beginnings):
 def ended(processes):
   """Exit codes, remaining outputs and errors of processes, which must not hang."""
   return zip(*[process.ended() for process in processes], strict=True)
-
-
-def is_gone(process, index, count):
-  """The line that reports a dead process."""
-  return (
-    f'error: process {index} of {count} (host {socket.gethostname()}, pid {process.pid}) is gone, and so all end; '
-    'start all of them again: the run resumes from its last checkpoint'
-  )
 
 
 @pytest.fixture(scope='module')
@@ -119,7 +105,6 @@ def stopped(tmp_path_factory):
     *(2, 2),
     [*THREE, f'--workdir={folder}/memory'],
     [*THREE, f'--workdir={folder}/refused', '--config.seed=PROCESS', '--refused'],
-    [*THREE, *STREAMED, f'--workdir={folder}/streamed'],
     [*LONGER, f'--workdir={folder}/whole'],
     [*LONGER, f'--workdir={folder}/stopped', '--slow'],
   )
@@ -138,42 +123,21 @@ def stopped(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('kind', ['memory', 'streamed'])
-def test_two_processes_of_two_devices_equal_one(stopped, alone, kind):
-  assert_alike(stopped / kind, alone, 2, 2)
+def test_two_processes_of_two_devices_equal_one(stopped, alone):
+  """Images that are streamed are tested in tests/slow, and the shares of the processes in data/stream_test.py."""
+  assert_alike(stopped / 'memory', alone, 2, 2)
 
 
-def test_stopped_and_resumed(stopped):
+def test_stopped_and_resumed_and_ended_when_one_dies(stopped):
   step = int(saved_state(stopped / 'stopped').step)
-  command = [REPO / 'launch' / 'local.sh', *LONGER, f'--workdir={stopped}/stopped']
-  env = {'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'DEVICES': '2', 'PYTHON': sys.executable}
-  done = subprocess.run(command, cwd=REPO, env=os.environ | env, capture_output=True, text=True, timeout=240)
-  assert (done.returncode, done.stderr) == (0, '')
-  assert f'resuming from the checkpoint at step {step} of 40\n' in done.stdout
-  chex.assert_trees_all_equal(saved_state(stopped / 'stopped'), saved_state(stopped / 'whole'), strict=True)
-  assert measured(stopped / 'stopped') == measured(stopped / 'whole')
-  assert summary_of(stopped / 'stopped') == summary_of(stopped / 'whole')
-
-
-def test_three_processes_equal_one_and_end_when_one_dies(tmp_path, alone):
-  processes = start(
-    *(3, 1),
-    [*THREE, *STREAMED, f'--workdir={tmp_path}/whole', '--heartbeat_timeout=10'],
-    [*RUN, *STREAMED, f'--workdir={tmp_path}/killed'],
-  )
-  read_until(processes[0], f'workdir: {tmp_path}/killed', 'epoch')
-  processes[2].kill()
-  codes, _, errs = ended(processes)
-  assert codes == (1, 1, -signal.SIGKILL), errs
-  for err in errs[:2]:
-    assert err.splitlines() == [is_gone(processes[2], 2, 3)]
-  assert_alike(tmp_path / 'whole', alone, 3, 1)
-
-
-def test_the_others_end_without_process_0(tmp_path):
-  processes = start(2, 1, [*RUN, f'--workdir={tmp_path}'])
-  read_until(processes[0], 'epoch')
+  processes = start(2, 2, [*LONGER, f'--workdir={stopped}/stopped'], [*RUN, f'--workdir={stopped}/killed'])
+  out = read_until(processes[0], f'workdir: {stopped}/killed', 'epoch')
+  assert f'resuming from the checkpoint at step {step} of 40\n' in out
   processes[0].kill()
   codes, _, errs = ended(processes)
   assert codes == (-signal.SIGKILL, 1), errs
-  assert errs[1].splitlines()[-1] == is_gone(processes[0], 0, 2)  # Above it is jax's own.
+  gone = f'error: process 0 of 2 (host {socket.gethostname()}, pid {processes[0].pid}) is gone, and so all end; '
+  assert errs[1].splitlines()[-1] == f'{gone}start all of them again: the run resumes from its last checkpoint'
+  chex.assert_trees_all_equal(saved_state(stopped / 'stopped'), saved_state(stopped / 'whole'), strict=True)
+  assert measured(stopped / 'stopped') == measured(stopped / 'whole')
+  assert summary_of(stopped / 'stopped') == summary_of(stopped / 'whole')

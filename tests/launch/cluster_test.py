@@ -184,43 +184,54 @@ def test_what_is_done_when_a_vm_or_a_run_ends(tmp_path, action, before, state, l
   assert [word for word in words if word in RECREATED] == asked
 
 
-@pytest.fixture
-def worker(tmp_path):
+class Worker:
   """A worker whose Python prints its arguments and ends as the last one says."""
-  (tmp_path / 'launch').mkdir()
-  for name in ('common.sh', 'tpu_worker.sh'):
-    shutil.copy(REPO / 'launch' / name, tmp_path / 'launch')
-  python = tmp_path / '.venv/bin/python'
-  python.parent.mkdir(parents=True)
-  python.write_text(
-    f'#!{shutil.which("bash")}\nprintf "[%s]" "$@"; echo\nuntil [[ -e go ]]; do sleep 0.05; done\n'
-    'case "${@: -1}" in fail) exit 3 ;; stop) echo "stopped by SIGTERM after step 3, saved" ;; esac\n'
-  )
-  python.chmod(0o755)
 
-  def act(*arguments):
+  def __init__(self, folder):
+    (folder / 'launch').mkdir(parents=True)
+    for name in ('common.sh', 'tpu_worker.sh'):
+      shutil.copy(REPO / 'launch' / name, folder / 'launch')
+    python = folder / '.venv/bin/python'
+    python.parent.mkdir(parents=True)
+    python.write_text(
+      f'#!{shutil.which("bash")}\nprintf "[%s]" "$@"; echo\nuntil [[ -e go ]]; do sleep 0.05; done\n'
+      'case "${@: -1}" in fail) exit 3 ;; stop) echo "stopped by SIGTERM after step 3, saved" ;; esac\n'
+    )
+    python.chmod(0o755)
+    self._folder = folder
+
+  def begin(self, *arguments):
     command = ['bash', 'launch/tpu_worker.sh', *arguments]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.Popen(command, cwd=self._folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-  return tmp_path, act
+  def act(self, *arguments):
+    """Exit code, standard output and standard error."""
+    process = self.begin(*arguments)
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
 
-
-@pytest.mark.parametrize('last, code', [('a b', 0), ('fail', 3), ('stop', 75)])
-def test_worker(worker, last, code):
-  folder, act = worker
-  assert act('start', CONFIG, last).stdout == ''
-  assert act('start', CONFIG, last).stdout.startswith('already running on ')
-  assert act('code').stdout == ''
-  (folder / 'go').touch()
-  followed = act('follow')
-  assert followed.returncode == code
-  assert followed.stdout.splitlines()[0] == f'[-m][paranet_jax.main][{CONFIG}][{last}]'
-  assert act('code').stdout == f'{code}\n'
+  def let_go(self):
+    (self._folder / 'go').touch()
 
 
-def test_worker_rejects_an_unknown_action(worker):
-  result = worker[1]('stop')
-  assert (result.returncode, result.stderr) == (2, "error: expected install, start, follow or code, found 'stop'\n")
+def test_worker(tmp_path):
+  workers = {last: (Worker(tmp_path / str(code)), code) for last, code in (('a b', 0), ('fail', 3), ('stop', 75))}
+  for last, (worker, _) in workers.items():
+    assert worker.act('start', CONFIG, last)[1] == ''
+    assert worker.act('start', CONFIG, last)[1].startswith('already running on ')
+    assert worker.act('code')[1] == ''
+    worker.let_go()
+  followers = {last: worker.begin('follow') for last, (worker, _) in workers.items()}  # They wait seconds.
+  for last, (worker, code) in workers.items():
+    out, _ = followers[last].communicate(timeout=60)
+    assert followers[last].returncode == code
+    assert out.splitlines()[0] == f'[-m][paranet_jax.main][{CONFIG}][{last}]'
+    assert worker.act('code')[1] == f'{code}\n'
+
+
+def test_worker_rejects_an_unknown_action(tmp_path):
+  code, _, err = Worker(tmp_path / 'worker').act('stop')
+  assert (code, err) == (2, "error: expected install, start, follow or code, found 'stop'\n")
 
 
 JOB = """#!/usr/bin/env bash
@@ -321,10 +332,13 @@ def local(tmp_path, program):
   )
 
 
-def test_local_ends_with_the_first_that_fails(tmp_path):
-  process = local(tmp_path, '[[ "$index" = --process_id=1 ]] && exit 3; exec sleep 600')
-  process.communicate(timeout=60)
-  assert process.returncode == 3
+@pytest.fixture(scope='module', autouse=True)
+def one_fails(tmp_path_factory):
+  """Waits for 5 seconds, and so it begins before the other tests, and the last test looks at its end."""
+  process = local(tmp_path_factory.mktemp('one_fails'), '[[ "$index" = --process_id=1 ]] && exit 3; exec sleep 600')
+  yield process
+  process.kill()
+  process.communicate()
 
 
 def test_local_passes_a_signal_on(tmp_path):
@@ -354,3 +368,8 @@ def test_image_copies_what_exists():
   for source in sources:
     assert list(REPO.glob(source)) and f'!{source}' in ignored
   assert (REPO / 'requirements-tpu.txt').exists() and (REPO / 'requirements-cuda.txt').exists()
+
+
+def test_local_ends_with_the_first_that_fails(one_fails):
+  one_fails.communicate(timeout=60)
+  assert one_fails.returncode == 3

@@ -1,6 +1,5 @@
-"""Every family trains, stops, resumes, is evaluated and exits early, through the commands."""
+"""A family of random steps trains, stops, resumes, is evaluated and exits early; tests/slow trains the others."""
 
-import functools
 import json
 
 import chex
@@ -10,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from running import CONFIGS, run_command, run_main, saved_state
+from families import RUNS, arguments
+from running import run_command, run_main, saved_state
 
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.devices import pick_devices, place_order, replicated, run_on
 from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.models import msdnet
 from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.staged import StagedModel
 from paranet_jax.report.metrics import read_metrics
@@ -23,52 +22,21 @@ from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_tota
 
 pytestmark = pytest.mark.usefixtures('programs')
 
-# One epoch of 1,337 training images in batches of 32 is 41 steps.
-SHORT = (
-  *('data.name=digits', 'data.held_out=100', 'model.image_side=8', 'train.epochs=1', 'train.batch_size=32'),
-  *('train.learning_rate=0.2', 'train.warmup_epochs=0', 'train.drops=()', 'train.devices=1'),
-  *('eval.batch_size=180', 'log.every_steps=8'),
-)
-# Fields and number of exits.
-RUNS = {
-  'densenet_bc_100_12': (('model.depth=10', 'model.growth_rate=8', 'model.exits=blocks'), 3),
-  'preact_resnet_110': (('model.depth=8', 'model.exits=stages'), 3),
-  'msdnet_budgeted': (
-    (
-      *('model.num_blocks=2', 'model.growth_factors=(1,2)', 'model.bottleneck_factors=(1,2)'),
-      *('model.step_mode=even', 'model.initial_channels=8'),
-    ),
-    2,
-  ),
-  'fractalnet_20': (('model.columns=2', 'model.widths=(8,8)', 'model.block_dropout=(0.0,0.1)'), 3),
-}
-
-
-def arguments(file, workdir, *fields):
-  flags = (f'--config.{field}' for field in (*SHORT, *RUNS[file][0], *fields))
-  return f'--config={CONFIGS}/{file}.py', *flags, f'--workdir={workdir}'
+FILE = 'fractalnet_20'
 
 
 @pytest.fixture(scope='module')
 def finished(programs, tmp_path_factory):
-  """A function from a configuration's file to the workdir of its one-epoch run; MSDNet's exits are narrow."""
-
-  @functools.cache
-  def run(file):
-    workdir = tmp_path_factory.mktemp(file)
-    assert run_main(*arguments(file, workdir)).code == 0
-    return workdir
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(msdnet, 'EXIT_CHANNELS', 16)
-    yield run
+  """The workdir of a run of one epoch."""
+  workdir = tmp_path_factory.mktemp('run')
+  assert run_main(*arguments(FILE, workdir)).code == 0
+  return workdir
 
 
-@pytest.mark.parametrize('file', RUNS)
-def test_one_epoch_lowers_the_loss_at_every_exit(finished, file):
-  lines = [line for line in read_metrics(finished(file)) if line['split'] == 'train']
-  exits = json.loads((finished(file) / 'summary.json').read_text())['exits']
-  assert [row['learns_from'] for row in exits] == ['labels'] * RUNS[file][1]
+def test_one_epoch_lowers_the_loss_at_every_exit(finished):
+  lines = [line for line in read_metrics(finished) if line['split'] == 'train']
+  exits = json.loads((finished / 'summary.json').read_text())['exits']
+  assert [row['learns_from'] for row in exits] == ['labels'] * RUNS[FILE][1]
   for number, row in enumerate(exits, 1):
     assert lines[-1][f'exit_{number}/loss'] < 0.95 * lines[0][f'exit_{number}/loss']
     assert 0 <= row['accuracy'] <= 1
@@ -76,21 +44,19 @@ def test_one_epoch_lowers_the_loss_at_every_exit(finished, file):
 
 def test_a_stopped_run_ends_like_an_uninterrupted_one(finished, tmp_path):
   """Every step of this family draws random numbers."""
-  assert run_main(*arguments('fractalnet_20', tmp_path, 'train.max_steps=6')).code == 0
-  assert run_main(*arguments('fractalnet_20', tmp_path), '--accept_config_changes').code == 0
-  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(finished('fractalnet_20')), strict=True)
+  assert run_main(*arguments(FILE, tmp_path, 'train.max_steps=6')).code == 0
+  assert run_main(*arguments(FILE, tmp_path), '--accept_config_changes').code == 0
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(finished), strict=True)
 
 
-@pytest.mark.parametrize('file', ['msdnet_budgeted', 'fractalnet_20'])
-def test_a_run_is_evaluated_and_exits_early(finished, file):
-  workdir = finished(file)
-  result = run_main(f'--workdir={workdir}', '--mode=eval', '--json')
-  summary = json.loads((workdir / 'summary.json').read_text())
+def test_a_run_is_evaluated_and_exits_early(finished):
+  result = run_main(f'--workdir={finished}', '--mode=eval', '--json')
+  summary = json.loads((finished / 'summary.json').read_text())
   for row, known in zip(json.loads(result.out)['splits']['test'], summary['exits'], strict=True):
     assert row.items() <= known.items()
-  assert run_command(calibrate.main, f'--workdir={workdir}', '--threshold=0.3').code == 0
-  found = EarlyExit.load(workdir).predict(np.zeros((3, 8, 8, 3), np.uint8))
-  assert found.probabilities.shape == (3, 10) and set(found.exits.tolist()) <= set(range(1, RUNS[file][1] + 1))
+  assert run_command(calibrate.main, f'--workdir={finished}', '--threshold=0.3').code == 0
+  found = EarlyExit.load(finished).predict(np.zeros((3, 8, 8, 3), np.uint8))
+  assert found.probabilities.shape == (3, 10) and set(found.exits.tolist()) <= set(range(1, RUNS[FILE][1] + 1))
 
 
 class Plain(nn.Module):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import resnet_weights
+import tiny
 from running import TINY, refusal, run_main
 from tensor_files import safetensors_bytes
 
@@ -85,7 +86,7 @@ def test_the_backbone_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, s
 
 @pytest.mark.parametrize('family', family_names())
 def test_what_depends_on_the_classes_is_named_exit(family):
-  settings = base_config('PN3-ddd' if family == 'paranet' else family, family)
+  settings = tiny.small(family) if family in tiny.FAMILIES else config()
   # No other size of these networks is 97.
   variables = abstract_variables(config_lib.build_model(settings, 97), config_lib.image_shape(settings))
   leaves = jax.tree_util.tree_leaves_with_path(variables)
