@@ -67,7 +67,7 @@ def save_weights_facts(
     class_names: one per output.
     mean, std: one per channel, for pixel values of 0..1.
   """
-  counts = dict.fromkeys(('train', 'held_out', 'test'), 0)
+  counts: dict[str, int] = dict.fromkeys(('train', 'held_out', 'test'), 0)
   facts = DatasetFacts(name, '', tuple(class_names), tuple(mean), tuple(std), counts, fingerprints={})
   write_json(workdir / DATASET, dataclasses.asdict(facts))
 
