@@ -1,7 +1,8 @@
 """Parameters and multiply-adds of every exit, counted on abstract shapes: nothing is computed or compiled.
 
 This works for any model with the multi-exit interface. Multiply-adds are those of convolutions and matrix products, per
-image, in inference.
+image, in inference, in the program that exporters get: on some backends, layers compute a convolution in another way,
+such as a depthwise one as a sum of shifted copies.
 """
 
 import functools
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax.data.known import known_dataset
 from paranet_jax.host.errors import UserError
-from paranet_jax.models.layers.backend import SHAPES, compiling_for
+from paranet_jax.models.layers.backend import SHAPES, compiling_for, plain_operations
 from paranet_jax.targets import describe_target
 
 Paths = dict[tuple[str, ...], int]
@@ -51,7 +52,8 @@ def _counted(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, in
       logits.append(exit_logits)
     return logits
 
-  program = jax.make_jaxpr(all_stages)(variables, image).jaxpr  # Once: to trace a large network takes seconds.
+  with plain_operations():
+    program = jax.make_jaxpr(all_stages)(variables, image).jaxpr  # Once: to trace a large network takes seconds.
   costs, macs, params = [], 0, 0
   for number in range(1, model.num_exits + 1):
     macs_so_far, params_so_far = _needed(program, variables, range(1, number + 1))

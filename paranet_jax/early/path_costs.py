@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from paranet_jax.costs import abstract_variables, multiply_adds
+from paranet_jax.models.layers.backend import plain_operations
 
 StepCost = Callable[[tuple[int, ...], int], float]
 
@@ -98,6 +99,7 @@ def mac_costs(model: Any, image_shape: tuple[int, int, int], exits: Sequence[int
   stages = Stages(model, abstract_variables(model, image_shape), exits, image)
 
   def cost(index: int, carry: Any) -> int:
-    return multiply_adds(stages.function(index), stages.variables, image, carry)[0]
+    with plain_operations():  # As `paranet_jax.costs`.
+      return multiply_adds(stages.function(index), stages.variables, image, carry)[0]
 
   return PathCosts(len(stages.exits), stages.by_carry(cost))

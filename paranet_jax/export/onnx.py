@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from paranet_jax.export.stages import IMAGES, StageSpec, Tensor, tracing
+from paranet_jax.export.stages import IMAGES, StageSpec, Tensor
+from paranet_jax.models.layers.backend import plain_operations
 
 OPSET = 18
 LOGITS = 'logits'
@@ -25,7 +26,7 @@ def onnx_stage(spec: StageSpec) -> Any:
   Its inputs are `takes`: normalized images [batch, H, W, C] and features [batch, C, H, W]. Its outputs are the logits
   [batch, classes] and `gives`.
   """
-  with quiet(), tracing():
+  with quiet(), plain_operations():
     from jax2onnx import to_onnx
 
     model = to_onnx(

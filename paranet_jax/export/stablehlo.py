@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from paranet_jax.export.stages import Stages, StageSpec, tracing
+from paranet_jax.export.stages import Stages, StageSpec
+from paranet_jax.models.layers.backend import plain_operations
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -28,7 +29,7 @@ def stablehlo_stage(spec: StageSpec) -> export.Exported:
   """The exported function of a stage: arrays [batch, *shape] of `takes` -> logits [batch, classes], then `gives`."""
   (batch,) = export.symbolic_shape('batch')
   shapes = [jax.ShapeDtypeStruct((batch, *tensor.shape), jnp.float32) for tensor in spec.takes]
-  with tracing(), _without_source_locations():
+  with plain_operations(), _without_source_locations():
     return export.export(jax.jit(spec.function), platforms=PLATFORMS)(*shapes)
 
 

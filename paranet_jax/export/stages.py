@@ -1,10 +1,9 @@
 """A network cut at its exits into functions of named arrays: what each stage takes, gives and passes on."""
 
-import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Var
 
-from paranet_jax.models.layers.backend import PLAIN, compiling_for
+from paranet_jax.models.layers.backend import plain_operations
 
 IMAGES = 'images'
 _BATCH = 2  # For tracing only; exported stages take any batch size.
@@ -86,13 +85,6 @@ def cut(
   return Stages(specs, *names)
 
 
-@contextlib.contextmanager
-def tracing() -> Iterator[None]:
-  """Traces with the operations that exporters support; flax's pools divide by an integer, so types are promoted."""
-  with compiling_for(PLAIN), jax.numpy_dtype_promotion('standard'):
-    yield
-
-
 def _walk(
   model: Any, variables: Any, image_shape: tuple[int, int, int], exits: Sequence[int], path: Sequence[int]
 ) -> list[StageSpec]:
@@ -123,7 +115,7 @@ def _stage(
     carry: shapes of the carry before it.
     names: of the leaves of `carry`.
   """
-  with tracing():
+  with plain_operations():
     program, (_, after) = jax.make_jaxpr(run, return_shape=True)(images, carry)
   jaxpr = program.jaxpr
   given = dict(zip(jaxpr.invars, [IMAGES, *names], strict=True))

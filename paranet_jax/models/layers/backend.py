@@ -28,3 +28,10 @@ def compiling_for(platform: str) -> Iterator[None]:
     yield
   finally:
     _target.reset(token)
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+  """Traces with the operations that exporters support; flax's pools divide by an integer, so types are promoted."""
+  with compiling_for(PLAIN), jax.numpy_dtype_promotion('standard'):
+    yield
