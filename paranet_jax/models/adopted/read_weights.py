@@ -1,7 +1,7 @@
 """Reads the weights of an architecture from a PyTorch file, and says what does not fit."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def read_weights(path: Path, architecture: Architecture, num_classes: int | None
   tensors = _named(read_tensors(path), architecture)
   expected = num_classes or classes_of(tensors, architecture)
   table = _table(architecture.name, expected)
+  tensors = _fitted(tensors, table)
   if found := differences(tensors, table):
     raise UserError(
       f'{path} does not fit {architecture.name} of {expected} classes: tensors {"; ".join(found)}; '
@@ -62,6 +63,16 @@ def _named(tensors: Mapping[str, np.ndarray], architecture: Architecture) -> dic
   return renamed(without_prefix(tensors), architecture.renames)
 
 
+def _fitted(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> dict[str, np.ndarray]:
+  """The tensors, with the shapes of the table where those have more or fewer axes of size 1."""
+  shapes, fitted = {entry.name: entry.shape for entry in table}, dict(tensors)
+  for name, tensor in tensors.items():
+    shape = shapes.get(name, tensor.shape)
+    if [size for size in shape if size != 1] == [size for size in tensor.shape if size != 1]:
+      fitted[name] = tensor.reshape(shape)
+  return fitted
+
+
 @functools.lru_cache(maxsize=8)
 def _table(name: str, num_classes: int) -> list[Entry]:
   architecture = find_architecture(name)
@@ -87,7 +98,8 @@ def _nearest(tensors: Mapping[str, np.ndarray], asked: Architecture) -> str:
   def differing(name: str) -> int:
     other = find_architecture(name)
     own = _named(tensors, other)
-    shapes = {entry.name: entry.shape for entry in _table(name, classes_of(own, other))}
+    table = _table(name, classes_of(own, other))
+    own, shapes = _fitted(own, table), {entry.name: entry.shape for entry in table}
     return sum(name not in own or name not in shapes or own[name].shape != shapes[name] for name in own | shapes)
 
   likely = sorted(architecture_names(), key=outside)[:_TRACED]

@@ -19,6 +19,14 @@ Maker = str | Callable[[str], Architecture]
 
 _GROUPS = {
   'cifar_resnet': [f'cifar_resnet{depth}' for depth in range(20, 111, 6)],
+  'resnet': ['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnext50_32x4d'],
+  'efficientnet_lite': ['tf_efficientnet_lite0', 'efficientnet_lite0'],
+  'mobilenet_v2': ['mobilenet_v2'],
+  'vit': ['vit_small_patch16_224', 'vit_base_patch16_224', 'vit_b_16', 'deit_tiny_patch16_224'],
+  'efficientnet': ['efficientnet_b0'],
+  'mobilenet_v3': ['mobilenet_v3_large', 'mobilenet_v3_small'],
+  'convnext': ['convnext_tiny'],
+  'wide_resnet': ['wide_resnet28_10'],
 }
 """File of this package, each with a function `architecture`, and the names in it."""
 

@@ -15,6 +15,9 @@ from jaxtyping import Num
 
 from paranet_jax.weights.state_dict import Entry, from_variables
 
+ROOT = 'root'
+"""A module of this name adds nothing to the names of what is in it: tensors of the network itself, as a class token."""
+
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 _EXIT = 'exit'  # Prefix of the modules of exits that the network did not have.
 
@@ -37,7 +40,8 @@ def tensor_table(shapes: Mapping[str, Any]) -> list[Entry]:
     shape = tuple(node.shape)
     if leaf == 'kernel':
       shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-    table.append(Entry('.'.join([*modules, _LEAVES.get(leaf, leaf)]), shape, path))
+    names = [name for name in modules if name != ROOT]
+    table.append(Entry('.'.join([*names, _LEAVES.get(leaf, leaf)]), shape, path))
 
   for collection, modules in shapes.items():
     add(modules, (collection,))

@@ -127,6 +127,12 @@ def test_the_file_says_how_many_classes_there_are(tiny, save):
   np.testing.assert_array_equal(variables['params']['linear']['kernel'], drawn['linear.weight'].T)
 
 
+def test_axes_of_size_1_do_not_matter(tiny, save):
+  bias = resnet_weights.draw(8)['bn1.bias']
+  variables = read_weights(save(8, **{'bn1.bias': bias.reshape(16, 1, 1)}), architecture('cifar_resnet8'))
+  np.testing.assert_array_equal(variables['params']['bn1']['bias'], bias, strict=True)
+
+
 STEM = resnet_weights.draw(8)['conv1.weight']
 
 
