@@ -71,11 +71,11 @@ def evaluation(size: Size) -> dict[str, float]:
   variables = abstract_variables(model, size.image_shape)
   batch = base_config().eval.batch_size
   images = jax.ShapeDtypeStruct((batch, *size.image_shape), jnp.uint8)
-  labels = indices = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
   mask = jax.ShapeDtypeStruct((batch,), jnp.float32)
   for number in range(1, model.num_exits + 1):
     step = jax.jit(make_eval_step(model, number, network.CIFAR_100, 0.0))
-    step.lower(variables['params'], variables['batch_stats'], images, labels, indices, mask).compile()
+    step.lower(variables['params'], variables['batch_stats'], images, labels, mask).compile()
   return {'compile': time.perf_counter() - start}
 
 

@@ -30,8 +30,8 @@ INLINE_CLASSES = 100
 _SUMS = ('count', 'weight', 'accuracy', 'top5', 'loss', 'nll')
 _AHEAD = 2  # Batches that may be waiting for the device.
 
-Batch = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]
-"""Images, labels, indices and mask (see `steps.make_eval_step`)."""
+Batch = tuple[jax.Array, jax.Array, jax.Array]
+"""Images, labels and mask (see `steps.make_eval_step`)."""
 
 
 class Evaluator:
@@ -49,7 +49,9 @@ class Evaluator:
       number: jax.jit(make_eval_step(task.model, number, *options)) for number in trained_exits(task.targets)
     }
     named = {'held_out': task.dataset.held_out, 'test': task.dataset.test}
-    self._splits = {name: self._place(split) for name, split in named.items() if split is not None}
+    splits = {name: split for name, split in named.items() if split is not None}
+    size = self._batch_size(list(splits.values()))
+    self._splits = {name: self._place(split, size) for name, split in splits.items()}
 
   def evaluate(self, params: Any, batch_stats: Any, confusion: bool = False) -> dict[str, list[dict]]:
     """Evaluates every split.
@@ -96,17 +98,23 @@ class Evaluator:
         row['confusion'] = None if matrix is None else self._processes.summed(matrix).astype(int)
       yield {'exit': number, 'trained': trained, **row}
 
-  def _place(self, split: Split) -> Callable[[], Iterator[Batch]]:
+  def _batch_size(self, splits: list[Split]) -> int:
+    """One size for all splits, because each size is compiled: the largest that one of them needs."""
+    most, each = self._task.config.eval.batch_size, len(devices_lib.of_this_process(self._devices))
+    needed = max(-(-len(split) // -(-len(split) // most)) for split in splits)
+    return -(-needed // each) * each
+
+  def _place(self, split: Split, batch_size: int) -> Callable[[], Iterator[Batch]]:
     shared = devices_lib.shared(self._devices)
-    each = len(devices_lib.of_this_process(self._devices))
-    batch_size = -(-min(self._task.config.eval.batch_size, len(split)) // each) * each
     if split.streamed:
       return functools.partial(_streamed, split, batch_size, self._task.config.data.workers, shared)
     own = slice(self._processes.index, None, self._processes.count)
     indices, mask = (every[own] for every in eval_batches(len(split), batch_size))
     batches = [jax.device_put(batch, shared) for batch in zip(indices, mask, strict=True)]
     whole = placed(split, self._devices)
-    return lambda: ((*whole, *batch) for batch in batches)
+    # Not in the evaluation itself, which would be compiled for the shape of every split.
+    take = jax.jit(lambda whole, chosen: tuple(each[chosen] for each in whole), out_shardings=shared)
+    return lambda: ((*take(whole, chosen), mask) for chosen, mask in batches)
 
 
 def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sharding.Sharding) -> Iterator[Batch]:
@@ -115,7 +123,7 @@ def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sha
   share = EvalBatches(split, batch_size, jax.process_index(), jax.process_count())
   with Stream(share, workers, place) as batches:
     for batch in batches:
-      yield batch['images'], batch['labels'], None, batch['mask']
+      yield batch['images'], batch['labels'], batch['mask']
 
 
 class _Counts:

@@ -222,16 +222,13 @@ def make_eval_step(
   """Makes the evaluation of exit `number` on one batch, which computes only what that exit needs.
 
   Returns:
-    step(params, batch_stats, images, labels, indices, mask) -> (sums, labels, predictions):
+    step(params, batch_stats, images, labels, mask) -> (sums, labels, predictions):
       sums: {'count', 'weight', 'accuracy', 'top5', 'loss', 'nll'} over the images whose mask, float32 [B], is 1;
-      labels, predictions: int32 [B]; the labels of other images are -1;
-      indices, int32 [B], select the batch from the whole set, and are None if images and labels are the batch.
+      labels, predictions: int32 [B]; the labels of other images are -1.
     `loss` is the cross-entropy smoothed and weighted as in training, to be divided by `weight`; `nll` is the plain one.
   """
 
-  def eval_step(params, batch_stats, images, labels, indices, mask):
-    if indices is not None:
-      images, labels = images[indices], labels[indices]
+  def eval_step(params, batch_stats, images, labels, mask):
     batch = normalize(images, preprocessing.mean, preprocessing.std)
     variables = {'params': params, 'batch_stats': batch_stats}
     logits = model.apply(variables, batch, exits=(number,))[number - 1]

@@ -133,6 +133,14 @@ def digits_once():
     yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def no_kept_programs():
+  """What a test loads does not turn on a cache for all tests after it."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('paranet_jax.host.machine.keep_programs', lambda: None)
+    yield
+
+
 @pytest.fixture(scope='module')
 def programs():
   """What is built for a run is shared by all runs that it serves (see `running.SharedPrograms`)."""

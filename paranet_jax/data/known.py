@@ -57,7 +57,7 @@ class KnownDataset:
       UserError: the data set is missing or does not fit.
     """
     found = self.open_source or 'paranet_jax.data.sources.tfds:tfds_source'
-    if isinstance(found, str):  # Imported when it is needed: tensorflow-datasets and scikit-learn take a second each.
+    if isinstance(found, str):  # Imported when it is needed: tensorflow-datasets takes a second.
       module, _, function = found.partition(':')
       found = getattr(importlib.import_module(module), function)
     return found(data_config, image_side, channels)

@@ -20,6 +20,7 @@ from paranet_jax.data.augment import normalize
 from paranet_jax.early.chunks import FixedSizes, Sizes, default_sizes
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.path_costs import mac_costs
+from paranet_jax.host import machine
 from paranet_jax.portable.run import Adaptive, Carried, Prediction, Predictions, Stage
 
 __all__ = ['EarlyExit', 'Prediction', 'Predictions']
@@ -67,6 +68,8 @@ class EarlyExit(Adaptive):
   def load(cls, workdir: str | Path, step: int | None = None) -> EarlyExit:
     """The runtime of a run, whose data set is not needed. One that is not calibrated answers at its last exit.
 
+    Compiled programs are kept for the next start (see `machine.keep_programs`).
+
     Args:
       workdir: of the run.
       step: of the checkpoint; None: the one that exits.json was made for, or else the latest.
@@ -76,6 +79,7 @@ class EarlyExit(Adaptive):
     """
     from paranet_jax.early.loaded_run import load  # Orbax takes seconds to import.
 
+    machine.keep_programs()
     run = load(workdir, step)
     facts = run.dataset
     return cls(run.model, run.variables, run.plan, run.image_shape, facts.mean, facts.std, facts.class_names)

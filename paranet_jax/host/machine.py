@@ -30,6 +30,13 @@ def start_jax(flags: Any) -> None:
   use_compilation_cache(flags.compilation_cache)
 
 
+def keep_programs() -> None:
+  """Turns the cache on in a user's own program, unless jax has another or none by the user's settings."""
+  settings: Any = jax.config  # jax defines their names when it runs.
+  if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
+    use_compilation_cache()
+
+
 def use_compilation_cache(folder: str | None = None) -> Path | None:
   """Turns jax's persistent compilation cache on; call it before anything is compiled.
 
@@ -53,7 +60,7 @@ def use_compilation_cache(folder: str | None = None) -> Path | None:
     return None  # Training works without a cache.
   warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')  # As on a full disk.
   jax.config.update('jax_compilation_cache_dir', str(path))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   return path
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import sklearn.datasets  # noqa: F401 Like the next line: imported once for all processes.
 from running import PROGRAMS
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.command_line import parse, place
-from paranet_jax.data import stream  # noqa: F401
+from paranet_jax.data import stream  # noqa: F401 Imported once for all processes.
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.processes import joined
 from paranet_jax.train import train_and_evaluate

@@ -14,6 +14,7 @@ from paranet_jax.host.machine import (
   container_memory,
   device_memory,
   environment,
+  keep_programs,
   machine_key,
   use_compilation_cache,
 )
@@ -60,6 +61,20 @@ def test_folder(tmp_path, monkeypatch, restored_settings):
   assert use_compilation_cache(str(tmp_path / 'other')) == tmp_path / 'other' / machine_key()
   assert use_compilation_cache('off') is None
   assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_program_of_the_user_keeps_its_own_settings(tmp_path, monkeypatch, restored_settings):
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path))
+  own = tmp_path / 'own'
+  for enabled, before, after in (
+    (True, None, tmp_path / 'compiled' / machine_key()),
+    (True, own, own),
+    (False, None, None),
+  ):
+    jax.config.update('jax_enable_compilation_cache', enabled)
+    jax.config.update('jax_compilation_cache_dir', before and str(before))
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir == (after and str(after))
 
 
 def test_continues_without_a_writable_folder(tmp_path, restored_settings):
