@@ -155,8 +155,9 @@ def calibrate_command(workdir: Path) -> str:
 
 def uncalibrated_line(plan: ExitPlan, workdir: Path) -> str:
   """Says where the images of a run go that is not calibrated."""
-  earlier = f'; {calibrate_command(workdir)} lets them exit earlier' if len(plan.exits) > 1 else ''
-  return f'not calibrated: all images go to exit {plan.exits[-1]}{earlier}'
+  last = plan.exits[-1]
+  earlier = f'; {calibrate_command(workdir)} lets them exit earlier' if plan.exits[0] < last else ''
+  return f'not calibrated: all images go to exit {last}{earlier}'
 
 
 def load_plan(workdir: Path, checkpoint: CheckpointId, exits: tuple[int, ...]) -> ExitPlan:
