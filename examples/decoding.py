@@ -58,9 +58,11 @@ class Lane:
 class Decoders:
   """Decodes images of a bundle: small ones in one lane, the others in a second one, whose threads yield to all else."""
 
-  def __init__(self, runtime: ModuleType, image_shape: Sequence[int], max_pixels: int, max_decoding: int):
-    """max_decoding: bytes that decoding the images of a request may take."""
-    self._runtime, self._shape, self._max_pixels = runtime, image_shape, max_pixels
+  def __init__(
+    self, runtime: ModuleType, image_shape: Sequence[int], max_pixels: int, max_decoding: int, scaling: Any = None
+  ):
+    """max_decoding: bytes that decoding the images of a request may take; scaling: the bundle's, if it has one."""
+    self._runtime, self._shape, self._max_pixels, self._scaling = runtime, image_shape, max_pixels, scaling
     self._max_decoding = max_decoding
     # Pillow decodes without the interpreter lock, but the stages need cores too.
     self.small, self.large = Lane('small', 2), Lane('large', max((os.cpu_count() or 1) // 2, 1), nice=10)
@@ -91,7 +93,7 @@ class Decoders:
       Refused: 400 or 413.
     """
     lane = self.large if size > SMALL else self.small
-    return await lane.run(size, decode, self._runtime, image, self._shape, self._max_pixels)
+    return await lane.run(size, decode, self._runtime, image, self._shape, self._max_pixels, self._scaling)
 
   def _size(self, image: bytes) -> int:
     try:
@@ -100,7 +102,9 @@ class Decoders:
       return 0
 
 
-def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int) -> Any:
+def decode(
+  runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_pixels: int, scaling: Any = None
+) -> Any:
   """Decodes an image for the bundle as its run.py does, within limits: uint8 [H, W, C].
 
   Raises:
@@ -109,7 +113,8 @@ def decode(runtime: ModuleType, encoded: bytes, image_shape: Sequence[int], max_
   if not encoded:
     raise Refused(400, 'expected an image, found an empty file')
   side, channels = image_shape[0], image_shape[-1]
-  return guarded(runtime, max_pixels, lambda *limits: runtime.decode_image(encoded, side, channels, *limits))
+  scaled = {'scaling': scaling} if scaling else {}
+  return guarded(runtime, max_pixels, lambda *limits: runtime.decode_image(encoded, side, channels, *limits, **scaled))
 
 
 def _memory(runtime: ModuleType, encoded: bytes, *limits: int) -> int:

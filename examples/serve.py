@@ -126,7 +126,8 @@ def _serve(given: argparse.Namespace) -> None:
     raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
   uploads = Uploads(given.max_bytes, given.queue)
-  decoders = Decoders(runtime, bundle.image_shape, given.max_pixels, given.max_decoding)
+  scaling = getattr(bundle, 'scaling', None)  # The run.py of older bundles knows one way only.
+  decoders = Decoders(runtime, bundle.image_shape, given.max_pixels, given.max_decoding, scaling)
   max_wait = given.max_wait_ms / 1e3 if given.max_wait_ms else max(MAX_WAIT, 2 * timings.all_stages(batch))
   predictor = Predictor(bundle, timings, scheduler, uploads, decoders, max_wait)
   app = make_app(predictor, scheduler, lambda: _report(given, listening, timings.alone()), given.cors)

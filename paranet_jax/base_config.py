@@ -62,6 +62,9 @@ FIELDS: Fields = {
   # Share of the images to test on, of a folder without train/ and test/, or without labels.
   'data.test_fraction': Field(0.2, _INSIDE),
   'data.on_corrupt': Field('refuse', one_of('refuse', 'skip')),  # 'refuse' or 'skip' (and count) an unreadable image.
+  # Pixels to which the short side is scaled before the center is cropped to model.image_side; None: to that side.
+  'data.short_side': derived(int, at_least(1, 10_000)),
+  'data.interpolation': Field('bilinear', one_of('bilinear', 'bicubic')),  # Of scaling: 'bilinear' or 'bicubic'.
   # Pixels of zero padding before the random crop; None: the data set's own.
   'data.crop_padding': derived(int, at_least(0, 10_000)),
   'data.flip': derived(bool),  # Random horizontal flip; None: the data set's own (digits are not mirrored).

@@ -35,6 +35,7 @@ def validate(config: ConfigDict) -> None:
   exit_weights(config)
   teachers(config)
   _check_labels(config)
+  _check_scaling(config)
   _check_training(config)
   if config.checkpoint.keep_best != 'none' and not config.data.held_out:
     raise UserError(
@@ -214,6 +215,14 @@ def _check_labels(config: ConfigDict) -> None:
   for name in ('loss.hard_label_weight', 'checkpoint.keep_best'):
     if _get(config, name) not in (0, 'none'):
       raise UserError(f'{name} {_get(config, name)} needs labels, {found}; set --config.{name} back, or {fix}')
+
+
+def _check_scaling(config: ConfigDict) -> None:
+  short, side = config.data.short_side, config.model.image_side
+  if short is not None and short < side:
+    raise UserError(
+      f'data.short_side must be at least model.image_side {side}, found {short}; set --config.data.short_side'
+    )
 
 
 def _check_training(config: ConfigDict) -> None:

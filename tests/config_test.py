@@ -60,6 +60,8 @@ BOUNDS = {
   'data.held_out': ((-1,), (0,)),
   'data.test_fraction': ((0.0, 1.0, -0.1, math.nan), (0.01, 0.99)),
   'data.on_corrupt': (('ignore', ''), ('refuse', 'skip')),
+  'data.short_side': ((0, -1), (32, 256)),
+  'data.interpolation': (('nearest', ''), ('bilinear', 'bicubic')),
   'data.crop_padding': ((-1,), (0,)),
   'data.workers': ((-1,), (0, 16)),
   'loss.matching': (('mse', ''), ('squared_error', 'kl')),
@@ -187,7 +189,7 @@ def test_the_bound_on_parameters_is_below_them(family):
 DERIVED = {
   *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers', 'model.stem_channels'),
   'model.head',
-  *('data.streaming', 'data.workers'),
+  *('data.streaming', 'data.workers', 'data.short_side'),
   *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs', 'train.backbone_epochs'),
 }
 

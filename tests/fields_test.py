@@ -48,7 +48,9 @@ def _folders_of_images(tmp_path_factory):
     for label in ('cat', 'dog'):
       (here / folder / label).mkdir(parents=True)
       for number in range(6):
-        Image.new('RGB', (8, 8), (shade, 10 * number, 0)).save(here / folder / label / f'{number}.png')
+        image = Image.new('RGB', (8, 8), (shade, 10 * number, 0))
+        image.putpixel((4, 4), (0, 0, 255))
+        image.save(here / folder / label / f'{number}.png')
   (here / 'second' / 'cat' / '0.png').write_bytes(b'no picture')
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(here)
@@ -220,6 +222,8 @@ FIELDS = {
   'data.held_out': (dataset, 100, {}),
   'data.test_fraction': (dataset, 0.5, FOLDER),
   'data.on_corrupt': (dataset, 'skip', FOLDER | {'data.data_dir': 'second'}),
+  'data.short_side': (dataset, 9, FOLDER),
+  'data.interpolation': (dataset, 'bicubic', FOLDER | {'data.short_side': 9}),
   'data.crop_padding': (dataset, 3, {}),
   'data.flip': (dataset, True, {}),
   'data.streaming': (reading, True, {}),

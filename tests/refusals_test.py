@@ -55,6 +55,10 @@ def test_a_damaged_checkpoint(tmp_path, finished_run):
       ['--config.train.cutout=9'],
       'train.cutout must be at most model.image_side 8, found 9; set --config.train.cutout',
     ),
+    (
+      ['--config.data.short_side=7'],
+      'data.short_side must be at least model.image_side 8, found 7; set --config.data.short_side',
+    ),
     (['--json'], '--json prints the result of describe or eval, found --mode=train; set --mode'),
     (
       ['--config.data.name=a\nb', '--mode=describe'],

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax.data.augment import normalize
+from paranet_jax.data.scaling import scaling_of
 from paranet_jax.early.chunks import FixedSizes, Sizes, default_sizes
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.host import machine
-from paranet_jax.portable.run import Adaptive, Carried, Prediction, Predictions, Stage
+from paranet_jax.portable.run import TO_SIDE, Adaptive, Carried, Prediction, Predictions, Scaling, Stage
 
 __all__ = ['EarlyExit', 'Prediction', 'Predictions']
 
@@ -43,6 +44,7 @@ class EarlyExit(Adaptive):
     std: Sequence[float] = (1.0,),
     class_names: Sequence[str] = (),
     sizes: Sizes | None = None,
+    scaling: Scaling = TO_SIDE,
   ):
     """
     Args:
@@ -53,6 +55,7 @@ class EarlyExit(Adaptive):
       mean, std: that normalize uint8 images, in units of 0..1 pixel values.
       class_names: one per class; empty if not known.
       sizes: batch sizes to compile for; None: what suits the device.
+      scaling: how images are to be scaled, for those who decode them.
     """
     self.plan = plan
     self._model = model
@@ -62,7 +65,9 @@ class EarlyExit(Adaptive):
     take = jax.jit(self._traced(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)))
     stages = {number: self._jitted(number, tuple(mean), tuple(std)) for number in plan.exits}
     packing = FixedSizes(sizes or default_sizes(), take)
-    super().__init__(vars(plan), stages, stages, self._macs_in_turn, image_shape, mean, std, class_names, packing)
+    super().__init__(
+      vars(plan), stages, stages, self._macs_in_turn, image_shape, mean, std, class_names, packing, scaling
+    )
 
   @classmethod
   def load(cls, workdir: str | Path, step: int | None = None) -> EarlyExit:
@@ -82,7 +87,10 @@ class EarlyExit(Adaptive):
     machine.keep_programs()
     run = load(workdir, step)
     facts = run.dataset
-    return cls(run.model, run.variables, run.plan, run.image_shape, facts.mean, facts.std, facts.class_names)
+    scaling = scaling_of(run.config.data)
+    return cls(
+      run.model, run.variables, run.plan, run.image_shape, facts.mean, facts.std, facts.class_names, scaling=scaling
+    )
 
   @property
   def num_traces(self) -> int:

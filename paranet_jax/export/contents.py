@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from paranet_jax.data.scaling import scaling_of
 from paranet_jax.early.bundle_folder import WEIGHTS
 from paranet_jax.early.exit_plan import ExitPlan, save_plan
 from paranet_jax.early.loaded_run import LoadedRun
@@ -78,12 +79,14 @@ def write_contents(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
   save_plan(folder, plan)
   write_text(folder / runtime.CLASSES, json.dumps(run.dataset.class_names, indent=2) + '\n')
   side, _, channels = run.image_shape
+  scaling = scaling_of(run.config.data)
   preprocessing = {
     'side': side,
     'channels': channels,
     'mean': list(run.dataset.mean),
     'std': list(run.dataset.std),
-    'resize': runtime.RESIZE,
+    'resize': str(scaling),
+    **scaling._asdict(),
     'normalize': '(pixel / 255 - mean) / std, a channel',
   }
   write_json(folder / runtime.PREPROCESSING, preprocessing)

@@ -59,7 +59,7 @@ SCHEMA_VERSION = 1
 BUNDLE, EXITS, CLASSES, PREPROCESSING = 'bundle.json', 'exits.json', 'classes.json', 'preprocessing.json'
 SCORES = ('max_prob', 'entropy', 'margin', 'patience')
 PROVIDERS = ('cpu', 'openvino')
-RESIZE = 'shorter side to `side` (bilinear, antialiased), center crop'
+INTERPOLATIONS = ('bilinear', 'bicubic')
 SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm'.split())
 """The files of a folder that are images, in any case: for training, and for prediction."""
 FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'PPM', 'WEBP', 'TIFF')
@@ -149,6 +149,26 @@ class Packing:
     """Compiles what packing needs after a stage with these features."""
 
 
+class Scaling(NamedTuple):
+  """How images get the side of a network's input.
+
+  Attributes:
+    short_side: pixels to which the short side is scaled, before the center is cropped; None: the network's side.
+    interpolation: one of INTERPOLATIONS, antialiased.
+  """
+
+  short_side: int | None = None
+  interpolation: str = 'bilinear'
+
+  def __str__(self) -> str:
+    short = self.short_side or '`side`'
+    return f'shorter side to {short} ({self.interpolation}, antialiased), center crop'
+
+
+TO_SIDE = Scaling()
+"""The short side becomes the network's side."""
+
+
 class Adaptive:
   """Runs stages in turn until an image may exit. Safe to share between threads if the stages are.
 
@@ -161,6 +181,7 @@ class Adaptive:
       exits, by exit number; None: no image exits there.
     class_names: one per class.
     image_shape: (H, W, C).
+    scaling: how the images that it was made for were scaled.
   """
 
   def __init__(
@@ -174,6 +195,7 @@ class Adaptive:
     std: Sequence[float],
     class_names: Sequence[str],
     packing: Packing | None = None,
+    scaling: Scaling = TO_SIDE,
   ):
     """
     Args:
@@ -183,8 +205,10 @@ class Adaptive:
       all_macs: multiply-adds to each usable exit when all are run in turn, or a function that counts them.
       mean, std: that normalize uint8 images, one per channel, in units of 0..1 pixel values.
       packing: how `predict` batches images; None: for stages that take any batch size.
+      scaling: how images are to be scaled, for those who decode them.
     """
     self._set_plan(plan)
+    self.scaling = scaling
     height, width, channels = image_shape
     self.class_names, self.image_shape = tuple(class_names), (height, width, channels)
     self._stages, self._all_stages = stages, all_stages
@@ -563,6 +587,7 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
     known['mean'],
     known['std'],
     known['class_names'],
+    scaling=Scaling(known['short_side'], known['interpolation']),
   )
 
 
@@ -600,7 +625,8 @@ def _checked_bundle(folder: Path, bundle: dict[str, Any]) -> dict[str, Any]:
     raise BundleError(f'expected ONNX stages in {folder}, found {formats}; export with --format=onnx')
   for name, stage in known['stages'].items():
     check(BUNDLE, stage, _RULES['stage'], f'stages.{name}.')
-  for name, optional in ((EXITS, {'thresholds': None}), (PREPROCESSING, {})):
+  # Bundles from before a field lack it.
+  for name, optional in ((EXITS, {'thresholds': None}), (PREPROCESSING, TO_SIDE._asdict())):
     check(name, optional | _json(folder / name, dict, sealed(name)), _RULES[name])
   check(CLASSES, {'class_names': _json(folder / CLASSES, list, sealed(CLASSES))}, _RULES[CLASSES])
   check(BUNDLE, bundle, _RULES['order'])
@@ -744,6 +770,11 @@ _RULES: dict[str, dict[str, _Rule]] = {
     'channels': (lambda value, known: type(value) is int and value in (1, 3), '1 or 3'),
     'mean': (_each(lambda value: _is_number(value, 0, 1), 'channels'), 'a number from 0 to 1 for each channel'),
     'std': (_each(lambda value: _is_number(value, 1e-9, 1), 'channels'), 'a number above 0, 1 at most, per channel'),
+    'short_side': (
+      lambda value, known: value is None or _is_count(value, known['side'], _LARGEST_SIDE),
+      f'null, or an integer from side to {_LARGEST_SIDE:,}',
+    ),
+    'interpolation': (lambda value, known: value in INTERPOLATIONS, f'one of {", ".join(INTERPOLATIONS)}'),
   },
   CLASSES: {'class_names': (_each(_is_text, 'num_classes'), 'a list of {num_classes} names')},
   'order': {
@@ -981,7 +1012,12 @@ class _Counted:
 
 
 def decode_image(
-  encoded: bytes | BinaryIO, side: int, channels: int, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
+  encoded: bytes | BinaryIO,
+  side: int,
+  channels: int,
+  max_pixels: int = MAX_PIXELS,
+  max_memory: int = MAX_MEMORY,
+  scaling: Scaling = TO_SIDE,
 ) -> np.ndarray:
   """Decodes an image from bytes or an open file, rotated by its EXIF orientation.
 
@@ -991,6 +1027,7 @@ def decode_image(
 
   Args:
     max_pixels, max_memory: limits on the pixels, and on the bytes that decoding takes.
+    scaling: see `fit_image`.
 
   Returns:
     uint8 [side, side, channels], see `fit_image`.
@@ -999,7 +1036,7 @@ def decode_image(
     TooManyPixels: a limit is exceeded, which is checked before the pixels are decoded.
     Exception: any that Pillow raises for bytes that are not a complete image; see `damage`.
   """
-  return _with_retry(encoded, lambda file: _decode(file, side, channels, max_pixels, max_memory))
+  return _with_retry(encoded, lambda file: _decode(file, side, channels, max_pixels, max_memory, scaling))
 
 
 def decoding_memory(encoded: bytes | BinaryIO, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY) -> int:
@@ -1033,7 +1070,7 @@ def _with_retry(encoded: bytes | BinaryIO, read: Callable[[Any], Any]) -> Any:
     raise
 
 
-def _decode(file: Any, side: int, channels: int, max_pixels: int, max_memory: int) -> np.ndarray:
+def _decode(file: Any, side: int, channels: int, max_pixels: int, max_memory: int, scaling: Scaling) -> np.ndarray:
   image, _ = _opened(file, max_pixels, max_memory)
   with image:
     if image.format == 'TIFF':
@@ -1048,7 +1085,7 @@ def _decode(file: Any, side: int, channels: int, max_pixels: int, max_memory: in
       upright = _upright(image, max_memory)
     if upright is not image:
       image.close()  # Frees its pixels.
-    return fit_image(upright, side, channels)
+    return fit_image(upright, side, channels, scaling)
 
 
 def _scaled_samples(image: Any) -> Any:
@@ -1386,8 +1423,8 @@ def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
     place = end
 
 
-def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
-  """Scales the short side to `side` (bilinear, antialiased) and crops the center: uint8 [side, side, channels].
+def fit_image(image: Any, side: int, channels: int, scaling: Scaling = TO_SIDE) -> np.ndarray:
+  """Scales the short side, by default to `side`, and crops the center: uint8 [side, side, channels].
 
   image: a Pillow image; one that already has the size is not resampled. channels: 1 (luminance) or 3 (RGB).
   Transparent pixels are composited on BACKGROUND.
@@ -1400,8 +1437,29 @@ def fit_image(image: Any, side: int, channels: int) -> np.ndarray:
   mode = 'L' if channels == 1 or image.mode in ('1', 'L') else 'RGB'
   if image.mode != mode:  # Otherwise convert() would copy it.
     image = image.convert(mode)
-  fitted = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+  method = Image.Resampling[scaling.interpolation.upper()]
+  if scaling.short_side in (None, side):
+    fitted = ImageOps.fit(image, (side, side), method)
+  else:
+    fitted = _scaled_and_cropped(image, side, scaling.short_side, method)
   return np.asarray(fitted.convert('L' if channels == 1 else 'RGB')).reshape(side, side, channels)
+
+
+def _scaled_and_cropped(image: Any, side: int, short_side: int, method: Any) -> Any:
+  """As torchvision: what is cropped is scaled too, and sides are rounded in its way."""
+  width, height = image.size
+  longest = _LONGEST * min(width, height)
+  if max(width, height) > longest:  # Otherwise an image of one row could become huge.
+    left, top = (max(size - longest, 0) // 2 for size in image.size)
+    image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+  short = min(image.size)
+  image = image.resize([short_side if size == short else short_side * size // short for size in image.size], method)
+  left, top = (round((size - side) / 2) for size in image.size)
+  return image.crop((left, top, left + side, top + side))
+
+
+_LONGEST = 16
+"""Of an image that is longer than this many times its short side, only the middle is scaled."""
 
 
 def _on_background(image: Any) -> Any:
@@ -1502,12 +1560,17 @@ def damage(error: Exception) -> str:
 
 
 def read_image(
-  file: str, side: int, channels: int, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
+  file: str,
+  side: int,
+  channels: int,
+  max_pixels: int = MAX_PIXELS,
+  max_memory: int = MAX_MEMORY,
+  scaling: Scaling = TO_SIDE,
 ) -> np.ndarray | str:
   """An image file decoded by `decode_image`, or the reason why it cannot be read."""
   try:
     with _open(file) as stream:
-      return decode_image(stream, side, channels, max_pixels, max_memory)
+      return decode_image(stream, side, channels, max_pixels, max_memory, scaling)
   except FileNotFoundError as error:
     return _DANGLING if os.path.islink(file) else damage(error)
   except TooManyPixels as error:
@@ -1716,7 +1779,7 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, li
   exiting, unreadable = dict.fromkeys(bundle.exits, 0), 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
-    decoded = [_read(file, bundle.image_shape, limits) for file in wave]
+    decoded = [_read(file, bundle, limits) for file in wave]
     images = [image for image in decoded if not isinstance(image, str)]
     answers = iter(_predict(bundle, images, deadline_ms))
     for file, image in zip(wave, decoded, strict=True):
@@ -1754,10 +1817,11 @@ def _say(line: str) -> None:
     ) from error
 
 
-def _read(file: str, image_shape: Sequence[int], limits: tuple[int, int]) -> np.ndarray | str:
+def _read(file: str, bundle: Adaptive, limits: tuple[int, int]) -> np.ndarray | str:
+  side, _, channels = bundle.image_shape
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # Pillow warns about odd but readable files.
-    return read_image(file, image_shape[0], image_shape[-1], *limits)
+    return read_image(file, side, channels, *limits, bundle.scaling)
 
 
 def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float | None) -> list[Prediction]:

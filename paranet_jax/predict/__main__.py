@@ -103,7 +103,8 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
   """Writes one row per file as the batches come, and reports unreadable files."""
   top = min(given.top, len(early_exit.class_names))
   side, _, channels = early_exit.image_shape
-  batches = read_batches(given.files, side, channels, given.batch_size, given.max_pixels, given.max_memory)
+  limits = given.max_pixels, given.max_memory
+  batches = read_batches(given.files, side, channels, given.batch_size, *limits, early_exit.scaling)
   with open_output(given.output) as stream, closing(batches):
     format = make_format(given.format, given.files, early_exit.class_names, top, stream)
     stream.write(format.before)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paranet_jax.portable.run import MAX_MEMORY, MAX_PIXELS, read_image
+from paranet_jax.portable.run import MAX_MEMORY, MAX_PIXELS, TO_SIDE, Scaling, read_image
 
 _BATCHES_AHEAD = 2  # Decoded, or being decoded, while one is in use.
 _THREADS = min(8, os.cpu_count() or 1)  # Each may hold an image at full size.
@@ -36,14 +36,16 @@ def read_batches(
   batch_size: int,
   max_pixels: int = MAX_PIXELS,
   max_memory: int = MAX_MEMORY,
+  scaling: Scaling = TO_SIDE,
 ) -> Generator[Batch, None, None]:
   """Yields files in order, `batch_size` at a time, while the next batches are decoded.
 
   Args:
-    side, channels: of the decoded images, see `run.fit_image`.
+    side, channels, scaling: of the decoded images, see `run.fit_image`.
     max_pixels, max_memory: images that have more, or take more bytes to decode, are unreadable.
   """
-  decode = partial(read_image, side=side, channels=channels, max_pixels=max_pixels, max_memory=max_memory)
+  limits = {'max_pixels': max_pixels, 'max_memory': max_memory}
+  decode = partial(read_image, side=side, channels=channels, scaling=scaling, **limits)
 
   def collect(chunk: Sequence[str], futures: list[Future]) -> Batch:
     decoded = {True: [], False: []}

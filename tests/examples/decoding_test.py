@@ -1,12 +1,14 @@
 """Which images are decoded when: large ones do not delay small ones, and what a request may decode is bounded."""
 
 import asyncio
+import io
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from decoding import _LEAST, SMALL, Decoders, Lane, decode
+from PIL import Image
 from serving import PNG, of_pixels
 from uploads import Refused
 
@@ -66,6 +68,14 @@ def test_the_sizes_of_real_files():
 def test_an_empty_file():
   with pytest.raises(Refused, match='^expected an image, found an empty file$'):
     decode(run, b'', (8, 8, 3), 100)
+
+
+def test_images_are_scaled_as_the_bundle_asks():
+  pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, 'PNG')
+  decoders = Decoders(run, (2, 2, 3), 10**6, 10**9, run.Scaling(6))
+  np.testing.assert_array_equal(asyncio.run(decoders.decode(file.getvalue(), 100)), pixels[2:4, 2:4])
 
 
 def test_the_pace_of_a_lane_is_learned():

@@ -108,11 +108,15 @@ def test_files(out):
   dataset = json.loads((PRETRAINED / 'dataset.json').read_text())
   assert json.loads((out / 'classes.json').read_text()) == dataset['class_names']
   preprocessing = json.loads((out / 'preprocessing.json').read_text())
-  assert {key: preprocessing[key] for key in ('side', 'channels', 'mean', 'std')} == {
+  assert preprocessing == {
     'side': 32,
     'channels': 3,
     'mean': dataset['mean'],
     'std': dataset['std'],
+    'resize': 'shorter side to `side` (bilinear, antialiased), center crop',
+    'short_side': None,
+    'interpolation': 'bilinear',
+    'normalize': '(pixel / 255 - mean) / std, a channel',
   }
 
 

@@ -160,6 +160,8 @@ FIELDS = {
   'negative deviation': ('preprocessing.json', 'std', [-0.25] * 3),
   'NaN deviation': ('preprocessing.json', 'std', [NAN] * 3),
   'too few deviations': ('preprocessing.json', 'std', [0.25]),
+  'scaled to less than the side': ('preprocessing.json', 'short_side', 1),
+  'unknown interpolation': ('preprocessing.json', 'interpolation', 'nearest'),
 }
 
 
@@ -246,6 +248,15 @@ def test_weights_in_another_file(folder, place):
   assert refusal(folder) == (
     'stage_1.onnx keeps weights in another file, which no checksum covers; export the run again'
   )
+
+
+def test_scaling(folder):
+  before = read(folder, 'preprocessing.json')
+  seal(folder, 'preprocessing.json', before | {'short_side': 9, 'interpolation': 'bicubic'})
+  assert run.load(folder).scaling == run.Scaling(9, 'bicubic')
+  older = {name: value for name, value in before.items() if name not in run.TO_SIDE._fields}
+  seal(folder, 'preprocessing.json', older)
+  assert run.load(folder).scaling == run.TO_SIDE
 
 
 def test_stages_that_do_not_fit_the_fields(folder):

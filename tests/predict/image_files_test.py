@@ -99,10 +99,17 @@ def test_batches_keep_the_order_and_omit_unreadable_files(tmp_path):
   assert list(read_batches([], 2, 3, 3)) == []
 
 
+def test_images_are_scaled_as_asked(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+  Image.fromarray(pixels).save(tmp_path / 'a.png')
+  (batch,) = read_batches(['a.png'], 2, 3, 1, scaling=run.Scaling(6))
+  np.testing.assert_array_equal(batch.images, [pixels[2:4, 2:4]])
+
+
 def test_two_later_batches_are_decoded_ahead(monkeypatch):
   decoded, ready = [], threading.Semaphore(0)
 
-  def decode(file, side, channels, max_pixels, max_memory):
+  def decode(file, side, channels, **_):
     decoded.append(file)
     ready.release()
     return np.zeros((side, side, channels), np.uint8)

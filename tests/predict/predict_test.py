@@ -15,6 +15,7 @@ from running import contents
 from unwritable import run_with_closed_pipe, run_with_full_disk
 
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import Scaling
 from paranet_jax.predict.__main__ import main
 from paranet_jax.predict.output import make_format, open_output, prediction_rows, table_format
 from paranet_jax.predict.tally import LiveLine, Tally
@@ -27,6 +28,7 @@ class Fake:
 
   class_names = ('ant', 'bee', 'cow', 'dog')
   image_shape = (8, 8, 3)
+  scaling = Scaling(16)
   plan = types.SimpleNamespace(exits=(1, 3), macs_alone=(1_000, 30_000), policy='optimal')
 
   def __init__(self, workdir, step):

@@ -78,24 +78,19 @@ NAME_PHOTOGRAPHS = """
 import resource, sys
 from pathlib import Path
 import jax, numpy as np
-from PIL import Image
 from paranet_jax.models.adopted.network import AdoptedNetwork
 from paranet_jax.models.adopted.read_weights import read_weights
 from paranet_jax.models.adopted.registry import find_architecture
+from paranet_jax.portable.run import Scaling, read_image
 
 weights, out, *files = map(Path, sys.argv[1:])
 architecture = find_architecture('tf_efficientnet_lite0')
-prepared, images = architecture.preprocessing, []
-for file in files:
-  image = Image.open(file).convert('RGB')
-  scale = prepared.resize / min(image.size)
-  size = [prepared.resize if side == min(image.size) else int(side * scale) for side in image.size]
-  image = image.resize(size, getattr(Image.Resampling, prepared.interpolation.upper()))
-  left, top = (round((side - prepared.side) / 2) for side in size)
-  pixels = np.asarray(image.crop((left, top, left + prepared.side, top + prepared.side)), np.float32) / 255
-  images.append((pixels - np.float32(prepared.mean)) / np.float32(prepared.deviation))
+prepared = architecture.preprocessing
+scaling = Scaling(prepared.resize, prepared.interpolation)
+pixels = np.stack([read_image(str(file), prepared.side, 3, scaling=scaling) for file in files])
+images = (pixels / np.float32(255) - np.float32(prepared.mean)) / np.float32(prepared.deviation)
 network = jax.jit(AdoptedNetwork(1000, prepared.side, arch=architecture.name).apply)
-(logits,) = network(read_weights(weights, architecture), np.stack(images))
+(logits,) = network(read_weights(weights, architecture), images)
 np.savez(out, logits=logits, megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 """A whole process, so that its time and memory are those of a first answer."""

@@ -5,11 +5,11 @@ from absl import logging
 from jaxtyping import UInt8
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import TooManyPixels, damage, decode_image, printable
+from paranet_jax.portable.run import TO_SIDE, Scaling, TooManyPixels, damage, decode_image, printable
 
 
 def decode_or_skip(
-  encoded: bytes, where: str, side: int, channels: int, skip: bool
+  encoded: bytes, where: str, side: int, channels: int, skip: bool, scaling: Scaling = TO_SIDE
 ) -> UInt8[np.ndarray, 'H W C'] | None:
   """Decodes an image for training; None, with a warning, if it cannot be decoded and is skipped.
 
@@ -20,7 +20,7 @@ def decode_or_skip(
     UserError: it cannot be decoded, or has too many pixels, and must not be skipped.
   """
   try:
-    return decode_image(encoded, side, channels)
+    return decode_image(encoded, side, channels, scaling=scaling)
   except TooManyPixels as error:
     reason, fix = str(error), f'{error} in {where}: scale it down'
   except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.

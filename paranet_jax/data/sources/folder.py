@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source, max_drawable
+from paranet_jax.data.scaling import scaling_of, scaling_settings
 from paranet_jax.data.sources.image_files import ImageFiles, Rest, image_folder, report
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, left_out_line, printable
@@ -29,8 +30,8 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
   `test_fraction` of the images, stratified by class, become the test split, chosen by their content; a class may be
   called train there. Images also lie in folders below those of their class; which files are images, `run.find_images`
   decides, and what is left out is counted and named in one line. Class names are sorted. Images are scaled so that the
-  short side is `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded, a dangling link
-  and what is no regular file are an error if `on_corrupt` is 'refuse', and are left out if it is 'skip'.
+  short side is `short_side` or `image_side`, then center-cropped (see `fit_image`). An image that cannot be decoded, a
+  dangling link and what is no regular file are an error if `on_corrupt` is 'refuse', and are left out if it is 'skip'.
 
   Raises:
     UserError: the folder, its images or its classes are missing or do not fit.
@@ -49,7 +50,8 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
 
   def records(split: str) -> ImageFiles:
     files, labels = listed[split]
-    return ImageFiles(list(map(str, files)), labels, image_side, channels, skip_corrupt=on_corrupt == 'skip')
+    skip, scaling = on_corrupt == 'skip', scaling_of(data_config)
+    return ImageFiles(list(map(str, files)), labels, image_side, channels, skip, scaling)
 
   all_files = [file for files, _ in listed.values() for file in files]
   return Source(
@@ -57,7 +59,7 @@ def folder_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     version='',
     class_names=tuple(class_names),
     records=records,
-    fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt),
+    fingerprint=fingerprint(root, all_files, data_config.test_fraction, on_corrupt, *scaling_settings(data_config)),
     test_count=test_count,
     test_share=data_config.test_fraction,
     left_out=len(rest.left_out) + len(rest.beside) + len(rest.unreadable),

@@ -13,7 +13,7 @@ from paranet_jax.data.identity import Identities, identities
 from paranet_jax.data.sources.corrupt import decode_or_skip
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import left_out_line, printable
+from paranet_jax.portable.run import TO_SIDE, Scaling, left_out_line, printable
 
 
 @dataclass
@@ -62,6 +62,7 @@ class ImageFiles:
   image_side: int
   channels: int
   skip_corrupt: bool
+  scaling: Scaling = TO_SIDE
 
   def __len__(self) -> int:
     return len(self.files)
@@ -98,4 +99,4 @@ class ImageFiles:
   def _decode(self, file: str, encoded: bytes | None) -> UInt8[ndarray, 'H W C'] | None:
     if encoded is None:
       return None
-    return decode_or_skip(encoded, f'file {file}', self.image_side, self.channels, self.skip_corrupt)
+    return decode_or_skip(encoded, f'file {file}', self.image_side, self.channels, self.skip_corrupt, self.scaling)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
+from paranet_jax.data.scaling import scaling_of, scaling_settings
 from paranet_jax.data.sources.image_files import ImageFiles, Rest, image_folder, report
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import SUFFIXES, find_images
@@ -42,8 +43,12 @@ def images_source(data_config: ConfigDict, image_side: int, channels: int) -> So
     name='images',
     version='',
     class_names=(),
-    records=lambda _: ImageFiles(found.images, labels, image_side, channels, skip_corrupt=on_corrupt == 'skip'),
-    fingerprint=fingerprint(root, map(Path, found.images), data_config.test_fraction, on_corrupt),
+    records=lambda _: ImageFiles(
+      found.images, labels, image_side, channels, on_corrupt == 'skip', scaling_of(data_config)
+    ),
+    fingerprint=fingerprint(
+      root, map(Path, found.images), data_config.test_fraction, on_corrupt, *scaling_settings(data_config)
+    ),
     test_count=count,
     test_share=data_config.test_fraction,
     left_out=len(rest.left_out) + len(rest.unreadable),

@@ -30,9 +30,11 @@ from tensorflow_datasets.core.download.resource import get_dl_fname
 from paranet_jax.data.cache import fingerprint
 from paranet_jax.data.dataset import Source
 from paranet_jax.data.identity import Identities, identities
+from paranet_jax.data.scaling import scaling_of, scaling_settings
 from paranet_jax.data.sources.corrupt import decode_or_skip
 from paranet_jax.host.arguments import absolute, check_utf8
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import TO_SIDE, Scaling
 
 _PREPARABLE = ('cifar10', 'cifar100')  # tfds needs TensorFlow to prepare the others.
 _CIFAR_SHAPE = (3, 32, 32)
@@ -75,7 +77,8 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
 
   def records(split: str) -> _TfdsRecords:
     source = builder.as_data_source(splits[split], decoders={keys[0]: tfds.decode.SkipDecoding()})
-    return _TfdsRecords(source, str(builder.data_dir), splits[split], keys, image_side, channels, on_corrupt == 'skip')
+    where = str(builder.data_dir), splits[split], keys
+    return _TfdsRecords(source, *where, image_side, channels, on_corrupt == 'skip', scaling_of(data_config))
 
   folder = Path(builder.data_dir)
   return Source(
@@ -83,7 +86,7 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
     version=str(builder.version),
     class_names=tuple(builder.info.features[keys[1]].names),
     records=records,
-    fingerprint=fingerprint(folder, sorted(folder.iterdir()), on_corrupt),
+    fingerprint=fingerprint(folder, sorted(folder.iterdir()), on_corrupt, *scaling_settings(data_config)),
   )
 
 
@@ -181,6 +184,7 @@ class _TfdsRecords:
   image_side: int
   channels: int
   skip_corrupt: bool
+  scaling: Scaling = TO_SIDE
 
   def __len__(self) -> int:
     return len(self.source)
@@ -212,7 +216,7 @@ class _TfdsRecords:
 
   def _decode(self, number: int, encoded: bytes) -> UInt8[np.ndarray, 'H W C'] | None:
     where = f'record {number} of {self.split} in {self.folder}'
-    return decode_or_skip(encoded, where, self.image_side, self.channels, self.skip_corrupt)
+    return decode_or_skip(encoded, where, self.image_side, self.channels, self.skip_corrupt, self.scaling)
 
 
 def _prepare(builder: _Builder) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from paranet_jax.data.load import load_dataset
 from paranet_jax.data.sources.folder import folder_source
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import TO_SIDE
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,18 @@ def test_one_folder_and_a_fraction(root):
   assert sorted(pairs(dataset.train) + pairs(dataset.test)) == everything
   assert pairs(load(root, test_fraction=0.25).test) == pairs(dataset.test)
   assert len(load(root, test_fraction=0.5).test) == 8  # Not the cached split.
+
+
+def test_images_are_scaled_as_asked(root):
+  write_all(root, BOTH)
+  pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  Image.fromarray(pixels).save(root / 'test/dog/c.png')
+  for short_side, interpolation in ((None, 'bilinear'), (8, 'bilinear'), (6, 'bicubic')):  # Not the cached ones.
+    side, method = short_side or 4, Image.Resampling[interpolation.upper()]
+    border = (side - 4) // 2
+    expected = np.asarray(Image.fromarray(pixels).resize((side, side), method))[border:, border:][:4, :4]
+    images = load(root, short_side=short_side, interpolation=interpolation).test.images
+    assert any(np.array_equal(image, expected) for image in images)
 
 
 def test_changed_files_are_decoded_again(root):
@@ -301,7 +314,7 @@ def test_classes_with_the_name_of_a_split(root, names):
 
 def test_too_many_pixels(root, monkeypatch):
   write_all(root, ONE_FOLDER)
-  monkeypatch.setattr('paranet_jax.portable.run.decode_image.__defaults__', (15, 10**9))
+  monkeypatch.setattr('paranet_jax.portable.run.decode_image.__defaults__', (15, 10**9, TO_SIDE))
   fix = 'scale it down, or set --config.data.on_corrupt=skip'
   with pytest.raises(UserError, match=f'^expected at most 15 pixels, found 4 x 4 in file .*/0.png: {fix}$'):
     load(root)
