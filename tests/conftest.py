@@ -22,8 +22,15 @@ TOGETHER = (
 )
 DEAREST = (
   *TOGETHER,
-  *('models/families_train_test.py', 'export/export_test.py', 'export/families_test.py', 'examples/scripts_test.py'),
-  *('costs_test.py', 'fields_test.py', 'train_test.py', 'models/layers/dense_block_test.py', 'data/stream_test.py'),
+  *(
+    'export/export_test.py',
+    'models/layers/dense_block_test.py',
+    'export/families_test.py',
+    'examples/scripts_test.py',
+  ),
+  *(f'models/{name}_test.py' for name in ('fractalnet', 'resnet', 'paranet', 'msdnet', 'densenet', 'families_train')),
+  *('task_test.py', 'plugins_test.py', 'experiments/experiments_test.py', 'costs_test.py', 'seeds_test.py'),
+  *('fields_test.py', 'train_test.py', 'steps_test.py', 'data/stream_test.py', 'host/joining_test.py'),
 )
 
 ENOUGH = 1_200_000_000

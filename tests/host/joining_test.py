@@ -221,7 +221,7 @@ def test_the_others_do_not_join():
 import sys
 from paranet_jax.host import processes
 from paranet_jax.host.watch import Place
-processes.JOIN_SECONDS = 3
+processes.JOIN_SECONDS = 1
 with processes.joined(Place(sys.argv[1], 2, 1), 10):
   pass
 """
@@ -230,7 +230,7 @@ with processes.joined(Place(sys.argv[1], 2, 1), 10):
   _, err = process.communicate(timeout=120)
   assert (process.returncode, err.splitlines()[-1]) == (
     2,
-    f'error: the other processes did not join at {place} within 3 s; start all of them with the same --coordinator, '
+    f'error: the other processes did not join at {place} within 1 s; start all of them with the same --coordinator, '
     'where process 0 must be reachable, or set --num_processes=1 to train alone',
   )
 

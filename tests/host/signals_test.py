@@ -149,23 +149,34 @@ def joined(program, *arguments):
   return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.fixture(scope='module')
+def all_joined():
+  """The programs that each test needs, which start for seconds, together."""
+  started = {number: (joined(TOGETHER, int(number)), joined(HANGING)) for number in (signal.SIGINT, signal.SIGTERM)}
+  yield started
+  for pair in started.values():
+    for process in pair:
+      process.kill()
+      process.communicate()
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_under_jax_distributed_the_processes_agree_on_the_step(number):
-  with joined(TOGETHER, int(number)) as process:
-    out, err = process.communicate(timeout=120)
+def test_under_jax_distributed_the_processes_agree_on_the_step(all_joined, number):
+  process, _ = all_joined[number]
+  out, err = process.communicate(timeout=120)
   assert process.returncode == 0, err
   what, step = out.strip().rsplit(' ', 1)
   assert what == 'a preemption notice' and int(step) > 3
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_under_jax_distributed_a_later_signal_acts_even_in_a_step_that_hangs(number):
-  with joined(HANGING) as process:
-    assert process.stdout.readline() == 'asked\n'
-    for _ in range(60):
-      time.sleep(0.5)
-      process.send_signal(number)
-      if process.poll() is not None:
-        break
-    process.kill()
-  assert process.returncode == -number
+def test_under_jax_distributed_a_later_signal_acts_even_in_a_step_that_hangs(all_joined, number):
+  _, process = all_joined[number]
+  assert process.stdout.readline() == 'asked\n'
+  for _ in range(60):
+    time.sleep(0.5)
+    process.send_signal(number)
+    if process.poll() is not None:
+      break
+  process.kill()
+  assert process.wait() == -number

@@ -120,7 +120,7 @@ def test_logits_match_the_recursive_definition(model, exits):
       assert logits is None
 
 
-@pytest.mark.parametrize('model, exits', [(network(), ALL), (network(columns=2), (2,))])
+@pytest.mark.parametrize('model, exits', [(network(widths=(5,)), ALL), (network(columns=2), (2,))])
 def test_training_matches_plain_flax(model, exits):
   variables, images = tiny.variables(model), noise(model)
   # Plain flax has no variables for the columns that these exits do not use.

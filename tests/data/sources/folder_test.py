@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from image_folder import config_of, spoil, write
 from PIL import Image
 
@@ -324,17 +322,21 @@ IMAGE, TEXT, HALF, LINK, GONE = 'image', 'text', 'half', 'link', 'gone'
 USED = ('train/cat', 'train/cat/more', 'train/dog/x.png', 'test/dog')
 LEFT_OUT = ('', 'train', 'val/cat', 'other', 'train/dog/.git', 'train/dog/@eaDir', 'test/.a/b', '__MACOSX/cat')
 NAMES = (*(f'{number}.{suffix}' for number in range(3) for suffix in SUFFIXES), 'a', '.a.png', 'b.txt', 'Thumbs.db')
-TREES = st.dictionaries(
-  st.tuples(st.sampled_from(USED + LEFT_OUT), st.sampled_from(NAMES)),
-  st.sampled_from([IMAGE, IMAGE, IMAGE, TEXT, HALF, LINK, GONE]),
-  max_size=12,
-)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(TREES)
-def test_every_file_is_used_skipped_or_left_out(tmp_path_factory, tree):
-  root = tmp_path_factory.mktemp('tree')
+def test_every_file_is_used_skipped_or_left_out(tmp_path_factory):
+  from hypothesis import given, settings, strategies  # Seconds to import, which other tests do not wait for.
+
+  trees = strategies.dictionaries(
+    strategies.tuples(strategies.sampled_from(USED + LEFT_OUT), strategies.sampled_from(NAMES)),
+    strategies.sampled_from([IMAGE, IMAGE, IMAGE, TEXT, HALF, LINK, GONE]),
+    max_size=12,
+  )
+  every = given(trees)(lambda tree: assert_every_file_is_counted(tmp_path_factory.mktemp('tree'), tree))
+  settings(max_examples=40, deadline=None)(every)()
+
+
+def assert_every_file_is_counted(root, tree):
   write_all(root, {f'{split}/{name}/whole.png': 9 for split in ('train', 'test') for name in ('cat', 'dog')})
   whole = (root / 'test/cat/whole.png').read_bytes()
   for (folder, name), kind in tree.items():

@@ -19,7 +19,7 @@ SHAPES = {
   # batch, side, channels, layers, growth_rate, bn_size
   'even': (8, 4, 6, 4, 3, 2),
   'one layer': (4, 6, 5, 1, 4, 4),
-  'narrow input, odd side': (6, 5, 3, 5, 2, 2),
+  'narrow input, odd side': (6, 5, 3, 3, 2, 2),
   'wide input, one pixel': (16, 1, 24, 3, 2, 4),
   'many pixels': (64, 8, 6, 2, 3, 2),
 }
@@ -168,24 +168,6 @@ def test_devices_share_their_statistics():
   wanted_outputs, wanted, _ = plain_outcome('even')
   close((out.reshape(wanted_outputs[0].shape), stats), wanted_outputs)
   close((found, dx.reshape(x.shape)), wanted)
-
-
-def test_finite_differences(standard_promotion):
-  plain, variables, x, weights = problem('one layer')
-  with jax.enable_x64(True):
-    point, stats = jax.tree.map(np.float64, ((variables['params'], x), variables['batch_stats']))
-    direction = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size)).reshape(leaf.shape), point)
-
-    @jax.jit
-    def loss(params, images):
-      return block_loss(block_of(plain, 1), params, stats, images, weights)[0]
-
-    def moved(step):
-      return float(loss(*jax.tree.map(lambda leaf, way: leaf + step * way, point, direction)))
-
-    found = jax.jit(jax.grad(loss, argnums=(0, 1)))(*point)
-    slopes = jax.tree.map(lambda gradient, way: float(np.sum(gradient * way)), found, direction)
-    assert sum(jax.tree.leaves(slopes)) == pytest.approx((moved(1e-6) - moved(-1e-6)) / 2e-6, rel=1e-6)
 
 
 def test_half_precision(standard_promotion):
