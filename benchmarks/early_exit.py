@@ -5,16 +5,19 @@ Without, random weights and noise, and thresholds by which images leave as the b
 multiply-adds, as a share of the last exit's alone; `equal accuracy` is the cheapest point that is as accurate as the
 last exit on the held-out images. `macs` is the speed-up that multiply-adds promise for the images timed, `latency` the
 one that the latencies of the stages promise. `break_even` is the share of images that must leave at the first exit, all
-others going through every stage, for the runtime to be as fast as always the last.
+others going through every stage, for the runtime to be as fast as always the last. `of_program` compares the runtime,
+if all images of a batch of 64 leave at an exit that it visits after those before it, with one program for this exit.
 """
 
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import cli, network, report
 from benchmarks.timing import in_turn
 from paranet_jax.calibrate.latency import LatencyCosts
+from paranet_jax.data.augment import normalize
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.exit_plan import CheckpointId, ExitPlan, full_network_plan, with_thresholds
 from paranet_jax.early.loaded_run import load
@@ -43,6 +47,9 @@ BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 NUM_BUDGETS = 40
 """Budgets among which equal accuracy is looked for."""
 IMAGES = 512
+PROGRAM_BATCH = 64
+_NOBODY = 2.0
+"""A threshold above every confidence."""
 NOISE = Preprocessing((0.0,), (1.0,), crop_padding=0, flip=False)
 
 
@@ -106,7 +113,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-  """`ours`, `theirs` and `ratio` in images/s of the first row, `break_even` by batch size, and `rows`."""
+  """`ours`, `theirs` and `ratio` in images/s of the first row, `break_even` by batch size, `of_program`, and `rows`."""
   subject = trained(options.workdir) if options.workdir else untrained(options.size)
   rows, break_even = [], {}
   for batch in options.batches:
@@ -114,7 +121,35 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     latencies = LatencyCosts(subject.model, subject.variables, subject.image_shape, subject.plan.exits, batch)
     rows += compare(subject, batch, latencies, options)
     break_even[str(batch)] = break_even_share(latencies)
-  return report.headline(rows) | {'break_even': break_even}
+  return report.headline(rows) | {'break_even': break_even, 'of_program': of_program(subject, options)}
+
+
+def of_program(subject: Subject, options: argparse.Namespace) -> dict[str, float]:
+  """By exit, how fast the runtime is beside one program for the exit: 1 is as fast."""
+  last, images, found = subject.runtime(), subject.images[:PROGRAM_BATCH], {}
+  for k, number in enumerate(subject.plan.exits):
+    cli.progress(f'exit {number} as one program ...')
+    leave_here = np.where(np.arange(len(subject.plan.exits)) < k, _NOBODY, 0.0)
+    runtime = last.with_plan(with_thresholds(subject.plan, leave_here, subject.macs))
+    program = _program(subject, number)
+    seconds = in_turn(
+      {'runtime': partial(runtime.predict, images), 'program': partial(program, images)},
+      options.rounds,
+      options.seconds,
+    )
+    found[str(number)] = seconds['program'] / seconds['runtime']
+  return found
+
+
+def _program(subject: Subject, number: int) -> Callable[[np.ndarray], np.ndarray]:
+  variables = jax.device_put(subject.variables)  # Constants, as in `EarlyExit`.
+
+  @jax.jit
+  def logits(images):
+    images = normalize(images, subject.preprocessing.mean, subject.preprocessing.std)
+    return subject.model.apply(variables, images, exits=(number,))[number - 1]
+
+  return lambda images: np.asarray(logits(images))
 
 
 def compare(subject: Subject, batch: int, latencies: PathCosts, options: argparse.Namespace) -> list[dict[str, Any]]:

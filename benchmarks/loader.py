@@ -94,7 +94,7 @@ def photographs(folder: Path) -> Split:
 
 
 def open_folder(folder: Path, side: int) -> Source:
-  """The images of a folder, a tenth of which are test images."""
+  """The images of a folder."""
   return folder_source(ConfigDict({'data_dir': str(folder), 'test_fraction': 0.1, 'on_corrupt': 'refuse'}), side, 3)
 
 

@@ -21,12 +21,14 @@ class TorchPeer(NamedTuple):
   Attributes:
     pool_first: transitions pool, then convolve.
     huge_pages: glibc asks for huge pages, as in our process.
-    compiled: by torch.compile.
+    bfloat16: under autocast, so that products are in bfloat16.
+    compiled: by torch.compile in this mode; '': not at all.
   """
 
   pool_first: bool = False
   huge_pages: bool = False
-  compiled: bool = False
+  bfloat16: bool = False
+  compiled: str = ''
 
 
 EAGER = 'eager'
@@ -37,8 +39,14 @@ TORCH_PEERS = {
   EAGER: TorchPeer(),
   'eager_pool_first': TorchPeer(pool_first=True),
   'eager_huge_pages': TorchPeer(huge_pages=True),
-  COMPILED: TorchPeer(compiled=True),
+  'eager_bfloat16': TorchPeer(bfloat16=True),
+  'eager_everything': TorchPeer(pool_first=True, huge_pages=True, bfloat16=True),
+  COMPILED: TorchPeer(compiled='default'),
+  'compile_everything': TorchPeer(
+    pool_first=True, huge_pages=True, bfloat16=True, compiled='max-autotune-no-cudagraphs'
+  ),
 }
+"""'everything' is what a user would find who tries it all: transitions that pool first, huge pages and bfloat16."""
 
 
 def torch_peers(peer: str) -> dict[str, TorchPeer]:
@@ -67,7 +75,8 @@ def torch_forward(
   peer: TorchPeer, variables: dict[str, Any], exits: tuple[int, ...]
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
   """The peer's forward pass in inference mode with the package's variables: images to the logits of these exits."""
-  return torch_paranet().forward(_torch_network(peer, variables), exits, compiled=peer.compiled)
+  options = {'compiled': peer.compiled, 'bfloat16': peer.bfloat16}
+  return torch_paranet().forward(_torch_network(peer, variables), exits, **options)
 
 
 def torch_step(
@@ -75,7 +84,8 @@ def torch_step(
 ) -> Callable[[], None]:
   """A function that trains the peer for one step more, from the package's variables on one batch."""
   network = _torch_network(peer, variables)
-  return torch_paranet().training_step(network, images, labels, optimizer, compiled=peer.compiled)
+  options = {'compiled': peer.compiled, 'bfloat16': peer.bfloat16}
+  return torch_paranet().training_step(network, images, labels, optimizer, **options)
 
 
 def _torch_network(peer: TorchPeer, variables: dict[str, Any]) -> Any:

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 
 from benchmarks.peers import available_cores
-from paranet_jax.host.machine import cpu_name, environment
+from paranet_jax.host.machine import cpu_features, cpu_name, environment
 
 EXTRAS = ('torch', 'onnxruntime', 'openvino', 'libtpu')
+FEATURES = frozenset({'avx2', 'avx512f', 'avx512_bf16', 'avx512_vnni', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'sve'})
+"""Instruction sets that decide how fast products are, by Linux's names."""
 COLUMNS = ('what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit')
 
 
@@ -58,6 +60,7 @@ def surroundings() -> dict[str, Any]:
   machine = {
     'cpu': cpu_name(),
     'cores': available_cores(),
+    'features': ' '.join(sorted(FEATURES & cpu_features())),
     'system': platform.platform(),
     'device': facts['device'],
     'load_average': round(os.getloadavg()[0], 2),

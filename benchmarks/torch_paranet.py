@@ -149,7 +149,13 @@ def _leaves(tree: dict[str, Any], *path: str) -> Iterator[tuple[tuple[str, ...],
 
 
 def training_step(
-  network: TorchParaNet, images: np.ndarray, labels: np.ndarray, optimizer: dict[str, Any], *, compiled: bool = False
+  network: TorchParaNet,
+  images: np.ndarray,
+  labels: np.ndarray,
+  optimizer: dict[str, Any],
+  *,
+  compiled: str = '',
+  bfloat16: bool = False,
 ) -> Callable[[], None]:
   """A function that trains the network for one step more, on a batch that is normalized and in place.
 
@@ -157,31 +163,37 @@ def training_step(
     images: normalized float32 [B, S, S, C].
     labels: int [B].
     optimizer: of `torch.optim.SGD`.
+    compiled: mode of torch.compile; '': eager.
+    bfloat16: the forward pass and the losses under autocast.
   """
   network = network.to(memory_format=torch.channels_last).train()
   exits = range(1, network.num_pipelines + 1)
-  forward = torch.compile(network) if compiled else network
+  forward = torch.compile(network, mode=compiled) if compiled else network
   sgd = torch.optim.SGD(network.parameters(), **optimizer)
   images, labels = channels_last(images), torch.from_numpy(labels).long()
 
   def run():
     sgd.zero_grad(set_to_none=True)
-    sum(F.cross_entropy(logits, labels) for logits in forward(images, exits)).backward()
+    with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+      loss = sum(F.cross_entropy(logits, labels) for logits in forward(images, exits))
+    loss.backward()
     sgd.step()
 
   return run
 
 
 def forward(
-  network: TorchParaNet, exits: Sequence[int], *, compiled: bool = False
+  network: TorchParaNet, exits: Sequence[int], *, compiled: str = '', bfloat16: bool = False
 ) -> Callable[[np.ndarray], list[np.ndarray]]:
   """The forward pass in inference mode: normalized images [B, S, S, C] to the logits of these exits."""
   network = network.to(memory_format=torch.channels_last).eval()
-  network = torch.compile(network) if compiled else network
+  network = torch.compile(network, mode=compiled) if compiled else network
 
   @torch.inference_mode()
   def run(images):
-    return [logits.numpy() for logits in network(channels_last(images), exits)]
+    with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+      found = network(channels_last(images), exits)
+    return [logits.float().numpy() for logits in found]
 
   return run
 

@@ -113,11 +113,11 @@ class FakeTorch:
     return variables
 
   @staticmethod
-  def training_step(theirs, images, labels, optimizer, *, compiled):
+  def training_step(theirs, images, labels, optimizer, **options):
     return lambda: None
 
   @staticmethod
-  def forward(theirs, exits, *, compiled):
+  def forward(theirs, exits, **options):
     return lambda images: [np.zeros((len(images), 100))] * len(exits)
 
 
@@ -144,18 +144,24 @@ def test_own_process_asks_for_huge_pages_if_ours_does(huge_pages, monkeypatch):
   assert os.environ[VARIABLE] == 'glibc.malloc.hugetlb=1'
 
 
-@pytest.mark.parametrize('name', ['eager', 'eager_pool_first', 'eager_huge_pages', 'compile'])
+EAGER_PEERS = tuple(peers.torch_peers('eager'))
+
+
+@pytest.mark.parametrize('name', peers.TORCH_PEERS)
 def test_what_a_peer_is(name, monkeypatch):
   made = []
 
   class Recorded:
     torch_network = staticmethod(lambda variables, *, pool_first: made.append(('pool_first', pool_first)))
-    forward = staticmethod(lambda theirs, exits, *, compiled: made.append(('compiled', compiled)))
-    training_step = staticmethod(lambda theirs, *batch, compiled: made.append(('compiled', compiled)))
+    forward = staticmethod(lambda theirs, exits, **options: made.append(options))
+    training_step = staticmethod(lambda theirs, *batch, **options: made.append(options))
 
   monkeypatch.setattr(peers, 'torch_paranet', lambda: Recorded)
-  expected = [('pool_first', name == 'eager_pool_first'), ('compiled', name == 'compile')]
-  assert peers.TORCH_PEERS[name].huge_pages == (name == 'eager_huge_pages')
+  everything = 'everything' in name
+  modes = {'compile': 'default', 'compile_everything': 'max-autotune-no-cudagraphs'}
+  options = {'compiled': modes.get(name, ''), 'bfloat16': everything or name == 'eager_bfloat16'}
+  expected = [('pool_first', everything or name == 'eager_pool_first'), options]
+  assert peers.TORCH_PEERS[name].huge_pages == (everything or name == 'eager_huge_pages')
   peers.torch_forward(peers.TORCH_PEERS[name], {}, (1,))
   peers.torch_step(peers.TORCH_PEERS[name], {}, None, None, {})
   assert made == expected * 2
@@ -181,14 +187,12 @@ def test_train_step(fake_torch, monkeypatch, capsys):
   result = run(train_step.main, [*FLAGS, '--rounds=1', '--seconds=0', '--no-linen'], capsys)
   assert set(result) == SURROUNDINGS | {'ours', 'theirs', 'ratio', 'rows'}
   assert named(result) == [
-    ('training step', 'eager', 4, None, 'images/s'),
-    ('training step', 'eager_pool_first', 4, None, 'images/s'),
-    ('training step', 'eager_huge_pages', 4, None, 'images/s'),
+    *(('training step', peer, 4, None, 'images/s') for peer in EAGER_PEERS),
     ('training step, two CPU devices', 'eager', 4, None, 'images/s'),
   ]
   assert [result[name] for name in ('ours', 'theirs', 'ratio')] == list(result['rows'][0].values())[4:7]
   assert result['ratio'] == pytest.approx(result['ours'] / result['theirs'], rel=1e-3)
-  assert 0 < result['rows'][3]['ours'] < result['theirs']
+  assert 0 < result['rows'][len(EAGER_PEERS)]['ours'] < result['theirs']
 
 
 def test_train_step_scaling(fake_torch, monkeypatch, capsys):
@@ -202,9 +206,10 @@ def test_train_step_scaling(fake_torch, monkeypatch, capsys):
   monkeypatch.setattr(train_step, 'timed', lambda what, steps, options: steps)
   result = run(train_step.main, ['--layers=16', '--scaling', '--peer=compile'], capsys)
   step = 16 * 12 * 32**2 * 64
-  assert [row['peer'] for row in result['rows'][:6]] == [*peers.TORCH_PEERS, 'linen', 'eager']
-  assert result['ratio'] == 2.0 and result['rows'][5]['ratio'] == 8.0
-  assert [(row['what'], row['batch'], row['ours'] / (1000 * step), row['ratio']) for row in result['rows'][6:]] == [
+  first = len(peers.TORCH_PEERS) + 2
+  assert [row['peer'] for row in result['rows'][:first]] == [*peers.TORCH_PEERS, 'linen', 'eager']
+  assert result['ratio'] == 2.0 and result['rows'][first - 1]['ratio'] == 8.0
+  assert [(row['what'], row['batch'], row['ours'] / (1000 * step), row['ratio']) for row in result['rows'][first:]] == [
     ('time of a step', 64, pytest.approx(1, rel=1e-3), 0.5),
     ('time of a step, layers 8', 64, pytest.approx(1 / 2, rel=1e-3), 0.5),
     ('time of a step, layers 32', 64, pytest.approx(2, rel=1e-3), 0.5),
@@ -227,8 +232,8 @@ def test_inference(fake_torch, monkeypatch, capsys):
     row
     for exit in (None, 1, 2, 3)
     for row in (
-      *(('forward pass', peer, 4, exit, 'images/s') for peer in ('eager', 'eager_pool_first', 'eager_huge_pages')),
-      *(('one image', peer, 1, exit, 'ms') for peer in ('eager', 'eager_pool_first', 'eager_huge_pages')),
+      *(('forward pass', peer, 4, exit, 'images/s') for peer in EAGER_PEERS),
+      *(('one image', peer, 1, exit, 'ms') for peer in EAGER_PEERS),
     )
   ]
 
@@ -236,7 +241,7 @@ def test_inference(fake_torch, monkeypatch, capsys):
 @pytest.mark.parametrize('theirs', [0.5002, np.nan])
 def test_other_logits_are_refused(theirs):
   forwards = {'ours': lambda _: [np.full((2, 3), 0.5)], 'eager': lambda _: [np.full((2, 3), theirs)]}
-  with pytest.raises(RuntimeError, match='the logits differ by (2.0e-04|nan), and by 1e-04 at most was expected'):
+  with pytest.raises(RuntimeError, match='the logits of eager differ by (2.0e-04|nan), and by 1e-04 at most'):
     inference.check_logits(forwards, None)
 
 
@@ -343,7 +348,7 @@ def test_loader(monkeypatch, capsys):
     ('loader, 224 pixels', 'one thread', 300, 50, 6),
   ]
   assert (result['ratio'], result['workers'], result['images']) == (3, 2, 'generated')
-  assert used == [(115, None), (115, None), (115, 'trained')]  # A tenth of 128 is for testing.
+  assert used == [(128, None), (128, None), (128, 'trained')]
   assert read == [(2, 224, 224, 3)]
 
 

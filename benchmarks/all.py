@@ -1,0 +1,183 @@
+"""Runs the benchmarks one after the other, and writes the tables of docs/speed.md from their JSON.
+
+Each result is kept in `benchmarks/results/NAME.json` with its command, machine, load, versions and date; tables are
+only made from these files. `--render` writes the tables without measuring. The machine must be idle.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.peers import EAGER, TORCH_PEERS
+from paranet_jax.host.errors import UserError, exit_code, say
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = ROOT / 'benchmarks/results', ROOT / 'docs/speed.md'
+
+COMMANDS = {
+  'train_step': ('train_step.py', '--rounds=5', '--no-linen'),
+  'inference': ('inference.py', '--rounds=5', '--no-linen'),
+  'early_exit': ('early_exit.py', '--rounds=3', '--seconds=0.5'),
+  'deploy': ('deploy.py', '--rounds=3', '--seconds=0.5'),
+  'compile_time': ('compile_time.py', '--rounds=3', '--no-linen'),
+}
+"""The program and flags of each benchmark."""
+
+Result = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns the exit code."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(COMMANDS)} (default: all)')
+  parser.add_argument('--render', action='store_true', help='write the tables, and measure nothing')
+  options = parser.parse_args(argv)
+  return exit_code(lambda: _run(options.names, options.render))
+
+
+def _run(names: Sequence[str], render: bool) -> None:
+  if unknown := [name for name in names if name not in COMMANDS]:
+    raise UserError(f'expected names of {", ".join(COMMANDS)}, found {unknown[0]}; see --help')
+  for name in () if render else names or COMMANDS:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f'{name}.json').write_text(json.dumps(measure(name), indent=1) + '\n')
+  PAGE.write_text(rendered(PAGE.read_text(), results()))
+  say(f'tables: {PAGE}')
+
+
+def measure(name: str) -> Result:
+  """The JSON of a benchmark, and its `command`.
+
+  Raises:
+    UserError: it failed; what it said is on stderr.
+  """
+  program, *flags = COMMANDS[name]
+  command = f'python benchmarks/{program} {" ".join(flags)}'
+  say(command)
+  process = subprocess.run(
+    [sys.executable, f'benchmarks/{program}', *flags, '--json'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  if process.returncode:
+    raise UserError(f'expected {command} to succeed, found exit code {process.returncode}; see its message above')
+  return {'command': command, **json.loads(process.stdout)}
+
+
+def results() -> dict[str, Result]:
+  """What was measured, by name."""
+  return {name: json.loads(file.read_text()) for name in COMMANDS if (file := RESULTS / f'{name}.json').exists()}
+
+
+def rendered(page: str, found: Mapping[str, Result]) -> str:
+  """The page with the tables of these results between its marks `<!-- table NAME -->` and `<!-- end -->`."""
+  for name, result in found.items():
+    before, mark, rest = page.partition(f'<!-- table {name} -->\n')
+    _, end, after = rest.partition('<!-- end -->')
+    if not mark or not end:
+      raise UserError(f'expected the marks of the table {name} in {PAGE}, found none; put them in')
+    page = f'{before}{mark}\n{provenance(result)}\n\n{TABLES[name](result)}\n\n{end}{after}'
+  return page
+
+
+def provenance(result: Result) -> str:
+  """The command, the machine and the date, in a sentence."""
+  machine, versions = result['machine'], result['versions']
+  peers = ''.join(f', {name} {versions[name]}' for name in ('torch', 'onnxruntime', 'openvino') if name in versions)
+  return (
+    f'`{result["command"]}`, one run on {result["date"]}: {machine["cores"]} cores of {machine["cpu"]} '
+    f'({machine["features"]}), load average {machine["load_average"]} at its start, jax {versions["jax"]}{peers}.'
+  )
+
+
+def compared(result: Result) -> str:
+  """Ours, PyTorch as it is first written, and the fastest PyTorch; ratios above 1 mean that ours is faster."""
+  groups: dict[tuple, dict[str, dict[str, Any]]] = {}
+  for row in result['rows']:
+    if row['peer'] in TORCH_PEERS:
+      groups.setdefault((row['what'], row['batch'], row['exit'], row['unit']), {})[row['peer']] = row
+  lines = []
+  for (what, batch, exit, unit), peers in groups.items():
+    speeds = {name: _faster(row['ours'], row['theirs'], unit) for name, row in peers.items()}
+    best = min(speeds, key=lambda name: speeds[name])
+    eager = peers[EAGER]
+    lines.append(
+      [
+        f'{what}, {f"exit {exit}" if exit else "all exits"}, batch {batch}, {unit}',
+        *(_number(value) for value in (eager['ours'], eager['theirs'], speeds[EAGER])),
+        f'{_number(peers[best]["theirs"])} ({best.replace("_", " ")})',
+        _number(speeds[best]),
+      ]
+    )
+  return _table(('what', 'ours', 'PyTorch, eager', 'times faster', 'fastest PyTorch', 'times faster'), lines)
+
+
+def early_exit(result: Result) -> str:
+  """The speed-up over always the last exit, and what multiply-adds and latencies promise; then runtime and program."""
+  columns = ('ratio', 'latency', 'macs')
+  lines = [[row['what'], row['batch'], *(_number(row[name]) for name in columns)] for row in result['rows']]
+  speedups = _table(('operating point', 'batch', 'speed-up', 'by latencies', 'by multiply-adds'), lines)
+  programs = result['of_program']
+  of_program = _table(
+    ('exit', *(f'{number}' for number in programs)),
+    [['runtime / one program for this exit, images/s', *(_number(value) for value in programs.values())]],
+  )
+  return f'{speedups}\n\n{of_program}'
+
+
+def deploy(result: Result) -> str:
+  """Images a second in batches of 64, and milliseconds for one image, by runtime; then start, memory and size."""
+  runtimes = list(result['runtimes'])
+  cells = {(row['what'], row['peer']): row for row in result['rows']}
+  points = list(dict.fromkeys(row['what'] for row in result['rows']))
+  lines = [
+    [f'{point}, {unit}', *(_number(cells[point, runtime][value]) for runtime in runtimes)]
+    for value, unit in (('images_per_s', 'images/s'), ('one_image_ms', 'ms for one image'))
+    for point in points
+  ]
+  for value, what in (('start_s', 'start, s'), ('peak_mb', 'peak memory, MB'), ('size_mb', 'size, MB')):
+    lines.append([what, *(_number(result['runtimes'][runtime][value]) for runtime in runtimes)])
+  return _table(('what', *runtimes), lines)
+
+
+def compile_time(result: Result) -> str:
+  """Seconds until the first step has ended, and of the evaluation's compilation."""
+  facts = {
+    'cold start to the end of the first step, s': 'cold_first_step_s',
+    'warm start, s': 'warm_first_step_s',
+    'compiling the evaluation of all exits, s': 'eval_s',
+    'compiling the step ahead of time for TPU v5e:2x2, s': 'tpu_compile_s',
+    'its code, MB': 'tpu_code_mb',
+  }
+  lines = [[what, _number(result[name])] for what, name in facts.items() if result[name] is not None]
+  return _table(('what', 'ours'), lines)
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+  'train_step': compared,
+  'inference': compared,
+  'early_exit': early_exit,
+  'deploy': deploy,
+  'compile_time': compile_time,
+}
+
+
+def _faster(ours: float, theirs: float, unit: str) -> float:
+  return theirs / ours if unit == 'ms' else ours / theirs
+
+
+def _number(value: float) -> str:
+  return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def _table(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
+  rows = [header, ['---'] * len(header), *lines]
+  return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in rows)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,109 @@
+"""The tables of docs/speed.md, made from the JSON of the benchmarks."""
+
+import json
+
+import pytest
+
+from benchmarks import all as all_benchmarks
+from paranet_jax.host.errors import UserError
+
+MACHINE = {'cpu': 'Test CPU', 'cores': 2, 'features': 'avx2', 'load_average': 0.1}
+RESULT = {
+  'command': 'python benchmarks/train_step.py',
+  'machine': MACHINE,
+  'versions': {'jax': '0.10.2', 'torch': '2.13.0'},
+  'date': '2026-11-29',
+}
+WHERE = (
+  '`python benchmarks/train_step.py`, one run on 2026-11-29: 2 cores of Test CPU (avx2), load average 0.1 at its '
+  'start, jax 0.10.2, torch 2.13.0.'
+)
+
+
+def row(what, peer, ours, theirs, unit):
+  return {'what': what, 'peer': peer, 'batch': 64, 'exit': None, 'ours': ours, 'theirs': theirs, 'unit': unit}
+
+
+def test_the_fastest_peer_is_named():
+  rows = [
+    row('step', 'eager', 80.0, 40.0, 'images/s'),
+    row('step', 'eager_bfloat16', 80.0, 100.0, 'images/s'),
+    row('step', 'linen', 80.0, 1000.0, 'images/s'),  # Not PyTorch.
+    row('one image', 'eager', 5.0, 20.0, 'ms'),
+    row('one image', 'eager_huge_pages', 5.0, 15.0, 'ms'),
+  ]
+  assert all_benchmarks.compared({'rows': rows}).splitlines()[2:] == [
+    '| step, all exits, batch 64, images/s | 80 | 40 | 2 | 100 (eager bfloat16) | 0.8 |',
+    '| one image, all exits, batch 64, ms | 5 | 20 | 4 | 15 (eager huge pages) | 3 |',
+  ]
+
+
+def test_only_what_is_between_the_marks_is_replaced():
+  result = RESULT | {'rows': [row('step', 'eager', 80.0, 40.0, 'images/s')]}
+  page = 'before\n<!-- table train_step -->\nold\n<!-- end -->\nafter\n<!-- table deploy -->\n<!-- end -->\n'
+  once = all_benchmarks.rendered(page, {'train_step': result})
+  assert once.startswith(f'before\n<!-- table train_step -->\n\n{WHERE}\n\n| what |')
+  assert 'old' not in once and once.endswith('|\n\n<!-- end -->\nafter\n<!-- table deploy -->\n<!-- end -->\n')
+  assert all_benchmarks.rendered(once, {'train_step': result}) == once
+  with pytest.raises(UserError, match='expected the marks of the table train_step in .*speed.md, found none; put them'):
+    all_benchmarks.rendered('no marks', {'train_step': result})
+
+
+def test_other_tables():
+  early = {
+    'rows': [{'what': 'budget 50%', 'batch': 1, 'ratio': 1.9, 'latency': 2.0, 'macs': 2.1}],
+    'of_program': {'1': 0.9, '2': 0.95},
+  }
+  assert '| budget 50% | 1 | 1.9 | 2 | 2.1 |' in all_benchmarks.early_exit(early)
+  assert '| runtime / one program for this exit, images/s | 0.9 | 0.95 |' in all_benchmarks.early_exit(early)
+  deployed = {
+    'rows': [{'what': 'exit 1', 'peer': 'ours', 'images_per_s': 2500.0, 'one_image_ms': 0.5}],
+    'runtimes': {'ours': {'start_s': 3.0, 'peak_mb': 300.0, 'size_mb': 9.5}},
+  }
+  assert all_benchmarks.deploy(deployed).splitlines()[2:] == [
+    '| exit 1, images/s | 2,500 |',
+    '| exit 1, ms for one image | 0.5 |',
+    '| start, s | 3 |',
+    '| peak memory, MB | 300 |',
+    '| size, MB | 9.5 |',
+  ]
+  times = {
+    'cold_first_step_s': 17.3,
+    'warm_first_step_s': 5.6,
+    'eval_s': 7.7,
+    'tpu_compile_s': None,
+    'tpu_code_mb': None,
+  }
+  assert all_benchmarks.compile_time(times).splitlines()[2:] == [
+    '| cold start to the end of the first step, s | 17.3 |',
+    '| warm start, s | 5.6 |',
+    '| compiling the evaluation of all exits, s | 7.7 |',
+  ]
+
+
+def test_the_page_has_the_tables_of_the_results():
+  page = all_benchmarks.PAGE.read_text()
+  assert all_benchmarks.rendered(page, all_benchmarks.results()) == page
+
+
+def test_what_is_measured(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(all_benchmarks, 'RESULTS', tmp_path / 'results')
+  monkeypatch.setattr(all_benchmarks, 'PAGE', tmp_path / 'speed.md')
+  (tmp_path / 'speed.md').write_text('<!-- table train_step -->\n<!-- end -->\n')
+  result = RESULT | {'rows': [row('step', 'eager', 80.0, 40.0, 'images/s')]}
+  monkeypatch.setattr(all_benchmarks, 'measure', lambda name: {'train_step': result}[name])
+  assert all_benchmarks.main(['train_step']) == 0
+  assert json.loads((tmp_path / 'results/train_step.json').read_text()) == result
+  assert '| 80 | 40 | 2 |' in (tmp_path / 'speed.md').read_text()
+  assert all_benchmarks.main(['speed']) == 2
+  assert (
+    'expected names of train_step, inference, early_exit, deploy, compile_time, found speed' in capsys.readouterr().err
+  )
+
+
+def test_a_benchmark_that_fails(monkeypatch):
+  monkeypatch.setitem(all_benchmarks.COMMANDS, 'train_step', ('train_step.py', '--side=7'))
+  with pytest.raises(
+    UserError, match='expected python benchmarks/train_step.py --side=7 to succeed, found exit code 2'
+  ):
+    all_benchmarks.measure('train_step')
