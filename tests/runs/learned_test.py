@@ -4,23 +4,26 @@ import json
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from running import QUICKSTART, contents, refusal, run_command, run_main
 
-from paranet_jax import task as task_lib
 from paranet_jax.calibrate.__main__ import main as calibrate
 from paranet_jax.config import with_data_dir
-from paranet_jax.data.load import load_dataset
-from paranet_jax.early.runtime import EarlyExit
+from paranet_jax.data.identity import together
+from paranet_jax.early.loaded_run import load
 from paranet_jax.ensemble.__main__ import main as ensemble
 from paranet_jax.export.__main__ import main as export
+from paranet_jax.export.contents import write_contents
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.dataset_facts import restore_dataset_facts, save_weights_facts
-from paranet_jax.runs.learned import IDENTITY, restore_learned
+from paranet_jax.runs.learned import IDENTITY, restore_learned, save_learned
 from paranet_jax.runs.packed import pack
+from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import restore_config
-from paranet_jax.steps import Preprocessing
+from paranet_jax.task import agreed_task, build_task
 
 RENAMED = "expected the 2 classes that the run in {run} learned, found 'apple' as class 1 of {photos}, which was 'cat'"
 
@@ -110,53 +113,45 @@ def test_images_that_moved(moved, monkeypatch):
   assert run_main(*command[:-1], f'--workdir={run}')[::2] == (0, '')  # The configuration's default, and moved.
 
 
-def test_added_images_change_no_normalization(moved, monkeypatch, tmp_path):
-  """Every command that reads the data again, and those that do not."""
-  run, photos, command = moved
-  place, where = f'--data_dir={photos}', f'--workdir={run}'
-  facts = json.loads((run / 'dataset.json').read_text())
-  recorded = tuple(facts['mean']), tuple(facts['std'])
+def test_added_images_change_no_normalization(moved, tmp_path):
+  """Of what every command reads: those that read the images again, and those that do not."""
+  run, photos, _ = moved
+  facts = restore_dataset_facts(run, 3)
+  recorded = facts.mean, facts.std
   for number in range(10):
     Image.new('RGB', (8, 8), (250, 250, 200 + number)).save(photos / f'cat/bright {number}.png')
-  data = with_data_dir(restore_config(run), photos).data
-  fresh = load_dataset(data, image_side=8, channels=3)
-  assert np.abs(np.subtract(fresh.mean, recorded[0])).max() > 0.05  # Of a new run.
-  used = []
-
-  def spy(mean, std, *rest):
-    used.append((mean, std))
-    return Preprocessing(mean, std, *rest)
-
-  monkeypatch.setattr(task_lib, 'Preprocessing', spy)
-  for main, *arguments in (
-    (calibrate, where, '--threshold=0.9', place),
-    (ensemble, run, run, place),
-  ):
-    assert run_command(main, *arguments).code == 0
-  assert run_main(where, '--mode=eval', place).code == 0
-  resumed = '--config.train.max_steps=3', '--accept_config_changes'
-  assert run_main(*command, where, *resumed, place).code == 0
-  assert len(used) == 4 and set(used) == {recorded}
-  after = json.loads((run / 'dataset.json').read_text())
-  assert (after['mean'], after['std']) == (facts['mean'], facts['std'])
-  assert after['counts']['train'] > facts['counts']['train']  # The resumed run has learned from them.
-  early_exit = EarlyExit.load(run)
-  np.testing.assert_array_equal([early_exit._mean, early_exit._std], np.float32(recorded))
-  assert run_command(export, where, f'--out={tmp_path}/out', '--format=stablehlo').code == 0
-  preprocessing = json.loads((tmp_path / 'out/preprocessing.json').read_text())
-  assert (preprocessing['mean'], preprocessing['std']) == (facts['mean'], facts['std'])
+  config = with_data_dir(restore_config(run), photos)
+  fresh = build_task(config)
+  assert np.abs(np.subtract(fresh.preprocessing.mean, recorded[0])).max() > 0.05  # Of a new run.
+  resumed = agreed_task(config, Coordinator(), restore_learned(run, 3))
+  evaluated = read_task(config, run, None, jax.local_devices()[:1]).task  # By --mode=eval and calibrate.
+  ensemble = build_task(config, learned=together([restore_learned(run, 3)] * 2))
+  for task in (resumed, evaluated, ensemble):
+    assert task.preprocessing[:2] == recorded and len(task.dataset.train) > 24
+  save_learned(run, resumed.dataset)
+  after = restore_dataset_facts(run, 3)
+  assert (after.mean, after.std) == recorded and after.counts['train'] > facts.counts['train']
+  loaded = load(run)
+  write_contents(tmp_path, loaded, loaded.plan)
+  preprocessing = json.loads((tmp_path / 'preprocessing.json').read_text())
+  assert (tuple(preprocessing['mean']), tuple(preprocessing['std'])) == recorded
 
 
-def test_a_normalization_that_comes_with_weights_stays(moved, monkeypatch):
+def test_a_normalization_that_comes_with_weights_stays(moved):
   """As their classes do, whatever is trained on them afterwards."""
-  run, photos, command = moved
-  shutil.rmtree(run)
-  run.mkdir()
+  run, photos, _ = moved
+  config = with_data_dir(restore_config(run), photos)
+  for name in ('dataset.json', IDENTITY):
+    (run / name).unlink()
+  shutil.rmtree(run / 'checkpoints')
   save_weights_facts(run, 'theirs', ['cat', 'dog'], [0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
-  assert restore_learned(run, 3).by_position is False
-  assert run_main(*command, f'--workdir={run}', f'--data-dir={photos}')[::2] == (0, '')
+  learned = restore_learned(run, 3)
+  assert not learned.by_position and learned.count is None
+  task = agreed_task(config, Coordinator(), learned)
+  assert task.preprocessing[:2] == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+  save_learned(run, task.dataset)
   facts = restore_dataset_facts(run, 3)
-  assert (facts.mean, facts.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+  assert (facts.mean, facts.std) == task.preprocessing[:2] and facts.class_names == ('cat', 'dog')
   assert facts.name == 'folder' and facts.counts == {'train': 24, 'held_out': 8, 'test': 8} and facts.fingerprints
   assert restore_learned(run, 3).mean == facts.mean
 
