@@ -64,6 +64,7 @@ class Architecture:
     num_classes: of its usual trained weights.
     class_names: whose classes these are: 'imagenet', 'cifar10', or None.
     head: the kind of head that its exits have by default (see `heads.py`).
+    patch: pixels of which the side of images is a multiple.
     renames: regular expressions and replacements, each applied to the names of a file's tensors, in order.
   """
 
@@ -73,6 +74,7 @@ class Architecture:
   num_classes: int = 1000
   class_names: str | None = 'imagenet'
   head: str = 'linear'
+  patch: int = 1
   renames: tuple[tuple[str, str], ...] = ()
 
   @property

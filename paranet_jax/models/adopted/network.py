@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts
 from paranet_jax.models.adopted.heads import HEADS
 from paranet_jax.models.adopted.registry import find_architecture
@@ -92,6 +93,15 @@ class AdoptedNetwork(Chain):
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> AdoptedNetwork:
-  """Builds the network from a run's configuration fields."""
+  """Builds the network from a run's configuration fields.
+
+  Raises:
+    UserError: the architecture cannot read images of this side, or there is no such architecture.
+  """
+  arch, side = fields['arch'], fields['image_side']
+  if side % (patch := find_architecture(arch).patch):
+    raise UserError(
+      f'model.image_side must be a multiple of {patch} for {arch}, found {side}; set --config.model.image_side'
+    )
   fields['exits'] = tuple(place.strip() for place in fields['exits'].split(',') if place.strip())
   return AdoptedNetwork(**fields)

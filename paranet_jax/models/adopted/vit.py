@@ -109,6 +109,7 @@ def architecture(name: str) -> Architecture:
     lambda classes: parts(12, width, names, classes),
     preprocessing,
     head='class_token',
+    patch=PATCH,
     renames=renames,
   )
 

@@ -13,7 +13,7 @@ from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.cifar_resnet import architecture
-from paranet_jax.models.adopted.network import AdoptedNetwork
+from paranet_jax.models.adopted.network import AdoptedNetwork, from_fields
 from paranet_jax.models.adopted.read_weights import read_weights
 from paranet_jax.models.adopted.registry import (
   ARCHITECTURES,
@@ -105,6 +105,14 @@ def test_exits_elsewhere_are_refused(tiny, exits, message):
   with pytest.raises(ValueError) as error:
     AdoptedNetwork(arch='cifar_resnet8', exits=exits)
   assert str(error.value) == message
+
+
+def test_a_side_that_is_no_multiple_of_a_patch_is_refused():
+  with pytest.raises(UserError) as error:
+    from_fields('a', {'arch': 'deit_tiny_patch16_224', 'image_side': 100})
+  assert str(error.value) == (
+    'model.image_side must be a multiple of 16 for deit_tiny_patch16_224, found 100; set --config.model.image_side'
+  )
 
 
 def test_an_unknown_architecture_is_refused():
