@@ -63,7 +63,7 @@ ERRORS = [
     "expected the name of a data set, found '/my/data'; .*name=folder --config.data.data_dir=/my/data",
   ),
   ({'name': ''}, "expected the name of a data set, found ''; for a folder of images set"),
-  ({'name': 'qqqqq'}, "unknown data set 'qqqqq'; nearest: cifar100, cifar10, digits, folder, images; set --config.data"),
+  ({'name': 'qqqqq'}, "unknown data set 'qqqqq'; nearest: cifar100, cifar10, digits, folder, images; set --config"),
   ({'channels': 2}, 'expected 1 .gray. or 3 .RGB. channels, found 2: set --config.model.channels=3'),
   ({'num_classes': 7}, FIRST_OUTSIDE + 'lasses=10'),
   (
