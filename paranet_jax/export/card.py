@@ -150,7 +150,7 @@ def _names(tensors: Sequence[dict[str, Any]]) -> str:
 def _made(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
   found, calibrated = bundle.get('agreement'), plan.policy != FULL
   made = [
-    f'Data: {run.dataset.name} {run.dataset.version}, {run.dataset.counts["train"]:,} training, '
+    f'Data: {f"{run.dataset.name} {run.dataset.version}".strip()}, {run.dataset.counts["train"]:,} training, '
     f'{run.dataset.counts["held_out"]:,} held-out and {run.dataset.counts["test"]:,} test images. '
     f'License of the data: {known_dataset(run.config.data.name).license}.',
     '',
