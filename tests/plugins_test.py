@@ -23,6 +23,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.models.registry import FAMILIES
 from paranet_jax.pack import main as pack
 from paranet_jax.plan import plan as plan_lib
+from paranet_jax.plan import target as target_lib
 from paranet_jax.plan.__main__ import main as plan
 from paranet_jax.portable import run as run_py
 from paranet_jax.predict.__main__ import main as predict
@@ -118,6 +119,8 @@ def test_training_and_evaluation(run):
 def test_facts_that_need_no_images(folder, monkeypatch):
   monkeypatch.setattr(KnownDataset, 'open', None)
   monkeypatch.setattr(plan_lib, 'second_batch', lambda *_: 10_000)  # More than there are images: it is not compiled.
+  monkeypatch.setattr(target_lib, '_SIDE', 64)
+  monkeypatch.setattr(target_lib, '_SIZE', 4096)
   flag = f'--config={folder}/own.py'
   code, out, err = run_main(flag, '--mode=describe', '--json')
   assert code == 0 and (json.loads(out)['num_classes'], json.loads(out)['dataset']) == (3, 'shapes'), err

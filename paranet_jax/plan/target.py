@@ -65,19 +65,22 @@ CHIPS = {
 """By the prefix of the topology name; `source` is the page that publishes the numbers."""
 
 
+_SIDE, _SIZE = 2048, 2**26  # Large enough that starting a computation does not count.
+
+
 def measured_chip(device: Device, count: int) -> Chip:
   """Measures one of `count` equal devices of this machine; CPU devices each get an equal share.
 
   It times a product of 2,048 x 2,048 matrices and a pass over 256 MB, both float32.
   """
-  side, size = 2048, 2**26
-  matrix, vector = (jax.device_put(jnp.ones(shape, jnp.float32), device) for shape in ((side, side), (size,)))
+  shapes = (_SIDE, _SIDE), (_SIZE,)
+  matrix, vector = (jax.device_put(jnp.ones(shape, jnp.float32), device) for shape in shapes)
   shared = count if device.platform == 'cpu' else 1
   product = _seconds(jax.jit(jnp.matmul), matrix, matrix)
   copy = _seconds(jax.jit(lambda x: x + 1), vector)
   return Chip(
     memory=device_memory(device) / shared,
-    flops=2 * side**3 / product / shared,
+    flops=2 * _SIDE**3 / product / shared,
     bandwidth=2 * vector.nbytes / copy / shared,
     links=None,
     source='measured now: a product of 2,048 x 2,048 float32 matrices and a pass over 256 MB',

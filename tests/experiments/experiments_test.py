@@ -236,7 +236,9 @@ def test_time_left(step, expected):
 
 
 def test_measurement(_programs):
-  (run, *_) = runs_lib.plan_runs(['table2'], Protocol('smoke', {'model.blocks': '(1,1,1)'}), 1, CONFIGS)
+  (run, *_) = runs_lib.plan_runs(
+    ['table2'], Protocol('smoke', {'model.blocks': '(1,1,1)', 'model.image_side': '8'}), 1, CONFIGS
+  )
   speed = speed_lib.measure(run.config)
   assert (speed.total_steps, speed.evaluation_steps) == (STEPS, 29)
   assert min(speed.start, speed.step, speed.evaluation) > 0

@@ -17,7 +17,6 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.command_line import parse, place
 from paranet_jax.data import stream  # noqa: F401 Imported once for all processes.
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.machine import use_compilation_cache
 from paranet_jax.host.processes import joined
 from paranet_jax.train import train_and_evaluate
 
@@ -63,7 +62,6 @@ def main(devices, trainings):
   jax.config.update('jax_num_cpu_devices', devices)
   values, _ = parse(['group', *trainings[0]])
   PROGRAMS.install(pytest.MonkeyPatch())
-  use_compilation_cache()  # As the command does; the next group compiles nothing again.
   with joined(place(values), values.heartbeat_timeout):
     for own in trainings:
       own = [argument for argument in own if not argument.startswith(('--coordinator', '--num_', '--process_'))]

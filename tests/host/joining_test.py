@@ -238,7 +238,7 @@ with processes.joined(Place(sys.argv[1], 2, 1), 10):
 MEMBER = """
 import sys, time
 from paranet_jax.host import watch as watch_lib
-watch_lib._GRACE = 0.4
+watch_lib._GRACE = 0.5
 index, port = map(int, sys.argv[1:])
 watch = watch_lib.Watch(index, 3, heartbeat_timeout=2)
 if index == 0:
