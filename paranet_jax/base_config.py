@@ -23,7 +23,7 @@ from paranet_jax.host.fields import (
   tuple_of,
 )
 from paranet_jax.models.registry import COMMON, family_names, find_family
-from paranet_jax.targets import REGIMES
+from paranet_jax.targets import EXIT_TARGETS, REGIMES
 
 RENAMED = {'train.body_epochs': 'train.backbone_epochs'}
 """Old field names, still accepted on the command line and in a saved configuration."""
@@ -88,8 +88,14 @@ FIELDS: Fields = {
   'train.epochs': Field(130.0, _EPOCHS),  # Passes over the training images, without the last partial batch.
   'train.max_steps': Field(0, at_least(0)),  # Stop after this many steps, schedule unchanged; 0: after `epochs`.
   # 'joint': all exits; 'disjoint': the last exit, then the others with all that it uses frozen; 'mixed': the last exit,
-  # then all.
+  # then all; 'exits': all but the last, with all that it uses frozen as `init_from` gives it.
   'train.regime': Field('joint', one_of(*REGIMES)),
+  # What 'exits' learn from: the logits of the 'last' exit, which needs no labels, the 'labels', or 'both'.
+  'train.exit_targets': Field('last', one_of(*EXIT_TARGETS)),
+  # Type in which 'exits' keeps the frozen features, if images are at most mirrored: 'float32' or 'float16'.
+  'train.features': Field('float32', one_of('float32', 'float16')),
+  # Share of their side by which kept features are shifted at random, at most, up to 0.5: a crop costs a forward pass.
+  'train.feature_shift': Field(0.0, Rule(lambda value: 0 <= value <= 0.5, 'from 0 to 0.5')),
   # Epochs in which 'disjoint' and 'mixed' train the last exit alone; None: half of `epochs`.
   'train.backbone_epochs': derived(float, _EPOCHS),
   'train.batch_size': Field(64, at_least(1, 10**7)),  # Images per step, over all devices.

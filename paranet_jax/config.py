@@ -13,10 +13,11 @@ from paranet_jax.data.known import known_dataset
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.fields import numbers
-from paranet_jax.models.registry import COMMON, build_model, family_names, find_family, targets
-from paranet_jax.targets import LABELS, check_regime, distill_teachers, trained_exits
+from paranet_jax.models import registry
+from paranet_jax.models.registry import COMMON, build_model, family_names, find_family
+from paranet_jax.targets import LABELS, Targets, check_regime, distill_teachers, exits_targets, trained_exits
 
-__all__ = ['build_model', 'targets']  # Also derived from a configuration.
+__all__ = ['build_model']  # Also derived from a configuration.
 
 
 def validate(config: ConfigDict) -> None:
@@ -48,6 +49,18 @@ def validate(config: ConfigDict) -> None:
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
   """(H, W, C) of the images that the model reads."""
   return (config.model.image_side, config.model.image_side, config.model.channels)
+
+
+def targets(config: ConfigDict) -> Targets:
+  """What each exit learns from: given by the regime 'exits', by the name of a ParaNet, or else the labels.
+
+  Raises:
+    UserError: the name is invalid, or the fields do not fit together.
+  """
+  found = registry.targets(config)
+  if config.train.regime != 'exits':
+    return found
+  return exits_targets(len(found), config.train.exit_targets, config.model.get('last') == 'new')
 
 
 def exit_weights(config: ConfigDict) -> tuple[float, ...]:
@@ -103,8 +116,17 @@ def class_weights(
 
 def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:
   """The exits that each exit with labels also learns from (see `targets.distill_teachers`)."""
-  loss = config.loss
-  return distill_teachers(targets(config), loss.distill, loss.hard_label_weight, config.name)
+  distill = 'last' if _from_both(config) else config.loss.distill
+  return distill_teachers(targets(config), distill, hard_label_weight(config), config.name)
+
+
+def hard_label_weight(config: ConfigDict) -> float:
+  """The share of the labels in the loss of an exit that also learns from exits."""
+  return config.loss.hard_label_weight or (0.5 if _from_both(config) else 0.0)
+
+
+def _from_both(config: ConfigDict) -> bool:
+  return config.train.regime == 'exits' and config.train.exit_targets == 'both'
 
 
 def backbone_epochs(config: ConfigDict) -> float:
@@ -228,7 +250,7 @@ def _check_scaling(config: ConfigDict) -> None:
 def _check_training(config: ConfigDict) -> None:
   train = config.train
   check_regime(train.regime, targets(config), config.name)
-  if train.regime != 'joint' and backbone_epochs(config) >= train.epochs:
+  if train.regime in ('disjoint', 'mixed') and backbone_epochs(config) >= train.epochs:
     raise UserError(
       f'train.backbone_epochs must be less than train.epochs {train.epochs}, found {backbone_epochs(config)}; '
       'set --config.train.backbone_epochs'

@@ -14,6 +14,7 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
 from paranet_jax.feed import placed
+from paranet_jax.frozen import logits_from_features, on_disk
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.steps import make_eval_step
@@ -30,8 +31,8 @@ INLINE_CLASSES = 100
 _SUMS = ('count', 'weight', 'accuracy', 'top5', 'loss', 'nll')
 _AHEAD = 2  # Batches that may be waiting for the device.
 
-Batch = tuple[jax.Array, jax.Array, jax.Array]
-"""Images, labels and mask (see `steps.make_eval_step`)."""
+Batch = tuple[Any, jax.Array, jax.Array]
+"""Images (or features of a frozen backbone), labels and mask (see `steps.make_eval_step`)."""
 
 
 class Evaluator:
@@ -45,13 +46,16 @@ class Evaluator:
     self._devices = devices
     self._processes = Coordinator()
     options = task.preprocessing, task.config.loss.label_smoothing, task.class_weights
-    self._steps = {
-      number: jax.jit(make_eval_step(task.model, number, *options)) for number in trained_exits(task.targets)
-    }
+
+    def step(number: int) -> Callable:
+      of_features = functools.partial(logits_from_features, task.model, number) if task.frozen else None
+      return jax.jit(make_eval_step(task.model, number, *options, of_features))
+
+    self._steps = {number: step(number) for number in trained_exits(task.targets)}
     named = {'held_out': task.dataset.held_out, 'test': task.dataset.test}
-    splits = {name: split for name, split in named.items() if split is not None}
-    size = self._batch_size(list(splits.values()))
-    self._splits = {name: self._place(split, size) for name, split in splits.items()}
+    self._named = {name: split for name, split in named.items() if split is not None}
+    self._size = self._batch_size(list(self._named.values()))
+    self._splits = {} if task.frozen else {name: self._place(split) for name, split in self._named.items()}
 
   def evaluate(self, params: Any, batch_stats: Any, confusion: bool = False) -> dict[str, list[dict]]:
     """Evaluates every split.
@@ -71,6 +75,12 @@ class Evaluator:
       Of images without labels all of these are None, and there is `agreement`: the share of the images that the exit
       answers as the last trained one does.
     """
+    if not self._splits:  # What a frozen backbone computes is the same at every evaluation.
+      variables = {'params': params, 'batch_stats': batch_stats}
+      self._splits = {
+        name: self._place(split, self._task.keep_features(split, variables, name.replace('_', '-')))
+        for name, split in self._named.items()
+      }
     return {name: list(self._exits(params, batch_stats, batches, confusion)) for name, batches in self._splits.items()}
 
   def _exits(
@@ -104,16 +114,19 @@ class Evaluator:
     needed = max(-(-len(split) // -(-len(split) // most)) for split in splits)
     return -(-needed // each) * each
 
-  def _place(self, split: Split, batch_size: int) -> Callable[[], Iterator[Batch]]:
-    shared = devices_lib.shared(self._devices)
-    if split.streamed:
+  def _place(self, split: Split, features: Any = None) -> Callable[[], Iterator[Batch]]:
+    shared, batch_size = devices_lib.shared(self._devices), self._size
+    if split.streamed and features is None:
       return functools.partial(_streamed, split, batch_size, self._task.config.data.workers, shared)
     own = slice(self._processes.index, None, self._processes.count)
     indices, mask = (every[own] for every in eval_batches(len(split), batch_size))
+    if features is not None and on_disk(features):
+      data = features, np.asarray(split.labels)
+      return functools.partial(_gathered, data, indices, mask, shared)
     batches = [jax.device_put(batch, shared) for batch in zip(indices, mask, strict=True)]
-    whole = placed(split, self._devices)
+    whole = placed(split, self._devices, features)
     # Not in the evaluation itself, which would be compiled for the shape of every split.
-    take = jax.jit(lambda whole, chosen: tuple(each[chosen] for each in whole), out_shardings=shared)
+    take = jax.jit(lambda whole, chosen: jax.tree.map(lambda each: each[chosen], whole), out_shardings=shared)
     return lambda: ((*take(whole, chosen), mask) for chosen, mask in batches)
 
 
@@ -124,6 +137,13 @@ def _streamed(split: Split, batch_size: int, workers: int | None, place: jax.sha
   with Stream(share, workers, place) as batches:
     for batch in batches:
       yield batch['images'], batch['labels'], batch['mask']
+
+
+def _gathered(data: Any, indices: np.ndarray, mask: np.ndarray, place: jax.sharding.Sharding) -> Iterator[Batch]:
+  for rows, own in zip(indices, mask, strict=True):
+    images, labels = jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+    images, labels, own = jax.device_put((images, labels, own), place)
+    yield images, labels, own
 
 
 class _Counts:

@@ -17,8 +17,8 @@ from paranet_jax.steps import TrainState, zero_totals
 from paranet_jax.targets import Phase
 from paranet_jax.task import Task
 
-StepData = tuple[jax.Array, jax.Array, jax.Array]
-"""Images, labels and order (see `steps.make_train_step`)."""
+StepData = tuple[Any, jax.Array, jax.Array]
+"""Images (or kept features), labels and order (see `steps.make_train_step`)."""
 
 Feed = Callable[[int], StepData]
 """Returns the data of a step, given its number; steps come in turn."""
@@ -26,17 +26,23 @@ Feed = Callable[[int], StepData]
 
 def images_axis(task: Task) -> int | None:
   """The axis of images and labels that is split over several devices (see `devices.run_on`)."""
-  return 0 if task.dataset.train.streamed else None
+  return 0 if task.streams else None
 
 
 @contextlib.contextmanager
-def open_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Array], first_step: int) -> Iterator[Feed]:
+def open_feed(
+  task: Task, devices: list[Device], order: Callable[[int], jax.Array], first_step: int, variables: Any
+) -> Iterator[Feed]:
   """Opens the feed of a run that starts or resumes at `first_step`.
 
   Args:
-    order: returns the placed order of an epoch; used for images in memory.
+    order: returns the placed order of an epoch; not used for images that are streamed.
+    variables: of the run, whose frozen part computes the features that are kept, if any.
   """
   train, config = task.dataset.train, task.config
+  if task.keeps_features:
+    yield _features_feed(task, devices, functools.lru_cache(maxsize=1)(order), variables)
+    return
   if not train.streamed:
     images, labels = placed(train, devices)
     order = functools.lru_cache(maxsize=1)(order)
@@ -65,9 +71,26 @@ def open_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Arra
     yield feed
 
 
-def placed(split: Split, devices: list[Device]) -> tuple[jax.Array, jax.Array]:
-  """Images and labels of a split that is in memory, on every device."""
-  return jax.device_put((np.asarray(split.images), np.asarray(split.labels)), devices_lib.replicated(devices))
+def _features_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Array], variables: Any) -> Feed:
+  train, steps = task.dataset.train, task.steps_per_epoch
+  kept, labels = task.keep_features(train, variables, 'training'), np.asarray(train.labels)
+  if not task.streams:
+    features, labels = placed(train, devices, kept)
+    return lambda step: (features, labels, order(step // steps))
+  place = devices_lib.one_or_shared(devices)
+  counting = jax.device_put(_counting(task, len(devices), len(devices_lib.of_this_process(devices))), place)
+
+  def feed(step: int) -> StepData:
+    rows = np.asarray(order(step // steps))[..., step % steps, :]
+    return *jax.device_put(jax.tree.map(lambda leaf: leaf[rows], (kept, labels)), place), counting
+
+  return feed
+
+
+def placed(split: Split, devices: list[Device], features: Any = None) -> tuple[Any, jax.Array]:
+  """Images, or else these features of them, and labels of a split that is in memory, on every device."""
+  images = np.asarray(split.images) if features is None else features
+  return jax.device_put((images, np.asarray(split.labels)), devices_lib.replicated(devices))
 
 
 def _counting(task: Task, count: int, here: int) -> np.ndarray:
@@ -77,13 +100,16 @@ def _counting(task: Task, count: int, here: int) -> np.ndarray:
   return np.broadcast_to(np.arange(share, dtype=np.int32), (*axis, task.steps_per_epoch, share))
 
 
-def step_data_shapes(task: Task, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def step_data_shapes(task: Task, count: int) -> tuple[Any, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
   """Shapes of a step's data on `count` devices of one process."""
   train, share = task.dataset.train, task.config.train.batch_size // count
-  axis, image_shape = () if count == 1 else (count,), train.images.shape[1:]
-  many = (*axis, share) if train.streamed else (len(train),)
+  axis, image = () if count == 1 else (count,), jax.ShapeDtypeStruct(train.images.shape, jnp.uint8)
+  many = (*axis, share) if task.streams else (len(train),)
   return (
-    jax.ShapeDtypeStruct((*many, *image_shape), jnp.uint8),
+    jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct((*many, *leaf.shape[1:]), leaf.dtype),
+      task.feature_shapes(train) if task.keeps_features else image,
+    ),
     jax.ShapeDtypeStruct(many, jnp.int32),
     jax.ShapeDtypeStruct((*axis, task.steps_per_epoch, share), jnp.int32),
   )
@@ -92,6 +118,14 @@ def step_data_shapes(task: Task, count: int) -> tuple[jax.ShapeDtypeStruct, ...]
 def step_data(task: Task, devices: list[Device]) -> StepData:
   """Data of one step without reading ahead or shuffling, to time the step alone."""
   train, batch_size = task.dataset.train, task.config.train.batch_size
+  if task.keeps_features:  # Their values do not change the time.
+    *shapes, _ = step_data_shapes(task, len(devices))
+    place = devices_lib.one_or_shared(devices) if task.streams else devices_lib.replicated(devices)
+    data = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tuple(shapes)), place)
+    if task.streams:
+      return *data, jax.device_put(_counting(task, len(devices), len(devices)), devices_lib.one_or_shared(devices))
+    rows = np.arange(task.steps_per_epoch * batch_size, dtype=np.int32).reshape(task.steps_per_epoch, -1)
+    return *data, devices_lib.place_order(rows, devices)
   if train.streamed:
     images, labels, _ = step_data_shapes(task, len(devices))
     chosen = np.arange(batch_size)
@@ -123,7 +157,7 @@ def time_steps(
   """
   started = time.perf_counter()
   whole = devices_lib.replicated(devices)
-  state, totals = jax.device_put((task.init_state(), zero_totals(phase.targets)), whole)
+  state, totals = jax.device_put((task.init_state(), zero_totals(phase.targets, task.labeled)), whole)
   data = step_data(task, devices)
   state, totals = jax.block_until_ready(train_step(state, totals, *data))
   ready, steps = time.perf_counter(), 0

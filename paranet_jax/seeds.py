@@ -120,7 +120,7 @@ def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Dev
     check_saved(folder, own, accepted.config, accepted.place)
     learned = restore_learned(folder, own.model.channels, accepted.data)
     tasks.append(agreed_task(own, Coordinator(), learned))
-  if tasks[0].dataset.train.streamed:
+  if tasks[0].streams:
     return True  # Each seed has its own order, and images are read for one run at a time.
   for own, folder in zip(group, folders, strict=True):
     prepare_workdir(folder, own, accepted.config, accepted.place)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Float, Int32, Key, UInt8
 
@@ -57,7 +58,11 @@ class Objective(NamedTuple):
 
 
 def init_state(
-  model: Any, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
+  model: Any,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  image_shape: tuple[int, int, int],
+  frozen: Collection[tuple[str, ...]] = (),
 ) -> TrainState:
   """Makes a fresh state.
 
@@ -66,14 +71,21 @@ def init_state(
 
   Args:
     image_shape: (H, W, C).
+    frozen: paths of the variables that the optimizer has no state for.
   """
   if hasattr(model, 'initial_variables'):
     variables = jax.device_put(model.initial_variables(abstract_variables(model, image_shape), seed))
   else:
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape)))
   params = variables['params']
-  opt_state = jax.jit(optimizer.init)(params)
+  opt_state = jax.jit(optimizer.init)(learning(params, frozen) if frozen else params)
   return TrainState(jnp.int32(0), jnp.int32(seed), params, variables.get('batch_stats', {}), opt_state)
+
+
+def learning(params: Any, frozen: Collection[tuple[str, ...]]) -> dict[str, Any]:
+  """The parameters whose paths, starting at the collection, are not frozen."""
+  leaves = flatten_dict(dict(params))
+  return unflatten_dict({path: leaf for path, leaf in leaves.items() if ('params', *path) not in frozen})
 
 
 def make_train_step(
@@ -103,7 +115,7 @@ def make_train_step(
     Gradients, statistics and metrics are those of the global batch.
   """
   model = model.clone(axis_name=axis_name)
-  exits = _computed_exits(objective)
+  exits = computed_exits(objective)
   options = objective._asdict()
   exit_weights = options.pop('exit_weights')
 
@@ -166,7 +178,7 @@ def augmented(
   return mixup(keys, images, one_hot, alpha=preprocessing.mixup, axis_name=axis_name)
 
 
-def _computed_exits(objective: Objective) -> tuple[int, ...]:
+def computed_exits(objective: Objective) -> tuple[int, ...]:
   """The trained exits and the exits that they learn from."""
   trained = trained_exits(objective.targets)
   sources = {source for number in trained for source in objective.teachers.get(number, ())}
@@ -205,10 +217,14 @@ def train_metrics(logits: Sequence, labels: jax.Array, losses: dict[int, jax.Arr
   return metrics
 
 
-def zero_totals(targets: Targets) -> dict[str, jax.Array]:
-  """Totals before the first step of a log interval."""
-  numbers = trained_exits(targets)
-  names = ['loss', *(f'exit_{number}/{what}' for number in numbers for what in ('loss', 'nll', 'accuracy'))]
+def zero_totals(targets: Targets, labeled: bool = True) -> dict[str, jax.Array]:
+  """Totals before the first step of a log interval.
+
+  Args:
+    labeled: whether images have labels; otherwise only exits learn, and their agreement with the last one is measured.
+  """
+  numbers, measures = trained_exits(targets), ('loss', 'nll', 'accuracy') if labeled else ('loss', 'agreement')
+  names = ['loss', *(f'exit_{number}/{what}' for number in numbers for what in measures)]
   return {name: jnp.float32(0) for name in names}
 
 
@@ -218,8 +234,13 @@ def make_eval_step(
   preprocessing: Preprocessing,
   label_smoothing: float,
   class_weights: Sequence[float] | None = None,
+  logits_of: Callable | None = None,
 ) -> Callable:
   """Makes the evaluation of exit `number` on one batch, which computes only what that exit needs.
+
+  Args:
+    logits_of: function from the variables and `images` to the exit's logits, where these are other trees of arrays
+      than images; None: the model's.
 
   Returns:
     step(params, batch_stats, images, labels, mask) -> (sums, labels, predictions):
@@ -228,10 +249,12 @@ def make_eval_step(
     `loss` is the cross-entropy smoothed and weighted as in training, to be divided by `weight`; `nll` is the plain one.
   """
 
-  def eval_step(params, batch_stats, images, labels, mask):
+  def of_images(variables, images):
     batch = normalize(images, preprocessing.mean, preprocessing.std)
-    variables = {'params': params, 'batch_stats': batch_stats}
-    logits = model.apply(variables, batch, exits=(number,))[number - 1]
+    return model.apply(variables, batch, exits=(number,))[number - 1]
+
+  def eval_step(params, batch_stats, images, labels, mask):
+    logits = (logits_of or of_images)({'params': params, 'batch_stats': batch_stats}, images)
     rank = label_rank(logits, labels)
     values = {
       'count': jnp.ones_like(mask),

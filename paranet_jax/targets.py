@@ -14,10 +14,17 @@ from paranet_jax.host.errors import UserError
 LABELS = 0
 """Target of an exit with `d`; one that matches another exit has its 1-based number, and one with `x` has None."""
 
+GIVEN = -1
+"""Target of an exit that came trained and does not change."""
+
 Targets = tuple[int | None, ...]
 
-REGIMES = ('joint', 'disjoint', 'mixed')
-"""Which exits train when: all together, or the backbone with the last exit first (Kubaty et al. 2025)."""
+REGIMES = ('joint', 'disjoint', 'mixed', 'exits')
+"""Which exits train when: all together, or the backbone with the last exit first (Kubaty et al. 2025), or all but the
+last one, which came trained with the backbone."""
+
+EXIT_TARGETS = ('last', 'labels', 'both')
+"""What the exits learn from under the regime 'exits': the last exit's logits, the labels, or both."""
 
 _NAME = re.compile(r'PN([1-9])(cut)?-(.*)', re.DOTALL)
 
@@ -81,6 +88,16 @@ def trained_exits(targets: Targets) -> tuple[int, ...]:
   return tuple(number for number, target in enumerate(targets, 1) if target is not None)
 
 
+def exits_targets(num_exits: int, learn_from: str, new_last: bool = False) -> Targets:
+  """The targets of the regime 'exits'.
+
+  Args:
+    learn_from: one of EXIT_TARGETS; with 'both' the last exit is a teacher besides the labels.
+    new_last: the last exit is new, and learns from the labels.
+  """
+  return (*[num_exits if learn_from == 'last' else LABELS] * (num_exits - 1), LABELS if new_last else GIVEN)
+
+
 def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, name: str) -> dict[int, tuple[int, ...]]:
   """The teachers of each exit that learns from labels and later exits.
 
@@ -109,7 +126,7 @@ def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, n
       'none; set --config.loss.distill'
     )
   sources = {number: teachers.get(number, (targets[number - 1],)) for number in trained}
-  taught = {LABELS} | (set(teachers) if hard_label_weight else set())
+  taught = {LABELS, GIVEN} | (set(teachers) if hard_label_weight else set())
   for _ in trained:
     taught |= {number for number in trained if taught.intersection(sources[number])}
   for number in trained:
@@ -140,7 +157,8 @@ def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps:
 
   Args:
     regime: 'joint': all exits from the start; 'disjoint': the last trained exit alone, then the others, with all that
-      the last one uses frozen; 'mixed': the last trained exit alone, then all exits.
+      the last one uses frozen; 'mixed': the last trained exit alone, then all exits; 'exits': all but the last, with
+      all that the last one uses frozen.
     backbone_steps: length of the first of two phases.
     total_steps: length of the run.
   """
@@ -151,6 +169,9 @@ def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps:
   if regime == 'mixed':
     return (Phase(backbone_steps, backbone), Phase(total_steps, targets))
   others = tuple(None if number == last else target for number, target in enumerate(targets, 1))
+  if regime == 'exits':
+    given = targets[-1] == GIVEN
+    return (Phase(total_steps, others if given else targets, frozen=last if given else None),)
   return (Phase(backbone_steps, backbone), Phase(total_steps, others, frozen=last))
 
 
@@ -162,6 +183,13 @@ def check_regime(regime: str, targets: Targets, name: str) -> None:
   """
   trained = trained_exits(targets)
   if regime == 'joint':
+    return
+  if regime == 'exits' and targets == (GIVEN,):
+    raise UserError(
+      f"train.regime 'exits' trains the exits before the last one, and {name} has none; set --config.model.exits, or "
+      '--config.train.regime'
+    )
+  if regime == 'exits':
     return
   if len(trained) == 1:
     raise UserError(
@@ -176,7 +204,7 @@ def check_regime(regime: str, targets: Targets, name: str) -> None:
 
 
 def describe_target(target: int | None, teachers: tuple[int, ...] = (), hard_label_weight: float = 0.0) -> str:
-  """What an exit learns from, in words: 'labels', 'exit 3', 'labels, exits 2 3' or 'nothing'.
+  """What an exit learns from, in words: 'labels', 'exit 3', 'labels, exits 2 3', 'given' or 'nothing'.
 
   Args:
     target: target of the exit.
@@ -184,6 +212,8 @@ def describe_target(target: int | None, teachers: tuple[int, ...] = (), hard_lab
   """
   if target is None:
     return 'nothing'
+  if target == GIVEN:
+    return 'given'
   if target != LABELS:
     return f'exit {target}'
   labels = ['labels'] if hard_label_weight or not teachers else []

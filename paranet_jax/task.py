@@ -15,15 +15,16 @@ from paranet_jax import config as config_lib
 from paranet_jax.base_config import field_names
 from paranet_jax.costs import abstract_variables, parameter_sizes, variable_paths
 from paranet_jax.data.batches import steps_per_epoch
-from paranet_jax.data.dataset import Dataset
+from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.data.identity import Learned
 from paranet_jax.data.load import load_dataset
+from paranet_jax.frozen import Features, feature_shapes, keep_features, make_exits_step, on_disk
 from paranet_jax.host.errors import UserError, printable
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
-from paranet_jax.targets import Phase, Targets, make_phases, trained_exits
+from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, trained_exits
 
 _MACHINE_FIELDS = ('data.data_dir', 'data.workers', 'init_from')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
@@ -61,6 +62,11 @@ class Task:
     return self.objective.class_weights
 
   @property
+  def labeled(self) -> bool:
+    """Whether the images have labels."""
+    return self.dataset.labeled
+
+  @property
   def phases(self) -> tuple[Phase, ...]:
     """Which exits train at which steps."""
     backbone_steps = config_lib.backbone_steps(self.config, self.steps_per_epoch)
@@ -77,7 +83,52 @@ class Task:
 
   def init_state(self) -> TrainState:
     """The state at step 0."""
-    return init_state(self.model, self.optimizer, self.config.seed, self.image_shape)
+    if not self.frozen:
+      return init_state(self.model, self.optimizer, self.config.seed, self.image_shape)
+    return init_state(self.model, self.optimizer, self.config.seed, self.image_shape, self.frozen)
+
+  @property
+  def frozen(self) -> frozenset[tuple[str, ...]]:
+    """Under the regime 'exits', paths of the backbone, and of the last exit if it is given; otherwise none."""
+    if self.config.train.regime != 'exits':
+      return frozenset()
+    last = self.model.num_exits
+    paths = variable_paths(self.model, self.image_shape, last)
+    return frozenset(path for path in paths if self.targets[-1] == GIVEN or path[1] != f'exit_{last}')
+
+  @property
+  def keeps_features(self) -> bool:
+    """Whether training reads kept features of a frozen backbone instead of images."""
+    prepared = self.preprocessing
+    return bool(self.frozen) and not (prepared.crop_padding or prepared.cutout or prepared.mixup)
+
+  def feature_shapes(self, split: Split) -> Features:
+    """Shapes of the features of a split; of the training images also mirrored, if they are."""
+    variables = abstract_variables(self.model, self.image_shape)
+    learning = trained_exits(self.phases[-1].targets)
+    mirrored = self.preprocessing.flip and split is self.dataset.train
+    dtype = self.config.train.features
+    return feature_shapes(self.model, variables, self.image_shape, learning, dtype, len(split), mirrored)
+
+  @property
+  def streams(self) -> bool:
+    """Whether a training step gets its batch, and not the whole training set."""
+    if self.keeps_features:
+      return on_disk(self.feature_shapes(self.dataset.train))
+    return self.dataset.train.streamed
+
+  def keep_features(self, split: Split, variables: Any, name: str) -> Features:
+    """Computes the features of a split."""
+    return keep_features(
+      self.model,
+      variables,
+      self.preprocessing,
+      split,
+      self.feature_shapes(split),
+      self.config.eval.batch_size,
+      name,
+      mirrored=self.preprocessing.flip and split is self.dataset.train,
+    )
 
   def phase(self, step: int) -> Phase:
     """The phase that step `step` (from 0) belongs to; the last one at the end of the run."""
@@ -86,6 +137,18 @@ class Task:
   def train_step(self, axis_name: str | None = None, phase: Phase | None = None) -> Callable:
     """The body of a phase's training step, by default the last phase's (see `steps.make_train_step`)."""
     phase = phase or self.phases[-1]
+    if self.frozen:
+      return make_exits_step(
+        self.model,
+        self.optimizer,
+        self.objective._replace(targets=phase.targets),
+        self.preprocessing,
+        axis_name,
+        frozen=self.frozen,
+        kept=self.keeps_features,
+        labeled=self.labeled,
+        shift=self.config.train.feature_shift,
+      )
     whole = phase.targets == self.targets
     return make_train_step(
       self.model,
@@ -188,7 +251,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       config_lib.exit_weights(config),
       matching=config.loss.matching,
       temperature=config.loss.temperature,
-      hard_label_weight=config.loss.hard_label_weight,
+      hard_label_weight=config_lib.hard_label_weight(config),
       label_smoothing=config.loss.label_smoothing,
       teachers=config_lib.teachers(config),
       class_weights=config_lib.class_weights(
@@ -203,6 +266,11 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     steps_per_epoch=steps,
     total_steps=config_lib.total_steps(config, steps),
   )
+  if task.frozen and not getattr(model, 'exits_apart', False):
+    raise UserError(
+      f"train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
+      f"'adopted' or 'resnet'), found {config.model.family!r}; set --config.train.regime, or another --config"
+    )
   for phase in task.phases:
     _check_phase(task, phase)
   return task
@@ -243,8 +311,8 @@ def _check_phase(task: Task, phase: Phase) -> None:
   for number in trained_exits(phase.targets):
     if variable_paths(task.model, task.image_shape, number) <= frozen:
       raise UserError(
-        f"train.regime 'disjoint' would train nothing of exit {number} of {task.config.name}: exit {phase.frozen} uses "
-        'the same parameters; set --config.train.regime'
+        f'train.regime {task.config.train.regime!r} would train nothing of exit {number} of {task.config.name}: '
+        f'exit {phase.frozen} uses the same parameters; set --config.train.regime'
       )
 
 

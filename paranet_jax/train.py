@@ -183,7 +183,9 @@ def train_loop(
     )
     for record in records:
       stack.enter_context(record.metrics(first_step))
-    feed = stack.enter_context(open_feed(task, layout.devices, order, first_step))
+    own = next(iter(layout.split(state)))
+    variables = {'params': own.params, 'batch_stats': own.batch_stats}
+    feed = stack.enter_context(open_feed(task, layout.devices, order, first_step, variables))
     loop = _Loop(records, layout, evaluator, stop, progress)
     state, step, evaluations = loop.run(state, first_step, feed)
   loop.save(step, state)
@@ -247,7 +249,7 @@ class _Loop:
     """The phase of a step, its training step, and totals of 0."""
     phase = self._task.phase(step)
     train_step = self._layout.compiled(functools.partial(self._task.train_step, phase=phase), images_axis(self._task))
-    return phase, train_step, self._layout.join([zero_totals(phase.targets)] * len(self._records))
+    return phase, train_step, self._layout.join([zero_totals(phase.targets, self._task.labeled)] * len(self._records))
 
   def _log(self, step: int, totals: dict[str, jax.Array], steps: int, speed: float, phase: Phase) -> None:
     rates = {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}

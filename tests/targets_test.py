@@ -4,12 +4,14 @@ import pytest
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.targets import (
+  GIVEN,
   LABELS,
   ModelName,
   Phase,
   check_regime,
   describe_target,
   distill_teachers,
+  exits_targets,
   make_phases,
   parse_name,
   trained_exits,
@@ -108,7 +110,9 @@ def test_trained_exits():
 
 
 def test_describe_target():
-  assert [describe_target(target) for target in (LABELS, 3, None)] == ['labels', 'exit 3', 'nothing']
+  assert [describe_target(target) for target in (LABELS, 3, None, GIVEN)] == [
+    *('labels', 'exit 3', 'nothing', 'given'),
+  ]
   assert [describe_target(LABELS, teachers, 0.0) for teachers in ((3,), (2, 3))] == ['exit 3', 'exits 2 3']
   assert describe_target(LABELS, (2, 3), 0.5) == 'labels, exits 2 3'
 
@@ -166,6 +170,8 @@ def test_exits_that_cannot_be_distilled(suffix, distill, message):
     ('joint', (3, None, 0), (((3, None, 0), 10, None),)),
     ('mixed', (0, None, 0, None), (((None, None, 0, None), 4, None), ((0, None, 0, None), 10, None))),
     ('disjoint', (0, 3, 0), (((None, None, 0), 4, None), ((0, 3, None), 10, 3))),
+    ('exits', (3, 3, GIVEN), (((3, 3, None), 10, 3),)),
+    ('exits', (3, 3, 0), (((3, 3, 0), 10, None),)),
   ],
 )
 def test_make_phases(regime, targets, phases):
@@ -193,3 +199,19 @@ def test_regimes_with_two_phases_need_a_last_exit_trained_from_labels(targets, m
     check_regime('mixed', targets, 'NET')
   assert str(error.value) == message
   check_regime('joint', targets, 'NET')
+
+
+def test_the_targets_of_exits_on_a_frozen_backbone():
+  targets = {learn_from: exits_targets(3, learn_from) for learn_from in ('last', 'labels', 'both')}
+  assert targets == {'last': (3, 3, GIVEN), 'labels': (0, 0, GIVEN), 'both': (0, 0, GIVEN)}
+  assert distill_teachers(targets['both'], 'last', 0.5, 'NET') == {1: (3,), 2: (3,)}
+  assert distill_teachers(targets['both'], 'last', 0.0, 'NET') == {1: (3,), 2: (3,)}
+  assert exits_targets(3, 'last', new_last=True) == (3, 3, 0)
+  check_regime('exits', targets['last'], 'NET')
+  check_regime('exits', (0,), 'NET')
+  with pytest.raises(UserError) as error:
+    check_regime('exits', exits_targets(1, 'last'), 'NET')
+  assert str(error.value) == (
+    "train.regime 'exits' trains the exits before the last one, and NET has none; set --config.model.exits, or "
+    '--config.train.regime'
+  )

@@ -9,11 +9,12 @@ from svg import Canvas, Palette, write
 ROOT = Path(__file__).parents[2] / 'paranet_jax'
 GROUPS = {
   'commands': (
-    *('main', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'doctor', 'command_line'),
+    *('main', 'adopt', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'doctor'),
+    'command_line',
   ),
   'training loop': ('train', 'seeds'),
   'task': ('task', 'feed', 'evaluation'),
-  'steps': ('steps', 'devices'),
+  'steps': ('steps', 'frozen', 'devices'),
   'config': ('config', 'base_config'),
   'objective': ('losses', 'optim', 'costs', 'numerics'),
 }

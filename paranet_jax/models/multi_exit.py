@@ -34,6 +34,10 @@ Carry = dict[Any, Any]
 class MultiExit(nn.Module):
   """Base of all models. A subclass defines `num_exits`, `_evaluate` and, to carry fewer features, `_carried`."""
 
+  exits_apart = False
+  """Whether it is a `Chain` whose exits, also in training, read what the backbone computes in inference: then they can
+  learn on a frozen backbone."""
+
   @property
   def num_exits(self) -> int:
     """Number of exits."""
@@ -59,7 +63,8 @@ class MultiExit(nn.Module):
 
     Args:
       images: normalized images, the same at every stage.
-      carry: {} at first, then what the previous stage returned. Stages may be skipped but not repeated.
+      carry: {} at first, then what the previous stage returned. Stages may be skipped but not repeated, except that a
+        `Chain` computes exit n, and nothing else, from the carry {n: features}.
       number: 1-based exit.
       train: as in `__call__`.
 
@@ -95,8 +100,13 @@ class Chain(MultiExit):
     raise NotImplementedError
 
   def exit_logits(self, x: Any, number: int, train: bool) -> Logits:
-    """Float32 logits of exit `number` from the features at its position."""
+    """Float32 logits of exit `number` from the features at its position, or from `exit_features` of them."""
     raise NotImplementedError
+
+  @nn.nowrap
+  def exit_features(self, x: Any, number: int) -> Any:
+    """What the parameters of exit `number` read of the features at its position: less, if it pools them first."""
+    return x
 
   @property
   def num_exits(self) -> int:
@@ -109,8 +119,9 @@ class Chain(MultiExit):
     positions = (0, *self.exit_positions)
     done, x = next(iter(carry.items()), (0, images.astype(self.dtype)))
     logits = {}
-    for number in range(done + 1, max(exits, default=0) + 1):
-      x = self.segment(x, positions[number - 1], positions[number], train)
+    for number in range(max(done, 1), max(exits, default=0) + 1):
+      if number > done:
+        x = self.segment(x, positions[number - 1], positions[number], train)
       if number in exits:
         logits[number] = self.exit_logits(x, number, train)
     return logits, {max(exits, default=done): x}

@@ -107,6 +107,7 @@ class ResNet(Chain):
   exits: str | tuple[int, ...] = 'last'
   shortcut_padding: str = 'behind'
 
+  exits_apart = True
   initial_variables = staticmethod(initial_variables)
 
   def __post_init__(self):

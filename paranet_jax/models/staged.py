@@ -62,6 +62,8 @@ class StagedModel(Chain):
   dtype: Any = jnp.float32
   axis_name: str | None = None
 
+  exits_apart = True
+
   def setup(self):
     rising = all(before < after for before, after in zip((0, *self.exits), self.exits, strict=False))
     if not self.exits or not rising or self.exits[-1] != len(self.stages):

@@ -60,7 +60,7 @@ def step_arguments(task: Task, devices: Sequence[Device]) -> tuple[Any, ...]:
   """Shapes of a step's arguments: state, totals, images, labels and order."""
   shapes = (
     jax.eval_shape(task.init_state),
-    jax.eval_shape(functools.partial(zero_totals, task.phases[-1].targets)),
+    jax.eval_shape(functools.partial(zero_totals, task.phases[-1].targets, task.labeled)),
     *step_data_shapes(task, len(devices)),
   )
   if len(devices) > 1:

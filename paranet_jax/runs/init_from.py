@@ -5,14 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from paranet_jax.config import build_model, image_shape
+from paranet_jax.config import build_model, image_shape, targets
 from paranet_jax.costs import abstract_variables
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.identity import known_of
 from paranet_jax.host.errors import UserError, say
+from paranet_jax.models.adopted.read_weights import read_weights
+from paranet_jax.models.adopted.registry import find_architecture
 from paranet_jax.runs.checkpoints import (
   FOLDER,
   VARIABLES,
@@ -22,9 +25,9 @@ from paranet_jax.runs.checkpoints import (
   shapes_by_path,
 )
 from paranet_jax.runs.learned import restore_learned
-from paranet_jax.runs.workdir import CONFIG, SUMMARY
+from paranet_jax.runs.workdir import CONFIG, SUMMARY, restore_config
 from paranet_jax.steps import TrainState
-from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone
+from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone, read_cifar_resnet
 
 EXIT = 'exit'
 """Prefix of the modules of an exit in every model; no module of the backbone has it."""
@@ -39,11 +42,18 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
   Raises:
     UserError: there is no finished run and no such file, or its backbone has a different architecture.
   """
-  if not config.init_from or has_checkpoint(workdir):
+  if has_checkpoint(workdir):
+    return
+  if not config.init_from:
+    if config.train.regime == 'exits':
+      raise UserError(
+        "train.regime 'exits' trains no backbone, and init_from is not set; set --config.init_from to the folder of a "
+        'run or to a file of PyTorch weights'
+      )
     return
   run = Path(config.init_from)
   if not os.path.isdir(run):
-    _read_pytorch(run, config.model)
+    _read_pytorch(run, config)
     return
   for name in (CONFIG, SUMMARY, FOLDER):
     if not os.path.exists(run / name):
@@ -60,28 +70,52 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
     )
 
 
-def take_backbone(state: TrainState, source: Path, model: ConfigDict) -> TrainState:
+def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainState:
   """Returns a fresh state with the backbone's parameters and running statistics of a finished run or a file.
 
-  The exits are new even if the number of classes is the same. Images are normalized with the new data set's own mean
-  and deviation, so that the backbone reads inputs of mean 0 and deviation 1, as before.
+  The exits are new even if the number of classes is the same, except the last one under the regime 'exits'. Images are
+  normalized with the new data set's own mean and deviation, so that the backbone reads inputs of mean 0 and deviation
+  1, as before; but with those of the weights, where these came with them (see `dataset_facts`).
 
   Args:
     state: at step 0.
     source: absolute, see `check_backbone`.
-    model: the fields of the new run's network.
+    config: of the new run.
+
+  Raises:
+    UserError: the last exit, which stays, has another number of classes.
   """
   if os.path.isdir(source):
     with Checkpoints(source) as checkpoints:
       step, variables = checkpoints.read_chosen(Checkpoints.choose, checkpoints.read_variables)
-    saved, which = _backbone(variables), f'at step {step}'
+    saved, which = _backbone(variables, *_last_exits(config, source)), f'at step {step}'
   else:
-    saved = _read_pytorch(source, model)
-    which = f'(PyTorch, CIFAR ResNet-{model.depth}, zeros of shortcuts on both sides)'
+    saved, model = _read_pytorch(source, config), config.model
+    what = model.arch if model.family == 'adopted' else f'CIFAR ResNet-{model.depth}, zeros of shortcuts on both sides'
+    which = f'(PyTorch, {what})'
   fresh = {'params': state.params, 'batch_stats': state.batch_stats}
-  say(f'backbone from {source} {which}, new exits')
+  own_exits = 'its last exit, new others' if config.train.regime == 'exits' else 'new exits'
+  say(f'backbone from {source} {which}, {own_exits}')
+  kept = {part: {name: own for name, own in saved[part].items() if name in fresh[part]} for part in fresh}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+    expected: Any = fresh
+    for key in path:
+      expected = expected[key.key]
+    if expected.shape != leaf.shape:
+      name = '/'.join(key.key for key in path)
+      raise UserError(
+        f'{source} has {name} {list(leaf.shape)}, expected {list(expected.shape)} for the classes of the data; set '
+        '--config.model.num_classes, or --config.init_from'
+      )
   exits = {part: {name: own for name, own in fresh[part].items() if name.startswith(EXIT)} for part in fresh}
-  return dataclasses.replace(state, **{part: saved[part] | exits[part] for part in fresh})
+  return dataclasses.replace(state, **{part: exits[part] | kept[part] for part in fresh})
+
+
+def _last_exits(config: ConfigDict, run: Path) -> tuple[str, str]:
+  """The module of the last exit in a run and in the new one, whose last exit stays under the regime 'exits'."""
+  if config.train.regime != 'exits':
+    return '', ''
+  return f'exit_{len(targets(restore_config(run)))}', f'exit_{len(targets(config))}'
 
 
 def say_shared(source: Path, dataset: Dataset) -> None:
@@ -98,15 +132,18 @@ def say_shared(source: Path, dataset: Dataset) -> None:
       )
 
 
-def _read_pytorch(file: Path, model: ConfigDict) -> dict[str, Any]:
+def _read_pytorch(file: Path, config: ConfigDict) -> dict[str, Any]:
+  model = config.model
   if not os.path.lexists(file):
     raise UserError(
       f'init_from must be the folder of a finished run or a file of PyTorch weights, and {file} does not exist; '
       'set --config.init_from'
     )
+  if model.family == 'adopted':
+    return read_weights(file, find_architecture(model.arch), model.num_classes if model.last == 'own' else None)
   if model.family != 'resnet':
     raise UserError(
-      f"PyTorch weights are read for model.family 'resnet' (CIFAR ResNets), found {model.family!r}; "
+      f"PyTorch weights are read for model.family 'adopted' or 'resnet' (CIFAR ResNets), found {model.family!r}; "
       'set --config, or --config.init_from to the folder of a run'
     )
   for name, value in FIELDS.items():
@@ -114,7 +151,15 @@ def _read_pytorch(file: Path, model: ConfigDict) -> dict[str, Any]:
       raise UserError(
         f"PyTorch's CIFAR ResNets have model.{name} {value!r}, found {model[name]!r}; set --config.model.{name}={value}"
       )
-  return read_backbone(file, model.depth, model.channels)
+  if config.train.regime != 'exits':
+    return read_backbone(file, model.depth, model.channels)
+  fields, variables = read_cifar_resnet(file, len(targets(config)))
+  for name in ('depth', 'num_classes'):
+    if model[name] not in (None, fields[name]):
+      raise UserError(
+        f'{file} has {name} {fields[name]}, found {model[name]}; set --config.model.{name}={fields[name]}'
+      )
+  return variables
 
 
 def _backbone_paths(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -124,9 +169,13 @@ def _backbone_paths(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
   return {path: shape for path, shape in shapes.items() if kept(*path.split('/')[:2])}
 
 
-def _backbone(variables: dict[str, Any]) -> dict[str, Any]:
-  """The variables outside the exits."""
+def _backbone(variables: dict[str, Any], last: str, name: str) -> dict[str, Any]:
+  """The variables outside the exits, and those of the exit `last` under another name."""
   return {
-    part: {name: own for name, own in modules.items() if not name.startswith(EXIT)}
+    part: {
+      name if module == last else module: own
+      for module, own in modules.items()
+      if not module.startswith(EXIT) or module == last
+    }
     for part, modules in variables.items()
   }

@@ -95,7 +95,7 @@ class RunRecord:
       if not source:
         return state
       say_shared(Path(source), self.task.dataset)
-      return take_backbone(state, Path(source), self.task.config.model)
+      return take_backbone(state, Path(source), self.task.config)
     if self.saved_step > total:
       raise UserError(
         f'the run is at step {self.saved_step} and this configuration ends at step {total}; '

@@ -62,7 +62,7 @@ FIELDS = {
   'adopted': {
     'arch': ('cifar_resnet26', {}),
     'exits': ('layer1', {}),
-    'head': ('conv', {'exits': 'layer1'}),
+    'head': ('linear', {'exits': 'layer1'}),
     'last': ('new', {}),
   },
 }

@@ -19,6 +19,8 @@ from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
 from paranet_jax.host.processes import Coordinator
+from paranet_jax.models.adopted.cifar_resnet import architecture
+from paranet_jax.models.adopted.registry import ARCHITECTURES
 from paranet_jax.models.registry import family_names
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.init_from import EXIT, check_backbone, say_shared
@@ -169,6 +171,86 @@ def test_the_backbone_is_taken_from_pytorch_weights(tmp_path, capsys):
   np.testing.assert_array_equal(begun['batch_stats/stage_3_block_1/norm2/var'], drawn['layer3.0.bn2.running_var'])
 
 
+def adopted(**fields):
+  found = base_config('adopted', 'adopted')
+  found.data.update(name='digits', held_out=300)
+  found.train.batch_size = 100
+  found.model.update(arch='cifar_resnet8', exits='layer1', image_side=8)
+  found.update_from_flattened_dict({name.replace('__', '.'): value for name, value in fields.items()})
+  return found
+
+
+@pytest.fixture
+def tiny_architecture(monkeypatch):
+  monkeypatch.setattr(ARCHITECTURES, 'known', {'cifar_resnet8': architecture})
+
+
+@pytest.mark.parametrize('last', ['own', 'new'])
+def test_an_adopted_network_is_taken_with_its_classifier(tmp_path, tiny_architecture, last):
+  drawn = resnet_weights.draw(8)
+  (tmp_path / 'a').write_bytes(safetensors_bytes(drawn))
+  settings = adopted(init_from=str(tmp_path / 'a'), model__last=last)
+  check_backbone(settings, tmp_path / 'new')
+  begun, fresh = by_path(restore(settings, tmp_path / 'new')), by_path(build_task(settings).init_state())
+  assert begun.keys() == fresh.keys()
+  new = {'own': ('/exit_1/',), 'new': ('/exit_1/', '/exit_2/')}[last]
+  for path in begun:
+    assert np.array_equal(begun[path], fresh[path]) == (path.split('/', 1)[1].startswith(tuple(n[1:] for n in new)))
+  np.testing.assert_array_equal(
+    begun['params/layer3.0/conv1/kernel'], drawn['layer3.0.conv1.weight'].transpose(2, 3, 1, 0)
+  )
+  if last == 'own':
+    np.testing.assert_array_equal(begun['params/linear/kernel'], drawn['linear.weight'].T)
+
+
+EXITS = {'train__regime': 'exits', 'model__exits': 'stages'}
+
+
+def test_the_last_exit_stays_where_only_exits_learn(tmp_path):
+  source = by_path(save_run(tmp_path / 'source', resnet()))
+  (tmp_path / 'a').write_bytes(safetensors_bytes(resnet_weights.draw(8)))
+  for number, (init_from, kernel) in enumerate(
+    {'source': source['params/exit_1/classifier/kernel'], 'a': resnet_weights.draw(8)['linear.weight'].T}.items()
+  ):
+    settings = resnet(init_from=str(tmp_path / init_from), **EXITS)
+    check_backbone(settings, tmp_path / 'new')
+    begun = by_path(restore(settings, tmp_path / f'new{number}'))
+    np.testing.assert_array_equal(begun['params/exit_3/classifier/kernel'], kernel)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (
+      resnet(**EXITS),
+      "train.regime 'exits' trains no backbone, and init_from is not set; set --config.init_from to the folder of a "
+      'run or to a file of PyTorch weights',
+    ),
+    (
+      resnet(init_from='a', **EXITS, model__depth=14),
+      'a has depth 8, found 14; set --config.model.depth=8',
+    ),
+  ],
+)
+def test_exits_need_a_network(tmp_path, monkeypatch, settings, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a').write_bytes(safetensors_bytes(resnet_weights.draw(8)))
+  with pytest.raises(UserError) as error:
+    check_backbone(settings, tmp_path / 'new')
+  assert str(error.value) == message
+
+
+def test_a_classifier_of_other_classes_is_refused(tmp_path):
+  source = tmp_path / 'source'
+  save_run(source, resnet(model__num_classes=12))
+  with pytest.raises(UserError) as error:
+    restore(resnet(init_from=str(source), **EXITS), tmp_path / 'new')
+  assert str(error.value) == (
+    f'{source} has params/exit_3/classifier/bias [12], expected [10] for the classes of the data; set '
+    '--config.model.num_classes, or --config.init_from'
+  )
+
+
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
@@ -179,7 +261,7 @@ def test_the_backbone_is_taken_from_pytorch_weights(tmp_path, capsys):
     ),
     (
       config(init_from=__file__),
-      "PyTorch weights are read for model.family 'resnet' (CIFAR ResNets), found 'paranet'; "
+      "PyTorch weights are read for model.family 'adopted' or 'resnet' (CIFAR ResNets), found 'paranet'; "
       'set --config, or --config.init_from to the folder of a run',
     ),
     (

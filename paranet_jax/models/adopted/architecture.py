@@ -73,7 +73,7 @@ class Architecture:
   preprocessing: Preprocessing = Preprocessing()
   num_classes: int = 1000
   class_names: str | None = 'imagenet'
-  head: str = 'linear'
+  head: str = 'conv'
   patch: int = 1
   renames: tuple[tuple[str, str], ...] = ()
 

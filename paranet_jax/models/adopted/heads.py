@@ -1,6 +1,5 @@
 """The heads of exits that are added to a trained network: features in, logits out."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,59 +9,91 @@ from jaxtyping import Float
 
 from paranet_jax.models.adopted.architecture import Mode
 from paranet_jax.models.adopted.layers import BatchNorm, Conv, LayerNorm, Linear, pooled, relu
+from paranet_jax.models.layers.backend import PLAIN, backend
 from paranet_jax.models.multi_exit import Logits
 
 CONV_WIDTH = 128
 """Channels of the convolution of a head 'conv'."""
+CONV_SIDE = 16
+"""The largest side, in pixels, of the features that a head 'conv' reads; larger ones are averaged to it."""
 
 
-class LinearHead(nn.Module):
-  """Pool-Linear."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B *places C'], mode: Mode) -> Logits:
-    return Linear(self.num_classes, name='classifier')(pooled(x))
-
-
-class NormHead(nn.Module):
-  """BN-ReLU-Pool-Linear, the head of the paper."""
+class Head(nn.Module):
+  """Base of heads. A subclass computes logits from what `read` leaves of the features."""
 
   num_classes: int
 
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B *places C'], mode: Mode) -> Logits:
-    return Linear(self.num_classes, name='classifier')(pooled(relu(BatchNorm(name='norm')(x, mode))))
+  @staticmethod
+  def read(x: Any) -> Any:
+    """What the parameters read of the features: as much or less; applied twice it changes nothing more."""
+    return x
 
-
-class ConvHead(nn.Module):
-  """Conv3x3-BN-ReLU-Pool-Linear, the convolution with stride 2."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B H W C'], mode: Mode) -> Logits:
-    if x.ndim != 4:
-      raise ValueError("head 'conv' needs features of height and width, found tokens")
-    x = relu(BatchNorm(name='norm')(Conv(CONV_WIDTH, stride=2, name='conv')(x), mode))
-    return Linear(self.num_classes, name='classifier')(pooled(x))
-
-
-class ClassTokenHead(nn.Module):
-  """LayerNorm-Linear of the first token."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'B N C'], mode: Mode) -> Logits:
-    if x.ndim != 3:
-      raise ValueError("head 'class_token' needs tokens, found features of height and width")
-    x = LayerNorm(name='norm')(x[:, 0])
+  def classify(self, x: Float[Array, 'B C']) -> Logits:
+    """The linear layer at the end; call it inside a compact method."""
     return Linear(self.num_classes, name='classifier')(x.astype(jnp.float32))
 
 
-HEADS: dict[str, Callable[..., Any]] = {
+class LinearHead(Head):
+  """Pool-Linear."""
+
+  @staticmethod
+  def read(x: Float[Array, 'B *places C']) -> Float[Array, 'B *ones C']:
+    """The mean over all places."""
+    return jnp.expand_dims(pooled(x), tuple(range(1, x.ndim - 1))).astype(x.dtype)
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B *places C'], mode: Mode) -> Logits:
+    return self.classify(pooled(x))
+
+
+class NormHead(Head):
+  """BN-ReLU-Pool-Linear, the head of the paper."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B *places C'], mode: Mode) -> Logits:
+    return self.classify(pooled(relu(BatchNorm(name='norm')(x, mode))))
+
+
+class ConvHead(Head):
+  """Conv3x3-BN-ReLU-Pool-Linear, the convolution with stride 2."""
+
+  @staticmethod
+  def read(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
+    """The features, averaged over squares to a side of at most CONV_SIDE."""
+    if x.ndim != 4:
+      raise ValueError("head 'conv' needs features of height and width, found tokens")
+    factor = -(-x.shape[1] // CONV_SIDE)
+    if factor == 1:
+      return x
+    if backend() == PLAIN:
+      return nn.avg_pool(x, (factor, factor), (factor, factor))
+    batch, height, width, channels = x.shape
+    height, width = height // factor, width // factor
+    x = x[:, : height * factor, : width * factor]
+    return x.reshape(batch, height, factor, width, factor, channels).mean((2, 4))
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B H W C'], mode: Mode) -> Logits:
+    x = Conv(CONV_WIDTH, stride=2, name='conv')(self.read(x))
+    return self.classify(pooled(relu(BatchNorm(name='norm')(x, mode))))
+
+
+class ClassTokenHead(Head):
+  """LayerNorm-Linear of the first token."""
+
+  @staticmethod
+  def read(x: Float[Array, 'B N C']) -> Float[Array, 'B 1 C']:
+    """The first token."""
+    if x.ndim != 3:
+      raise ValueError("head 'class_token' needs tokens, found features of height and width")
+    return x[:, :1]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B N C'], mode: Mode) -> Logits:
+    return self.classify(LayerNorm(name='norm')(self.read(x)[:, 0]))
+
+
+HEADS: dict[str, type[Head]] = {
   'linear': LinearHead,
   'bn_relu': NormHead,
   'conv': ConvHead,

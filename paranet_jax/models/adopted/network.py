@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts
-from paranet_jax.models.adopted.heads import HEADS
+from paranet_jax.models.adopted.heads import HEADS, Head
 from paranet_jax.models.adopted.registry import find_architecture
 from paranet_jax.models.layers.initial import ONES, ZEROS, draw, generator
 from paranet_jax.models.multi_exit import Chain, Logits
@@ -37,6 +38,8 @@ class AdoptedNetwork(Chain):
   exits: tuple[str, ...] = ()
   head: str | None = None
   last: str = 'own'
+
+  exits_apart = True
 
   def __post_init__(self):
     positions = self.exit_positions
@@ -83,13 +86,23 @@ class AdoptedNetwork(Chain):
   def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
     """An added head, or the network's own classifier."""
     mode, name = Mode(train, self.axis_name), f'exit_{number}'
+    if head := self._head(number):
+      return head(self.num_classes, name=name)(x, mode)
+    return self.parts.classifier(x, mode).astype(jnp.float32)
+
+  @nn.nowrap
+  def exit_features(self, x: Any, number: int) -> Any:
+    """What its head reads."""
+    head = self._head(number)
+    return head.read(x) if head else x
+
+  @nn.nowrap
+  def _head(self, number: int) -> type[Head] | None:
+    """The kind of head of an exit; None: the network's own classifier."""
+    own = self.architecture.head
     if number < self.num_exits:
-      logits = HEADS[self.head or self.architecture.head](self.num_classes, name=name)(x, mode)
-    elif self.last == 'new':
-      logits = HEADS['class_token' if x.ndim == 3 else 'linear'](self.num_classes, name=name)(x, mode)
-    else:
-      logits = self.parts.classifier(x, mode)
-    return logits.astype(jnp.float32)
+      return HEADS[self.head or own]
+    return HEADS['linear' if own == 'conv' else own] if self.last == 'new' else None
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> AdoptedNetwork:

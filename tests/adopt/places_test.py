@@ -1,0 +1,58 @@
+"""`adopt describe` lists the places of exits with shapes and costs that were counted by hand."""
+
+import pytest
+from running import run_command
+
+from paranet_jax.adopt.__main__ import main
+from paranet_jax.adopt.places import Place, find_places, suggested
+from paranet_jax.models.adopted.cifar_resnet import architecture
+from paranet_jax.models.adopted.registry import ARCHITECTURES
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+  monkeypatch.setattr(ARCHITECTURES, 'known', {'cifar_resnet8': architecture})
+
+
+# Convolutions of 3x3: images at side 32 to 16 channels; blocks of two, the first of a stage at half the side.
+STEM = 32**2 * 9 * 3 * 16
+BLOCKS = [2 * 32**2 * 9 * 16 * 16, 16**2 * 9 * (16 * 32 + 32 * 32), 8**2 * 9 * (32 * 64 + 64 * 64)]
+# A head is a convolution to 128 channels at side 8, and a matrix.
+HEADS = [8**2 * 9 * channels * 128 + 128 * 10 for channels in (16, 16, 32)]
+MACS = [STEM + HEADS[0], STEM + BLOCKS[0] + HEADS[1], STEM + sum(BLOCKS[:2]) + HEADS[2]]
+WHOLE = STEM + sum(BLOCKS) + 640
+
+
+def test_places_have_shapes_and_shares(tiny):
+  shapes = [(32, 32, 16), (32, 32, 16), (16, 16, 32)]
+  assert find_places(architecture('cifar_resnet8'), 10) == [
+    Place(name, shape, macs, macs / WHOLE)
+    for name, shape, macs in zip(('bn1', 'layer1.0', 'layer2.0'), shapes, MACS, strict=True)
+  ]
+
+
+@pytest.mark.parametrize(
+  ('shares', 'chosen'),
+  [
+    ((0.1, 0.26, 0.3, 0.46, 0.69, 0.9), 'bde'),
+    ((0.1, 0.2, 0.3), 'bc'),
+    ((0.9,), 'a'),
+  ],
+)
+def test_the_suggestion_is_nearest_to_three_shares(shares, chosen):
+  places = [Place(name, (1,), 1, share) for name, share in zip('abcdef', shares, strict=False)]
+  assert suggested(places) == tuple(chosen)
+
+
+def test_describe(tiny):
+  result = run_command(main, 'describe', '--arch=cifar_resnet8')
+  assert (result.code, result.err) == (0, '')
+  lines = result.out.splitlines()
+  assert lines[0] == f'cifar_resnet8: {WHOLE / 1e6:.2f} M multiply-adds an image of 32 pixels'
+  assert [line.split()[0] for line in lines[1:5]] == ['place', 'bn1', 'layer1.0', 'layer2.0']
+  assert lines[3].split() == ['layer1.0', *'32 x 32 x 16'.split(), f'{MACS[1] / 1e6:.2f}', 'M',
+                              f'{100 * MACS[1] / WHOLE:.1f}', 'suggested']  # fmt: skip
+  assert lines[5:] == [
+    'images: side 32, bilinear; mean 0.485 0.456 0.406, deviation 0.229 0.224 0.225',
+    '--exits=bn1,layer1.0',
+  ]
