@@ -66,7 +66,7 @@ class ConvHead(Head):
     if factor == 1:
       return x
     if backend() == PLAIN:
-      return nn.avg_pool(x, (factor, factor), (factor, factor))
+      return nn.avg_pool(x, window_shape=(factor, factor), strides=(factor, factor))  # jax2onnx takes only names.
     batch, height, width, channels = x.shape
     height, width = height // factor, width // factor
     x = x[:, : height * factor, : width * factor]
