@@ -17,7 +17,7 @@ from paranet_jax.host.files import write_json
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
-from paranet_jax.numerics import check_training
+from paranet_jax.models.numerics import check_training
 from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned

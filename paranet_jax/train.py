@@ -19,7 +19,7 @@ from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
-from paranet_jax.numerics import check_training
+from paranet_jax.models.numerics import check_training
 from paranet_jax.report.pictures import drawn
 from paranet_jax.report.progress import Clock, Progress, human_duration
 from paranet_jax.report.tables import describe_table, evaluation_table

@@ -17,7 +17,7 @@ TESTS = Path(__file__).resolve().parent
 # The dearest files, which start first so that no process is left with one in the end. Those of the first line start
 # training from a server of processes or share small programs (see `programs`), and so one process runs them.
 TOGETHER = (
-  *('host/processes_test.py', 'resume_test.py', 'faults_test.py', 'stream_train_test.py', 'numerics_test.py'),
+  *('host/processes_test.py', 'resume_test.py', 'faults_test.py', 'stream_train_test.py', 'models/numerics_test.py'),
   'runs/retention_test.py',
 )
 DEAREST = (
@@ -115,7 +115,7 @@ def cache_dir(tmp_path_factory):
 def no_numerics_check():
   """The suite compares with references anyway; a check for each small network's shapes takes seconds."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('paranet_jax.numerics.check_once', lambda *_, **__: None)
+    patch.setattr('paranet_jax.models.numerics.check_once', lambda *_, **__: None)
     yield
 
 

@@ -16,7 +16,7 @@ GROUPS = {
   'task': ('task', 'feed', 'evaluation'),
   'steps': ('steps', 'frozen', 'devices'),
   'config': ('config', 'base_config'),
-  'objective': ('losses', 'optim', 'costs', 'numerics'),
+  'objective': ('losses', 'optim', 'costs'),
 }
 """Modules drawn as one box; any other package or module has its own."""
 PURPOSES = {
@@ -27,7 +27,7 @@ PURPOSES = {
   'task': 'what a run needs, built once; batches; evaluation',
   'steps': 'pure training and evaluation steps',
   'config': 'fields, defaults, checks',
-  'objective': 'losses, optimizer, multiply-adds, checks of numbers',
+  'objective': 'losses, optimizer, multiply-adds',
   'models': 'networks and their registry',
   'data': 'data sets, batches, augmentation',
   'weights': 'tensors from PyTorch files',

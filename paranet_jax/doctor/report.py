@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from paranet_jax import numerics
 from paranet_jax.command_line import CONFIGS, load_config
 from paranet_jax.config import build_model, image_shape, validate
 from paranet_jax.devices import check_fits
@@ -18,6 +17,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.host.huge_pages import VARIABLE as GLIBC_TUNABLES
 from paranet_jax.host.known_faults import KNOWN_FAULTS, VARIABLE, faults_of, jaxlib_version
 from paranet_jax.host.machine import container_memory, cpu_features, cpu_name, environment
+from paranet_jax.models import numerics
 
 FEATURES = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'sve')
 """Instruction sets that decide how fast products are, as Linux names them."""

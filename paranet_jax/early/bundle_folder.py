@@ -12,7 +12,7 @@ from paranet_jax import config as config_lib
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_file, read_object
-from paranet_jax.numerics import check_inference
+from paranet_jax.models.numerics import check_inference
 from paranet_jax.portable.run import BUNDLE, CLASSES, EXITS, PREPROCESSING
 from paranet_jax.runs.checkpoints import shape_difference, shapes_by_path
 from paranet_jax.runs.dataset_facts import DatasetFacts

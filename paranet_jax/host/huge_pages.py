@@ -1,5 +1,6 @@
 """Huge pages for the memory of the C library, with which a CPU computes faster."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,8 @@ def use_huge_pages() -> None:
   os.environ[VARIABLE] = ':'.join(filter(None, [settings, f'{SETTING}=1']))
   for stream in filter(None, (sys.stdout, sys.stderr)):  # None if closed.
     stream.flush()
-  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+  with contextlib.suppress(OSError):  # Such as an interpreter that this user may not start by its path: go on without.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _on_request() -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 VARIABLE = 'XLA_FLAGS'
 ACCEPT = 'PARANET_ACCEPT_WRONG_NUMBERS'
-"""Environment variable, 1: the checks of `numerics.py` warn of wrong numbers instead of refusing to compute."""
+"""Environment variable, 1: the checks of `models/numerics.py` warn of wrong numbers instead of refusing to compute."""
 
 
 class Fault(NamedTuple):

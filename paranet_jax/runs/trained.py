@@ -14,7 +14,7 @@ from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
-from paranet_jax.numerics import check_inference
+from paranet_jax.models.numerics import check_inference
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
 from paranet_jax.runs.learned import restore_learned

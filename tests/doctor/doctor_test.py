@@ -5,9 +5,9 @@ import json
 import pytest
 from running import run_command
 
-from paranet_jax import numerics
 from paranet_jax.doctor import crashes, report
 from paranet_jax.doctor.__main__ import main
+from paranet_jax.models import numerics
 
 FIELDS = [
   'versions',

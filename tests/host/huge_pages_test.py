@@ -83,3 +83,11 @@ def test_elsewhere_nothing_is_restarted(started, monkeypatch, elsewhere):
   elsewhere(monkeypatch)
   allocator.use_huge_pages()
   assert started == []
+
+
+def test_a_restart_that_fails_does_not_stop_the_program(started, monkeypatch):
+  def refused(*_):
+    raise PermissionError(13, 'Permission denied', sys.executable)
+
+  monkeypatch.setattr(os, 'execv', refused)
+  assert allocator.use_huge_pages() is None

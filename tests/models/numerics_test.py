@@ -6,11 +6,11 @@ import pytest
 from killing import run
 from running import TINY
 
-from paranet_jax import numerics
 from paranet_jax.config import build_model
 from paranet_jax.configs import quickstart
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.known_faults import ACCEPT, jaxlib_version
+from paranet_jax.models import numerics
 
 KNOWN_WRONG = '--xla_cpu_experimental_ynn_fusion_type=reduce'
 SHAPE = (8, 8, 1)
