@@ -114,6 +114,15 @@ def program(config, _):
   return str(jax.make_jaxpr(step)(*arguments, task.dataset.train.labels, np.zeros((1, 4), np.int32)))
 
 
+def kept(config, _):
+  """Shapes and types of the kept features of a frozen backbone, and what a training step computes from them."""
+  task = build_task(config)
+  features = task.feature_shapes(task.dataset.train)
+  totals = zero_totals(task.phases[-1].targets)
+  arguments = jax.eval_shape(task.init_state), totals, features, task.dataset.train.labels
+  return str(features), str(jax.make_jaxpr(task.train_step())(*arguments, np.zeros((1, 4), np.int32)))
+
+
 def batch(config, _):
   """Images and labels as a training step reads them."""
   task = build_task(config)
@@ -193,6 +202,14 @@ def run(config, workdir):
 
 FOLDER = {'data.name': 'folder', 'data.data_dir': 'first', 'train.batch_size': 2}
 MATCHING = {'name': 'PN2-2d'}
+EXITS = {
+  'model.family': 'resnet',
+  'model.depth': 8,
+  'model.exits': 'stages',
+  'train.regime': 'exits',
+  'init_from': 'run',
+}
+EXITS |= {'data.crop_padding': 0}  # Otherwise features are not kept.
 KL = MATCHING | {'loss.matching': 'kl'}
 
 # field: what it changes, its new value, what else is set
@@ -239,6 +256,9 @@ FIELDS = {
   'train.epochs': (run, 3.0, {}),
   'train.max_steps': (run, 5, {}),
   'train.regime': (phases, 'mixed', {'name': 'PN2-dd'}),
+  'train.exit_targets': (phases, 'labels', EXITS),
+  'train.features': (kept, 'float16', EXITS),
+  'train.feature_shift': (kept, 0.5, EXITS),
   'train.backbone_epochs': (phases, 0.5, {'name': 'PN2-dd', 'train.regime': 'mixed'}),
   'train.batch_size': (run, 700, {}),
   'train.learning_rate': (updates, 0.2, {}),
@@ -273,8 +293,9 @@ def test_every_field_is_in_the_table():
 
 
 def observed(observe, fields, folder):
-  config = base_config()
-  config.update_from_flattened_dict(fields)
+  config = base_config(family=fields.get('model.family', 'paranet'))
+  known = field_names(config)  # SMALL also has fields of the family paranet.
+  config.update_from_flattened_dict({name: value for name, value in fields.items() if name in known})
   return observe(config, folder)
 
 
