@@ -29,11 +29,13 @@ def test_the_fastest_peer_is_named():
     row('step', 'eager', 80.0, 40.0, 'images/s'),
     row('step', 'eager_bfloat16', 80.0, 100.0, 'images/s'),
     row('step', 'linen', 80.0, 1000.0, 'images/s'),  # Not PyTorch.
+    row('two devices', 'eager', 60.0, 40.0, 'images/s'),  # Compared with one peer only.
     row('one image', 'eager', 5.0, 20.0, 'ms'),
     row('one image', 'eager_huge_pages', 5.0, 15.0, 'ms'),
   ]
   assert all_benchmarks.compared({'rows': rows}).splitlines()[2:] == [
     '| step, all exits, batch 64, images/s | 80 | 40 | 2 | 100 (eager bfloat16) | 0.8 |',
+    '| two devices, all exits, batch 64, images/s | 60 | 40 | 1.5 |  |  |',
     '| one image, all exits, batch 64, ms | 5 | 20 | 4 | 15 (eager huge pages) | 3 |',
   ]
 
