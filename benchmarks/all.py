@@ -113,7 +113,7 @@ def compared(result: Result) -> str:
         *(fastest if len(peers) > 1 else ('', '')),
       ]
     )
-  return _table(('what', 'ours', 'PyTorch, eager', 'times faster', 'fastest PyTorch', 'times faster'), lines)
+  return _table(('what', 'ours', 'PyTorch, eager', 'speed ratio', 'fastest PyTorch', 'speed ratio'), lines)
 
 
 def early_exit(result: Result) -> str:
