@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from benchmarks.peers import available_cores
+from paranet_jax.doctor import report as doctor
 from paranet_jax.host.machine import cpu_features, cpu_name, environment
 
 EXTRAS = ('torch', 'onnxruntime', 'openvino', 'libtpu')
-FEATURES = frozenset({'avx2', 'avx512f', 'avx512_bf16', 'avx512_vnni', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'sve'})
+FEATURES = frozenset({*doctor.FEATURES, 'avx512_vnni'})
 """Instruction sets that decide how fast products are, by Linux's names."""
 COLUMNS = ('what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit')
 

@@ -1,6 +1,7 @@
 """Everything that a configuration and its data set determine: built once, then only read."""
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -83,11 +84,9 @@ class Task:
 
   def init_state(self) -> TrainState:
     """The state at step 0."""
-    if not self.frozen:
-      return init_state(self.model, self.optimizer, self.config.seed, self.image_shape)
     return init_state(self.model, self.optimizer, self.config.seed, self.image_shape, self.frozen)
 
-  @property
+  @functools.cached_property  # It traces the network.
   def frozen(self) -> frozenset[tuple[str, ...]]:
     """Under the regime 'exits', paths of the backbone, and of the last exit if it is given; otherwise none."""
     if self.config.train.regime != 'exits':

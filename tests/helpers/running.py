@@ -156,10 +156,10 @@ class SharedPrograms:
     task, phase = step.func.__self__, step.keywords['phase']
     return self._keep('step', task.config, devices, step, *axes, phase=phase.targets)
 
-  def _state(self, model, optimizer, seed, image_shape):
-    key = 'state', model, optimizer, seed, image_shape
+  def _state(self, *arguments):
+    key = 'state', *arguments
     if key not in self._kept:
-      state = self._build['state'](model, optimizer, seed, image_shape)
+      state = self._build['state'](*arguments)
       if isinstance(state.step, jax.core.Tracer):  # Only its shapes are wanted.
         return state
       self._kept[key] = jax.tree.map(np.asarray, state)
