@@ -1,49 +1,17 @@
 """Tests of the service's own failures; they call the application without a server."""
 
 import asyncio
-import json
 
 import numpy as np
 import pytest
 import tiny_bundle
-from batching import Scheduler, measure
-from decoding import Decoders
+from application import MAX_BYTES, Service
 from fastapi import Request
-from service import Predictor, make_app
+from service import make_app
 from serving import PNG, form, of_pixels
 from uploads import Refused, Uploads
 
 from paranet_jax.portable import run
-
-MAX_BYTES = 1000
-
-
-class Service:
-  """The application of a tiny bundle."""
-
-  def __init__(self, bundle, origins=()):
-    timings = measure(bundle, 4)
-    self.scheduler = Scheduler(run, bundle, timings, 8, 4)
-    decoders = Decoders(run, bundle.image_shape, 10**6, 10**6)
-    self.predictor = Predictor(bundle, timings, self.scheduler, Uploads(MAX_BYTES, 8), decoders)
-    self.app = make_app(self.predictor, self.scheduler, lambda: None, origins)
-
-  def ask(self, method, path, body=b'', headers=()):
-    """Status, headers and JSON of a response."""
-    sent = []
-
-    async def receive():
-      return {'type': 'http.request', 'body': body}
-
-    async def send(message):
-      sent.append(message)
-
-    scope = {'type': 'http', 'method': method, 'path': path, 'query_string': b'', 'app': self.app}
-    scope['headers'] = [(name.lower().encode(), value.encode()) for name, value in dict(headers).items()]
-    asyncio.run(self.app(scope, receive, send))
-    headers = {name.decode(): value.decode() for name, value in sent[0]['headers']}
-    body = sent[1]['body']
-    return sent[0]['status'], headers, json.loads(body) if body[:1] == b'{' else body
 
 
 @pytest.fixture
