@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import grain
 import jax
@@ -232,20 +232,34 @@ def _check_main_guard() -> None:
   frame, script = sys._current_frames().get(threading.main_thread().ident or 0), sys.modules['__main__']
   while frame is not None and (frame.f_globals is not vars(script) or frame.f_code.co_name != '<module>'):
     frame = frame.f_back
-  path = getattr(script, '__file__', None)
-  if frame is None or path is None or getattr(script, '__spec__', None):  # Interactive, or `python -m`.
+  path, spec = getattr(script, '__file__', None), getattr(script, '__spec__', None)
+  if frame is None or path is None or not os.path.exists(frame.f_code.co_filename):  # Interactive.
+    return
+  if spec and spec.name.rpartition('.')[2] == '__main__':  # Of a package, a folder or an archive: not imported again.
     return
   try:
-    conditions = [node for node in ast.parse(Path(path).read_bytes()).body if isinstance(node, ast.If)]
+    tree = ast.parse(Path(path).read_bytes())
   except (OSError, SyntaxError, ValueError):
     return
-  for node in conditions:
-    if node.lineno <= frame.f_lineno <= (node.end_lineno or 0) and '__name__' in ast.unparse(node.test):
-      return
+  if any(node.lineno <= frame.f_lineno <= (node.end_lineno or 0) for node in ast.walk(tree) if _is_guard(node)):
+    return
   raise UserError(
     f"expected `if __name__ == '__main__':` around line {frame.f_lineno} of {path}, because the worker processes that "
     'read the images import it again; or set --config.data.workers=0'
   )
+
+
+def _is_guard(node: ast.AST) -> TypeGuard[ast.stmt | ast.expr]:
+  """Whether a part of a script depends on the name under which it runs."""
+  match node:
+    case ast.If(test=condition) | ast.IfExp(test=condition) | ast.Match(subject=condition):
+      conditions = [condition]
+    case ast.BoolOp(values=[*conditions, _]):
+      pass
+    case _:
+      return False
+  names = (name for condition in conditions for name in ast.walk(condition) if isinstance(name, ast.Name))
+  return any(name.id == '__name__' for name in names)
 
 
 def num_workers(workers: int | None) -> int:

@@ -246,41 +246,54 @@ def test_workers_end_with_a_killed_parent(tmp_path):
 
 
 SCRIPT = """
-import sys
 from paranet_jax.data import stream
-from paranet_jax.host.errors import UserError
 
 def main():
   stream._check_main_guard()
 
-{guard}
-  try:
-    main()
-  except UserError as error:
-    sys.exit(str(error))
 """
-
-
-@pytest.mark.parametrize(
-  ('guard', 'refused'), [("if __name__ == '__main__':", False), ('if True:', True), ('for _ in range(1):', True)]
+GUARDED = (
+  "if __name__ == '__main__':\n  main()",
+  "try:\n  if __name__ == '__main__':\n    main()\nfinally:\n  pass",
+  "if not main:\n  pass\nelif '__main__' == __name__:\n  main()",
+  "__name__ == '__main__' and main()",
+  "main() if __name__ == '__main__' else None",
+  "match __name__:\n  case '__main__':\n    main()",
 )
-def test_a_script_without_a_main_guard_is_refused_before_its_workers_import_it(tmp_path, monkeypatch, guard, refused):
-  script = tmp_path / 'script.py'
-  script.write_text(SCRIPT.replace('{guard}', guard))
-  if not refused:
-    run_script(script, monkeypatch)
-    return
-  with pytest.raises(SystemExit) as error:
-    run_script(script, monkeypatch)
+UNGUARDED = 'main()', 'if True:\n  main()', 'for _ in range(1):\n  main()', 'main() or __name__'
+
+
+def run_script(path, monkeypatch, content, module_name=None):
+  """Runs it as Python does, and as the main module; module_name: as `python -m` does."""
+  path.write_text(SCRIPT + content)
+  module = types.ModuleType('__main__')
+  module.__file__ = str(path)
+  module.__spec__ = module_name and types.SimpleNamespace(name=module_name)
+  monkeypatch.setitem(sys.modules, '__main__', module)
+  exec(compile(path.read_text(), path, 'exec'), vars(module))
+
+
+@pytest.mark.parametrize('module_name', [None, 'package.script'])
+@pytest.mark.parametrize('content', UNGUARDED)
+def test_a_script_without_a_main_guard_is_refused_before_its_workers_import_it(
+  tmp_path, monkeypatch, content, module_name
+):
+  path = tmp_path / 'script.py'
+  with pytest.raises(UserError) as error:
+    run_script(path, monkeypatch, content, module_name)
   assert str(error.value) == (
-    f"expected `if __name__ == '__main__':` around line 11 of {script}, because the worker processes that read the "
-    'images import it again; or set --config.data.workers=0'
+    f"expected `if __name__ == '__main__':` around line {7 + content.count(chr(10))} of {path}, because the worker "
+    'processes that read the images import it again; or set --config.data.workers=0'
   )
 
 
-def run_script(path, monkeypatch):
-  """Runs it as Python does, and as the main module."""
-  module = types.ModuleType('__main__')
-  module.__file__ = str(path)
-  monkeypatch.setitem(sys.modules, '__main__', module)
-  exec(compile(path.read_text(), path, 'exec'), vars(module))
+@pytest.mark.parametrize('content', GUARDED)
+def test_a_script_with_a_main_guard(tmp_path, monkeypatch, content):
+  run_script(tmp_path / 'script.py', monkeypatch, content)
+
+
+def test_what_workers_do_not_import_needs_no_guard(tmp_path, monkeypatch):
+  run_script(tmp_path / '__main__.py', monkeypatch, 'main()', 'package.__main__')
+  namespace = vars(sys.modules['__main__'])
+  namespace['__spec__'] = None
+  exec(compile('main()', '<stdin>', 'exec'), namespace)  # After `python -i script.py`.
