@@ -76,9 +76,17 @@ def _port(text: str) -> int:
 
 
 def _origin(text: str) -> str:
-  if text != '*' and not re.fullmatch(r'https?://[^/\s?#@,]+', text):
-    raise argparse.ArgumentTypeError(f'expected an origin such as https://example.com, or *, found {text!r}')
-  return text
+  """An origin as browsers send it: in lower case, and without the port that its scheme has anyway."""
+  found = re.fullmatch(r'(https?)://([a-z\d._-]+|\[[a-f\d:.]+\])(?::(\d{1,5}))?', text.lower())
+  if text == '*':
+    return text
+  if not found or int(found[3] or 0) > 65535:
+    raise argparse.ArgumentTypeError(f'expected an origin such as https://example.com:8443, or *, found {text!r}')
+  scheme, host, port = found.groups()
+  return f'{scheme}://{host}' + (f':{int(port)}' if port and int(port) != _PORTS[scheme] else '')
+
+
+_PORTS = {'http': 80, 'https': 443}
 
 
 def _count(text: str) -> int:

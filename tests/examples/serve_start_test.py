@@ -1,5 +1,6 @@
 """Tests of a service that cannot start: one line, and exit code 2."""
 
+import argparse
 import copy
 import io
 import os
@@ -78,7 +79,7 @@ def refusal(capsys, *arguments):
     ),
     (
       (WHOLE, '--cors=example.com'),
-      "argument --cors: expected an origin such as https://example.com, or *, found 'example.com'; see --help",
+      "argument --cors: expected an origin such as https://example.com:8443, or *, found 'example.com'; see --help",
     ),
     ((WHOLE, '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
     (
@@ -214,3 +215,29 @@ def test_interrupted_before_it_serves(folder, monkeypatch, capsys):
 )
 def test_counts(text, count):
   assert serve._count(text) == count
+
+
+ORIGINS = {
+  'https://example.com': 'https://example.com',
+  'HTTPS://Example.com': 'https://example.com',
+  'https://example.com:443': 'https://example.com',
+  'http://localhost:80': 'http://localhost',
+  'http://example.com:443': 'http://example.com:443',
+  'https://example.com:08443': 'https://example.com:8443',
+  'http://[::1]:5173': 'http://[::1]:5173',
+  'https://xn--mnchen-3ya.de': 'https://xn--mnchen-3ya.de',
+  '*': '*',
+}
+NO_ORIGINS = (
+  *('https://example.com/', 'https://*.example.com', 'https://', 'https://a.com,https://b.com', 'null', ''),
+  *('https://m\u00fcnchen.de', 'https://example.com:99999', 'https://example.com:', 'https://me@example.com'),
+)
+
+
+@pytest.mark.parametrize('text', [*ORIGINS, *NO_ORIGINS])
+def test_origins_are_those_that_browsers_send(text):
+  if text in ORIGINS:
+    assert serve._origin(text) == ORIGINS[text]
+    return
+  with pytest.raises(argparse.ArgumentTypeError, match='expected an origin such as https://example.com:8443, or'):
+    serve._origin(text)
