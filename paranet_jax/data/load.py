@@ -152,11 +152,11 @@ def _open(data_config: ConfigDict, image_side: int, channels: int) -> Source:
     )
   if source := known_dataset(name).open(data_config, image_side, channels):
     return source
-  from paranet_jax.data.sources.tfds import dataset_names
+  from paranet_jax.data.sources.tfds import dataset_names, unknown_place
 
-  known = registered_names()
-  near = difflib.get_close_matches(name, dict.fromkeys([*known, *dataset_names()])) or known
-  raise UserError(f'unknown data set {name!r}; nearest: {", ".join(near)}; set --config.data.name=...')
+  known, (prepared, or_place) = registered_names(), unknown_place(data_config.data_dir)
+  near = difflib.get_close_matches(name, dict.fromkeys([*known, *prepared, *dataset_names()])) or known
+  raise UserError(f'unknown data set {name!r}; nearest: {", ".join(near)}; set --config.data.name=...{or_place}')
 
 
 def _numbered(num_classes: int | None, place: str) -> tuple[str, ...]:

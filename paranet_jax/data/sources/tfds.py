@@ -48,6 +48,14 @@ def dataset_names() -> list[str]:
   return tfds.list_builders(with_community_datasets=False)
 
 
+def unknown_place(data_dir: str) -> tuple[list[str], str]:
+  """The names of the data sets that are prepared in a folder, and what an error says about it; '': the default one."""
+  root = absolute(data_dir or '~/tensorflow_datasets')
+  names = [folder.relative_to(root).parts[0] for folder in _prepared(root)]
+  where = f', or --config.data.data_dir to the folder where it is prepared (in {root}: {_contents(root)})'
+  return names, where if data_dir else ''
+
+
 def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Source | None:
   """An image classification data set prepared in `data_dir` ('': ~/tensorflow_datasets); None if its name is unknown.
 
@@ -114,7 +122,8 @@ def _is_prepared(builder: _Builder) -> bool:
 def _check_place(name: str, data_dir: str, builder: _Builder | None = None) -> None:
   """Raises UserError if the folder holds another version of the data set, or lies in the data set's own folder."""
   root, (name, _, version) = absolute(data_dir or '~/tensorflow_datasets'), name.partition(':')
-  own = next((folder for folder in (root, *root.parents) if folder.name == name.partition('/')[0]), None)
+  places = (folder for place in (root, root.resolve()) for folder in (place, *place.parents))
+  own = next((folder for folder in places if folder.name == name.partition('/')[0]), None)
   if own and _prepared(own.parent, name):
     raise UserError(
       f'expected the folder that holds {name}/, found {root}, which is part of the data set: set '
@@ -138,7 +147,7 @@ def _prepared(root: Path, name: str = '*') -> list[Path]:
 def _contents(root: Path) -> str:
   """What a folder holds in place of the data set that was expected."""
   if not root.is_dir():
-    return 'no such folder'
+    return 'a file' if root.exists() else 'no such folder'
   found = [' '.join(folder.relative_to(root).parts) for folder in _prepared(root)]
   found = found or sorted(entry.name for entry in root.iterdir() if entry.name != 'downloads')
   more = f' and {len(found) - 3:,} more' if len(found) > 3 else ''

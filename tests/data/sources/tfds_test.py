@@ -402,6 +402,21 @@ def test_a_folder_that_is_not_the_place(tmp_path, monkeypatch):
   }.items():
     with pytest.raises(UserError, match=message):
       load(name, tmp_path / 'data')
+  (tmp_path / 'link').symlink_to(folder)
+  with pytest.raises(UserError, match=f'/link, which is part of the data set: {place}'):
+    load('tiny_shapes', tmp_path / 'link')
+  where = r'; set --config.data.name=\.\.\., or --config.data.data_dir to the folder where it is prepared \(in {}: {}\)'
+  (tmp_path / 'file').write_text('')
+  for name, held, near in (
+    ('file', 'a file', 'tiny_shakespeare, cityscapes'),
+    ('none', 'no such folder', 'tiny_shakespeare, cityscapes'),
+    ('data', 'only mnist 2.0.0, tiny_shapes 1.0.0, tiny_shapes 1.1.0 there', 'tiny_shapes, '),
+  ):
+    wanted = 'tiny_shapes' if name != 'data' else 'tiny_shape'
+    with pytest.raises(
+      UserError, match=f"unknown data set '{wanted}'; nearest: {near}.*{where.format(tmp_path / name, held)}$"
+    ):
+      load(wanted, tmp_path / name)
   with pytest.raises(UserError, match='expected mnist prepared in .*/none, found no such folder: run'):
     load('mnist', tmp_path / 'none')
   with pytest.raises(UserError, match='expected mnist prepared in .*, found only 1.0.0, 1.1.0 there: run'):
