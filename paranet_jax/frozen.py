@@ -6,6 +6,7 @@ cropped or blended, their results are therefore computed once, also for mirrored
 
 import functools
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Collection
@@ -21,7 +22,7 @@ from jaxtyping import Array, Key
 from paranet_jax.data.augment import image_keys, normalize
 from paranet_jax.data.dataset import Split
 from paranet_jax.host.arguments import cache_folder
-from paranet_jax.host.errors import say
+from paranet_jax.host.errors import NO_ROOM, UserError, say
 from paranet_jax.losses import exit_losses, total_loss
 from paranet_jax.models.layers.backend import SHAPES, compiling_for
 from paranet_jax.steps import (
@@ -265,7 +266,22 @@ def _size(features: Features) -> int:
 
 
 def _mapped(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+  """An array in a file that vanishes with the process.
+
+  Raises:
+    UserError: there is no room for it.
+  """
   folder = cache_folder()
   folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryFile(dir=folder) as file:
+    try:  # Before it is mapped: where there is no room, writing to a map ends the process by SIGBUS.
+      os.posix_fallocate(file.fileno(), 0, _size({0: leaf}))
+    except OSError as error:
+      if error.errno in NO_ROOM:
+        raise UserError(
+          f'expected {_size({0: leaf}) / 1e9:,.1f} GB for features in {folder}, found: {error.strerror}; make room, '
+          'set PARANET_CACHE_DIR to another disk, or --config.train.features=float16'
+        ) from error
+    except AttributeError:  # macOS.
+      pass
     return np.memmap(file, leaf.dtype, 'w+', shape=leaf.shape)

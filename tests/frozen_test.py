@@ -1,6 +1,7 @@
 """Exits learn on a frozen backbone as they would in the whole network, and nothing else changes."""
 
 import functools
+import os
 
 import chex
 import jax
@@ -14,6 +15,7 @@ from paranet_jax import frozen as frozen_lib
 from paranet_jax.costs import abstract_variables, variable_paths
 from paranet_jax.data.dataset import Split
 from paranet_jax.frozen import LOGITS, feature_shapes, keep_features, logits_from_features, make_exits_step, vary
+from paranet_jax.host.errors import UserError
 from paranet_jax.steps import Objective, TrainState, learning, make_train_step, zero_totals
 from paranet_jax.targets import LABELS
 
@@ -128,3 +130,23 @@ def test_kept_features(monkeypatch, tmp_path, capsys, kind, in_memory):
   for number, logits in enumerate(expected, 1):
     found = logits_from_features(MODEL, number, VARIABLES, features)
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-2 if kind == 'float16' else 1e-5)
+
+
+def test_no_room_for_kept_features(monkeypatch, tmp_path):
+  """Writing to a map of a file that has no room would end the process by SIGBUS."""
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path))
+  monkeypatch.setattr(frozen_lib, 'IN_MEMORY', 0)
+  asked = []
+
+  def full(file, start, size):
+    asked.append(size)
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(os, 'posix_fallocate', full)
+  with pytest.raises(UserError) as error:
+    kept('float32')
+  assert str(error.value) == (
+    f'expected 0.0 GB for features in {tmp_path}, found: No space left on device; make room, set PARANET_CACHE_DIR to '
+    'another disk, or --config.train.features=float16'
+  )
+  assert asked[0] == jax.tree.leaves(KEPT['float32'])[0].size * 4 and not list(tmp_path.iterdir())
