@@ -63,11 +63,23 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
   with Checkpoints(run) as checkpoints:
     _, saved = checkpoints.read_chosen(Checkpoints.choose, checkpoints.shapes)
   wanted = shapes_by_path(abstract_variables(build_model(config, num_classes=2), image_shape(config)))
-  if difference := shape_difference(_backbone_paths(saved), _backbone_paths(wanted)):
+  difference = shape_difference(_backbone_paths(saved), _backbone_paths(wanted))
+  if difference := difference or _other_function(restore_config(run).model, config.model):
     raise UserError(
       f'the backbone of init_from {run} does not fit: {difference}; '
       f'set --config to the network of {run / CONFIG}, or --config.init_from'
     )
+
+
+_OF_THE_FUNCTION = ('arch', 'block', 'shortcut_padding', 'entry_pool', 'entry_order')
+"""Fields that change what a backbone computes, but not the shapes of its parameters."""
+
+
+def _other_function(there: ConfigDict, here: ConfigDict) -> str | None:
+  for name in _OF_THE_FUNCTION:
+    if name in there and name in here and there[name] != here[name]:
+      return f'model.{name} is {there[name]} there and {here[name]} in this configuration'
+  return None
 
 
 def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainState:

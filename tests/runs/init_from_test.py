@@ -128,6 +128,7 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, missing):
       'batch_stats/pipeline_1_block_1/layer_1/norm1/mean is [4] there and [8]',
     ),
     ({'model__stem_norm': True}, 'batch_stats/pipeline_1_stem_norm/mean is absent there and [4]'),
+    ({'model__entry_pool': 'avg'}, 'model.entry_pool is max there and avg'),  # The shapes are the same.
     (
       {'name': 'PN1-d', 'model__halvings': (2,)},
       'params/pipeline_2_block_1/layer_1/conv1/kernel is [1, 1, 4, 4] there and absent',
