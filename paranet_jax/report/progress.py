@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TextIO
 
-from paranet_jax.host.errors import discard_output, printable_lines
+from paranet_jax.host.errors import discard_output, printable_lines, say
 
 
 class Progress:
@@ -66,6 +66,9 @@ class Progress:
     except BrokenPipeError:  # As in `main | head`: later lines are discarded, and the run saves and stops.
       discard_output(self._stream.fileno())
       signal.raise_signal(signal.SIGTERM)
+    except OSError as error:  # A terminal that is gone without SIGHUP, as after `disown`, or a log on a full disk.
+      discard_output(self._stream.fileno())
+      say(f'standard output cannot be written ({error.strerror}): the run goes on without it', to_stderr=True)
 
   def _fields(self, step: int, losses: dict[int, float], images_per_second: float) -> dict[str, str]:
     fields = {

@@ -1,6 +1,8 @@
 """Packing a run to share it: parameters at half precision, the log and the configuration, without optimizer state."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,30 @@ def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
     step, variables = checkpoints.read_chosen(lambda found: found.choose(asked), checkpoints.read_variables)
     variables = _rounded(variables)
   _check_free(out)
-  prepare_folder(out)
   with config.unlocked():
     del config.data.data_dir  # The data set's folder on this machine is of no use to others.
-  save_config(out, config)
-  for name in (*_CARRIED, *(name for name in _OPTIONAL if (workdir / name).exists())):
-    shutil.copyfile(workdir / name, out / name)
-  with Checkpoints(out, keep=1) as checkpoints:
-    checkpoints.save(step, variables, {'seed': config.seed})
+  with _whole_or_nothing(out):
+    save_config(out, config)
+    for name in (*_CARRIED, *(name for name in _OPTIONAL if (workdir / name).exists())):
+      shutil.copyfile(workdir / name, out / name)
+    with Checkpoints(out, keep=1) as checkpoints:
+      checkpoints.save(step, variables, {'seed': config.seed})
   return step
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[None]:
+  """Makes a folder; an error or an interrupt, such as by a full disk, leaves nothing of what is written there."""
+  made = not out.exists()
+  prepare_folder(out)
+  try:
+    yield
+  except BaseException:
+    for path in out.iterdir():
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if made:
+      out.rmdir()
+    raise
 
 
 def _rounded(variables: dict[str, Any]) -> dict[str, Any]:

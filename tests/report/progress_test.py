@@ -143,3 +143,15 @@ def test_a_reader_that_stops_is_a_request_to_stop():
   finally:
     signal.signal(signal.SIGTERM, previous)
   assert received == [signal.SIGTERM]
+
+
+def test_a_terminal_that_is_gone_without_a_signal_stops_nothing(capsys):
+  """As after `disown`: the run goes on writing to its files."""
+  terminal, lost = os.openpty()
+  with os.fdopen(lost, 'w') as stream:
+    progress = Progress(10, 5, 1, stream)
+    os.close(terminal)
+    progress.message('lost')
+    progress.message('discarded')
+  expected = 'standard output cannot be written (Input/output error): the run goes on without it\n'
+  assert capsys.readouterr() == ('', expected)

@@ -139,3 +139,26 @@ def test_too_large_for_half_the_precision(workdir, tmp_path, capsys):
   assert main([f'--workdir={copy}', f'--out={tmp_path}/x']) == 2
   assert 'expected parameters of at most 65,504, as float16 holds, found larger; set --step' in capsys.readouterr().err
   assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('existing', [False, True])
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device', 'summary.json'), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interrupt_leaves_nothing(workdir, tmp_path, monkeypatch, capsys, error, existing):
+  out = tmp_path / 'out'
+  if existing:
+    out.mkdir()
+
+  def fail(self, step, *unused):
+    (out / 'checkpoints' / 'half').mkdir()
+    raise error
+
+  monkeypatch.setattr(Checkpoints, 'save', fail)
+  code = main([f'--workdir={workdir}', f'--out={out}'])
+  interrupted = isinstance(error, KeyboardInterrupt)
+  assert code == (130 if interrupted else 2)
+  assert capsys.readouterr().err == (
+    'stopped at once\n'
+    if interrupted
+    else 'error: summary.json cannot be read or written (No space left on device); fix that, or name another path\n'
+  )
+  assert list(tmp_path.rglob('*')) == ([out] if existing else [])
