@@ -70,7 +70,7 @@ def _open_locked(path: Path, mode: str, options: dict[str, Any]) -> IO:
   """Opens a new file that `sweep` leaves alone."""
   file = path.open(mode, **options)
   with contextlib.suppress(OSError):  # A file system without locks.
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX)  # A `sweep` that has just found it holds it until it is removed.
     if not path.exists():  # It was swept before it was locked.
       file.close()
       return _open_locked(path, mode, options)

@@ -1,6 +1,8 @@
 import errno
+import fcntl
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,25 @@ def test_the_last_of_two_writers_wins(tmp_path):
     first.write(b'first')
   assert path.read_bytes() == b'first'
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_swept_before_it_is_locked(tmp_path, monkeypatch):
+  """Another process's `sweep` has found the temporary file and locked it, and then removes it."""
+  opened, sweepers = Path.open, []
+
+  def found_at_once(path, *arguments, **options):
+    file = opened(path, *arguments, **options)
+    if not sweepers:
+      other = opened(path, 'rb')
+      fcntl.flock(other, fcntl.LOCK_EX)
+      sweepers.append(threading.Timer(0.05, lambda: (path.unlink(), other.close())))
+      sweepers[0].start()
+    return file
+
+  monkeypatch.setattr(Path, 'open', found_at_once)
+  with replacing(tmp_path / 'entry', 'wb', shared=True) as file:
+    file.write(b'whole')
+  assert (tmp_path / 'entry').read_bytes() == b'whole' and list(tmp_path.iterdir()) == [tmp_path / 'entry']
 
 
 def test_the_next_write_removes_what_a_kill_left_behind(tmp_path):
