@@ -80,7 +80,8 @@ def test_refused_fields(tmp_path, field, message):
   assert not contents(tmp_path)
 
 
-def test_an_unknown_data_set(tmp_path):
+def test_an_unknown_data_set(tmp_path, monkeypatch):
+  monkeypatch.delenv('PARANET_DATA_DIR', raising=False)
   message = refusal(QUICKSTART, '--config.data.name=cifar1000')
   assert message.startswith("unknown data set 'cifar1000'; nearest: cifar100, ")
   assert message.endswith('; set --config.data.name=...')
@@ -201,6 +202,12 @@ def test_evaluating_what_is_not_there(tmp_path, saved, arguments, message):
   before = contents(tmp_path)
   assert refusal(*arguments, '--mode=eval', f'--workdir={tmp_path}').startswith(message.format(tmp_path))
   assert contents(tmp_path) == before
+
+
+def test_evaluating_a_dangling_link(tmp_path):
+  (tmp_path / 'run').symlink_to('nothing')
+  message = f'expected a run with a config.json in {tmp_path}/run, found a dangling link; set --workdir'
+  assert refusal('--mode=eval', f'--workdir={tmp_path}/run') == message
 
 
 def test_training_over_a_damaged_configuration(tmp_path):

@@ -68,6 +68,7 @@ def load_decoded(source: Source, image_side: int, channels: int) -> Decoded:
   image_shape = (image_side, image_side, channels)
   if source.fingerprint is None:
     return _decode_to_memory(source, image_shape)
+  sweep_cache()
   entry = entry_folder(source, image_shape)
   found = _open_entry(entry, image_shape)
   if found is None:
@@ -120,13 +121,16 @@ def statistics_of_sums(
 
 
 def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
-  """The cache folder of a source. What killed processes left there, or in those of other sources, is removed."""
+  """The cache folder of a source."""
   shape = 'x'.join(map(str, image_shape))
   name = f'{source.name}-{source.version}-{shape}-{source.fingerprint}-v{_FORMAT}'
-  root = cache_folder()
-  for folder in root.glob('*'):
+  return cache_folder() / re.sub(r'[^\w.-]+', '_', name)
+
+
+def sweep_cache() -> None:
+  """Removes what killed processes left in the cache, of any source."""
+  for folder in cache_folder().glob('*'):
     sweep(folder)
-  return root / re.sub(r'[^\w.-]+', '_', name)
 
 
 def trained_indices(source: Source, listing: Listing) -> Int[np.ndarray, ' n']:

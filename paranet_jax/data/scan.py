@@ -18,6 +18,7 @@ from paranet_jax.data.cache import (
   entry_folder,
   read_arrays,
   statistics_of_sums,
+  sweep_cache,
   trained_indices,
   write_arrays,
 )
@@ -39,7 +40,10 @@ def load_stored(source: Source, image_side: int, channels: int, workers: int | N
     UserError: an image is damaged and must not be skipped, or all images of a class are.
   """
   image_shape = (image_side, image_side, channels)
-  path = None if source.fingerprint is None else entry_folder(source, image_shape) / _FILE
+  path = None
+  if source.fingerprint is not None:
+    sweep_cache()
+    path = entry_folder(source, image_shape) / _FILE
   facts = path and _restore(path)
   if not facts:
     facts = _scan(source, image_shape, workers)

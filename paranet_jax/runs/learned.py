@@ -83,7 +83,8 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
     # Version 0.1.0 wrote dataset.json alone, and what came before it neither that nor checksums of checkpoints; another
     # trained run without either has lost its record.
     lost = facts is None and has_checkpoint(workdir, CHECKSUMS)
-    missing = os.path.lexists(path) or _expects_record(workdir) or lost
+    expected = bool(facts.fingerprints) if facts else _expects_record(workdir)
+    missing = os.path.lexists(path) or expected or lost
     problem = 'is missing' if missing else None
   except Exception as error:  # A damaged archive makes zipfile and NumPy raise nearly anything.
     problem = f'is damaged ({error})'
@@ -141,6 +142,7 @@ def _check(right: bool, name: str, found: str = 'impossible values') -> None:
 
 
 def _expects_record(workdir: Path) -> bool:
+  """Whether a dataset.json that is otherwise damaged has fingerprints."""
   try:
     return bool((read_object(workdir / DATASET, '') or {}).get('fingerprints'))
   except UserError:

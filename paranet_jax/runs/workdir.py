@@ -164,7 +164,8 @@ def _load_config(workdir: Path) -> dict:
   path, fix = workdir / CONFIG, 'restore it, or set --workdir for a new run'
   saved = read_object(path, fix)
   if saved is None:
-    raise UserError(f'expected a run with a {CONFIG} in {workdir}, found none; set --workdir')
+    found = 'a dangling link' if workdir.is_symlink() and not os.path.exists(workdir) else 'none'
+    raise UserError(f'expected a run with a {CONFIG} in {workdir}, found {found}; set --workdir')
   if missing := [name for name in _ALWAYS if name not in field_names(saved)]:
     raise UserError(f'{path} is not the configuration of a run (it lacks the field {missing[0]}); {fix}')
   return _present_names(saved)
