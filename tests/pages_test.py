@@ -1,8 +1,9 @@
-"""The pages that are not part of the site: their links work, and the drawing shows the costs that we count.
+"""Pages that a reader relies on: links work, drawings show what we count, and each refusal has a line that explains it.
 
 `mkdocs build --strict` checks the links of the site.
 """
 
+import ast
 import pathlib
 import re
 import runpy
@@ -46,3 +47,42 @@ def test_drawing_of_the_packages_is_what_its_script_draws(monkeypatch):
   script = runpy.run_path(str(folder / 'packages.py'))
   drawn = script['draw'](sys.modules.pop('svg').PALETTES['light'])
   assert (folder / 'packages-light.svg').read_text() == drawn, 'run python docs/drawings/packages.py'
+
+
+REFUSALS = ('UserError', 'LostWorkersError', 'BundleError', 'Refused', '_Refused', 'TooManyPixels', 'TooMuchMemory')
+WITHIN_ANOTHER = ('pytorch_file.py', 'tensor_pickle.py')
+"""Their errors are the reason that another one gives in parentheses."""
+
+
+def literal(node):
+  """The fixed words of a message."""
+  match node:
+    case ast.Constant():
+      return str(node.value)
+    case ast.JoinedStr():
+      return ''.join(map(literal, node.values))
+    case ast.BinOp():
+      return literal(node.left) + literal(node.right)
+  return '\0'
+
+
+def refusals():
+  for file in sorted([*REPO.glob('paranet_jax/**/*.py'), *REPO.glob('examples/*.py')]):
+    for node in ast.walk(ast.parse(file.read_text())) if file.name not in WITHIN_ANOTHER else ():
+      if isinstance(node, ast.Call) and getattr(node.func, 'id', '') in REFUSALS and node.args:
+        message = literal(node.args[-1])
+        if len(re.findall('[a-z]{2,}', message.rpartition(';')[0] or message)) > 3:  # It does not only pass another on.
+          yield f'{file.name}:{node.lineno}', message
+
+
+def test_every_refusal_has_a_line():
+  lines = (REPO / 'docs/troubleshooting.md').read_text().splitlines()
+  symptoms = re.findall(r'``.+?``|`.+?`', '\n'.join(line.split(' | ')[0] for line in lines if line.startswith('| ')))
+  parts = {part.strip('` ') for symptom in symptoms for part in re.split(r'\.\.\.|\b(?:[A-Z]|NAME|FIELD)\b', symptom)}
+  found = dict(refusals())
+  assert len(found) > 200
+  # A part that fits many messages explains none.
+  told = [part for part in parts if len(part) >= 10 and ' ' in part and not part.startswith(';')]
+  known = [part for part in told if sum(part in message for message in found.values()) <= 5]
+  missing = {place: message for place, message in found.items() if not any(part in message for part in known)}
+  assert not missing
