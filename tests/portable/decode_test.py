@@ -37,7 +37,8 @@ def tiff(pixels, **options):
 
 def animation(format):
   frames = [Image.new('RGB', (2, 2), (value,) * 3) for value in (50, 200)]
-  return encoded(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+  options = {'lossless': True} if format == 'WEBP' else {}
+  return encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
 
 
 BIG_ENDIAN = Image.frombytes('I;16B', (2, 2), WIDE.astype('>u2').tobytes())
@@ -88,6 +89,8 @@ GRAY = {
   'BMP': (encoded(mode('L'), 'BMP'), 3, SQUARE),
   'first frame of a GIF': (animation('GIF'), 3, [[50, 50]] * 2),
   'first frame of a WebP': (animation('WEBP'), 3, [[50, 50]] * 2),
+  'first frame of a PNG': (animation('PNG'), 3, [[50, 50]] * 2),
+  'first page of a TIFF': (animation('TIFF'), 3, [[50, 50]] * 2),
   '16-bit gray': (encoded(Image.fromarray(WIDE.astype(np.uint16))), 1, NARROW),
   '16-bit gray, big-endian, rotated': (tiff(BIG_ENDIAN, tiffinfo={0x0112: 6}), 1, [[128, 0], [255, 1]]),
   '32-bit gray in 16 bits': (tiff(WIDE.astype(np.int32)), 1, NARROW),
@@ -223,7 +226,6 @@ def test_a_transparent_color_of_16_bits():
   pixels = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0]]], '>u2')
   header = b'\0\0\0\x02\0\0\0\x01\x10\x02\0\0\0'
   parts = (b'IHDR', header), (b'tRNS', pixels[0, 0].tobytes()), (b'IDAT', zlib.compress(b'\0' + pixels.tobytes()))
-  file = encoded(SQUARE)[:8] + b''.join(chunk(*part) for part in (*parts, (b'IEND', b'')))
   file = encoded(SQUARE)[:8] + b''.join(chunk(*part) for part in (*parts, (b'IEND', b'')))
   assert decode_image(file, 1, 3).tolist() == [[[255, 128, 128]]]  # The mean of white and red.
 
