@@ -38,6 +38,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     metavar='hf:OWNER/NAME',
     help='Repository of the Hugging Face Hub to send the folder to, as one commit; hf:OWNER/NAME@BRANCH for a branch.',
   )
+  add('--web', action='store_true', help='Add a page, index.html, that runs the bundle in a browser.')
+  add(
+    '--web-runtime',
+    type=absolute,
+    metavar='FILE',
+    help='Archive of the npm package that the page runs on (default: downloaded once, and kept in PARANET_CACHE_DIR).',
+  )
   add_data_flags(parser)
   add_jax_flags(parser)
   given = parser.parse_args(argv)
@@ -54,9 +61,12 @@ def _run(given: argparse.Namespace) -> None:
   if given.push_to:
     check_upload(given.push_to, '--push-to')
   bundle = export_run(
-    Request(given.workdir, given.out, FORMATS[given.format], given.dtype, given.data_dir, given.accept_data_changes)
+    Request(
+      *(given.workdir, given.out, FORMATS[given.format], given.dtype, given.data_dir, given.accept_data_changes),
+      *(given.web, given.web_runtime),
+    )
   )
-  size = sum(path.stat().st_size for path in given.out.iterdir())
+  size = sum(path.stat().st_size for path in given.out.rglob('*') if path.is_file())
   say(f'bundle: {given.out}, {given.format}, {given.dtype}, step {bundle["step"]}, {size / 1e6:.2f} MB')
   found = bundle.get('agreement')
   if found:
@@ -65,6 +75,8 @@ def _run(given: argparse.Namespace) -> None:
       f'{100 * found["exits"]:.2f} % the same exits, logits differ by at most {found["logits"]:.1e}'
     )
     say(f'try it: python {given.out}/run.py IMAGE...')
+  if given.web:
+    say(f'see it: python -m http.server --bind 127.0.0.1 --directory {given.out}, then open http://localhost:8000')
   if given.push_to:
     say(f'pushed: {upload_folder(given.out, given.push_to)}')
 

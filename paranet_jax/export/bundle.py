@@ -26,6 +26,7 @@ from paranet_jax.export.onnx import onnx_stage
 from paranet_jax.export.precision import CALIBRATION_IMAGES, calibration_count, halved, quantized_stages
 from paranet_jax.export.stablehlo import write_stablehlo
 from paranet_jax.export.stages import Stages, cut
+from paranet_jax.export.web import page_library, write_page
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
@@ -40,7 +41,7 @@ NEEDS = {'onnx': ('jax2onnx', 'onnx', 'onnxruntime', 'safetensors'), 'stablehlo'
 
 
 class Request(NamedTuple):
-  """What to export: folders are absolute, `formats` holds 'onnx' and 'stablehlo'."""
+  """What to export: paths are absolute, `formats` holds 'onnx' and 'stablehlo'."""
 
   workdir: Path
   out: Path
@@ -48,13 +49,15 @@ class Request(NamedTuple):
   dtype: str
   data_dir: Path | None = None
   accept_data_changes: bool = False
+  web: bool = False
+  web_runtime: Path | None = None
 
 
 def check_request(request: Request) -> None:
   """Checks, before anything slow, that the bundle can be written.
 
   Raises:
-    UserError: `out` exists, a package is missing, or the format does not support the precision.
+    UserError: `out` exists, a package is missing, or the format does not support the precision or the page.
   """
   if os.path.lexists(request.out):
     raise UserError(f'expected no {request.out}, found something there; set --out to another folder')
@@ -66,6 +69,10 @@ def check_request(request: Request) -> None:
     raise UserError(
       f'StableHLO stages are float32 only, found --dtype={request.dtype}; set --format=onnx or --dtype=float32'
     )
+  if request.web_runtime and not request.web:
+    raise UserError('--web-runtime is what the page of --web runs on; set --web, or leave it out')
+  if request.web and 'onnx' not in request.formats:
+    raise UserError('--web runs ONNX stages, found --format=stablehlo; set --format=onnx or --format=both')
   for name in _packages(request):
     if importlib.util.find_spec(name) is None:
       raise UserError(f'exporting needs {name}, found none; pip install -r requirements-export.txt')
@@ -97,8 +104,10 @@ def write_bundle(
     images: on which the bundle is compared with JAX, and int8 is calibrated.
 
   Raises:
-    UserError: the folder cannot be written, or a float32 bundle does not reproduce the network's logits.
+    UserError: the folder cannot be written, the files of the page cannot be read or downloaded, or a float32 bundle
+      does not reproduce the network's logits.
   """
+  library = page_library(request.web_runtime) if request.web else None
   if hasattr(run.model, 'dtype'):
     run = dataclasses.replace(run, model=run.model.clone(dtype=jnp.float32))
   stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
@@ -112,6 +121,8 @@ def write_bundle(
       bundle['agreement'] = _checked(request, compare(folder, run, plan, _compared(request, images)))
     if 'stablehlo' in request.formats:
       bundle['stablehlo'] = write_stablehlo(folder, stages)
+    if library:
+      bundle['web'] = write_page(folder, library)
     write_text(folder / 'README.md', model_card(run, plan, exit_costs(run.model, run.image_shape), bundle))
     bundle['checksums'] = _checksums(folder)
     write_json(folder / runtime.BUNDLE, bundle)
@@ -188,8 +199,9 @@ def held_out_images(
 
 def _checksums(folder: Path) -> dict[str, str]:
   """SHA-256 of every file except bundle.json, which holds the checksums, and the model card, which may be edited."""
-  files = (path for path in sorted(folder.iterdir()) if path.name not in ('README.md', runtime.BUNDLE))
-  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+  files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob('*')) if path.is_file()}
+  digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+  return {name: digest for name, digest in digests.items() if name not in ('README.md', runtime.BUNDLE)}
 
 
 @contextlib.contextmanager

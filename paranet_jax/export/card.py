@@ -133,6 +133,11 @@ def _files(run: LoadedRun, bundle: dict[str, Any]) -> str:
       '|---|---|---|',
       *(_stage_row(spec) for spec in bundle['stages'].values()),
     ]
+  if 'web' in bundle:
+    lines += [
+      '',
+      '`index.html` shows it in a browser: `python -m http.server` in this folder, then open http://localhost:8000.',
+    ]
   if 'stablehlo' in bundle['formats']:
     lines += ['', 'Load `*.stablehlo` with `jax.export.deserialize(bytes).call`; `bundle.json` lists their signatures.']
   return '\n'.join(lines)

@@ -429,6 +429,15 @@ CALIBRATE = 'python -m paranet_jax.calibrate --workdir={here}/'
       f'{NEW} --dtype=int8 --format=both',
       'StableHLO stages are float32 only, found --dtype=int8; set --format=onnx or --dtype=float32',
     ),
+    (
+      f'{NEW} --web --format=stablehlo',
+      '--web runs ONNX stages, found --format=stablehlo; set --format=onnx or --format=both',
+    ),
+    (
+      f'{NEW} --web-runtime={{here}}/file',
+      '--web-runtime is what the page of --web runs on; set --web, or leave it out',
+    ),
+    (f'{NEW} --web --web-runtime={{here}}/file', 'expected onnxruntime-web 1.30.0 of sha256 d2228df7e461, found '),
     *(
       (
         f'--workdir={{run}} --out={{here}}/{name}',
