@@ -108,6 +108,13 @@ def test_streams_that_take_nothing(monkeypatch, capsys):
   assert capsys.readouterr().err == ''
 
 
+def test_standard_output_of_ascii(monkeypatch):
+  out = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+  monkeypatch.setattr(sys, 'stdout', out)
+  assert exit_code(lambda: say('caf\u00e9 \u2014')) == 0
+  assert out.buffer.getvalue() == b'caf\\xe9 \\u2014\n'
+
+
 CODE = """
 import contextlib, os, sys
 from paranet_jax.host.errors import UserError, exit_code, say
