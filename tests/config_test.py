@@ -50,7 +50,7 @@ BOUNDS = {
   'model.block_dropout': (((1.0,), (-0.1, 0.0), (math.nan,), ('a',)), ((), (0.0, 0.4), (0,))),
   'model.local_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.global_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
-  'model.head': (('mlp', ''), ('linear', 'bn_relu', 'conv', 'class_token')),
+  'model.head': (('mlp', ''), ('linear', 'bn_relu', 'conv', 'class_token', 'blocks')),
   'model.last': (('', 'none'), ('own', 'new')),
   'model.num_classes': ((1, 0, -3), (2,)),
   'model.image_side': ((0, -8, 10_001), (1, 10_000)),

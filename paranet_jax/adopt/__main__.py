@@ -27,7 +27,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--arch', required=True, help="Architecture, by torchvision's or timm's name.")
   add('--weights', help='State dict: .safetensors, .pth, .pt or .th; or hf:OWNER/NAME[@REVISION].')
   add('--exits', help='Places of the exits before the last one, such as layer1,layer2.1 (default: as describe says).')
-  add('--head', help='Kind of their heads: linear, bn_relu, conv or class_token (default: by the architecture).')
+  add(
+    '--head', help='Kind of their heads: linear, bn_relu, conv, class_token or blocks (default: by the architecture).'
+  )
   images = parser.add_mutually_exclusive_group()
   images.add_argument('--images', type=absolute, metavar='FOLDER', help='Images without labels, in any folders below.')
   images.add_argument('--data', type=absolute, metavar='FOLDER', help='Images in a folder for each class.')

@@ -152,9 +152,10 @@ _ADOPTED: Fields = {
   'arch': Field('cifar_resnet56'),
   # Places of the exits before the last one, by PyTorch's names of modules ('layer1,layer2.1'); '': the last exit alone.
   'exits': Field(''),
-  # 'linear' (pool-linear), 'bn_relu' (BN-ReLU-pool-linear, the paper's), 'conv' (a convolution before it) or
-  # 'class_token' (norm-linear of the first token), for the exits before the last one; None: the architecture's own.
-  'head': derived(str, one_of('linear', 'bn_relu', 'conv', 'class_token')),
+  # 'linear' (pool-linear), 'bn_relu' (BN-ReLU-pool-linear, the paper's), 'conv' (a convolution before it),
+  # 'class_token' (norm-linear of the first token) or 'blocks' (copies of later blocks of the network), for the exits
+  # before the last one; None: the architecture's own.
+  'head': derived(str, one_of('linear', 'bn_relu', 'conv', 'class_token', 'blocks')),
   # The last exit: the network's 'own' classifier, or a 'new' one, for other classes.
   'last': Field('own', one_of('own', 'new')),
 }

@@ -14,6 +14,7 @@ from paranet_jax.costs import abstract_variables
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.identity import known_of
 from paranet_jax.host.errors import UserError, say
+from paranet_jax.models.adopted.heads import COPIED
 from paranet_jax.models.adopted.read_weights import read_weights
 from paranet_jax.models.adopted.registry import find_architecture
 from paranet_jax.runs.checkpoints import (
@@ -119,8 +120,26 @@ def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainS
         f'{source} has {name} {list(leaf.shape)}, expected {list(expected.shape)} for the classes of the data; set '
         '--config.model.num_classes, or --config.init_from'
       )
-  exits = {part: {name: own for name, own in fresh[part].items() if name.startswith(EXIT)} for part in fresh}
+  exits = {
+    part: {name: _with_copies(own, saved[part]) for name, own in fresh[part].items() if name.startswith(EXIT)}
+    for part in fresh
+  }
   return dataclasses.replace(state, **{part: exits[part] | kept[part] for part in fresh})
+
+
+def _with_copies(exit_variables: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:
+  """The variables of an exit; the backbone's blocks that it has copies of (see `BlocksHead`) are their start."""
+  fresh = exit_variables.get(COPIED)
+  if fresh is None:
+    return exit_variables
+
+  def start(path, leaf):
+    own: Any = backbone
+    for key in path:
+      own = own.get(key.key, {})
+    return own if getattr(own, 'shape', None) == leaf.shape else leaf  # A classifier of other classes is new.
+
+  return exit_variables | {COPIED: jax.tree_util.tree_map_with_path(start, fresh)}
 
 
 def _last_exits(config: ConfigDict, run: Path) -> tuple[str, str]:

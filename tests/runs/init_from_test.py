@@ -23,7 +23,7 @@ from paranet_jax.models.adopted.cifar_resnet import architecture
 from paranet_jax.models.adopted.registry import ARCHITECTURES
 from paranet_jax.models.registry import family_names
 from paranet_jax.runs.checkpoints import Checkpoints
-from paranet_jax.runs.init_from import EXIT, check_backbone, say_shared
+from paranet_jax.runs.init_from import EXIT, check_backbone, say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.workdir import save_config
@@ -202,6 +202,21 @@ def test_an_adopted_network_is_taken_with_its_classifier(tmp_path, tiny_architec
   )
   if last == 'own':
     np.testing.assert_array_equal(begun['params/linear/kernel'], drawn['linear.weight'].T)
+
+
+@pytest.mark.parametrize(('last', 'classes'), [('own', 10), ('new', 7)])
+def test_copied_blocks_of_a_head_start_as_the_networks_own(tmp_path, tiny_architecture, last, classes):
+  drawn = resnet_weights.draw(8, classes)
+  (tmp_path / 'a').write_bytes(safetensors_bytes(drawn))
+  settings = adopted(model__last=last, model__head='blocks')
+  begun = by_path(take_backbone(build_task(settings).init_state(), tmp_path / 'a', settings))
+  copies = {path: leaf for path, leaf in begun.items() if '/exit_1/blocks/' in path}
+  assert {path.split('/')[3] for path in copies} == {'layer2.0', 'layer3.0', 'linear'}
+  for path, leaf in copies.items():
+    if classes == 10 or '/linear/' not in path:
+      np.testing.assert_array_equal(leaf, begun[path.replace('exit_1/blocks/', '')], err_msg=path)
+    else:  # Other classes have a new classifier.
+      assert leaf.shape[-1] == 10
 
 
 EXITS = {'train__regime': 'exits', 'model__exits': 'stages'}

@@ -1,21 +1,26 @@
 """The heads of exits that are added to a trained network: features in, logits out."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from paranet_jax.models.adopted.architecture import Mode
 from paranet_jax.models.adopted.layers import BatchNorm, Conv, LayerNorm, Linear, pooled, relu
-from paranet_jax.models.layers.backend import PLAIN, backend
+from paranet_jax.models.adopted.registry import find_architecture
+from paranet_jax.models.layers.backend import PLAIN, SHAPES, backend, compiling_for
 from paranet_jax.models.multi_exit import Logits
 
 CONV_WIDTH = 128
 """Channels of the convolution of a head 'conv'."""
 CONV_SIDE = 16
 """The largest side, in pixels, of the features that a head 'conv' reads; larger ones are averaged to it."""
+COPIED = 'blocks'
+"""The module of a head whose parameters start as those of the network that have the same names."""
 
 
 class Head(nn.Module):
@@ -93,10 +98,70 @@ class ClassTokenHead(Head):
     return self.classify(LayerNorm(name='norm')(self.read(x)[:, 0]))
 
 
+class BlocksHead(Head):
+  """Later blocks of the network itself, those that change the features' shape and the last one, and its classifier.
+
+  They start as copies of the network's own (see `runs.init_from`), and then learn. The blocks that are left out keep
+  the shape: in a residual network they refine what they read, and so the copies start near a solution.
+
+  Attributes:
+    arch: name of the architecture.
+    after: number of the stage that the exit follows.
+  """
+
+  arch: str
+  after: int
+
+  @nn.compact
+  def __call__(self, x: Any, mode: Mode) -> Logits:
+    return OwnBlocks(self.num_classes, self.arch, self.after, name=COPIED)(x, mode)
+
+
+class OwnBlocks(nn.Module):
+  """The blocks and the classifier of a `BlocksHead`, under their own names."""
+
+  num_classes: int
+  arch: str
+  after: int
+
+  @nn.compact
+  def __call__(self, x: Any, mode: Mode) -> Logits:
+    parts = find_architecture(self.arch).build(self.num_classes)
+    for number in _needed_stages(self.arch, self.after, tuple(x.shape[1:])):
+      x = parts.stages[number][1](x, mode)
+    return parts.classifier(x, mode).astype(jnp.float32)
+
+
+class _Stage(nn.Module):
+  """One stage of an architecture, alone."""
+
+  arch: str
+  number: int
+
+  @nn.compact
+  def __call__(self, x: Any) -> Any:
+    return find_architecture(self.arch).build(2).stages[self.number][1](x, Mode())
+
+
+@functools.lru_cache(maxsize=256)
+def _needed_stages(arch: str, after: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Numbers, from 0, of the stages that follow number `after` and change the shape of features, and of the last."""
+  last, needed = len(find_architecture(arch).places) - 1, []
+  for number in range(after, last + 1):
+    with compiling_for(SHAPES):
+      x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+      new, _ = jax.eval_shape(_Stage(arch, number, parent=None).init_with_output, jax.random.key(0), x)
+    if new.shape[1:] != shape or number == last:
+      needed.append(number)
+    shape = new.shape[1:]
+  return tuple(needed)
+
+
 HEADS: dict[str, type[Head]] = {
   'linear': LinearHead,
   'bn_relu': NormHead,
   'conv': ConvHead,
   'class_token': ClassTokenHead,
+  'blocks': BlocksHead,
 }
 """The kinds of head, by the value of `model.head`."""

@@ -9,7 +9,7 @@ from jax import Array
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts
-from paranet_jax.models.adopted.heads import HEADS, Head
+from paranet_jax.models.adopted.heads import HEADS, BlocksHead, Head
 from paranet_jax.models.adopted.registry import find_architecture
 from paranet_jax.models.layers.initial import ONES, ZEROS, draw, generator
 from paranet_jax.models.multi_exit import Chain, Logits
@@ -86,7 +86,9 @@ class AdoptedNetwork(Chain):
   def exit_logits(self, x: Array, number: int, train: bool) -> Logits:
     """An added head, or the network's own classifier."""
     mode, name = Mode(train, self.axis_name), f'exit_{number}'
-    if head := self._head(number):
+    if (head := self._head(number)) is BlocksHead:
+      return BlocksHead(self.num_classes, self.arch, self.exit_positions[number - 1], name=name)(x, mode)
+    if head:
       return head(self.num_classes, name=name)(x, mode)
     return self.parts.classifier(x, mode).astype(jnp.float32)
 
@@ -102,7 +104,7 @@ class AdoptedNetwork(Chain):
     own = self.architecture.head
     if number < self.num_exits:
       return HEADS[self.head or own]
-    return HEADS['linear' if own == 'conv' else own] if self.last == 'new' else None
+    return HEADS['class_token' if own == 'class_token' else 'linear'] if self.last == 'new' else None
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> AdoptedNetwork:
