@@ -227,6 +227,32 @@ def test_scores(page, tiny, files, tmp_path, fields):
     assert len(set(assert_same(page, bundle, read(bundle, files)).exits)) > 1
 
 
+def test_unknown_images_and_sets(page, tiny, files, tmp_path):
+  """An image is unknown where it is less sure than a threshold at the last exit; sets are the likeliest classes."""
+  limits = {'coverage': 0.9, 'penalty': 0.125, 'free': 2, 'limits': [0.3, 0.5, 0.7], 'anytime': None}
+  fields = {'reject': {'risk': 0.1, 'delta': 0.1, 'confidence_threshold': 0.6}, 'sets': limits}
+  bundle = run.load(tiny)
+  folder = changed(tiny, tmp_path / 'bundle', run.EXITS, **fields)
+  with browser.served(folder) as address:
+    opened(page, address)
+    expected, found = bundle.predict(read(bundle, files)) if pixels(page, files) else None, answers(page)
+    page.value('document.getElementById("budget").value = 1; document.getElementById("budget").oninput(); 0')
+    everything = answers(page)
+  unknown = []
+  for probabilities, number, answer in zip(expected.probabilities, expected.exits, found, strict=True):
+    label = probabilities.argmax()
+    unknown.append(number == 3 and -np.log1p(-float(probabilities[label])) < 0.6)
+    assert answer['label'] == (5 if unknown[-1] else label)
+    before, classes = 0.0, []
+    for rank, index in enumerate(np.argsort(-probabilities, kind='stable').tolist()):
+      if before + 0.125 * max(rank + 1 - 2, 0) <= limits['limits'][number - 1]:
+        classes.append(index)
+      before += float(probabilities[index])
+    assert answer['set'] == classes
+  assert 0 < sum(unknown) < len(unknown) and len({len(answer['set']) for answer in found}) > 1
+  assert {len(answer['set']) for answer in everything} == {5}  # Not as calibrated, and the limit for that is none.
+
+
 def test_use(page, tiny, files, tmp_path):
   """Cards and the histogram follow the images and the settings; a broken and a missing file get a sentence."""
   (tmp_path / 'broken.png').write_bytes(files[0].read_bytes()[:60])
