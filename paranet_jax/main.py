@@ -22,9 +22,9 @@ def _run(values: flags.FlagValues, config: ConfigDict) -> None:
   # jax takes a second to import, which a mistyped flag should not wait for.
   from paranet_jax import config as config_lib
   from paranet_jax.costs import describe
+  from paranet_jax.display.tables import describe_table
   from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import joined
-  from paranet_jax.report.tables import describe_table
 
   config_lib.validate(config)
   if values.data_dir:
@@ -49,8 +49,8 @@ def _train(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
 
 
 def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> None:
+  from paranet_jax.display.tables import class_table, evaluation_table
   from paranet_jax.evaluation import as_json
-  from paranet_jax.report.tables import class_table, evaluation_table
   from paranet_jax.train import evaluate_checkpoint
 
   if config.seeds > 1:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
 from paranet_jax.devices import SideBySide
+from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.evaluation import AGREEMENT, MEASURES, Evaluator
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json
@@ -18,7 +19,6 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.models.numerics import check_training
-from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record

@@ -13,6 +13,9 @@ from paranet_jax import devices as devices_lib
 from paranet_jax.costs import describe
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
+from paranet_jax.display.pictures import drawn
+from paranet_jax.display.progress import Clock, Progress, human_duration
+from paranet_jax.display.tables import describe_table, evaluation_table
 from paranet_jax.evaluation import MOST_CLASSES, Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
 from paranet_jax.host.errors import UserError, say
@@ -20,9 +23,6 @@ from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.models.numerics import check_training
-from paranet_jax.report.pictures import drawn
-from paranet_jax.report.progress import Clock, Progress, human_duration
-from paranet_jax.report.tables import describe_table, evaluation_table
 from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
@@ -86,7 +86,7 @@ def draw_curves(workdir: Path) -> Path | str:
   """Draws the learning curves; returns their file, or why matplotlib fails."""
 
   def draw() -> Path:
-    from paranet_jax.report import curves
+    from paranet_jax.display import curves
 
     return curves.draw_curves(workdir)
 
@@ -102,7 +102,7 @@ def draw_confusion(workdir: Path, exits: list[dict], summary: dict[str, Any], la
     return f'not drawn: more than {MOST_CLASSES:,} classes'
 
   def draw() -> Path:
-    from paranet_jax.report import confusion
+    from paranet_jax.display import confusion
 
     return confusion.draw_confusion(workdir, matrices, summary['class_names'], summary['name'], summary['dataset'])
 

@@ -10,7 +10,7 @@ import pytest
 from killing import copied_at, fault_here, names, run
 from running import TINY, run_main, saved_state, summary_of
 
-from paranet_jax.report.metrics import read_metrics
+from paranet_jax.display.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures('programs')
 

@@ -17,10 +17,10 @@ from paranet_jax.base_config import base_config, field_names
 from paranet_jax.costs import describe
 from paranet_jax.data import stream
 from paranet_jax.data.augment import image_keys
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.losses import exit_losses, total_loss
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.record import open_record
 from paranet_jax.seeds import seed_configs
 from paranet_jax.steps import TrainState, augmented, zero_totals

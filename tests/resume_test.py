@@ -19,8 +19,8 @@ from killing import train
 from running import TINY, before_each_step, run_main, saved_state, send, summary_of
 
 from paranet_jax import devices as devices_lib
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.evaluation import Evaluator
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
 
 RUN = (*TINY, '--config.name=PN1-d')

@@ -10,8 +10,8 @@ from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_mai
 from paranet_jax.command_line import parse
 from paranet_jax.config import default_workdir
 from paranet_jax.devices import SideBySide
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.evaluation import MEASURES
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import seeds_table, summarize, train_seeds
 from paranet_jax.train import train_and_evaluate
 

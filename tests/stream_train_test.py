@@ -14,9 +14,9 @@ from running import CONFIGS, TINY, before_each_step, refusal, run_main, saved_st
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.command_line import parse
 from paranet_jax.data.stream import TrainBatches
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.host.errors import LostWorkersError, UserError
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.seeds import train_seeds
 
 pytestmark = pytest.mark.usefixtures('programs')

@@ -16,8 +16,8 @@ from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
 from paranet_jax.costs import variable_paths
 from paranet_jax.data.identity import Learned
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.errors import UserError
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import zero_totals

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_main, saved_state
 
-from paranet_jax.report.metrics import read_metrics
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.task import build_task
 

@@ -9,7 +9,7 @@ from svg import Canvas, Palette, write
 ROOT = Path(__file__).parents[2] / 'paranet_jax'
 GROUPS = {
   'commands': (
-    *('main', 'adopt', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'doctor'),
+    *('main', 'adopt', 'calibrate', 'predict', 'export', 'plan', 'experiments', 'ensemble', 'pack', 'doctor', 'report'),
     'command_line',
   ),
   'training loop': ('train', 'seeds'),
@@ -32,7 +32,7 @@ PURPOSES = {
   'data': 'data sets, batches, augmentation',
   'weights': 'tensors from PyTorch files',
   'targets': 'what each exit learns from',
-  'report': 'tables, curves, metrics',
+  'display': 'tables, curves, metrics',
   'host': 'files, errors, signals, processes: every box but portable may import it, so no arrows are drawn',
   'portable': 'copied into every bundle',
 }

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from paranet_jax.costs import abstract_variables, exit_costs
+from paranet_jax.display.tables import align, human_count
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.network import AdoptedNetwork
-from paranet_jax.report.tables import align, human_count
 
 SHARES = (0.25, 0.45, 0.7)
 """Shares of the multiply-adds near which exits are suggested."""

@@ -22,10 +22,10 @@ def _run(request: Request, command: str) -> None:
   # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.calibrate.calibration import calibrate
   from paranet_jax.calibrate.summary_text import summary_text
+  from paranet_jax.display.pictures import drawn
   from paranet_jax.early.exit_plan import EXITS
   from paranet_jax.host.machine import start_jax
   from paranet_jax.host.processes import refuse_several
-  from paranet_jax.report.pictures import drawn
 
   refuse_several('calibrate')
   start_jax(request)

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from paranet_jax.display.tables import ABSENT, align, human_count
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.risk import LOSSES
-from paranet_jax.report.tables import ABSENT, align, human_count
 
 _UNITS = {'macs': 'multiply-adds', 'ms': 'ms'}
 

@@ -5,10 +5,10 @@ import json
 import sys
 from collections.abc import Sequence
 
+from paranet_jax.display.tables import align
 from paranet_jax.host.arguments import Parser, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
-from paranet_jax.report.tables import align
 
 
 def main(argv: Sequence[str] | None = None) -> int:

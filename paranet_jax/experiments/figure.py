@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from paranet_jax.display.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, bare, logarithmic, own_style
 from paranet_jax.experiments.markdown import conditions
-from paranet_jax.report.plots import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, bare, logarithmic, own_style
 
 _PUBLISHED = ((GREEN, '^'), (ORANGE, 'D'), (PURPLE, 'v'))
 _MILLION = 1e6

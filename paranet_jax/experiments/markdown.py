@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from paranet_jax.report.progress import human_duration
+from paranet_jax.display.progress import human_duration
 
 _ROWS = ('network', 'pipeline', 'paper (%)', 'ours (%)', 'difference', 'multiply-adds', 'parameters')
 _EFFECTS = ('difference', 'pipeline', 'paper', 'ours', 'each seed')

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paranet_jax.display.pictures import drawn
 from paranet_jax.experiments.markdown import table_markdown
 from paranet_jax.experiments.planned_runs import PlannedRun, networks
 from paranet_jax.experiments.protocols import Protocol, reductions
@@ -25,7 +26,6 @@ from paranet_jax.experiments.published import (
 )
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json, write_text
-from paranet_jax.report.pictures import drawn
 from paranet_jax.runs.workdir import FILES as RUN_FILES
 from paranet_jax.runs.workdir import FOLDERS as RUN_FOLDERS
 
@@ -178,8 +178,8 @@ def write_results(workdir: Path, results: dict[str, Any], experiments: Sequence[
 
 
 def _draw(found: dict[str, Any], protocol: str, path: Path) -> Path:
+  from paranet_jax.display.plots import save_figure
   from paranet_jax.experiments.figure import anytime_figure
-  from paranet_jax.report.plots import save_figure
 
   save_figure(anytime_figure(found, protocol), path)
   return path

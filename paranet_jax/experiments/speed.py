@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.data.dataset import Dataset, Split
+from paranet_jax.display.progress import human_duration
+from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.experiments.planned_runs import PlannedRun, status
 from paranet_jax.feed import images_axis, time_steps
 from paranet_jax.host.machine import Device
-from paranet_jax.report.progress import human_duration
-from paranet_jax.report.tables import ABSENT, align
 from paranet_jax.steps import TrainState
 from paranet_jax.task import Task, build_task
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from paranet_jax.data.known import known_dataset
+from paranet_jax.display.tables import human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.loaded_run import LoadedRun
 from paranet_jax.export.state_dict import STATE_DICT, pytorch_tensors
-from paranet_jax.report.tables import human_count
 
 _RUN_ONNX = """With Python 3.10 or newer:
 

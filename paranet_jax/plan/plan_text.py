@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from paranet_jax.display.progress import human_duration
+from paranet_jax.display.tables import align
 from paranet_jax.plan.plan import Plan
 from paranet_jax.plan.step import StepFacts
-from paranet_jax.report.progress import human_duration
-from paranet_jax.report.tables import align
 
 
 def as_text(plan: Plan) -> str:

@@ -14,10 +14,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from paranet_jax.display.tables import human_count
 from paranet_jax.host.errors import UserError, discard_output
 from paranet_jax.host.files import replacing
 from paranet_jax.portable.run import printable
-from paranet_jax.report.tables import human_count
 
 FORMATS = ('table', 'json', 'csv')
 _LONGEST_FILE, _LONGEST_LABEL = 60, 24  # Characters; a longer name only shifts the rest of its own row.

@@ -8,9 +8,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from paranet_jax.display.progress import human_duration
+from paranet_jax.display.tables import human_count
 from paranet_jax.host.errors import discard_output, printable_lines
-from paranet_jax.report.progress import human_duration
-from paranet_jax.report.tables import human_count
 
 
 class Tally:

@@ -1,1 +1,1 @@
-"""How results are reported: tables, plots, progress and metrics files."""
+"""The report of a run or a bundle: one HTML file that needs nothing else."""

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.host.errors import UserError
-from paranet_jax.report.metrics import FILE_NAME as METRICS
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY

@@ -13,13 +13,13 @@ import numpy as np
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.data.cache import write_arrays
+from paranet_jax.display.metrics import MetricsWriter, read_metrics
 from paranet_jax.evaluation import INLINE_CLASSES, as_json, as_metrics
 from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator, reported_once
-from paranet_jax.report.metrics import MetricsWriter, read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
 from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import say_shared, take_backbone

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from paranet_jax.report.metrics import read_metrics
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 

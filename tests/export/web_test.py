@@ -4,7 +4,6 @@ tests/slow/web_test.py uses it in a browser.
 """
 
 import hashlib
-import html.parser
 import io
 import json
 import re
@@ -14,6 +13,7 @@ import urllib.error
 
 import pytest
 import tiny_bundle
+from markup import Structure
 
 from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.export import web
@@ -21,7 +21,6 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.portable import run
 
 PAGE = (web._PAGE / 'index.html').read_text()
-VOID = ('meta', 'link', 'input', 'br')
 
 
 @pytest.fixture
@@ -121,29 +120,9 @@ def test_files_of_the_page(archive, tmp_path):
   assert run.load(folder).exits == (1, 2, 3)
 
 
-class Structure(html.parser.HTMLParser):
-  """Open tags, ids, and what refers to ids."""
-
-  def __init__(self):
-    super().__init__()
-    self.open, self.ids, self.references, self.links = [], [], [], []
-
-  def handle_starttag(self, tag, attributes):
-    values = dict(attributes)
-    self.open += [] if tag in VOID else [tag]
-    self.ids += [values['id']] if 'id' in values else []
-    self.references += [values[name] for name in ('for', 'aria-labelledby', 'aria-describedby') if name in values]
-    self.links += [values[name] for name in ('src', 'href') if name in values]
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-
 def test_the_page_is_well_formed():
-  page = Structure()
-  page.feed(PAGE)
-  page.close()
-  assert page.open == [] and len(set(page.ids)) == len(page.ids)
+  page = Structure(PAGE)
+  assert len(set(page.ids)) == len(page.ids)
   used = re.findall(r"\$\('([\w-]+)'\)", PAGE)
   assert len(used) > 30 and {*used, *page.references} <= set(page.ids)
   assert page.links == ['data:,']  # Nothing is loaded from elsewhere.

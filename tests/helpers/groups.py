@@ -9,7 +9,7 @@ import pytest
 from forking import Forked
 from running import QUICKSTART, saved_state, summary_of
 
-from paranet_jax.report.metrics import read_metrics
+from paranet_jax.display.metrics import read_metrics
 
 # 1,437 training images in batches of 96 are 14 steps an epoch.
 RUN = (

@@ -18,8 +18,8 @@ import chex
 from forking import Forked
 from running import QUICKSTART, saved_state, summary_of
 
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.main import main
-from paranet_jax.report.metrics import read_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 

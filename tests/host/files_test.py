@@ -9,12 +9,12 @@ import pytest
 from running import contents
 
 from paranet_jax.base_config import base_config
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.early.exit_plan import read_plan
 from paranet_jax.experiments.protocols import Protocol
 from paranet_jax.experiments.results import load_results
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import damaged_file, file_checksums, read_object, replacing, write_json
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.status import run_status

@@ -25,14 +25,16 @@ def read(name: str) -> dict[str, Requirement]:
 
 
 def test_files_are_those_expected():
-  assert FILES == [f'requirements{extra}.txt' for extra in ('-cuda', '-docs', '-export', '-hub', '-test', '-tpu', '')]
+  assert FILES == [
+    f'requirements{extra}.txt' for extra in ('-cuda', '-docs', '-export', '-hub', '-report', '-test', '-tpu', '')
+  ]
 
 
 def test_tests_need_what_the_service_needs():
   assert read(SERVICE).items() <= (read('requirements.txt') | read('requirements-test.txt')).items()
 
 
-@pytest.mark.parametrize('extra', ['export', 'hub'])
+@pytest.mark.parametrize('extra', ['export', 'hub', 'report'])
 def test_tests_need_what_an_extra_needs(extra):
   assert read(f'requirements-{extra}.txt').items() <= read('requirements-test.txt').items()
 
@@ -56,7 +58,7 @@ def test_no_other_framework(file):
   [
     (
       ('paranet_jax/**/*.py', 'configs/*.py', *(f'examples/{name}.py' for name in NOTEBOOKS)),
-      ('requirements.txt', 'requirements-export.txt', 'requirements-hub.txt'),
+      ('requirements.txt', 'requirements-export.txt', 'requirements-hub.txt', 'requirements-report.txt'),
       OURS_OR_ASKED_FOR,
     ),
     ([f'examples/{name}.py' for name in SERVICE_MODULES], (SERVICE,), SERVICE_MODULES),

@@ -14,10 +14,10 @@ from running import run_command, run_main, saved_state
 
 from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.devices import pick_devices, place_order, replicated, run_on
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.staged import StagedModel
-from paranet_jax.report.metrics import read_metrics
 from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_totals
 
 pytestmark = pytest.mark.usefixtures('programs')

@@ -9,9 +9,9 @@ from families import RUNS, arguments
 from running import run_command, run_main
 
 from paranet_jax.calibrate import __main__ as calibrate
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.models import msdnet
-from paranet_jax.report.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures('programs')
 

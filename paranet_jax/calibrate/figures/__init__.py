@@ -10,8 +10,8 @@ from paranet_jax.calibrate.calibration import FIGURES, Calibrated
 from paranet_jax.calibrate.figures.contact_sheet import contact_sheet
 from paranet_jax.calibrate.figures.drawings import anytime, budgeted, histogram, reliability, risk
 from paranet_jax.calibrate.figures.figure_data import FigureData, figure_data
+from paranet_jax.display.plots import own_style, save_figure
 from paranet_jax.host.files import replacing, write_json
-from paranet_jax.report.plots import own_style, save_figure
 from paranet_jax.runs.dataset_facts import output_names
 
 FUNCTIONS = (anytime, budgeted, risk, reliability, histogram, contact_sheet)

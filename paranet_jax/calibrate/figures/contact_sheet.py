@@ -9,8 +9,8 @@ from matplotlib.transforms import Bbox, TransformedBbox
 
 from paranet_jax.calibrate.figures.drawings import Drawing, wrapped_title
 from paranet_jax.calibrate.figures.figure_data import FigureData
-from paranet_jax.report.plots import VERMILLION
-from paranet_jax.report.tables import short_name
+from paranet_jax.display.plots import VERMILLION
+from paranet_jax.display.tables import short_name
 
 # Inches.
 _IMAGE, _CELL_WIDTH, _CELL_HEIGHT = 0.95, 1.25, 1.4

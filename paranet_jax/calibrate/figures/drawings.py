@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from paranet_jax.calibrate.figures.figure_data import SPLITS, FigureData, Reliability
+from paranet_jax.display.plots import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, bare, logarithmic
 from paranet_jax.early.policies.risk import LOSSES
 from paranet_jax.host.errors import printable
-from paranet_jax.report.plots import BLACK, BLUE, GREEN, ORANGE, SKY, VERMILLION, bare, logarithmic
 
 Style = dict[str, Any]
 

@@ -26,7 +26,7 @@ from paranet_jax.calibrate.figures.figure_data import (
   RiskCurve,
   Sheet,
 )
-from paranet_jax.report.tables import short_name
+from paranet_jax.display.tables import short_name
 
 LONG = 'a long name of a run that contains all hyperparameters, in $dollars_ '
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from paranet_jax.display.metrics import read_metrics
+from paranet_jax.display.plots import bare, exit_color, logarithmic, own_style, save_figure
 from paranet_jax.host.errors import printable
 from paranet_jax.host.files import read_object
-from paranet_jax.report.metrics import read_metrics
-from paranet_jax.report.plots import bare, exit_color, logarithmic, own_style, save_figure
 
 FILE_NAME = 'curves.png'
 
@@ -51,19 +52,32 @@ def curves_figure(workdir: str | os.PathLike) -> Figure:
   Raises:
     UserError: the metrics cannot be read, see `read_metrics`.
   """
-  # An earlier checkpoint may have been evaluated after later ones.
-  records = sorted(read_metrics(workdir), key=lambda record: record['step'])
-  entropy, loss, accuracy, agreement = (_series(records, name) for name in ('nll', 'loss', 'accuracy', 'agreement'))
   layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08, wspace=0.03)
   figure = Figure(figsize=(10, 4.8), dpi=150, layout=layout)
   figure.suptitle(printable(_title(Path(workdir))), parse_math=False)
-  left, right = figure.subplots(1, 2)
+  draw_panels(figure, figure.subplots(1, 2), workdir)
+  return figure
+
+
+def draw_panels(figure: Figure, panels: Sequence[Axes], workdir: str | os.PathLike, columns: int = 8) -> None:
+  """Plots the curves of `curves_figure` into two axes, with one legend below them.
+
+  Args:
+    panels: for cross-entropy, and for accuracy.
+    columns: of the legend, at most.
+
+  Raises:
+    UserError: the metrics cannot be read, see `read_metrics`.
+  """
+  # An earlier checkpoint may have been evaluated after later ones.
+  records = sorted(read_metrics(workdir), key=lambda record: record['step'])
+  entropy, loss, accuracy, agreement = (_series(records, name) for name in ('nll', 'loss', 'accuracy', 'agreement'))
+  left, right = panels
   _draw_panel(left, loss | entropy, 'cross-entropy (nats)' if loss.keys() <= entropy.keys() else 'loss')
   measured, words = (agreement, 'same answer as the last exit (%)') if agreement else (accuracy, 'accuracy (%)')
   _draw_panel(right, {key: (x, 100 * y) for key, (x, y) in measured.items()}, words)
   _choose_scale(left, loss | entropy)
-  _draw_legend(figure, loss.keys() | entropy.keys() | measured.keys())
-  return figure
+  _draw_legend(figure, loss.keys() | entropy.keys() | measured.keys(), columns)
 
 
 def _series(records: list[dict], quantity: str) -> Series:
@@ -110,14 +124,14 @@ def _choose_scale(axes: Axes, series: Series) -> None:
     logarithmic(axes.yaxis)
 
 
-def _draw_legend(figure: Figure, keys: set[tuple[int, str]]) -> None:
+def _draw_legend(figure: Figure, keys: set[tuple[int, str]], columns: int) -> None:
   """One legend below both panels, with a color per exit and a line style per split."""
   exits = sorted({number for number, _ in keys})
   splits = [split for split in _STYLES if split in {split for _, split in keys}]
   handles = [Line2D([], [], color=exit_color(number), linewidth=3, label=f'exit {number}') for number in exits]
   handles += [Line2D([], [], color='0.3', label=split.replace('_', ' '), **_STYLES[split]) for split in splits]
   if handles:
-    figure.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), 8), frameon=False)
+    figure.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), columns), frameon=False)
 
 
 def _title(workdir: Path) -> str:

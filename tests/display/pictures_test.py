@@ -10,17 +10,17 @@ import pytest
 from paranet_jax import train
 from paranet_jax.calibrate import __main__ as calibrate_command
 from paranet_jax.calibrate import calibration, summary_text
+from paranet_jax.display import curves as curves_lib
+from paranet_jax.display.pictures import drawn
 from paranet_jax.host.errors import UserError
-from paranet_jax.report import curves as curves_lib
-from paranet_jax.report.pictures import drawn
 
 CODE = """
 from pathlib import Path
-from paranet_jax.report.pictures import drawn
+from paranet_jax.display.pictures import drawn
 
 def draw():
   from matplotlib.figure import Figure
-  from paranet_jax.report.plots import own_style, save_figure
+  from paranet_jax.display.plots import own_style, save_figure
   with own_style():
     figure = Figure()
     figure.suptitle('text')

@@ -11,8 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from paranet_jax.report.plots import own_style, save_figure
-from paranet_jax.report.tables import short_name
+from paranet_jax.display.plots import own_style, save_figure
+from paranet_jax.display.tables import short_name
 
 FILE_NAME = 'confusion.png'
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from paranet_jax.report.confusion import confusion_figure, draw_confusion
+from paranet_jax.display.confusion import confusion_figure, draw_confusion
 
 
 def panels(figure):

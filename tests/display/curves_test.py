@@ -9,8 +9,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from paranet_jax.display.curves import curves_figure, draw_curves
 from paranet_jax.host.errors import UserError
-from paranet_jax.report.curves import curves_figure, draw_curves
 
 BLUE, VERMILLION, GREEN = '#0072b2', '#d55e00', '#009e73'
 

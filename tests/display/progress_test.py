@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from paranet_jax.report.progress import Progress, human_duration
+from paranet_jax.display.progress import Progress, human_duration
 
 
 class Terminal(io.StringIO):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from paranet_jax.display.metrics import MetricsWriter, read_metrics
 from paranet_jax.host.errors import UserError
-from paranet_jax.report.metrics import MetricsWriter, read_metrics
 
 
 def write_lines(workdir, *lines: str):

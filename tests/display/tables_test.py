@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paranet_jax.report.tables import class_table, describe_table, evaluation_table, human_count
+from paranet_jax.display.tables import class_table, describe_table, evaluation_table, human_count
 
 
 def exit_cost(number, trained, learns_from, own_params, params, own_macs, macs, macs_alone) -> dict:

@@ -1,0 +1,1 @@
+"""How results are reported: tables, plots, progress and metrics files."""

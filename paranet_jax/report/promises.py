@@ -1,0 +1,80 @@
+"""What calibration promises of new images, in sentences, and what it does not."""
+
+from collections.abc import Callable, Iterator
+
+from paranet_jax.display.tables import human_count
+from paranet_jax.early.exit_plan import FULL, ExitPlan
+from paranet_jax.early.policies.risk import LOSSES
+
+_ALIKE = 'This assumes that new images are drawn like the held-out ones: not from another camera, place or season.'
+_OF = {
+  'marginal': 'new images',
+  'selective': 'the new images that leave at each early exit',
+  'class': 'the new images of each class that had enough held-out ones',
+}
+
+
+def promises(plan: ExitPlan) -> list[str]:
+  """The sentences: what is promised, then what it came to on the test images."""
+  if plan.policy == FULL:
+    return [f'Nothing was calibrated: every image goes to exit {plan.exits[-1]}, at its full cost.']
+  answers = [*_rejection(plan), *_sets(plan)]
+  return [*_target(plan), *answers, *([_ALIKE] if answers or 'risk' in plan.target else [])]
+
+
+def _target(plan: ExitPlan) -> Iterator[str]:
+  target, count = plan.target, (plan.splits or {}).get('thresholds', 0)
+  if 'risk' in target:
+    loss, of = target.get('loss', ''), _OF[target.get('of', 'marginal')]
+    lost = LOSSES.get(loss, 'answered worse than by the last exit')
+    often = f'With probability {1 - target["delta"]:g}' if 'delta' in target else 'On average'
+    yield (
+      f'{often} over the draw of the {count:,} held-out images, at most {_percent(target["risk"])} of {of} lose their '
+      f'answer by exiting early ({lost}).'
+    )
+    yield from _measured(plan, loss, lambda value: f'of all it was {_percent(value)}')
+    return
+  if 'budget' in target:
+    unit = 'ms' if target.get('unit') == 'ms' else 'multiply-adds'
+    cost = f'{target["budget"]:g}' if unit == 'ms' else human_count(round(target['budget']))
+    yield (
+      f'Thresholds were chosen so that the {count:,} held-out images cost a mean of {cost} {unit} at most. New ones '
+      'should cost about as much; no bound is promised.'
+    )
+  else:
+    yield 'Thresholds were set by hand: no mean cost and no accuracy is promised.'
+  most = round(max(each for each in plan.macs if each is not None))
+  yield f'A single image costs at most {human_count(most)} multiply-adds.'
+  yield from _measured(plan, 'cost_macs', lambda value: f'the mean was {human_count(round(value))} multiply-adds')
+
+
+def _rejection(plan: ExitPlan) -> Iterator[str]:
+  if reject := getattr(plan, 'reject', None):
+    count = (plan.splits or {}).get('promises', 0)
+    yield (
+      f'Images of which the network is too unsure are answered "unknown". With probability {1 - reject["delta"]:g} '
+      f'over the draw of {count:,} other held-out images, at most {_percent(reject["risk"])} of the answers to '
+      'all other new images are wrong.'
+    )
+    yield from _measured(plan, 'answered', lambda value: f'{_percent(value)} were answered')
+    yield from _measured(plan, 'answered_error', lambda value: f'{_percent(value)} of the answers were wrong')
+
+
+def _sets(plan: ExitPlan) -> Iterator[str]:
+  if sets := getattr(plan, 'sets', None):
+    yield (
+      f'The set of classes of a new image holds the right one with a probability of at least '
+      f'{_percent(sets["coverage"])}, at whichever exit it leaves.'
+    )
+    yield from _measured(plan, 'covered', lambda value: f'{_percent(value)} of the sets held it')
+
+
+def _measured(plan: ExitPlan, field: str, words: Callable[[float], str]) -> Iterator[str]:
+  test = plan.test or {}
+  if test.get(field) is not None:
+    count = (plan.splits or {}).get('test') or test.get('images', 0)
+    yield f'On {count:,} test images, which chose nothing, {words(test[field])}.'
+
+
+def _percent(share: float) -> str:
+  return f'{round(100 * share, 2):g} %'

@@ -1,0 +1,259 @@
+"""`python -m paranet_jax.report`: what it shows, what it promises, and what it refuses."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from markup import Structure
+from PIL import Image
+
+from paranet_jax.calibrate.figures.figure_data import figure_data
+from paranet_jax.early.exit_plan import CheckpointId, full_network_plan
+from paranet_jax.early.logits import Outputs
+from paranet_jax.early.path_costs import PathCosts
+from paranet_jax.host.errors import UserError
+from paranet_jax.report import __main__ as report
+from paranet_jax.report import facts as facts_lib
+from paranet_jax.report.charts import budget_chart, in_page_style
+from paranet_jax.report.facts import Facts, data_uri, exit_images
+from paranet_jax.report.page import exit_rows, page_values, write_page
+from paranet_jax.report.promises import promises
+
+CLASSES = ('cat', '<b>dog</b>', 'owl')
+OWN = np.array([10.0, 20.0])
+PLAN = dataclasses.replace(
+  full_network_plan(CheckpointId('PN2', 'toy', 7, 'abc'), (1, 3), (10, 30)),
+  policy='optimal',
+  target={'budget': 20.0, 'unit': 'macs'},
+  thresholds=(1 - np.exp(-1.0), 0.0),
+  confidence_thresholds=(1.0, 0.0),
+  visited=(1, 3),
+  macs=(10, 30),
+  splits={'temperature': 40, 'thresholds': 40, 'test': 60},
+)
+
+
+def outputs(seed, count):
+  draw = np.random.default_rng(seed)
+  labels = draw.integers(0, 3, count)
+  logits = draw.normal(size=(2, count, 3)).astype(np.float32)
+  logits[:, np.arange(count), labels] += np.array([[1], [2]], np.float32)
+  return Outputs(logits, labels)
+
+
+TEST = outputs(2, 60)
+IMAGES = np.random.default_rng(3).integers(0, 256, (60, 4, 4, 3), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def data():
+  costs = PathCosts(2, lambda before, index: OWN[index] + (0 if before else OWN[:index].sum()))
+  return figure_data(dataclasses.replace(PLAN, target={}), outputs(1, 40), TEST, costs, IMAGES, CLASSES)
+
+
+def facts_of(folder, plan=PLAN, **changes):
+  run = SimpleNamespace(image_shape=(4, 4, 3), step=7, dataset=SimpleNamespace(class_names=CLASSES))
+  return dataclasses.replace(Facts(folder, False, run, plan, None, (), 'no data'), **changes)
+
+
+def test_surest_images_of_each_exit():
+  logits = np.full((2, 5, 3), -9.0, np.float32)
+  # Image: label, gap and prediction at exit 1; the gap at exit 3 is that of the ones that continue.
+  for image, (label, gap) in enumerate([(0, 5), (0, 9), (1, 0.1), (0, 7), (2, 0.2)]):
+    logits[0, image, 1 if image == 3 else label] += gap
+    logits[1, image, 0] += 1
+  found = exit_images(PLAN, Outputs(logits, np.array([0, 0, 1, 0, 2])), IMAGES, CLASSES)
+  assert [exit_.number for exit_ in found] == [1, 3]
+  first, last = found
+  assert [shown.source for shown in first.surest] == [data_uri(IMAGES[image]) for image in (1, 3, 0)]
+  assert [(shown.label, shown.prediction) for shown in first.wrong] == [('cat', '<b>dog</b>')]
+  assert first.surest[0].probability == pytest.approx(1 / (1 + 2 * np.exp(-9)), rel=1e-6)
+  assert [shown.label for shown in last.wrong] == ['<b>dog</b>', 'owl'] and len(last.surest) == 2
+
+
+def test_thumbnails():
+  for image, kind, size in ((IMAGES[0], 'png', (4, 4)), (np.zeros((300, 300, 1), np.uint8), 'jpeg', (96, 96))):
+    head, encoded = data_uri(image).split(',')
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+      assert (head, picture.size) == (f'data:image/{kind};base64', size)
+      assert kind == 'jpeg' or np.array_equal(np.asarray(picture), image)
+
+
+def test_the_page(tmp_path, data):
+  images = exit_images(PLAN, TEST, IMAGES, CLASSES)
+  line = {'step': 5, 'epoch': 0.5, 'split': 'test', 'exit_1/accuracy': 0.5, 'exit_3/accuracy': 0.6}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(line) + '\n')
+  facts = facts_of(tmp_path, data=data, images=images, lacking='')
+  size = write_page(tmp_path / 'report.html', facts, 'python -m paranet_jax.report --workdir="a & b"')
+  text = (tmp_path / 'report.html').read_text()
+  assert size == len(text.encode()) < 3_000_000
+  page = Structure(text)
+  assert page.ids.count('slider') == 1 and set(page.references) <= set(page.ids)
+  assert all(link.startswith(('data:', '#')) for link in page.links) and '@import' not in text
+  assert '<b>dog</b>' not in text and '&lt;b&gt;dog' in text and 'a &amp; b' in text
+  assert text.count('<svg') == 3 and '#010203' not in text and 'currentColor' in text
+  points = json.loads(re.search(r'const points = (\[.*?\]), slider', text)[1])
+  assert len(points) == 25 and points[0]['text'].startswith(
+    '10 multiply-adds an image, 33.3 % of the cost of exit 3 al'
+  )
+  assert points[-1]['command'] == f'python -m paranet_jax.calibrate --workdir={tmp_path} --budget=' + (
+    f'{data.families["optimal"]["test"].cost.max():.0f}'
+  )
+
+
+def test_the_slider_stays_on_the_curve(data):
+  chart, points = in_page_style(budget_chart)(data)
+  width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', chart).groups())
+  assert all(0 < point.x < width and 0 < point.y < height for point in points)
+  path = re.findall(r'<path d="([^"]*)"[^>]*stroke: #d55e00; stroke-width[^>]*linecap: square', chart)[
+    0
+  ]  # Before the one in the legend.
+  drawn = np.array([list(map(float, pair)) for pair in re.findall(r'[ML] ([\d.]+) ([\d.]+)', path)])
+  places = np.array([(point.x, point.y) for point in points])
+  gaps = np.abs(drawn[:, None] - places).sum(-1)  # Points in between may be left out of the drawing.
+  assert gaps.min(axis=1).max() < 0.01
+  np.testing.assert_allclose(drawn.min(axis=0), places.min(axis=0), atol=0.01)
+  np.testing.assert_allclose(drawn.max(axis=0), places.max(axis=0), atol=0.01)
+
+
+def test_without_the_data_set(tmp_path):
+  values = page_values(facts_of(tmp_path), 'command')
+  assert (values['budget'], values['reliability'], values['curves']) == (None, None, None)
+  write_page(tmp_path / 'report.html', facts_of(tmp_path, bundle=True), 'command')
+  text = (tmp_path / 'report.html').read_text()
+  Structure(text)
+  assert 'They need the data set, which could not be read: no data' in text and '<script>' not in text
+  assert 'A bundle has no log of its training.' in text and 'paranet_jax.predict' not in text
+
+
+def test_table_of_exits(tmp_path, data):
+  now = exit_rows(facts_of(tmp_path, data=data))
+  taken = data.shares['test']
+  assert [row[:2] for row in now] == [('1', '10'), ('3', '30')]
+  assert [row[3] for row in now] == ['probability 0.6321', 'the rest']
+  assert [row[4] for row in now] == [f'{100 * share:.2f} %' for share in taken]
+  recorded = {'exit_accuracy': [0.5, 0.75], 'shares': [1.0, 0.0], 'exits': [{'accuracy': 0.5}, {'accuracy': None}]}
+  plan = dataclasses.replace(PLAN, test=recorded, ms=(0.5, 1.25))
+  assert exit_rows(facts_of(tmp_path, plan, data=data)) == [
+    ('1', '10', '50.00 %', 'probability 0.6321', '100.00 %', '50.00 %', '0.500'),
+    ('3', '30', '75.00 %', 'the rest', '0.00 %', '—', '1.250'),
+  ]
+  assert exit_rows(facts_of(tmp_path))[1] == ('3', '30', '—', 'the rest', '—', '—')
+
+
+ALIKE = 'This assumes that new images are drawn like the held-out ones: not from another camera, place or season.'
+
+
+@pytest.mark.parametrize(
+  'changes, sentences',
+  [
+    ({'policy': 'full', 'target': {}}, ['Nothing was calibrated: every image goes to exit 3, at its full cost.']),
+    (
+      {'test': {'cost_macs': 19.0}},
+      [
+        'Thresholds were chosen so that the 40 held-out images cost a mean of 20 multiply-adds at most. New ones '
+        'should cost about as much; no bound is promised.',
+        'A single image costs at most 30 multiply-adds.',
+        'On 60 test images, which chose nothing, the mean was 19 multiply-adds.',
+      ],
+    ),
+    (
+      {'policy': 'ltt', 'target': {'risk': 0.02, 'delta': 0.05, 'loss': 'gap'}, 'test': {'gap': 0.0151}},
+      [
+        'With probability 0.95 over the draw of the 40 held-out images, at most 2 % of new images lose their answer by '
+        'exiting early (wrong where the last exit is right).',
+        'On 60 test images, which chose nothing, of all it was 1.51 %.',
+        ALIKE,
+      ],
+    ),
+    (
+      {'policy': 'crc', 'target': {'risk': 0.02, 'loss': 'disagreement'}},
+      [
+        'On average over the draw of the 40 held-out images, at most 2 % of new images lose their answer by exiting '
+        'early (answer differs from the last exit).',
+        ALIKE,
+      ],
+    ),
+    (
+      {'policy': 'shared', 'target': {'threshold': 0.9}},
+      [
+        'Thresholds were set by hand: no mean cost and no accuracy is promised.',
+        'A single image costs at most 30 multiply-adds.',
+      ],
+    ),
+  ],
+)
+def test_promises(changes, sentences):
+  assert promises(dataclasses.replace(PLAN, **changes)) == sentences
+
+
+def test_promises_of_answers():
+  plan = SimpleNamespace(
+    **vars(PLAN)
+    | {'policy': 'shared', 'target': {'threshold': 0.9}, 'splits': {'promises': 20, 'test': 60}}
+    | {'reject': {'risk': 0.02, 'delta': 0.1}, 'sets': {'coverage': 0.9}}
+    | {'test': {'answered': 0.9, 'answered_error': 0.0123, 'covered': 0.91}}
+  )
+  on_test = 'On 60 test images, which chose nothing,'
+  assert promises(plan)[2:] == [
+    'Images of which the network is too unsure are answered "unknown". With probability 0.9 over the draw of 20 other '
+    'held-out images, at most 2 % of the answers to all other new images are wrong.',
+    f'{on_test} 90 % were answered.',
+    f'{on_test} 1.23 % of the answers were wrong.',
+    'The set of classes of a new image holds the right one with a probability of at least 90 %, at whichever exit it '
+    'leaves.',
+    f'{on_test} 91 % of the sets held it.',
+    ALIKE,
+  ]
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    ('', 'expected --workdir of a run or --bundle, found neither; set one of them'),
+    ('--workdir={here} --bundle={here}', 'expected --workdir of a run or --bundle, found both; set one of them'),
+    ('--bundle={here}', 'expected a bundle with a bundle.json in {here}, found none; set --bundle'),
+    (
+      '--workdir={here} --out={here}',
+      'expected a file in a writable folder as the report, found {here}; set --out',
+    ),
+    (
+      '--workdir={here} --out={here}/no/report.html',
+      'expected a file in a writable folder as the report, found {here}/no/report.html; set --out',
+    ),
+    ('--workdir={here}', 'expected a run with a config.json in {here}, found none; set --workdir'),
+    ('--workdir={here} --top', 'unrecognized arguments: --top; see --help'),
+  ],
+)
+def test_refusals(tmp_path, capsys, flags, message):
+  assert report.main(flags.format(here=tmp_path).split()) == 2
+  assert capsys.readouterr().err == f'error: {message.format(here=tmp_path)}\n'
+  assert not list(tmp_path.iterdir())
+
+
+def test_without_jinja2(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(report.importlib.util, 'find_spec', lambda name: None)
+  assert report.main([f'--workdir={tmp_path}']) == 2
+  assert capsys.readouterr().err == 'error: a report needs jinja2, found none; pip install jinja2\n'
+
+
+def test_the_command_says_what_is_lacking(tmp_path, capsys, monkeypatch):
+  run = facts_of(tmp_path).run
+  run.plan = PLAN
+  monkeypatch.setattr(facts_lib, 'load', lambda folder: run)
+
+  def missing(*_):
+    raise UserError('expected toy, found none; set --data_dir')
+
+  monkeypatch.setattr(facts_lib, '_dataset', missing)
+  assert report.main([f'--workdir={tmp_path}', f'--out={tmp_path}/own.html']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == (
+    'without the data set, so without budgets, reliability and images: expected toy, found none; set --data_dir'
+  )
+  assert re.fullmatch(rf'report: {tmp_path}/own\.html, 0\.\d\d MB', lines[1])
