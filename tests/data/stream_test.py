@@ -287,6 +287,18 @@ def test_a_script_without_a_main_guard_is_refused_before_its_workers_import_it(
   )
 
 
+def test_streams_of_worker_processes_need_a_main_guard(monkeypatch):
+  def refuse():
+    raise UserError('no guard')
+
+  monkeypatch.setattr(stream_lib, '_check_main_guard', refuse)
+  with pytest.raises(UserError, match='no guard'):
+    Stream(train_batches(), 1)
+  assert multiprocessing.active_children() == []
+  with Stream(train_batches(), 0) as items:
+    next(items)
+
+
 @pytest.mark.parametrize('content', GUARDED)
 def test_a_script_with_a_main_guard(tmp_path, monkeypatch, content):
   run_script(tmp_path / 'script.py', monkeypatch, content)
