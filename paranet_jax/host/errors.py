@@ -81,6 +81,12 @@ def report_no_room(workdir: Path) -> Iterator[None]:
     ) from error
 
 
+def without_config_flags(message: str) -> str:
+  """A message for a command that has no flag for each field: it names the place of a field instead."""
+  fix = r'set --config\.([\w.]+(=[^\s,;]+)?)', r'set \1 in the config.json of the run'
+  return re.sub(*fix, message.replace('--config.data.data_dir', '--data_dir'))
+
+
 def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', has_config: bool = True) -> int:
   """Runs a command and returns its exit code, 0 if it returns None.
 
@@ -95,8 +101,7 @@ def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', h
   try:
     return run() or 0
   except UserError as error:
-    fix = r'set --config\.([\w.]+(=[^\s,;]+)?)', r'set \1 in the config.json of the run'
-    _say_error(str(error) if has_config else re.sub(*fix, str(error).replace('--config.data.data_dir', '--data_dir')))
+    _say_error(str(error) if has_config else without_config_flags(str(error)))
     return error.code
   except BrokenPipeError:
     return _BROKEN_PIPE

@@ -22,7 +22,7 @@ from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.scores import confidences, to_score
 from paranet_jax.early.thresholds import exits_taken
-from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.errors import UserError, say, without_config_flags
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.steps import Preprocessing
 
@@ -93,10 +93,12 @@ def read_facts(folder: Path, bundle: bool, data_dir: Path | None, accept_data_ch
   if out.is_dir() or not os.path.isdir(out.parent) or not os.access(out.parent, os.W_OK | os.X_OK):
     raise UserError(f'expected a file in a writable folder as the report, found {out}; set --out')
   run = load(folder)
+  if bundle and data_dir is None:  # It may be on a device, which should not download a data set.
+    return Facts(folder, bundle, run, run.plan, None, (), 'a bundle does not say where it is; set --data_dir')
   try:
     dataset = _dataset(run, data_dir, accept_data_changes)
   except UserError as error:
-    return Facts(folder, bundle, run, run.plan, None, (), str(error))
+    return Facts(folder, bundle, run, run.plan, None, (), without_config_flags(str(error)))
   assert dataset.held_out is not None  # See `_dataset`.
   say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
   held_out, test = (_outputs(run, dataset, split) for split in (dataset.held_out, dataset.test))

@@ -248,7 +248,7 @@ def test_the_command_says_what_is_lacking(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(facts_lib, 'load', lambda folder: run)
 
   def missing(*_):
-    raise UserError('expected toy, found none; set --data_dir')
+    raise UserError('expected toy, found none; set --config.data.data_dir')
 
   monkeypatch.setattr(facts_lib, '_dataset', missing)
   assert report.main([f'--workdir={tmp_path}', f'--out={tmp_path}/own.html']) == 0
@@ -257,3 +257,7 @@ def test_the_command_says_what_is_lacking(tmp_path, capsys, monkeypatch):
     'without the data set, so without budgets, reliability and images: expected toy, found none; set --data_dir'
   )
   assert re.fullmatch(rf'report: {tmp_path}/own\.html, 0\.\d\d MB', lines[1])
+  monkeypatch.setattr(facts_lib, 'is_bundle', lambda folder: True)
+  assert report.main([f'--bundle={tmp_path}']) == 0
+  line = capsys.readouterr().out.splitlines()[0]
+  assert line.endswith('reliability and images: a bundle does not say where it is; set --data_dir')

@@ -22,6 +22,7 @@ def test_an_installed_wheel_trains(tmp_path):
   run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--wheel-dir', tmp_path, REPOSITORY, cwd=tmp_path)
   (wheel,) = tmp_path.glob('*.whl')
   shipped = {f'paranet_jax/configs/{path.name}' for path in (REPOSITORY / 'configs').glob('*.py')}
+  shipped |= {f'paranet_jax/{name}' for name in ('export/page/index.html', 'report/page.html')}
   assert shipped <= set(zipfile.ZipFile(wheel).namelist())
   run(sys.executable, '-m', 'venv', '--system-site-packages', tmp_path / 'venv', cwd=tmp_path)
   python = tmp_path / 'venv/bin/python'
