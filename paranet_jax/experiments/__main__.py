@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.experiments`: reproduces the paper's tables and figure."""
+"""`python -m paranet_jax.experiments`: reproduces the paper's tables and figure, or works through a queue of runs."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
 ALL = 'all'
+QUEUE = 'run'
 STOPPED = 130  # As the shell reports an interrupted command.
 
 
@@ -25,6 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reworded(argv: Sequence[str] | None) -> int:
+  argv = sys.argv[1:] if argv is None else argv
+  if argv[:1] == [QUEUE]:
+    from paranet_jax.experiments.queue.command import run
+
+    return run(argv[1:])
   try:
     return _run(_parse(argv))
   except UserError as error:  # This command sets fields with --set.
@@ -35,6 +41,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.experiments',
     description="Trains the missing runs behind the paper's tables and figure, and compares them with the paper.",
+    epilog='`run QUEUE.toml` trains the runs of a queue file instead; see `run --help`.',
   )
   add = parser.add_argument
   add('experiment', choices=(*EXPERIMENTS, ALL), help='The table or figure to reproduce.')
@@ -46,9 +53,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   )
   add(
     '--protocol',
-    choices=('paper', 'tenth', 'smoke'),
+    choices=('paper', 'quarter', 'tenth', 'smoke'),
     default='paper',
-    help='paper: 130 epochs (default); tenth: 13; smoke: minutes, on digits.',
+    help='paper: 130 epochs (default); quarter: 32.5; tenth: 13; smoke: minutes, on digits.',
   )
   add('--set', action='append', default=[], metavar='FIELD=VALUE', help='A field of every run; may be repeated.')
   add('--workdir', help='Folder of runs and results (default: results/<protocol>, followed by what --set changes).')

@@ -22,11 +22,11 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
     f'# {section["title"]}',
     section['question'],
     conditions(section, protocol),
-    _table(_ROWS, [_row(row) for row in section['rows']]),
+    table(_ROWS, [_row(row) for row in section['rows']]),
     'Test accuracy of the last checkpoint; multiply-adds per image and parameters include this exit and the ones '
     'before it, tried in turn. Difference: ours - paper.',
-    _table(_EFFECTS, [_effect(effect) for effect in section['effects']]),
-    _table(_RUNS, [_run(run) for run in section['runs']]),
+    table(_EFFECTS, [_effect(effect) for effect in section['effects']]),
+    table(_RUNS, [_run(run) for run in section['runs']]),
     '\n'.join(['```bash', *commands, '```']),
   ]
   return '\n\n'.join(parts) + '\n'
@@ -45,14 +45,14 @@ def conditions(section: dict[str, Any], protocol: str) -> str:
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
   paper = f'{row["paper"]:g}' + (f' +- {row["paper_std"]:g}' if row['paper_std'] is not None else '')
-  ours = _with_std(f'{row["ours"]:.2f}', row['std'])
+  ours = with_std(f'{row["ours"]:.2f}', row['std'])
   counts = (f'{row["macs"]:,}', f'{row["params"]:,}')
   return row['network'], str(row['exit']), paper, ours, f'{row["difference"]:+.2f}', *counts
 
 
 def _effect(effect: dict[str, Any]) -> tuple[str, ...]:
   each = ', '.join(f'{value:+.2f}' for value in effect['each_seed'])
-  ours = _with_std(f'{effect["ours"]:+.2f}', effect['std'])
+  ours = with_std(f'{effect["ours"]:+.2f}', effect['std'])
   return effect['what'], str(effect['exit']), f'{effect["paper"]:+.2f}', ours, each
 
 
@@ -61,10 +61,12 @@ def _run(run: dict[str, Any]) -> tuple[str, ...]:
   return run['run'], f'{run["steps"]:,}', human_duration(run['wall_time_s']), device
 
 
-def _with_std(mean: str, std: float | None) -> str:
+def with_std(mean: str, std: float | None) -> str:
+  """A mean as text, with its standard deviation if there is one."""
   return mean if std is None else f'{mean} +- {std:.2f}'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown."""
   lines = [header, ['---'] * len(header), *rows]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)

@@ -15,6 +15,7 @@ from paranet_jax.host.errors import UserError
 # Configuration fields and values, as on the command line.
 PROTOCOLS = {
   'paper': {},
+  'quarter': {'train.epochs': '32.5'},  # The learning rate then drops at epochs 12.5 and 25.
   'tenth': {'train.epochs': '13'},  # The learning rate then drops at epochs 5 and 10.
   'smoke': {
     'model.layers_per_block': '1',
@@ -26,7 +27,7 @@ PROTOCOLS = {
   },
 }
 
-_SET_PER_RUN = ('name', 'seed', 'seeds')
+SET_PER_RUN = ('name', 'seed', 'seeds')
 
 
 class Protocol(NamedTuple):
@@ -53,7 +54,7 @@ def parse_protocol(name: str, assignments: Sequence[str]) -> Protocol:
     field, equals, value = assignment.partition('=')
     if not (field and equals):
       raise UserError(f"expected --set=field=value, such as --set=model.layers_per_block=4, found '{assignment}'")
-    if field in _SET_PER_RUN:
+    if field in SET_PER_RUN:
       raise UserError(f'{field} differs between the runs, found --set={assignment}; leave it out, or set --seeds')
     overrides[field] = value
   return Protocol(name, overrides)

@@ -84,8 +84,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file atomically, with each list of numbers on one line."""
-  write_text(path, _NUMBERS.sub(lambda found: ' '.join(found[0].split()), json.dumps(value, indent=2)) + '\n')
+  """Writes a JSON file atomically (see `to_json`)."""
+  write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+  """JSON as our files have it, with each list of numbers on one line."""
+  return _NUMBERS.sub(lambda found: ' '.join(found[0].split()), json.dumps(value, indent=2)) + '\n'
 
 
 def read_file(path: Path, fix: str) -> bytes | None:

@@ -48,14 +48,19 @@ def run_status(workdir: Path, config: ConfigDict, moved: bool = False) -> RunSta
     return RunStatus(changed, None, None)
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest_step()
-  summary = _read_summary(workdir / SUMMARY)
+  summary = read_summary(workdir)
   # A finished run that was resumed with more epochs is not finished.
   finished = summary is not None and (step is None or step <= summary['steps'])
   return RunStatus([], step, summary if finished else None)
 
 
-def _read_summary(path: Path) -> dict[str, Any] | None:
-  fix = 'delete it, and it is written again'
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+  """Reads summary.json of a run; None: there is none.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  path, fix = workdir / SUMMARY, 'delete it, and it is written again'
   summary = read_object(path, fix)
   if summary is not None and not _fits(summary):
     raise UserError(f'{path} is not the summary of a run (it holds {summary!r:.40}); {fix}')

@@ -12,7 +12,7 @@ import pytest
 from running import TINY, contents, refusal, run_main
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.lock import workdir_lock
+from paranet_jax.host.lock import lock_holder, workdir_lock
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -128,3 +128,15 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number, repo
   else:
     with pytest.raises(UserError, match='is in use by another process; wait for it'), workdir_lock(tmp_path):
       pass
+
+
+def test_who_holds_a_folder_is_asked_without_taking_its_lock(tmp_path):
+  assert lock_holder(tmp_path) == ''
+  with holder(tmp_path) as process:
+    assert lock_holder(tmp_path) == f'process {process.pid} on {socket.gethostname()}'
+    assert lock_holder(tmp_path) != ''  # It is still held.
+    process.kill()
+  assert (tmp_path / 'lock').exists() and lock_holder(tmp_path) == ''
+  (tmp_path / 'lock').unlink()
+  (tmp_path / 'lock').symlink_to('nowhere')
+  assert lock_holder(tmp_path) == ''

@@ -1,0 +1,80 @@
+"""The code of a run: a copy of this package, so that a run goes on with the code it began with."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from paranet_jax.host.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[2]
+FOLDER = 'code'
+
+_IGNORED = ('__pycache__', '*.pyc', '*.toml')  # A queue file that is edited is no other code.
+_LENGTH = 12
+
+
+def fingerprint(package: Path = PACKAGE) -> str:
+  """A hash of every file of a package that determines what it computes."""
+  digest = hashlib.sha256()
+  for path in sorted(_files(package)):
+    content = path.read_bytes()
+    digest.update(f'{path.relative_to(package).as_posix()}\0{len(content)}\0'.encode() + content)
+  return digest.hexdigest()[:_LENGTH]
+
+
+def _files(package: Path) -> Iterator[Path]:
+  # configs/ is a link in a checkout.
+  for folder, folders, names in os.walk(package, followlinks=True):
+    folders[:] = [name for name in folders if name != '__pycache__']
+    yield from (Path(folder, name) for name in names if not name.endswith(('.pyc', '.toml')))
+
+
+def commit(package: Path = PACKAGE) -> str | None:
+  """The git commit of a package, with `+changes` if files of it differ; None: it is in no repository."""
+
+  def git(*arguments: str) -> str:
+    command = ['git', '-C', str(package), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+  try:
+    return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if git('status', '--porcelain', '--', '.') else '')
+  except (OSError, subprocess.SubprocessError):
+    return None
+
+
+def keep_code(workdir: Path, package: Path = PACKAGE) -> str:
+  """Copies a package into `workdir/code/<fingerprint>`, unless it is there; returns the fingerprint.
+
+  Raises:
+    UserError: the package changed while it was copied.
+  """
+  found = fingerprint(package)
+  folder = workdir / FOLDER / found
+  if folder.exists():
+    return found
+  temporary = folder.with_name(f'{found}.tmp')
+  shutil.rmtree(temporary, ignore_errors=True)
+  shutil.copytree(package, temporary / package.name, ignore=shutil.ignore_patterns(*_IGNORED))
+  if fingerprint(temporary / package.name) != found:
+    raise UserError(f'{package} changed while it was copied; the same command tries again')
+  temporary.rename(folder)
+  return found
+
+
+def kept_code(workdir: Path, found: str, run: str, package: Path = PACKAGE) -> Path:
+  """The folder to import a kept package from.
+
+  Raises:
+    UserError: it is gone or was changed.
+  """
+  folder = workdir / FOLDER / found
+  if not folder.is_dir() or fingerprint(folder / package.name) != found:
+    state = 'was changed' if folder.is_dir() else 'is gone'
+    raise UserError(
+      f'the code that {run} began with {state} ({folder}); restore it, or remove the folder of the run, which then '
+      'begins again'
+    )
+  return folder

@@ -1,0 +1,114 @@
+"""The table of a queue: what is done, what trains and what is left, with estimated hours."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from paranet_jax.costs import describe
+from paranet_jax.display.progress import human_duration
+from paranet_jax.display.tables import ABSENT, align
+from paranet_jax.experiments.queue.file import QueuedRun, QueueFile
+from paranet_jax.experiments.queue.record import RunRecord
+from paranet_jax.experiments.queue.state import RunState, run_state
+
+_HEADER = ('run', 'priority', 'state', 'epoch', 'test accuracy (%)', 'left')
+
+
+def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord], at_once: int = 1) -> str:
+  """One line for each run in the order of training, and the time that is left in all.
+
+  Args:
+    workdir: absolute.
+    at_once: runs that train at the same time.
+
+  Raises:
+    UserError: a file of a run is damaged.
+  """
+  states = {run.name: run_state(workdir, run.name) for run in queue.runs}
+  left = seconds_left(queue.runs, states)
+  rows = []
+  for run in queue.runs:
+    state, record = states[run.name], records.get(run.name)
+    seconds = left[run.name]
+    rows.append(
+      (
+        run.name,
+        str(run.priority),
+        _describe(state, record),
+        f'{state.epoch:.1f} of {run.config.train.epochs:g}',
+        state.accuracies() or ABSENT,
+        ABSENT if seconds is None or state.finished else human_duration(seconds),
+      )
+    )
+  known = [seconds for seconds in left.values() if seconds is not None]
+  unknown = len(left) - len(known)
+  total = human_duration(sum(known) / at_once)
+  more = f', and {unknown} runs of which no speed is known yet' if unknown else ''
+  apart = f', {at_once} at once' if at_once > 1 else ''
+  lines = align(_HEADER, rows, left=(0, 2, 4))
+  failed = [f'{run.name} failed: {records[run.name].failed}' for run in queue.runs if _failed(run, records)]
+  return '\n'.join([*lines, *failed, f'left: {total}{apart}{more} (estimated from what has been trained)'])
+
+
+def _failed(run: QueuedRun, records: Mapping[str, RunRecord]) -> bool:
+  return run.name in records and bool(records[run.name].failed)
+
+
+def _describe(state: RunState, record: RunRecord | None) -> str:
+  if state.finished:
+    return 'finished'
+  if state.holder:
+    return f'running ({state.holder.split(" on ")[0]})'
+  if record and record.failed:
+    return 'failed'
+  return f'stopped at step {state.checkpoint:,}' if state.begun else 'waiting'
+
+
+def seconds_left(runs: Sequence[QueuedRun], states: Mapping[str, RunState]) -> dict[str, float | None]:
+  """Estimated seconds that each run still trains; None: nothing like it has been trained.
+
+  A run that has begun tells its own speed. For others it is that of a run with the same name or, scaled by the
+  multiply-adds of the exits that train, of any run on the same data.
+  """
+  measured = {}
+  for run in runs:
+    seconds = states[run.name].seconds_per_epoch(run.config.train.batch_size)
+    if seconds:
+      measured[run.name] = seconds
+  rows = {run.row: measured[run.name] for run in runs if run.name in measured}
+  left: dict[str, float | None] = {}
+  for run in runs:
+    epochs = max(_epochs(run.config, states[run.name]) - states[run.name].epoch, 0.0)
+    seconds = measured.get(run.name, rows.get(run.row))
+    if states[run.name].finished:
+      seconds, epochs = 0.0, 0.0
+    if seconds is None:
+      seconds = _scaled(run, runs, states, measured)
+    left[run.name] = None if seconds is None else seconds * epochs
+  return left
+
+
+def _epochs(config: ConfigDict, state: RunState) -> float:
+  steps, most = state.steps_per_epoch, config.train.max_steps
+  return min(config.train.epochs, most / steps) if most and steps else config.train.epochs
+
+
+def _scaled(
+  run: QueuedRun, runs: Sequence[QueuedRun], states: Mapping[str, RunState], measured: Mapping[str, float]
+) -> float | None:
+  def data(config: ConfigDict) -> tuple[Any, ...]:
+    return config.data.name, config.data.held_out, config.model.image_side, config.model.family
+
+  like = [other for other in runs if other.name in measured and data(other.config) == data(run.config)]
+  if not like:
+    return None
+  classes = states[like[0].name].num_classes
+  return measured[like[0].name] * training_macs(run.config, classes) / training_macs(like[0].config, classes)
+
+
+def training_macs(config: ConfigDict, num_classes: int | None) -> int:
+  """Multiply-adds of the exits that train, for an image in inference."""
+  trained = [row for row in describe(config, num_classes)['exits'] if row['trained']]
+  return trained[0]['macs_alone'] if len(trained) == 1 else trained[-1]['macs']

@@ -1,0 +1,242 @@
+"""results.json and results.md of a queue: what has been measured so far, with what is reduced or partial in the row.
+
+Accuracies are percentages on the test images. Standard deviations are over seeds, with n - 1; None for a single seed.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paranet_jax.base_config import base_config
+from paranet_jax.config import differences
+from paranet_jax.costs import describe
+from paranet_jax.display.tables import ABSENT
+from paranet_jax.experiments.markdown import table, with_std
+from paranet_jax.experiments.published import TABLES
+from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
+from paranet_jax.experiments.queue.loop import check_same
+from paranet_jax.experiments.queue.record import RunRecord, today
+from paranet_jax.experiments.queue.state import RunState, run_state
+from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import replacing, to_json
+
+RESULTS = 'results.json'
+MARKDOWN = 'results.md'
+
+_NO_REDUCTION = ('seed:', 'name:', 'eval.', 'checkpoint.', 'log.', 'data.data_dir:', 'data.workers:', 'data.streaming:')
+_ROWS = (
+  'run',
+  'exit',
+  'paper (%)',
+  'ours (%)',
+  'seeds',
+  'epochs',
+  'multiply-adds',
+  'parameters',
+  'differs from the paper',
+)
+_COMPARED = ('difference', 'exit', 'mean', 'each seed', 'partial')
+_RUNS = ('run', 'epoch', 'finished', 'code', 'commit', 'processor', 'cores', 'wall time (h)')
+
+States = Mapping[str, RunState]
+
+
+def write_results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -> dict[str, Any]:
+  """Writes both files and returns the content of results.json.
+
+  Args:
+    workdir: absolute.
+
+  Raises:
+    UserError: a file of a run is damaged.
+  """
+  found = results(queue, workdir, records)
+  # `--write` and a queue that works may write at the same time.
+  for name, text in ((RESULTS, to_json(found)), (MARKDOWN, markdown(found))):
+    with replacing(workdir / name, shared=True) as file:
+      file.write(text)
+  return found
+
+
+def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -> dict[str, Any]:
+  """The numbers.
+
+  Returns:
+    `queue`, `date`, `rows`, `comparisons` and `runs`.
+  """
+  states, left_out = {}, []
+  for run in queue.runs:
+    state = run_state(workdir, run.name)
+    try:
+      check_same(run, state, records.get(run.name))
+    except UserError as error:
+      left_out.append(f'{run.name}: {error}')
+      continue
+    if state.measured:
+      states[run.name] = state
+  runs = [run for run in queue.runs if run.name in states]
+  rows = [row for name in dict.fromkeys(run.row for run in runs) for row in _rows(name, runs, states)]
+  return {
+    'queue': queue.path.name,
+    'date': today(),
+    'rows': rows,
+    'comparisons': [
+      _comparison(compared, name, runs, states) for compared in queue.comparisons for name in compared.treated
+    ],
+    'runs': [_run(run, states[run.name], records.get(run.name), workdir) for run in runs],
+    'left_out': left_out,
+  }
+
+
+def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str, Any]]:
+  """One row for each exit over the finished seeds, and one for each exit of every seed that is not finished."""
+  own = [run for run in runs if run.row == name]
+  finished = [run for run in own if states[run.name].finished]
+  groups = [finished] * bool(finished) + [[run] for run in own if run not in finished]
+  costs = {row['exit']: row for row in describe(own[0].config, states[own[0].name].num_classes)['exits']}
+  reduced = reductions(own[0])
+  rows = []
+  for group in groups:
+    latest = [_latest(states[run.name]) for run in group]
+    for number in latest[0][1]:
+      each = [100 * accuracies[number] for _, accuracies in latest]
+      paper = _published(own[0].paper, number)
+      rows.append(
+        {
+          'run': name,
+          'network': own[0].config.name,
+          'exit': number,
+          'seeds': [run.seed for run in group],
+          'ours': statistics.mean(each),
+          'std': _std(each),
+          'each_seed': each,
+          'paper': paper and paper.accuracy,
+          'paper_std': paper and paper.std,
+          'epoch': latest[0][0],
+          'epochs': own[0].config.train.epochs,
+          'partial': group is not finished,
+          'macs': costs[number]['macs'],
+          'params': costs[number]['params'],
+          'reduced': reduced,
+        }
+      )
+  return rows
+
+
+def reductions(run: QueuedRun) -> list[str]:
+  """In what a run differs from the paper's training, each as `field: the paper's -> here`."""
+  config = run.config
+  found = differences(base_config(config.name, config.model.family).to_dict(), config.to_dict())
+  return [change for change in found if not change.startswith(_NO_REDUCTION)]
+
+
+def _latest(state: RunState) -> tuple[float, dict[int, float]]:
+  epoch = max(state.measured)
+  return epoch, state.measured[epoch]
+
+
+def _published(network: str, number: int) -> Any:
+  rows = [row for found in TABLES.values() for row in found.rows]
+  return next((row for row in rows if (row.network, row.exit) == (network, number)), None)
+
+
+def _std(values: Sequence[float]) -> float | None:
+  return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _comparison(compared: Comparison, treated: str, runs: Sequence[QueuedRun], states: States) -> dict[str, Any]:
+  """Differences seed by seed: with equal seeds, two runs see the same images in the same order."""
+
+  def seeds(row: str) -> dict[int, RunState]:
+    return {run.seed: states[run.name] for run in runs if run.row == row}
+
+  ours, control = seeds(treated), seeds(compared.control)
+  each, partial = {}, []
+  for seed in ours.keys() & control.keys():
+    pair = ours[seed], control[seed]
+    shared = [epoch for epoch in pair[0].measured if epoch in pair[1].measured]
+    if not shared or not all(compared.exit in state.measured[max(shared)] for state in pair):
+      continue
+    values = [state.measured[max(shared)][compared.exit] for state in pair]
+    difference = 100 * (values[0] - values[1])
+    if all(state.finished and max(state.measured) == max(shared) for state in pair):
+      each[seed] = difference
+    else:
+      partial.append({'seed': seed, 'epoch': max(shared), 'difference': difference})
+  values = [each[seed] for seed in sorted(each)]
+  return {
+    'question': compared.question,
+    'what': f'{treated} - {compared.control}',
+    'exit': compared.exit,
+    'seeds': sorted(each),
+    'mean': statistics.mean(values) if values else None,
+    'std': _std(values),
+    'each_seed': values,
+    'partial': sorted(partial, key=lambda own: own['seed']),
+  }
+
+
+def _run(run: QueuedRun, state: RunState, record: RunRecord | None, workdir: Path) -> dict[str, Any]:
+  summary = state.summary or {}
+  return {
+    'run': run.name,
+    'command': ' '.join(['python -m paranet_jax.main', *run.arguments, f'--workdir={workdir.name}/runs/{run.name}']),
+    'epoch': state.epoch,
+    'finished': record.finished if record else '',
+    'code': record.code if record else '',
+    'commit': record.commit if record else None,
+    'starts': record.starts if record else [],
+    'wall_time_s': summary.get('wall_time_s'),
+    'device': summary.get('device'),
+    'versions': summary.get('versions'),
+  }
+
+
+def markdown(found: dict[str, Any]) -> str:
+  """The tables of `results`."""
+  lines = [
+    f'# Results of {found["queue"]}, {found["date"]}',
+    'Accuracy on the test images: of the last step, mean +- standard deviation (n - 1) over the seeds; rows marked '
+    '**partial** are at the epoch that they name. Multiply-adds for an image and parameters include the exits before.',
+    table(_ROWS, [_row(row) for row in found['rows']]) if found['rows'] else 'Nothing has been measured yet.',
+  ]
+  for question in dict.fromkeys(own['question'] for own in found['comparisons']):
+    own = [entry for entry in found['comparisons'] if entry['question'] == question]
+    lines += [question, table(_COMPARED, [_compared(entry) for entry in own])]
+  if found['left_out']:
+    lines.append('Left out: ' + '; '.join(found['left_out']))
+  if found['runs']:
+    commands = [run['command'] for run in found['runs']]
+    lines += [table(_RUNS, [_run_row(run) for run in found['runs']]), '\n'.join(['```bash', *commands, '```'])]
+  return '\n\n'.join(filter(None, lines)) + '\n'
+
+
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+  paper = ABSENT if row['paper'] is None else with_std(f'{row["paper"]:g}', row['paper_std'])
+  epochs = f'**partial: {row["epoch"]:g} of {row["epochs"]:g}**' if row['partial'] else f'{row["epochs"]:g}'
+  seeds = ', '.join(map(str, row['seeds']))
+  ours, counts = with_std(f'{row["ours"]:.2f}', row['std']), (f'{row["macs"]:,}', f'{row["params"]:,}')
+  return row['run'], str(row['exit']), paper, ours, seeds, epochs, *counts, '; '.join(row['reduced']) or 'nothing'
+
+
+def _compared(entry: dict[str, Any]) -> tuple[str, ...]:
+  mean = ABSENT if entry['mean'] is None else with_std(f'{entry["mean"]:+.2f}', entry['std'])
+  each = ', '.join(f'{value:+.2f}' for value in entry['each_seed']) or ABSENT
+  partial = [f'seed {own["seed"]} at epoch {own["epoch"]:g}: {own["difference"]:+.2f}' for own in entry['partial']]
+  return entry['what'], str(entry['exit']), mean, each, ', '.join(partial) or ABSENT
+
+
+def _run_row(run: dict[str, Any]) -> tuple[str, ...]:
+  last = run['starts'][-1] if run['starts'] else {}
+  hours = ABSENT if run['wall_time_s'] is None else f'{run["wall_time_s"] / 3600:.2f}'
+  return (
+    run['run'],
+    f'{run["epoch"]:g}',
+    run['finished'] or ABSENT,
+    run['code'] or ABSENT,
+    run['commit'] or ABSENT,
+    last.get('processor', ABSENT),
+    str(last.get('cores', ABSENT)),
+    hours,
+  )

@@ -1,0 +1,108 @@
+"""What the folder of a run tells: how far it is, what it has measured, and whether it trains at this moment."""
+
+import dataclasses
+import re
+import statistics
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from paranet_jax.display.metrics import read_metrics
+from paranet_jax.host.files import read_object
+from paranet_jax.host.lock import lock_holder
+from paranet_jax.runs.checkpoints import FOLDER
+from paranet_jax.runs.dataset_facts import DATASET
+from paranet_jax.runs.status import read_summary
+from paranet_jax.runs.workdir import CONFIG
+
+RUNS = 'runs'
+
+_LATEST = 50  # Lines of training whose median is the speed.
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+  """How far a run is.
+
+  Attributes:
+    begun: its configuration is saved.
+    checkpoint: step of the latest one; -1: there is none.
+    summary: contents of summary.json; None: it is not finished.
+    holder: the process that trains it; '': none.
+  """
+
+  folder: Path
+  begun: bool
+  checkpoint: int
+  summary: dict[str, Any] | None
+  holder: str
+
+  @property
+  def finished(self) -> bool:
+    """Whether it has reached its end."""
+    return self.summary is not None
+
+  @cached_property
+  def metrics(self) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return read_metrics(self.folder)
+
+  @property
+  def num_classes(self) -> int | None:
+    """Of its data set; None: not yet known."""
+    facts = read_object(self.folder / DATASET, 'restore it')
+    return len(facts['class_names']) if facts and isinstance(facts.get('class_names'), list) else None
+
+  @property
+  def epoch(self) -> float:
+    """Epochs trained, up to the latest line."""
+    return max((line['epoch'] for line in self.metrics), default=0.0)
+
+  @property
+  def steps_per_epoch(self) -> float | None:
+    """Steps of an epoch; None: not yet known."""
+    line = self.metrics[-1] if self.metrics else None
+    return line['step'] / line['epoch'] if line and line['epoch'] else None
+
+  def seconds_per_epoch(self, batch_size: int) -> float | None:
+    """Seconds that an epoch takes: of a finished run all that it took; otherwise of its latest steps alone."""
+    steps = self.steps_per_epoch
+    if not steps:
+      return None
+    if self.summary:
+      return self.summary['wall_time_s'] / (self.summary['steps'] / steps)
+    speeds = [line['images_per_second'] for line in self.metrics if line['split'] == 'train'][-_LATEST:]
+    speeds = [speed for speed in speeds if speed]
+    return steps * batch_size / statistics.median(speeds) if speeds else None
+
+  @cached_property
+  def measured(self) -> dict[float, dict[int, float]]:
+    """Of every evaluation on the test images so far, by its epoch: the accuracy (a fraction) of each trained exit."""
+    return {line['epoch']: _accuracies(line) for line in self.metrics if line['split'] == 'test'}
+
+  def accuracies(self) -> str:
+    """The latest accuracies on the test images, as in `1: 50.12, 2: 65.34`, in percent."""
+    latest = self.measured[max(self.measured)] if self.measured else {}
+    return ', '.join(f'{number}: {100 * value:.2f}' for number, value in latest.items())
+
+
+def _accuracies(line: dict[str, Any]) -> dict[int, float]:
+  names = {key: re.fullmatch(r'exit_(\d+)/accuracy', key) for key in line}
+  return {int(match[1]): line[key] for key, match in names.items() if match and line[key] is not None}
+
+
+def run_state(workdir: Path, name: str) -> RunState:
+  """Reads the state of a run of a queue.
+
+  Raises:
+    UserError: a file of it is damaged.
+  """
+  folder = workdir / RUNS / name
+  steps = [int(path.name) for path in (folder / FOLDER).glob('[0-9]*') if path.name.isdecimal()]
+  return RunState(
+    folder,
+    begun=(folder / CONFIG).exists(),
+    checkpoint=max(steps, default=-1),
+    summary=read_summary(folder),
+    holder=lock_holder(folder),
+  )

@@ -1,0 +1,189 @@
+"""Tests of working through a queue: order, stops, kills, failures, edits, and the code that a run goes on with."""
+
+import os
+
+import pytest
+from queues import UNTIL_STOPPED, Ends, FakeQueue
+
+from paranet_jax.experiments.queue import record, state
+from paranet_jax.host.errors import UserError
+
+ORDER = ['early-s0', 'late-s0', 'late-s1']
+
+
+def test_runs_are_trained_by_priority_and_then_skipped(tmp_path, capsys):
+  queue = FakeQueue(tmp_path)
+  assert queue.work() == {} and queue.names() == ORDER and queue.most == 1
+  name, arguments, code, cores = queue.starts[0]
+  assert arguments == [
+    '--config=paranet_jax:paranet:PN1-d',
+    '--config.data.name=digits',
+    '--config.train.epochs=4',
+    '--config.seed=0',
+    f'--workdir={queue.workdir}/runs/early-s0',
+  ]
+  assert (code, cores) == ('first', ())
+  assert 'early-s0 finished: 1: 14.00\n' in capsys.readouterr().out
+  assert queue.record('early-s0')['finished'] and not queue.record('early-s0')['failed']
+  assert queue.work() == {} and queue.names() == ORDER
+
+
+def test_several_at_once_share_the_cores(tmp_path):
+  queue = FakeQueue(tmp_path, looks=3)
+  queue.work(cores=[(2,), (3,)], flags=['--data_dir=/data'])
+  assert queue.most == 2 and sorted(cores for *_, cores in queue.starts[:2]) == [(2,), (3,)]
+  assert all(arguments[-1] == '--data_dir=/data' for _, arguments, *_ in queue.starts)
+
+
+def test_a_signal_stops_the_runs_and_the_next_start_goes_on(tmp_path, capsys):
+  def act(queue):
+    queue.stop.received = 'SIGTERM'
+
+  queue = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED]}, on_look=act)
+  assert queue.work() == {} and queue.names() == queue.stopped == ['early-s0']
+  assert 'early-s0 stopped after step 20, saved\n' in capsys.readouterr().out
+  queue.stop.received = queue.on_look = None
+  queue.work()
+  assert queue.names() == ['early-s0', *ORDER]
+  # Its own configuration counts from now on.
+  assert queue.starts[1][1] == [f'--workdir={queue.workdir}/runs/early-s0']
+  assert 'early-s0 goes on after step 20' in capsys.readouterr().out
+
+
+def test_a_queue_that_dies_is_taken_over(tmp_path, monkeypatch):
+  def killed(queue):
+    raise SystemExit  # As far as its records are concerned.
+
+  queue = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED]}, on_look=killed)
+  with pytest.raises(SystemExit):
+    queue.work()
+  queue.on_look = None
+  # Its run still saves, and is waited for; others go on.
+  held = ['early-s0']
+  monkeypatch.setattr(state, 'lock_holder', lambda folder: 'process 1 on here' if folder.name in held else '')
+  queue.on_look = lambda queue: queue.names()[1:] == ORDER[1:] and held.clear()
+  queue.work()
+  assert queue.names() == ['early-s0', 'late-s0', 'late-s1', 'early-s0']
+
+
+@pytest.mark.parametrize(
+  ('ends', 'started', 'failed'),
+  [
+    # Killed at the start and then after each of two checkpoints.
+    ([Ends(-9, 0), Ends(-9, 1), Ends(-9, 2)], 4, None),
+    ([Ends(-9, 1), Ends(-9, 1)], 2, 'killed by signal 9 twice after the same step'),
+    ([Ends(2, 0, 'no such data')], 1, 'no such data'),
+    ([Ends(0, 1)], 1, None),  # Somebody stopped it.
+  ],
+)
+def test_killed_and_failing_runs(tmp_path, capsys, ends, started, failed):
+  queue = FakeQueue(tmp_path, ends={'early-s0': ends})
+  assert queue.work() == ({'early-s0': failed} if failed else {})
+  assert queue.names() == ['early-s0'] * started + ORDER[1:]
+  out = capsys.readouterr().out
+  assert (f'early-s0 failed: {failed}\n' in out) == bool(failed)
+  assert queue.record('early-s0')['failed'] == (failed or '')
+  # The next start tries again.
+  assert queue.work() == {} and queue.names()[-1] == ('late-s1' if len(ends) == 3 else 'early-s0')
+
+
+def test_a_run_goes_on_with_the_code_it_began_with(tmp_path, capsys):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)], 'late-s0': [Ends(0, 1)], 'late-s1': [Ends(2, 0, 'no')]})
+  queue.work()
+  (queue.package / 'main.py').write_text('second')
+  queue.work()
+  assert [(name, code) for name, _, code, _ in queue.starts[3:]] == [
+    ('early-s0', 'first'),
+    ('late-s0', 'first'),
+    ('late-s1', 'second'),  # It had not begun.
+  ]
+  assert queue.record('early-s0')['code'] != queue.record('late-s1')['code']
+
+
+@pytest.mark.parametrize('damage', [lambda file: file.write_text('third'), lambda file: file.unlink()])
+def test_code_that_is_not_what_it_was_is_refused(tmp_path, damage):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)]})
+  queue.work()
+  code = queue.workdir / 'code' / queue.record('early-s0')['code']
+  damage(code / 'paranet_jax' / 'main.py')
+  assert queue.work()['early-s0'] == (
+    f'the code that early-s0 began with was changed ({code}); restore it, or remove the folder of the run, which then '
+    'begins again'
+  )
+
+
+def test_another_environment_is_reported(tmp_path, capsys, monkeypatch):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)]})
+  queue.work()
+  monkeypatch.setattr(record, 'cpu_name', lambda: 'another one')
+  monkeypatch.setattr(record.importlib.metadata, 'version', lambda name: '99')
+  before = queue.record('early-s0')['starts'][0]
+  queue.work()
+  line = next(line for line in capsys.readouterr().out.splitlines() if 'although' in line)
+  assert line.startswith('early-s0 goes on although this changed, so that last bits may: ')
+  assert f'processor: {before["processor"]} -> another one' in line
+  assert f'jax: {before["versions"]["jax"]} -> 99' in line and 'cores' not in line
+  assert [start['processor'] for start in queue.record('early-s0')['starts']] == [before['processor'], 'another one']
+
+
+def test_an_edited_file_is_read_before_the_next_run(tmp_path, capsys):
+  def edit(queue):
+    text = queue.path.read_text()
+    if 'added' not in text:
+      queue.path.write_text(text.replace('seeds = [0, 1]', '') + ADDED)
+      os.utime(queue.path, ns=(1, 1))  # Whatever the clock's resolution.
+    elif 'added-s0' in queue.names() and 'broken' not in text:
+      queue.path.write_text(text + 'broken')
+      os.utime(queue.path, ns=(2, 2))
+
+  queue = FakeQueue(tmp_path, on_look=edit)
+  assert queue.work() == {} and queue.names() == ['early-s0', 'added-s0', 'late-s0']
+  out, err = capsys.readouterr()
+  assert f'{queue.path} was edited: 3 runs\n' in out
+  assert err.startswith(f'the queue goes on as it was: {queue.path} is not TOML (') and err.count('\n') == 1
+
+
+ADDED = """
+[[runs]]
+name = 'added'
+config = 'paranet_jax:paranet:PN1-d'
+set = { train.epochs = 4, data.name = 'digits' }
+priority = 2
+"""
+
+
+@pytest.mark.parametrize('end', [Ends(0, 1), Ends(0, 4)])
+def test_a_run_that_has_begun_is_not_made_another_one(tmp_path, end):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [end]})
+  queue.work()
+  queue.path.write_text(
+    queue.path.read_text().replace("epochs = 4, data.name = 'digits' }\npriority", 'epochs = 5 }\npriority')
+  )
+  assert queue.work() == {
+    'early-s0': 'it began with --config.data.name=digits --config.train.epochs=4, and the file has '
+    '--config.train.epochs=5; give it another name, or undo the change'
+  }
+
+
+def test_runs_of_other_commands(tmp_path, capsys):
+  """One goes on, one is finished, and one is another run."""
+  queue = FakeQueue(tmp_path)
+  for name, epoch in (('early-s0', 1), ('late-s0', 4), ('late-s1', 1)):
+    queue.write(name, epoch)
+  path = queue.workdir / 'runs' / 'late-s1' / 'config.json'
+  path.write_text(path.read_text().replace('"batch_size": 64', '"batch_size": 32'))
+  failed = queue.work()
+  assert failed == {
+    'late-s1': f'{path.parent} holds a run with a different configuration: train.batch_size: 32 -> 64 (saved -> now); '
+    'give it another name'
+  }
+  assert queue.names() == ['early-s0'] and not queue.record('late-s0')['code']
+  assert 'early-s0 was begun by another command: it goes on with the present code\n' in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_the_queue(tmp_path):
+  rooms = iter([10**9, 10**9, 10**6])
+  queue = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED]})
+  with pytest.raises(UserError, match=r'work has 1 MB of free disk, and a run needs 200 MB; make room, and the same'):
+    queue.work(free=lambda path: next(rooms), cores=[(0,), (1,), (2,)])
+  assert queue.stopped == ['early-s0', 'late-s0'] or queue.stopped == ['early-s0']

@@ -1,0 +1,155 @@
+"""Tests of what a queue tells: its table, estimated times and results, against numbers computed by hand."""
+
+import re
+
+import pytest
+from queues import FakeQueue, write_run
+
+from paranet_jax.experiments.queue.estimate import seconds_left, status_table
+from paranet_jax.experiments.queue.file import read_queue
+from paranet_jax.experiments.queue.record import RunRecord, read_records
+from paranet_jax.experiments.queue.results import markdown, results, write_results
+from paranet_jax.experiments.queue.state import run_state
+from paranet_jax.host.errors import UserError
+
+QUEUE = """
+set = { train.epochs = 4, data.name = 'digits', model.layers_per_block = 1, eval.every_epochs = 1 }
+[[runs]]
+name = 'plain'
+config = 'paranet_jax:paranet:PN1-d'
+seeds = [0, 1, 2]
+[[runs]]
+name = 'better'
+config = 'paranet_jax:paranet:PN1-d'
+set = { train.nesterov = false }
+seeds = [3, 1, 2, 0]
+[[runs]]
+name = 'larger'
+config = 'paranet_jax:paranet:PN1-d'
+set = { model.growth_rate = 24 }
+[[comparisons]]
+question = 'Is it better?'
+control = 'plain'
+treated = ['better']
+exit = 1
+"""
+
+
+@pytest.fixture
+def queue(tmp_path):
+  """plain-s0, plain-s1 and better-s1 are finished; plain-s2 and better-s2 are at epochs 2 and 3."""
+  fake = FakeQueue(tmp_path, QUEUE)
+  for name, epoch in (('plain-s0', 4), ('plain-s1', 4), ('plain-s2', 2), ('better-s1', 4), ('better-s2', 3)):
+    fake.write(name, epoch)
+  path = fake.workdir / 'runs' / 'better-s1' / 'metrics.jsonl'
+  path.write_text(path.read_text().replace('0.15', '0.5'))
+  return fake
+
+
+def test_results(queue):
+  found = results(read_queue(queue.path), queue.workdir, {})
+  rows = [{key: row[key] for key in ('run', 'seeds', 'epoch', 'partial')} for row in found['rows']]
+  assert rows == [
+    {'run': 'plain', 'seeds': [0, 1], 'epoch': 4, 'partial': False},
+    {'run': 'plain', 'seeds': [2], 'epoch': 2, 'partial': True},
+    {'run': 'better', 'seeds': [1], 'epoch': 4, 'partial': False},
+    {'run': 'better', 'seeds': [2], 'epoch': 3, 'partial': True},
+  ]
+  assert [row['ours'] for row in found['rows']] == pytest.approx([14.5, 14, 50, 15])
+  assert found['rows'][0]['std'] == pytest.approx(0.5**0.5) and found['rows'][1]['std'] is None
+  assert found['rows'][0]['each_seed'] == pytest.approx([14, 15])
+  # What changes no parameter is no reduction.
+  assert found['rows'][2]['reduced'] == [
+    'data.name: cifar100 -> digits',
+    'model.layers_per_block: 16 -> 1',
+    'train.epochs: 130.0 -> 4.0',
+    'train.nesterov: True -> False',
+  ]
+  (compared,) = found['comparisons']
+  assert (compared['seeds'], compared['mean'], compared['std']) == ([1], pytest.approx(35), None)
+  # Both have epoch 2, with equal accuracies.
+  assert compared['partial'] == [{'seed': 2, 'epoch': 2, 'difference': 0}]
+
+
+def test_markdown(queue):
+  write_results(read_queue(queue.path), queue.workdir, {})
+  text = (queue.workdir / 'results.md').read_text()
+  reduced = 'data.name: cifar100 -> digits; model.layers_per_block: 16 -> 1; train.epochs: 130.0 -> 4.0'
+  lines = [line for line in text.splitlines() if line.startswith(('| plain', '| better - '))]
+  counts = re.search(r'\| 4 \| ([\d,]+ \| [\d,]+) \|', text)[1]
+  assert lines[:3] == [
+    f'| plain | 1 | — | 14.50 +- 0.71 | 0, 1 | 4 | {counts} | {reduced} |',
+    f'| plain | 1 | — | 14.00 | 2 | **partial: 2 of 4** | {counts} | {reduced} |',
+    '| better - plain | 1 | +35.00 | +35.00 | seed 2 at epoch 2: +0.00 |',
+  ]
+  assert '--config.train.nesterov=False --config.seed=1 --workdir=work/runs/better-s1\n' in text
+
+
+def test_published_accuracies_and_nothing_measured(tmp_path):
+  fake = FakeQueue(tmp_path, QUEUE.replace("name = 'larger'", "name = 'larger'\npaper = 'PN3cut-ddd'"))
+  queue = read_queue(fake.path)
+  assert 'Nothing has been measured yet.' in markdown(results(queue, fake.workdir, {}))
+  fake.write('larger-s0', 1)
+  (row,) = results(queue, fake.workdir, {})['rows']
+  assert (row['paper'], row['paper_std'], row['partial']) == (50.39, 0.248, True)
+
+
+def test_a_run_that_is_another_one_is_left_out(queue):
+  records = {'plain-s0': RunRecord(['--config.train.epochs=5'], 'code', None)}
+  found = results(read_queue(queue.path), queue.workdir, records)
+  assert found['rows'][0]['seeds'] == [1]
+  assert found['left_out'][0].startswith('plain-s0: it began with --config.train.epochs=5, and the file has ')
+  assert 'Left out: plain-s0: ' in markdown(found)
+
+
+def test_estimated_times(queue):
+  runs = read_queue(queue.path).runs
+  # A finished run took 80 s for 4 epochs; a running one of 10 steps of 64 images reads 20 images/s.
+  left = seconds_left(runs, {run.name: run_state(queue.workdir, run.name) for run in runs})
+  larger = left.pop('larger-s0')
+  assert left == {
+    'plain-s0': 0,
+    'plain-s1': 0,
+    'plain-s2': 2 * 32,
+    'better-s3': 4 * 32,
+    'better-s1': 0,
+    'better-s2': 32,
+    'better-s0': 4 * 32,
+  }
+  # The stem and the layer have twice the channels: between twice and four times the work, at 20 s an epoch.
+  assert 4 * 20 * 2 < larger < 4 * 20 * 4
+
+
+def test_status_table(queue):
+  read = read_queue(queue.path)
+  queue.work(start=lambda *_: pytest.fail('trained'), cores=[])
+  lines = status_table(read, queue.workdir, {'larger-s0': RunRecord([], '', None, failed='no data')}).splitlines()
+  assert [re.split('  +', line)[:5] for line in lines[:4]] == [
+    ['run', 'priority', 'state', 'epoch', 'test accuracy (%)'],
+    ['plain-s0', '100', 'finished', '4.0 of 4', '1: 14.00'],
+    ['plain-s1', '100', 'finished', '4.0 of 4', '1: 15.00'],
+    ['plain-s2', '100', 'stopped at step 20', '2.0 of 4', '1: 14.00'],
+  ]
+  assert lines[3].endswith('1 min 04 s') and lines[4].split()[2] == 'waiting'
+  assert lines[-2] == 'larger-s0 failed: no data' and lines[-1].startswith('left: ')
+
+
+def test_no_speed_is_known(tmp_path):
+  fake = FakeQueue(tmp_path, QUEUE)
+  assert status_table(read_queue(fake.path), fake.workdir, {}).splitlines()[-1] == (
+    'left: 0 s, and 8 runs of which no speed is known yet (estimated from what has been trained)'
+  )
+
+
+def test_most_steps_end_a_run(tmp_path):
+  fake = FakeQueue(tmp_path, QUEUE.replace('train.epochs = 4', 'train.epochs = 4, train.max_steps = 25'))
+  queue = read_queue(fake.path)
+  write_run(fake.workdir / 'runs' / 'plain-s0', queue.runs[0].config, 2)
+  states = {run.name: run_state(fake.workdir, run.name) for run in queue.runs}
+  assert seconds_left(queue.runs[:1], states) == {'plain-s0': 0.5 * 32}
+
+
+def test_damaged_records(tmp_path):
+  (tmp_path / 'queue.json').write_text('{"runs": {"a": {"code": 1, "more": 2}}}')
+  with pytest.raises(UserError, match=r'queue.json is damaged \(.*; restore it, or move it away: runs then go on with'):
+    read_records(tmp_path)
