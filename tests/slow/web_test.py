@@ -312,6 +312,21 @@ def test_keyboard_width_and_colors(page, tiny):
     assert page.value(unnamed) == []
 
 
+def test_files_are_dropped(page, tiny, files):
+  with browser.served(tiny) as address:
+    opened(page, address)
+    x, y = page.value('(({x, y}) => [x + 20, y + 20])(document.getElementById("drop").getBoundingClientRect())')
+    data = {'items': [], 'files': [str(file) for file in files[:2]], 'dragOperationsMask': 1}
+    for kind in ('dragEnter', 'dragOver', 'drop'):
+      page.call('Input.dispatchDragEvent', type=kind, x=x, y=y, data=data)
+    page.wait(f'{ANSWERED} === 2')
+    text = {'items': [{'mimeType': 'text/plain', 'data': 'no file'}], 'dragOperationsMask': 1}
+    for kind in ('dragEnter', 'dragOver', 'drop'):
+      page.call('Input.dispatchDragEvent', type=kind, x=x, y=y, data=text)
+    page.wait('document.getElementById("state").textContent.startsWith("Expected image files, found something else")')
+  assert page.errors == []
+
+
 def test_the_camera(page, tiny):
   with browser.served(tiny) as address:
     page.open(f'{address.replace("127.0.0.1", "localhost")}/')
