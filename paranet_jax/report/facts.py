@@ -23,9 +23,12 @@ from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.scores import confidences, to_score
 from paranet_jax.early.thresholds import exits_taken
 from paranet_jax.host.errors import UserError, say, without_config_flags
+from paranet_jax.host.files import read_file
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.steps import Preprocessing
 
+HEAD = b'<!doctype html>'
+"""What a report begins with; no other file is replaced by one."""
 EACH = 6
 """Most images of an exit, of each kind."""
 _MOST_IMAGES = 240
@@ -92,6 +95,9 @@ def read_facts(folder: Path, bundle: bool, data_dir: Path | None, accept_data_ch
     raise UserError(f'expected a bundle with a bundle.json in {folder}, found none; set --bundle')
   if out.is_dir() or not os.path.isdir(out.parent) or not os.access(out.parent, os.W_OK | os.X_OK):
     raise UserError(f'expected a file in a writable folder as the report, found {out}; set --out')
+  earlier = read_file(out, 'set --out to another file')
+  if earlier and not earlier.startswith(HEAD):
+    raise UserError(f'expected an earlier report or nothing at {out}, found another file; set --out')
   run = load(folder)
   if bundle and data_dir is None:  # It may be on a device, which should not download a data set.
     return Facts(folder, bundle, run, run.plan, None, (), 'a bundle does not say where it is; set --data_dir')

@@ -236,6 +236,15 @@ def test_refusals(tmp_path, capsys, flags, message):
   assert not list(tmp_path.iterdir())
 
 
+def test_another_file_is_not_replaced(tmp_path, capsys):
+  (tmp_path / 'config.json').write_text('{}')
+  assert report.main([f'--workdir={tmp_path}', f'--out={tmp_path}/config.json']) == 2
+  assert capsys.readouterr().err == (
+    f'error: expected an earlier report or nothing at {tmp_path}/config.json, found another file; set --out\n'
+  )
+  assert (tmp_path / 'config.json').read_text() == '{}'
+
+
 def test_without_jinja2(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(report.importlib.util, 'find_spec', lambda name: None)
   assert report.main([f'--workdir={tmp_path}']) == 2
@@ -252,6 +261,7 @@ def test_the_command_says_what_is_lacking(tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(facts_lib, '_dataset', missing)
   assert report.main([f'--workdir={tmp_path}', f'--out={tmp_path}/own.html']) == 0
+  assert (tmp_path / 'own.html').read_bytes().startswith(facts_lib.HEAD)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == (
     'without the data set, so without budgets, reliability and images: expected toy, found none; set --data_dir'
