@@ -149,6 +149,12 @@ def multiply_adds(function: Callable, *args: Any) -> tuple[int, Any]:
   return _program_macs(jaxpr.jaxpr), shapes
 
 
+def largest_operation(function: Callable, *args: Any) -> core.JaxprEqn | None:
+  """The convolution or matrix product in `function(*args)` with the most multiply-adds; None: there is none."""
+  found = [equation for equation, _ in _equations(jax.make_jaxpr(function)(*args).jaxpr) if _equation_macs(equation)]
+  return max(found, key=_equation_macs, default=None)
+
+
 def _program_macs(program: core.Jaxpr) -> int:
   return sum(_equation_macs(equation) * times for equation, times in _equations(program))
 

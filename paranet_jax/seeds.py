@@ -19,6 +19,7 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.models.numerics import check_training
+from paranet_jax.runs.dtype import with_dtype
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record
@@ -54,12 +55,14 @@ def train_seeds(
       f'several seeds are trained in one process, found {processes} processes; set --config.seeds=1, or '
       'start one process'
     )
-  configs = seed_configs(config)
-  config_lib.validate(configs[-1])
+  config_lib.validate(seed_configs(config)[-1])
   if (workdir / FOLDERS[0]).exists():
     raise UserError(f'workdir {workdir} holds a single run, found {config.seeds} seeds; set --workdir for new runs')
   devices = devices_lib.pick_devices(config.train.devices)
   devices_lib.check_fits(config, devices)
+  check_saved(workdir, config, accepted.config, accepted.place)
+  config = with_dtype(config, devices, workdir)
+  configs = seed_configs(config)
   check_backbone(configs[0], workdir / f'seed_{configs[0].seed}')
   prepare_workdir(workdir, config, accepted.config, accepted.place)
   save_config(workdir, config)

@@ -24,6 +24,7 @@ from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.models.numerics import check_training
 from paranet_jax.runs.dataset_facts import output_names
+from paranet_jax.runs.dtype import with_dtype
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import RunRecord, open_record
@@ -55,6 +56,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   devices_lib.check_fits(config, devices)
   # Before the data is read, which follows from the configuration.
   processes.once(check_saved, workdir, config, accepted.config, accepted.place)
+  config = with_dtype(config, devices, workdir)
   processes.once(check_backbone, config, workdir)
   learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
   task = agreed_task(config, processes, learned)

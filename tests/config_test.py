@@ -55,7 +55,7 @@ BOUNDS = {
   'model.num_classes': ((1, 0, -3), (2,)),
   'model.image_side': ((0, -8, 10_001), (1, 10_000)),
   'model.channels': ((0, 2, 4), (1, 3)),
-  'model.dtype': (('float16', 'int8', ''), ('float32', 'bfloat16')),
+  'model.dtype': (('float16', 'int8', ''), ('float32', 'bfloat16', 'bfloat16!')),
   'model.scan_layers': ((0, -1), (1, 16)),
   'data.held_out': ((-1,), (0,)),
   'data.test_fraction': ((0.0, 1.0, -0.1, math.nan), (0.01, 0.99)),

@@ -16,7 +16,7 @@ GROUPS = {
   'task': ('task', 'feed', 'evaluation'),
   'steps': ('steps', 'frozen', 'devices'),
   'config': ('config', 'base_config'),
-  'objective': ('losses', 'optim', 'costs'),
+  'objective': ('losses', 'optim', 'costs', 'dtype_timing'),
 }
 """Modules drawn as one box; any other package or module has its own."""
 PURPOSES = {
@@ -27,7 +27,7 @@ PURPOSES = {
   'task': 'what a run needs, built once; batches; evaluation',
   'steps': 'pure training and evaluation steps',
   'config': 'fields, defaults, checks',
-  'objective': 'losses, optimizer, multiply-adds',
+  'objective': 'losses, optimizer, multiply-adds, timing',
   'models': 'networks and their registry',
   'data': 'data sets, batches, augmentation',
   'weights': 'tensors from PyTorch files',

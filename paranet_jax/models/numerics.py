@@ -139,7 +139,7 @@ def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int, tra
   """Programs of known faults and of our own kernels, at the shapes of a run on one device."""
   yield summed_products(32_769)
   yield first_layer((batch_size, *image_shape))
-  largest = _largest_block(model, image_shape, batch_size)
+  largest = largest_block(model, image_shape, batch_size)
   if largest:
     block, shape = largest
     layers = min(block.num_layers, block.scan_layers or SCAN_LAYERS.get(backend(), 1), 2)  # Two are already a loop.
@@ -233,7 +233,7 @@ def dense_layers(
   )
 
 
-def _largest_block(
+def largest_block(
   model: Any, image_shape: tuple[int, int, int], batch_size: int
 ) -> tuple[DenseBlock, tuple[int, int, int, int]] | None:
   """The dense block that reads the most pixels, of several the one with the most channels, and its input's shape."""

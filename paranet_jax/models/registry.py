@@ -19,6 +19,9 @@ from paranet_jax.host.fields import FRACTION, RATE, SHARE, Field, Fields, Rule, 
 from paranet_jax.host.plugins import Registry
 from paranet_jax.targets import LABELS, Targets, parse_name
 
+BFLOAT16, INSISTED = 'bfloat16', 'bfloat16!'
+"""Values of `model.dtype`: bfloat16 if it is fast, and bfloat16."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -55,8 +58,9 @@ COMMON: Fields = {
   'num_classes': derived(int, at_least(2, 10**6)),  # Width of an exit; None: the data set's number of classes.
   'image_side': Field(32, at_least(1, 10_000)),  # Pixels; images of another size are resized.
   'channels': Field(3, one_of(1, 3)),  # 3 (RGB) or 1 (gray).
-  # 'float32' or 'bfloat16', in which the network computes; parameters and statistics stay float32.
-  'dtype': Field('float32', one_of('float32', 'bfloat16')),
+  # In which the network computes; parameters and statistics stay float32. 'float32'; 'bfloat16', unless a CPU is slower
+  # in it, as measured when a run starts; or 'bfloat16!', whatever its speed.
+  'dtype': Field('float32', one_of('float32', BFLOAT16, INSISTED)),
 }
 """The fields of `model` in every family."""
 
@@ -249,7 +253,8 @@ def build_model(config: ConfigDict, num_classes: int) -> Any:
   family = _family_of(config)
   build = pkgutil.resolve_name(family.build) if isinstance(family.build, str) else family.build
   fields = {name: value for name, value in config.model.items() if name != 'family'}
-  fields |= {'num_classes': fields['num_classes'] or num_classes, 'dtype': jnp.dtype(fields['dtype'])}
+  dtype = BFLOAT16 if fields['dtype'] == INSISTED else fields['dtype']
+  fields |= {'num_classes': fields['num_classes'] or num_classes, 'dtype': jnp.dtype(dtype)}
   try:
     return build(config.name, fields)
   except ValueError as error:

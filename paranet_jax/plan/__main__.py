@@ -47,6 +47,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   from paranet_jax.plan.plan import build_plan
   from paranet_jax.plan.plan_text import as_json, as_text
   from paranet_jax.plan.target import choose_target
+  from paranet_jax.runs.dtype import with_dtype
 
   refuse_several('plan')
   config = load_config(arguments.config)
@@ -55,8 +56,11 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   validate(config)
   if config.seeds > 1:
     raise UserError(f'a plan covers one run, found {config.seeds} seeds; leave out --config.seeds')
+  progress = partial(say, to_stderr=True)
   target = choose_target(arguments.topology, arguments.devices)
-  plan = build_plan(config, target, lambda message: say(message, to_stderr=True))
+  if target.here:
+    config = with_dtype(config, target.devices, report=progress)
+  plan = build_plan(config, target, progress)
   say(json.dumps(as_json(plan)) if arguments.json else as_text(plan))
 
 

@@ -17,6 +17,7 @@ from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.numerics import check_inference
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
+from paranet_jax.runs.dtype import with_saved_dtype
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.task import Task, agreed_task
@@ -99,6 +100,7 @@ def read_task(
     UserError: there is no such checkpoint, or it or the data does not fit the configuration.
   """
   processes = Coordinator()
+  config = with_saved_dtype(config, workdir)
   devices_lib.check_fits(config, devices, training=False)
   with processes.once_within(Checkpoints, workdir) as checkpoints:
     processes.once(lambda: checkpoints.choose(step))  # Before the data is read.

@@ -13,6 +13,7 @@ from paranet_jax.host.arguments import absolute, check_utf8
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import check_regular, read_object, write_json
 from paranet_jax.host.lock import LOCK
+from paranet_jax.models.registry import BFLOAT16, INSISTED
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
@@ -129,7 +130,20 @@ def changes(workdir: Path, config: ConfigDict, moved: bool = False) -> list[str]
   saved, place = _load_config(workdir), os.environ.get('PARANET_DATA_DIR')
   moved = moved or bool(place and config.data.data_dir == str(absolute(place)))
   found = differences(_with_defaults(saved, _as_saved(base_config(family=family_of(saved)))), _as_saved(config))
-  return [change for change in found if not (moved and change.startswith('data.data_dir:'))]
+  dtypes = saved['model'].get('dtype'), config.model.dtype
+  ignored = ['data.data_dir:'] * moved
+  if dtypes[1] == BFLOAT16 or BFLOAT16 in dtypes and INSISTED in dtypes:  # See `runs/dtype.py`.
+    ignored.append('model.dtype:')
+  return [change for change in found if not change.startswith(tuple(ignored))]
+
+
+def saved_dtype(workdir: Path) -> str | None:
+  """The `model.dtype` that a run has saved; None: there is no run.
+
+  Raises:
+    UserError: the saved configuration cannot be read.
+  """
+  return _load_config(workdir)['model'].get('dtype', 'float32') if os.path.exists(workdir / CONFIG) else None
 
 
 def check_saved(workdir: Path, config: ConfigDict, accept_changes: bool, moved: bool = False) -> None:
