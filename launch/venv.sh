@@ -1,9 +1,12 @@
 # shellcheck shell=bash
-# Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` creates .venv and installs the
-# requirement files into it, pinned by constraints.txt. A copy of the installed files stays in .venv, so a second run
-# installs nothing and needs no network, and an interrupted run is completed. Nothing is ever deleted.
+# Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` creates .venv (or what VENV names)
+# and installs the requirement files into it, pinned by constraints.txt (or CONSTRAINTS). A copy of the installed files
+# stays in .venv, so a second run installs nothing and needs no network, and an interrupted run is completed. Nothing is
+# ever deleted.
 
 source launch/common.sh
+VENV="${VENV:-.venv}"
+CONSTRAINTS="${CONSTRAINTS:-constraints.txt}"
 
 # Prints the version of the Python named by $1 (nothing if it does not run); false if it is too old.
 python_version() {
@@ -25,28 +28,28 @@ find_python() {
 
 make_venv() {
   local python version
-  if [[ ! -e .venv/bin/python && ! -L .venv/bin/python ]]; then
+  if [[ ! -e "$VENV/bin/python" && ! -L "$VENV/bin/python" ]]; then
     python="$(find_python)"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
       fail "$python cannot create virtual environments: its venv module is missing" \
         "(Debian, Ubuntu: apt install python3-venv)."
-    "$python" -m venv --without-pip .venv
+    "$python" -m venv --without-pip "$VENV"
   fi
-  version="$(python_version .venv/bin/python)" ||
-    fail "Python 3.11 or newer is needed in .venv; found: ${version:-one that no longer runs}." \
-      "Move .venv away and run this again."
-  .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip --default-pip >/dev/null ||
-    fail "pip is needed in .venv; ensurepip could not install it (Debian, Ubuntu: apt install python3-venv)."
+  version="$(python_version "$VENV/bin/python")" ||
+    fail "Python 3.11 or newer is needed in $VENV; found: ${version:-one that no longer runs}." \
+      "Move $VENV away and run this again."
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --default-pip >/dev/null ||
+    fail "pip is needed in $VENV; ensurepip could not install it (Debian, Ubuntu: apt install python3-venv)."
 }
 
 install() {
-  local file="$1" stamp=".venv/installed-$1"
+  local file="$1" stamp="$VENV/installed-$1"
   [[ -f "$file" ]] || fail "ACCELERATOR must be cuda or tpu; found no $file."
-  [[ "$(cat "$file" constraints.txt)" != "$(cat "$stamp" 2>/dev/null)" ]] || return 0
-  echo "Installing $file into .venv ..." >&2
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$file" -c constraints.txt ||
+  [[ "$(cat "$file" "$CONSTRAINTS")" != "$(cat "$stamp" 2>/dev/null)" ]] || return 0
+  echo "Installing $file into $VENV ..." >&2
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file" -c "$CONSTRAINTS" ||
     fail "pip could not install $file (its reason is above; installing needs a network). Run this again to resume."
-  cat "$file" constraints.txt >"$stamp"
+  cat "$file" "$CONSTRAINTS" >"$stamp"
 }
 
 prepare_venv() {

@@ -15,6 +15,7 @@ SCRIPTS = (
   'launch/quickstart.sh',
   'launch/test.sh',
   'launch/test_slow.sh',
+  'launch/test_newest.sh',
   '.ci/run',
 )
 INSTALL_RUN_TIME = 'pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt'
@@ -22,7 +23,7 @@ INSTALL_TEST = 'pip install --quiet --disable-pip-version-check -r requirements-
 QUICKSTART = 'paranet_jax.main --config=configs/quickstart.py'
 PYTEST = 'pytest -q --durations=10 --numprocesses=2 --dist=loadfile'
 
-# Runs `-c CODE` like a Python of the given version, creates a .venv that holds itself, and logs every other command.
+# Runs `-c CODE` like a Python of the given version, creates a venv that holds itself, and logs every other command.
 # A file named broken-MODULE next to the log makes that module fail.
 STUB = """#!{bash}
 if [[ "$1" = -c ]]; then
@@ -31,15 +32,15 @@ if [[ "$1" = -c ]]; then
 fi
 shift
 if [[ "$*" = 'pip --version' ]]; then
-  [[ -e .venv/pip ]]
+  [[ -e "${{0%/bin/python}}/pip" ]]
   exit
 fi
 printf -v line ' %q' "$@"
 echo "${{line:1}}" >>'{root}/log'
 [[ ! -e "{root}/broken-$1" ]] || exit 1
 case "$1" in
-  venv) mkdir -p .venv/bin && cp '{python3}' .venv/bin/python ;;
-  ensurepip) : >.venv/pip ;;
+  venv) mkdir -p "$3/bin" && cp '{python3}' "$3/bin/python" ;;
+  ensurepip) : >"${{0%/bin/python}}/pip" ;;
 esac
 """
 
@@ -53,7 +54,12 @@ class Sandbox:
     self.bin.mkdir()
     for tool in ('bash', 'cat', 'cp', 'dirname', 'mkdir', 'mktemp', 'rm'):
       (self.bin / tool).symlink_to(shutil.which(tool))
-    for name in (*SCRIPTS, 'constraints.txt', *(path.name for path in REPO.glob('requirements*.txt'))):
+    for name in (
+      *SCRIPTS,
+      'constraints.txt',
+      'constraints-newest.txt',
+      *(path.name for path in REPO.glob('requirements*.txt')),
+    ):
       (self.repo / name).parent.mkdir(parents=True, exist_ok=True)
       shutil.copy(REPO / name, self.repo / name)
 
@@ -94,7 +100,9 @@ def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
   assert result.returncode == 2
 
 
-@pytest.mark.parametrize('script', ['launch/quickstart.sh', 'launch/test.sh', 'launch/test_slow.sh', '.ci/run'])
+@pytest.mark.parametrize(
+  'script', ['launch/quickstart.sh', 'launch/test.sh', 'launch/test_slow.sh', 'launch/test_newest.sh', '.ci/run']
+)
 def test_is_executable(script):
   assert os.access(REPO / script, os.X_OK)
 
@@ -228,6 +236,34 @@ def test_slow_tests_end_with_a_soak(ready):
   (ready.root / 'log').unlink()
   assert ready.run('launch/test_slow.sh', '-x', KILLS='3').returncode == 0
   assert ready.log() == ['pytest -q --durations=10 tests/slow -x', '--minutes=1 --kills=3']
+
+
+@pytest.mark.parametrize('by_pyenv', [True, False])
+def test_newest_jax(ready, by_pyenv):
+  ready.add_python((3, 12, 1), 'python3.13')  # Not what its name says.
+  result = ready.run('launch/test_newest.sh')
+  assert (result.returncode, ready.log()) == (0, [])
+  assert result.stderr == (
+    'Not tested with the newest jax: found no Python 3.13; name one: PYTHON=/path/to/python3.13\n'
+  )
+  (ready.bin / '3.13.0/bin').mkdir(parents=True)
+  ready.add_python((3, 13, 0), '3.13.0/bin/python')
+  if by_pyenv:
+    (ready.bin / 'pyenv').write_text(
+      f'#!{ready.bash}\n[[ "$1" == prefix ]] && echo "{ready.bin}/$2" || printf "3.12.1\\n3.13.0\\n"\n'
+    )
+    (ready.bin / 'pyenv').chmod(0o755)
+  env = {} if by_pyenv else {'PYTHON': str(ready.bin / '3.13.0/bin/python')}
+  assert ready.run('launch/test_newest.sh', 'a_test.py', **env).returncode == 0
+  pinned = ready.repo / '.venv-newest/constraints.txt'
+  *made, tested = ready.log()
+  assert [line.split(' ')[0] for line in made] == ['venv', 'ensurepip', 'pip', 'pip']
+  assert made[0].endswith(' .venv-newest') and tested == f'{PYTEST.replace("=10", "=5")} a_test.py'
+  before, newest = ((REPO / name).read_text() for name in ('constraints.txt', 'constraints-newest.txt'))
+  lines = pinned.read_text().splitlines()
+  names = [line.partition('==')[0] for line in lines if '==' in line]
+  assert len(names) == len(set(names)) == before.count('==')
+  assert {line for line in newest.splitlines() if '==' in line} < set(lines) and 'optax==0.2.8' in lines
 
 
 def test_accelerator(ready):
