@@ -6,6 +6,7 @@ only made from these files. `--render` writes the tables without measuring. The 
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.peers import EAGER, TORCH_PEERS
+from benchmarks.peers import EAGER, PACKAGES, TORCH_PEERS
 from paranet_jax.host.errors import UserError, exit_code, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +24,10 @@ RESULTS, PAGE = ROOT / 'benchmarks/results', ROOT / 'docs/speed.md'
 COMMANDS = {
   'train_step': ('train_step.py', '--rounds=5', '--no-linen'),
   'inference': ('inference.py', '--rounds=3', '--seconds=0.5', '--no-linen'),
-  'early_exit': ('early_exit.py', '--rounds=3', '--seconds=0.5'),
-  'deploy': ('deploy.py', '--rounds=3', '--seconds=0.5'),
-  'compile_time': ('compile_time.py', '--rounds=3', '--no-linen'),
+  'early_exit': ('early_exit.py', '--rounds=2', '--seconds=0.2'),
+  'deploy': ('deploy.py',),
+  'compile_time': ('compile_time.py', '--rounds=2', '--no-linen'),
+  'dtype_accuracy': ('dtype_accuracy.py',),
 }
 """The program and flags of each benchmark."""
 
@@ -58,7 +60,7 @@ def measure(name: str) -> Result:
     UserError: it failed; what it said is on stderr.
   """
   program, *flags = COMMANDS[name]
-  command = f'python benchmarks/{program} {" ".join(flags)}'
+  command = ' '.join(['python', f'benchmarks/{program}', *flags])
   say(command)
   process = subprocess.run(
     [sys.executable, f'benchmarks/{program}', *flags, '--json'], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -87,7 +89,7 @@ def rendered(page: str, found: Mapping[str, Result]) -> str:
 def provenance(result: Result) -> str:
   """The command, the machine and the date, in a sentence."""
   machine, versions = result['machine'], result['versions']
-  peers = ''.join(f', {name} {versions[name]}' for name in ('torch', 'onnxruntime', 'openvino') if name in versions)
+  peers = ''.join(f', {name} {versions[name]}' for name in PACKAGES if name in versions)
   return (
     f'`{result["command"]}`, one run on {result["date"]}: {machine["cores"]} cores of {machine["cpu"]} '
     f'({machine["features"]}), load average {machine["load_average"]} at its start, jax {versions["jax"]}{peers}.'
@@ -157,12 +159,26 @@ def compile_time(result: Result) -> str:
   return _table(('what', 'ours'), lines)
 
 
+def dtype_accuracy(result: Result) -> str:
+  """Test accuracy of each exit, as mean and standard deviation over the seeds."""
+
+  def cell(values: Sequence[float]) -> str:
+    return f'{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}'
+
+  lines = []
+  for row in result['rows']:
+    away = '' if row['deviations'] is None else f'{row["deviations"]:+.2f}'
+    lines.append([row['exit'], cell(row['float32']), cell(row['bfloat16']), f'{row["difference"]:+.2f}', away])
+  return _table(('exit', 'float32, %', 'bfloat16, %', 'difference, points', "in float32's deviations"), lines)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
   'train_step': compared,
   'inference': compared,
   'early_exit': early_exit,
   'deploy': deploy,
   'compile_time': compile_time,
+  'dtype_accuracy': dtype_accuracy,
 }
 
 

@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
     """Adds the flag of how often each is measured."""
     self.add_argument('--rounds', type=positive, default=default, help=f'turns of each; medians (default: {default})')
 
-  def add_seconds(self) -> None:
+  def add_seconds(self, default: float = 1.0) -> None:
     """Adds the flag of how long a turn is."""
-    self.add_argument('--seconds', type=float, default=1.0, help='length of a turn (default: 1)')
+    self.add_argument('--seconds', type=float, default=default, help=f'length of a turn (default: {default:g})')
 
   def add_peers(self) -> None:
     """Adds the flags of whom ours is compared with."""

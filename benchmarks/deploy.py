@@ -1,11 +1,12 @@
-"""A bundle on this machine, by ONNX Runtime and by OpenVINO, beside our own JAX runtime and PyTorch, same weights.
+"""A bundle on this machine, by ONNX Runtime and OpenVINO, beside our JAX runtime, PyTorch and earlyon, same weights.
 
-Each runs in a process of its own, with its defaults, and in turn: every exit (with those before it, and nobody
-leaving), then early exit at three budgets, mean multiply-adds as a share of the last exit's. With `--workdir`, a run
-with held-out images, on which thresholds are chosen, and its test images are what is timed; without, random weights and
-noise. `one_image_ms` is the mean over images answered one by one; `speedup` is that of the same runtime's last exit by
-it. What is not installed (PyTorch, OpenVINO) is left out, with a line; PyTorch also for networks that are no full
-ParaNet.
+`openvino_auto` is OpenVINO at its own precision. Each runs in a process of its own, with its defaults, and in turn:
+every exit (with those before it, and nobody leaving), then early exit at three budgets, mean multiply-adds as a share
+of the last exit's. With `--workdir`, a run with held-out images, on which thresholds are chosen, and its test images
+are what is timed; without, random weights and noise. `one_image_ms` is the mean over images answered one by one;
+`speedup` is that of the same runtime's last exit by it. `images_per_s` is in batches of 64, which leave earlyon as a
+whole where the least confident image may. What is not installed (PyTorch, OpenVINO, earlyon) is left out, with a line;
+what needs PyTorch also for networks that are no full ParaNet.
 """
 
 import argparse
@@ -37,16 +38,25 @@ from paranet_jax.models.paranet import ParaNet
 from paranet_jax.runs.dataset_facts import DatasetFacts
 
 BUDGETS = ('budget 25%', 'budget 50%', 'budget 75%')
-NEEDS = {'onnxruntime': 'onnxruntime', 'openvino': 'openvino', 'ours': 'jax', 'eager': 'torch'}
-ONE_BY_ONE = 32
+NEEDS = {
+  'onnxruntime': 'onnxruntime',
+  'openvino': 'openvino',
+  'openvino_auto': 'openvino',
+  'ours': 'jax',
+  'eager': 'torch',
+  'earlyon': 'earlyon',
+}
+ONE_BY_ONE = 16
 """Images that are answered one by one in a call."""
+IN_BATCHES = 128
+"""Images that are answered in batches in a call: two batches, or the slowest runtimes take minutes each."""
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   parser = cli.Parser(__doc__)
-  parser.add_rounds(5)
-  parser.add_seconds()
+  parser.add_rounds(2)
+  parser.add_seconds(0.2)
   parser.add_argument('--workdir', type=Path, help='a trained run with held-out images (default: random weights)')
   parser.add_argument('--dtype', choices=('float32', 'float16', 'int8'), default='float32', help='of the bundle')
   return cli.run(parser, measure, argv)
@@ -54,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """`rows`, one for each point and runtime; `runtimes`: size, start and memory of each; `agreement` of the bundle."""
-  subject = early_exit.trained(options.workdir) if options.workdir else early_exit.untrained(options.size)
+  subject = early_exit.trained(options.workdir) if options.workdir else early_exit.untrained(options.size, IN_BATCHES)
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     agreement = write(folder, subject, options)
@@ -86,14 +96,14 @@ def compare(
 ) -> list[dict[str, Any]]:
   """A row for each runtime at one point."""
   cli.progress(f'{name} ...')
-  few, many = subject.images[:ONE_BY_ONE], subject.images
+  few, many = subject.images[:ONE_BY_ONE], subject.images[:IN_BATCHES]
   one = in_turn(answers, options.rounds, options.seconds, (point, few, 1))
   batches = in_turn(answers, options.rounds, options.seconds, (point, many, BATCH))
   return [
     {
       'what': name,
       'peer': kind,
-      'accuracy': subject.accuracy(answer(point, many, BATCH)),
+      'accuracy': None if subject.labels is None else subject.accuracy(answer(point, subject.images, BATCH)),
       'one_image_ms': 1e3 * one[kind] / len(few),
       'images_per_s': len(many) / batches[kind],
     }
@@ -112,8 +122,8 @@ def is_there(kind: str, subject: early_exit.Subject) -> bool:
   if importlib.util.find_spec(NEEDS[kind]) is None:
     cli.progress(f'{kind} is left out: found no {NEEDS[kind]}; pip install -r benchmarks/requirements.txt')
     return False
-  if kind == 'eager' and not is_full_paranet(subject.model):
-    cli.progress('eager is left out: the PyTorch peer is a full ParaNet, and this network is none')
+  if kind in ('eager', 'earlyon') and not is_full_paranet(subject.model):
+    cli.progress(f'{kind} is left out: the PyTorch peer is a full ParaNet, and this network is none')
     return False
   return True
 
@@ -169,7 +179,7 @@ def started(kind: str, folder: Path, subject: early_exit.Subject) -> dict[str, f
 
 
 def _size(kind: str, folder: Path, subject: early_exit.Subject) -> int:
-  if kind in ('onnxruntime', 'openvino'):
+  if kind in ('onnxruntime', 'openvino', 'openvino_auto'):
     return sum(path.stat().st_size for path in (folder / BUNDLE).glob('*.onnx'))
   return sum(leaf.nbytes for leaf in jax.tree.leaves(subject.variables))
 

@@ -1,4 +1,4 @@
-"""What answers in a process of its own: a bundle by ONNX Runtime or OpenVINO, the network by JAX or by PyTorch.
+"""What answers in a process of its own: a bundle by ONNX Runtime or OpenVINO, the network by JAX, PyTorch or earlyon.
 
 Run as a program it says what starting takes. Nothing that one of them does not need is imported for it.
 """
@@ -64,8 +64,8 @@ def make(kind: str, folder: str) -> Answer:
   return RUNTIMES[kind](Path(folder))
 
 
-def _bundle(provider: str, folder: Path) -> Answer:
-  bundle = _run_file(folder).load(folder / BUNDLE, provider)
+def _bundle(provider: str, precision: str, folder: Path) -> Answer:
+  bundle = _run_file(folder).load(folder / BUNDLE, provider, precision=precision)
   return partial(_answer, lambda point: _at(bundle, point))
 
 
@@ -107,11 +107,35 @@ def _torch(folder: Path) -> Answer:
   return partial(_answer, lambda point: _at(adaptive, point))
 
 
+def _earlyon(folder: Path) -> Answer:
+  import torch
+
+  from benchmarks.earlyon_paranet import EarlyOnParaNet
+  from benchmarks.torch_paranet import channels_last, torch_network
+
+  network: Network = pickle.loads((folder / SUBJECT).read_bytes())
+  theirs = torch_network(network.variables).to(memory_format=torch.channels_last)
+  early = EarlyOnParaNet(theirs, network.num_classes, network.image_shape)
+  mean, std = (np.array(values, np.float32) for values in (network.mean, network.std))
+
+  def answer(point, images, batch):
+    early.set_thresholds(point.thresholds, point.last)
+    labels = []
+    for first in range(0, len(images), batch):
+      part = (images[first : first + batch] / np.float32(255) - mean) / std
+      labels.append(early(channels_last(part))[0].argmax(-1).numpy())
+    return np.concatenate(labels)
+
+  return answer
+
+
 RUNTIMES = {
-  'onnxruntime': partial(_bundle, 'cpu'),
-  'openvino': partial(_bundle, 'openvino'),
+  'onnxruntime': partial(_bundle, 'cpu', 'float32'),
+  'openvino': partial(_bundle, 'openvino', 'float32'),
+  'openvino_auto': partial(_bundle, 'openvino', 'auto'),
   'ours': _jax,
   'eager': _torch,
+  'earlyon': _earlyon,
 }
 
 

@@ -46,7 +46,8 @@ LAST = 'always last exit'
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 NUM_BUDGETS = 40
 """Budgets among which equal accuracy is looked for."""
-IMAGES = 512
+IMAGES, NOISE_IMAGES = 512, 256
+"""At most so many are timed: of a run, and of noise."""
 PROGRAM_BATCH = 64
 _NOBODY = 2.0
 """A threshold above every confidence."""
@@ -71,11 +72,13 @@ class Subject:
   points: dict[str, OperatingPoint] = dataclasses.field(default_factory=dict)
 
   @classmethod
-  def of(cls, model: Any, variables: Any, exits: tuple[int, ...], image_shape: tuple[int, int, int]) -> 'Subject':
+  def of(
+    cls, model: Any, variables: Any, exits: tuple[int, ...], image_shape: tuple[int, int, int], number: int = IMAGES
+  ) -> 'Subject':
     """A network, with noise for images."""
     macs = mac_costs(model, image_shape, exits)
     plan = full_network_plan(CheckpointId('', '', 0, ''), exits, [int(cost) for cost in macs.alone()])
-    images = np.random.default_rng(1).integers(0, 256, (IMAGES, *image_shape), np.uint8)
+    images = np.random.default_rng(1).integers(0, 256, (number, *image_shape), np.uint8)
     return cls(model, variables, plan, macs, image_shape, images)
 
   def runtime(self) -> EarlyExit:
@@ -114,7 +117,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """`ours`, `theirs` and `ratio` in images/s of the first row, `break_even` by batch size, `of_program`, and `rows`."""
-  subject = trained(options.workdir) if options.workdir else untrained(options.size)
+  subject = trained(options.workdir) if options.workdir else untrained(options.size, NOISE_IMAGES)
   rows, break_even = [], {}
   for batch in options.batches:
     cli.progress(f'batch {batch} ...')
@@ -218,11 +221,11 @@ def trained(workdir: Path) -> Subject:
   return dataclasses.replace(subject, points={'equal accuracy': equal} | points)
 
 
-def untrained(size: network.Size) -> Subject:
-  """The benchmarks' network with random weights, on noise that leaves as the budget asks."""
+def untrained(size: network.Size, number: int = IMAGES) -> Subject:
+  """The benchmarks' network with random weights, on so many images of noise, which leave as the budget asks."""
   model = network.our_network(size)
   exits = tuple(range(1, model.num_exits + 1))
-  subject = Subject.of(model, network.random_variables(size), exits, size.image_shape)
+  subject = Subject.of(model, network.random_variables(size), exits, size.image_shape, number)
   logits = subject.logits(subject.images)
   sure = confidences(logits, 'max_prob', np.ones(len(logits)))
   samples = Samples(sure, logits.argmax(-1), np.zeros(sure.shape, bool), 'max_prob', subject.macs)

@@ -31,6 +31,8 @@ class TorchPeer(NamedTuple):
   compiled: str = ''
 
 
+PACKAGES = ('torch', 'onnxruntime', 'openvino', 'earlyon')
+"""Whose versions stand in every result, where they are installed."""
 EAGER = 'eager'
 """Of the headlines: channels_last, transitions that convolve and then pool, as DenseNet's code does."""
 COMPILED = 'compile'

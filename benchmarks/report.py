@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from benchmarks.peers import available_cores
+from benchmarks.peers import PACKAGES, available_cores
 from paranet_jax.doctor import report as doctor
 from paranet_jax.host.machine import cpu_features, cpu_name, environment
 
-EXTRAS = ('torch', 'onnxruntime', 'openvino', 'libtpu')
+EXTRAS = (*PACKAGES, 'libtpu')
 FEATURES = frozenset({*doctor.FEATURES, 'avx512_vnni'})
 """Instruction sets that decide how fast products are, by Linux's names."""
 COLUMNS = ('what', 'peer', 'batch', 'exit', 'ours', 'theirs', 'ratio', 'unit')

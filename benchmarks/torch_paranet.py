@@ -92,16 +92,17 @@ class TorchParaNet(nn.Module):
   def forward(self, images: Tensor, exits: Sequence[int]) -> list[Tensor]:
     features, last = {}, {}
     for p in range(1, max(exits) + 1):
-      features = self._blocks(p, images, features)
+      features = self.blocks(p, images, features)
       last[p] = features[f'block_{p}']
     return [self.parts[f'exit_{p}'](last[p]) for p in exits]
 
   def pipeline(self, p: int, images: Tensor, features: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of exit p and the features of its pipeline, from those of the pipeline before."""
-    features = self._blocks(p, images, features)
+    features = self.blocks(p, images, features)
     return self.parts[f'exit_{p}'](features[f'block_{p}']), features
 
-  def _blocks(self, p: int, images: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
+  def blocks(self, p: int, images: Tensor, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The features of pipeline p's blocks, from those of the pipeline before."""
     features, x = {}, self.parts[f'pipeline_{p}_stem'](images)
     for _ in range(self.num_pipelines + 1 - p):
       x = F.max_pool2d(x, 2)

@@ -59,6 +59,7 @@ SCHEMA_VERSION = 1
 BUNDLE, EXITS, CLASSES, PREPROCESSING = 'bundle.json', 'exits.json', 'classes.json', 'preprocessing.json'
 SCORES = ('max_prob', 'entropy', 'margin', 'patience')
 PROVIDERS = ('cpu', 'openvino')
+PRECISIONS = ('float32', 'auto')
 INTERPOLATIONS = ('bilinear', 'bicubic')
 SUFFIXES = tuple('.png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm'.split())
 """The files of a folder that are images, in any case: for training, and for prediction."""
@@ -549,16 +550,20 @@ def to_confidence(score_value: Any, score: str) -> np.ndarray:
     return -np.log1p(-value)
 
 
-def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0) -> Adaptive:
+def load(
+  folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0, precision: str = 'float32'
+) -> Adaptive:
   """Reads a bundle, and checks its version and the checksums of the files it needs.
 
   Args:
     folder: of the bundle.
     provider: 'cpu' (ONNX Runtime) or 'openvino'.
     threads: per stage, at most the number of cores; 0: one per core.
+    precision: 'float32'; or 'auto', the provider's own choice: on some processors OpenVINO computes in bfloat16, which
+      is faster and changes answers.
 
   Raises:
-    BundleError: the bundle is damaged, a package is missing, or the threads are out of range.
+    BundleError: the bundle is damaged, a package is missing, or the threads or the precision are unknown.
   """
   cores, folder = os.cpu_count() or 1, Path(folder)
   if threads < 0:
@@ -573,7 +578,7 @@ def load(folder: str | os.PathLike[str], provider: str = 'cpu', threads: int = 0
       'use the run.py of that bundle'
     )
   known = _checked_bundle(folder, bundle)
-  make = _maker(provider, threads)
+  make = _maker(provider, threads, precision)
   stages = {
     name: _as_stage(make(folder / stage['file']), stage, folder / stage['file'], known['num_classes'])
     for name, stage in known['stages'].items()
@@ -908,15 +913,17 @@ def _as_stage(session: Session, spec: Mapping[str, Any], path: Path, num_classes
   return stage
 
 
-def _maker(provider: str, threads: int) -> Callable[[Path], Session]:
+def _maker(provider: str, threads: int, precision: str) -> Callable[[Path], Session]:
   if provider not in PROVIDERS:
     raise BundleError(f"unknown provider '{provider}', expected one of {', '.join(PROVIDERS)}; set --provider")
+  if precision not in PRECISIONS:
+    raise BundleError(f"unknown precision '{precision}', expected one of {', '.join(PRECISIONS)}; set --precision")
   module = 'openvino' if provider == 'openvino' else 'onnxruntime'
   try:
     importlib.import_module(module)
   except ImportError as error:
     raise BundleError(f'expected {module} for --provider={provider}, found none; pip install {module}') from error
-  open_session = _openvino if provider == 'openvino' else _onnxruntime
+  open_session = functools.partial(_openvino, precision) if provider == 'openvino' else _onnxruntime
 
   def make(path: Path) -> Session:
     def unfit(verb: str, error: Exception) -> BundleError:  # Both raise their own exceptions.
@@ -950,11 +957,11 @@ def _onnxruntime(threads: int, path: Path) -> Session:
   return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider']).run
 
 
-def _openvino(threads: int, path: Path) -> Session:
+def _openvino(precision: str, threads: int, path: Path) -> Session:
   import openvino  # pyright: ignore[reportMissingImports]  An optional alternative, which the tests do without.
 
-  # In float32 like ONNX Runtime: on some processors OpenVINO's default is bfloat16, which changes answers.
-  config = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
+  config = {'PERFORMANCE_HINT': 'LATENCY'}
+  config |= {'INFERENCE_PRECISION_HINT': 'f32'} if precision == 'float32' else {}
   config |= {'INFERENCE_NUM_THREADS': threads} if threads else {}
   model = openvino.Core().compile_model(str(path), 'CPU', config)
   mine = threading.local()  # A request serves only one thread at a time.
@@ -1718,6 +1725,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('files', nargs='*', metavar='FILE_OR_FOLDER', help='Images; for a folder, all images in it.')
   add('--bundle', default=os.path.dirname(os.path.abspath(__file__)), help="Folder (default: this file's).")
   add('--provider', default='cpu', help=f'One of {", ".join(PROVIDERS)} (default: cpu, which is ONNX Runtime).')
+  add('--precision', default='float32', help="float32, or auto: openvino's own, which may change answers.")
   add('--threads', type=int, default=0, help='Per stage (default and maximum: one per core).')
   add('--deadline-ms', type=_milliseconds, help='Time per image: the best answer by then, whatever the thresholds.')
   add('--threshold', type=float, help='Exit where the score reaches this (default: where calibration chose).')
@@ -1760,7 +1768,7 @@ def _checked_threshold(threshold: float, score: str) -> float:
 def _load(given: argparse.Namespace) -> Adaptive:
   if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
     raise BundleError('--deadline-ms ignores thresholds and budgets; leave out --threshold and --budget, or it')
-  bundle = load(given.bundle, given.provider, given.threads)
+  bundle = load(given.bundle, given.provider, given.threads, given.precision)
   bundle = bundle if given.threshold is None else bundle.with_threshold(given.threshold)
   return bundle if given.budget is None else bundle.with_budget(given.budget)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import all as all_benchmarks
+from benchmarks import dtype_accuracy
 from paranet_jax.host.errors import UserError
 
 MACHINE = {'cpu': 'Test CPU', 'cores': 2, 'features': 'avx2', 'load_average': 0.1}
@@ -83,6 +84,15 @@ def test_other_tables():
   ]
 
 
+def test_accuracies_of_dtypes():
+  rows = dtype_accuracy.rows({'float32': [[97.0, 98.0], [98.0, 98.0], [99.0, 98.0]], 'bfloat16': [[97.0, 98.5]] * 3})
+  assert [(row['exit'], row['difference'], row['deviations']) for row in rows] == [(1, -1.0, -1.0), (2, 0.5, None)]
+  assert all_benchmarks.dtype_accuracy({'rows': rows}).splitlines()[2:] == [
+    '| 1 | 98.00 ± 1.00 | 97.00 ± 0.00 | -1.00 | -1.00 |',
+    '| 2 | 98.00 ± 0.00 | 98.50 ± 0.00 | +0.50 |  |',
+  ]
+
+
 def test_the_page_has_the_tables_of_the_results():
   page = all_benchmarks.PAGE.read_text()
   assert all_benchmarks.rendered(page, all_benchmarks.results()) == page
@@ -99,7 +109,8 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
   assert '| 80 | 40 | 2 |' in (tmp_path / 'speed.md').read_text()
   assert all_benchmarks.main(['speed']) == 2
   assert (
-    'expected names of train_step, inference, early_exit, deploy, compile_time, found speed' in capsys.readouterr().err
+    'expected names of train_step, inference, early_exit, deploy, compile_time, dtype_accuracy, found speed'
+    in capsys.readouterr().err
   )
 
 

@@ -144,6 +144,7 @@ def test_with_a_deadline_the_last_exit_is_reached_if_there_is_time(command):
     ([], 'expected image files or folders of images, found none; name them after the flags'),
     (['--bundle=nowhere', '00.png'], 'expected a bundle with a bundle.json in nowhere, found none; set --bundle'),
     (['--provider=tpu', '00.png'], "unknown provider 'tpu', expected one of cpu, openvino; set --provider"),
+    (['--precision=half', '00.png'], "unknown precision 'half', expected one of float32, auto; set --precision"),
     (['--threads=-1', '00.png'], 'expected 0 threads or more, found -1; set --threads'),
     (['--threads=5', '00.png'], 'expected 4 threads at most, one per core, found 5; set --threads'),
     (['--threshold=2', '00.png'], 'expected a threshold from 0 to 1, as max_prob is, found 2.0; set --threshold'),

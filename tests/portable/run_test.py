@@ -306,6 +306,22 @@ def test_what_the_file_imports():
   assert names(list(ast.walk(tree))) == {'numpy', 'onnxruntime', 'openvino', 'PIL'}
 
 
+@pytest.mark.parametrize(
+  ('precision', 'threads', 'expected'),
+  [
+    ('float32', 0, {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}),
+    ('auto', 2, {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': 2}),
+  ],
+)
+def test_the_precision_of_openvino(monkeypatch, precision, threads, expected):
+  class Core:
+    def compile_model(self, *arguments):
+      assert arguments == ('stage_1.onnx', 'CPU', expected)
+
+  monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=Core))
+  assert callable(runtime._maker('openvino', threads, precision)(Path('stage_1.onnx')))
+
+
 def test_threads_of_a_stage_leave_the_cores_to_the_next(monkeypatch):
   class Session:
     def __init__(self, path, options, providers):

@@ -26,9 +26,7 @@ WHATS = ['exit 1', 'exit 2', 'exit 3', 'budget 25%', 'budget 50%', 'budget 75%']
 @pytest.fixture(scope='module')
 def subject():
   """The benchmark's network, with few images."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(early_exit, 'IMAGES', 8)
-    yield early_exit.untrained(SMALLEST)
+  return early_exit.untrained(SMALLEST, 8)
 
 
 @pytest.fixture(scope='module')
@@ -55,8 +53,8 @@ def here(subject, folder, monkeypatch):
 
   monkeypatch.setattr(deploy, 'own_process', stand_in)
   monkeypatch.setattr(deploy, 'write', write)
-  monkeypatch.setattr(early_exit, 'untrained', lambda size: subject)
-  missing = ('openvino', 'torch', 'jax')
+  monkeypatch.setattr(early_exit, 'untrained', lambda *_: subject)
+  missing = ('openvino', 'torch', 'jax', 'earlyon')
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name in missing else find_spec(name))
   return made
 
@@ -66,7 +64,7 @@ def test_what_is_printed(here, capsys):
   out, err = capsys.readouterr()
   result = json.loads(out)
   assert out.count('\n') == 1
-  for name, module in (('openvino', 'openvino'), ('ours', 'jax'), ('eager', 'torch')):
+  for name, module in (('openvino', 'openvino'), ('ours', 'jax'), ('eager', 'torch'), ('earlyon', 'earlyon')):
     assert f'{name} is left out: found no {module}; pip install -r benchmarks/requirements.txt' in err.splitlines()
   rows = result['rows']
   assert [(row['what'], row['peer']) for row in rows] == [(what, kind) for what in WHATS for kind in here]
@@ -92,6 +90,17 @@ def test_the_same_answers(subject, folder):
     if name.startswith('exit'):
       np.testing.assert_array_equal(first, logits[point.last].argmax(-1))
     np.testing.assert_array_equal(answers[0](point, subject.images[:3], 1), first[:3])
+
+
+@pytest.mark.filterwarnings('ignore')  # What earlyon and its dependencies warn of.
+@pytest.mark.skipif(importlib.util.find_spec('earlyon') is None, reason='needs earlyon')
+def test_earlyon_answers_the_same_one_by_one(subject, folder):
+  onnxruntime, earlyon = (deploy_runtimes.make(kind, str(folder)) for kind in ('onnxruntime', 'earlyon'))
+  for name, point in deploy.points(subject).items():
+    expected = onnxruntime(point, subject.images, 1)
+    np.testing.assert_array_equal(earlyon(point, subject.images, 1), expected, name)
+    if name.startswith('exit'):  # At budgets a batch leaves as a whole.
+      np.testing.assert_array_equal(earlyon(point, subject.images, 4), expected, name)
 
 
 def _is_installed(module):
