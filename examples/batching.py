@@ -27,12 +27,15 @@ class Full(Exception):
 
 
 class Answer(NamedTuple):
-  """label: int. probability: of that label, calibrated. exit: 1-based. seconds: from the request's arrival."""
+  """label: int; None: the image is unknown. probability: of that label, or the most probable one, calibrated. exit:
+  1-based. seconds: from the request's arrival. held: the classes of its set, most probable first; None: without sets.
+  """
 
-  label: int
+  label: int | None
   probability: float
   exit: int
   seconds: float
+  held: list[int] | None = None
 
 
 class Timings:
@@ -80,7 +83,7 @@ def _time_stages(bundle: Any, size: int) -> dict[int, float]:
 @dataclasses.dataclass(eq=False, slots=True)
 class Waiting:
   """An image in the service. number: the exit that it waits for; last: the last one that it may reach; ahead: images
-  admitted before it and not answered when it was submitted."""
+  admitted before it and not answered when it was submitted; hurried: its deadline left time for one stage."""
 
   image: np.ndarray
   arrived: float
@@ -89,8 +92,9 @@ class Waiting:
   due: float
   number: int
   carried: dict[str, np.ndarray] | None = None
-  reached: tuple[int, float, int] | None = None
+  reached: tuple[int | None, float, int, list[int] | None] | None = None
   ahead: int = 0
+  hurried: bool = False
   answer: Future = dataclasses.field(default_factory=Future)
 
 
@@ -277,6 +281,7 @@ class Scheduler:
       self._answer(sample)
     else:
       sample.last, sample.deadline, sample.due = sample.number, math.inf, sample.arrived + self._patience
+      sample.hurried = True
 
   def _choose(self, now: float) -> int:
     first = min(self._waiting(), key=lambda sample: sample.due)
@@ -295,11 +300,12 @@ class Scheduler:
     return pool[:count]
 
   def _run(self, number: int, chosen: Sequence[Waiting]) -> None:
-    started = time.perf_counter()
+    started, no = time.perf_counter(), [False] * len(chosen)
     try:
       carried, logits = self._bundle.stage(number)(self._carried(chosen))
       leave = self._bundle.leaves(number, logits, carried)
       found = self._bundle.answers(number, logits)
+      unknown, held = getattr(found, 'unknown', no), self._sets(found, chosen)  # Older bundles have neither.
     except Exception as error:  # It fails these images only.
       for sample in chosen:
         sample.answer.set_exception(error)
@@ -308,13 +314,25 @@ class Scheduler:
     runs.count, runs.images = runs.count + 1, runs.images + len(chosen)
     runs.seconds += time.perf_counter() - started
     for row, sample in enumerate(chosen):
-      label = int(found.labels[row])
-      sample.reached = label, float(found.probabilities[row, label]), number
+      label = None if unknown[row] else int(found.labels[row])
+      sample.reached = label, float(found.probabilities[row].max()), number, held[row]
       if leave[row] or number == sample.last:
         self._answer(sample)
       else:  # A list of rows copies them; a view would keep the whole batch in memory.
         sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
         self._pools[sample.number].append(sample)
+
+  def _sets(self, found: Any, chosen: Sequence[Waiting]) -> list[list[int] | None]:
+    """The set of each answer, as is valid under the deadline or budget of its request."""
+    if getattr(self._bundle, 'coverage', None) is None:
+      return [None] * len(chosen)
+    calibrated, capped = (self._bundle.sets(found, any_exit) for any_exit in (False, True))
+    last = self._timings.visited[-1]
+    free = [sample.last == last and sample.deadline == math.inf and not sample.hurried for sample in chosen]
+    return [
+      self._runtime.ranked_classes((calibrated if whole else capped)[row], found.probabilities[row])
+      for row, whole in enumerate(free)
+    ]
 
   def _carried(self, chosen: Sequence[Waiting]) -> dict[str, np.ndarray]:
     if chosen[0].carried is None:
@@ -326,4 +344,5 @@ class Scheduler:
     self.exits[sample.reached[2]] += 1
     self.seconds += seconds
     self._pace.learn(sample.ahead, seconds)
-    sample.answer.set_result(Answer(*sample.reached, seconds))
+    *answer, held = sample.reached
+    sample.answer.set_result(Answer(*answer, seconds, held))

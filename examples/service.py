@@ -4,7 +4,11 @@
 
   {"answers": [{"label": 3, "class_name": "3", "probability": 0.98, "exit": 1, "milliseconds": 2.1}, ...]}
 
-in the order sent; milliseconds are from the request's arrival to the answer, waiting included. An image that cannot be
+in the order sent; milliseconds are from the request's arrival to the answer, waiting included. Of a bundle that was
+calibrated with --reject, answers also have "unknown". Where it is true, the network is too unsure: "label" and
+"class_name" are null, and "probability" is that of the most probable class. With --coverage, they have "set", the names
+of the classes that the image may have, most probable first. A deadline or a budget, which changes where images exit,
+voids the promise of few errors, and makes the sets larger, which keep theirs. An image that cannot be
 answered has {"error": "..."} in its place. The status is 200 if any image is answered. Otherwise it is the status that
 all images share (413: too many pixels; 500: the network failed), or else 400, with the first "error" next to "answers".
 
@@ -141,13 +145,21 @@ class Predictor:
       return 500, {'error': 'the network failed on this image; see the log of the service'}
     finally:
       self._scheduler.release()
-    return 200, {
+    found: dict[str, Any] = {
       'label': answer.label,
-      'class_name': self._bundle.class_names[answer.label].encode('utf-8', 'backslashreplace').decode(),
+      'class_name': None if answer.label is None else self._name(answer.label),
       'probability': round(answer.probability, 6),
       'exit': answer.exit,
       'milliseconds': round(1e3 * answer.seconds, 3),
     }
+    if getattr(self._bundle, 'rejects', False):
+      found['unknown'] = answer.label is None
+    if answer.held is not None:
+      found['set'] = [self._name(label) for label in answer.held]
+    return 200, found
+
+  def _name(self, label: int) -> str:
+    return self._bundle.class_names[label].encode('utf-8', 'backslashreplace').decode()
 
   def _last(self, budget_ms: float) -> int:
     """The number of the last exit within the budget."""

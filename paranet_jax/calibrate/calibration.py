@@ -7,6 +7,7 @@ often, and how surely, an early exit agrees with it. No result is called an accu
 import dataclasses
 import datetime
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,11 @@ from paranet_jax.calibrate.measures import (
   fit_temperature,
   raised,
   rank,
+  risks_by_group,
   summarize,
   without_labels,
 )
+from paranet_jax.calibrate.promises import measured_promises, with_promises
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import (
@@ -50,6 +53,7 @@ FIGURES = 'exits'
 """Folder of a run's figures."""
 
 _HALVES_SEED = 200
+_NAMED = 10  # Classes with too few images that are named.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +101,25 @@ def calibrate(request: Request, command: str) -> Calibrated:
   assert dataset.held_out is not None  # As the configuration says.
   say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
+  # Promises about answers need images on which nothing else was chosen.
+  rest, promised = _halves(held_out) if request.promises else (held_out, None)
   # Risk control needs images that the temperatures were not fitted on.
-  fitted, chosen = _halves(held_out) if _in_halves(request) else (held_out, held_out)
+  fitted, chosen = _halves(rest) if _in_halves(request) else (rest, rest)
   temperatures = _temperatures(request.temperature, fitted)
   samples = rank(*chosen, request.score, temperatures, costs)
+  if request.risk_of == 'selective':
+    samples = samples._replace(reference=rank(*fitted, request.score, temperatures, costs))
   target = request.target
   if 'budget' in target:  # One in milliseconds may be below the cost of the first exit by rounding.
     target = target | {'budget': max(target['budget'], costs.alone()[0])}
   choice = request.policy.choose(samples, target)
+  if choice.facts:
+    request = dataclasses.replace(request, target=request.target | choice.facts)
+  if choice.facts.get('too_few'):
+    say(_too_few(choice.facts, dataset.class_names))
   plan = _plan(request, subject, temperatures, choice.thresholds, command)
+  if promised:
+    plan = with_promises(plan, request, rest, promised, choice.thresholds)
   # None becomes NaN.
   path_costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
   expected = summarize(samples, choice.thresholds, *path_costs)
@@ -116,8 +130,15 @@ def calibrate(request: Request, command: str) -> Calibrated:
   test_samples = rank(*test, request.score, temperatures, costs)
   tested = summarize(test_samples, choice.thresholds, *path_costs)
   tested |= _exits(plan, test_samples, test, choice.thresholds)
+  if request.risk_of != 'marginal':
+    for split, measured in ((samples, expected), (test_samples, tested)):
+      measured['risks'] = risks_by_group(split, choice.thresholds, request.risk_of, request.target['loss'])
+  if promised:
+    expected |= measured_promises(plan, promised, choice.thresholds)
+    tested |= measured_promises(plan, test, choice.thresholds)
   of_temperature = 0 if request.temperature == 'none' else len(fitted.labels)
   splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(test.labels)}
+  splits |= {'promises': len(promised.labels)} if promised else {}
   if not dataset.labeled:
     expected, tested = without_labels(expected), without_labels(tested)
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
@@ -180,6 +201,11 @@ def _restore(request: Request) -> Subject:
       f'expected a run with held-out images, and {request.workdir} was trained on all of its images; '
       'train a new one with --config.data.held_out=N (a tenth of them is usual) and another --workdir'
     )
+  if request.promises and config.data.held_out < 4:
+    raise UserError(
+      '--reject and --coverage need 4 held-out images or more, half of them for what they promise, found '
+      f'{config.data.held_out}; train a new run with a larger --config.data.held_out and another --workdir'
+    )
   if _in_halves(request) and config.data.held_out < 2:
     raise UserError(
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
@@ -194,6 +220,9 @@ def _restore(request: Request) -> Subject:
       f'expected images of class {task.dataset.lost[0]!r} that the run in {request.workdir} was not trained on, found '
       'none: their content or class changed; restore them, or train a new run with another --workdir'
     )
+  if request.promises and not task.dataset.labeled:
+    flag = 'coverage' if request.reject is None else 'reject'
+    raise UserError(f'--{flag} needs labels, and the images of the run in {request.workdir} have none; leave it out')
   exits = trained_exits(task.targets)
   ms = None
   if request.batch_size:
@@ -222,8 +251,18 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
 
 
 def _in_halves(request: Request) -> bool:
-  """Whether temperatures and thresholds need images of their own."""
-  return 'risk' in request.target and request.temperature != 'none'
+  """Whether temperatures (or the order of the tests) and thresholds need images of their own."""
+  return 'risk' in request.target and (request.temperature != 'none' or request.risk_of == 'selective')
+
+
+def _too_few(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:
+  few = facts['too_few']
+  named = ', '.join(class_names[label] for label in few[:_NAMED])
+  more = f' and {len(few) - _NAMED:,} more' if len(few) > _NAMED else ''
+  return (
+    f'no risk of their own is promised for {len(few):,} of {len(class_names):,} classes, which have fewer than '
+    f'{facts["needed"]:,} held-out images to test it: {named}{more}; they count in the overall risk'
+  )
 
 
 def _temperatures(minimized: str, outputs: Outputs) -> np.ndarray:

@@ -36,6 +36,9 @@ class Request:
     accept_data_changes: the data may have other classes or labels than the run learned.
     temperature: one of TEMPERATURES.
     explicit: keys of the target that flags of the policy gave, and not their defaults.
+    reject: the most errors among answered images, as a share; None: every image is answered.
+    delta: how often that may be missed.
+    coverage: of sets of classes; None: there are none.
   """
 
   workdir: Path
@@ -51,11 +54,24 @@ class Request:
   accept_wrong_numbers: bool = False
   temperature: str = 'nll'
   explicit: frozenset[str] = frozenset()
+  reject: float | None = None
+  delta: float = 0.1
+  coverage: float | None = None
+
+  @property
+  def promises(self) -> bool:
+    """Whether answers or sets are calibrated, which needs images of its own."""
+    return (self.reject, self.coverage) != (None, None)
 
   @property
   def in_ms(self) -> bool:
     """Whether the target is a budget in milliseconds."""
     return self.target.get('unit') == 'ms'
+
+  @property
+  def risk_of(self) -> str:
+    """Of which images a risk is controlled, see `policies.risk.KINDS`."""
+    return self.target.get('of', 'marginal')
 
 
 def parse(argv: Sequence[str] | None) -> Request:
@@ -75,6 +91,8 @@ def parse(argv: Sequence[str] | None) -> Request:
     _check_threshold(given.threshold, given.score)
   policy, batch_size = _policy(given, kind), given.batch_size
   target = given.budget or {kind: getattr(given, kind)}
+  if given.reject is not None and given.score == 'patience':
+    raise UserError('--reject needs a score that ranks images, found --score=patience; leave one of them out')
   if kind == 'risk':
     target['guarantee'] = policy.name
   if target.get('unit') == 'ms':
@@ -93,6 +111,9 @@ def parse(argv: Sequence[str] | None) -> Request:
     accept_wrong_numbers=given.accept_wrong_numbers,
     temperature=given.temperature,
     explicit=frozenset(flag.key for flag in _policy_flags() if getattr(given, flag.name.replace('-', '_')) is not None),
+    reject=given.reject,
+    delta=0.1 if given.delta is None else given.delta,
+    coverage=given.coverage,
   )
 
 
@@ -154,6 +175,13 @@ def _parser() -> argparse.ArgumentParser:
   add('--guarantee', help='the --policy for --risk: ltt (default), with probability 1 - delta, or crc, on average')
   for flag in _policy_flags():
     add(f'--{flag.name}', type=_type(flag.parse), help=flag.help)
+  add(
+    '--reject',
+    type=fraction,
+    help='answer "unknown" where the last exit is too unsure: with probability 1 - delta, at most this share of the '
+    'answers is wrong (0.02)',
+  )
+  add('--coverage', type=fraction, help='sets of classes that hold the right one with this probability (0.9)')
   add('--curves', action='store_true', help="draw the figures into the run's exits/")
   add_jax_flags(parser)
   add_data_flags(parser)
@@ -213,8 +241,9 @@ def _options(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
   for flag in _policy_flags():
     value = getattr(given, flag.name.replace('-', '_'))
     if flag in policy.flags:
-      options[flag.key] = flag.default if value is None else value
-    elif value is not None:
+      value = flag.default if value is None else value
+      options |= {} if value is None else {flag.key: value}
+    elif value is not None and not (flag.key == 'delta' and given.reject is not None):
       names = ' or '.join(other.name for other in policies() if flag in other.flags)
       raise UserError(f'--{flag.name} belongs to --policy={names}, found {policy.name}; leave out --{flag.name}')
   return options

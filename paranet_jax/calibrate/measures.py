@@ -11,6 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
 from paranet_jax.early.path_costs import PathCosts
+from paranet_jax.early.policies.risk import losses_of
 from paranet_jax.early.scores import confidence, confidences, to_score
 from paranet_jax.early.thresholds import Samples, exits_taken
 
@@ -26,7 +27,7 @@ def rank(
 ) -> Samples:
   """Ranks the samples of a split at every exit by a score, one of `scores.SCORES`."""
   predictions = logits.argmax(-1)
-  return Samples(confidences(logits, score, temperatures), predictions, predictions == labels, score, costs)
+  return Samples(confidences(logits, score, temperatures), predictions, predictions == labels, score, costs, labels)
 
 
 def fit_temperature(logits: Logits, labels: Labels) -> float:
@@ -168,6 +169,27 @@ def summarize(samples: Samples, thresholds: PerExit, macs: PerExit, ms: PerExit 
     'gap': float((samples.correct[-1] & ~correct).mean()),
     'disagreement': float((predictions != samples.predictions[-1]).mean()),
   }
+
+
+def risks_by_group(samples: Samples, thresholds: PerExit, kind: str, loss: str) -> list[float | None]:
+  """The risks that `--risk-of` promises, measured.
+
+  Args:
+    thresholds: on the confidence scale.
+    kind: 'selective' or 'class', see `policies.risk`.
+    loss: 'gap' or 'disagreement'.
+
+  Returns:
+    The risk among the samples that leave at each early exit, or of each class from 0 to the largest label; None where
+    there are no samples.
+  """
+  taken = exits_taken(samples.confidences, thresholds)
+  lost = losses_of(samples, loss)[taken, np.arange(len(taken))]
+  if kind == 'class':
+    groups, count = np.asarray(samples.labels), int(np.max(samples.labels)) + 1
+  else:
+    groups, count = taken, len(thresholds) - 1
+  return [float(lost[groups == group].mean()) if (groups == group).any() else None for group in range(count)]
 
 
 def without_labels(measured: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from paranet_jax.early.policies.risk import LOSSES
 
 _UNITS = {'macs': 'multiply-adds', 'ms': 'ms'}
 
+_OF = {'marginal': '', 'selective': ' at each early exit', 'class': ' of each class'}
+
 Row = tuple[str, str, str]
 
 
@@ -48,6 +50,11 @@ def _sources(plan: ExitPlan, splits: dict[str, int]) -> str:
   if minimized == 'none':
     return f'no temperatures, thresholds from {splits["thresholds"]:,} held-out images'
   by = ' by ECE' if minimized == 'ece' else ''
+  if 'promises' in splits:
+    return (
+      f'temperatures{by} from {splits["temperature"]:,} held-out images, thresholds from {splits["thresholds"]:,}, '
+      f'promises from {splits["promises"]:,}'
+    )
   return f'temperatures{by} from {splits["temperature"]:,} held-out images, thresholds from {splits["thresholds"]:,}'
 
 
@@ -59,7 +66,9 @@ def _target(plan: ExitPlan) -> str:
     return f'{what}, for a mean of {_cost(target["budget"], target["unit"])} {_UNITS[target["unit"]]}{at}'
   if 'risk' in target:
     often = f'with probability {1 - target["delta"]:g}' if 'delta' in target else 'on average'
-    return f'{what}, so that {often} the risk is at most {target["risk"]:g}'
+    kind = target.get('of', 'marginal')
+    what = 'a threshold for each exit' if kind == 'selective' else what
+    return f'{what}, so that {often} the risk{_OF[kind]} is at most {target["risk"]:g}'
   return f'{what}, {target["threshold"]:g}'
 
 
@@ -109,7 +118,30 @@ def _gains(plan: ExitPlan, *splits: dict[str, Any]) -> str:
     risks = [split[loss] for split in splits]
     rows.append(_row(f'risk: {LOSSES[loss]}', (f'{risk:.4f}' for risk in risks)))
     rows.append(_row(f'  difference from the target of {target:g}', (f'{risk - target:+.4f}' for risk in risks)))
+    if 'risks' in splits[0]:
+      where = 'at an early exit' if plan.target.get('of') == 'selective' else 'of a class'
+      rows.append(_row(f'  the largest {where}', (_largest(split['risks']) for split in splits)))
+  rows += _promises(plan, *splits)
   return '\n'.join(align(('', 'held-out images', 'test images'), rows, left=(0,)))
+
+
+def _promises(plan: ExitPlan, *splits: dict[str, Any]) -> Iterator[Row]:
+  if plan.reject:
+    sure = f'{100 * (1 - plan.reject["delta"]):g} %'
+    yield _row('answered, the others are unknown (%)', (_percent(split['answered']) for split in splits))
+    words = f'  wrong among them (%), {sure} sure: at most {100 * plan.reject["risk"]:g}'
+    yield _row(words, (_percent(split['answered_error']) for split in splits))
+  if plan.sets:
+    words = f'sets that hold the right class (%), promised: {100 * plan.sets["coverage"]:g}'
+    yield _row(words, (_percent(split['covered']) for split in splits))
+    exits = [k for k, number in enumerate(plan.exits) if number in plan.visited]
+    for k in exits:
+      yield _row(f'  at exit {plan.exits[k]}', (_percent(split['exit_covered'][k]) for split in splits))
+    yield _row('  classes in a set, on average', (f'{split["set_size"]:.2f}' for split in splits))
+
+
+def _largest(risks: list[float | None]) -> str:
+  return _number(max((risk for risk in risks if risk is not None), default=None), 4)
 
 
 def _gains_in(plan: ExitPlan, unit: str, expected: dict[str, Any], test: dict[str, Any]) -> Iterator[Row]:

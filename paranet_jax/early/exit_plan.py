@@ -17,6 +17,7 @@ from paranet_jax.early.scores import SCORES, to_score
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
+from paranet_jax.portable.run import PROMISES
 
 EXITS = 'exits.json'
 SCHEMA_VERSION = 1
@@ -67,6 +68,9 @@ class ExitPlan:
     splits: the number of images that temperatures, thresholds and test results come from.
     latency: the measurements and their device; None: nothing was measured.
     provenance: command line, versions, device, date.
+    reject: which images are unknown at the last exit: `risk` and `delta` that are promised, `confidence_threshold`, and
+      `threshold`, the same on the score's scale (None: all of them); None: every image is answered.
+    sets: limits of sets of classes, see `promises.choose_sets`; None: there are none.
   """
 
   name: str
@@ -89,6 +93,8 @@ class ExitPlan:
   splits: dict[str, int] | None = None
   latency: dict[str, Any] | None = None
   provenance: dict[str, Any] | None = None
+  reject: dict[str, Any] | None = None
+  sets: dict[str, Any] | None = None
 
   @property
   def checkpoint(self) -> CheckpointId:
@@ -144,8 +150,10 @@ def _nullable(values: np.ndarray, known: np.ndarray) -> PerExit:
 
 
 def save_plan(workdir: Path, plan: ExitPlan) -> None:
-  """Writes exits.json atomically."""
-  write_json(workdir / EXITS, {'schema_version': SCHEMA_VERSION, **dataclasses.asdict(plan)})
+  """Writes exits.json atomically. Promises that the plan does not make are left out."""
+  saved = dataclasses.asdict(plan)
+  made = {field: value for field, value in saved.items() if field not in PROMISES or value is not None}
+  write_json(workdir / EXITS, {'schema_version': SCHEMA_VERSION, **made})
 
 
 def calibrate_command(workdir: Path) -> str:
@@ -204,6 +212,7 @@ def read_plan(workdir: Path) -> ExitPlan:
     if field not in saved:
       raise UserError(f'{path} lacks the field {field}; {_rewrites(workdir)}')
     fields[field] = tuple(saved[field]) if isinstance(saved[field], list) else saved[field]
+  fields |= {field: saved.get(field) for field in PROMISES}
   plan = ExitPlan(**fields)
   _check(plan, workdir)
   return plan
@@ -279,6 +288,9 @@ def _check(plan: ExitPlan, workdir: Path) -> None:
     value = getattr(plan, field)
     if not holds(value, k):
       raise _wrong(workdir, field, expected, value)
+  for field, (promised, expected) in PROMISES.items():
+    if not promised(getattr(plan, field), {'exits': plan.exits, 'score': plan.score}):
+      raise _wrong(workdir, field, expected, getattr(plan, field))
   for threshold, confidence in zip(plan.thresholds, plan.confidence_thresholds, strict=True):
     if not _agree(threshold, confidence, plan.score):
       raise _wrong(workdir, 'thresholds', 'confidence_thresholds on the scale of the score', plan.thresholds)

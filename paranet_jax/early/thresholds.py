@@ -20,6 +20,8 @@ class Samples(NamedTuple):
     confidences: see `scores.confidences`.
     score: the score that the confidences come from, one of `SCORES`.
     costs: in the unit of the budget.
+    labels: the classes of the images; None: not known.
+    reference: other images, from which a sequence of tests may be made; None: there are none.
   """
 
   confidences: Float[np.ndarray, 'K N']
@@ -27,6 +29,8 @@ class Samples(NamedTuple):
   correct: Bool[np.ndarray, 'K N']
   score: str
   costs: PathCosts
+  labels: Int[np.ndarray, ' N'] | None = None
+  reference: Samples | None = None
 
 
 class OperatingPoint(NamedTuple):

@@ -47,7 +47,8 @@ def agreement(
   labels = logits[taken, np.arange(len(images))].argmax(-1)
   return {
     'images': len(images),
-    'labels': float(np.mean(found.labels == labels)),
+    # Of unknown images, the class that would be their label.
+    'labels': float(np.mean(np.where(found.unknown, found.probabilities.argmax(-1), found.labels) == labels)),
     'exits': float(np.mean(found.exits == np.array(plan.exits)[taken])),
     'exit_labels': np.mean(theirs.argmax(-1) == logits.argmax(-1), axis=-1).tolist(),
     'logits': float(np.abs(theirs - logits).max() / max(np.abs(logits).max(), 1)),

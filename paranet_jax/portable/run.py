@@ -75,6 +75,8 @@ MAX_SCANS = 100
 """The most scans of a JPEG: each decodes all pixels again. Encoders write about ten, libtiff has the same limit."""
 MAX_SLOW_PIXELS = 2**20
 """The most pixels of plain PPM and of run-length encoded BMP, which Pillow decodes in Python, one at a time."""
+UNKNOWN = 'unknown'
+"""The label in print of an image that the network is too unsure of to answer."""
 WAVE = 64
 """Images that go through the stages together."""
 GONE = -1
@@ -97,14 +99,20 @@ class BundleError(Exception):
 class Predictions(NamedTuple):
   """Answers to N images, in the order given.
 
-  labels: int [N]. probabilities: float32 [N, classes], calibrated with the exit's temperature. exits: int [N], the
-  exits taken, 1-based. macs: int [N], multiply-adds spent.
+  labels: int [N]; the number of classes, which is no index of one, where the image is unknown. probabilities: float32
+  [N, classes], calibrated with the exit's temperature. exits: int [N], the exits taken, 1-based. macs: int [N],
+  multiply-adds spent.
   """
 
   labels: np.ndarray
   probabilities: np.ndarray
   exits: np.ndarray
   macs: np.ndarray
+
+  @property
+  def unknown(self) -> np.ndarray:
+    """Which images the network was too unsure of to answer: bool [N]. None, unless calibrated with --reject."""
+    return self.labels >= self.probabilities.shape[-1]
 
 
 class Prediction(NamedTuple):
@@ -114,6 +122,11 @@ class Prediction(NamedTuple):
   probabilities: np.ndarray
   exit: int
   macs: int
+
+  @property
+  def unknown(self) -> bool:
+    """Whether the network was too unsure to answer; the label is then the number of classes."""
+    return self.label >= len(self.probabilities)
 
 
 class Batch(NamedTuple):
@@ -183,6 +196,9 @@ class Adaptive:
     class_names: one per class.
     image_shape: (H, W, C).
     scaling: how the images that it was made for were scaled.
+    rejects: whether images are unknown that are too unsure where they exit; at the last exit by a threshold of its own.
+    coverage: with which probability `sets` hold the right class; None: there are none.
+    as_calibrated: whether images exit where calibration chose, or by other thresholds or budgets.
   """
 
   def __init__(
@@ -236,6 +252,7 @@ class Adaptive:
   def with_thresholds(self, confidences: Sequence[float | None]) -> Adaptive:
     """The same network with a threshold for each of `exits`, all of which are run until an image exits."""
     other = copy.copy(self)
+    other.as_calibrated = False
     other.visited, other._stages, other.macs = self.exits, self._all_stages, self._all_macs
     other.thresholds = dict(zip(self.exits, confidences, strict=True))
     return other
@@ -253,7 +270,7 @@ class Adaptive:
         f'expected a budget of {least:,} multiply-adds or more, found {macs:,.0f}; set --budget={least}'
       )
     other = copy.copy(self)
-    other.visited = visited
+    other.visited, other.as_calibrated = visited, self.as_calibrated and visited == self.visited
     return other
 
   def predict(self, images: Any) -> Predictions:
@@ -302,6 +319,57 @@ class Adaptive:
       raise ValueError(f'expected a deadline of more than 0 ms, found {deadline_ms}')
     return self._anytime(image, deadline_ms)
 
+  def sets(self, answers: Predictions, any_exit: bool = False) -> np.ndarray:
+    """The classes that each image may have, of which one is right with the probability `coverage`.
+
+    Where images exit as calibrated, this holds among those of each exit. Otherwise the sets are larger, and it holds
+    whatever made an image stop where it did. The most probable class is in every set.
+
+    Args:
+      answers: of `predict` or `answers`.
+      any_exit: a deadline or budget of the caller's may have stopped images.
+
+    Returns:
+      bool [N, classes].
+
+    Raises:
+      BundleError: there are none.
+    """
+    spec = self._known_sets()
+    scores = set_scores(answers.probabilities, spec['penalty'], spec['free'])
+    if any_exit or not self.as_calibrated:
+      limits = np.full(len(scores), _limit(spec['anytime']))
+    else:
+      of_exit = {number: _limit(value) for number, value in zip(self.exits, spec['limits'], strict=True)}
+      limits = np.array([of_exit[number] for number in answers.exits.tolist()])
+    return scores <= limits[:, None]
+
+  def anytime_sets(self, image: Any, deadline_ms: float | None = None) -> Iterator[tuple[Prediction, np.ndarray]]:
+    """Yields the answer of every usable exit in turn, as `anytime`, with the classes that the image may have.
+
+    The sets, bool [classes], only shrink. All of them hold the right class with the probability `coverage`, so it does
+    not matter after which the caller stops. One that is empty says that the exits contradict each other; such an image
+    is unlike those that were calibrated on, or one of the few that the promise leaves out.
+
+    Args:
+      image: uint8 [H, W, C], or floating point and already normalized.
+      deadline_ms: as `anytime`.
+
+    Raises:
+      BundleError: there are no sets.
+      ValueError: the image or the deadline does not fit.
+    """
+    spec = self._known_sets()
+
+    def pairs(answers: Iterator[Prediction]) -> Iterator[tuple[Prediction, np.ndarray]]:
+      possible = np.full(self._num_classes, True)
+      for answer in answers:
+        scores = set_scores(answer.probabilities[None], spec['penalty'], spec['free'])[0]
+        possible = possible & (scores <= _limit(spec['anytime']))
+        yield answer, possible
+
+    return pairs(self.anytime(image, deadline_ms))
+
   def begin(self, images: Any) -> Carried:
     """The input of the first stage.
 
@@ -329,7 +397,7 @@ class Adaptive:
   def answers(self, number: int, logits: np.ndarray) -> Predictions:
     """The answers of exit `number` from its logits [n, classes]."""
     filled = np.full(len(logits), number), np.full(len(logits), self.macs[number])
-    return Predictions(logits.argmax(-1), softmax(logits, self._temperatures[number]), *filled)
+    return Predictions(self._labels(number, logits), softmax(logits, self._temperatures[number]), *filled)
 
   def stage_ms(self, dtype: Any = np.uint8) -> tuple[float, ...]:
     """Milliseconds of each usable exit's stage for one image on this machine, run in turn; measured once.
@@ -364,6 +432,29 @@ class Adaptive:
     self.thresholds = dict(zip(self.exits, plan['confidence_thresholds'], strict=True))
     self.macs = dict(zip(self.exits, plan['macs'], strict=True))
     self._temperatures = dict(zip(self.exits, plan['temperatures'], strict=True))
+    self._reject, self._sets, self.as_calibrated = plan.get('reject'), plan.get('sets'), True
+
+  @property
+  def rejects(self) -> bool:
+    return self._reject is not None
+
+  @property
+  def coverage(self) -> float | None:
+    return self._sets and self._sets['coverage']
+
+  def _known_sets(self) -> Mapping[str, Any]:
+    if self._sets is None:
+      raise BundleError('expected sets of classes in exits.json, found none; calibrate the run with --coverage')
+    return self._sets
+
+  def _labels(self, number: int, logits: np.ndarray) -> np.ndarray:
+    """The most probable classes, or the number of classes where the image is unknown."""
+    labels = logits.argmax(-1)
+    if self._reject is None:
+      return labels
+    at = self._reject['confidence_threshold'] if number == self.exits[-1] else self.thresholds[number]
+    sure = confidence(logits, self.score, self._temperatures[number]) >= _limit(at)
+    return np.where(sure, labels, logits.shape[-1])
 
   @functools.cached_property
   def _all_macs(self) -> dict[int, int]:
@@ -460,7 +551,8 @@ class Adaptive:
     return Batch(rows, carried)
 
   def _prediction(self, number: int, logits: np.ndarray, macs: int) -> Prediction:
-    return Prediction(int(logits[0].argmax()), softmax(logits, self._temperatures[number])[0], number, int(macs))
+    label, temperature = int(self._labels(number, logits)[0]), self._temperatures[number]
+    return Prediction(label, softmax(logits, temperature)[0], number, int(macs))
 
   def _empty(self, count: int) -> Predictions:
     ints = [np.zeros(count, np.int64) for _ in range(3)]
@@ -494,6 +586,30 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
   scaled = logits.astype(np.float64) / temperature
   powers = np.exp(scaled - scaled.max(-1, keepdims=True))
   return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def set_scores(probabilities: np.ndarray, penalty: float, free: int) -> np.ndarray:
+  """How little each class is in question, for sets of classes (RAPS without its random term: Angelopoulos et al. 2021).
+
+  Args:
+    probabilities: [n, classes].
+    penalty: added for each class from the `free`-th on that is more probable.
+
+  Returns:
+    float64 [n, classes]: the probability that one of the more probable classes is right, and the penalties. The most
+    probable class has 0.
+  """
+  order = np.argsort(-probabilities, axis=-1, kind='stable')
+  ranked = np.take_along_axis(probabilities, order, -1).astype(np.float64)
+  before = np.cumsum(ranked, -1) - ranked
+  before += penalty * np.maximum(np.arange(1, ranked.shape[-1] + 1) - free, 0)
+  scores = np.empty_like(before)
+  np.put_along_axis(scores, order, before, -1)
+  return scores
+
+
+def _limit(value: float | None) -> float:
+  return np.inf if value is None else value
 
 
 def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
@@ -631,7 +747,7 @@ def _checked_bundle(folder: Path, bundle: dict[str, Any]) -> dict[str, Any]:
   for name, stage in known['stages'].items():
     check(BUNDLE, stage, _RULES['stage'], f'stages.{name}.')
   # Bundles from before a field lack it.
-  for name, optional in ((EXITS, {'thresholds': None}), (PREPROCESSING, TO_SIDE._asdict())):
+  for name, optional in ((EXITS, dict.fromkeys(('thresholds', *PROMISES))), (PREPROCESSING, TO_SIDE._asdict())):
     check(name, optional | _json(folder / name, dict, sealed(name)), _RULES[name])
   check(CLASSES, {'class_names': _json(folder / CLASSES, list, sealed(CLASSES))}, _RULES[CLASSES])
   check(BUNDLE, bundle, _RULES['order'])
@@ -743,6 +859,48 @@ def _are_in_turn(counted: str) -> Callable[[Any, Mapping[str, Any]], bool]:
   return rule
 
 
+def _is_share(value: Any) -> bool:
+  return _is_number(value) and 0 < value < 1
+
+
+def _is_reject(value: Any, known: Mapping[str, Any]) -> bool:
+  if value is None:
+    return True
+  if not isinstance(value, dict) or known['score'] == 'patience' or 'confidence_threshold' not in value:
+    return False
+  at = value['confidence_threshold']
+  return _is_share(value.get('risk')) and _is_share(value.get('delta')) and (at is None or _is_number(at))
+
+
+def _are_sets(value: Any, known: Mapping[str, Any]) -> bool:
+  if value is None:
+    return True
+  if not isinstance(value, dict) or 'anytime' not in value or not isinstance(value.get('limits'), list):
+    return False
+  limits = [*value['limits'], value['anytime']]
+  return (
+    _is_share(value.get('coverage'))
+    and _is_number(value.get('penalty'))
+    and _is_count(value.get('free'), 1)
+    and len(limits) == len(known['exits']) + 1
+    and all(limit is None or _is_number(limit) for limit in limits)
+  )
+
+
+PROMISES: dict[str, _Rule] = {
+  'reject': (
+    _is_reject,
+    'null, or, unless the score is patience, an object with risk and delta between 0 and 1 and a confidence_threshold '
+    'of 0 or more, or null',
+  ),
+  'sets': (
+    _are_sets,
+    'null, or an object with a coverage between 0 and 1, a penalty of 0 or more, free of 1 or more, and limits of 0 or '
+    'more, or null, for each exit and for anytime',
+  ),
+}
+"""Fields of exits.json that plans without such promises lack. The rules read `exits` and `score`."""
+
 _LARGEST_SIDE = 13_377  # Squared, it is within MAX_PIXELS.
 _IN_TURN = 'names of stages, one for each exit that is run, each of which takes what those before it give'
 _RULES: dict[str, dict[str, _Rule]] = {
@@ -769,6 +927,7 @@ _RULES: dict[str, dict[str, _Rule]] = {
     ),
     'thresholds': (_are_scores, 'confidence_thresholds on the scale of the score, by which run.py exits'),
     'macs': (_are_macs, 'a number of 0 or more for each visited exit, none less than the one before, null for others'),
+    **PROMISES,
   },
   PREPROCESSING: {
     'side': (lambda value, known: _is_count(value, 1, _LARGEST_SIDE), f'an integer from 1 to {_LARGEST_SIDE:,}'),
@@ -1770,7 +1929,10 @@ def _load(given: argparse.Namespace) -> Adaptive:
     raise BundleError('--deadline-ms ignores thresholds and budgets; leave out --threshold and --budget, or it')
   bundle = load(given.bundle, given.provider, given.threads, given.precision)
   bundle = bundle if given.threshold is None else bundle.with_threshold(given.threshold)
-  return bundle if given.budget is None else bundle.with_budget(given.budget)
+  bundle = bundle if given.budget is None else bundle.with_budget(given.budget)
+  if bundle.rejects and not (bundle.as_calibrated and given.deadline_ms is None):
+    _note('no share of errors among the answers is promised with --threshold, --budget or --deadline-ms')
+  return bundle
 
 
 def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, limits: tuple[int, int]) -> int:
@@ -1781,25 +1943,28 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, li
     raise BundleError('expected Pillow to read image files, found none; pip install pillow') from error
   width = min(60, max(map(len, ('file', *map(printable, files)))))
   names = [printable(name) for name in bundle.class_names]
-  label_width = min(24, max(map(len, ('label', *names))))
+  label_width = min(24, max(map(len, ('label', *names, *([UNKNOWN] if bundle.rejects else [])))))
   layout = f'{{:{width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}'
-  _say(layout.format('file', 'label', 'probability', 'exit'))
-  exiting, unreadable = dict.fromkeys(bundle.exits, 0), 0
+  _say(layout.format('file', 'label', 'probability', 'exit') + ('  set' if bundle.coverage else ''))
+  exiting, unreadable, unknown = dict.fromkeys(bundle.exits, 0), 0, 0
   for first in range(0, len(files), WAVE):
     wave = files[first : first + WAVE]
     decoded = [_read(file, bundle, limits) for file in wave]
     images = [image for image in decoded if not isinstance(image, str)]
-    answers = iter(_predict(bundle, images, deadline_ms))
+    answers = _predict(bundle, images, deadline_ms)
+    sets = iter(_sets(bundle, answers, deadline_ms is not None, names))
+    answers = iter(answers)
     for file, image in zip(wave, decoded, strict=True):
       if isinstance(image, str):
         _note(f'error: {printable(file)}: {image}')
         unreadable += 1
         continue
       answer = next(answers)
-      probability = f'{answer.probabilities[answer.label]:.3f}'
-      _say(layout.format(printable(file), names[answer.label], probability, answer.exit))
+      label = UNKNOWN if answer.unknown else names[answer.label]
+      _say(layout.format(printable(file), label, f'{answer.probabilities.max():.3f}', answer.exit) + next(sets))
       exiting[answer.exit] += 1
-  _note(_summary(exiting, unreadable))
+      unknown += answer.unknown
+  _note(_summary(exiting, unreadable, unknown))
   return int(unreadable > 0)
 
 
@@ -1841,9 +2006,31 @@ def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float 
   return [Prediction(*row) for row in zip(*found, strict=True)]
 
 
-def _summary(exiting: Mapping[int, int], unreadable: int) -> str:
+def _sets(bundle: Adaptive, answers: Sequence[Prediction], any_exit: bool, names: Sequence[str]) -> list[str]:
+  """The set of each answer, the most probable classes first, as the end of its row."""
+  if bundle.coverage is None or not answers:
+    return [''] * len(answers)
+  columns = Predictions(*map(np.stack, zip(*answers, strict=True)))
+  texts = []
+  for row, answer in zip(bundle.sets(columns, any_exit), answers, strict=True):
+    held = [names[label] for label in ranked_classes(row, answer.probabilities)]
+    texts.append('  ' + ', '.join(held[:_NAMED]) + (f' and {len(held) - _NAMED:,} more' if len(held) > _NAMED else ''))
+  return texts
+
+
+_NAMED = 5
+
+
+def ranked_classes(held: np.ndarray, probabilities: np.ndarray) -> list[int]:
+  """The classes of a set, bool [classes], most probable first."""
+  order = np.argsort(-probabilities, kind='stable')
+  return order[held[order]].tolist()
+
+
+def _summary(exiting: Mapping[int, int], unreadable: int, unknown: int = 0) -> str:
   count = sum(exiting.values())
   total = f'{count:,} image{"s" * (count != 1)}' + (f', {unreadable:,} unreadable' if unreadable else '')
+  total += f', {unknown:,} unknown' if unknown else ''
   shares = (f'exit {number}: {100 * images / count:.1f} %' for number, images in exiting.items() if count)
   return '; '.join([total, *shares])
 

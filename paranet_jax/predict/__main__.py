@@ -106,16 +106,18 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
   limits = given.max_pixels, given.max_memory
   batches = read_batches(given.files, side, channels, given.batch_size, *limits, early_exit.scaling)
   with open_output(given.output) as stream, closing(batches):
-    format = make_format(given.format, given.files, early_exit.class_names, top, stream)
+    more = ['unknown'] * early_exit.rejects + ['set'] * (early_exit.coverage is not None)
+    format = make_format(given.format, given.files, early_exit.class_names, top, stream, more)
     stream.write(format.before)
     line.update(0, 0)
     try:
       for batch in batches:
         predictions = early_exit.predict(batch.images)
-        rows = prediction_rows(batch.files, predictions, early_exit.class_names, top)
+        sets = early_exit.sets(predictions) if 'set' in more else None
+        rows = prediction_rows(batch.files, predictions, early_exit.class_names, top, early_exit.rejects, sets)
         stream.write(''.join(map(format.row, rows)))
         stream.flush()
-        tally.add(predictions.exits, predictions.macs, len(batch.unreadable))
+        tally.add(predictions.exits, predictions.macs, len(batch.unreadable), int(predictions.unknown.sum()))
         for file, reason in batch.unreadable:
           line.message(f'error: {printable(file)}: {reason}')
         line.update(tally.images + tally.unreadable, tally.images_per_second)

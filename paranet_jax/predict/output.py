@@ -17,7 +17,7 @@ import numpy as np
 from paranet_jax.display.tables import human_count
 from paranet_jax.host.errors import UserError, discard_output
 from paranet_jax.host.files import replacing
-from paranet_jax.portable.run import printable
+from paranet_jax.portable.run import UNKNOWN, printable, ranked_classes
 
 FORMATS = ('table', 'json', 'csv')
 _LONGEST_FILE, _LONGEST_LABEL = 60, 24  # Characters; a longer name only shifts the rest of its own row.
@@ -31,15 +31,27 @@ class Format(NamedTuple):
   after: str = ''
 
 
-def prediction_rows(files: Sequence[str], predictions: Any, class_names: Sequence[str], top: int) -> list[dict]:
+def prediction_rows(
+  files: Sequence[str],
+  predictions: Any,
+  class_names: Sequence[str],
+  top: int,
+  rejects: bool = False,
+  sets: np.ndarray | None = None,
+) -> list[dict]:
   """One JSON object per file: `file`, `label`, `probability`, `exit`, `macs` and `top`, a list of {label, probability}.
+
+  With `rejects` they also have `unknown`; where it is true, `label` is None, and `probability` that of the most
+  probable class. With `sets`, they have `set`, the classes that the image may have, most probable first.
 
   Args:
     predictions: the runtime's `Predictions`.
     top: number of classes, at most all, most probable first; the predicted label always comes first.
+    rejects: whether images may be unknown.
+    sets: bool [N, classes], of the runtime's `sets`.
   """
-  ranked = np.array(predictions.probabilities, np.float64)
-  ranked[np.arange(len(files)), predictions.labels] = np.inf  # Float32 may make several equal.
+  ranked, known = np.array(predictions.probabilities, np.float64), np.flatnonzero(~predictions.unknown)
+  ranked[known, predictions.labels[known]] = np.inf  # Float32 may make several equal.
   order = np.argsort(-ranked, axis=1, kind='stable')[:, :top]
   rows = []
   for i, file in enumerate(files):
@@ -47,6 +59,11 @@ def prediction_rows(files: Sequence[str], predictions: Any, class_names: Sequenc
     rows.append(
       {'file': file, **best[0], 'exit': int(predictions.exits[i]), 'macs': int(predictions.macs[i]), 'top': best}
     )
+    if rejects:
+      unknown = bool(predictions.unknown[i])
+      rows[-1] |= {'unknown': unknown} | ({'label': None} if unknown else {})
+    if sets is not None:
+      rows[-1]['set'] = [class_names[c] for c in ranked_classes(sets[i], predictions.probabilities[i])]
   return rows
 
 
@@ -56,20 +73,24 @@ def json_format() -> Format:
   return Format('[', lambda row: next(separators) + json.dumps(row), '\n]\n')
 
 
-def csv_format(top: int, escape: bool = False) -> Format:
+def csv_format(top: int, escape: bool = False, more: Sequence[str] = ()) -> Format:
   """file, label, probability, exit, macs, then label_2, probability_2 and so on for the runners-up.
+
+  The label of an unknown image is empty, and a set is a JSON list.
 
   Args:
     escape: what is not printable, for a terminal.
+    more: `unknown` and `set`, if the rows have them: the last columns.
   """
   first = ('file', 'label', 'probability', 'exit', 'macs')
   others = [f'{name}_{place}' for place in range(2, top + 1) for name in ('label', 'probability')]
 
   def text(row: dict[str, Any]) -> str:
     values = [row[key] for key in first] + [value for entry in row['top'][1:] for value in entry.values()]
+    values += [json.dumps(row[key]) for key in more]
     return _csv_line([printable(value) if escape and isinstance(value, str) else value for value in values])
 
-  return Format(_csv_line([*first, *others]), text)
+  return Format(_csv_line([*first, *others, *more]), text)
 
 
 def _csv_line(values: Sequence[Any]) -> str:
@@ -78,42 +99,65 @@ def _csv_line(values: Sequence[Any]) -> str:
   return text.getvalue()
 
 
-def table_format(files: Sequence[str], class_names: Sequence[str], columns: int | None) -> Format:
-  """Aligned columns, and as many of the next best classes as fit.
+def table_format(
+  files: Sequence[str], class_names: Sequence[str], columns: int | None, more: Sequence[str] = ()
+) -> Format:
+  """Aligned columns, and as many of the next best classes as fit: those of the set, where there are sets.
 
   Args:
     files, class_names: all that may occur, for the widths of the columns.
     columns: width of the terminal; None: no limit.
+    more: `unknown` and `set`, if the rows have them.
   """
   file_width = _width(('file', *map(printable, files)), _LONGEST_FILE)
-  label_width = _width(('label', *map(printable, class_names)), _LONGEST_LABEL)
+  names = (*class_names, UNKNOWN) if 'unknown' in more else class_names
+  label_width = _width(('label', *map(printable, names)), _LONGEST_LABEL)
   layout = f'{{:{file_width}}}  {{:{label_width}}}  {{:>11}}  {{:>4}}  {{:>8}}'
 
   def line(row: dict[str, Any]) -> str:
     probability, macs = f'{row["probability"]:.3f}', human_count(row['macs'])
-    names = printable(row['file']), printable(row['label'])
+    names = printable(row['file']), printable(UNKNOWN if row['label'] is None else row['label'])
     text, separator = layout.format(*names, probability, row['exit'], macs), '  '
+    if 'set' in more:
+      return text + _set_text(row['set'], columns and columns - len(text)) + '\n'
     for entry in row['top'][1:]:
-      more = f'{separator}{printable(entry["label"])} {entry["probability"]:.3f}'
-      if columns and len(text + more) > columns:
+      another = f'{separator}{printable(entry["label"])} {entry["probability"]:.3f}'
+      if columns and len(text + another) > columns:
         break
-      text, separator = text + more, ', '
+      text, separator = text + another, ', '
     return text + '\n'
 
-  return Format(layout.format('file', 'label', 'probability', 'exit', 'macs') + '  next best\n', line)
+  last = 'set' if 'set' in more else 'next best'
+  return Format(layout.format('file', 'label', 'probability', 'exit', 'macs') + f'  {last}\n', line)
+
+
+def _set_text(names: Sequence[str], columns: int | None) -> str:
+  """As many of the names as fit, and the number of the others."""
+  for kept in range(len(names), 0, -1):
+    text = '  ' + ', '.join(map(printable, names[:kept])) + (f' and {len(names) - kept:,} more' * (kept < len(names)))
+    if not columns or len(text) <= columns:
+      return text
+  return f'  {len(names):,} classes'
 
 
 def _width(texts: Sequence[str], most: int) -> int:
   return min(most, max(map(len, texts)))
 
 
-def make_format(name: str, files: Sequence[str], class_names: Sequence[str], top: int, stream: IO[str]) -> Format:
-  """Makes one of FORMATS for a stream."""
+def make_format(
+  name: str,
+  files: Sequence[str],
+  class_names: Sequence[str],
+  top: int,
+  stream: IO[str],
+  more: Sequence[str] = (),
+) -> Format:
+  """Makes one of FORMATS for a stream. more: `unknown` and `set`, if the rows have them."""
   if name == 'json':
     return json_format()
   if name == 'csv':
-    return csv_format(top, stream.isatty())
-  return table_format(files, class_names, shutil.get_terminal_size().columns if stream.isatty() else None)
+    return csv_format(top, stream.isatty(), more)
+  return table_format(files, class_names, shutil.get_terminal_size().columns if stream.isatty() else None, more)
 
 
 def check_output(path: Path, overwrite: bool) -> None:

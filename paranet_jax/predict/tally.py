@@ -28,15 +28,20 @@ class Tally:
     # The first batch compiles, so the speed leaves it out.
     self._first: tuple[int, float] | None = None
     self._last = 0.0
-    self.images = self.unreadable = 0
+    self.images = self.unreadable = self.unknown = 0
 
-  def add(self, exits: np.ndarray, macs: np.ndarray, unreadable: int) -> None:
-    """Adds a batch: the exits [n], 1-based, and multiply-adds [n] of its images, and the number of unreadable files."""
+  def add(self, exits: np.ndarray, macs: np.ndarray, unreadable: int, unknown: int = 0) -> None:
+    """Adds a batch: the exits [n], 1-based, and multiply-adds [n] of its images, and the number of unreadable files.
+
+    Args:
+      unknown: images of the batch that are not answered.
+    """
     for number in exits.tolist():
       self._exited[number] += 1
     self._macs += int(np.sum(macs, dtype=np.int64))
     self.images += len(exits)
     self.unreadable += unreadable
+    self.unknown += unknown
     self._last = self._clock()
     if self._first is None and len(exits):
       self._first = self.images, self._last
@@ -52,6 +57,8 @@ class Tally:
     parts = [f'{self.images:,} image{"s" * (self.images != 1)}']
     if self.unreadable:
       parts[0] += f', {self.unreadable:,} unreadable'
+    if self.unknown:
+      parts[0] += f', {self.unknown:,} unknown'
     if self.images:
       parts += [f'exit {number}: {100 * count / self.images:.1f} %' for number, count in self._exited.items()]
       parts.append(self._cost())

@@ -131,11 +131,18 @@ def changed(workdir, folder, held_out):
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir, or set --temperature=none',
     ),
+    (
+      3,
+      '--reject=0.1',
+      '--reject and --coverage need 4 held-out images or more, half of them for what they promise, found 3; '
+      'train a new run with a larger --config.data.held_out and another --workdir',
+    ),
   ],
 )
 def test_too_few_held_out_images(tmp_path, workdir, held_out, flag, message):
   changed(workdir, tmp_path, held_out)
-  assert rejected(f'--workdir={tmp_path}', flag) == message.format(tmp_path)
+  flags = [flag] if 'risk' in flag else ['--threshold=0.9', flag]
+  assert rejected(f'--workdir={tmp_path}', *flags) == message.format(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['config.json']
 
 
@@ -274,6 +281,96 @@ def test_a_risk_that_cannot_be_promised_keeps_the_full_network(workdir, flags, n
   assert plan.thresholds == (None, 0.0) and plan.visited == (3,)
 
 
+@pytest.mark.parametrize('temperature', ['nll', 'none'])
+def test_the_risk_at_each_early_exit(workdir, monkeypatch, temperature):
+  seen, rank = [], calibration.rank
+  monkeypatch.setattr(calibration, 'rank', lambda *split: seen.append(split) or rank(*split))
+  out = calibrate(f'--workdir={workdir}', '--risk=0.3', '--risk-of=selective', f'--temperature={temperature}')
+  plan = read_plan(workdir)
+  assert plan.target == {'risk': 0.3, 'delta': 0.1, 'guarantee': 'ltt', 'loss': 'gap', 'of': 'selective'}
+  assert plan.splits['thresholds'] == HELD_OUT // 2
+  tested, order = seen[0][0], seen[1][0]  # Other images decide in which order thresholds are tested.
+  assert len({row.tobytes() for row in tested[0]} | {row.tobytes() for row in order[0]}) == HELD_OUT
+  assert 'a threshold for each exit, so that with probability 0.9 the risk at each early exit is at most 0.3' in out
+  (line,) = (line.split() for line in out.splitlines() if 'the largest at an early exit' in line)
+  (of_test,) = plan.test['risks']
+  assert plan.expected['risks'][0] <= 0.3 and line[-1] == f'{of_test:.4f}'
+
+
+def test_the_risk_of_each_class(workdir):
+  out = calibrate(f'--workdir={workdir}', '--risk=0.15', '--risk-of=class')  # 0.85^14 = 0.103, 0.85^15 = 0.087
+  plan = read_plan(workdir)
+  few = plan.target['too_few']
+  assert plan.target['needed'] == 15 and len(plan.expected['risks']) == len(plan.test['risks']) == 10
+  assert few and len(few) < 10
+  assert (
+    f'no risk of their own is promised for {len(few)} of 10 classes, which have fewer than 15 held-out images to test '
+    f'it: {", ".join(map(str, few))}; they count in the overall risk\n'
+  ) in out
+  assert 'the largest of a class' in out
+
+
+def test_promises(workdir, logits):
+  out = calibrate(f'--workdir={workdir}', '--threshold=0.9', '--reject=0.15', '--coverage=0.9')
+  plan = read_plan(workdir)
+  assert plan.splits == {'temperature': 150, 'thresholds': 150, 'test': TEST, 'promises': 150}
+  assert plan.reject['risk'] == 0.15 and plan.reject['delta'] == 0.1 and plan.sets['coverage'] == 0.9
+  # The test images, one by one.
+  both, labels = logits['test']
+  answered, wrong, covered, sizes = 0, 0, 0, 0
+  for image, label in enumerate(labels):
+    rows = [softmax(both[k, image], plan.temperatures[k]) for k in range(2)]
+    k = 0 if rows[0].max() >= 0.9 else 1
+    order = np.argsort(-rows[k], kind='stable')
+    ranked = rows[k][order]
+    spare = np.maximum(np.arange(1, 11) - plan.sets['free'], 0) * plan.sets['penalty']
+    inside = order[np.cumsum(ranked) - ranked + spare <= (plan.sets['limits'][k] or math.inf)]
+    covered, sizes = covered + (label in inside), sizes + len(inside)
+    if k == 0 or rows[1].max() >= plan.reject['threshold']:
+      answered, wrong = answered + 1, wrong + (order[0] != label)
+  assert plan.test['answered'] == pytest.approx(answered / TEST) and 0 < answered < TEST
+  assert plan.test['answered_error'] == pytest.approx(wrong / answered)
+  assert plan.test['covered'] == pytest.approx(covered / TEST)
+  assert plan.test['set_size'] == pytest.approx(sizes / TEST)
+  assert plan.expected['answered_error'] <= 0.15 and plan.expected['covered'] >= 0.9
+  for line in (
+    'temperatures from 150 held-out images, thresholds from 150, promises from 150',
+    'answered, the others are unknown (%)',
+    'wrong among them (%), 90 % sure: at most 15',
+    'sets that hold the right class (%), promised: 90',
+    'classes in a set, on average',
+  ):
+    assert line in out
+  assert max(map(len, out.splitlines()[:-1])) <= 100
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (['--threshold=0.9', '--reject=0.001'], 'it would need 2,302 of its own, half of all'),  # 0.999^2302 = 0.09995
+    (['--threshold=0', '--reject=0.03'], 'of those that leave before exit 3, {:.1f} % are wrong'),
+  ],
+)
+def test_errors_that_cannot_be_promised(workdir, flags, message):
+  before = (workdir / EXITS).read_bytes() if (workdir / EXITS).exists() else None
+  found = rejected(f'--workdir={workdir}', *flags, started=True)
+  start, _, end = message.partition('{:.1f}')
+  promised = f'an error of {flags[1][9:]} among the answers cannot be promised'
+  assert found.startswith(f'{promised} from 150 held-out images: {start}')
+  assert found.endswith(
+    f'{end}; exits.json is unchanged; raise --reject, let fewer images leave early, or hold out more images in a new '
+    'run'
+  )
+  assert ((workdir / EXITS).read_bytes() if before else None) == before
+
+
+def test_a_coverage_that_needs_more_images(workdir):
+  assert rejected(f'--workdir={workdir}', '--threshold=0.9', '--coverage=0.999', started=True) == (
+    'a coverage of 0.999 needs 999 held-out images of its own, half of all, found 150; exits.json is unchanged; '
+    'lower --coverage, or hold out more images in a new run'
+  )
+
+
 def choose(samples, *flags):
   request = parse(['--workdir=a', *flags])
   return request.policy.choose(samples, request.target)
@@ -408,6 +505,10 @@ def test_without_labels(workdir, logits, monkeypatch):
   assert rejected(f'--workdir={workdir}', '--risk=0.5', '--risk-loss=gap') == (
     f'--risk-loss=gap needs labels, and the images of the run in {workdir} have none; set --risk-loss=disagreement'
   )
+  for flag in ('reject', 'coverage'):
+    assert rejected(f'--workdir={workdir}', '--threshold=0.9', f'--{flag}=0.9') == (
+      f'--{flag} needs labels, and the images of the run in {workdir} have none; leave it out'
+    )
 
 
 def test_without_temperatures_all_held_out_images_control_the_risk(workdir):

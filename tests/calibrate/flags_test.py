@@ -40,6 +40,10 @@ def test_defaults():
   assert parse(['--workdir=a', '--risk=0.02', '--policy=ltt']) == parse(
     ['--workdir=a', '--risk=0.02', '--guarantee=ltt']
   )
+  assert (request.reject, request.coverage, request.promises) == (None, None, False)
+  promising = parse(['--workdir=a', '--budget=3M', '--reject=0.02', '--delta=0.2', '--coverage=0.9'])
+  assert (promising.reject, promising.delta, promising.coverage) == (0.02, 0.2, 0.9)
+  assert promising.promises and promising.target == {'budget': 3e6, 'unit': 'macs'}
   assert parse(['--workdir=a', '--budget=1ms']).batch_size == 1
   assert parse(['--workdir=a', '--budget=1ms', '--batch-size=32']).batch_size == 32
 
@@ -72,6 +76,20 @@ NOT_A_BUDGET = "argument --budget: expected multiply-adds such as 30M or a time 
     (
       ['--threshold=1', '--temperature=brier'],
       "argument --temperature: invalid choice: 'brier' (choose from 'nll', 'ece', 'none'); see --help",
+    ),
+    (
+      ['--risk=0.1', '--risk-of=images'],
+      'argument --risk-of: must be one of marginal, selective, class, found images; see --help',
+    ),
+    (
+      ['--risk=0.1', '--guarantee=crc', '--risk-of=class'],
+      '--risk-of belongs to --policy=ltt, found crc; leave out --risk-of',
+    ),
+    (['--threshold=1', '--reject=2'], 'argument --reject: expected a number between 0 and 1, found 2; see --help'),
+    (['--budget=3M', '--coverage=90'], 'argument --coverage: expected a number between 0 and 1, found 90; see --help'),
+    (
+      ['--threshold=2', '--reject=0.1', '--score=patience'],
+      '--reject needs a score that ranks images, found --score=patience; leave one of them out',
     ),
     (['--threshold=high'], "argument --threshold: invalid float value: 'high'; see --help"),
     (['--threshold=1', '--step=last'], "argument --step: invalid int value: 'last'; see --help"),

@@ -18,6 +18,7 @@ from paranet_jax.early.exit_plan import (
   save_plan,
 )
 from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import PROMISES
 
 CHECKPOINT = CheckpointId('PN3-ddd', 'digits', 420, '0123456789abcdef')
 FULL = full_network_plan(CHECKPOINT, (1, 2, 3), (10, 20, 30))
@@ -42,6 +43,10 @@ VISITED = 'must be the exits that have macs, those with a threshold among them'
 AGREE = 'must be confidence_thresholds on the scale of the score'
 
 
+REJECT = {'risk': 0.02, 'delta': 0.1, 'confidence_threshold': None, 'threshold': None}
+SETS = {'coverage': 0.9, 'penalty': 0.01, 'free': 5, 'limits': [0.5, None, 0.25], 'anytime': 0.75}
+
+
 def command(workdir):
   return f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9'
 
@@ -58,7 +63,13 @@ WITHOUT_LABELS = {'accuracy': None, 'agreement': 0.75, 'exit_agreement': [0.5, 0
 
 @pytest.mark.parametrize(
   'plan',
-  [PLAN, FULL, full_network_plan(CHECKPOINT, (2,), (20,)), dataclasses.replace(PLAN, test=WITHOUT_LABELS)],
+  [
+    PLAN,
+    FULL,
+    full_network_plan(CHECKPOINT, (2,), (20,)),
+    dataclasses.replace(PLAN, test=WITHOUT_LABELS),
+    dataclasses.replace(PLAN, reject=REJECT, sets=SETS),
+  ],
 )
 def test_what_is_saved_is_loaded(tmp_path, plan):
   save_plan(tmp_path, plan)
@@ -105,6 +116,8 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'macs': [2**63, None, 2**63]}, f': macs {COSTS}, found [9223372036854775808, null, 9223372036854775808]'),
     ({'ms': 'fast'}, f': ms {COSTS} or null, found "fast"'),
     ({'macs_alone': [1.5, 2, 3]}, ': macs_alone must be an integer above 0 for each exit, found [1.5, 2, 3]'),
+    ({'reject': 0.1}, f': reject must be {PROMISES["reject"][1]}, found 0.1'),
+    ({'sets': {}}, f': sets must be {PROMISES["sets"][1]}, found {{}}'),
     ({'visited': [3]}, f': visited {VISITED}, found [3]'),
     ({'visited': [1, 2, 3]}, f': visited {VISITED}, found [1, 2, 3]'),
     # Prediction reads only confidence_thresholds, so it would not see the difference.
@@ -119,7 +132,12 @@ def test_a_field_with_a_wrong_value(tmp_path, changes, message):
   assert str(error.value) == f'{tmp_path / EXITS}{message}; {command(tmp_path)} writes it again'
 
 
-@pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN)])
+def test_promises_that_are_not_made_are_not_saved(tmp_path):
+  save_plan(tmp_path, PLAN)
+  assert not {'reject', 'sets'} & set(json.loads((tmp_path / EXITS).read_text()))
+
+
+@pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN) if field.name not in PROMISES])
 def test_a_missing_field(tmp_path, field):
   edited(tmp_path, **{field: ...})
   with pytest.raises(UserError, match=f'exits.json lacks the field {field}; python -m paranet_jax.calibrate'):

@@ -74,7 +74,7 @@ def test_images_at_the_same_stage_are_batched(queue):
   queue.scheduler.step()
   assert [answer.done() for answer in answers] == [True, False] * 2 + [False] * 4
   assert queue.finish() == [(1, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [1, 3, 5, 7]), (3, [1, 3, 5, 7])]
-  assert [answer.result(0)[::2] for answer in answers] == [(label, 3 if label % 2 else 1) for label in range(8)]
+  assert [answer.result(0)[:3:2] for answer in answers] == [(label, 3 if label % 2 else 1) for label in range(8)]
   assert answers[0].result(0).seconds == 2.5 and answers[7].result(0).seconds == 2.5 + 2.5 + 5 + 10
   assert answers[0].result(0).probability == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
   assert queue.scheduler.exits == {1: 4, 2: 0, 3: 4}
@@ -198,7 +198,7 @@ def test_the_thread_answers_every_image_before_it_closes(queue):
     thread.join()
   queue.scheduler.close()
   assert not queue.scheduler.alive()
-  assert {label: answer.result(0)[::2] for label, answer in answers.items()} == {
+  assert {label: answer.result(0)[:3:2] for label, answer in answers.items()} == {
     label: (label, 1 + label % 3) for label in range(CLASSES)
   }
   with pytest.raises(Full):
@@ -259,3 +259,28 @@ def test_stages_are_measured_in_turn_at_both_sizes():
   assert timings.visited == (1, 2, 3)
   assert bundle.log == [(number, [0] * size) for size in (1, BATCH) for _ in range(6) for number in (1, 2, 3)]
   assert all(timings.seconds(number) > 0 for number in timings.visited)
+
+
+class Promising(Bundle):
+  """Images of odd labels are unknown; the set is the label, or all classes where a deadline or a budget stopped it."""
+
+  coverage = 0.9
+
+  def answers(self, number, logits):
+    found = super().answers(number, logits)
+    return found._replace(labels=np.where(found.labels % 2, CLASSES, found.labels))
+
+  def sets(self, answers, any_exit):
+    return np.full(answers.probabilities.shape, True) if any_exit else answers.probabilities > 0.01
+
+
+def test_unknown_images_and_sets(queue):
+  queue.scheduler._bundle = queue.bundle = Promising()
+  queue.scheduler._clock = queue.bundle.clock
+  free, capped, late = (queue.send(4, **how) for how in ({}, {'last': 2}, {'deadline': 9.0}))
+  unknown, hurried = queue.send(5), queue.send(6, deadline=0.5)
+  queue.finish()
+  assert [answer.result(0).label for answer in (free, capped, late, unknown, hurried)] == [4, 4, 4, None, 6]
+  assert (free.result(0).held, unknown.result(0).held) == ([4], [5])
+  assert unknown.result(0).probability == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
+  assert [len(answer.result(0).held) for answer in (capped, late, hurried)] == [CLASSES] * 3

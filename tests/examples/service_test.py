@@ -195,3 +195,21 @@ def test_bytes_in_flight_are_bounded():
       await one.__aexit__(None, None, None)
 
   asyncio.run(fill())
+
+
+def test_unknown_images_and_sets(service, bundle, monkeypatch):
+  status, _, body = service.ask('POST', '/predict', PNG)
+  assert status == 200 and not {'unknown', 'set'} & set(body['answers'][0])
+  plain = body['answers'][0]
+  sets = {'coverage': 0.9, 'penalty': 0.0, 'free': 1, 'limits': [0.0, 0.0, 0.0], 'anytime': None}
+  monkeypatch.setattr(bundle, '_reject', {'risk': 0.1, 'delta': 0.1, 'confidence_threshold': None})
+  monkeypatch.setattr(bundle, '_sets', sets)
+  (answer,) = service.ask('POST', '/predict', PNG)[2]['answers']
+  assert answer['unknown'] == (answer['exit'] == 3) and answer['set'] == [plain['class_name']]
+  assert answer['class_name'] == (None if answer['unknown'] else plain['class_name'])
+  assert (answer['probability'], answer['exit']) == (plain['probability'], plain['exit'])
+  monkeypatch.setattr(bundle, 'thresholds', {1: None, 2: None, 3: 0.0})
+  (answer,) = service.ask('POST', '/predict', PNG)[2]['answers']
+  assert (answer['unknown'], answer['label'], answer['class_name'], answer['exit']) == (True, None, None, 3)
+  (answer,) = service.ask('POST', '/predict', *form([PNG], [('deadline_ms', '100000')]))[2]['answers']
+  assert len(answer['set']) == tiny_bundle.CLASSES  # A deadline may stop it at any exit.

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_bundle
+from PIL import Image
 
 from paranet_jax.portable import run
 
@@ -119,6 +120,7 @@ def test_files(folder, name):
   assert refusal(folder).startswith(message)
 
 
+SETS = {'coverage': 0.9, 'penalty': 0, 'free': 1, 'limits': [0.1, 0.3, None], 'anytime': 0.5}
 # Name: (file, field, value).
 FIELDS = {
   'formats': ('bundle.json', 'formats', 'onnx'),
@@ -151,6 +153,17 @@ FIELDS = {
   'negative macs': ('exits.json', 'macs', [-1, 2, 3]),
   'decreasing macs': ('exits.json', 'macs', [9, 2, 3]),
   'no macs': ('exits.json', 'macs', [None, 2, 3]),
+  'a rejection without its promise': ('exits.json', 'reject', {'confidence_threshold': 1.0}),
+  'a rejection of every answer': ('exits.json', 'reject', {'risk': 0, 'delta': 0.1, 'confidence_threshold': 1.0}),
+  'a rejection without a threshold': ('exits.json', 'reject', {'risk': 0.1, 'delta': 0.1}),
+  'a negative rejection': ('exits.json', 'reject', {'risk': 0.1, 'delta': 0.1, 'confidence_threshold': -1}),
+  'a rejection that is a number': ('exits.json', 'reject', 0.1),
+  'sets of another number of exits': ('exits.json', 'sets', SETS | {'limits': [0.5]}),
+  'sets of full coverage': ('exits.json', 'sets', SETS | {'coverage': 1}),
+  'sets without free classes': ('exits.json', 'sets', SETS | {'free': 0}),
+  'sets of NaN': ('exits.json', 'sets', SETS | {'anytime': NAN}),
+  'sets with a negative penalty': ('exits.json', 'sets', SETS | {'penalty': -1}),
+  'no sets': ('exits.json', 'sets', []),
   'no side': ('preprocessing.json', 'side', 0),
   'huge side': ('preprocessing.json', 'side', 10**9),
   'channels': ('preprocessing.json', 'channels', 4),
@@ -170,7 +183,24 @@ def test_fields(folder, name):
   file, field, value = FIELDS[name]
   seal(folder, file, read(folder, file) | {field: value})
   rules = {field: words for part in run._RULES.values() for field, (_, words) in part.items()}
-  assert refusal(folder) == f'{file}: {field} must be {rules[field]}, found {json.dumps(value)}{AGAIN}'
+  assert refusal(folder) == f'{file}: {field} must be {rules[field]}, found {run._shown(value)}{AGAIN}'
+
+
+def test_promises(folder, tmp_path, capsys):
+  changes = {'reject': {'risk': 0.1, 'delta': 0.1, 'confidence_threshold': None}, 'sets': SETS}
+  seal(folder, 'exits.json', read(folder, 'exits.json') | {'confidence_thresholds': [None, None, 0.0]} | changes)
+  path = tmp_path / 'a.png'
+  Image.fromarray(IMAGES[0]).save(path)
+  names = [f'class {label}' for label in np.argsort(-run.load(folder).predict_one(IMAGES[0]).probabilities)[:5]]
+  assert run.main([f'--bundle={folder}', str(path)]) == 0
+  out, err = capsys.readouterr()
+  assert out.splitlines()[0].endswith('  exit  set') and err.startswith('1 image, 1 unknown; ')
+  assert out.splitlines()[1].split()[1] == 'unknown' and out.endswith(f'     3  {", ".join(names)}\n')
+  for flag in ('--threshold=1', '--budget=25', '--deadline-ms=1000'):
+    assert run.main([f'--bundle={folder}', flag, str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith('no share of errors among the answers is promised with --threshold, --budget or --deadline-')
+    assert err.count('1 image, 1 unknown; ') == 1 and '  unknown  ' in out
 
 
 @pytest.mark.parametrize('thresholds', [None, [0.6, 0.6, 0.0]])

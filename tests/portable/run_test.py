@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
-from early_samples import exit_taken, softmax
+from early_samples import confidence_of, exit_taken, softmax
 
 from paranet_jax.export.compare import agreement
 from paranet_jax.portable import run as runtime
@@ -39,8 +39,8 @@ class Table:
     return {'images': carried['images'], f'left_{self.index}': rows[:, None]}, LOGITS[self.index, rows]
 
 
-def adaptive(thresholds, score='max_prob', visited=EXITS):
-  """Thresholds on the confidence scale, one for each exit."""
+def adaptive(thresholds, score='max_prob', visited=EXITS, **promises):
+  """Thresholds on the confidence scale, one for each exit. promises: `reject` and `sets` of exits.json."""
   path = [EXITS.index(number) for number in visited]
   plan = {
     'exits': EXITS,
@@ -49,6 +49,7 @@ def adaptive(thresholds, score='max_prob', visited=EXITS):
     'confidence_thresholds': thresholds,
     'temperatures': TEMPERATURES,
     'macs': [7 * MACS[k] if k in path else None for k in range(len(EXITS))],  # Other than those of all exits in turn.
+    **promises,
   }
   before = [(), *((k,) for k in path[:-1])]
   stages = {number: Table(*place) for number, *place in zip(visited, path, before, strict=True)}
@@ -86,6 +87,82 @@ def test_each_image_exits_by_the_definition(score, thresholds, visited):
     one = bundle.predict_one(IMAGES[row])
     assert (one.label, one.exit, one.macs) == (found.labels[row], found.exits[row], found.macs[row])
     np.testing.assert_array_equal(one.probabilities, found.probabilities[row])
+
+
+REJECT = {'risk': 0.1, 'delta': 0.1, 'confidence_threshold': 0.9}
+SETS = {'coverage': 0.9, 'penalty': 0.05, 'free': 2, 'limits': [0.3, 0.6, None], 'anytime': 0.7}
+
+
+def sure(k, row, at):
+  return confidence_of(LOGITS[k, row], 'max_prob', TEMPERATURES[k]) >= at
+
+
+@pytest.mark.parametrize('reject', [0.9, None])
+def test_an_unsure_image_is_unknown(reject):
+  bundle = adaptive((0.7, 0.7, 0.0), reject=REJECT | {'confidence_threshold': reject})
+  plain, found = adaptive((0.7, 0.7, 0.0)).predict(IMAGES), bundle.predict(IMAGES)
+  unknown = [exit == 4 and not (reject and sure(2, row, reject)) for row, exit in enumerate(plain.exits)]
+  assert bundle.rejects and found.unknown.tolist() == unknown and 0 < sum(unknown)
+  np.testing.assert_array_equal(found.labels, np.where(unknown, CLASSES, plain.labels))
+  for before, after in zip(plain[1:], found[1:], strict=True):
+    np.testing.assert_array_equal(before, after)
+  assert [bundle.predict_one(image).unknown for image in IMAGES[:20]] == unknown[:20]
+  assert not adaptive((0.7, 0.7, 0.0)).predict(IMAGES).unknown.any()
+
+
+def test_an_image_that_is_stopped_before_it_is_sure_is_unknown():
+  whole = adaptive((0.7, None, 0.0), visited=(1, 4), reject=REJECT)
+  for bundle, last in ((whole.with_budget(100), 0), (adaptive((0.7, 0.7, 0.0), reject=REJECT).with_budget(200), 1)):
+    found = bundle.predict(IMAGES)
+    expected = [not any(sure(k, row, 0.7) for k in range(last + 1)) for row in range(COUNT)]
+    assert found.unknown.tolist() == expected and not bundle.as_calibrated
+  answers = list(whole.anytime(IMAGES[0]))  # No image exits at exit 2.
+  assert [answer.unknown for answer in answers] == [not sure(0, 0, 0.7), True, not sure(2, 0, 0.9)]
+
+
+def held(k, row, limit):
+  """The classes within a limit at an exit, one after the other."""
+  probabilities, found = softmax(LOGITS[k, row], TEMPERATURES[k]), set()
+  for rank, label in enumerate(np.argsort(-probabilities)):
+    before = sum(sorted(probabilities)[::-1][:rank]) + 0.05 * max(rank + 1 - 2, 0)
+    found |= {int(label)} if before <= limit else set()
+  return found
+
+
+def test_sets():
+  bundle = adaptive((0.7, 0.7, 0.0), sets=SETS)
+  found = bundle.predict(IMAGES)
+  places, limits = {1: 0, 2: 1, 4: 2}, {1: 0.3, 2: 0.6, 4: np.inf}
+  expected = [held(places[exit], row, limits[exit]) for row, exit in enumerate(found.exits)]
+  assert [set(np.flatnonzero(each)) for each in bundle.sets(found)] == expected
+  assert {1, CLASSES} <= {len(each) for each in expected} and bundle.coverage == 0.9
+  # Where something else stops images, the limit of all exits holds.
+  expected = [held(places[exit], row, 0.7) for row, exit in enumerate(found.exits)]
+  assert [set(np.flatnonzero(each)) for each in bundle.sets(found, any_exit=True)] == expected
+  other = bundle.with_threshold(0.8)
+  found = other.predict(IMAGES)
+  expected = [held(places[exit], row, 0.7) for row, exit in enumerate(found.exits)]
+  assert [set(np.flatnonzero(each)) for each in other.sets(found)] == expected
+
+
+def test_sets_only_shrink():
+  bundle, sizes = adaptive((0.7, 0.7, 0.0), sets=SETS), []
+  for row in range(40):
+    before, expected = np.full(CLASSES, True), set(range(CLASSES))
+    for k, (answer, now) in enumerate(bundle.anytime_sets(IMAGES[row])):
+      expected &= held(k, row, 0.7)
+      assert answer.exit == EXITS[k] and set(np.flatnonzero(now)) == expected and not (now & ~before).any()
+      before = now
+    sizes.append(len(expected))
+  assert len(set(sizes)) > 2
+
+
+def test_without_sets():
+  bundle = adaptive((0.7, 0.7, 0.0))
+  for ask in (lambda: bundle.sets(bundle.predict(IMAGES)), lambda: bundle.anytime_sets(IMAGES[0])):
+    with pytest.raises(BundleError, match='^expected sets of classes in exits.json, found none; calibrate '):
+      ask()
+  assert bundle.coverage is None and not bundle.rejects
 
 
 def test_images_that_have_exited_are_not_computed():

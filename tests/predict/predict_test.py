@@ -15,7 +15,7 @@ from running import contents
 from unwritable import run_with_closed_pipe, run_with_full_disk
 
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import Scaling
+from paranet_jax.portable.run import Predictions, Scaling
 from paranet_jax.predict.__main__ import main
 from paranet_jax.predict.output import make_format, open_output, prediction_rows, table_format
 from paranet_jax.predict.tally import LiveLine, Tally
@@ -29,6 +29,7 @@ class Fake:
   class_names = ('ant', 'bee', 'cow', 'dog')
   image_shape = (8, 8, 3)
   scaling = Scaling(16)
+  rejects, coverage = False, None
   plan = types.SimpleNamespace(exits=(1, 3), macs_alone=(1_000, 30_000), policy='optimal')
 
   def __init__(self, workdir, step):
@@ -42,7 +43,7 @@ class Fake:
     probabilities[np.arange(len(images)), (labels + 1) % 4] = 0.2
     exits = np.where(labels % 2, 3, 1)
     macs = np.array([MACS[number] for number in exits.tolist()], np.int64)
-    return types.SimpleNamespace(labels=labels, probabilities=probabilities, exits=exits, macs=macs)
+    return Predictions(labels, probabilities, exits, macs)
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,54 @@ def test_csv(predict):
   )
 
 
+@pytest.fixture
+def promising(monkeypatch):
+  """Images of odd classes are unknown, and sets hold what is at least as probable as 0.2."""
+
+  def rejecting(self, images, predict=Fake.predict):
+    found = predict(self, images)
+    return found._replace(labels=np.where(found.labels % 2, 4, found.labels))
+
+  monkeypatch.setattr(Fake, 'predict', rejecting)
+  monkeypatch.setattr(Fake, 'rejects', True)
+  monkeypatch.setattr(Fake, 'coverage', 0.9)
+  monkeypatch.setattr(Fake, 'sets', lambda self, answers: answers.probabilities > 0.1, raising=False)
+
+
+@pytest.mark.usefixtures('promising')
+def test_unknown_images_and_sets(predict):
+  code, out, err = predict('--format=json', 'a.png', 'b.png', '--top=2')
+  assert json.loads(out) == [
+    row('a.png', 'ant', 1, ('bee', 0.2)) | {'unknown': False, 'set': ['ant', 'bee']},
+    row('b.png', 'bee', 3, ('cow', 0.2)) | {'label': None, 'unknown': True, 'set': ['bee', 'cow']},
+  ]
+  assert code == 0 and err.startswith('2 images, 1 unknown; exit 1: 50.0 %; ')
+  assert predict('--format=csv', 'b.png', '--top=1')[1] == (
+    'file,label,probability,exit,macs,unknown,set\nb.png,,0.7,3,40000,true,"[""bee"", ""cow""]"\n'
+  )
+  assert predict('a.png', 'b.png')[1] == (
+    'file   label    probability  exit      macs  set\n'
+    'a.png  ant            0.700     1     1,000  ant, bee\n'
+    'b.png  unknown        0.700     3    40.0 k  bee, cow\n'
+  )
+
+
+@pytest.mark.parametrize(
+  ('columns', 'shown'),
+  [
+    (None, 'ant, bee, brown cow'),
+    (61, 'ant, bee, brown cow'),
+    (60, 'ant and 2 more'),
+    (56, 'ant and 2 more'),
+    (55, '3 classes'),
+  ],
+)
+def test_a_set_on_a_terminal_keeps_to_its_width(columns, shown):
+  names = ['ant', 'bee', 'brown cow']
+  found = table_format(['a'], ['ant'], columns, ['set']).row(row('a', 'ant', 1) | {'set': names})
+  assert found == f'a     ant          0.700     1     1,000  {shown}\n'
+
+
 def test_no_more_classes_than_there_are(predict):
   assert predict('--format=csv', 'a.png', '--top=9')[1].startswith(
     'file,label,probability,exit,macs,label_2,probability_2,label_3,probability_3,label_4,probability_4\n'
@@ -154,9 +203,7 @@ def test_a_table_on_a_terminal_keeps_to_its_width():
 
 
 def test_the_predicted_label_comes_first_among_equal_probabilities():
-  equal = types.SimpleNamespace(
-    labels=np.array([2]), probabilities=np.float32([[0.5, 0, 0.5]]), exits=np.array([1]), macs=np.array([1])
-  )
+  equal = Predictions(np.array([2]), np.float32([[0.5, 0, 0.5]]), np.array([1]), np.array([1]))
   (found,) = prediction_rows(['a'], equal, ('x', 'y', 'z'), 2)
   assert [entry['label'] for entry in found['top']] == ['z', 'x'] and found['label'] == 'z'
 

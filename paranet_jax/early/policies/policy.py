@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,12 @@ class Choice(NamedTuple):
   Attributes:
     thresholds: on the confidence scale; +inf: no sample exits there; the last is -inf.
     problem: why the target cannot be met, in which case no threshold lets a sample exit early.
+    facts: what exits.json keeps besides in the target.
   """
 
   thresholds: Float[np.ndarray, ' K']
   problem: str | None = None
+  facts: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Flag:
     name: without the dashes.
     key: of its value in the target.
     parse: reads the text; raises a ValueError that says what the value must be.
+    default: None: without the flag, the target lacks the key.
   """
 
   name: str

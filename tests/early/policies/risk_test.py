@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from early_samples import path_costs
 
-from paranet_jax.early.policies.risk import LTT, crc, images_needed_crc, images_needed_ltt, losses_of, ltt
+from paranet_jax.early.policies.risk import (
+  LTT,
+  crc,
+  images_needed_crc,
+  images_needed_ltt,
+  losses_of,
+  ltt,
+  ltt_by_class,
+  ltt_selective,
+  selective_path,
+)
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.thresholds import Samples, exits_taken
 
@@ -173,3 +183,73 @@ def test_images_needed_crc(epsilon, expected):
   assert images_needed_crc(epsilon) == expected
   found = [qualifies(lambda *given: crc(*given, epsilon), size) for size in (expected - 1, expected)]
   assert found == [False, True]
+
+
+@functools.cache
+def steep(seed=3, n=4000, num_exits=4):
+  """Exits whose most confident samples hardly lose, so that each exit has some that may leave."""
+  rng = np.random.default_rng(seed)
+  skill = rng.normal(size=n) + np.linspace(0, 2, num_exits)[:, None]
+  losses = (rng.random((num_exits, n)) > 1 / (1 + np.exp(-3 * skill))).astype(float)
+  losses[-1] = 0
+  return np.exp(skill + 0.2 * rng.normal(size=skill.shape)), losses
+
+
+@functools.cache
+def reference(seed=5):
+  """The order in which thresholds are tested, from images that nothing is tested on."""
+  confidences, losses = steep()
+  drawn = np.random.default_rng(seed).integers(0, confidences.shape[1], 600)
+  return selective_path(confidences[:, drawn], losses[:, drawn], 0.1, 0.1)
+
+
+def test_the_order_of_the_tests_goes_from_sure_to_cheap():
+  path = reference()
+  first = [np.mean(exits_taken(steep()[0], thresholds) == 0) for thresholds in path]
+  assert first == sorted(first) and first[0] < first[-1] and (path[:, -1] == -np.inf).all()
+
+
+def test_few_draws_have_an_exit_whose_risk_is_higher():
+  confidences, losses = steep()
+  rng, exceeds, early = np.random.default_rng(2), 0, []
+  for _ in range(DRAWS):
+    drawn = rng.integers(0, confidences.shape[1], 400)
+    exits = exits_taken(confidences, ltt_selective(confidences[:, drawn], losses[:, drawn], reference(), 0.1, 0.1))
+    lost = losses[exits, np.arange(len(exits))]
+    exceeds += any(lost[exits == k].mean() > 0.1 for k in range(3) if (exits == k).any())
+    early.append(np.mean(exits < 3))
+  assert exceeds / DRAWS <= 0.1 + 3 * np.sqrt(0.09 / DRAWS)
+  assert exceeds and np.mean(early) > 0.5  # It uses the risk it may take.
+
+
+def test_the_thresholds_before_those_that_fail():
+  # Of ten images the two most confident leave, then five, then all; the seventh has a loss. 0.5^2 is above a tenth,
+  # 0.5^5 = 0.03 is not, and one loss of ten has p = 11 / 1024.
+  confidences, losses = np.stack([np.arange(10.0)[::-1], np.zeros(10)]), np.zeros((2, 10))
+  losses[0, 6] = 1
+  two, five, whole, none = ([at, -np.inf] for at in (7.5, 4.5, 0.0, np.inf))
+  found = [ltt_selective(confidences, losses, np.array(path), 0.5, 0.1)[0] for path in ([two], [five], [five, whole])]
+  assert found == [np.inf, 4.5, 0.0]
+  assert ltt_selective(confidences, losses, np.array([none, five, two, whole]), 0.5, 0.1)[0] == 4.5
+  assert ltt_selective(confidences, losses, np.array([five, whole]), 0.5, 0.01)[0] == np.inf
+
+
+def test_the_risk_of_each_class():
+  # Ten images of class 0 without a loss; of class 3 only one of ten, at confidence 3, has one; class 7 has two images.
+  classes = np.repeat([0, 3, 7], [10, 10, 2])
+  confidences, losses = np.stack([np.arange(22.0), np.zeros(22)]), np.zeros((2, 22))
+  confidences[0, 10:20], losses[0, 10] = np.arange(3.0, 13), 1
+  # Eight without a loss are needed: 0.75^8 = 0.1. All classes together could afford the loss.
+  found, few = ltt_by_class(confidences, losses, classes, 0.25, 0.11)
+  assert (found, few) == (3.5, [7])
+  assert ltt(confidences, losses, 0.25, 0.11) == 0.0
+  samples = Samples(confidences, np.ones((2, 22), int), losses == 0, 'max_prob', path_costs(2, cut=False), classes)
+  choice = LTT.choose(samples, {'risk': 0.25, 'delta': 0.11, 'loss': 'gap', 'of': 'class'})
+  assert choice.thresholds.tolist() == [3.5, -np.inf] and choice.facts == {'too_few': [7], 'needed': 8}
+
+
+@pytest.mark.parametrize(('kind', 'missing'), [('class', 'labels'), ('selective', 'a reference')])
+def test_what_a_kind_of_risk_needs(kind, missing):
+  samples = Samples(np.ones((2, 3)), np.zeros((2, 3), int), np.ones((2, 3), bool), 'max_prob', path_costs(2, cut=False))
+  with pytest.raises(ValueError, match=missing):
+    LTT.choose(samples, {'risk': 0.1, 'delta': 0.1, 'loss': 'gap', 'of': kind})

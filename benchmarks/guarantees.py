@@ -1,0 +1,289 @@
+"""Simulates every promise of `calibrate` on draws from a population whose risks are known, and writes the table.
+
+    python benchmarks/guarantees.py --draws=1000   # simulates, and writes benchmarks/results/guarantees.json
+    python benchmarks/guarantees.py --table        # writes the table of docs/guarantees.md from that file
+
+A draw is what one user has: 1,000 held-out images, on one half of which anything may be chosen. A promise is broken in
+a draw if it does not hold on the whole population. `plug-in` is what is chosen without a test: the cheapest thresholds
+whose measured risk on the same images keeps the limit.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paranet_jax.early import promises
+from paranet_jax.early.policies import risk
+from paranet_jax.early.policies.shared import shared_thresholds
+from paranet_jax.early.scores import confidences
+from paranet_jax.early.thresholds import exits_taken
+from paranet_jax.portable.run import set_scores, softmax
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = REPO / 'benchmarks/results/guarantees.json', REPO / 'docs/guarantees.md'
+BEFORE, AFTER = '<!-- made by benchmarks/guarantees.py --table -->\n', '<!-- end -->\n'
+EPSILON, DELTA, COVERAGE = 0.05, 0.1, 0.9
+POPULATION, HELD_OUT, CLASSES = 20_000, 1_000, 5
+COSTS = np.array([1.00, 3.62, 13.45]) / 13.45
+"""Of the exits of pretrained/, as shares of the last one's."""
+
+
+class World(NamedTuple):
+  """Images with the logits of K exits, whose risks are known.
+
+  Attributes:
+    logits: [K, N, C]. labels: [N]. ranks: confidences [K, N]. losses: wrong where the last exit is right [K, N].
+  """
+
+  logits: np.ndarray
+  labels: np.ndarray
+  ranks: np.ndarray
+  losses: np.ndarray
+
+  def take(self, rows: np.ndarray) -> 'World':
+    """Some of the images."""
+    return World(self.logits[:, rows], self.labels[rows], self.ranks[:, rows], self.losses[:, rows])
+
+
+def make_world(seed: int = 0) -> World:
+  """Exits that get surer and better, for images that are easy or hard."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, CLASSES, POPULATION)
+  strength = np.linspace(1.2, 3.0, len(COSTS))[:, None, None] * rng.exponential(1.0, (POPULATION, 1))
+  logits = 2.5 * (np.eye(CLASSES)[labels] * strength + 0.45 * rng.normal(size=(len(COSTS), POPULATION, CLASSES)))
+  right = logits.argmax(-1) == labels
+  losses = (right[-1] & ~right).astype(float)
+  return World(logits, labels, confidences(logits, 'max_prob', np.ones(len(COSTS))), losses)
+
+
+def marginal(_: World, tested: World) -> tuple[Any, Any]:
+  """Thresholds with the promise, and of the plug-in."""
+  plain = risk._last_within(tested.ranks, tested.losses, EPSILON * len(tested.labels))
+  return tuple(
+    shared_thresholds(each, len(COSTS)) for each in (risk.ltt(tested.ranks, tested.losses, EPSILON, DELTA), plain)
+  )
+
+
+def by_class(_: World, tested: World) -> tuple[Any, Any]:
+  """Thresholds with the promise, and of the plug-in."""
+  sure, few = risk.ltt_by_class(tested.ranks, tested.losses, tested.labels, EPSILON, DELTA)
+  assert not few
+  groups = [tested.take(np.flatnonzero(tested.labels == each)) for each in range(CLASSES)]
+  plain = max(risk._last_within(each.ranks, each.losses, EPSILON * len(each.labels)) for each in groups)
+  return tuple(shared_thresholds(each, len(COSTS)) for each in (sure, plain))
+
+
+def selective(reference: World, tested: World) -> tuple[Any, Any]:
+  """Thresholds with the promise, and of the plug-in."""
+  path = risk.selective_path(reference.ranks, reference.losses, EPSILON, DELTA)
+  within = [each for each in path if max(_early_risks(tested, each)) <= EPSILON]
+  plain = min(within, key=lambda each: _cost(tested, each)) if within else shared_thresholds(np.inf, len(COSTS))
+  return risk.ltt_selective(tested.ranks, tested.losses, path, EPSILON, DELTA), plain
+
+
+def _taken(world: World, thresholds: np.ndarray) -> np.ndarray:
+  return exits_taken(world.ranks, thresholds)
+
+
+def _cost(world: World, thresholds: np.ndarray) -> float:
+  return float(COSTS[_taken(world, thresholds)].mean())
+
+
+def _lost(world: World, thresholds: np.ndarray) -> np.ndarray:
+  taken = _taken(world, thresholds)
+  return world.losses[taken, np.arange(len(taken))]
+
+
+def _early_risks(world: World, thresholds: np.ndarray) -> list[float]:
+  taken, lost = _taken(world, thresholds), _lost(world, thresholds)
+  return [lost[taken == k].mean() if (taken == k).any() else 0.0 for k in range(len(COSTS) - 1)]
+
+
+def _class_risks(world: World, thresholds: np.ndarray) -> list[float]:
+  lost = _lost(world, thresholds)
+  return [float(lost.mean()), *(lost[world.labels == each].mean() for each in range(CLASSES))]
+
+
+RISKS: dict[str, tuple[str, Callable, Callable]] = {
+  'marginal': ('`--risk`, of all images', marginal, lambda world, at: [_lost(world, at).mean()]),
+  'selective': ('`--risk-of=selective`, at every early exit', selective, _early_risks),
+  'class': ('`--risk-of=class`, of every class', by_class, _class_risks),
+}
+
+
+def simulate_risks(world: World, kind: str, draws: int, seed: int) -> dict[str, Any]:
+  """How often a risk is above its limit, and the mean cost, with the promise and with the plug-in."""
+  _, choose, risks = RISKS[kind]
+  broken, costs = np.zeros((draws, 2), bool), np.zeros((draws, 2))
+  for draw, (reference, tested) in enumerate(_draws(world, draws, seed)):
+    for place, thresholds in enumerate(choose(reference, tested)):
+      broken[draw, place] = max(risks(world, thresholds)) > EPSILON
+      costs[draw, place] = _cost(world, thresholds)
+  return {
+    'promise': f'{RISKS[kind][0]}: at most {100 * EPSILON:g} %, with probability {1 - DELTA:g}',
+    'limit': DELTA,
+    **_named(broken.mean(axis=0), 'broken', 'plug_in_broken'),
+    **_named(costs.mean(axis=0), 'cost', 'plug_in_cost'),
+    'cost_of': 'multiply-adds, share of the last exit',
+  }
+
+
+def simulate_rejection(world: World, draws: int, seed: int) -> dict[str, Any]:
+  """How often more of the answers are wrong than promised, and the share that is unknown."""
+  thresholds = shared_thresholds(2.5, len(COSTS))
+  everything = _leaving(world, thresholds)
+  broken, unknown = np.zeros((draws, 2), bool), np.zeros((draws, 2))
+  for draw, (reference, tested) in enumerate(_draws(world, draws, seed)):
+    images = _leaving(tested, thresholds)
+    for place, at in enumerate(
+      (
+        promises.choose_rejection(_leaving(reference, thresholds), images, EPSILON, DELTA),
+        _plug_in_rejection(images),
+      )
+    ):
+      given = everything.early | (everything.confidence >= (np.inf if at is None else at))
+      unknown[draw, place] = 1.0 if at is None else 1 - given.mean()
+      broken[draw, place] = at is not None and everything.wrong[given].mean() > EPSILON
+  return {
+    'promise': f'`--reject`: at most {100 * EPSILON:g} % of the answers wrong, with probability {1 - DELTA:g}',
+    'limit': DELTA,
+    **_named(broken.mean(axis=0), 'broken', 'plug_in_broken'),
+    **_named(unknown.mean(axis=0), 'cost', 'plug_in_cost'),
+    'cost_of': 'images that are unknown',
+  }
+
+
+def _plug_in_rejection(images: promises.Leaving) -> float | None:
+  levels = np.unique(images.confidence[~images.early])[::-1]
+  wrong, given = promises._answered(images, levels)
+  fits = np.flatnonzero(wrong <= EPSILON * given)
+  return float(levels[fits[-1]]) if len(fits) else None
+
+
+def _leaving(world: World, thresholds: np.ndarray) -> promises.Leaving:
+  taken = _taken(world, thresholds)
+  wrong = world.logits[taken, np.arange(len(taken))].argmax(-1) != world.labels
+  return promises.Leaving(taken < len(COSTS) - 1, world.ranks[-1], wrong)
+
+
+def simulate_sets(world: World, draws: int, seed: int) -> list[dict[str, Any]]:
+  """How often a set lacks the right class: at the exit that is taken, the worst exit, and at any of all exits."""
+  thresholds = shared_thresholds(1.0, len(COSTS))  # Low: early exits are wrong too often for sets of one class.
+  everything, rows = _labeled(world, thresholds), np.arange(POPULATION)
+  missed, sizes, at_exits, anywhere, any_sizes = [], [], [], [], []
+  for reference, tested in _draws(world, draws, seed):
+    sets = promises.choose_sets(_labeled(reference, thresholds), _labeled(tested, thresholds), COVERAGE)
+    scores = np.stack([set_scores(each, sets['penalty'], sets['free']) for each in everything.probabilities])
+    limits = np.array([np.inf if limit is None else limit for limit in sets['limits']])
+    held = scores[everything.taken, rows] <= limits[everything.taken][:, None]
+    lacks = ~held[rows, everything.labels]
+    missed.append(lacks.mean())
+    at_exits.append([lacks[everything.taken == k].mean() for k in range(len(COSTS))])
+    sizes.append(held.sum(-1).mean())
+    inside = scores <= sets['anytime']
+    anywhere.append((~inside[:, rows, everything.labels]).any(axis=0).mean())
+    any_sizes.append(inside.all(axis=0).sum(-1).mean())
+  worst = int(np.argmax(np.mean(at_exits, axis=0)))
+  share = f'{100 * COVERAGE:g} %'
+  row = {'limit': 1 - COVERAGE, 'cost_of': f'classes in a set, of {CLASSES}'}
+  return [
+    row | {'promise': f'`--coverage`: the set holds the right class, {share}'} | _missed(missed, sizes),
+    row
+    | {'promise': f'`--coverage`, among the images of each exit, {share} (the worst)'}
+    | _missed(np.array(at_exits)[:, worst], sizes),
+    row | {'promise': f'`anytime_sets`: all sets of an image hold it, {share}'} | _missed(anywhere, any_sizes),
+  ]
+
+
+def _missed(missed: Any, sizes: Any) -> dict[str, float]:
+  return {
+    'broken': float(np.mean(missed)),
+    'error': float(np.std(missed) / np.sqrt(len(missed))),
+    'cost': float(np.mean(sizes)),
+  }
+
+
+def _labeled(world: World, thresholds: np.ndarray) -> promises.Labeled:
+  probabilities = np.stack([softmax(logits, 1.0) for logits in world.logits])
+  return promises.Labeled(probabilities, world.labels, _taken(world, thresholds))
+
+
+def _draws(world: World, draws: int, seed: int):
+  rng = np.random.default_rng(seed)
+  for _ in range(draws):
+    rows = rng.integers(0, POPULATION, HELD_OUT)
+    yield world.take(rows[: HELD_OUT // 2]), world.take(rows[HELD_OUT // 2 :])
+
+
+def _named(values: np.ndarray, *names: str) -> dict[str, float]:
+  return dict(zip(names, values.tolist(), strict=True))
+
+
+def allowed(row: dict[str, Any], draws: int) -> float:
+  """The most that a simulation of a promise that holds may find: its limit and three standard errors."""
+  return row['limit'] + 3 * row.get('error', np.sqrt(row['limit'] * (1 - row['limit']) / draws))
+
+
+def simulate(draws: int) -> dict[str, Any]:
+  """All promises: `draws`, and `rows` with what each promised, how often it was broken, and what it costs."""
+  world = make_world()
+  rows = [simulate_risks(world, kind, draws, seed) for seed, kind in enumerate(RISKS)]
+  rows += [simulate_rejection(world, draws, 10), *simulate_sets(world, min(draws, 200), 11)]
+  return {'draws': draws, 'held_out': HELD_OUT, 'population': POPULATION, 'rows': rows}
+
+
+def table(found: dict[str, Any]) -> str:
+  """The rows as Markdown."""
+  lines = [
+    '| promise | broken | at most | cost | without a test: broken, cost |',
+    '|---|---|---|---|---|',
+  ]
+  for row in found['rows']:
+    plain = '' if 'plug_in_broken' not in row else f'{_percent(row["plug_in_broken"])}, {_amount(row, "plug_in_cost")}'
+    most = _percent(allowed(row, found['draws']))
+    lines.append(f'| {row["promise"]} | {_percent(row["broken"])} | {most} | {_amount(row, "cost")} | {plain} |')
+  return '\n'.join(lines) + '\n'
+
+
+def _percent(share: float) -> str:
+  return f'{100 * share:.1f} %'
+
+
+def _amount(row: dict[str, Any], name: str) -> str:
+  kind = row['cost_of']
+  if kind.startswith('classes'):
+    return f'{row[name]:.2f} {kind}'
+  short = 'of the multiply-adds' if kind.startswith('multiply') else 'unknown'
+  return f'{100 * row[name]:.1f} % {short}'
+
+
+def with_table(page: str, found: dict[str, Any]) -> str:
+  """The page with the table in place of the one that it has."""
+  before, _, rest = page.partition(BEFORE)
+  _, _, after = rest.partition(AFTER)
+  return f'{before}{BEFORE}\n{table(found)}\n{AFTER}{after}'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--draws', type=int, default=1000)
+  parser.add_argument('--table', action='store_true', help='only write the table')
+  given = parser.parse_args(argv)
+  if not given.table:
+    RESULTS.write_text(json.dumps(simulate(given.draws), indent=1) + '\n')
+  found = json.loads(RESULTS.read_text())
+  PAGE.write_text(with_table(PAGE.read_text(), found))
+  print(table(found), end='')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,106 @@
+"""`--reject` and `--coverage`: calibrates what a plan promises about its answers, and measures it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from paranet_jax.calibrate.flags import Request
+from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.logits import Outputs
+from paranet_jax.early.policies.risk import images_needed_ltt
+from paranet_jax.early.promises import Labeled, Leaving, choose_rejection, choose_sets, images_needed
+from paranet_jax.early.scores import confidences, to_score
+from paranet_jax.early.thresholds import exits_taken
+from paranet_jax.host.errors import UserError
+from paranet_jax.portable.run import set_scores, softmax
+
+
+def with_promises(
+  plan: ExitPlan, request: Request, rest: Outputs, promised: Outputs, thresholds: Float[np.ndarray, ' K']
+) -> ExitPlan:
+  """The plan with its `reject` and its `sets`, see `early.promises`.
+
+  Args:
+    rest: on which temperatures and thresholds were chosen.
+    promised: other images.
+    thresholds: on the confidence scale.
+
+  Raises:
+    UserError: too few images, or too many errors at early exits.
+  """
+  count = len(promised.labels)
+  if request.reject is not None:
+    reference, tested = (_leaving(plan, outputs, thresholds) for outputs in (rest, promised))
+    at = choose_rejection(reference, tested, request.reject, request.delta)
+    if at is None:
+      raise UserError(_unpromised(request, plan, tested))
+    known = math.isfinite(at)
+    reject = {'risk': request.reject, 'delta': request.delta, 'confidence_threshold': at if known else None}
+    reject['threshold'] = float(to_score(at, plan.score)) if known else None
+    plan = dataclasses.replace(plan, reject=reject)
+  if request.coverage is not None:
+    if count < (needed := images_needed(request.coverage)):
+      raise UserError(
+        f'a coverage of {request.coverage:g} needs {needed:,} held-out images of its own, half of all, found '
+        f'{count:,}; exits.json is unchanged; lower --coverage, or hold out more images in a new run'
+      )
+    sets = choose_sets(*(_labeled(plan, outputs, thresholds) for outputs in (rest, promised)), request.coverage)
+    plan = dataclasses.replace(plan, sets=sets)
+  return plan
+
+
+def measured_promises(plan: ExitPlan, outputs: Outputs, thresholds: Float[np.ndarray, ' K']) -> dict[str, Any]:
+  """What the promises of a plan come to on a split.
+
+  Returns:
+    With `reject`: `answered`, the share of the images, and `answered_error`, that of errors among them (None: none is
+    answered). With `sets`: `covered`, the share of the sets that hold the right class, `exit_covered` [K], the same
+    among those that leave at each exit (None: none does), and `set_size`, the mean number of classes.
+  """
+  found: dict[str, Any] = {}
+  if plan.reject:
+    images, at = _leaving(plan, outputs, thresholds), plan.reject['confidence_threshold']
+    answered = images.early | (images.confidence >= (math.inf if at is None else at))
+    found['answered'] = float(answered.mean())
+    found['answered_error'] = float(images.wrong[answered].mean()) if answered.any() else None
+  if plan.sets:
+    images = _labeled(plan, outputs, thresholds)
+    rows = np.arange(len(images.labels))
+    scores = set_scores(images.probabilities[images.taken, rows], plan.sets['penalty'], plan.sets['free'])
+    limits = np.array([math.inf if limit is None else limit for limit in plan.sets['limits']])
+    sets = scores <= limits[images.taken][:, None]
+    covered, at_exit = sets[rows, images.labels], [images.taken == k for k in range(len(plan.exits))]
+    found['covered'], found['set_size'] = float(covered.mean()), float(sets.sum(-1).mean())
+    found['exit_covered'] = [float(covered[here].mean()) if here.any() else None for here in at_exit]
+  return found
+
+
+def _leaving(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> Leaving:
+  ranks = confidences(outputs.logits, plan.score, plan.temperatures)
+  taken = exits_taken(ranks, thresholds)
+  predictions = outputs.logits[taken, np.arange(len(taken))].argmax(-1)
+  return Leaving(taken < len(plan.exits) - 1, ranks[-1], predictions != outputs.labels)
+
+
+def _labeled(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> Labeled:
+  probabilities = [softmax(logits, each) for logits, each in zip(outputs.logits, plan.temperatures, strict=True)]
+  taken = exits_taken(confidences(outputs.logits, plan.score, plan.temperatures), thresholds)
+  return Labeled(np.stack(probabilities), outputs.labels, taken)
+
+
+def _unpromised(request: Request, plan: ExitPlan, tested: Leaving) -> str:
+  assert request.reject is not None
+  count, needed = len(tested.early), images_needed_ltt(request.reject, request.delta)
+  if count < needed:
+    why = f'it would need {needed:,} of its own, half of all'
+  elif (early := tested.early).any() and (error := tested.wrong[early].mean()) > request.reject:
+    why = f'of those that leave before exit {plan.exits[-1]}, {100 * error:.1f} % are wrong'
+  else:
+    why = 'the surest answers are wrong too often'
+  return (
+    f'an error of {request.reject:g} among the answers cannot be promised from {count:,} held-out images: {why}; '
+    'exits.json is unchanged; raise --reject, let fewer images leave early, or hold out more images in a new run'
+  )
