@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +25,13 @@ from paranet_jax.early.policies import risk
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import exits_taken
-from paranet_jax.portable.run import set_scores, softmax
+from paranet_jax.portable.run import Watch, set_scores, softmax
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / 'benchmarks/results/guarantees.json', REPO / 'docs/guarantees.md'
 BEFORE, AFTER = '<!-- made by benchmarks/guarantees.py --table -->\n', '<!-- end -->\n'
 EPSILON, DELTA, COVERAGE = 0.05, 0.1, 0.9
+ALPHA, STREAM = 0.01, 2560
 POPULATION, HELD_OUT, CLASSES = 20_000, 1_000, 5
 COSTS = np.array([1.00, 3.62, 13.45]) / 13.45
 """Of the exits of pretrained/, as shares of the last one's."""
@@ -215,6 +217,40 @@ def _labeled(world: World, thresholds: np.ndarray) -> promises.Labeled:
   return promises.Labeled(probabilities, world.labels, _taken(world, thresholds))
 
 
+def simulate_watch(world: World, runs: int, seed: int) -> dict[str, Any]:
+  """How often the watch alarms in a run of `STREAM` images like those that calibration saw."""
+  thresholds = shared_thresholds(2.5, len(COSTS))
+  taken = _taken(world, thresholds)
+  probabilities = softmax(world.logits[taken, np.arange(POPULATION)], 1.0)
+  tops, classes = probabilities.max(-1).astype(float), probabilities.argmax(-1)
+  edges = [np.quantile(tops[taken == k], np.arange(1, 10) / 10) for k in range(len(COSTS))]
+  places = np.array([np.searchsorted(edges[k], top, side='right') for k, top in zip(taken, tops, strict=True)])
+  rows = list(zip((taken + 1).tolist(), tops.tolist(), classes.tolist(), strict=True))
+  rng, alarms = np.random.default_rng(seed), 0
+  numbers = tuple(range(1, len(COSTS) + 1))
+  for _ in range(runs):
+    known = rng.integers(0, POPULATION, HELD_OUT)
+    seen = {
+      'images': HELD_OUT,
+      'edges': [each.tolist() for each in edges],
+      'counts': [np.bincount(places[known[taken[known] == k]], minlength=10).tolist() for k in range(len(COSTS))],
+      'classes': np.bincount(classes[known], minlength=CLASSES).tolist(),
+      'wrong': None,
+    }
+    bundle = SimpleNamespace(_seen=seen, _identity=[], exits=numbers, macs=dict.fromkeys(numbers, 1))
+    watch = Watch(bundle, alpha=ALPHA)
+    watch.add([rows[row] for row in rng.integers(0, POPULATION, STREAM).tolist()])
+    alarms += watch.alarm is not None
+  return {
+    'promise': f'`--watch`: an alarm in a run without a change, {100 * ALPHA:g} % ({runs:,} runs of {STREAM:,} images)',
+    'limit': ALPHA,
+    'draws': runs,
+    'broken': alarms / runs,
+    'cost': None,
+    'cost_of': 'see below',
+  }
+
+
 def _draws(world: World, draws: int, seed: int):
   rng = np.random.default_rng(seed)
   for _ in range(draws):
@@ -228,6 +264,7 @@ def _named(values: np.ndarray, *names: str) -> dict[str, float]:
 
 def allowed(row: dict[str, Any], draws: int) -> float:
   """The most that a simulation of a promise that holds may find: its limit and three standard errors."""
+  draws = row.get('draws', draws)
   return row['limit'] + 3 * row.get('error', np.sqrt(row['limit'] * (1 - row['limit']) / draws))
 
 
@@ -236,6 +273,7 @@ def simulate(draws: int) -> dict[str, Any]:
   world = make_world()
   rows = [simulate_risks(world, kind, draws, seed) for seed, kind in enumerate(RISKS)]
   rows += [simulate_rejection(world, draws, 10), *simulate_sets(world, min(draws, 200), 11)]
+  rows.append(simulate_watch(world, 10 * draws, 12))
   return {'draws': draws, 'held_out': HELD_OUT, 'population': POPULATION, 'rows': rows}
 
 
@@ -258,6 +296,8 @@ def _percent(share: float) -> str:
 
 def _amount(row: dict[str, Any], name: str) -> str:
   kind = row['cost_of']
+  if row[name] is None:
+    return kind
   if kind.startswith('classes'):
     return f'{row[name]:.2f} {kind}'
   short = 'of the multiply-adds' if kind.startswith('multiply') else 'unknown'

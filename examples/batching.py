@@ -9,6 +9,7 @@ full queue should take.
 import dataclasses
 import math
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -149,6 +150,8 @@ class Scheduler:
     capacity: int,
     batch: int,
     clock: Callable[[], float] = time.perf_counter,
+    watch: Any = None,
+    safe: bool = False,
   ):
     """
     Args:
@@ -156,7 +159,10 @@ class Scheduler:
       bundle: what it loaded.
       batch: most images per run of a stage.
       clock: for arrivals and deadlines, in seconds.
+      watch: the runtime's `Watch`, which sees all answers but those that a deadline or a budget may have changed.
+      safe: after an alarm of the watch, no image exits early.
     """
+    self.watch, self._safe = watch, safe
     self._runtime, self._bundle, self._timings = runtime, bundle, timings
     self._capacity, self._batch, self._clock = capacity, batch, clock
     self._patience = 2 * timings.all_stages(batch) * math.ceil(capacity / batch)
@@ -165,6 +171,7 @@ class Scheduler:
     self._next = dict(zip(timings.visited, timings.visited[1:], strict=False))
     self._arriving: list[Waiting] = []
     self._pace = Pace(timings, batch)
+    self._seen: list[tuple[int, float, int]] = []
     self._changed, self._closing = threading.Condition(), False
     self._thread = threading.Thread(target=self._work, name='stages', daemon=True)
     self.runs = {number: Runs() for number in timings.visited}
@@ -267,6 +274,8 @@ class Scheduler:
       while self.step():
         pass
       if closing:
+        if self.watch:
+          self._watched()
         return
 
   def _waiting(self) -> list[Waiting]:
@@ -317,21 +326,49 @@ class Scheduler:
       label = None if unknown[row] else int(found.labels[row])
       sample.reached = label, float(found.probabilities[row].max()), number, held[row]
       if leave[row] or number == sample.last:
+        if self.watch and self._is_free(sample):
+          probabilities = found.probabilities[row]
+          self._seen.append((number, float(probabilities.max()), int(probabilities.argmax())))
         self._answer(sample)
       else:  # A list of rows copies them; a view would keep the whole batch in memory.
         sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
         self._pools[sample.number].append(sample)
+    if len(self._seen) >= self.watch.BLOCK if self.watch else False:
+      self._watched()
+
+  def _watched(self) -> None:
+    """Shows the watch what was answered. A watch that fails is given up; images are answered as before."""
+    seen, self._seen = self._seen, []
+    try:
+      before = self.watch.alarm
+      self.watch.add(seen)
+      if self._closing:
+        self.watch.flush()
+    except Exception as error:  # The state cannot be written.
+      print(f'the watch ends: {error}', file=sys.stderr, flush=True)
+      self.watch = None
+      return
+    if self.watch.alarm and not before:
+      self.on_alarm()
+
+  def on_alarm(self) -> None:
+    """Says that the watch has alarmed, and lets no image exit early if that was asked for."""
+    print(self.watch.line(), file=sys.stderr, flush=True)
+    if self._safe:
+      self._bundle = self._bundle.safe()
+
+  def _is_free(self, sample: Waiting) -> bool:
+    """Whether its request has neither a deadline nor a budget."""
+    return sample.last == self._timings.visited[-1] and sample.deadline == math.inf and not sample.hurried
 
   def _sets(self, found: Any, chosen: Sequence[Waiting]) -> list[list[int] | None]:
     """The set of each answer, as is valid under the deadline or budget of its request."""
     if getattr(self._bundle, 'coverage', None) is None:
       return [None] * len(chosen)
     calibrated, capped = (self._bundle.sets(found, any_exit) for any_exit in (False, True))
-    last = self._timings.visited[-1]
-    free = [sample.last == last and sample.deadline == math.inf and not sample.hurried for sample in chosen]
     return [
-      self._runtime.ranked_classes((calibrated if whole else capped)[row], found.probabilities[row])
-      for row, whole in enumerate(free)
+      self._runtime.ranked_classes((calibrated if self._is_free(sample) else capped)[row], found.probabilities[row])
+      for row, sample in enumerate(chosen)
     ]
 
   def _carried(self, chosen: Sequence[Waiting]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -66,6 +66,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--cors', metavar='ORIGIN', type=_origin, action='append', default=[], help='Site whose pages may call it.')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
   add('--threads', type=int, default=0, help='Per stage (default and maximum: one per core).')
+  add('--watch', type=Path, metavar='STATE.json', help='Test whether answers still look as in calibration.')
+  add('--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch (default: 0.01).')
+  add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
   return parser.parse_args(argv)
 
 
@@ -124,6 +127,7 @@ def _serve(given: argparse.Namespace) -> None:
     bundle = runtime.load(given.bundle, given.provider, given.threads)
   except runtime.BundleError as error:
     raise UserError(str(error)) from error
+  watch = _watch(runtime, bundle, given)
   listening = _listen(given.host, given.port)
   batch = min(given.batch, given.queue)
   try:
@@ -132,7 +136,9 @@ def _serve(given: argparse.Namespace) -> None:
     listening.close()
     reason = str(error) or type(error).__name__
     raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
-  scheduler = Scheduler(runtime, bundle, timings, given.queue, batch)
+  scheduler = Scheduler(runtime, bundle, timings, given.queue, batch, watch=watch, safe=given.on_drift == 'safe')
+  if watch and watch.alarm:
+    scheduler.on_alarm()
   uploads = Uploads(given.max_bytes, given.queue)
   scaling = getattr(bundle, 'scaling', None)  # The run.py of older bundles knows one way only.
   decoders = Decoders(runtime, bundle.image_shape, given.max_pixels, given.max_decoding, scaling)
@@ -153,6 +159,18 @@ def _serve(given: argparse.Namespace) -> None:
   for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again once it has stopped.
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   server.run(sockets=[listening])
+
+
+def _watch(runtime: ModuleType, bundle: Any, given: argparse.Namespace) -> Any:
+  """The watch that the flags ask for; None: none."""
+  if given.watch is None:
+    return None
+  if not hasattr(runtime, 'Watch'):
+    raise UserError(f'expected a run.py with a watch in {given.bundle}, found an older one; export the run again')
+  try:
+    return runtime.Watch(bundle, given.watch, given.alpha)
+  except runtime.BundleError as error:
+    raise UserError(str(error)) from error
 
 
 def _load_runtime(folder: Path) -> ModuleType:

@@ -238,7 +238,10 @@ def make_app(
   @app.get('/healthz')
   async def healthz() -> Response:
     alive = scheduler.alive()
-    return JSONResponse({'status': 'ok'}) if alive else _refusal(503, 'the thread of the stages has ended')
+    if not alive:
+      return _refusal(503, 'the thread of the stages has ended')
+    drift = scheduler.watch.line() if scheduler.watch and scheduler.watch.alarm else None
+    return JSONResponse({'status': 'degraded', 'drift': drift} if drift else {'status': 'ok'})
 
   @app.get('/metrics')
   async def metrics() -> Response:
@@ -280,6 +283,10 @@ def metric_lines(predictor: Predictor, scheduler: Scheduler) -> Iterator[str]:
     seconds |= {f'_sum{{exit="{number}"}}': run.seconds, f'_count{{exit="{number}"}}': run.count}
   yield from _metric('stage_batch_images', 'summary', batches)
   yield from _metric('stage_seconds', 'summary', seconds)
+  if watch := scheduler.watch:
+    yield from _metric('drift', 'gauge', {'': int(watch.alarm is not None)})
+    yield from _metric('drift_evidence', 'gauge', {'': watch.evidence})
+    yield from _metric('watched_images_total', 'counter', {'': watch.images})
 
 
 def _metric(name: str, kind: str, values: dict[str, float]) -> Iterator[str]:

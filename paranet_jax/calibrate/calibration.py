@@ -25,7 +25,7 @@ from paranet_jax.calibrate.measures import (
   summarize,
   without_labels,
 )
-from paranet_jax.calibrate.promises import measured_promises, with_promises
+from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import (
@@ -141,7 +141,8 @@ def calibrate(request: Request, command: str) -> Calibrated:
   splits |= {'promises': len(promised.labels)} if promised else {}
   if not dataset.labeled:
     expected, tested = without_labels(expected), without_labels(tested)
-  plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits)
+  seen = what_was_seen(plan, chosen, test, choice.thresholds, dataset.labeled)
+  plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen)
   repair_dataset_facts(request.workdir, dataset)
   save_plan(request.workdir, plan)
   return Calibrated(plan, subject, chosen, test, choice.problem)

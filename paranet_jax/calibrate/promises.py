@@ -78,6 +78,47 @@ def measured_promises(plan: ExitPlan, outputs: Outputs, thresholds: Float[np.nda
   return found
 
 
+def what_was_seen(
+  plan: ExitPlan, binned: Outputs, counted: Outputs, thresholds: Float[np.ndarray, ' K'], labeled: bool
+) -> dict[str, Any]:
+  """`seen` of exits.json.
+
+  Args:
+    binned: images that decide the bins, so that the counts of others are exchangeable with those of later images.
+    counted: images on which nothing was chosen.
+    thresholds: on the confidence scale.
+    labeled: whether labels are right classes.
+  """
+  edges = []
+  taken, tops, _ = _answers(plan, binned, thresholds)
+  for k in range(len(plan.exits)):
+    here = tops[taken == k]
+    bins = min(_BINS, len(here) // _LEAST_IN_BIN)
+    edges.append(np.unique(np.quantile(here, np.arange(1, bins) / bins).round(6)).tolist() if bins > 1 else [])
+  taken, tops, labels = _answers(plan, counted, thresholds)
+  places = [np.searchsorted(each, tops[taken == k], side='right') for k, each in enumerate(edges)]
+  return {
+    'images': len(labels),
+    'edges': edges,
+    'counts': [np.bincount(here, minlength=len(each) + 1).tolist() for here, each in zip(places, edges, strict=True)],
+    'classes': np.bincount(labels, minlength=counted.logits.shape[-1]).tolist(),
+    'wrong': int((labels != counted.labels).sum()) if labeled else None,
+  }
+
+
+_BINS, _LEAST_IN_BIN = 10, 10
+
+
+def _answers(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The exit that each image takes, 0-based, the largest probability there, and its class."""
+  taken = exits_taken(confidences(outputs.logits, plan.score, plan.temperatures), thresholds)
+  logits = outputs.logits[taken, np.arange(len(taken))]
+  tops = np.empty(len(taken))
+  for k, temperature in enumerate(plan.temperatures):
+    tops[taken == k] = softmax(logits[taken == k], temperature).max(-1) if (taken == k).any() else 0
+  return taken, tops, logits.argmax(-1)
+
+
 def _leaving(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> Leaving:
   ranks = confidences(outputs.logits, plan.score, plan.temperatures)
   taken = exits_taken(ranks, thresholds)

@@ -71,6 +71,9 @@ class ExitPlan:
     reject: which images are unknown at the last exit: `risk` and `delta` that are promised, `confidence_threshold`, and
       `threshold`, the same on the score's scale (None: all of them); None: every image is answered.
     sets: limits of sets of classes, see `promises.choose_sets`; None: there are none.
+    seen: what the answers to the test images look like, for `run.Watch`; None: not known. `images`; `edges` [K], of
+      bins of the largest probability at each exit; `counts` [K] of the images that leave there in each bin; `classes`,
+      how many got each class; `wrong`, how many got a wrong one, None without labels.
   """
 
   name: str
@@ -95,6 +98,7 @@ class ExitPlan:
   provenance: dict[str, Any] | None = None
   reject: dict[str, Any] | None = None
   sets: dict[str, Any] | None = None
+  seen: dict[str, Any] | None = None
 
   @property
   def checkpoint(self) -> CheckpointId:

@@ -273,6 +273,13 @@ class Adaptive:
     other.visited, other.as_calibrated = visited, self.as_calibrated and visited == self.visited
     return other
 
+  def safe(self) -> Adaptive:
+    """The same network where no image exits early: all answers are those of the last exit."""
+    other = copy.copy(self)
+    other.as_calibrated = False
+    other.thresholds = self.thresholds | dict.fromkeys(self.visited[:-1])
+    return other
+
   def predict(self, images: Any) -> Predictions:
     """Predicts a batch of any size, 0 included.
 
@@ -433,6 +440,8 @@ class Adaptive:
     self.macs = dict(zip(self.exits, plan['macs'], strict=True))
     self._temperatures = dict(zip(self.exits, plan['temperatures'], strict=True))
     self._reject, self._sets, self.as_calibrated = plan.get('reject'), plan.get('sets'), True
+    self._seen = plan.get('seen')
+    self._identity = [list(plan[name]) for name in ('confidence_thresholds', 'temperatures')]
 
   @property
   def rejects(self) -> bool:
@@ -565,6 +574,314 @@ class Adaptive:
       carried, _ = self._run(self._all_stages[number], carried)
       seconds.append(time.perf_counter() - started)
     return seconds
+
+
+class Drift(NamedTuple):
+  """Why a `Watch` alarmed. images: seen until then. test: 'answers', or 'errors' where labels were recorded.
+
+  shares: of the recent images that took each exit, by exit number; macs: their mean multiply-adds.
+  """
+
+  images: int
+  test: str
+  shares: dict[int, float]
+  macs: float
+
+
+class Watch:
+  """Tests, image by image and without labels, whether the answers still look like those of calibration.
+
+  What is tested is that the answers to the test images of calibration (`seen` of exits.json) and those since then are
+  exchangeable: in which exit images leave with how large a probability, and which classes they get. Each answer gets a
+  p-value, its rank among all answers before; if nothing has changed, these are independent and uniform, however few
+  images calibration saw (conformal prediction: Vovk, Nouretdinov and Gammerman, "Testing Exchangeability On-Line",
+  2003). A gambler bets against that with a capital of 1 by what the last p-values were. An alarm is a capital of
+  2 / alpha. By Ville's inequality the probability that this ever happens, in a run of any length, is at most alpha / 2
+  if nothing changes, and as much is left for `record`, which tests in the same way whether answers are as often wrong.
+  So false alarms have a probability of alpha, over the draw of the test images and of all images since.
+
+  Part of the capital is kept for changes that come late. Images are tested in blocks of up to `BLOCK`. Nothing is
+  tested any more after an alarm, until the bundle is calibrated again or the state is removed.
+
+  Attributes:
+    images: seen so far, of which `labeled` have been recorded.
+    alarm: None, until there is one.
+  """
+
+  BLOCK, SAVED_EVERY = 128, 1024
+
+  def __init__(self, bundle: Adaptive, path: str | os.PathLike[str] | None = None, alpha: float = 0.01):
+    """Continues from the state in a file, if there is one.
+
+    Args:
+      bundle: that answers as calibrated.
+      path: of the state, a JSON file; None: nothing is kept.
+      alpha: probability of a false alarm, between 0 and 1.
+
+    Raises:
+      BundleError: exits.json does not say what calibration saw, or the state is damaged, belongs to other exits or
+        cannot be written.
+    """
+    seen = bundle._seen
+    if seen is None:
+      raise BundleError('expected what calibration saw in exits.json, found none; calibrate and export the run again')
+    if not 0 < alpha < 1:
+      raise BundleError(f'expected an alpha between 0 and 1, found {alpha}; set --alpha')
+    self.path, self.alpha, self.images, self.labeled, self.alarm = path and Path(path), alpha, 0, 0, None
+    self._exits, self._macs = bundle.exits, np.array([bundle.macs[number] or 0 for number in bundle.exits], np.float64)
+    self._edges = [np.array(each, np.float64) for each in seen['edges']]
+    self._first = np.cumsum([0, *(len(each) + 1 for each in self._edges[:-1])])
+    rng, classes = np.random.default_rng(0), np.array(seen['classes'])
+    orders = [rng.permutation(len(classes)) for _ in range(_CLASS_ORDERS)]
+    deep = np.concatenate([np.array(each) for each in seen['counts']])
+    self._orders = [np.arange(len(deep)), *orders]
+    self._answers = _Gambler([deep, *(_reordered(classes, order) for order in orders)])
+    wrong = seen['wrong']
+    self._errors = None if wrong is None else _Gambler([np.array([seen['images'] - wrong, wrong])])
+    self._recent = np.zeros(len(self._exits))
+    self._pending: list[tuple[int, float, int]] = []
+    self._pending_errors: list[int] = []
+    self._last: int | None = None
+    self._saved = 0
+    self._identity = hashlib.sha256(json.dumps([seen, alpha, bundle._identity]).encode()).hexdigest()[:16]
+    if self.path:
+      self._restore(self.path)
+      self.save()
+
+  def see(self, answers: Predictions) -> None:
+    """Sees the answers of the bundle, in the order given. Those that a deadline or budget forced do not count."""
+    tops = answers.probabilities.max(-1).tolist()
+    self.add(zip(answers.exits.tolist(), tops, answers.probabilities.argmax(-1).tolist(), strict=True))
+
+  def add(self, answers: Any) -> None:
+    """Sees answers: exit, largest probability and most probable class of each."""
+    if self.alarm:
+      return
+    self._pending += answers
+    if self._pending:
+      self._last = self._pending[-1][2]
+    while len(self._pending) >= self.BLOCK and not self.alarm:
+      self._test(self.BLOCK)
+    if self.images - self._saved >= self.SAVED_EVERY:
+      self.save()
+
+  def record(self, label: int, answer: Prediction | None = None) -> None:
+    """Records the right class of an image, for a test of how often answers are wrong. Unknown images do not count.
+
+    Args:
+      label: the right class.
+      answer: to that image; None: the one that was seen last.
+
+    Raises:
+      BundleError: calibration had no labels.
+      ValueError: no answer was seen yet.
+    """
+    if self._errors is None:
+      raise BundleError('expected errors that calibration saw, found a run without labels; leave out the labels')
+    if answer is None and self._last is None:
+      raise ValueError('expected an answer before its label, found none')
+    if self.alarm or (answer is not None and answer.unknown):
+      return
+    given = self._last if answer is None else answer.label
+    self._pending_errors.append(int(given != label))
+    self.labeled += 1
+    if len(self._pending_errors) >= self.BLOCK:
+      self._test_errors()
+
+  def flush(self) -> None:
+    """Tests what is left of the last block, and saves the state."""
+    if self._pending and not self.alarm:
+      self._test(len(self._pending))
+    if self._pending_errors and not self.alarm:
+      self._test_errors()
+    self.save()
+
+  @property
+  def evidence(self) -> float:
+    """The larger of the two capitals now; an alarm is 2 / alpha."""
+    logs = [self._answers.log_capital, *([self._errors.log_capital] if self._errors else [])]
+    return float(np.exp(min(max(logs), 700.0)))
+
+  def line(self) -> str:
+    """One line on the alarm."""
+    if not self.alarm:
+      return f'no drift in {self.images:,} images'
+    shares = ', '.join(f'exit {number}: {100 * share:.1f} %' for number, share in self.alarm.shares.items())
+    what = 'answers are not wrong as often as' if self.alarm.test == 'errors' else 'answers differ from'
+    return (
+      f'drift: after {self.alarm.images:,} images, {what} those that calibration saw (a false alarm has a '
+      f'probability of at most {self.alpha:g}); lately {shares}, {self.alarm.macs:,.0f} multiply-adds an image; '
+      'look at the images, and calibrate again'
+    )
+
+  def save(self) -> None:
+    """Writes the state, in one step: a reader finds the old or the new one.
+
+    Raises:
+      BundleError: it cannot be written.
+    """
+    if self.path is None:
+      return
+    self._saved = self.images
+    state = {
+      'schema_version': SCHEMA_VERSION,
+      'identity': self._identity,
+      'images': self.images,
+      'labeled': self.labeled,
+      'alarm': self.alarm and self.alarm._asdict(),
+      'recent': self._recent.tolist(),
+      'answers': self._answers.state(),
+      'errors': self._errors and self._errors.state(),
+    }
+    temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
+    try:
+      try:
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self.path)
+      finally:
+        temporary.unlink(missing_ok=True)
+    except OSError as error:
+      raise BundleError(f'{self.path} cannot be written ({error.strerror}); set --watch to another file') from error
+
+  def _restore(self, path: Path) -> None:
+    try:
+      with _open(path) as file:
+        content = file.read(2**26)
+    except FileNotFoundError:
+      return
+    except OSError as error:
+      raise BundleError(f'{path} cannot be read ({error.strerror}); set --watch to another file') from error
+    again = 'remove it to start again, or set --watch to another file'
+    try:
+      state = json.loads(content)
+      if state['identity'] != self._identity:
+        raise BundleError(f'{path} is the state of another bundle, calibration or --alpha; {again}')
+      self.images, self.labeled = int(state['images']), int(state['labeled'])
+      self._recent = np.array(state['recent'], np.float64).reshape(len(self._exits))
+      self._answers.restore(state['answers'])
+      if self._errors:
+        self._errors.restore(state['errors'])
+      if state['alarm']:
+        shares = {int(number): float(share) for number, share in state['alarm']['shares'].items()}
+        self.alarm = Drift(**state['alarm'] | {'shares': shares})
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+      raise BundleError(f'{path} is not the state of a watch; {again}') from error
+
+  def _test(self, count: int) -> None:
+    block, self._pending = self._pending[:count], self._pending[count:]
+    numbers, tops, labels = np.array(block).T
+    exits, classes = np.searchsorted(self._exits, numbers), labels.astype(int)
+    deep = self._first[exits]
+    for k in np.unique(exits):
+      here = exits == k
+      deep[here] += np.searchsorted(self._edges[k], tops[here], side='right')
+    self._recent = self._recent * np.exp(-count / _RECENT) + np.bincount(exits, minlength=len(self._exits))
+    self.images += count
+    self._answers.bet([self._orders[0][deep], *(order[classes] for order in self._orders[1:])])
+    self._check('answers', self._answers)
+
+  def _test_errors(self) -> None:
+    assert self._errors is not None
+    errors, self._pending_errors = np.array(self._pending_errors), []
+    self._errors.bet([errors])
+    self._check('errors', self._errors)
+
+  def _check(self, test: str, gambler: _Gambler) -> None:
+    if gambler.log_capital < np.log(2 / self.alpha):
+      return
+    shares = self._recent / max(self._recent.sum(), 1.0)
+    by_exit = dict(zip(self._exits, np.round(shares, 6).tolist(), strict=True))
+    self.alarm = Drift(self.images, test, by_exit, float(shares @ self._macs))
+    self.save()
+
+
+_CLASS_ORDERS, _RECENT = 2, 500.0
+_BEFORE = np.tri(Watch.BLOCK, k=-1, dtype=bool)
+_P_BINS, _PRIOR, _MEMORIES = 8, 3.0, (100.0, 800.0, 6400.0)
+
+
+def _reordered(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
+  found = np.empty_like(counts)
+  found[order] = counts
+  return found
+
+
+class _Gambler:
+  """A conformal test martingale: capital that has an expectation of 1 at any time if nothing changes.
+
+  It averages the capitals of gamblers that look at one of several orders of categories each, and remember the last
+  p-values for longer or shorter. Each bets the distribution of the p-values that it remembers, in bins, and keeps a
+  reserve, from which it takes 1 / (n log n) before the n-th block: about 1 / (n log^2 n) of the capital is there for a
+  change that comes then.
+  """
+
+  def __init__(self, counts: Sequence[np.ndarray]):
+    """counts: of what calibration saw, by category, for each order."""
+    self._counts = [np.asarray(each, np.float64).copy() for each in counts]
+    shape = len(counts), len(_MEMORIES)
+    self._bins = np.zeros((*shape, _P_BINS))
+    self._active, self._reserve, self._blocks = np.full(shape, np.log(0.5)), float(np.log(0.5)), 0
+    self._decay = np.array(_MEMORIES)
+
+  @property
+  def log_capital(self) -> float:
+    """The logarithm of the mean capital."""
+    capitals = np.logaddexp(self._active, self._reserve)
+    most = capitals.max()
+    return float(most + np.log(np.exp(capitals - most).mean()))
+
+  def bet(self, categories: Sequence[np.ndarray]) -> None:
+    """Bets on a block of images, by their category in each order."""
+    count = len(categories[0])
+    rng = np.random.default_rng((self._blocks, int(self._counts[0].sum())))
+    chance = rng.random((len(categories), count))
+    places = np.empty((len(categories), count), int)
+    before, ones = _BEFORE[:count, :count], np.ones(count, np.float32)
+    for f, (counts, found) in enumerate(zip(self._counts, categories, strict=True)):
+      others, own, known = found.astype(np.int16)[None], found.astype(np.int16)[:, None], np.cumsum(counts)
+      # Products with ones count faster than sums of bools.
+      above = known[-1] - known[found] + ((others > own) & before).astype(np.float32) @ ones
+      equal = counts[found] + ((others == own) & before).astype(np.float32) @ ones + 1
+      ranks = (above + chance[f] * equal) / (known[-1] + np.arange(1, count + 1))
+      places[f] = np.minimum(ranks * _P_BINS, _P_BINS - 1)
+      counts += np.bincount(found, minlength=len(counts))
+    if self._blocks:
+      share = 1 / ((self._blocks + 2) * np.log(self._blocks + 2))
+      self._active = np.logaddexp(self._active, self._reserve + np.log(share))
+      self._reserve += float(np.log1p(-share))
+    self._blocks += 1
+    bets = self._bins + _PRIOR
+    odds = np.log(_P_BINS * bets / bets.sum(-1, keepdims=True))
+    rows = len(categories)
+    hits = np.bincount((places + _P_BINS * np.arange(rows)[:, None]).ravel(), minlength=_P_BINS * rows)
+    hits = hits.reshape(rows, 1, _P_BINS)
+    self._active = self._active + (odds * hits).sum(-1)
+    self._bins = self._bins * np.exp(-count / self._decay)[None, :, None] + hits
+
+  def state(self) -> dict[str, Any]:
+    """What `restore` reads."""
+    return {
+      'counts': [each.tolist() for each in self._counts],
+      'bins': self._bins.tolist(),
+      'active': self._active.tolist(),
+      'reserve': self._reserve,
+      'blocks': self._blocks,
+    }
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Continues from a state. Raises KeyError, TypeError or ValueError if it is none."""
+    counts = [
+      np.array(new, np.float64).reshape(old.shape) for old, new in zip(self._counts, state['counts'], strict=True)
+    ]
+    bins, active = (
+      np.array(state[name], np.float64).reshape(old.shape)
+      for name, old in (('bins', self._bins), ('active', self._active))
+    )
+    numbers = [*counts, bins]
+    if not all(np.isfinite(each).all() and (each >= 0).all() for each in numbers) or not np.isfinite(active).all():
+      raise ValueError('not finite')
+    self._counts, self._bins, self._active = counts, bins, active
+    self._reserve, self._blocks = float(state['reserve']), int(state['blocks'])
 
 
 def _integers(values: np.ndarray, tolerance: float) -> bool:
@@ -887,6 +1204,29 @@ def _are_sets(value: Any, known: Mapping[str, Any]) -> bool:
   )
 
 
+def _are_seen(value: Any, known: Mapping[str, Any]) -> bool:
+  if value is None:
+    return True
+  names = ('images', 'edges', 'counts', 'classes', 'wrong')
+  if not isinstance(value, dict) or not set(names) <= set(value):
+    return False
+  images, edges, counts, classes, wrong = (value[name] for name in names)
+  lists = [edges, counts, classes]
+  if not (_is_count(images, 1) and all(isinstance(each, list) for each in lists)):
+    return False
+  if not len(edges) == len(counts) == len(known['exits']) or len(classes) != known.get('num_classes', len(classes)):
+    return False
+  if not all(isinstance(each, list) for each in (*edges, *counts)):
+    return False
+  return (
+    all(_rises(each) and all(_is_number(edge, most=1) for edge in each) for each in edges)
+    and all(len(each) == len(edge) + 1 and all(map(_is_count, each)) for each, edge in zip(counts, edges, strict=True))
+    and all(map(_is_count, classes))
+    and sum(map(sum, counts)) == sum(classes) == images
+    and (wrong is None or _is_count(wrong, most=images))
+  )
+
+
 PROMISES: dict[str, _Rule] = {
   'reject': (
     _is_reject,
@@ -897,6 +1237,11 @@ PROMISES: dict[str, _Rule] = {
     _are_sets,
     'null, or an object with a coverage between 0 and 1, a penalty of 0 or more, free of 1 or more, and limits of 0 or '
     'more, or null, for each exit and for anytime',
+  ),
+  'seen': (
+    _are_seen,
+    'null, or an object with the number of images, and for each exit increasing edges from 0 to 1 and counts between '
+    'them, counts of classes, and wrong, a count or null, all of that many images',
   ),
 }
 """Fields of exits.json that plans without such promises lack. The rules read `exits` and `score`."""
@@ -1858,7 +2203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     files, left_out = list_images(given.files)
     if left_out:
       _note(printable(left_out_line(left_out)))
-    return _print(_load(given), files, given.deadline_ms, (given.max_pixels, given.max_memory))
+    bundle = _load(given)
+    watching = None if given.watch is None else _Watching(Watch(bundle, given.watch, given.alpha), given.on_drift)
+    return _print(bundle, files, given.deadline_ms, (given.max_pixels, given.max_memory), watching)
   except BundleError as error:
     _note(f'error: {printable(" ".join(str(error).split()))}')
     return 2
@@ -1889,6 +2236,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--deadline-ms', type=_milliseconds, help='Time per image: the best answer by then, whatever the thresholds.')
   add('--threshold', type=float, help='Exit where the score reaches this (default: where calibration chose).')
   add('--budget', type=_count, help='Most multiply-adds per image, such as 5M.')
+  add('--watch', metavar='STATE.json', help='Test whether answers still look as in calibration; keeps its state there.')
+  add(
+    '--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch, however long (default: 0.01).'
+  )
+  add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
   add('--max-pixels', type=_size, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
   add('--max-memory', type=_size, default=MAX_MEMORY, help='Bytes to decode an image, else refuse it (default: 1.07G).')
   return parser.parse_intermixed_args(argv)
@@ -1924,7 +2276,33 @@ def _checked_threshold(threshold: float, score: str) -> float:
   return threshold
 
 
+class _Watching:
+  """A watch of the command: what it prints, and what follows. safe: after an alarm, no image exits early."""
+
+  def __init__(self, watch: Watch, on_drift: str):
+    self._watch, self._safe, self._told = watch, on_drift == 'safe', False
+
+  def bundle(self, bundle: Adaptive) -> Adaptive:
+    """The bundle for the next images."""
+    if self._watch.alarm and not self._told:
+      self._told = True
+      _note(self._watch.line() + ('; no image exits early now' if self._safe else ''))
+    return bundle.safe() if self._watch.alarm and self._safe else bundle
+
+  def see(self, answers: Sequence[Prediction], last: bool) -> None:
+    """Sees a wave of answers, the last or not."""
+    self._watch.add(
+      (answer.exit, float(answer.probabilities.max()), int(answer.probabilities.argmax())) for answer in answers
+    )
+    if last:
+      self._watch.flush()
+
+
 def _load(given: argparse.Namespace) -> Adaptive:
+  if given.watch is not None and (given.threshold, given.budget, given.deadline_ms) != (None, None, None):
+    raise BundleError(
+      '--watch compares with the exits of calibration; leave out --threshold, --budget and --deadline-ms, or it'
+    )
   if given.deadline_ms is not None and (given.threshold, given.budget) != (None, None):
     raise BundleError('--deadline-ms ignores thresholds and budgets; leave out --threshold and --budget, or it')
   bundle = load(given.bundle, given.provider, given.threads, given.precision)
@@ -1935,7 +2313,13 @@ def _load(given: argparse.Namespace) -> Adaptive:
   return bundle
 
 
-def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, limits: tuple[int, int]) -> int:
+def _print(
+  bundle: Adaptive,
+  files: Sequence[str],
+  deadline_ms: float | None,
+  limits: tuple[int, int],
+  watching: _Watching | None = None,
+) -> int:
   """Prints a row per image at once, reports unreadable files, and summarizes where images exited."""
   try:
     importlib.import_module('PIL')
@@ -1951,7 +2335,10 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, li
     wave = files[first : first + WAVE]
     decoded = [_read(file, bundle, limits) for file in wave]
     images = [image for image in decoded if not isinstance(image, str)]
+    bundle = watching.bundle(bundle) if watching else bundle
     answers = _predict(bundle, images, deadline_ms)
+    if watching:
+      watching.see(answers, first + WAVE >= len(files))
     sets = iter(_sets(bundle, answers, deadline_ms is not None, names))
     answers = iter(answers)
     for file, image in zip(wave, decoded, strict=True):
@@ -1964,6 +2351,8 @@ def _print(bundle: Adaptive, files: Sequence[str], deadline_ms: float | None, li
       _say(layout.format(printable(file), label, f'{answer.probabilities.max():.3f}', answer.exit) + next(sets))
       exiting[answer.exit] += 1
       unknown += answer.unknown
+  if watching:
+    watching.bundle(bundle)
   _note(_summary(exiting, unreadable, unknown))
   return int(unreadable > 0)
 

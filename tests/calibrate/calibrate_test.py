@@ -371,6 +371,22 @@ def test_a_coverage_that_needs_more_images(workdir):
   )
 
 
+def test_what_the_watch_compares_with(workdir, logits):
+  calibrate(f'--workdir={workdir}', '--threshold=0.9')
+  plan = read_plan(workdir)
+  (both, labels), seen = logits['test'], plan.seen
+  counts, classes, wrong = [[0] * (len(edges) + 1) for edges in seen['edges']], [0] * 10, 0
+  for image, label in enumerate(labels):
+    rows = [softmax(both[k, image], plan.temperatures[k]) for k in range(2)]
+    k = 0 if rows[0].max() >= 0.9 else 1
+    counts[k][sum(edge <= rows[k].max() for edge in seen['edges'][k])] += 1
+    classes[rows[k].argmax()] += 1
+    wrong += int(rows[k].argmax() != label)
+  assert seen['images'] == TEST and [len(edges) for edges in seen['edges']] == [9, 9]
+  assert (seen['classes'], seen['wrong']) == (classes, wrong)
+  assert np.abs(np.concatenate(seen['counts']) - np.concatenate(counts)).sum() <= 2  # Rounding of float32.
+
+
 def choose(samples, *flags):
   request = parse(['--workdir=a', *flags])
   return request.policy.choose(samples, request.target)

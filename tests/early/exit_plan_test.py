@@ -46,6 +46,8 @@ AGREE = 'must be confidence_thresholds on the scale of the score'
 REJECT = {'risk': 0.02, 'delta': 0.1, 'confidence_threshold': None, 'threshold': None}
 SETS = {'coverage': 0.9, 'penalty': 0.01, 'free': 5, 'limits': [0.5, None, 0.25], 'anytime': 0.75}
 
+SEEN = {'images': 3, 'edges': [[0.5], [], []], 'counts': [[1, 1], [0], [1]], 'classes': [2, 1], 'wrong': 1}
+
 
 def command(workdir):
   return f'python -m paranet_jax.calibrate --workdir={workdir} --threshold=0.9'
@@ -68,7 +70,7 @@ WITHOUT_LABELS = {'accuracy': None, 'agreement': 0.75, 'exit_agreement': [0.5, 0
     FULL,
     full_network_plan(CHECKPOINT, (2,), (20,)),
     dataclasses.replace(PLAN, test=WITHOUT_LABELS),
-    dataclasses.replace(PLAN, reject=REJECT, sets=SETS),
+    dataclasses.replace(PLAN, reject=REJECT, sets=SETS, seen=SEEN),
   ],
 )
 def test_what_is_saved_is_loaded(tmp_path, plan):
@@ -118,6 +120,7 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'macs_alone': [1.5, 2, 3]}, ': macs_alone must be an integer above 0 for each exit, found [1.5, 2, 3]'),
     ({'reject': 0.1}, f': reject must be {PROMISES["reject"][1]}, found 0.1'),
     ({'sets': {}}, f': sets must be {PROMISES["sets"][1]}, found {{}}'),
+    ({'seen': {'images': 3}}, f': seen must be {PROMISES["seen"][1]}, found {{"images": 3}}'),
     ({'visited': [3]}, f': visited {VISITED}, found [3]'),
     ({'visited': [1, 2, 3]}, f': visited {VISITED}, found [1, 2, 3]'),
     # Prediction reads only confidence_thresholds, so it would not see the difference.
@@ -134,7 +137,7 @@ def test_a_field_with_a_wrong_value(tmp_path, changes, message):
 
 def test_promises_that_are_not_made_are_not_saved(tmp_path):
   save_plan(tmp_path, PLAN)
-  assert not {'reject', 'sets'} & set(json.loads((tmp_path / EXITS).read_text()))
+  assert not set(PROMISES) & set(json.loads((tmp_path / EXITS).read_text()))
 
 
 @pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN) if field.name not in PROMISES])

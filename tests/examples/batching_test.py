@@ -274,6 +274,49 @@ class Promising(Bundle):
     return np.full(answers.probabilities.shape, True) if any_exit else answers.probabilities > 0.01
 
 
+class Watching:
+  """A watch that alarms at the fourth answer."""
+
+  BLOCK = 2
+
+  def __init__(self):
+    self.seen, self.alarm, self.flushed = [], None, False
+
+  def add(self, answers):
+    self.seen += answers
+    self.alarm = 'now' if len(self.seen) >= 4 else None
+
+  def flush(self):
+    self.flushed = True
+
+  def line(self):
+    return 'drift'
+
+
+def test_a_watch_sees_what_nothing_forced(queue, capsys):
+  queue.scheduler.watch = watch = Watching()
+  for label, how in ((1, {}), (2, {'sure': 1}), (3, {'last': 2}), (4, {'deadline': 1e9})):
+    queue.send(label, **how)
+  queue.finish()
+  assert [(exit, label) for exit, _, label in watch.seen] == [(1, 2), (3, 1)]
+  assert watch.seen[0][1] == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
+  assert capsys.readouterr().err == ''
+  queue.scheduler._safe = True
+  queue.bundle.safe = lambda: 'safe'
+  queue.send(5), queue.send(6)
+  queue.scheduler.step(), queue.scheduler.step(), queue.scheduler.step()
+  assert queue.scheduler._bundle == 'safe' and capsys.readouterr().err == 'drift\n'
+
+
+def test_a_watch_that_fails_is_given_up(queue, capsys):
+  queue.scheduler.watch = Watching()
+  queue.scheduler.watch.add = lambda answers: (_ for _ in ()).throw(OSError('no space'))
+  answers = [queue.send(label) for label in range(4)]
+  queue.finish()
+  assert all(answer.result(0).label == label for label, answer in enumerate(answers))
+  assert queue.scheduler.watch is None and capsys.readouterr().err == 'the watch ends: no space\n'
+
+
 def test_unknown_images_and_sets(queue):
   queue.scheduler._bundle = queue.bundle = Promising()
   queue.scheduler._clock = queue.bundle.clock

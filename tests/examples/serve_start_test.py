@@ -41,6 +41,7 @@ CHANGED = {
   'older': lambda bundle: (bundle / 'bundle.json').write_text('{"schema_version": 0}'),
   'damaged': lambda bundle: (bundle / 'stage_2.onnx').write_bytes(b'damaged'),
   'bare': lambda bundle: (bundle / 'run.py').unlink(),
+  'unwatched': lambda bundle: (bundle / 'run.py').write_text((bundle / 'run.py').read_text() + '\ndel Watch\n'),
   'mistyped': lambda bundle: (bundle / 'run.py').write_text('import numpy_for_paranet\n'),
 }
 
@@ -64,6 +65,14 @@ def refusal(capsys, *arguments):
       "mistyped/run.py cannot be imported (No module named 'numpy_for_paranet'); copy or export the bundle again",
     ),
     (('--bundle=older',), 'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle'),
+    (
+      (WHOLE, '--watch=state.json'),
+      'expected what calibration saw in exits.json, found none; calibrate and export the run again',
+    ),
+    (
+      ('--bundle=unwatched', '--watch=state.json'),
+      'expected a run.py with a watch in unwatched, found an older one; export the run again',
+    ),
     ((WHOLE, '--provider=gpu'), "unknown provider 'gpu', expected one of cpu, openvino; set --provider"),
     ((WHOLE, '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
     ((WHOLE, '--threads=5'), 'expected 4 threads at most, one per core, found 5; set --threads'),

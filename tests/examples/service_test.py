@@ -197,6 +197,17 @@ def test_bytes_in_flight_are_bounded():
   asyncio.run(fill())
 
 
+def test_drift_is_reported(service, bundle):
+  assert not any('drift' in line for line in service.ask('GET', '/metrics')[2].decode().splitlines())
+  bundle._seen = {'images': 9, 'edges': [[], [], []], 'counts': [[3], [3], [3]], 'classes': [9, 0, 0, 0, 0], 'wrong': 1}
+  service.scheduler.watch = watch = run.Watch(bundle)
+  assert service.ask('GET', '/healthz')[::2] == (200, {'status': 'ok'})
+  watch.alarm = run.Drift(64, 'answers', {1: 0.5, 2: 0.0, 3: 0.5}, 20.0)
+  assert service.ask('GET', '/healthz')[::2] == (200, {'status': 'degraded', 'drift': watch.line()})
+  lines = service.ask('GET', '/metrics')[2].decode().splitlines()
+  assert {'paranet_drift 1', 'paranet_drift_evidence 1.0', 'paranet_watched_images_total 0'} <= set(lines)
+
+
 def test_unknown_images_and_sets(service, bundle, monkeypatch):
   status, _, body = service.ask('POST', '/predict', PNG)
   assert status == 200 and not {'unknown', 'set'} & set(body['answers'][0])

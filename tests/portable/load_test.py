@@ -121,6 +121,13 @@ def test_files(folder, name):
 
 
 SETS = {'coverage': 0.9, 'penalty': 0, 'free': 1, 'limits': [0.1, 0.3, None], 'anytime': 0.5}
+SEEN = {
+  'images': 10,
+  'edges': [[], [0.5], []],
+  'counts': [[2], [3, 3], [2]],
+  'classes': [2, 2, 2, 2, 2],
+  'wrong': None,
+}
 # Name: (file, field, value).
 FIELDS = {
   'formats': ('bundle.json', 'formats', 'onnx'),
@@ -164,6 +171,16 @@ FIELDS = {
   'sets of NaN': ('exits.json', 'sets', SETS | {'anytime': NAN}),
   'sets with a negative penalty': ('exits.json', 'sets', SETS | {'penalty': -1}),
   'no sets': ('exits.json', 'sets', []),
+  'nothing seen': ('exits.json', 'seen', SEEN | {'images': 0, 'counts': [[0], [0, 0], [0]], 'classes': [0] * 5}),
+  'other images seen': ('exits.json', 'seen', SEEN | {'images': 9}),
+  'other classes seen': ('exits.json', 'seen', SEEN | {'classes': [10]}),
+  'edges that fall': ('exits.json', 'seen', SEEN | {'edges': [[], [0.9, 0.5], []], 'counts': [[2], [3, 3, 0], [2]]}),
+  'a probability of 2': ('exits.json', 'seen', SEEN | {'edges': [[], [2], []]}),
+  'too few bins': ('exits.json', 'seen', SEEN | {'counts': [[2], [6], [2]]}),
+  'more wrong than seen': ('exits.json', 'seen', SEEN | {'wrong': 11}),
+  'counts of text': ('exits.json', 'seen', SEEN | {'counts': [['2'], [3, 3], [2]]}),
+  'counts that are no lists': ('exits.json', 'seen', SEEN | {'counts': [2, 6, 2]}),
+  'seen without its fields': ('exits.json', 'seen', {}),
   'no side': ('preprocessing.json', 'side', 0),
   'huge side': ('preprocessing.json', 'side', 10**9),
   'channels': ('preprocessing.json', 'channels', 4),
@@ -201,6 +218,49 @@ def test_promises(folder, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err.startswith('no share of errors among the answers is promised with --threshold, --budget or --deadline-')
     assert err.count('1 image, 1 unknown; ') == 1 and '  unknown  ' in out
+
+
+@pytest.fixture
+def watched(folder, tmp_path):
+  """A bundle of which no image left at the first exit in calibration, and 300 times an image that does."""
+  counts = {'images': 1000, 'edges': [[], [], []], 'counts': [[0], [500], [500]], 'classes': [200] * 5, 'wrong': 100}
+  changes = {'seen': counts}
+  seal(folder, 'exits.json', read(folder, 'exits.json') | changes)
+  path = tmp_path / 'a.png'
+  Image.fromarray(IMAGES[0]).save(path)
+  return [f'--bundle={folder}', f'--watch={tmp_path / "state.json"}', *[str(path)] * 300]
+
+
+def test_watching(watched, tmp_path, capsys):
+  assert run.main(watched) == 0
+  out, err = capsys.readouterr()
+  alarm, summary = err.splitlines()
+  assert alarm.startswith('drift: after ') and alarm.endswith('look at the images, and calibrate again')
+  assert summary == '300 images; exit 1: 100.0 %; exit 2: 0.0 %; exit 3: 0.0 %' and len(out.splitlines()) == 301
+  state = json.loads((tmp_path / 'state.json').read_text())
+  assert state['alarm']['images'] == state['images'] <= 300
+  # A new start says it at once. The next images all go to the last exit, if that is wanted.
+  assert run.main([*watched[:3], '--on-drift=safe']) == 0
+  assert capsys.readouterr().err.splitlines()[0] == f'{alarm}; no image exits early now'
+  (tmp_path / 'state.json').unlink()
+  assert run.main([*watched[:3], '--alpha=0.5']) == 0
+  assert capsys.readouterr().err.startswith('1 image; ')
+  assert json.loads((tmp_path / 'state.json').read_text())['images'] == 1
+
+
+def test_no_image_exits_early_after_an_alarm(watched, capsys):
+  assert run.main([*watched, '--on-drift=safe']) == 0
+  alarm, summary = capsys.readouterr().err.splitlines()
+  assert alarm.startswith('drift: after 256 images, ') and alarm.endswith('; no image exits early now')
+  assert summary == '300 images; exit 1: 85.3 %; exit 2: 0.0 %; exit 3: 14.7 %'  # 256 of 300, in waves of 64.
+
+
+@pytest.mark.parametrize('flag', ['--threshold=0.5', '--budget=1M', '--deadline-ms=5'])
+def test_watching_other_exits(watched, flag, capsys):
+  assert run.main([*watched, flag]) == 2
+  assert capsys.readouterr().err == (
+    'error: --watch compares with the exits of calibration; leave out --threshold, --budget and --deadline-ms, or it\n'
+  )
 
 
 @pytest.mark.parametrize('thresholds', [None, [0.6, 0.6, 0.0]])
