@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paranet_jax.calibrate.flags import Request, parse
+from paranet_jax.calibrate.flags import BundleRequest, Request, parse
 from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -18,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   return exit_code(lambda: _run(parse(argv), command), has_config=False)
 
 
-def _run(request: Request, command: str) -> None:
+def _run(request: Request | BundleRequest, command: str) -> None:
+  if isinstance(request, BundleRequest):
+    _run_bundle(request, command)
+    return
   # jax takes a second to import; a wrong flag is reported before.
   from paranet_jax.calibrate.calibration import calibrate
   from paranet_jax.calibrate.summary_text import summary_text
@@ -39,6 +42,17 @@ def _run(request: Request, command: str) -> None:
   if request.curves:
     found = drawn(lambda: _draw(request.workdir, result))
     say('\n'.join(f'figure: {line}' for line in ([found] if isinstance(found, str) else found)))
+
+
+def _run_bundle(request: BundleRequest, command: str) -> None:
+  from paranet_jax.calibrate.bundle import changes_text, recalibrate
+
+  found = recalibrate(request, command)
+  if found.problem:
+    problem = found.problem.replace('exits.json keeps the full network', 'no bundle was written')
+    raise UserError(problem.replace('hold out more images in a new run', 'set --images to more of them'))
+  say(changes_text(found))
+  say(f'\nbundle: {found.folder}')
 
 
 def _draw(workdir: Path, result: Any) -> list[Path]:

@@ -16,10 +16,9 @@ import numpy as np
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import (
-  exit_rows,
-  fit_ece_temperature,
-  fit_temperature,
-  raised,
+  exit_facts,
+  fit_temperatures,
+  halves,
   rank,
   risks_by_group,
   summarize,
@@ -27,7 +26,7 @@ from paranet_jax.calibrate.measures import (
 )
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.config import with_data_dir
-from paranet_jax.data.dataset import Images, Split, StoredImages, max_drawable, stratified_indices
+from paranet_jax.data.dataset import Images, Split, StoredImages
 from paranet_jax.early.exit_plan import (
   CheckpointId,
   ExitPlan,
@@ -40,7 +39,7 @@ from paranet_jax.early.exit_plan import (
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.early.runtime import EarlyExit
-from paranet_jax.early.thresholds import Samples, visited
+from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import cpu_name, environment
 from paranet_jax.runs.learned import repair_dataset_facts
@@ -52,7 +51,6 @@ from paranet_jax.task import Task
 FIGURES = 'exits'
 """Folder of a run's figures."""
 
-_HALVES_SEED = 200
 _NAMED = 10  # Classes with too few images that are named.
 
 
@@ -102,10 +100,10 @@ def calibrate(request: Request, command: str) -> Calibrated:
   say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Promises about answers need images on which nothing else was chosen.
-  rest, promised = _halves(held_out) if request.promises else (held_out, None)
+  rest, promised = halves(held_out) if request.promises else (held_out, None)
   # Risk control needs images that the temperatures were not fitted on.
-  fitted, chosen = _halves(rest) if _in_halves(request) else (rest, rest)
-  temperatures = _temperatures(request.temperature, fitted)
+  fitted, chosen = halves(rest) if _in_halves(request) else (rest, rest)
+  temperatures = fit_temperatures(request.temperature, fitted)
   samples = rank(*chosen, request.score, temperatures, costs)
   if request.risk_of == 'selective':
     samples = samples._replace(reference=rank(*fitted, request.score, temperatures, costs))
@@ -124,12 +122,12 @@ def calibrate(request: Request, command: str) -> Calibrated:
   path_costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
   expected = summarize(samples, choice.thresholds, *path_costs)
   expected['single_best'] = _single_best(plan, expected, costs)
-  expected |= _exits(plan, samples, chosen, choice.thresholds) | {'temperature': request.temperature}
+  expected |= exit_facts(plan, samples, chosen, choice.thresholds) | {'temperature': request.temperature}
   if request.in_ms and request.batch_size:
     expected['measured_ms'] = _measured_ms(plan, subject, dataset.held_out.images, request.batch_size)
   test_samples = rank(*test, request.score, temperatures, costs)
   tested = summarize(test_samples, choice.thresholds, *path_costs)
-  tested |= _exits(plan, test_samples, test, choice.thresholds)
+  tested |= exit_facts(plan, test_samples, test, choice.thresholds)
   if request.risk_of != 'marginal':
     for split, measured in ((samples, expected), (test_samples, tested)):
       measured['risks'] = risks_by_group(split, choice.thresholds, request.risk_of, request.target['loss'])
@@ -264,28 +262,6 @@ def _too_few(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:
     f'no risk of their own is promised for {len(few):,} of {len(class_names):,} classes, which have fewer than '
     f'{facts["needed"]:,} held-out images to test it: {named}{more}; they count in the overall risk'
   )
-
-
-def _temperatures(minimized: str, outputs: Outputs) -> np.ndarray:
-  if minimized == 'none':
-    return np.ones(len(outputs.logits))
-  fit = fit_temperature if minimized == 'nll' else fit_ece_temperature
-  return np.array([fit(logits, outputs.labels) for logits in outputs.logits])
-
-
-def _exits(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: np.ndarray) -> dict[str, Any]:
-  """`exits`: which samples exit where and how well calibrated; `raised`: what the temperatures make worse there."""
-  rows = exit_rows(samples, *outputs, thresholds, np.array(plan.temperatures))
-  rows = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
-  return {'exits': rows, 'raised': raised(rows)}
-
-
-def _halves(outputs: Outputs) -> tuple[Outputs, Outputs]:
-  """Two disjoint halves, with each class in both if possible."""
-  count = len(outputs.labels) // 2
-  classes = outputs.labels if count <= max_drawable(outputs.labels) else np.zeros_like(outputs.labels)
-  kept, drawn = stratified_indices(classes, count, _HALVES_SEED)
-  return outputs.take(kept), outputs.take(drawn)
 
 
 def _plan(

@@ -74,7 +74,34 @@ class Request:
     return self.target.get('of', 'marginal')
 
 
-def parse(argv: Sequence[str] | None) -> Request:
+@dataclasses.dataclass(frozen=True)
+class BundleRequest:
+  """What the flags ask for with `--bundle`.
+
+  Attributes:
+    bundle, images: absolute.
+    out: folder to write; None: beside the bundle.
+    target, policy: as of `Request`; None: those that the bundle was calibrated with.
+    temperature, reject, delta, coverage, promises: as of `Request`.
+  """
+
+  bundle: Path
+  images: Path
+  out: Path | None
+  target: dict[str, Any] | None
+  policy: Policy | None
+  temperature: str = 'nll'
+  reject: float | None = None
+  delta: float = 0.1
+  coverage: float | None = None
+
+  @property
+  def promises(self) -> bool:
+    """Whether answers or sets are calibrated."""
+    return (self.reject, self.coverage) != (None, None)
+
+
+def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
   """Reads the flags.
 
   Args:
@@ -86,6 +113,9 @@ def parse(argv: Sequence[str] | None) -> Request:
   """
   _find_plugin(argv)
   given = _parser().parse_args(argv)
+  if given.bundle is not None:
+    return _of_bundle(given)
+  _check_run(given)
   kind = next(name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None)
   if given.threshold is not None:
     _check_threshold(given.threshold, given.score)
@@ -111,6 +141,53 @@ def parse(argv: Sequence[str] | None) -> Request:
     accept_wrong_numbers=given.accept_wrong_numbers,
     temperature=given.temperature,
     explicit=frozenset(flag.key for flag in _policy_flags() if getattr(given, flag.name.replace('-', '_')) is not None),
+    reject=given.reject,
+    delta=0.1 if given.delta is None else given.delta,
+    coverage=given.coverage,
+  )
+
+
+def _check_run(given: argparse.Namespace) -> None:
+  """Rejects what belongs to `--bundle`, and what it lacks."""
+  for name in ('images', 'out'):
+    if getattr(given, name) is not None:
+      raise UserError(f'--{name} belongs to --bundle; set --bundle, or leave out --{name}')
+  if given.workdir is None:
+    raise UserError('the following arguments are required: --workdir; see --help')
+  if (given.budget, given.risk, given.threshold) == (None, None, None):
+    raise UserError('one of the arguments --budget --risk --threshold is required; see --help')
+
+
+_OF_RUNS = ('workdir', 'step', 'batch_size', 'curves', 'compilation_cache', 'data_dir', 'accept_data_changes')
+
+
+def _of_bundle(given: argparse.Namespace) -> BundleRequest:
+  for name in _OF_RUNS:
+    if getattr(given, name) not in (None, False):
+      flag = name.replace('_', '-') if name in ('batch_size', 'data_dir') else name
+      raise UserError(f'--{flag} belongs to --workdir, found --bundle; leave one of them out')
+  if given.images is None:
+    raise UserError('--bundle needs images to calibrate on, found none; set --images to a folder')
+  kinds = [name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None]
+  target = policy = None
+  if kinds:
+    (kind,) = kinds
+    if given.threshold is not None:
+      _check_threshold(given.threshold, given.score)
+    policy = _policy(given, kind)
+    target = given.budget or {kind: getattr(given, kind)}
+    if target.get('unit') == 'ms':
+      raise UserError('--budget in milliseconds needs the run, found --bundle; set multiply-adds, or --workdir')
+    target = target | ({'guarantee': policy.name} if kind == 'risk' else {}) | _options(given, policy)
+  elif (given.policy, given.guarantee) != (None, None):
+    raise UserError('--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out')
+  return BundleRequest(
+    bundle=absolute(given.bundle),
+    images=absolute(given.images),
+    out=given.out and absolute(given.out),
+    target=target,
+    policy=policy,
+    temperature=given.temperature,
     reject=given.reject,
     delta=0.1 if given.delta is None else given.delta,
     coverage=given.coverage,
@@ -147,9 +224,14 @@ def _parser() -> argparse.ArgumentParser:
     description='Chooses when a trained run may stop early, on its held-out images, and writes exits.json beside it.',
   )
   add = parser.add_argument
-  add('--workdir', required=True, metavar='RUN', help='folder of the run')
+  add('--workdir', metavar='RUN', help='folder of the run')
+  add(
+    '--bundle', metavar='DIR', help='instead: an exported bundle, which is calibrated without JAX and without the run'
+  )
+  add('--images', metavar='FOLDER', help='of --bundle: new images, in folders named after classes, or without labels')
+  add('--out', metavar='DIR', help='of --bundle: folder to write (default: beside the bundle, with the next number)')
   add('--step', type=int, help='checkpoint (default: the latest)')
-  target = parser.add_mutually_exclusive_group(required=True)
+  target = parser.add_mutually_exclusive_group()
   target.add_argument(
     '--budget',
     type=parse_budget,

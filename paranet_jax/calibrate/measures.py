@@ -10,11 +10,15 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
+from paranet_jax.data.dataset import max_drawable, stratified_indices
+from paranet_jax.early.exit_plan import ExitPlan
+from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies.risk import losses_of
 from paranet_jax.early.scores import confidence, confidences, to_score
 from paranet_jax.early.thresholds import Samples, exits_taken
 
+_HALVES_SEED = 200
 _WIDTH = float(np.log(1e4))  # T is searched within this factor of the scale of the logits, in both directions.
 
 Logits = Float[np.ndarray, 'N C']
@@ -257,3 +261,26 @@ def _calibration(
     'brier': [brier(softmax(logits.astype(np.float64) / each, axis=-1), labels) for each in both],
     'auroc': auroc(confidences, correct),
   }
+
+
+def exit_facts(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: np.ndarray) -> dict[str, Any]:
+  """`exits`: which samples exit where and how well calibrated; `raised`: what the temperatures make worse there."""
+  rows = exit_rows(samples, *outputs, thresholds, np.array(plan.temperatures))
+  rows = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
+  return {'exits': rows, 'raised': raised(rows)}
+
+
+def fit_temperatures(minimized: str, outputs: Outputs) -> PerExit:
+  """The temperature of each exit, by one of `flags.TEMPERATURES`."""
+  if minimized == 'none':
+    return np.ones(len(outputs.logits))
+  fit = fit_temperature if minimized == 'nll' else fit_ece_temperature
+  return np.array([fit(logits, outputs.labels) for logits in outputs.logits])
+
+
+def halves(outputs: Outputs) -> tuple[Outputs, Outputs]:
+  """Two disjoint halves, with each class in both if possible."""
+  count = len(outputs.labels) // 2
+  classes = outputs.labels if count <= max_drawable(outputs.labels) else np.zeros_like(outputs.labels)
+  kept, drawn = stratified_indices(classes, count, _HALVES_SEED)
+  return outputs.take(kept), outputs.take(drawn)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from paranet_jax.calibrate.flags import Request
+from paranet_jax.calibrate.flags import BundleRequest, Request
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.policies.risk import images_needed_ltt
@@ -19,7 +19,11 @@ from paranet_jax.portable.run import set_scores, softmax
 
 
 def with_promises(
-  plan: ExitPlan, request: Request, rest: Outputs, promised: Outputs, thresholds: Float[np.ndarray, ' K']
+  plan: ExitPlan,
+  request: Request | BundleRequest,
+  rest: Outputs,
+  promised: Outputs,
+  thresholds: Float[np.ndarray, ' K'],
 ) -> ExitPlan:
   """The plan with its `reject` and its `sets`, see `early.promises`.
 
@@ -31,7 +35,7 @@ def with_promises(
   Raises:
     UserError: too few images, or too many errors at early exits.
   """
-  count = len(promised.labels)
+  count, (kept, more) = len(promised.labels), _remedy(request)
   if request.reject is not None:
     reference, tested = (_leaving(plan, outputs, thresholds) for outputs in (rest, promised))
     at = choose_rejection(reference, tested, request.reject, request.delta)
@@ -45,7 +49,7 @@ def with_promises(
     if count < (needed := images_needed(request.coverage)):
       raise UserError(
         f'a coverage of {request.coverage:g} needs {needed:,} held-out images of its own, half of all, found '
-        f'{count:,}; exits.json is unchanged; lower --coverage, or hold out more images in a new run'
+        f'{count:,}; {kept}; lower --coverage, or {more}'
       )
     sets = choose_sets(*(_labeled(plan, outputs, thresholds) for outputs in (rest, promised)), request.coverage)
     plan = dataclasses.replace(plan, sets=sets)
@@ -132,8 +136,16 @@ def _labeled(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> Labele
   return Labeled(np.stack(probabilities), outputs.labels, taken)
 
 
-def _unpromised(request: Request, plan: ExitPlan, tested: Leaving) -> str:
+def _remedy(request: Request | BundleRequest) -> tuple[str, str]:
+  """What became of the files, and how to get more images."""
+  if isinstance(request, BundleRequest):
+    return 'no bundle was written', 'set --images to more of them'
+  return 'exits.json is unchanged', 'hold out more images in a new run'
+
+
+def _unpromised(request: Request | BundleRequest, plan: ExitPlan, tested: Leaving) -> str:
   assert request.reject is not None
+  kept, more = _remedy(request)
   count, needed = len(tested.early), images_needed_ltt(request.reject, request.delta)
   if count < needed:
     why = f'it would need {needed:,} of its own, half of all'
@@ -143,5 +155,5 @@ def _unpromised(request: Request, plan: ExitPlan, tested: Leaving) -> str:
     why = 'the surest answers are wrong too often'
   return (
     f'an error of {request.reject:g} among the answers cannot be promised from {count:,} held-out images: {why}; '
-    'exits.json is unchanged; raise --reject, let fewer images leave early, or hold out more images in a new run'
+    f'{kept}; raise --reject, let fewer images leave early, or {more}'
   )

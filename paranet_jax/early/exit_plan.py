@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -38,6 +37,8 @@ class CheckpointId(NamedTuple):
 
 def fingerprint(variables: Any) -> str:
   """A hash over the paths, types, shapes and bytes of `params` and `batch_stats`: 16 hexadecimal digits."""
+  import jax  # Here: a bundle is calibrated without it.
+
   digest = hashlib.sha256()
   kept = {'params': variables['params'], 'batch_stats': variables['batch_stats']}
   for path, leaf in jax.tree_util.tree_leaves_with_path(kept):

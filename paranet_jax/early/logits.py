@@ -1,17 +1,16 @@
 """The logits of every usable exit on a whole split."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import numpy as np
 from jaxtyping import Float, Int
 
-from paranet_jax.data.augment import normalize
-from paranet_jax.data.batches import eval_batches
-from paranet_jax.data.dataset import Split
-from paranet_jax.steps import Preprocessing
+if TYPE_CHECKING:
+  from paranet_jax.data.dataset import Split
+  from paranet_jax.steps import Preprocessing
 
 
 class Outputs(NamedTuple):
@@ -20,7 +19,7 @@ class Outputs(NamedTuple):
   logits: Float[np.ndarray, 'K N C']
   labels: Int[np.ndarray, ' N']
 
-  def take(self, chosen: Int[np.ndarray, ' n']) -> 'Outputs':
+  def take(self, chosen: Int[np.ndarray, ' n']) -> Outputs:
     """The outputs of some samples."""
     return Outputs(self.logits[:, chosen], self.labels[chosen])
 
@@ -37,6 +36,12 @@ def split_logits(
     preprocessing: that of evaluation; nothing is augmented.
     batch_size: images at once; affects speed and memory, not the result.
   """
+  import jax  # Here: a bundle is calibrated without it.
+  import jax.numpy as jnp
+
+  from paranet_jax.data.augment import normalize
+  from paranet_jax.data.batches import eval_batches
+
   exits = tuple(exits)
 
   @jax.jit

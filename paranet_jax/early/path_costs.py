@@ -1,15 +1,17 @@
 """The cost of each exit along the exits that are run: skipping a stage may be cheaper."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from jaxtyping import Float
 
-from paranet_jax.costs import abstract_variables, multiply_adds
-from paranet_jax.models.layers.backend import plain_operations
+if TYPE_CHECKING:
+  import jax
+
+# Functions import jax themselves: a bundle is calibrated without it.
 
 StepCost = Callable[[tuple[int, ...], int], float]
 
@@ -67,6 +69,8 @@ class Stages:
 
   def carry(self, path: tuple[int, ...]) -> Any:
     """The shapes of the features that later stages read after a path."""
+    import jax
+
     if path not in self._carries:
       before = self.carry(path[:-1])
       _, self._carries[path] = jax.eval_shape(self.function(path[-1]), self.variables, self.images, before)
@@ -74,6 +78,8 @@ class Stages:
 
   def by_carry(self, cost: Callable[[int, Any], float]) -> StepCost:
     """A step cost from the cost of (index, carry), called once for all paths with the same shapes of features."""
+    import jax
+
     known: dict[Any, float] = {}
 
     def step_cost(before: tuple[int, ...], index: int) -> float:
@@ -95,6 +101,12 @@ def mac_costs(model: Any, image_shape: tuple[int, int, int], exits: Sequence[int
     image_shape: (H, W, C).
     exits: numbers of the usable exits, 1-based and increasing.
   """
+  import jax
+  import jax.numpy as jnp
+
+  from paranet_jax.costs import abstract_variables, multiply_adds
+  from paranet_jax.models.layers.backend import plain_operations
+
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   stages = Stages(model, abstract_variables(model, image_shape), exits, image)
 

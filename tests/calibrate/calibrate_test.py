@@ -14,7 +14,7 @@ import pytest
 from early_samples import samples_of, softmax
 from running import PROGRAMS, run_command
 
-from paranet_jax.calibrate import calibration, figures, latency, summary_text
+from paranet_jax.calibrate import calibration, figures, latency, measures, summary_text
 from paranet_jax.calibrate.__main__ import main
 from paranet_jax.calibrate.flags import parse
 from paranet_jax.early.exit_plan import EXITS, CheckpointId, full_network_plan, load_plan, read_plan
@@ -256,8 +256,8 @@ def test_patience_runs_every_exit(workdir):
   ],
 )
 def test_risk_control(workdir, monkeypatch, flags, target):
-  seen, fit, rank = {}, calibration.fit_temperature, calibration.rank
-  monkeypatch.setattr(calibration, 'fit_temperature', lambda *split: seen.setdefault('fit', split) and fit(*split))
+  seen, fit, rank = {}, measures.fit_temperature, calibration.rank
+  monkeypatch.setattr(measures, 'fit_temperature', lambda *split: seen.setdefault('fit', split) and fit(*split))
   monkeypatch.setattr(calibration, 'rank', lambda *split: seen.setdefault('rank', split) and rank(*split))
   calibrate(f'--workdir={workdir}', '--risk=0.5', *flags)
   plan = read_plan(workdir)
@@ -412,7 +412,7 @@ def test_a_single_exit_keeps_every_risk():
 @pytest.mark.parametrize('labels', [[0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [1, 1]])
 def test_halves_of_few_images(labels):
   outputs = calibration.Outputs(np.arange(len(labels), dtype=np.float32).reshape(1, -1, 1), np.array(labels))
-  fitted, tested = calibration._halves(outputs)
+  fitted, tested = measures.halves(outputs)
   assert len(tested.labels) == len(labels) // 2
   assert sorted([*fitted.logits.ravel(), *tested.logits.ravel()]) == list(range(len(labels)))
   if labels == [0, 0, 0, 1, 1, 1]:

@@ -1,0 +1,304 @@
+"""`--bundle=DIR --images=FOLDER`: calibrates an exported bundle on new images, without JAX and without the run.
+
+Half of the images choose temperatures and thresholds, as of a run's held-out ones. The other half are measured, are
+what the watch compares with from then on, and make the promises of `--reject` and `--coverage`.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from paranet_jax.calibrate.flags import BundleRequest
+from paranet_jax.calibrate.measures import (
+  exit_facts,
+  fit_temperatures,
+  halves,
+  rank,
+  risks_by_group,
+  summarize,
+  without_labels,
+)
+from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
+from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds
+from paranet_jax.early.logits import Outputs
+from paranet_jax.early.path_costs import PathCosts
+from paranet_jax.early.policies import find_policy
+from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.files import read_object, write_json
+from paranet_jax.portable import run as runtime
+from paranet_jax.report.tables import align, human_count
+
+_CARD = """
+## Calibrated again
+
+On {date}, temperatures and thresholds were chosen again on {images:,} other images, without the run. What is said above
+about thresholds, accuracy and cost describes the version before; `exits.json` describes this one.
+"""
+_LEAST = 20
+"""Images below which thresholds are noise."""
+
+
+class Recalibrated(NamedTuple):
+  """What was done. before, after: exits.json of the two folders; problem: why the target cannot be met."""
+
+  folder: Path
+  before: ExitPlan
+  after: ExitPlan
+  moved: tuple[dict[str, Any], dict[str, Any]]
+  problem: str | None
+
+
+def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
+  """Writes a new version of a bundle beside it, with temperatures and thresholds for new images.
+
+  Args:
+    command: the command line, for the record.
+
+  Raises:
+    UserError: the bundle or the images cannot be read, do not fit each other or the target, or cannot be written.
+  """
+  try:
+    bundle = runtime.load(request.bundle)
+  except runtime.BundleError as error:
+    raise UserError(str(error)) from error
+  before = read_plan(request.bundle)
+  out = request.out or _next_version(request.bundle)
+  if os.path.lexists(out):
+    raise UserError(f'expected no {out}, found something there; set --out to another folder')
+  target, policy = _target(request, before)
+  outputs, labeled = _read(bundle, request.images)
+  if not labeled:
+    target = _without_labels(request, target)
+  count = len(outputs.labels)
+  say(f'read {count:,} images {"in folders of their classes" if labeled else "without labels"} of {request.images}')
+  if count < _LEAST:
+    raise UserError(f'expected {_LEAST} images or more to calibrate on, found {count}; set --images to a larger folder')
+  all_macs = [bundle._all_macs[number] for number in bundle.exits]
+  # The bundle runs all its stages in turn, whatever it could skip.
+  costs = PathCosts(len(all_macs), lambda path, k: all_macs[k] - (all_macs[path[-1]] if path else 0))
+  _check_budget(target, all_macs)
+  rest, kept = halves(outputs)
+  in_halves = 'risk' in target and (request.temperature != 'none' or target.get('of') == 'selective')
+  fitted, chosen = halves(rest) if in_halves else (rest, rest)
+  temperatures = fit_temperatures(request.temperature, fitted)
+  samples = rank(*chosen, before.score, temperatures, costs)
+  if target.get('of') == 'selective':
+    samples = samples._replace(reference=rank(*fitted, before.score, temperatures, costs))
+  choice = policy.choose(samples, target)
+  plan = dataclasses.replace(
+    before,
+    policy=policy.name,
+    target=target | choice.facts,
+    temperatures=tuple(temperatures.tolist()),
+    ms=None,
+    latency=None,
+    reject=None,
+    sets=None,
+    provenance={
+      **(before.provenance or {}),
+      'recalibrated': {
+        'command': command,
+        'images': count,
+        'labeled': labeled,
+        'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      },
+    },
+  )
+  plan = with_thresholds(plan, choice.thresholds, costs)
+  # Every stage runs, so that its cost is in those of later exits.
+  plan = dataclasses.replace(plan, visited=plan.exits, macs=tuple(all_macs))
+  plan = with_promises(plan, request, rest, kept, choice.thresholds) if request.promises else plan
+  expected, tested = (
+    _measured(plan, request, chosen, choice.thresholds, costs),
+    _measured(plan, request, kept, choice.thresholds, costs),
+  )
+  if request.promises:
+    tested |= measured_promises(plan, kept, choice.thresholds)
+  expected['temperature'] = request.temperature
+  old = _measured(before, request, kept, _thresholds(before), costs)
+  if not labeled:
+    expected, tested, old = map(without_labels, (expected, tested, old))
+  splits = {'temperature': len(fitted.labels), 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
+  splits |= {'promises': len(kept.labels)} if request.promises else {}
+  seen = what_was_seen(plan, chosen, kept, choice.thresholds, labeled)
+  plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen)
+  if not choice.problem:
+    _write(request.bundle, out, plan)
+  return Recalibrated(out, before, plan, (old, tested), choice.problem)
+
+
+def changes_text(found: Recalibrated) -> str:
+  """What changed, exit by exit and on the images that chose nothing."""
+  before, after, (old, new) = found.before, found.after, found.moved
+  header = ('exit', 'temperature', 'threshold', 'share (%)')
+  rows = []
+  for k, number in enumerate(after.exits):
+    temperatures = f'{before.temperatures[k]:.3f} -> {after.temperatures[k]:.3f}'
+    thresholds = f'{_shown(before.thresholds[k])} -> {_shown(after.thresholds[k])}' if number != after.exits[-1] else ''
+    rows.append(
+      (str(number), temperatures, thresholds, f'{100 * old["shares"][k]:.1f} -> {100 * new["shares"][k]:.1f}')
+    )
+  kind = 'agreement' if 'agreement' in new else 'accuracy'
+  name = 'accuracy' if kind == 'accuracy' else f'same answer as exit {after.exits[-1]}'
+  lines = [
+    f'what changes on {new["images"]:,} images that chose nothing',
+    *align(header, rows, left=(1, 2)),
+    f'{name}: {100 * old[kind]:.2f} -> {100 * new[kind]:.2f} %',
+    f'mean multiply-adds: {human_count(round(old["cost_macs"]))} -> {human_count(round(new["cost_macs"]))}',
+  ]
+  if after.reject:
+    wrong = 'none' if new['answered_error'] is None else f'{100 * new["answered_error"]:.2f} %'
+    lines.append(f'answered, the others are unknown: {100 * new["answered"]:.2f} %; wrong among them: {wrong}')
+  if after.sets:
+    lines.append(
+      f'sets that hold the right class: {100 * new["covered"]:.2f} %, with {new["set_size"]:.2f} classes on average'
+    )
+  return '\n'.join(lines)
+
+
+def _shown(threshold: float | None) -> str:
+  return 'no image' if threshold is None else f'{threshold:.4f}' if threshold else 'all images'
+
+
+def _thresholds(plan: ExitPlan) -> np.ndarray:
+  found = [math.inf if at is None else at for at in plan.confidence_thresholds]
+  return np.array([*found[:-1], -math.inf])
+
+
+def _measured(
+  plan: ExitPlan, request: BundleRequest, outputs: Outputs, thresholds: np.ndarray, costs: PathCosts
+) -> dict[str, Any]:
+  samples = rank(*outputs, plan.score, np.array(plan.temperatures), costs)
+  macs = np.array([math.nan if each is None else each for each in plan.macs], np.float64)
+  found = summarize(samples, thresholds, macs, None) | exit_facts(plan, samples, outputs, thresholds)
+  if (kind := plan.target.get('of', 'marginal')) != 'marginal':
+    found['risks'] = risks_by_group(samples, thresholds, kind, plan.target['loss'])
+  return found
+
+
+def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:
+  """The target and the policy: those of the flags, or else those that the bundle was calibrated with."""
+  if request.target is not None:
+    assert request.policy is not None
+    if before.score not in request.policy.scores[next(iter({'budget', 'risk', 'threshold'} & set(request.target)))]:
+      raise UserError(
+        f'--policy={request.policy.name} does not go with the score of the bundle, {before.score}; '
+        'set another --policy or target'
+      )
+    return dict(request.target), request.policy
+  policy = find_policy(before.policy)
+  if policy is None:
+    raise UserError(
+      f'expected a bundle with a policy to choose thresholds by again, found {before.policy}; '
+      'set --budget, --risk or --threshold'
+    )
+  target = {key: value for key, value in before.target.items() if key not in ('too_few', 'needed')}
+  if target.get('unit') == 'ms':
+    raise UserError(
+      'expected a target that can be met without the run, found a budget in milliseconds; '
+      'set --budget to multiply-adds, --risk or --threshold'
+    )
+  return target, policy
+
+
+def _without_labels(request: BundleRequest, target: dict[str, Any]) -> dict[str, Any]:
+  if request.promises:
+    flag = 'coverage' if request.reject is None else 'reject'
+    raise UserError(f'--{flag} needs labels, and the images in {request.images} have none; leave it out')
+  return target | ({'loss': 'disagreement'} if 'risk' in target else {})
+
+
+def _check_budget(target: dict[str, Any], all_macs: Sequence[int]) -> None:
+  if 'budget' in target and not all_macs[0] <= target['budget'] <= all_macs[-1]:
+    low, high = (f'{each / 1e6:.10g}M' for each in (all_macs[0], all_macs[-1]))
+    raise UserError(
+      f'budget must be from {low} (the first exit) to {high} (all exits in turn), found '
+      f'{target["budget"] / 1e6:.10g}M; set --budget'
+    )
+
+
+def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
+  """The logits of all exits, with the classes that folders are named after, or the answers of the last exit."""
+  if not folder.is_dir():
+    raise UserError(f'expected a folder of images in {folder}, found none; set --images')
+  try:
+    files, _ = runtime.list_images([str(folder)])
+  except runtime.BundleError as error:
+    raise UserError(str(error)) from error
+  places = {name: label for label, name in enumerate(bundle.class_names)}
+  names = [Path(file).relative_to(folder).parts[0] if Path(file).parent != folder else None for file in files]
+  known = [name in places for name in names]
+  if any(known) and not all(known):
+    odd = files[known.index(False)]
+    raise UserError(
+      f'expected all images in folders named after classes, or none, found {odd}; move it, or set --images'
+    )
+  logits, labels = [], []
+  every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
+  unreadable = []
+  side, _, channels = bundle.image_shape
+  for first in range(0, len(files), runtime.WAVE):
+    images, here = [], []
+    for file, name in zip(files[first : first + runtime.WAVE], names[first : first + runtime.WAVE], strict=True):
+      image = runtime.read_image(file, side, channels, scaling=bundle.scaling)
+      if isinstance(image, str):
+        unreadable.append(f'{file} ({image})')
+      else:
+        images.append(image)
+        here.append(places.get(name, -1))
+    if images:
+      carried, found = every.begin(np.stack(images)), []
+      for number in every.visited:
+        carried, given = every.stage(number)(carried)
+        found.append(given)
+      logits.append(np.stack(found))
+      labels += here
+  if unreadable:
+    say(
+      f'left out {len(unreadable):,} images that cannot be read: {unreadable[0]}{" and others" * (len(unreadable) > 1)}'
+    )
+  if not logits:
+    raise UserError(f'expected images in {folder}, found none that can be read; set --images')
+  together = np.concatenate(logits, axis=1)
+  return Outputs(together, np.array(labels) if all(known) else together[-1].argmax(-1)), all(known)
+
+
+def _next_version(bundle: Path) -> Path:
+  """The first free name beside a bundle: digits-2, then digits-3."""
+  stem, _, number = bundle.name.rpartition('-')
+  name, first = (stem, int(number) + 1) if stem and number.isdecimal() else (bundle.name, 2)
+  return next(each for n in range(first, first + 10**6) if not os.path.lexists(each := bundle.with_name(f'{name}-{n}')))
+
+
+def _write(bundle: Path, out: Path, plan: ExitPlan) -> None:
+  """A copy of the bundle with another exits.json, which appears at once or not at all."""
+  try:
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent, ignore_cleanup_errors=True) as holder:
+      folder = Path(holder) / out.name
+      shutil.copytree(bundle, folder, symlinks=False)
+      save_plan(folder, plan)
+      shutil.copyfile(runtime.__file__, folder / 'run.py')  # An older one would not know what is promised.
+      known = read_object(folder / runtime.BUNDLE, 'copy or export the bundle again') or {}
+      known['visited_stages'] = known['all_stages']
+      for name in (EXITS, 'run.py'):
+        known['checksums'][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+      known.pop('agreement', None)
+      if (folder / 'README.md').is_file():  # The model card, which no checksum covers.
+        with (folder / 'README.md').open('a', encoding='utf-8') as card:
+          card.write(_CARD.format_map((plan.provenance or {})['recalibrated']))
+      write_json(folder / runtime.BUNDLE, known)
+      runtime.load(folder)  # What is written can be read.
+      if os.path.lexists(out):
+        raise UserError(f'expected no {out}, found something there; set --out to another folder')
+      folder.rename(out)
+  except OSError as error:
+    raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error

@@ -1,0 +1,259 @@
+"""`calibrate --bundle --images`: a bundle made by hand, calibrated on new images without JAX and without the run."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_bundle
+from PIL import Image
+from running import run_command
+
+from paranet_jax.calibrate.__main__ import main
+from paranet_jax.early.exit_plan import ExitPlan, read_plan, save_plan
+from paranet_jax.portable import run
+
+COUNT = 80
+IMAGES = np.random.default_rng(4).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
+MACS = (10_000_000, 20_000_000, 30_000_000)
+PLAN = ExitPlan(
+  name='tiny',
+  dataset='photos',
+  step=7,
+  fingerprint='0123456789abcdef',
+  score='max_prob',
+  policy='shared',
+  target={'threshold': 0.6},
+  exits=(1, 2, 3),
+  temperatures=(1.0, 0.9, 0.8),
+  thresholds=(0.6, 0.6, 0.0),
+  confidence_thresholds=(float(run.to_confidence(0.6, 'max_prob')),) * 2 + (0.0,),
+  visited=(1, 2, 3),
+  macs=MACS,
+  ms=None,
+  macs_alone=MACS,
+)
+
+
+def write(folder, plan=PLAN):
+  """A bundle with a complete exits.json."""
+  tiny_bundle.write(folder)
+  save_plan(folder, plan)
+  known = json.loads((folder / 'bundle.json').read_text())
+  known['checksums']['exits.json'] = hashlib.sha256((folder / 'exits.json').read_bytes()).hexdigest()
+  known['all_macs'] = list(MACS)
+  (folder / 'bundle.json').write_text(json.dumps(known))
+  (folder / 'README.md').write_text('# tiny\n')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A bundle; and its images, in folders of classes and without. Nine of ten have the last exit's answer as label."""
+  folder = tmp_path_factory.mktemp('again')
+  bundle = run.load(write(folder / 'tiny'))
+  labels = bundle.safe().predict(IMAGES).labels
+  labels[::10] = (labels[::10] + 1) % tiny_bundle.CLASSES
+  for place, image in enumerate(IMAGES):
+    for path in (folder / f'labeled/class {labels[place]}', folder / 'plain'):
+      path.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(image).save(path / f'{place}.png')
+  return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+  """The bundle in a folder of its own."""
+  shutil.copytree(whole / 'tiny', tmp_path / 'tiny')
+  return tmp_path
+
+
+def calibrate(folder, images, *flags):
+  code, out, err = run_command(main, f'--bundle={folder / "tiny"}', f'--images={images}', *flags)
+  assert (code, err) == (0, ''), (code, err)
+  return out
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_version_beside_the_old(whole, folder):
+  before = contents(folder / 'tiny')
+  out = calibrate(folder, whole / 'labeled', '--budget=15M')
+  assert contents(folder / 'tiny') == before
+  plan, bundle = read_plan(folder / 'tiny-2'), run.load(folder / 'tiny-2')
+  assert (plan.target, plan.policy) == ({'budget': 15e6, 'unit': 'macs'}, 'optimal')
+  assert plan.splits == {'temperature': 40, 'thresholds': 40, 'test': 40} and plan.seen['images'] == 40
+  assert plan.expected['cost_macs'] <= 15e6 and (plan.visited, plan.macs) == ((1, 2, 3), MACS)
+  assert plan.checkpoint == PLAN.checkpoint and plan.provenance['recalibrated']['images'] == COUNT
+  # The new bundle exits by the new thresholds, and its answers are as measured.
+  found = bundle.predict(IMAGES)
+  assert found.macs.mean() < 30e6 and plan.temperatures != PLAN.temperatures
+  lines = out.splitlines()
+  assert lines[0] == f'read 80 images in folders of their classes of {whole / "labeled"}'
+  assert lines[1] == 'what changes on 40 images that chose nothing'
+  assert lines[3].split()[:4] == ['1', '1.000', '->', f'{plan.temperatures[0]:.3f}']
+  assert f'-> {100 * plan.test["accuracy"]:.2f} %' in out and lines[-1] == f'bundle: {folder / "tiny-2"}'
+  assert (folder / 'tiny-2/README.md').read_text().startswith('# tiny\n\n## Calibrated again\n\nOn ')
+  assert {path.name for path in folder.iterdir()} == {'tiny', 'tiny-2'}
+  calibrate(folder, whole / 'labeled', '--budget=15M')  # The same again.
+  assert read_plan(folder / 'tiny-3').thresholds == plan.thresholds
+
+
+def test_by_the_target_of_the_bundle_and_without_labels(whole, folder):
+  out = calibrate(folder, whole / 'plain', f'--out={folder / "other"}')
+  plan = read_plan(folder / 'other')
+  assert (plan.target, plan.policy) == ({'threshold': 0.6}, 'shared') and plan.thresholds == pytest.approx(
+    [0.6, 0.6, 0]
+  )
+  assert 'same answer as exit 3: ' in out and 'accuracy' not in out
+  assert plan.test['agreement'] is not None and plan.seen['wrong'] is None
+  assert plan.temperatures[2] == 1.0  # It always agrees with itself.
+
+
+def test_promises_of_a_bundle(whole, folder):
+  out = calibrate(folder, whole / 'labeled', '--threshold=0.99', '--reject=0.5', '--coverage=0.8')
+  plan, bundle = read_plan(folder / 'tiny-2'), run.load(folder / 'tiny-2')
+  assert plan.target == {'threshold': 0.99} and plan.reject['risk'] == 0.5
+  assert bundle.rejects and bundle.coverage == 0.8 and plan.splits['promises'] == 40
+  assert bundle.sets(bundle.predict(IMAGES)).any(-1).all()
+  answered, error, covered = (f'{100 * plan.test[name]:.2f} %' for name in ('answered', 'answered_error', 'covered'))
+  assert f'answered, the others are unknown: {answered}; wrong among them: {error}\n' in out
+  assert f'sets that hold the right class: {covered}, with {plan.test["set_size"]:.2f} classes on average\n' in out
+
+
+def test_an_older_run_file_is_replaced(whole, folder):
+  (folder / 'tiny/run.py').write_text('# Knows no promises.\n')
+  calibrate(folder, whole / 'plain')
+  assert (folder / 'tiny-2/run.py').read_bytes() == Path(run.__file__).read_bytes()
+
+
+def test_a_risk_without_labels(whole, folder):
+  calibrate(folder, whole / 'plain', '--risk=0.95', '--risk-of=selective')
+  assert read_plan(folder / 'tiny-2').target['loss'] == 'disagreement'
+
+
+def refusal(folder, *flags):
+  before = {path.name for path in folder.iterdir()}
+  code, out, err = run_command(main, *flags)
+  assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
+  assert {path.name for path in folder.iterdir()} == before
+  return err[len('error: ') : -1].replace(str(folder), 'HERE'), out
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ([], '--bundle needs images to calibrate on, found none; set --images to a folder'),
+    (['--images=a', '--workdir=b'], '--workdir belongs to --workdir, found --bundle; leave one of them out'),
+    (['--images=a', '--curves'], '--curves belongs to --workdir, found --bundle; leave one of them out'),
+    (['--images=a', '--batch-size=3'], '--batch-size belongs to --workdir, found --bundle; leave one of them out'),
+    (
+      ['--images=a', '--budget=2ms'],
+      '--budget in milliseconds needs the run, found --bundle; set multiply-adds, or --workdir',
+    ),
+    (
+      ['--images=a', '--policy=quota'],
+      '--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out',
+    ),
+    (['--images=none'], 'expected a folder of images in {cwd}/none, found none; set --images'),
+    (['--images=HERE/tiny'], 'expected images ('),
+    (['--images=LABELED', '--out=HERE/tiny'], 'expected no HERE/tiny, found something there; set --out to another'),
+    (
+      ['--images=LABELED', '--budget=9M'],
+      'budget must be from 10M (the first exit) to 30M (all exits in turn), found 9M; set --budget',
+    ),
+    (
+      ['--images=LABELED', '--risk=0.01'],
+      'risk 0.01 cannot be promised from 20 held-out images: it would need 230; no bundle was written; '
+      'raise --risk, or set --images to more of them',
+    ),
+    (['--images=PLAIN', '--reject=0.1'], '--reject needs labels, and the images in PLAIN have none; leave it out'),
+    (
+      ['--images=LABELED', '--threshold=0', '--reject=0.02'],
+      'an error of 0.02 among the answers cannot be promised from 40 held-out images: it would need 114 of its own, '
+      'half of all; no bundle was written; raise --reject, let fewer images leave early, or set --images to more of '
+      'them',
+    ),
+    (
+      ['--images=LABELED', '--threshold=0', '--coverage=0.99'],
+      'a coverage of 0.99 needs 99 held-out images of its own, half of all, found 40; no bundle was written; '
+      'lower --coverage, or set --images to more of them',
+    ),
+    (['--images=PLAIN', '--coverage=0.9'], '--coverage needs labels, and the images in PLAIN have none; leave it out'),
+    (['--images=LABELED/class 0'], 'expected 20 images or more to calibrate on, found '),
+  ],
+)
+def test_what_is_refused(whole, folder, flags, message):
+  places = {'HERE': folder, 'LABELED': whole / 'labeled', 'PLAIN': whole / 'plain'}
+  for name, path in places.items():
+    flags = [flag.replace(name, str(path)) for flag in flags]
+  found, _ = refusal(folder, f'--bundle={folder / "tiny"}', *flags)
+  assert found.replace(str(whole / 'plain'), 'PLAIN').startswith(message.format(cwd=Path.cwd()))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'policy': 'half'}, 'expected a bundle with a policy to choose thresholds by again, found half; set --budget, '),
+    (
+      {'policy': 'optimal', 'target': {'budget': 2.0, 'unit': 'ms'}},
+      'expected a target that can be met without the run, found a budget in milliseconds; set --budget to ',
+    ),
+  ],
+)
+def test_bundles_whose_target_cannot_be_met_again(whole, tmp_path, change, message):
+  write(tmp_path / 'tiny', ExitPlan(**vars(PLAN) | change))
+  found, _ = refusal(tmp_path, f'--bundle={tmp_path / "tiny"}', f'--images={whole / "labeled"}')
+  assert found.startswith(message)
+
+
+def test_a_policy_that_does_not_suit_the_score(whole, tmp_path):
+  patient = {'score': 'patience', 'thresholds': (2.0, 2.0, 0.0), 'confidence_thresholds': (2.0, 2.0, 0.0)}
+  write(tmp_path / 'tiny', ExitPlan(**vars(PLAN) | patient))
+  found, _ = refusal(tmp_path, f'--bundle={tmp_path / "tiny"}', f'--images={whole / "labeled"}', '--budget=15M')
+  assert found == (
+    '--policy=optimal does not go with the score of the bundle, patience; set another --policy or target'
+  )
+
+
+def test_images_of_no_class_and_unreadable_ones(whole, folder):
+  images = shutil.copytree(whole / 'labeled', folder / 'images')
+  (images / 'class 1/broken.png').write_text('no image')
+  flags = f'--bundle={folder / "tiny"}', f'--images={images}', '--threshold=0.5', f'--out={folder / "new"}'
+  code, out, _ = run_command(main, *flags)
+  assert code == 0 and out.startswith(
+    f'left out 1 images that cannot be read: {images}/class 1/broken.png (not an image'
+  )
+  shutil.rmtree(folder / 'new')
+  (images / 'odd').mkdir()
+  Image.fromarray(IMAGES[0]).save(images / 'odd/a.png')
+  found, _ = refusal(folder, *flags)
+  assert found == (
+    'expected all images in folders named after classes, or none, found HERE/images/odd/a.png; move it, or set --images'
+  )
+
+
+@pytest.mark.parametrize(('flag', 'value'), [('images', 'a'), ('out', 'b')])
+def test_flags_of_bundles_with_a_run(flag, value):
+  found = run_command(main, '--workdir=/none', '--threshold=0.9', f'--{flag}={value}')
+  assert found == (2, '', f'error: --{flag} belongs to --bundle; set --bundle, or leave out --{flag}\n')
+
+
+def test_no_jax(whole, folder):
+  blocked = folder / 'blocked'
+  blocked.mkdir()
+  for name in ('jax', 'flax', 'optax', 'orbax', 'ml_collections', 'tensorflow_datasets'):
+    (blocked / f'{name}.py').write_text('raise ImportError("not needed")\n')
+  command = [sys.executable, '-m', 'paranet_jax.calibrate', f'--bundle={folder / "tiny"}', '--budget=15M']
+  environment = os.environ | {'PYTHONPATH': f'{blocked}:{Path(__file__).resolve().parents[2]}'}
+  found = subprocess.run(
+    [*command, f'--images={whole / "labeled"}'], env=environment, capture_output=True, text=True, cwd=folder
+  )
+  assert (found.returncode, found.stderr) == (0, '') and found.stdout.endswith(f'bundle: {folder / "tiny-2"}\n')
