@@ -38,6 +38,7 @@ from paranet_jax.early.exit_plan import (
 )
 from paranet_jax.early.logits import Outputs, split_logits
 from paranet_jax.early.path_costs import PathCosts, mac_costs
+from paranet_jax.early.policies.cap import choose_within
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
 from paranet_jax.host.errors import UserError, say
@@ -95,6 +96,8 @@ def calibrate(request: Request, command: str) -> Calibrated:
   request = dataclasses.replace(request, target=_target(request, subject))
   costs = subject.ms if request.in_ms and subject.ms else subject.macs
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
+  if request.most:
+    _check_most(*request.most, _costs(subject, request.most[1]), subject.exits)
   dataset = subject.task.dataset
   assert dataset.held_out is not None  # As the configuration says.
   say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
@@ -110,7 +113,10 @@ def calibrate(request: Request, command: str) -> Calibrated:
   target = request.target
   if 'budget' in target:  # One in milliseconds may be below the cost of the first exit by rounding.
     target = target | {'budget': max(target['budget'], costs.alone()[0])}
-  choice = request.policy.choose(samples, target)
+  if request.most:
+    choice = choose_within(request.policy, samples, target, request.most[0], _costs(subject, request.most[1]))
+  else:
+    choice = request.policy.choose(samples, target)
   if choice.facts:
     request = dataclasses.replace(request, target=request.target | choice.facts)
   if choice.facts.get('too_few'):
@@ -187,6 +193,19 @@ def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> 
     raise UserError(
       f'budget must be from {_in_unit(low, unit)} (exit {exits[0]} alone) to {_in_unit(high, unit)} '
       f'(exit {exits[-1]} alone), found {_in_unit(value, unit)}; set --budget'
+    )
+
+
+def _costs(subject: Subject, unit: str) -> PathCosts:
+  return subject.ms if unit == 'ms' and subject.ms else subject.macs
+
+
+def _check_most(value: float, unit: str, costs: PathCosts, exits: tuple[int, ...]) -> None:
+  """Rejects a limit on each image that the first exit exceeds."""
+  if value < (least := costs.alone()[0]):
+    raise UserError(
+      f'expected a limit of {_in_unit(least, unit)} or more, as exit {exits[0]} alone takes, found '
+      f'{_in_unit(value, unit)}; set --max-{unit}'
     )
 
 

@@ -39,6 +39,7 @@ class Request:
     reject: the most errors among answered images, as a share; None: every image is answered.
     delta: how often that may be missed.
     coverage: of sets of classes; None: there are none.
+    most: what each image may cost, and its unit, 'macs' or 'ms'; None: as much as the last exit.
   """
 
   workdir: Path
@@ -57,6 +58,7 @@ class Request:
   reject: float | None = None
   delta: float = 0.1
   coverage: float | None = None
+  most: tuple[float, str] | None = None
 
   @property
   def promises(self) -> bool:
@@ -125,8 +127,13 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     raise UserError('--reject needs a score that ranks images, found --score=patience; leave one of them out')
   if kind == 'risk':
     target['guarantee'] = policy.name
+  most = _most(given, kind)
+  if most:
+    target[f'max_{most[1]}'] = most[0]
+  if 'ms' in (target.get('unit'), most and most[1]):
+    batch_size = batch_size or 1
   if target.get('unit') == 'ms':
-    target['batch_size'] = batch_size = batch_size or 1
+    target['batch_size'] = batch_size
   return Request(
     workdir=absolute(given.workdir),
     step=given.step,
@@ -144,7 +151,35 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     reject=given.reject,
     delta=0.1 if given.delta is None else given.delta,
     coverage=given.coverage,
+    most=most,
   )
+
+
+def _most(given: argparse.Namespace, kind: str) -> tuple[float, str] | None:
+  """The limit on each image, and its unit."""
+  for unit in ('macs', 'ms'):
+    value = getattr(given, f'max_{unit}')
+    if value is not None and kind == 'risk':
+      raise UserError(
+        f'--max-{unit} belongs to --budget or --threshold, found --risk, which compares with the last exit; '
+        'leave one of them out'
+      )
+    if value is not None:
+      return value, unit
+  return None
+
+
+def _parse_macs(text: str) -> float:
+  """Multiply-adds, such as 10M."""
+  target = parse_budget(text)
+  if target['unit'] != 'macs':
+    raise argparse.ArgumentTypeError(f"expected multiply-adds such as 30M, found '{text}'")
+  return target['budget']
+
+
+def _parse_ms(text: str) -> float:
+  """Milliseconds, such as 2.5 or 2.5ms."""
+  return parse_budget(text if text.lower().endswith('ms') else f'{text}ms')['budget']
 
 
 def _check_run(given: argparse.Namespace) -> None:
@@ -158,13 +193,23 @@ def _check_run(given: argparse.Namespace) -> None:
     raise UserError('one of the arguments --budget --risk --threshold is required; see --help')
 
 
-_OF_RUNS = ('workdir', 'step', 'batch_size', 'curves', 'compilation_cache', 'data_dir', 'accept_data_changes')
+_OF_RUNS = (
+  'workdir',
+  'step',
+  'batch_size',
+  'max_macs',
+  'max_ms',
+  'curves',
+  'compilation_cache',
+  'data_dir',
+  'accept_data_changes',
+)
 
 
 def _of_bundle(given: argparse.Namespace) -> BundleRequest:
   for name in _OF_RUNS:
     if getattr(given, name) not in (None, False):
-      flag = name.replace('_', '-') if name in ('batch_size', 'data_dir') else name
+      flag = name if name in ('compilation_cache', 'accept_data_changes') else name.replace('_', '-')
       raise UserError(f'--{flag} belongs to --workdir, found --bundle; leave one of them out')
   if given.images is None:
     raise UserError('--bundle needs images to calibrate on, found none; set --images to a folder')
@@ -241,6 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     '--risk', type=fraction, help='share of images that the full network gets right and an early exit may not (0.02)'
   )
   target.add_argument('--threshold', type=float, help='one threshold for all exits, on the scale of the score (0.9)')
+  limit = parser.add_mutually_exclusive_group()
+  limit.add_argument('--max-macs', type=_parse_macs, help='most multiply-adds of any image (10M), beside a budget')
+  limit.add_argument('--max-ms', type=_parse_ms, help='most milliseconds of any image (2.5), beside a budget')
   add(
     '--batch-size',
     type=functools.partial(positive, most=65_536),

@@ -59,6 +59,14 @@ def _sources(plan: ExitPlan, splits: dict[str, int]) -> str:
 
 
 def _target(plan: ExitPlan) -> str:
+  text = _aim(plan)
+  for unit, words in _UNITS.items():
+    if most := plan.target.get(f'max_{unit}'):
+      text += f', at most {_cost(most, unit)} {words} for any image'
+  return text
+
+
+def _aim(plan: ExitPlan) -> str:
   policy, target = find_policy(plan.policy), plan.target
   what = policy.description if policy else f'thresholds by {plan.policy}'
   if 'budget' in target:

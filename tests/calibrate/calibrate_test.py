@@ -371,6 +371,18 @@ def test_a_coverage_that_needs_more_images(workdir):
   )
 
 
+def test_no_image_costs_more_than_the_limit(workdir, alone):
+  out = calibrate(f'--workdir={workdir}', '--threshold=0.9', f'--max-macs={alone[0]}')
+  plan = read_plan(workdir)
+  assert plan.thresholds == (0.0, 0.0) and plan.test['shares'] == [1.0, 0.0] and plan.macs[0] == alone[0]
+  assert plan.target == {'threshold': 0.9, 'max_macs': alone[0]}
+  assert ', 0.9, at most ' in out and ' multiply-adds for any image\n' in out
+  assert rejected(f'--workdir={workdir}', '--threshold=0.9', f'--max-macs={alone[0] - 1}') == (
+    f'expected a limit of {millions(alone[0])} or more, as exit 2 alone takes, found {millions(alone[0] - 1)}; '
+    'set --max-macs'
+  )
+
+
 def test_what_the_watch_compares_with(workdir, logits):
   calibrate(f'--workdir={workdir}', '--threshold=0.9')
   plan = read_plan(workdir)

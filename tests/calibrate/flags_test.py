@@ -44,6 +44,11 @@ def test_defaults():
   promising = parse(['--workdir=a', '--budget=3M', '--reject=0.02', '--delta=0.2', '--coverage=0.9'])
   assert (promising.reject, promising.delta, promising.coverage) == (0.02, 0.2, 0.9)
   assert promising.promises and promising.target == {'budget': 3e6, 'unit': 'macs'}
+  capped = parse(['--workdir=a', '--budget=3M', '--max-macs=5M'])
+  assert (capped.most, capped.target) == ((5e6, 'macs'), {'budget': 3e6, 'unit': 'macs', 'max_macs': 5e6})
+  for text in ('2.5', '2.5ms'):
+    capped = parse(['--workdir=a', '--threshold=0.9', f'--max-ms={text}'])
+    assert (capped.most, capped.target, capped.batch_size) == ((2.5, 'ms'), {'threshold': 0.9, 'max_ms': 2.5}, 1)
   assert parse(['--workdir=a', '--budget=1ms']).batch_size == 1
   assert parse(['--workdir=a', '--budget=1ms', '--batch-size=32']).batch_size == 32
 
@@ -90,6 +95,19 @@ NOT_A_BUDGET = "argument --budget: expected multiply-adds such as 30M or a time 
     (
       ['--threshold=2', '--reject=0.1', '--score=patience'],
       '--reject needs a score that ranks images, found --score=patience; leave one of them out',
+    ),
+    (
+      ['--risk=0.1', '--max-macs=5M'],
+      '--max-macs belongs to --budget or --threshold, found --risk, which compares with the last exit; '
+      'leave one of them out',
+    ),
+    (
+      ['--threshold=1', '--max-macs=5ms'],
+      "argument --max-macs: expected multiply-adds such as 30M, found '5ms'; see --help",
+    ),
+    (
+      ['--threshold=1', '--max-macs=5M', '--max-ms=1'],
+      'argument --max-ms: not allowed with argument --max-macs; see --help',
     ),
     (['--threshold=high'], "argument --threshold: invalid float value: 'high'; see --help"),
     (['--threshold=1', '--step=last'], "argument --step: invalid int value: 'last'; see --help"),
