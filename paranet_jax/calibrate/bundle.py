@@ -28,6 +28,7 @@ from paranet_jax.calibrate.measures import (
   without_labels,
 )
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
+from paranet_jax.display.tables import align, human_count
 from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
@@ -35,7 +36,6 @@ from paranet_jax.early.policies import find_policy
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_object, write_json
 from paranet_jax.portable import run as runtime
-from paranet_jax.report.tables import align, human_count
 
 _CARD = """
 ## Calibrated again

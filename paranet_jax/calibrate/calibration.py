@@ -156,8 +156,11 @@ def _target(request: Request, subject: Subject) -> dict[str, Any]:
   """The target; without labels, the risk is that an exit disagrees with the last one.
 
   Raises:
-    UserError: another risk was asked for.
+    UserError: another risk was asked for, or what needs labels.
   """
+  if request.promises and not subject.task.dataset.labeled:
+    flag = 'coverage' if request.reject is None else 'reject'
+    raise UserError(f'--{flag} needs labels, and the images of the run in {request.workdir} have none; leave it out')
   if subject.task.dataset.labeled or request.target.get('loss', 'disagreement') == 'disagreement':
     return request.target
   if 'loss' in request.explicit:
@@ -238,9 +241,6 @@ def _restore(request: Request) -> Subject:
       f'expected images of class {task.dataset.lost[0]!r} that the run in {request.workdir} was not trained on, found '
       'none: their content or class changed; restore them, or train a new run with another --workdir'
     )
-  if request.promises and not task.dataset.labeled:
-    flag = 'coverage' if request.reject is None else 'reject'
-    raise UserError(f'--{flag} needs labels, and the images of the run in {request.workdir} have none; leave it out')
   exits = trained_exits(task.targets)
   ms = None
   if request.batch_size:

@@ -310,95 +310,6 @@ def test_the_risk_of_each_class(workdir):
   assert 'the largest of a class' in out
 
 
-def test_promises(workdir, logits):
-  out = calibrate(f'--workdir={workdir}', '--threshold=0.9', '--reject=0.15', '--coverage=0.9')
-  plan = read_plan(workdir)
-  assert plan.splits == {'temperature': 150, 'thresholds': 150, 'test': TEST, 'promises': 150}
-  assert plan.reject['risk'] == 0.15 and plan.reject['delta'] == 0.1 and plan.sets['coverage'] == 0.9
-  # The test images, one by one.
-  both, labels = logits['test']
-  answered, wrong, covered, sizes = 0, 0, 0, 0
-  for image, label in enumerate(labels):
-    rows = [softmax(both[k, image], plan.temperatures[k]) for k in range(2)]
-    k = 0 if rows[0].max() >= 0.9 else 1
-    order = np.argsort(-rows[k], kind='stable')
-    ranked = rows[k][order]
-    spare = np.maximum(np.arange(1, 11) - plan.sets['free'], 0) * plan.sets['penalty']
-    inside = order[np.cumsum(ranked) - ranked + spare <= (plan.sets['limits'][k] or math.inf)]
-    covered, sizes = covered + (label in inside), sizes + len(inside)
-    if k == 0 or rows[1].max() >= plan.reject['threshold']:
-      answered, wrong = answered + 1, wrong + (order[0] != label)
-  assert plan.test['answered'] == pytest.approx(answered / TEST) and 0 < answered < TEST
-  assert plan.test['answered_error'] == pytest.approx(wrong / answered)
-  assert plan.test['covered'] == pytest.approx(covered / TEST)
-  assert plan.test['set_size'] == pytest.approx(sizes / TEST)
-  assert plan.expected['answered_error'] <= 0.15 and plan.expected['covered'] >= 0.9
-  for line in (
-    'temperatures from 150 held-out images, thresholds from 150, promises from 150',
-    'answered, the others are unknown (%)',
-    'wrong among them (%), 90 % sure: at most 15',
-    'sets that hold the right class (%), promised: 90',
-    'classes in a set, on average',
-  ):
-    assert line in out
-  assert max(map(len, out.splitlines()[:-1])) <= 100
-
-
-@pytest.mark.parametrize(
-  ('flags', 'message'),
-  [
-    (['--threshold=0.9', '--reject=0.001'], 'it would need 2,302 of its own, half of all'),  # 0.999^2302 = 0.09995
-    (['--threshold=0', '--reject=0.03'], 'of those that leave before exit 3, {:.1f} % are wrong'),
-  ],
-)
-def test_errors_that_cannot_be_promised(workdir, flags, message):
-  before = (workdir / EXITS).read_bytes() if (workdir / EXITS).exists() else None
-  found = rejected(f'--workdir={workdir}', *flags, started=True)
-  start, _, end = message.partition('{:.1f}')
-  promised = f'an error of {flags[1][9:]} among the answers cannot be promised'
-  assert found.startswith(f'{promised} from 150 held-out images: {start}')
-  assert found.endswith(
-    f'{end}; exits.json is unchanged; raise --reject, let fewer images leave early, or hold out more images in a new '
-    'run'
-  )
-  assert ((workdir / EXITS).read_bytes() if before else None) == before
-
-
-def test_a_coverage_that_needs_more_images(workdir):
-  assert rejected(f'--workdir={workdir}', '--threshold=0.9', '--coverage=0.999', started=True) == (
-    'a coverage of 0.999 needs 999 held-out images of its own, half of all, found 150; exits.json is unchanged; '
-    'lower --coverage, or hold out more images in a new run'
-  )
-
-
-def test_no_image_costs_more_than_the_limit(workdir, alone):
-  out = calibrate(f'--workdir={workdir}', '--threshold=0.9', f'--max-macs={alone[0]}')
-  plan = read_plan(workdir)
-  assert plan.thresholds == (0.0, 0.0) and plan.test['shares'] == [1.0, 0.0] and plan.macs[0] == alone[0]
-  assert plan.target == {'threshold': 0.9, 'max_macs': alone[0]}
-  assert ', 0.9, at most ' in out and ' multiply-adds for any image\n' in out
-  assert rejected(f'--workdir={workdir}', '--threshold=0.9', f'--max-macs={alone[0] - 1}') == (
-    f'expected a limit of {millions(alone[0])} or more, as exit 2 alone takes, found {millions(alone[0] - 1)}; '
-    'set --max-macs'
-  )
-
-
-def test_what_the_watch_compares_with(workdir, logits):
-  calibrate(f'--workdir={workdir}', '--threshold=0.9')
-  plan = read_plan(workdir)
-  (both, labels), seen = logits['test'], plan.seen
-  counts, classes, wrong = [[0] * (len(edges) + 1) for edges in seen['edges']], [0] * 10, 0
-  for image, label in enumerate(labels):
-    rows = [softmax(both[k, image], plan.temperatures[k]) for k in range(2)]
-    k = 0 if rows[0].max() >= 0.9 else 1
-    counts[k][sum(edge <= rows[k].max() for edge in seen['edges'][k])] += 1
-    classes[rows[k].argmax()] += 1
-    wrong += int(rows[k].argmax() != label)
-  assert seen['images'] == TEST and [len(edges) for edges in seen['edges']] == [9, 9]
-  assert (seen['classes'], seen['wrong']) == (classes, wrong)
-  assert np.abs(np.concatenate(seen['counts']) - np.concatenate(counts)).sum() <= 2  # Rounding of float32.
-
-
 def choose(samples, *flags):
   request = parse(['--workdir=a', *flags])
   return request.policy.choose(samples, request.target)
@@ -533,10 +444,6 @@ def test_without_labels(workdir, logits, monkeypatch):
   assert rejected(f'--workdir={workdir}', '--risk=0.5', '--risk-loss=gap') == (
     f'--risk-loss=gap needs labels, and the images of the run in {workdir} have none; set --risk-loss=disagreement'
   )
-  for flag in ('reject', 'coverage'):
-    assert rejected(f'--workdir={workdir}', '--threshold=0.9', f'--{flag}=0.9') == (
-      f'--{flag} needs labels, and the images of the run in {workdir} have none; leave it out'
-    )
 
 
 def test_without_temperatures_all_held_out_images_control_the_risk(workdir):
