@@ -114,28 +114,28 @@ class _Norm:
 def _entry(params, norm, x, name, halvings, pool, pool_first, stride):
   x = np.float64(x)
   if pool_first:
-    x = _halve(x, halvings, pool)
-  x = _convolve(x, params[name]['kernel'])[:, ::stride, ::stride]
+    x = halve(x, halvings, pool)
+  x = convolve(x, params[name]['kernel'])[:, ::stride, ::stride]
   if f'{name}_norm' in params:
     x = norm(x, f'{name}_norm')
-  return x if pool_first else _halve(x, halvings, pool)
+  return x if pool_first else halve(x, halvings, pool)
 
 
 def _transition(params, norm, x, name):
   """In the paper's order: convolve, then pool."""
-  return _halve(_convolve(norm(x, name, 'norm'), params[name]['conv']['kernel']), 1, np.mean)
+  return halve(convolve(norm(x, name, 'norm'), params[name]['conv']['kernel']), 1, np.mean)
 
 
 def _block(params, norm, x, name):
   for index in range(1, len(params[name]) + 1):
     layer = f'layer_{index}'
-    y = _convolve(norm(x, name, layer, 'norm1'), params[name][layer]['conv1']['kernel'])
-    y = _convolve(norm(y, name, layer, 'norm2'), params[name][layer]['conv2']['kernel'])
+    y = convolve(norm(x, name, layer, 'norm1'), params[name][layer]['conv1']['kernel'])
+    y = convolve(norm(y, name, layer, 'norm2'), params[name][layer]['conv2']['kernel'])
     x = np.concatenate([x, y], axis=-1)
   return x
 
 
-def _convolve(x, kernel):
+def convolve(x, kernel):
   """Stride 1, zero padding to the same side: a sum over the kernel's shifts."""
   kernel = np.float64(kernel)
   side, reach = x.shape[1], kernel.shape[0] // 2
@@ -154,7 +154,7 @@ def overlapping_max(x):
   return windows[:, ::2, ::2].max(axis=(-2, -1))
 
 
-def _halve(x, times, pool):
+def halve(x, times, pool):
   for _ in range(times):
     if pool is overlapping_max:
       x = overlapping_max(x)

@@ -5,10 +5,11 @@ import itertools
 import math
 
 import chex
-import flax.linen as nn
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 import tiny
 
@@ -144,80 +145,59 @@ THREE_SCALES = network(num_blocks=3, step_mode='lin_grow', step=1, base=1)
 TWO_SCALES = network(num_blocks=2, step=1, base=1, growth_factors=(1, 2), bottleneck_factors=(1, 2))
 
 
-class ConvNorm(nn.Module):
-  features: int
-  size: int
-  stride: int = 1
+def plain_network(layers, exits):
+  """All scales of each layer in turn, in NumPy, as a function (variables, images, train) -> (logits, statistics).
 
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.Conv(self.features, (self.size,) * 2, self.stride, padding=self.size // 2, use_bias=False, name='conv')(x)
-    return nn.relu(nn.BatchNorm(not train, momentum=0.9, use_fast_variance=False, name='norm')(x))
+  It reads every parameter, and the shape of each kernel is the expected one.
 
-
-class PlainLayer(nn.Module):
-  scale: int
-  alone: bool
-
-  @nn.compact
-  def __call__(self, same, finer, train):
-    factor = 2 ** (self.scale - 1)
-    features = 2 * factor if self.alone else factor
-    y = ConvNorm(min(same.shape[-1], factor * features), 1, name='same_bottleneck')(same, train)
-    y = ConvNorm(features, 3, name='same')(y, train)
-    if self.alone:
-      return jnp.concatenate([same, y], -1)
-    z = ConvNorm(min(finer.shape[-1], factor // 2 * features), 1, name='down_bottleneck')(finer, train)
-    z = ConvNorm(features, 3, 2, name='down')(z, train)
-    return jnp.concatenate([same, z, y], -1)
-
-
-class PlainExit(nn.Module):
-  @nn.compact
-  def __call__(self, x, train):
-    x = ConvNorm(128, 3, 2, name='conv1')(x, train)
-    x = ConvNorm(128, 3, 2, name='conv2')(x, train)
-    return PlainLinear(name='head')(x.mean((1, 2)))
-
-
-class PlainLinear(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(tiny.NUM_CLASSES, name='classifier')(x)
-
-
-class Plain(nn.Module):
-  """All scales of each layer in turn, from flax's own modules.
-
-  Attributes:
+  Args:
     layers: for each, its scales and the channels (times the scale's factor) that a transition after it keeps, or 0.
     exits: the layers that an exit follows.
   """
 
-  layers: tuple[tuple[tuple[int, ...], int], ...]
-  exits: tuple[int, ...]
+  def network(variables, images, train):
+    net, read = plain.Plain(variables, train), set()
 
-  @nn.compact
-  def __call__(self, x, train):
-    scales, logits = {}, []
-    for scale in self.layers[0][0]:
-      x = scales[scale] = ConvNorm(3 * 2 ** (scale - 1), 3, min(scale, 2), name=f'layer_0_scale_{scale}')(x, train)
-    for layer, (kept, transition) in enumerate(self.layers, 1):
+    def conv(x, features, size, name, place, stride=1):
+      read.update({(name, place, 'conv'), (name, place, 'norm')} if place else {(name, 'conv'), (name, 'norm')})
+      path = (name, place) if place else (name,)
+      assert plain.at(net.params, path)['conv']['kernel'].shape == (size, size, x.shape[-1], features), path
+      return net.norm_relu(net.conv(x, *path, 'conv', stride=stride), *path, 'norm')
+
+    def layer(same, finer, scale, name):
+      factor = 2 ** (scale - 1)
+      features = factor if finer is not None else 2 * factor
+      y = conv(same, min(same.shape[-1], factor * features), 1, name, 'same_bottleneck')
+      parts = [same, conv(y, features, 3, name, 'same')]
+      if finer is not None:
+        z = conv(finer, min(finer.shape[-1], factor // 2 * features), 1, name, 'down_bottleneck')
+        parts.insert(1, conv(z, features, 3, name, 'down', stride=2))
+      return np.concatenate(parts, -1)
+
+    x, scales, logits = images, {}, []
+    for scale in layers[0][0]:
+      x = scales[scale] = conv(x, 3 * 2 ** (scale - 1), 3, f'layer_0_scale_{scale}', '', min(scale, 2))
+    for number, (kept, transition) in enumerate(layers, 1):
       before, scales = scales, {}
       for scale in kept:
-        plain = PlainLayer(scale, scale - 1 not in before, name=f'layer_{layer}_scale_{scale}')
-        x = plain(before[scale], before.get(scale - 1), train)
+        x = layer(before[scale], before.get(scale - 1), scale, f'layer_{number}_scale_{scale}')
         if transition:
-          x = ConvNorm(transition * 2 ** (scale - 1), 1, name=f'transition_{layer}_scale_{scale}')(x, train)
+          x = conv(x, transition * 2 ** (scale - 1), 1, f'transition_{number}_scale_{scale}', '')
         scales[scale] = x
-      if layer in self.exits:
-        logits.append(PlainExit(name=f'exit_{len(logits) + 1}')(x, train))
-    return logits
+      if number in exits:
+        name = f'exit_{len(logits) + 1}'
+        x = conv(conv(x, 128, 3, name, 'conv1', stride=2), 128, 3, name, 'conv2', stride=2)
+        logits.append(net.pool_linear(x, name, 'head', 'classifier'))
+        read.add((name, 'head', 'classifier'))
+    assert read == {path[:-1] for path in flax.traverse_util.flatten_dict(variables['params'])}
+    return logits, net.statistics
+
+  return network
 
 
 # A transition keeps 4 of 3 + 3 x 2 = 9 channels, 4 of 4 + 2 x 2 = 8, and 3 of 3 + 2 x 2 = 7.
-PLAIN_THREE = Plain((((1, 2, 3), 0), ((1, 2, 3), 0), ((2, 3), 4), ((2, 3), 0), ((3,), 4), ((3,), 0)), (1, 3, 6))
-PLAIN_TWO = Plain((((1, 2), 0), ((2,), 3)), (1, 2))
+PLAIN_THREE = plain_network([((1, 2, 3), 0), ((1, 2, 3), 0), ((2, 3), 4), ((2, 3), 0), ((3,), 4), ((3,), 0)], (1, 3, 6))
+PLAIN_TWO = plain_network([((1, 2), 0), ((2,), 3)], (1, 2))
 
 
 def noise(number=16):
@@ -229,19 +209,17 @@ def random_variables(model):
   """`tiny.variables` with kernels that preserve the scale of the features."""
 
   def scale(path, leaf):
-    return jnp.asarray(leaf / math.sqrt(leaf[..., 0].size) if path[-1].key == 'kernel' else leaf)
+    return np.float32(leaf / math.sqrt(leaf[..., 0].size)) if path[-1].key == 'kernel' else leaf
 
   return jax.tree_util.tree_map_with_path(scale, tiny.variables(model))
 
 
 @functools.cache
 def plain_logits():
-  return jax.jit(lambda variables: PLAIN_THREE.apply(variables, noise(), False))(random_variables(THREE_SCALES))
+  return plain.single(PLAIN_THREE(random_variables(THREE_SCALES), noise(), False)[0])
 
 
 def test_logits_and_parameters_match_the_plain_network():
-  plain = jax.eval_shape(lambda: PLAIN_THREE.init(jax.random.key(0), noise(), True))
-  chex.assert_trees_all_equal_shapes_and_dtypes(plain, random_variables(THREE_SCALES))
   logits = jax.jit(lambda variables: THREE_SCALES.apply(variables, noise()))(random_variables(THREE_SCALES))
   chex.assert_trees_all_close(logits, plain_logits(), rtol=1e-5, atol=1e-5)
 
@@ -251,25 +229,27 @@ def test_training_on_two_devices_matches_the_plain_network():
   weights = np.random.default_rng(2).normal(size=(16, 2, tiny.NUM_CLASSES)).astype(np.float32)
   variables = random_variables(TWO_SCALES)
 
-  def gradient(model, params, images, weights):
+  def gradient(params, images, weights):
     def loss(params):
+      model = TWO_SCALES.clone(axis_name='batch')
       logits, updated = model.apply(variables | {'params': params}, images, train=True, mutable=['batch_stats'])
       logits = jnp.stack(logits, 1)
-      return (logits * weights).mean(), (logits, updated)
+      return (logits * weights).mean(), (logits, updated['batch_stats'])
 
     return jax.grad(loss, has_aux=True)(params)
 
-  @jax.jit
-  def both(params):
-    ours = jax.vmap(functools.partial(gradient, TWO_SCALES.clone(axis_name='batch'), params), axis_name='batch')
-    halves = ours(*(leaf.reshape(2, 8, *leaf.shape[1:]) for leaf in (noise(), weights)))
-    return halves, gradient(PLAIN_TWO, params, noise(), weights)
+  def wanted(params):
+    logits, statistics = PLAIN_TWO(variables | {'params': params}, noise(), True)
+    return np.stack(logits, 1), statistics
 
-  (gradients, (logits, updated)), (wanted_gradient, wanted) = both(variables['params'])
-  chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf.mean(0), gradients), wanted_gradient, rtol=1e-5, atol=1e-5)
+  ours = jax.jit(jax.vmap(functools.partial(gradient, variables['params']), axis_name='batch'))
+  gradients, (logits, updated) = ours(*(leaf.reshape(2, 8, *leaf.shape[1:]) for leaf in (noise(), weights)))
+  expected, statistics = plain.single(wanted(variables['params']))
+  mean = jax.tree.map(lambda leaf: np.mean(leaf, 0), gradients)
+  plain.assert_gradient(mean, lambda params: (wanted(params)[0] * weights).mean(), variables['params'])
   for half in (0, 1):
-    found = logits.reshape(wanted[0].shape), jax.tree.map(lambda leaf, half=half: leaf[half], updated)
-    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
+    found = logits.reshape(expected.shape), jax.tree.map(lambda leaf, half=half: leaf[half], updated)
+    chex.assert_trees_all_close(found, (expected, statistics), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
