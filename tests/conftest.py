@@ -18,7 +18,8 @@ TESTS = Path(__file__).resolve().parent
 # training from a server of processes or share small programs (see `programs`), and so one process runs them.
 TOGETHER = (
   *('host/processes_test.py', 'resume_test.py', 'faults_test.py', 'stream_train_test.py', 'models/numerics_test.py'),
-  'runs/retention_test.py',
+  *('runs/retention_test.py', 'host/lock_test.py', 'host/signals_test.py', 'host/machine_test.py'),
+  'data/stream_test.py',
 )
 DEAREST = (
   *TOGETHER,
@@ -30,10 +31,10 @@ DEAREST = (
   ),
   *(f'models/{name}_test.py' for name in ('fractalnet', 'resnet', 'paranet', 'msdnet', 'densenet', 'families_train')),
   *('task_test.py', 'plugins_test.py', 'experiments/experiments_test.py', 'costs_test.py', 'seeds_test.py'),
-  *('fields_test.py', 'train_test.py', 'steps_test.py', 'data/stream_test.py', 'host/joining_test.py'),
+  *('fields_test.py', 'train_test.py', 'steps_test.py', 'host/joining_test.py'),
 )
 
-ENOUGH = 1_200_000_000
+ENOUGH = 1_500_000_000
 """Bytes of memory from which a process gives back what jax keeps."""
 
 if jax.__version_info__ < (0, 11):  # XLA aborts if a later version does not know a flag; it compiles four times faster.

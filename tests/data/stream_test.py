@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from forking import forked_workers
 
 from paranet_jax import devices as devices_lib
 from paranet_jax.data import stream as stream_lib
@@ -139,6 +140,13 @@ def test_processes_share_an_evaluation():
     assert list(nothing) == []
 
 
+@pytest.fixture
+def _quick_workers():
+  with forked_workers():
+    yield
+
+
+@pytest.mark.usefixtures('_quick_workers')
 def test_worker_processes_give_the_same_batches_and_one_that_is_killed_is_named():
   batches, device = train_batches(total_steps=40), jax.devices()[1]
   with Stream(batches, 2, jax.sharding.SingleDeviceSharding(device)) as placed:
@@ -165,6 +173,7 @@ def test_worker_processes_give_the_same_batches_and_one_that_is_killed_is_named(
     jax.tree.map(np.testing.assert_array_equal, batch, batches[step])
 
 
+@pytest.mark.usefixtures('_quick_workers')
 def test_after_a_signal_a_stalled_worker_is_waited_for_shortly(monkeypatch):
   monkeypatch.setattr(stream_lib, 'seconds_since_request', lambda: 5.1)
   with Stream(train_batches(), 1) as items:
@@ -193,6 +202,7 @@ def test_after_a_signal_a_stalled_thread_is_waited_for_shortly(monkeypatch):
   answers.set()
 
 
+@pytest.mark.usefixtures('_quick_workers')
 @pytest.mark.parametrize('workers', [0, 1])
 def test_what_a_worker_raises_is_raised(workers):
   batches = EvalBatches(split(5, refused=4), 2)

@@ -42,7 +42,7 @@ def holder(workdir, *arguments):
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
-  arguments = *TINY, '--config.train.max_steps=1', f'--workdir={tmp_path}'
+  arguments = *TINY, '--config.name=PN1-d', '--config.train.max_steps=1', f'--workdir={tmp_path}'
   with holder(tmp_path) as process:
     before = contents(tmp_path)
     assert refusal(*arguments, started=True) == (

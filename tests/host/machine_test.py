@@ -2,13 +2,11 @@
 
 import math
 import platform
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
+from forking import Forked, execute
 
 from paranet_jax.host.machine import (
   container_memory,
@@ -38,10 +36,10 @@ def restored_settings():
     jax.config.update(name, value)
 
 
-def run(*arguments):
-  root = Path(__file__).resolve().parents[2]
-  command = [sys.executable, '-c', PROGRAM, *map(str, arguments)]
-  return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
+def run(folder):
+  code, out, err = Forked(execute, PROGRAM, str(folder)).ended()
+  assert code == 0, err
+  return out.split()
 
 
 def test_a_broken_entry_is_compiled_again(tmp_path):

@@ -3,17 +3,12 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
+from forking import Forked, execute
 
 from paranet_jax.host.signals import StopRequest, seconds_since_request
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -145,26 +140,24 @@ def joined(program, *arguments):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  command = [sys.executable, '-c', JOINED + program, *map(str, (port, *arguments))]
-  return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return Forked(execute, JOINED + program, *map(str, (port, *arguments)))
 
 
 @pytest.fixture(scope='module')
 def all_joined():
-  """The programs that each test needs, which start for seconds, together."""
+  """The programs that each test needs, which start for a second, together."""
   started = {number: (joined(TOGETHER, int(number)), joined(HANGING)) for number in (signal.SIGINT, signal.SIGTERM)}
   yield started
   for pair in started.values():
     for process in pair:
       process.kill()
-      process.communicate()
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_under_jax_distributed_the_processes_agree_on_the_step(all_joined, number):
   process, _ = all_joined[number]
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
+  code, out, err = process.ended()
+  assert code == 0, err
   what, step = out.strip().rsplit(' ', 1)
   assert what == 'a preemption notice' and int(step) > 3
 
@@ -172,11 +165,9 @@ def test_under_jax_distributed_the_processes_agree_on_the_step(all_joined, numbe
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_under_jax_distributed_a_later_signal_acts_even_in_a_step_that_hangs(all_joined, number):
   _, process = all_joined[number]
-  assert process.stdout.readline() == 'asked\n'
+  assert process.out.readline() == 'asked\n'
   for _ in range(60):
-    time.sleep(0.5)
-    process.send_signal(number)
-    if process.poll() is not None:
+    if process.has_ended(0.5):
       break
-  process.kill()
-  assert process.wait() == -number
+    process.send(number)
+  assert process.ended()[0] == -number
