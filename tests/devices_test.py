@@ -19,13 +19,6 @@ TARGETS = (0,)
 EVERYTHING = tiny.AUGMENTED._replace(cutout=3, mixup=0.5)
 
 
-class Unshared(ParaNet):
-  """Keeps batch statistics to each device."""
-
-  def clone(self, **fields):
-    return super().clone(**(fields | {'axis_name': None}))
-
-
 def needs(count: int):
   return pytest.mark.skipif(len(jax.devices()) < count, reason=f'needs {count} devices, found {len(jax.devices())}')
 
@@ -33,11 +26,11 @@ def needs(count: int):
 class Training:
   """A few steps of a run, fed as `train.py` does; counts how often the step is traced."""
 
-  def __init__(self, count: int, network=ParaNet):
+  def __init__(self, count: int):
     self.traces = 0
     self._devices = pick_devices(count)
     self._whole = replicated(self._devices)
-    model = network(1, tiny.NUM_CLASSES, 1, 2, 2, image_side=tiny.SIDE)
+    model = ParaNet(1, tiny.NUM_CLASSES, 1, 2, 2, image_side=tiny.SIDE)
     optimizer = optax.sgd(0.05, 0.9, True)
     self._step = run_on(
       self._devices,
@@ -64,9 +57,9 @@ class Training:
 
 
 @functools.cache
-def trained(count: int, network=ParaNet):
+def trained(count: int):
   """A training after three steps, over the end of an epoch, and its result."""
-  training = Training(count, network)
+  training = Training(count)
   for epoch in (0, 0, 1):
     training.step(epoch)
   return training, jax.device_get((training.state, training.totals))
@@ -77,14 +70,6 @@ def test_several_devices_equal_one():
   training, result = trained(4)
   chex.assert_trees_all_close(result, trained(1)[1], rtol=1e-5, atol=1e-5)
   assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(training.state)} == {4}
-
-
-@needs(4)
-def test_without_shared_statistics_they_differ():
-  """What the test above can see: here the gradients are shared and the batch statistics are not."""
-  (state, _), (one, _) = trained(4, Unshared)[1], trained(1)[1]
-  with pytest.raises(AssertionError):
-    chex.assert_trees_all_close(state.params, one.params, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
