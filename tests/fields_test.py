@@ -126,9 +126,13 @@ def kept(config, _):
 def batch(config, _):
   """Images and labels as a training step reads them."""
   task = build_task(config)
-  train, keys = task.dataset.train, image_keys(0, 0, 0, np.arange(4))
-  found = augmented(keys, train.images[:4], train.labels[:4], task.preprocessing, 10)
-  return [values.tolist() for values in found]
+  train = task.dataset.train
+
+  @jax.jit
+  def read(images, labels):
+    return augmented(image_keys(0, 0, 0, np.arange(4)), images, labels, task.preprocessing, 10)
+
+  return [values.tolist() for values in read(train.images[:4], train.labels[:4])]
 
 
 def dataset(config, _):

@@ -33,7 +33,7 @@ KEPT = {
 
 def state(optimizer_of):
   params = jax.tree.map(jnp.asarray, VARIABLES['params'])
-  return TrainState(jnp.int32(0), jnp.int32(0), params, {}, OPTIMIZER.init(optimizer_of(params)))
+  return TrainState(jnp.int32(0), jnp.int32(0), params, {}, jax.jit(OPTIMIZER.init)(optimizer_of(params)))
 
 
 def kept(kind='float32'):

@@ -155,7 +155,7 @@ def gradients(name, *exit_weights):
 
 def is_zero(tree) -> bool:
   """Whether every leaf is exactly 0; leaves must agree."""
-  zero = {bool(np.all(leaf == 0)) for leaf in jax.tree.leaves(tree)}
+  zero = {bool(np.all(np.asarray(leaf) == 0)) for leaf in jax.tree.leaves(tree)}
   assert len(zero) == 1
   return zero.pop()
 

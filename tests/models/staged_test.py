@@ -58,10 +58,15 @@ def test_the_documented_example():
   example = textwrap.dedent(staged.__doc__.split('stage:\n\n')[1])
   assert len(example.splitlines()) <= 25
   names = {'jax': jax, 'images': IMAGES}
-  exec(example, names)
-  assert [names['early'].shape, names['late'].shape] == [(16, 10), (16, 10)]
-  early, late = names['model'].apply(names['variables'], IMAGES)
-  chex.assert_trees_all_close((names['early'], names['late']), (early, late), rtol=1e-6)
+
+  @jax.jit  # One program instead of dozens.
+  def run():
+    exec(example, names)
+    return (names['early'], names['late']), names['model'].apply(names['variables'], IMAGES)
+
+  staged_logits, whole = run()
+  assert [logits.shape for logits in staged_logits] == [(16, 10), (16, 10)]
+  chex.assert_trees_all_close(staged_logits, tuple(whole), rtol=1e-6)
   convolutions = [4 * 4 * 9 * 3 * 16, 2 * 2 * 9 * 16 * 32 + 9 * 32 * 64]
   expected = [convolutions[0] + 16 * 10, convolutions[1] + 64 * 10]
   assert [cost['own_macs'] for cost in exit_costs(names['model'], (8, 8, 3))] == expected
