@@ -87,12 +87,13 @@ def rendered(page: str, found: Mapping[str, Result]) -> str:
 
 
 def provenance(result: Result) -> str:
-  """The command, the machine and the date, in a sentence."""
+  """The command, the machine and the date, in a sentence, and what the result notes about them."""
   machine, versions = result['machine'], result['versions']
   peers = ''.join(f', {name} {versions[name]}' for name in PACKAGES if name in versions)
+  note = f' {result["note"]}' if 'note' in result else ''
   return (
     f'`{result["command"]}`, one run on {result["date"]}: {machine["cores"]} cores of {machine["cpu"]} '
-    f'({machine["features"]}), load average {machine["load_average"]} at its start, jax {versions["jax"]}{peers}.'
+    f'({machine["features"]}), load average {machine["load_average"]} at its start, jax {versions["jax"]}{peers}.{note}'
   )
 
 

@@ -44,6 +44,7 @@ def test_the_fastest_peer_is_named():
 def test_only_what_is_between_the_marks_is_replaced():
   result = RESULT | {'rows': [row('step', 'eager', 80.0, 40.0, 'images/s')]}
   page = 'before\n<!-- table train_step -->\nold\n<!-- end -->\nafter\n<!-- table deploy -->\n<!-- end -->\n'
+  assert all_benchmarks.provenance(result | {'note': 'Busy.'}) == f'{WHERE} Busy.'
   once = all_benchmarks.rendered(page, {'train_step': result})
   assert once.startswith(f'before\n<!-- table train_step -->\n\n{WHERE}\n\n| what |')
   assert 'old' not in once and once.endswith('|\n\n<!-- end -->\nafter\n<!-- table deploy -->\n<!-- end -->\n')
