@@ -49,7 +49,7 @@ def _target(plan: ExitPlan) -> Iterator[str]:
 
 
 def _rejection(plan: ExitPlan) -> Iterator[str]:
-  if reject := getattr(plan, 'reject', None):
+  if reject := plan.reject:
     count = (plan.splits or {}).get('promises', 0)
     yield (
       f'Images of which the network is too unsure are answered "unknown". With probability {1 - reject["delta"]:g} '
@@ -61,7 +61,7 @@ def _rejection(plan: ExitPlan) -> Iterator[str]:
 
 
 def _sets(plan: ExitPlan) -> Iterator[str]:
-  if sets := getattr(plan, 'sets', None):
+  if sets := plan.sets:
     yield (
       f'The set of classes of a new image holds the right one with a probability of at least '
       f'{_percent(sets["coverage"])}, at whichever exit it leaves.'
