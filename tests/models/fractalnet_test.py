@@ -1,14 +1,15 @@
-"""Tests of FractalNet against its recursive definition in plain flax, its costs, stages and drop-path."""
+"""Tests of FractalNet against its recursive definition in NumPy, its costs, stages and drop-path."""
 
 import functools
 
 import chex
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
+import reference
 import tiny
 
 from paranet_jax.costs import abstract_variables, exit_costs, multiply_adds
@@ -21,65 +22,44 @@ WHOLE = 4
 ALL = (1, 2, 3, 4)
 
 
-class PlainFractal(nn.Module):
-  """The paper's expansion rule (equation 1), with the same parameter names.
+class PlainFractal(plain.Plain):
+  """The paper's expansion rule (equation 1), in NumPy.
 
   f_1(z) = conv(z); f_c(z) = [conv(z)] with [f_{c-1}(join f_{c-1}(z))]. Each convolution takes all passes through it as
   one batch.
   """
 
-  model: FractalNet
+  def __init__(self, model, variables, train):
+    super().__init__(variables, train)
+    self.model = model
 
-  @nn.compact
-  def __call__(self, images, train, exits):
+  def logits(self, images, exits):
+    """By exit."""
     x = dict.fromkeys(exits, images)
     for block in range(1, len(self.model.widths) + 1):
-      x = self._join(self._fractal(x, self.model.columns, block, train, {}))
-      x = {number: nn.max_pool(value, (2, 2), (2, 2)) for number, value in x.items()}
-    head = PlainHead(self.model.num_classes, name='exit')
-    return {number: head(value) for number, value in x.items()}
+      x = self._join(self._fractal(x, self.model.columns, block, {}))
+      x = {number: reference.halve(value, 1, np.max) for number, value in x.items()}
+    return {number: self.pool_linear(value, 'exit', 'classifier') for number, value in x.items()}
 
-  def _fractal(self, z, depth, block, train, counts):
+  def _fractal(self, z, depth, block, counts):
     """Outputs of this column and the deeper ones before their join: {column: {exit: features}}."""
     column = self.model.columns - depth + 1
     counts[column] = counts.get(column, 0) + 1
     passes = {number: value for number, value in z.items() if number in (column, self.model.num_exits)}
     outputs = {}
     if passes:
-      layer = PlainLayer(self.model.widths[block - 1], name=f'block_{block}_column_{column}_conv_{counts[column]}')
-      parts = jnp.split(layer(jnp.concatenate(list(passes.values())), train), len(passes))
-      outputs[column] = dict(zip(passes, parts, strict=True))
+      name = f'block_{block}_column_{column}_conv_{counts[column]}'
+      together = self.norm_relu(self.conv(np.concatenate(list(passes.values())), name, 'conv'), name, 'norm')
+      outputs[column] = dict(zip(passes, np.split(together, len(passes)), strict=True))
     if depth == 1:
       return outputs
-    inner = self._join(self._fractal(z, depth - 1, block, train, counts))
-    return outputs | self._fractal(inner, depth - 1, block, train, counts)
+    inner = self._join(self._fractal(z, depth - 1, block, counts))
+    return outputs | self._fractal(inner, depth - 1, block, counts)
 
   def _join(self, outputs):
     whole = [passes[self.model.num_exits] for passes in outputs.values() if self.model.num_exits in passes]
     joined = {column: passes[column] for column, passes in outputs.items() if column in passes}
-    return joined | ({self.model.num_exits: jnp.mean(jnp.stack(whole), axis=0)} if whole else {})
-
-
-class PlainLayer(nn.Module):
-  """Conv3x3-BN-ReLU."""
-
-  features: int
-
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.Conv(self.features, (3, 3), use_bias=False, name='conv')(x)
-    x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name='norm')(x)
-    return nn.relu(x)
-
-
-class PlainHead(nn.Module):
-  """Global average pool-Linear."""
-
-  num_classes: int
-
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(self.num_classes, name='classifier')(jnp.mean(x, axis=(1, 2)))
+    return joined | ({self.model.num_exits: np.mean(whole, axis=0)} if whole else {})
 
 
 def noise(model, number=16):
@@ -90,18 +70,7 @@ def noise(model, number=16):
 @functools.cache
 def _expected(model):
   numbers = range(1, model.num_exits + 1)
-  return jax.jit(lambda: PlainFractal(model).apply(tiny.variables(model), noise(model), False, numbers))()
-
-
-def trained(apply, variables):
-  """The gradient of a fixed function of the logits of `apply(variables)`, and the logits and updated statistics."""
-
-  def function(params):
-    logits, updated = apply({'params': params, 'batch_stats': variables['batch_stats']})
-    logits = {number: value for number, value in logits.items() if value is not None}
-    return sum(number * jnp.mean(jnp.sin(value)) for number, value in logits.items()), (logits, updated)
-
-  return jax.jit(jax.grad(function, has_aux=True))(variables['params'])
+  return plain.single(PlainFractal(model, tiny.variables(model), False).logits(noise(model), numbers))
 
 
 def by_exit(logits):
@@ -121,20 +90,31 @@ def test_logits_match_the_recursive_definition(model, exits):
 
 
 @pytest.mark.parametrize('model, exits', [(network(widths=(5,)), ALL), (network(columns=2), (2,))])
-def test_training_matches_plain_flax(model, exits):
+def test_training_matches_the_recursive_definition(model, exits):
   variables, images = tiny.variables(model), noise(model)
-  # Plain flax has no variables for the columns that these exits do not use.
+  # Without the columns that these exits do not use.
   shapes = abstract_variables(model, images.shape[1:], exits)
   used = {kind: {name: variables[kind][name] for name in tree} for kind, tree in shapes.items()}
 
-  def ours(variables):
-    logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'])
-    return by_exit(logits), updated
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def found(params):
+    logits, updated = model.apply(used | {'params': params}, images, train=True, exits=exits, mutable=['batch_stats'])
+    logits = {number: value for number, value in by_exit(logits).items() if value is not None}
+    return score(jnp, logits), (logits, updated['batch_stats'])
 
-  def plain(variables):
-    return PlainFractal(model).apply(variables, images, True, exits, mutable=['batch_stats'])
+  def expected(params):
+    fractal = PlainFractal(model, used | {'params': params}, True)
+    return fractal.logits(images, exits), fractal.statistics
 
-  chex.assert_trees_all_close(trained(ours, used), trained(plain, used), rtol=1e-4, atol=1e-5)
+  gradient, outcome = found(used['params'])
+  chex.assert_trees_all_close(outcome, plain.single(expected(used['params'])), rtol=1e-4, atol=1e-5)
+  plain.assert_gradient(gradient, lambda params: score(np, expected(params)[0]), used['params'])
+
+
+def score(numpy, logits):
+  """A fixed function of the logits."""
+  return sum(number * numpy.mean(numpy.sin(value)) for number, value in logits.items())
 
 
 @functools.cache
@@ -287,8 +267,8 @@ def test_draw(share):
 
 @pytest.mark.parametrize('column, expected', [(2, [1, 0]), (3, [0, 1])])
 def test_join_weights_of_a_single_column(column, expected):
-  state = drop.DropPath(jax.random.key(0), 0.5, jnp.int32(column))
-  np.testing.assert_array_equal(drop.join_weights(state, 1, (2, 3)), expected)
+  weights = jax.jit(lambda column: drop.join_weights(drop.DropPath(jax.random.key(0), 0.5, column), 1, (2, 3)))
+  np.testing.assert_array_equal(weights(jnp.int32(column)), expected)
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.3, 1.0])

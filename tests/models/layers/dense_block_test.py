@@ -1,4 +1,4 @@
-"""The dense block against a plain one built from `nn.BatchNorm` and `nn.Conv`, differentiated by jax."""
+"""The dense block against a plain one in NumPy, and its gradients against differences."""
 
 import functools
 
@@ -7,12 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
 
 from paranet_jax.models.layers import dense_block
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.models.layers.dense import DenseBlock, as_features
-from paranet_jax.models.layers.dense_block import conv3x3, image_conv3x3, normalize
+from paranet_jax.models.layers.dense_block import conv3x3, image_conv3x3
 from paranet_jax.models.layers.initial import initial_variables
 
 SHAPES = {
@@ -25,19 +26,28 @@ SHAPES = {
 }
 
 
+def plain_block(variables, x, train):
+  """DenseNet-BC's block in NumPy: its output and the running statistics."""
+  net = plain.Plain(variables, train)
+  for index in range(1, len(net.params) + 1):
+    layer = f'layer_{index}'
+    y = net.conv(net.norm_relu(x, layer, 'norm1'), layer, 'conv1')
+    x = np.concatenate([x, net.conv(net.norm_relu(y, layer, 'norm2'), layer, 'conv2')], axis=-1)
+  return x, net.statistics
+
+
 class PlainBlock(nn.Module):
-  """A direct implementation of DenseNet-BC's block, with the same parameter names."""
+  """The same block of flax's modules, with the same parameter names."""
 
   num_layers: int
   growth_rate: int
   bn_size: int
-  axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x, train):
     for index in range(1, self.num_layers + 1):
-      layer = PlainLayer(self.growth_rate, self.bn_size, self.axis_name, self.dtype, name=f'layer_{index}')
+      layer = PlainLayer(self.growth_rate, self.bn_size, self.dtype, name=f'layer_{index}')
       x = jnp.concatenate([x, layer(x, train)], axis=-1)
     return x
 
@@ -47,7 +57,6 @@ class PlainLayer(nn.Module):
 
   growth_rate: int
   bn_size: int
-  axis_name: str | None
   dtype: jnp.dtype
 
   @nn.compact
@@ -57,7 +66,6 @@ class PlainLayer(nn.Module):
       use_running_average=not train,
       momentum=0.9,
       epsilon=1e-5,
-      axis_name=self.axis_name,
       dtype=self.dtype,
     )
     conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
@@ -66,16 +74,16 @@ class PlainLayer(nn.Module):
 
 
 def problem(shape):
-  """The plain block, variables different from their initial values, an input and weights for the outputs."""
+  """A plain block, variables different from their initial values, an input and weights for the outputs."""
   batch, side, channels, layers, growth, bn_size = SHAPES[shape]
-  plain = PlainBlock(layers, growth, bn_size)
+  module = PlainBlock(layers, growth, bn_size)
   random = np.random.default_rng(len(shape))
   x = random.normal(1, 2, (batch, side, side, channels)).astype(np.float32)
-  shapes = jax.eval_shape(lambda: plain.init(jax.random.key(0), x, False))
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, False))
   drawn = initial_variables(shapes, 0)
   variables = jax.tree.map(lambda leaf: (leaf + random.uniform(0.1, 0.4, leaf.shape)).astype(np.float32), drawn)
   weights = random.normal(size=(batch, side, side, channels + layers * growth)).astype(np.float32)
-  return plain, variables, x, weights
+  return module, variables, x, weights
 
 
 def readers(features):
@@ -83,18 +91,24 @@ def readers(features):
   return nn.relu(features * 1.1 + 0.1)
 
 
-def plain_loss(plain, params, stats, x, weights, axis_name=None):
-  out, updated = plain.apply({'params': params, 'batch_stats': stats}, x, True, mutable=['batch_stats'])
-  out = normalize(out, axis_name)[0] if axis_name else normalized(out)
+def module_loss(module, params, stats, x, weights):
+  out, updated = module.apply({'params': params, 'batch_stats': stats}, x, True, mutable=['batch_stats'])
+  out = normalized(out)
   return jnp.sum(readers(out) * weights), (out, updated['batch_stats'])
 
 
+def plain_loss(variables, weights, params_and_x):
+  params, x = params_and_x
+  out, _ = plain_block(variables | {'params': params}, x, True)
+  return np.sum(np.maximum(normalized(out) * 1.1 + 0.1, 0) * weights)
+
+
 def normalized(x):
-  return (x - x.mean((0, 1, 2))) * jax.lax.rsqrt(x.var((0, 1, 2)) + 1e-5)
+  return (x - x.mean((0, 1, 2))) / (x.var((0, 1, 2)) + 1e-5) ** 0.5
 
 
-def block_of(plain, scan_layers, axis_name=None):
-  return DenseBlock(plain.num_layers, plain.growth_rate, plain.bn_size, scan_layers, axis_name)
+def block_of(module, scan_layers, axis_name=None):
+  return DenseBlock(module.num_layers, module.growth_rate, module.bn_size, scan_layers, axis_name)
 
 
 def block_loss(block, params, stats, x, weights):
@@ -111,15 +125,12 @@ def gradients(loss, variables, x, weights):
   return outputs, found
 
 
-@functools.cache
-def plain_outcome(shape):
-  """The plain block's outputs and gradients in training, and its output in inference, in float64."""
-  plain, variables, x, weights = problem(shape)
-  plain = plain.clone(dtype=jnp.float64)
-  with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):  # flax adds a float32 epsilon.
-    variables, x, weights = jax.tree.map(np.float64, (variables, x, weights))
-    inference = jax.jit(lambda: plain.apply(variables, x, False))()
-    return *gradients(functools.partial(plain_loss, plain), variables, x, weights), inference
+def assert_plain(outputs, found, variables, x, weights):
+  """Compares the output and running statistics, and the gradients of every parameter and of the input."""
+  out, statistics = plain_block(variables, x, True)
+  close(outputs, (normalized(out), statistics))
+  loss = functools.partial(plain_loss, variables, weights)
+  plain.assert_gradient(found, loss, (variables['params'], x))
 
 
 @pytest.mark.parametrize(
@@ -135,25 +146,23 @@ def plain_outcome(shape):
   ],
 )
 def test_training_equals_the_plain_block(shape, backend, scan_layers):
-  plain, variables, x, weights = problem(shape)
+  module, variables, x, weights = problem(shape)
   with compiling_for(backend):
-    outputs, found = gradients(functools.partial(block_loss, block_of(plain, scan_layers)), variables, x, weights)
-  wanted_outputs, wanted, _ = plain_outcome(shape)
-  close(outputs, wanted_outputs)
-  close(found, wanted)
+    outputs, found = gradients(functools.partial(block_loss, block_of(module, scan_layers)), variables, x, weights)
+  assert_plain(outputs, found, variables, x, weights)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_inference_equals_the_plain_block(shape):
-  plain, variables, x, _ = problem(shape)
-  out = jax.jit(lambda: block_of(plain, None).apply(variables, as_features(x, False, None), False).values)()
-  close(out, plain_outcome(shape)[2])
+  module, variables, x, _ = problem(shape)
+  out = jax.jit(lambda: block_of(module, None).apply(variables, as_features(x, False, None), False).values)()
+  close(out, plain_block(variables, x, False)[0])
 
 
 def test_devices_share_their_statistics():
   """Four devices with a quarter of the batch each sum to one device with all of it."""
-  plain, variables, x, weights = problem('even')
-  block = block_of(plain, 3, 'devices')  # One segment is a loop, the other unrolled.
+  module, variables, x, weights = problem('even')
+  block = block_of(module, 3, 'devices')  # One segment is a loop, the other unrolled.
 
   def local(params, stats, x, weights):
     loss = functools.partial(block_loss, block)
@@ -165,20 +174,19 @@ def test_devices_share_their_statistics():
     local, 'devices', in_axes=(None, None, 0, 0), out_axes=((0, None), (None, 0)), devices=jax.devices()[:4]
   )
   (out, stats), (found, dx) = run(variables['params'], variables['batch_stats'], *split)
-  wanted_outputs, wanted, _ = plain_outcome('even')
-  close((out.reshape(wanted_outputs[0].shape), stats), wanted_outputs)
-  close((found, dx.reshape(x.shape)), wanted)
+  outputs = np.reshape(out, (len(x), *out.shape[2:])), stats
+  assert_plain(outputs, (found, np.reshape(dx, x.shape)), variables, x, weights)
 
 
 def test_half_precision(standard_promotion):
   """As close to float32 as the plain block in bfloat16; parameter gradients and statistics are float32."""
-  plain, variables, x, weights = problem('many pixels')
+  module, variables, x, weights = problem('many pixels')
   half = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
-  outputs, found = gradients(functools.partial(block_loss, block_of(plain, 2)), variables, *half)
+  outputs, found = gradients(functools.partial(block_loss, block_of(module, 2)), variables, *half)
   assert outputs[0].dtype == found[1].dtype == jnp.bfloat16
   chex.assert_trees_all_equal_dtypes((outputs[1], found[0]), jax.tree.map(jnp.float32, (outputs[1], found[0])))
-  exact_outputs, exact, _ = plain_outcome('many pixels')
-  _, theirs = gradients(functools.partial(plain_loss, plain.clone(dtype=jnp.bfloat16)), variables, *half)
+  exact_outputs, exact = gradients(functools.partial(module_loss, module), variables, x, weights)
+  _, theirs = gradients(functools.partial(module_loss, module.clone(dtype=jnp.bfloat16)), variables, *half)
   assert distance(outputs[0], exact_outputs[0]) < 0.01
   # Rounding turns some units on or off, so single gradients differ by tenths; overall they agree.
   errors, their_errors = jax.tree.map(distance, found, exact), jax.tree.map(distance, theirs, exact)
@@ -192,18 +200,18 @@ def distance(found, wanted):
 
 def test_one_buffer_is_kept_for_the_backward_pass():
   """The features and the bottlenecks are kept once, not the inputs of every layer."""
-  plain, variables, x, _ = problem('even')
-  layers = plain.num_layers
-  block = block_of(plain, 1)
-  features = as_features(x, True, None)
+  module, variables, x, _ = problem('even')
+  layers = module.num_layers
+  block = block_of(module, 1)
 
   def forward(params):
+    features = as_features(x, True, None)
     variables_ = {'params': params, 'batch_stats': variables['batch_stats']}
     return block.apply(variables_, features, True, mutable=['batch_stats'])[0].values
 
   out, backward = jax.eval_shape(lambda: jax.vjp(forward, variables['params']))
   kept = sum(leaf.size for leaf in jax.tree.leaves(backward) if leaf.size >= x[..., :1].size)
-  bottlenecks = layers * plain.bn_size * plain.growth_rate * x[..., 0].size
+  bottlenecks = layers * module.bn_size * module.growth_rate * x[..., 0].size
   assert kept <= out.size + bottlenecks + x.size
 
 
@@ -225,13 +233,17 @@ def test_convolutions(convolve, backend, channels, monkeypatch):
   image = random.normal(size=(2, 6, 5, channels)).astype(np.float32)
   kernel = random.normal(size=(3, 3, channels, 4)).astype(np.float32)
   monkeypatch.setattr(dense_block, 'MANY_PIXELS', 60)
+  weights = random.normal(size=(2, 6, 5, 4)).astype(np.float32)
+
+  def both(image, kernel, weights):
+    out, backward = jax.vjp(convolve, image, kernel)
+    return out, backward(weights)[1]
+
   with compiling_for(backend):
-    run = jax.jit(lambda *arguments: jax.vjp(convolve, *arguments))
     program = str(jax.make_jaxpr(lambda *arguments: convolve(*arguments))(image, kernel))
-    out, backward = run(image, kernel)
+    out, gradient = jax.jit(both)(image, kernel, weights)
   assert ('conv_general_dilated' in program) == (backend == 'gpu')
   padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
   windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
   close(out, np.einsum('bhwcij,ijck->bhwk', windows, kernel))
-  weights = random.normal(size=out.shape).astype(np.float32)
-  close(backward(weights)[1], np.einsum('bhwcij,bhwk->ijck', windows, weights))
+  close(gradient, np.einsum('bhwcij,bhwk->ijck', windows, weights))
