@@ -12,6 +12,7 @@ from PIL import Image
 from running import CONFIGS, TINY, before_each_step, refusal, run_main, saved_state, send, summary_of
 
 from paranet_jax.calibrate import __main__ as calibrate
+from paranet_jax.calibrate import figures
 from paranet_jax.command_line import parse
 from paranet_jax.data.stream import TrainBatches
 from paranet_jax.display.metrics import read_metrics
@@ -77,7 +78,8 @@ def test_evaluated(streamed, in_memory):
   assert found == expected and found.code == 0
 
 
-def test_calibrated(streamed, in_memory):
+def test_calibrated(streamed, in_memory, monkeypatch):
+  monkeypatch.setattr(figures, 'FUNCTIONS', (figures.contact_sheet,))  # The one that shows images.
   plans = []
   for workdir, flags in ((streamed, ['--curves']), (in_memory, [])):
     with contextlib.redirect_stdout(io.StringIO()):

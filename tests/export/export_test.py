@@ -52,6 +52,7 @@ def converted():
     patch.setattr(bundle_lib, 'cut', once(bundle_lib.cut, lambda *arguments: arguments[2:]))
     patch.setattr(bundle_lib, 'load', once(bundle_lib.load, str))
     patch.setattr(bundle_lib, 'exit_costs', once(bundle_lib.exit_costs, lambda *_: 'costs'))
+    patch.setattr(contents_lib, 'mac_costs', once(contents_lib.mac_costs, lambda *arguments: arguments[2:]))
     for module, name in ((bundle_lib, 'onnx_stage'), (stablehlo, 'stablehlo_stage')):
       patch.setattr(module, name, once(getattr(module, name), lambda spec: spec.name))
     yield
