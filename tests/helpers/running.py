@@ -14,6 +14,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
@@ -59,9 +60,35 @@ def run_main(*arguments: Any) -> Result:
 def run_command(command: Callable[..., int], *arguments: Any) -> Result:
   """Runs a command with these arguments in this process."""
   out, err = io.StringIO(), io.StringIO()
-  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+    _share_pictures(patch)
     code = command(list(map(str, arguments)))
   return Result(code, out.getvalue(), err.getvalue())
+
+
+_DRAW = {'curves.png': train.draw_curves, 'confusion.png': train.draw_confusion}
+_PICTURES: dict[str, bytes] = {}
+
+
+def _share_pictures(patch: pytest.MonkeyPatch) -> None:
+  """The pictures of the first run serve for all: drawing them takes a second."""
+  patch.setattr(train, 'draw_curves', functools.partial(_picture, 'curves.png'))
+  patch.setattr(train, 'draw_confusion', _confusion)
+
+
+def _confusion(workdir: Path, exits: list[dict], summary: dict, labeled: bool = True) -> Path | str:
+  if labeled and any(row['confusion'] is not None for row in exits):
+    return _picture('confusion.png', workdir, exits, summary)
+  return _DRAW['confusion.png'](workdir, exits, summary, labeled)  # It says why there is none.
+
+
+def _picture(name: str, workdir: Path, *arguments: Any) -> Path:
+  path = workdir / name
+  if name not in _PICTURES:
+    assert _DRAW[name](workdir, *arguments) == path
+    _PICTURES[name] = path.read_bytes()
+  path.write_bytes(_PICTURES[name])
+  return path
 
 
 def refusal(*arguments: Any, started: bool = False) -> str:
@@ -130,8 +157,6 @@ class SharedPrograms:
       'evaluator': train.Evaluator,
       'step': devices_lib.run_on,
       'state': task_lib.init_state,
-      'curves.png': train.draw_curves,
-      'confusion.png': train.draw_confusion,
     }
 
   def install(self, patch: Any) -> None:
@@ -141,8 +166,7 @@ class SharedPrograms:
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
     patch.setattr(devices_lib, 'run_on', self._step)
     patch.setattr(task_lib, 'init_state', self._state)
-    for name in ('curves', 'confusion'):
-      patch.setattr(train, f'draw_{name}', functools.partial(self._picture, f'{name}.png'))
+    _share_pictures(patch)
 
   def forget(self) -> None:
     """Lets go of what was built."""
@@ -164,14 +188,6 @@ class SharedPrograms:
         return state
       self._kept[key] = jax.tree.map(np.asarray, state)
     return jax.tree.map(np.copy, self._kept[key])
-
-  def _picture(self, name, workdir, *arguments):
-    """The pictures of the first run serve for all."""
-    if name not in self._kept:
-      self._kept[name] = self._build[name](workdir, *arguments).read_bytes()
-    path = workdir / name
-    path.write_bytes(self._kept[name])
-    return path
 
   def _keep(self, kind, config, *arguments, phase=None):
     same = config.copy_and_resolve_references()
