@@ -6,6 +6,7 @@ import runpy
 import matplotlib.pyplot as plt
 import pytest
 
+import paranet_jax.train  # noqa: F401  What it imports has `base_config` before a test replaces it.
 from paranet_jax import base_config as base_config_lib
 from paranet_jax.models.registry import FAMILIES
 
