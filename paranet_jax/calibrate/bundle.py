@@ -254,7 +254,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
         unreadable.append(f'{file} ({image})')
       else:
         images.append(image)
-        here.append(places.get(name, -1))
+        here.append(-1 if name is None else places.get(name, -1))
     if images:
       carried, found = every.begin(np.stack(images)), []
       for number in every.visited:

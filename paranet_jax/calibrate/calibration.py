@@ -118,7 +118,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   else:
     choice = request.policy.choose(samples, target)
   if choice.facts:
-    request = dataclasses.replace(request, target=request.target | choice.facts)
+    request = dataclasses.replace(request, target=request.target | dict(choice.facts))
   if choice.facts.get('too_few'):
     say(_too_few(choice.facts, dataset.class_names))
   plan = _plan(request, subject, temperatures, choice.thresholds, command)
@@ -274,7 +274,7 @@ def _in_halves(request: Request) -> bool:
 
 
 def _too_few(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:
-  few = facts['too_few']
+  few: list[int] = facts['too_few']
   named = ', '.join(class_names[label] for label in few[:_NAMED])
   more = f' and {len(few) - _NAMED:,} more' if len(few) > _NAMED else ''
   return (

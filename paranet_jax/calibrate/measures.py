@@ -189,10 +189,9 @@ def risks_by_group(samples: Samples, thresholds: PerExit, kind: str, loss: str) 
   """
   taken = exits_taken(samples.confidences, thresholds)
   lost = losses_of(samples, loss)[taken, np.arange(len(taken))]
-  if kind == 'class':
-    groups, count = np.asarray(samples.labels), int(np.max(samples.labels)) + 1
-  else:
-    groups, count = taken, len(thresholds) - 1
+  groups, count = taken, len(thresholds) - 1
+  if kind == 'class' and samples.labels is not None:
+    groups, count = samples.labels, int(samples.labels.max()) + 1
   return [float(lost[groups == group].mean()) if (groups == group).any() else None for group in range(count)]
 
 

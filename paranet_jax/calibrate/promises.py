@@ -51,7 +51,8 @@ def with_promises(
         f'a coverage of {request.coverage:g} needs {needed:,} held-out images of its own, half of all, found '
         f'{count:,}; {kept}; lower --coverage, or {more}'
       )
-    sets = choose_sets(*(_labeled(plan, outputs, thresholds) for outputs in (rest, promised)), request.coverage)
+    reference, tested = (_labeled(plan, outputs, thresholds) for outputs in (rest, promised))
+    sets = choose_sets(reference, tested, request.coverage)
     plan = dataclasses.replace(plan, sets=sets)
   return plan
 

@@ -627,7 +627,9 @@ class Watch:
       raise BundleError('expected what calibration saw in exits.json, found none; calibrate and export the run again')
     if not 0 < alpha < 1:
       raise BundleError(f'expected an alpha between 0 and 1, found {alpha}; set --alpha')
-    self.path, self.alpha, self.images, self.labeled, self.alarm = path and Path(path), alpha, 0, 0, None
+    self.path = None if path is None else Path(path)
+    self.alpha, self.images, self.labeled = alpha, 0, 0
+    self.alarm: Drift | None = None
     self._exits, self._macs = bundle.exits, np.array([bundle.macs[number] or 0 for number in bundle.exits], np.float64)
     self._edges = [np.array(each, np.float64) for each in seen['edges']]
     self._first = np.cumsum([0, *(len(each) + 1 for each in self._edges[:-1])])

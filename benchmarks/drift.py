@@ -1,0 +1,168 @@
+"""How soon the watch finds images that changed, on a trained run, and how much it costs; writes a table.
+
+    python benchmarks/drift.py --workdir=pretrained --data-dir=DATA   # measures; benchmarks/results/drift.json
+    python benchmarks/drift.py --table                                # the table of docs/guarantees.md from that file
+
+Half of the test images are what calibration saw. The other half are the stream: 1,000 of them as they are, and then
+images that changed, in 20 random orders.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS, PAGE = REPO / 'benchmarks/results/drift.json', REPO / 'docs/guarantees.md'
+BEFORE, AFTER = '<!-- made by benchmarks/drift.py --table -->\n', '<!-- end of drift -->\n'
+CLEAN, ORDERS, ALPHA = 1000, 20, 0.01
+
+Images = np.ndarray
+"""uint8 [N, H, W, C]."""
+
+
+def _clipped(images: np.ndarray) -> Images:
+  return np.clip(np.rint(images), 0, 255).astype(np.uint8)
+
+
+def blurred(images: Images) -> Images:
+  """The mean of 3 x 3 pixels."""
+  padded = np.pad(images.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)), mode='edge')
+  side = images.shape[1]
+  return _clipped(sum(padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)) / 9)
+
+
+def digits(images: Images) -> Images:
+  """As many handwritten digits, scaled to the side."""
+  from sklearn.datasets import load_digits
+
+  drawn = load_digits().images * (255 / 16)
+  factor = -(-images.shape[1] // drawn.shape[1])
+  large = drawn.repeat(factor, 1).repeat(factor, 2)[:, : images.shape[1], : images.shape[2]]
+  return _clipped(np.resize(large, (len(images), *large.shape[1:]))[..., None].repeat(images.shape[-1], -1))
+
+
+CHANGES: dict[str, Callable[[Images], Images]] = {
+  'none': lambda images: images,
+  'brightness, 0.9 times': lambda images: _clipped(images * 0.9),
+  'brightness, 0.6 times': lambda images: _clipped(images * 0.6),
+  'noise, deviation 8 of 255': lambda images: _clipped(images + np.random.default_rng(0).normal(0, 8, images.shape)),
+  'noise, deviation 20 of 255': lambda images: _clipped(images + np.random.default_rng(0).normal(0, 20, images.shape)),
+  'blur, 3 x 3 pixels': blurred,
+  'another data set (digits)': digits,
+}
+PRIOR = 'class prior: half of the classes four times as often as the others'
+
+
+def measure(workdir: Path, data_dir: Path | None) -> dict[str, Any]:
+  """`rows`: for each change the share of orders with an alarm, and the median delay in images."""
+  from paranet_jax.calibrate.promises import _answers, what_was_seen
+  from paranet_jax.config import with_data_dir
+  from paranet_jax.data.dataset import Split
+  from paranet_jax.early.loaded_run import load
+  from paranet_jax.early.logits import Outputs, split_logits
+  from paranet_jax.early.runtime import EarlyExit
+  from paranet_jax.host.machine import cpu_name
+  from paranet_jax.portable.run import Watch
+  from paranet_jax.task import build_task
+
+  run = load(workdir)
+  task = build_task(with_data_dir(run.config, data_dir))
+  plan, test = run.plan, task.dataset.test
+  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds])
+
+  def outputs(images: Images, labels: np.ndarray) -> Outputs:
+    split = Split(images, labels)
+    found = split_logits(run.model, run.variables, plan.exits, task.preprocessing, split, 500)
+    return Outputs(found, labels)
+
+  half = len(test) // 2
+  images, labels = np.asarray(test.images[:]), np.asarray(test.labels)
+  assert task.dataset.held_out is not None
+  held_out = task.dataset.held_out
+  binned = outputs(np.asarray(held_out.images[:]), np.asarray(held_out.labels))
+  seen = what_was_seen(plan, binned, outputs(images[:half], labels[:half]), thresholds, labeled=True)
+  plan = dataclasses.replace(plan, seen=seen)
+  runtime = EarlyExit(run.model, run.variables, plan, run.image_shape, run.dataset.mean, run.dataset.std)
+
+  def rows(found: Outputs) -> list[tuple[int, float, int]]:
+    taken, tops, classes = _answers(plan, found, thresholds)
+    return list(zip((np.array(plan.exits)[taken]).tolist(), tops.tolist(), classes.tolist(), strict=True))
+
+  stream = images[half:]
+  plain = rows(outputs(stream, labels[half:]))
+  weights = np.where(labels[half:] % 2, 1.0, 4.0)
+  changed = {name: rows(outputs(change(stream), labels[half:])) for name, change in CHANGES.items()}
+  found_rows = []
+  for name in (*CHANGES, PRIOR):
+    delays, seconds, count = [], 0.0, 0
+    for seed in range(ORDERS):
+      rng = np.random.default_rng(seed)
+      order, watch = rng.permutation(half), Watch(runtime, alpha=ALPHA)
+      watch.add([plain[row] for row in order[:CLEAN]])
+      assert not watch.alarm
+      rest = rng.choice(half, half, p=weights / weights.sum()) if name == PRIOR else order[CLEAN:]
+      given = plain if name == PRIOR else changed[name]
+      started = time.perf_counter()
+      watch.add([given[row] for row in rest])
+      seconds, count = seconds + time.perf_counter() - started, count + watch.images - CLEAN
+      if watch.alarm:
+        delays.append(watch.alarm.images - CLEAN)
+    found_rows.append(
+      {
+        'change': name,
+        'found': len(delays) / ORDERS,
+        'delay': float(np.median(delays)) if delays else None,
+        'microseconds': 1e6 * seconds / count,
+      }
+    )
+    print(found_rows[-1], file=sys.stderr)
+  return {'workdir': workdir.name, 'alpha': ALPHA, 'orders': ORDERS, 'cpu': cpu_name(), 'rows': found_rows}
+
+
+def table(found: dict[str, Any]) -> str:
+  """The rows as Markdown."""
+  lines = ['| change | found in | images until the alarm (median) |', '|---|---|---|']
+  for row in found['rows']:
+    delay = '' if row['delay'] is None else f'{row["delay"]:,.0f}'
+    lines.append(f'| {row["change"]} | {100 * row["found"]:.0f} % of {found["orders"]} orders | {delay} |')
+  seconds = min(row['microseconds'] for row in found['rows'])
+  lines += [
+    '',
+    f'The watch itself takes {seconds:.0f} microseconds an image ({found["cpu"]}, with other programs running).',
+  ]
+  return '\n'.join(lines) + '\n'
+
+
+def with_table(page: str, found: dict[str, Any]) -> str:
+  """The page with the table in place of the one that it has."""
+  before, _, rest = page.partition(BEFORE)
+  _, _, after = rest.partition(AFTER)
+  return f'{before}{BEFORE}\n{table(found)}\n{AFTER}{after}'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=Path, default=REPO / 'pretrained')
+  parser.add_argument('--data-dir', type=Path)
+  parser.add_argument('--table', action='store_true', help='only write the table')
+  given = parser.parse_args(argv)
+  if not given.table:
+    RESULTS.write_text(json.dumps(measure(given.workdir.absolute(), given.data_dir), indent=1) + '\n')
+  found = json.loads(RESULTS.read_text())
+  PAGE.write_text(with_table(PAGE.read_text(), found))
+  print(table(found), end='')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
