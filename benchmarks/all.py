@@ -24,6 +24,7 @@ RESULTS, PAGE = ROOT / 'benchmarks/results', ROOT / 'docs/speed.md'
 COMMANDS = {
   'train_step': ('train_step.py', '--rounds=5', '--no-linen'),
   'inference': ('inference.py', '--rounds=3', '--seconds=0.5', '--no-linen'),
+  'dense_block': ('dense_block.py', '--rounds=3', '--seconds=0.3'),
   'early_exit': ('early_exit.py', '--rounds=2', '--seconds=0.2'),
   'deploy': ('deploy.py',),
   'compile_time': ('compile_time.py', '--rounds=2', '--no-linen'),
@@ -173,9 +174,25 @@ def dtype_accuracy(result: Result) -> str:
   return _table(('exit', 'float32, %', 'bfloat16, %', 'difference, points', "in float32's deviations"), lines)
 
 
+def dense_block(result: Result) -> str:
+  """Milliseconds of a block by XLA and by our kernels, and the rates of their products; then the machine's."""
+  columns = ('xla_ms', 'kernels_ms', 'ratio', 'xla_gflops', 'kernels_gflops')
+  lines = [[row['what'], row['dtype'], *(_number(row[name]) for name in columns)] for row in result['rows']]
+  blocks = _table(('block', 'type', 'XLA, ms', 'kernels, ms', 'speed ratio', 'XLA, GFLOP/s', 'kernels, GFLOP/s'), lines)
+  facts = {
+    'float32 product of 2048 x 2048, GFLOP/s': 'product_float32',
+    'bfloat16 product, added up in float32, GFLOP/s': 'product_bfloat16',
+    'copy of 256 MB by one thread, GB/s read and written': 'copy_1',
+    'the same by two threads': 'copy_2',
+  }
+  rates = [[what, _number(result['rates'][name])] for what, name in facts.items()]
+  return f'{blocks}\n\n{_table(("the machine", "rate"), rates)}'
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
   'train_step': compared,
   'inference': compared,
+  'dense_block': dense_block,
   'early_exit': early_exit,
   'deploy': deploy,
   'compile_time': compile_time,

@@ -26,6 +26,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
 from paranet_jax.host.known_faults import VARIABLE
 from paranet_jax.host.machine import cpu_name, machine_key
+from paranet_jax.models.layers import native_dense
 from paranet_jax.models.layers.dense_block import normalize
 from paranet_jax.models.numerics import dense_layers, largest_block
 
@@ -79,7 +80,7 @@ def dtype_timing(model: Any, image_shape: tuple[int, int, int], batch_size: int)
   Returns:
     None if the network has neither convolutions nor matrix products.
   """
-  environment = machine_key(), os.cpu_count(), len(jax.devices()), os.environ.get(VARIABLE)
+  environment = machine_key(), os.cpu_count(), len(jax.devices()), os.environ.get(VARIABLE), native_dense.version()
   described = repr((*environment, model.clone(dtype=jnp.float32), image_shape, batch_size))
   try:
     file = cache_folder() / 'dtype' / f'{hashlib.sha256(described.encode()).hexdigest()[:16]}.json'
@@ -122,7 +123,8 @@ def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int) -> 
     layers = min(block.num_layers, LAYERS)
     shape = (batch, height, width, channels + (block.num_layers - layers) // 2 * block.growth_rate)
     first, second = (
-      dense_layers(shape, layers, block.growth_rate, block.bn_size, train=True, dtype=dtype) for dtype in _DTYPES
+      dense_layers(shape, layers, block.growth_rate, block.bn_size, train=True, dtype=dtype, of=block.num_layers)
+      for dtype in _DTYPES
     )
     return Part(first.name, first.compute, second.compute, 1.0)
   images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)

@@ -19,7 +19,8 @@ def test_the_middle_layers_of_the_largest_dense_block_are_timed(monkeypatch):
   monkeypatch.setattr(dtype_timing, 'dense_layers', lambda *args, **kwargs: asked.append((args, kwargs)) or Program())
   timed = programs(tiny.network(1, layers_per_block=7, growth_rate=3), SHAPE, 4)
   # Layers 3 and 4 of 7, at side 4: a stem of 6 channels, and 3 of each layer before them.
-  assert asked == [(((4, 4, 4, 12), 2, 3, 2), {'train': True, 'dtype': dtype}) for dtype in (jnp.float32, jnp.bfloat16)]
+  wanted = [{'train': True, 'dtype': dtype, 'of': 7} for dtype in (jnp.float32, jnp.bfloat16)]
+  assert asked == [(((4, 4, 4, 12), 2, 3, 2), keywords) for keywords in wanted]
   assert timed and (timed.name, timed.float32(), timed.bfloat16(), timed.margin) == ('layers', 1, 1, 1.0)
 
 

@@ -18,6 +18,7 @@ from paranet_jax.host.huge_pages import VARIABLE as GLIBC_TUNABLES
 from paranet_jax.host.known_faults import KNOWN_FAULTS, VARIABLE, faults_of, jaxlib_version
 from paranet_jax.host.machine import container_memory, cpu_features, cpu_name, environment
 from paranet_jax.models import numerics
+from paranet_jax.models.layers import native_dense
 
 FEATURES = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'sve')
 """Instruction sets that decide how fast products are, as Linux names them."""
@@ -36,8 +37,8 @@ def examine(config: str | None = None) -> dict[str, Any]:
     config: as `--config` of `main`: the checks run at its shapes; None: those of the quickstart.
 
   Returns:
-    `versions`, `device`, `processor`, `flags`, `known_faults`, `checks`, `memory`, `disk`, `caches` (bytes), and
-    `advice`: one sentence for each thing to do.
+    `versions`, `device`, `processor`, `kernels` ('used', or why they are not), `flags`, `known_faults`, `checks`,
+    `memory`, `disk`, `caches` (bytes), and `advice`: one sentence for each thing to do.
   """
   flags = os.environ.get(VARIABLE, '')
   found = environment(jax.local_devices()) | {
@@ -47,6 +48,7 @@ def examine(config: str | None = None) -> dict[str, Any]:
       'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
       'load': round(os.getloadavg()[0], 2),
     },
+    'kernels': native_dense.missing(native_dense.FEATURES) or 'used',
     'flags': {name: value for name, value in sorted(os.environ.items()) if _decides(name)},
     'known_faults': [
       {'what': fault.what, 'issue': fault.issue, 'flag': fault.flag, 'avoided': fault.flag in flags}
@@ -143,6 +145,7 @@ def as_text(found: dict[str, Any]) -> str:
     ('devices', f'{device["count"]} {device["platform"]} ({device["kind"]})'),
     ('processor', f'{processor["name"]}, {processor["cores"]} cores, load {processor["load"]}'),
     ('', ' '.join(processor['features']) or 'no instruction set that matters'),
+    ('C++ kernels', found['kernels']),
     ('flags', ' '.join(f"{name}='{value}'" for name, value in found['flags'].items()) or 'none'),
     ('memory', f'{found["memory"]["available"] / GIB:.1f} of {found["memory"]["total"] / GIB:.1f} GiB free')
     if found['memory']

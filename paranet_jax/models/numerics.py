@@ -22,6 +22,8 @@ from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.known_faults import VARIABLE, faults_of, jaxlib_version, wrong_numbers_accepted
 from paranet_jax.host.machine import cpu_name, machine_key
+from paranet_jax.host.native import VARIABLE as NATIVE
+from paranet_jax.models.layers import native_dense
 from paranet_jax.models.layers.backend import SHAPES, backend, compiling_for
 from paranet_jax.models.layers.dense import DenseBlock
 from paranet_jax.models.layers.dense_block import (
@@ -31,6 +33,7 @@ from paranet_jax.models.layers.dense_block import (
   dense_block_inference,
   dense_block_training,
   image_conv3x3,
+  kernels,
 )
 
 EXACT = 1e-4
@@ -53,6 +56,7 @@ class Program(NamedTuple):
   compute: Callable[[], Sequence[jax.Array]]
   expected: Callable[[], Sequence[np.ndarray]]
   dtype: Any = jnp.float32
+  native: bool = False  # By kernels in C++.
 
   @property
   def exact(self) -> bool:
@@ -78,6 +82,8 @@ class Finding(NamedTuple):
     version = importlib.metadata.version('jaxlib')
     flags = ' '.join(sorted({fault.flag for fault in known}))
     fix = f"set {VARIABLE}='{flags}' before jax starts ({known[0].issue})" if known else 'install another jaxlib'
+    if self.program.native:
+      fix = f'set {NATIVE}=off, which leaves the computation to XLA'
     return (
       f'expected {self.expected:.9g} in {self.program.name}, found {self.found:.9g}: jaxlib {version} '
       f'computes wrong numbers on {cpu_name()} with {VARIABLE}={os.environ.get(VARIABLE, "")!r}; {fix}, or go on '
@@ -100,7 +106,7 @@ def check_inference(model: Any, image_shape: tuple[int, int, int], batch_size: i
 
 
 def check_once(model: Any, image_shape: tuple[int, int, int], batch_size: int, train: bool) -> None:
-  environment = machine_key(), jax.devices()[0].device_kind, os.environ.get(VARIABLE)
+  environment = machine_key(), jax.devices()[0].device_kind, os.environ.get(VARIABLE), native_dense.version()
   described = repr((*environment, model, image_shape, batch_size, train))
   key = hashlib.sha256(described.encode()).hexdigest()[:16]
   try:
@@ -143,7 +149,9 @@ def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int, tra
   if largest:
     block, shape = largest
     layers = min(block.num_layers, block.scan_layers or SCAN_LAYERS.get(backend(), 1), 2)  # Two are already a loop.
-    yield dense_layers(shape, layers, block.growth_rate, block.bn_size, train, getattr(model, 'dtype', jnp.float32))
+    dtype = getattr(model, 'dtype', jnp.float32)
+    of = block.num_layers  # The whole block decides whether kernels in C++ are used.
+    yield dense_layers(shape, layers, block.growth_rate, block.bn_size, train, dtype, of)
 
 
 def summed_products(rows: int) -> Program:
@@ -188,9 +196,15 @@ def first_layer(shape: tuple[int, int, int, int], features: int = 16) -> Program
 
 
 def dense_layers(
-  shape: tuple[int, int, int, int], layers: int, growth_rate: int, bn_size: int, train: bool, dtype: Any = jnp.float32
+  shape: tuple[int, int, int, int],
+  layers: int,
+  growth_rate: int,
+  bn_size: int,
+  train: bool,
+  dtype: Any = jnp.float32,
+  of: int | None = None,
 ) -> Program:
-  """Layers of a dense block; in training with batch statistics and all gradients."""
+  """Layers of a dense block that has `of`, by default no more; in training with batch statistics and all gradients."""
   random = np.random.default_rng(1)
   x = np.asarray(jnp.asarray(random.normal(size=shape), dtype))
   width = growth_rate * bn_size
@@ -210,26 +224,33 @@ def dense_layers(
     for channels in range(shape[-1], shape[-1] + layers * growth_rate, growth_rate)
   ]
   name = f'{layers} dense layers on {list(shape)}'
+  passes = kernels(shape, of or layers, width, growth_rate, dtype)
+  by = ' by kernels in C++' if passes else ''
   if not train:
-    forward = jax.jit(dense_block_inference)
+    forward = jax.jit(functools.partial(dense_block_inference, passes=passes))
     return Program(
-      f'{name} in inference', lambda: [forward(x, parameters)], lambda: [_inference_reference(x, parameters)], dtype
+      f'{name} in inference{by}',
+      lambda: [forward(x, parameters)],
+      lambda: [_inference_reference(x, parameters)],
+      dtype,
+      bool(passes),
     )
   weights = random.normal(size=(*shape[:-1], shape[-1] + layers * growth_rate)).astype(np.float32)
 
   @jax.jit
   def compute(x, parameters):
     def block(x, parameters):
-      return dense_block_training(x, parameters, layers, None)[0]
+      return dense_block_training(x, parameters, layers, None, passes)[0]
 
     values, backward = jax.vjp(block, x, parameters)
     return values, *jax.tree.leaves(backward(jnp.asarray(weights, dtype)))
 
   return Program(
-    f'{name} with their gradients',
+    f'{name} with their gradients{by}',
     lambda: compute(x, parameters),
     lambda: _training_reference(x, parameters, weights),
     dtype,
+    bool(passes),
   )
 
 

@@ -13,6 +13,7 @@ FIELDS = [
   'versions',
   'device',
   'processor',
+  'kernels',
   'flags',
   'known_faults',
   'checks',

@@ -18,18 +18,23 @@ first. Only x, z^ and the standard deviations are stored; a and h are recomputed
 
 Layers run in segments. A segment of one layer is unrolled; a longer one is a `lax.scan` whose layers all read the full
 width of the segment, with zero weights for channels not computed yet: less to compile, slightly more to compute.
+
+On CPUs with AVX-512 the passes of a layer are C++ kernels (`native_dense.py`), which keep z instead of z^.
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
+from paranet_jax.models.layers import native_dense
 from paranet_jax.models.layers.backend import PLAIN, backend
+from paranet_jax.models.layers.native_dense import Passes
 
 EPSILON = 1e-5
 
@@ -141,8 +146,21 @@ def image_conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -
   return product(_shifts(x), kernel.reshape(-1, features)).reshape(*x.shape[:-1], features)
 
 
-def dense_block_inference(x: Float[Array, 'B H W C'], layers: Sequence[Layer]) -> Float[Array, 'B H W C+n*k']:
-  """Runs the block's n layers on raw features, with the running statistics folded in."""
+def dense_block_inference(
+  x: Float[Array, 'B H W C'], layers: Sequence[Layer], passes: Passes | None = None
+) -> Float[Array, 'B H W C+n*k']:
+  """Runs the block's n layers on raw features, with the running statistics folded in.
+
+  Args:
+    x: raw features.
+    layers: as for `dense_block_training`.
+    passes: as there.
+  """
+  passes = passes or _kernels(x, layers)
+  return _inference(x, layers) if passes is None else _native_inference(passes, x, list(layers))
+
+
+def _inference(x, layers):
   channels = [layer.scale1.shape[0] for layer in layers]
   plain = backend() == PLAIN
   x = x if plain else _widen(x, channels[-1] + layers[-1].kernel2.shape[-1])
@@ -155,21 +173,52 @@ def dense_block_inference(x: Float[Array, 'B H W C'], layers: Sequence[Layer]) -
 
 
 def dense_block_training(
-  x: Float[Array, 'B H W C'], layers: Sequence[Layer], scan_layers: int, axis_name: str | None
+  x: Float[Array, 'B H W C'],
+  layers: Sequence[Layer],
+  scan_layers: int,
+  axis_name: str | None,
+  passes: Passes | None = None,
 ) -> tuple[Float[Array, 'B H W C+n*k'], Moments, Moments]:
   """Runs the block's n layers with batch statistics.
 
   Args:
     x: normalized features.
     layers: in order; layer i (from 0) reads C + i k channels.
-    scan_layers: layers per segment; 1 unrolls every layer.
+    scan_layers: layers per segment; 1 unrolls every layer. Kernels in C++ have no segments.
     axis_name: device axis over which statistics are shared.
+    passes: kernels to use; None: `kernels` decides.
 
   Returns:
     Normalized features; the moments [n, k] of the new channels and [n, bn_size k] of the bottlenecks, which pass no
     gradient.
   """
+  passes = passes or _kernels(x, layers)
+  if passes is not None:
+    return _native_block(axis_name, passes, x, list(layers))
   return _block(axis_name, x, _pack(layers, scan_layers))
+
+
+def kernels(shape: tuple[int, ...], num_layers: int, width: int, growth: int, dtype: Any) -> Passes | None:
+  """The kernels for a block on this backend; None: XLA does it.
+
+  Args:
+    shape: of its input, [B, H, W, C].
+    num_layers: n.
+    width: of the bottlenecks.
+    growth: k, channels that a layer adds.
+    dtype: of its input.
+  """
+  if backend() != 'cpu':
+    return None
+  read = num_layers * shape[-1] + growth * (num_layers * (num_layers - 1) // 2)
+  macs = math.prod(shape[:-1]) * width * (read + 9 * growth * num_layers)
+  return native_dense.passes(macs, width, growth, dtype)
+
+
+def _kernels(x, layers):
+  if layers[0].kernel1.dtype != jnp.float32:
+    return None
+  return kernels(x.shape, len(layers), *layers[0].kernel2.shape[2:], x.dtype)
 
 
 def _pack(layers: Sequence[Layer], scan_layers: int) -> list[Layer]:
@@ -257,6 +306,64 @@ def _affine_relu_backward(activation, x, g):
   # Without the barrier, XLA's CPU compiler fuses the sums with the computation of u, and both become slow.
   u = lax.optimization_barrier(jnp.where(activation > 0, g, 0))
   return u, jnp.sum(_wide(u) * _wide(x), 0), jnp.sum(_wide(u), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _native_inference(passes, x, layers):
+  used = [(layer.scale1, layer.shift1, layer.kernel1, layer.shift2, layer.kernel2) for layer in layers]
+  return passes.inference(x, used)
+
+
+def _native_inference_forward(passes, x, layers):
+  return _native_inference(passes, x, layers), (x, layers)
+
+
+def _native_inference_backward(passes, residuals, cotangent):
+  return jax.vjp(_inference, *residuals)[1](cotangent)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _native_block(axis_name, passes, x, layers):
+  return _native_forward(axis_name, passes, x, layers)[0]
+
+
+def _native_forward(axis_name, passes, x, layers):
+  image_shape = x.shape[:-1]
+  size = image_shape[1:]
+  x = _widen(_flat(x), layers[-1].scale1.shape[0] + layers[-1].kernel2.shape[-1])
+  kept = []
+  for layer in layers:
+    z, z_means = passes.bottleneck(x, layer.scale1, layer.shift1, layer.kernel1)
+    z_means = _across(z_means, axis_name)
+    y, y_means = passes.convolve(z, z_means, layer.scale2, layer.shift2, layer.kernel2, *size)
+    y_means = _across(y_means, axis_name)
+    x = passes.append(x, y, y_means, layer.scale1.shape[0])
+    kept.append((z, z_means, y_means))
+  inner, new = (_moments(jnp.stack([means[i] for means in kept])) for i in (1, 2))
+  return (x.reshape(*image_shape, -1), new, inner), (x, kept, layers)
+
+
+def _native_backward(axis_name, passes, residuals, cotangents):
+  x, kept, layers = residuals
+  image_shape = cotangents[0].shape[:-1]
+  g, gradients = _flat(cotangents[0]), []
+  for (z, z_means, y_means), layer in zip(reversed(kept), reversed(layers), strict=True):
+    offset = layer.scale1.shape[0]
+    g_means = _across(passes.append_means(g, x, layer.kernel2.shape[-1], offset), axis_name)
+    second = z, z_means, layer.scale2, layer.shift2, layer.kernel2, offset, *image_shape[1:]
+    u, u_means, dkernel2 = passes.convolve_backward(g, x, g_means, y_means, *second)
+    dshift2, dscale2 = u_means * len(g)
+    u_means = _across(u_means, axis_name)
+    first = layer.scale1, layer.shift1, layer.kernel1, layer.scale2
+    g, dscale1, dshift1, dkernel1 = passes.bottleneck_backward(g, x, z, z_means, u, u_means, *first)
+    gradients.append(Layer(dscale1, dshift1, dkernel1, dscale2, dshift2, dkernel2))
+  return g[:, : layers[0].scale1.shape[0]].reshape(*image_shape, -1), gradients[::-1]
+
+
+def _moments(means):
+  """From the means [n, 2, C] of values and of their squares."""
+  mean, mean_of_squares = means[:, 0], means[:, 1]
+  return Moments(mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0))
 
 
 def _convolution(x, kernel):
@@ -356,3 +463,5 @@ def _across(moments: Array, axis_name: str | None) -> Array:
 
 
 _block.defvjp(_block_forward, _block_backward)
+_native_block.defvjp(_native_forward, _native_backward)
+_native_inference.defvjp(_native_inference_forward, _native_inference_backward)

@@ -10,11 +10,14 @@ import numpy as np
 import plain
 import pytest
 
-from paranet_jax.models.layers import dense_block
+from paranet_jax.host.native import missing
+from paranet_jax.models.layers import dense_block, native_dense
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.models.layers.dense import DenseBlock, as_features
 from paranet_jax.models.layers.dense_block import conv3x3, image_conv3x3
 from paranet_jax.models.layers.initial import initial_variables
+
+kernels_only = pytest.mark.skipif(bool(missing(native_dense.FEATURES)), reason=f'{missing(native_dense.FEATURES)}')
 
 SHAPES = {
   # batch, side, channels, layers, growth_rate, bn_size
@@ -23,6 +26,8 @@ SHAPES = {
   'narrow input, odd side': (6, 5, 3, 3, 2, 2),
   'wide input, one pixel': (16, 1, 24, 3, 2, 4),
   'many pixels': (64, 8, 6, 2, 3, 2),
+  # A growth rate and a width that have kernels in C++, and channels that fill no vector.
+  'kernels': (18, 8, 21, 3, 4, 4),
 }
 
 
@@ -34,6 +39,12 @@ def plain_block(variables, x, train):
     y = net.conv(net.norm_relu(x, layer, 'norm1'), layer, 'conv1')
     x = np.concatenate([x, net.conv(net.norm_relu(y, layer, 'norm2'), layer, 'conv2')], axis=-1)
   return x, net.statistics
+
+
+@pytest.fixture(autouse=True)
+def small_kernels(monkeypatch):
+  """Kernels are used for the small blocks here too."""
+  monkeypatch.setattr(native_dense, 'MIN_MACS', 0)
 
 
 class PlainBlock(nn.Module):
@@ -143,6 +154,7 @@ def assert_plain(outputs, found, variables, x, weights):
     ('narrow input, odd side', 'cpu', 2),
     ('wide input, one pixel', 'cpu', 8),
     ('many pixels', 'cpu', 1),
+    ('kernels', 'cpu', 1),
   ],
 )
 def test_training_equals_the_plain_block(shape, backend, scan_layers):
@@ -159,9 +171,10 @@ def test_inference_equals_the_plain_block(shape):
   close(out, plain_block(variables, x, False)[0])
 
 
-def test_devices_share_their_statistics():
-  """Four devices with a quarter of the batch each sum to one device with all of it."""
-  module, variables, x, weights = problem('even')
+@pytest.mark.parametrize('shape, devices', [('even', 4), ('kernels', 2)])
+def test_devices_share_their_statistics(shape, devices):
+  """Devices with a part of the batch each sum to one device with all of it."""
+  module, variables, x, weights = problem(shape)
   block = block_of(module, 3, 'devices')  # One segment is a loop, the other unrolled.
 
   def local(params, stats, x, weights):
@@ -169,13 +182,49 @@ def test_devices_share_their_statistics():
     found, (out, updated) = jax.grad(loss, argnums=(0, 2), has_aux=True)(params, stats, x, weights)
     return (out, updated), (jax.lax.psum(found[0], 'devices'), found[1])
 
-  split = [leaf.reshape(4, -1, *leaf.shape[1:]) for leaf in (x, weights)]
+  split = [leaf.reshape(devices, -1, *leaf.shape[1:]) for leaf in (x, weights)]
   run = jax.pmap(
-    local, 'devices', in_axes=(None, None, 0, 0), out_axes=((0, None), (None, 0)), devices=jax.devices()[:4]
+    local, 'devices', in_axes=(None, None, 0, 0), out_axes=((0, None), (None, 0)), devices=jax.devices()[:devices]
   )
   (out, stats), (found, dx) = run(variables['params'], variables['batch_stats'], *split)
   outputs = np.reshape(out, (len(x), *out.shape[2:])), stats
   assert_plain(outputs, (found, np.reshape(dx, x.shape)), variables, x, weights)
+
+
+@kernels_only
+def test_inference_by_kernels_has_a_gradient(monkeypatch):
+  module, variables, x, weights = problem('kernels')
+
+  def loss(x):
+    return jnp.sum(block_of(module, None).apply(variables, as_features(x, False, None), False).values * weights)
+
+  found = jax.jit(jax.grad(loss))(x)
+  monkeypatch.setenv('PARANET_NATIVE', 'off')
+  close(found, jax.jit(jax.grad(lambda x: loss(x)))(x))
+
+
+@kernels_only
+def test_vmapped_runs_use_the_kernels_one_after_the_other():
+  module, variables, x, weights = problem('kernels')
+  run = functools.partial(gradients, functools.partial(block_loss, block_of(module, 1)))
+  arguments = variables, x, weights
+  twice = functools.partial(jax.tree.map, lambda leaf: np.stack([leaf, leaf]))
+  close(jax.jit(jax.vmap(run))(*twice(arguments)), twice(run(*arguments)))
+
+
+@kernels_only
+@pytest.mark.parametrize('change, used', [(None, True), ('off', False), ('another type', False), ('few pixels', False)])
+def test_kernels_are_used_where_they_exist(change, used, monkeypatch):
+  module, variables, x, _ = problem('kernels')
+  if change == 'off':
+    monkeypatch.setenv('PARANET_NATIVE', 'off')
+  if change == 'few pixels':
+    monkeypatch.setattr(native_dense, 'MIN_MACS', 10**9)
+  x = x.astype(np.float16) if change == 'another type' else x
+  block = block_of(module, 1)
+  features = jax.eval_shape(lambda: as_features(x, True, None))
+  program = jax.make_jaxpr(lambda features: block.apply(variables, features, True, mutable=['batch_stats']))(features)
+  assert ('ffi_call' in str(program)) == used
 
 
 def test_half_precision(standard_promotion):

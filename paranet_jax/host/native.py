@@ -1,0 +1,68 @@
+"""Small C++ libraries, compiled on the machine that they run on and kept in PARANET_CACHE_DIR/native."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from paranet_jax.host.arguments import cache_folder
+from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.machine import cpu_features, machine_key
+
+VARIABLE = 'PARANET_NATIVE'
+"""Environment variable, off: no such library is used. It is CXX that names another compiler than g++."""
+
+OPTIONS = ('-O2', '-std=c++17', '-shared', '-fPIC', '-w', '-march=native')
+SECONDS = 120.0
+
+
+def missing(features: Sequence[str]) -> str | None:
+  """Why no library can be used here that needs these instruction sets; None: it can."""
+  if os.environ.get(VARIABLE) == 'off':
+    return f'{VARIABLE} is off'
+  if platform.system() != 'Linux' or platform.machine() != 'x86_64':
+    return f'{platform.system()} on {platform.machine()}'
+  if absent := [feature for feature in features if feature not in cpu_features()]:
+    return f'the processor has no {absent[0]}'
+  return None if shutil.which(_compiler()) else f'no compiler {_compiler()}'
+
+
+def shared_library(source: Path, definitions: Mapping[str, object], include: str) -> Path | None:
+  """The library compiled from a source file with these macros; None: it cannot be compiled or kept.
+
+  Args:
+    source: of C++17.
+    definitions: values of macros, by name.
+    include: folder of headers.
+  """
+  options = [*OPTIONS, *(f'-D{name}={value}' for name, value in definitions.items())]
+  described = '\n'.join([machine_key(), _compiler(), *options, source.read_text()])
+  try:
+    folder = cache_folder() / 'native'
+    file = folder / f'{source.stem}-{hashlib.sha256(described.encode()).hexdigest()[:16]}.so'
+    if file.exists():
+      return file
+    folder.mkdir(parents=True, exist_ok=True)
+  except (UserError, OSError):
+    return None  # No place that lasts; compiling at every start would cost more than it gains.
+  temporary = file.with_name(f'{file.stem}.{os.getpid()}.tmp')
+  try:
+    command = [_compiler(), *options, f'-I{include}', str(source), '-o', str(temporary)]
+    subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+    os.replace(temporary, file)  # Another process may have been faster: the same library.
+  except (OSError, subprocess.SubprocessError) as error:
+    output = getattr(error, 'stderr', None) or str(error).encode()
+    lines = output.decode(errors='replace').strip().splitlines() or ['']
+    first = next((line for line in lines if 'error' in line), lines[-1])
+    say(f'warning: {source.name} could not be compiled ({first.strip()}): slower without; {VARIABLE}=off hides this')
+    return None
+  finally:
+    temporary.unlink(missing_ok=True)
+  return file
+
+
+def _compiler() -> str:
+  return os.environ.get('CXX') or 'g++'

@@ -1,0 +1,810 @@
+// Passes of a dense layer on CPUs with AVX-512, called by native_dense.py, which says what each computes.
+//
+// XLA's CPU compiler writes every activation to memory between two operations. Here the activation, its product and the
+// statistics of the result are one pass, in tiles that stay in the caches. Products are added up in float32; arrays are
+// float32, or bfloat16 in memory only.
+//
+// The work is cut by the shapes alone, and partial sums are added in order, so results do not depend on the number of
+// threads or on which thread is faster.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Vector = __m512;
+using Mask = __mmask16;
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRows = 64;    // Rows of a tile.
+constexpr int64_t kDepth = 192;  // Channels of a panel: its weights and activations fit the first cache.
+constexpr float kEpsilon = 1e-5f;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : Mask((1u << std::max<int64_t>(n, 0)) - 1); }
+
+Vector load(const float* from, Mask mask) { return _mm512_maskz_loadu_ps(mask, from); }
+Vector load(const float* from) { return _mm512_loadu_ps(from); }
+Vector load(const BFloat16* from, Mask mask) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+Vector load(const BFloat16* from) { return load(from, Mask(0xffff)); }
+
+void store(float* to, Vector v, Mask mask) { _mm512_mask_storeu_ps(to, mask, v); }
+void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+void store(BFloat16* to, Vector v, Mask mask) {  // Rounds to nearest, ties to even.
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+void store(BFloat16* to, Vector v) { store(to, v, Mask(0xffff)); }
+
+void add_to(float* to, Vector v) { store(to, _mm512_add_ps(load(to), v)); }
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// A thread's scratch memory, one array per use, kept between calls.
+float* scratch(int use, int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<float, Free> arrays[8];
+  static thread_local int64_t sizes[8] = {};
+  if (sizes[use] < floats) {
+    arrays[use].reset(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64))));
+    sizes[use] = floats;
+  }
+  return arrays[use].get();
+}
+
+struct Floats {  // 64-byte aligned, not initialized.
+  explicit Floats(int64_t size) : data(static_cast<float*>(std::aligned_alloc(64, round_up(size * 4 + 1, 64)))) {}
+  ~Floats() { std::free(data); }
+  Floats(const Floats&) = delete;
+  float* const data;
+};
+
+// Runs task(0) ... task(n - 1) on XLA's threads and this one. This thread waits only for tasks that another has begun,
+// so a pool that is busy with other callers cannot block it.
+template <class Task>
+void parallel(ffi::ThreadPool& pool, int64_t n, const Task& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t n;
+    const Task* task;
+    std::mutex mutex;
+    std::condition_variable finished;
+    void work() {
+      for (int64_t i; (i = next.fetch_add(1)) < n;) {
+        (*task)(i);
+        if (done.fetch_add(1) + 1 == n) {
+          std::lock_guard<std::mutex> lock(mutex);
+          finished.notify_all();
+        }
+      }
+    }
+  };
+  auto state = std::make_shared<State>();
+  state->n = n;
+  state->task = &task;
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->work(); });
+  state->work();
+  for (int spin = 0; spin < 2000 && state->done.load() < n; ++spin) _mm_pause();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load() >= n; });
+}
+
+// Means over `rows` of the sums of the tasks, in their order.
+void mean_of(const float* partial, int64_t tasks, int64_t width, int64_t rows, float* means) {
+  for (int64_t c = 0; c < width; ++c) {
+    double sum = 0;
+    for (int64_t i = 0; i < tasks; ++i) sum += partial[i * width + c];
+    means[c] = float(sum / double(rows));
+  }
+}
+
+void sum_of(ffi::ThreadPool& pool, const float* partial, int64_t tasks, int64_t stride, int64_t size, float* out) {
+  constexpr int64_t kChunk = 4096;
+  parallel(pool, (size + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    int64_t end = std::min(size, (chunk + 1) * kChunk);
+    for (int64_t c = chunk * kChunk; c < end; c += kLanes) {
+      Mask mask = first_lanes(end - c);
+      Vector sum = load(partial + c, mask);
+      for (int64_t i = 1; i < tasks; ++i) sum = _mm512_add_ps(sum, load(partial + i * stride + c, mask));
+      store(out + c, sum, mask);
+    }
+  });
+}
+
+// [rows, columns] -> [columns, stride]; stride is a multiple of the lanes, and the end of each row is zero.
+void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t stride) {
+  __m512i index = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(columns)));
+  for (int64_t r = 0; r < stride; r += kLanes) {
+    Mask mask = first_lanes(rows - r);
+    for (int64_t c = 0; c < columns; ++c) {
+      store(to + c * stride + r,
+            _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, from + r * columns + c, 4));
+    }
+  }
+}
+
+// Mean and 1 / standard deviation of each channel, from the means of values and of squares.
+struct Normalizer {
+  Normalizer(const float* means, int64_t channels) : mean(channels), rstd(channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[c] = means[c];
+      rstd[c] = 1 / std::sqrt(std::max(means[channels + c] - means[c] * means[c], 0.f) + kEpsilon);
+    }
+    mean.resize(channels + kLanes);
+    rstd.resize(channels + kLanes);
+  }
+  std::vector<float> mean, rstd;
+};
+
+// out[i][v] (+)= sum over k of a[i * lda + k] b[k * ldb + 16 v ...], i < M, v < N.
+template <int M, int N>
+__attribute__((always_inline)) inline void product(const float* a, int64_t lda, const float* b, int64_t ldb,
+                                                   int64_t depth, Vector (&out)[M][N]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector right[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) right[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 24
+    for (int i = 0; i < M; ++i) {
+      Vector left = _mm512_set1_ps(a[i * lda + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) out[i][v] = _mm512_fmadd_ps(left, right[v], out[i][v]);
+    }
+  }
+}
+
+template <int M, int N>
+void clear(Vector (&out)[M][N]) {
+#pragma GCC unroll 24
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) out[i][v] = _mm512_setzero_ps();
+}
+
+// Rows of a register tile that is N vectors wide: 24 accumulators.
+constexpr int tile_rows(int n) { return n >= 24 ? 1 : 24 / n; }
+
+// ---------------------------------------------------------------------------------------------------- bottleneck
+
+// z of at most kRows rows into `tile`, which has room for 24 more.
+template <class T, int N>
+void bottleneck_tile(const T* x, int64_t count, int64_t stride, const float* scale, const float* shift,
+                     int64_t channels, const float* kernel, float* tile) {
+  constexpr int M = tile_rows(N);
+  constexpr int64_t kWidth = N * kLanes;
+  float* panel = scratch(0, M * kDepth);
+  for (int64_t first = 0; first < channels; first += kDepth) {
+    int64_t depth = std::min(kDepth, channels - first);
+    for (int64_t r = 0; r < count; r += M) {
+      int live = int(std::min<int64_t>(M, count - r));
+      for (int i = 0; i < live; ++i) {
+        const T* row = x + (r + i) * stride + first;
+        for (int64_t c = 0; c < depth; c += kLanes) {
+          Mask mask = first_lanes(depth - c);
+          _mm_prefetch(reinterpret_cast<const char*>(row + kRows * stride + c), _MM_HINT_T1);
+          Vector a = _mm512_fmadd_ps(load(row + c, mask), load(scale + first + c, mask), load(shift + first + c, mask));
+          store(panel + i * kDepth + c, _mm512_max_ps(a, _mm512_setzero_ps()));
+        }
+      }
+      Vector out[M][N];
+      if (first == 0) {
+        clear(out);
+      } else {
+#pragma GCC unroll 24
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) out[i][v] = load(tile + (r + i) * kWidth + v * kLanes);
+      }
+      product<M, N>(panel, kDepth, kernel + first * kWidth, kWidth, depth, out);
+#pragma GCC unroll 24
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) store(tile + (r + i) * kWidth + v * kLanes, out[i][v]);
+    }
+  }
+}
+
+template <class T, int N>
+void bottleneck(ffi::ThreadPool pool, const T* x, int64_t rows, int64_t stride, const float* scale, const float* shift,
+                int64_t channels, const float* kernel, T* z, float* means) {
+  constexpr int M = tile_rows(N);
+  constexpr int64_t kWidth = N * kLanes;
+  int64_t tasks = (rows + kRows - 1) / kRows;
+  Floats partial(tasks * 2 * kWidth);
+  parallel(pool, tasks, [&](int64_t task) {
+    int64_t begin = task * kRows, count = std::min(kRows, rows - begin);
+    float* tile = scratch(1, (kRows + M) * kWidth);
+    bottleneck_tile<T, N>(x + begin * stride, count, stride, scale, shift, channels, kernel, tile);
+    Vector sums[2][N];
+    clear(sums);
+    for (int64_t r = 0; r < count; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) {
+        T* to = z + (begin + r) * kWidth + v * kLanes;
+        Vector value = load(tile + r * kWidth + v * kLanes);
+        store(to, value);
+        sums[0][v] = _mm512_add_ps(sums[0][v], value);
+        sums[1][v] = _mm512_fmadd_ps(value, value, sums[1][v]);
+      }
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int v = 0; v < N; ++v) store(partial.data + (task * 2 + i) * kWidth + v * kLanes, sums[i][v]);
+  });
+  mean_of(partial.data, tasks, 2 * kWidth, rows, means);
+}
+
+// --------------------------------------------------------------------------------------------- images with borders
+
+// Several images below each other, flattened, with a zero row between two and a zero pixel before each row, so that the
+// neighbors of a pixel are at constant distances.
+struct Images {
+  Images(int64_t batch, int64_t height, int64_t width, int64_t pixels = 256) : height(height), width(width) {
+    together = std::max<int64_t>(1, std::min(batch, pixels / (height * width)));
+    groups = (batch + together - 1) / together;
+    row = width + 1;
+    positions = (together * (height + 1) + 1) * row + 1;
+    first = row + 1;
+    end = positions - 1 - row;
+  }
+  int64_t place(int64_t image, int64_t r) const { return (image * (height + 1) + 1 + r) * row + 1; }
+  int64_t height, width, together, groups, row, positions, first, end;
+};
+
+// h = relu(scale (z - mean) rstd + shift) of a group of images, with borders.
+template <class T, int N>
+void activate(const Images& images, const T* z, int64_t count, const Normalizer& norm, const float* scale,
+              const float* shift, float* h) {
+  constexpr int64_t kWidth = N * kLanes;
+  std::memset(h, 0, images.positions * kWidth * 4);
+  Vector mean[N], factor[N], add[N];
+  for (int v = 0; v < N; ++v) {
+    mean[v] = load(norm.mean.data() + v * kLanes);
+    factor[v] = _mm512_mul_ps(load(scale + v * kLanes), load(norm.rstd.data() + v * kLanes));
+    add[v] = load(shift + v * kLanes);
+  }
+  for (int64_t image = 0; image < count; ++image)
+    for (int64_t r = 0; r < images.height; ++r) {
+      float* to = h + images.place(image, r) * kWidth;
+      for (int64_t c = 0; c < images.width; ++c, z += kWidth, to += kWidth)
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) {
+          Vector value = _mm512_fmadd_ps(_mm512_sub_ps(load(z + v * kLanes), mean[v]), factor[v], add[v]);
+          store(to + v * kLanes, _mm512_max_ps(value, _mm512_setzero_ps()));
+        }
+    }
+}
+
+// [3, 3, W, K] -> [9 W, 16 G], zero-padded.
+template <int G>
+void pad_kernel(const float* kernel, int64_t rows, int64_t growth, float* padded) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int v = 0; v < G; ++v)
+      store(padded + (i * G + v) * kLanes, load(kernel + i * growth + v * kLanes, first_lanes(growth - v * kLanes)));
+}
+
+// The 3x3 convolution of h, a group of images with borders, by a kernel of `pad_kernel`.
+template <int N, int G>
+void convolve_group(const Images& images, float* h, const float* kernel, float* values) {
+  constexpr int M = tile_rows(G);
+  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
+  std::memset(h + images.positions * kWidth, 0, M * kWidth * 4);
+  for (int64_t p = images.first; p < images.end; p += M) {
+    Vector out[M][G];
+    clear(out);
+    for (int64_t dr = -1; dr <= 1; ++dr)
+      for (int64_t dc = -1; dc <= 1; ++dc)
+        product<M, G>(h + (p + dr * images.row + dc) * kWidth, kWidth,
+                      kernel + ((dr + 1) * 3 + dc + 1) * kWidth * kOut, kOut, kWidth, out);
+#pragma GCC unroll 24
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < G; ++v) store(values + (p + i) * kOut + v * kLanes, out[i][v]);
+  }
+}
+
+template <class T, int N, int G>
+void convolve(ffi::ThreadPool pool, const T* z, const float* z_means, const float* scale, const float* shift,
+              const float* kernel, int64_t batch, int64_t height, int64_t width, int64_t growth, T* y, float* means) {
+  constexpr int M = tile_rows(G);
+  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
+  Images images(batch, height, width);
+  Normalizer norm(z_means, kWidth);
+  Floats padded(9 * kWidth * kOut), partial(images.groups * 2 * kOut);
+  pad_kernel<G>(kernel, 9 * kWidth, growth, padded.data);
+  parallel(pool, images.groups, [&](int64_t group) {
+    int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
+    float* h = scratch(0, (images.positions + M) * kWidth);
+    float* values = scratch(1, (images.positions + M) * kOut);
+    const T* from = z + begin * height * width * kWidth;
+    activate<T, N>(images, from, count, norm, scale, shift, h);
+    convolve_group<N, G>(images, h, padded.data, values);
+    Vector sums[2][G];
+    clear(sums);
+    T* to = y + begin * height * width * growth;
+    for (int64_t image = 0; image < count; ++image)
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t c = 0; c < width; ++c, to += growth)
+#pragma GCC unroll 8
+          for (int v = 0; v < G; ++v) {
+            Vector value = load(values + (images.place(image, r) + c) * kOut + v * kLanes);
+            store(to + v * kLanes, value, first_lanes(growth - v * kLanes));
+            sums[0][v] = _mm512_add_ps(sums[0][v], value);
+            sums[1][v] = _mm512_fmadd_ps(value, value, sums[1][v]);
+          }
+    for (int i = 0; i < 2; ++i)
+      for (int v = 0; v < G; ++v) {
+        Mask mask = first_lanes(growth - v * kLanes);
+        store(partial.data + (group * 2 + i) * growth + v * kLanes, sums[i][v], mask);
+      }
+  });
+  mean_of(partial.data, images.groups, 2 * growth, batch * height * width, means);
+}
+
+// ---------------------------------------------------------------------------------------------------- append
+
+template <class T>
+void append(ffi::ThreadPool pool, T* x, int64_t rows, int64_t stride, const T* y, const float* means, int64_t growth,
+            int64_t offset) {
+  Normalizer norm(means, growth);
+  constexpr int64_t kChunk = 2048;
+  parallel(pool, (rows + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    for (int64_t r = chunk * kChunk; r < std::min(rows, (chunk + 1) * kChunk); ++r)
+      for (int64_t c = 0; c < growth; c += kLanes) {
+        Mask mask = first_lanes(growth - c);
+        Vector value = _mm512_sub_ps(load(y + r * growth + c, mask), load(norm.mean.data() + c));
+        store(x + r * stride + offset + c, _mm512_mul_ps(value, load(norm.rstd.data() + c)), mask);
+      }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- backward
+
+// Means of g_y and of g_y y^.
+template <class T>
+void append_means(ffi::ThreadPool pool, const T* g, int64_t rows, int64_t stride, const T* x, int64_t x_stride,
+                  int64_t growth, int64_t offset, float* means) {
+  constexpr int64_t kChunk = 1024;
+  int64_t tasks = (rows + kChunk - 1) / kChunk;
+  Floats partial(tasks * 2 * growth);
+  parallel(pool, tasks, [&](int64_t task) {
+    for (int64_t c = 0; c < growth; c += kLanes) {
+      Mask mask = first_lanes(growth - c);
+      Vector sum = _mm512_setzero_ps(), product = sum;
+      for (int64_t r = task * kChunk; r < std::min(rows, (task + 1) * kChunk); ++r) {
+        Vector value = load(g + r * stride + offset + c, mask);
+        sum = _mm512_add_ps(sum, value);
+        product = _mm512_fmadd_ps(value, load(x + r * x_stride + offset + c, mask), product);
+      }
+      store(partial.data + task * 2 * growth + c, sum, mask);
+      store(partial.data + (task * 2 + 1) * growth + c, product, mask);
+    }
+  });
+  mean_of(partial.data, tasks, 2 * growth, rows, means);
+}
+
+template <class T, int N, int G>
+void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T* x, int64_t x_stride, int64_t offset,
+                       const float* g_means, const float* y_means, const T* z, const float* z_means, const float* scale,
+                       const float* shift, const float* kernel, int64_t batch, int64_t height, int64_t width,
+                       int64_t growth, T* u, float* u_means, float* dkernel) {
+  constexpr int M = tile_rows(N);
+  constexpr int kOuts = N <= 4 ? 2 : 1;
+  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes, kChunk = 64;
+  Images images(batch, height, width);
+  Normalizer norm(z_means, kWidth), y_norm(y_means, growth);
+  int64_t outs = round_up(growth, kOuts), size = 9 * outs * kWidth;
+  int64_t slices = std::min<int64_t>(images.groups, 16);
+  Floats flipped(9 * growth * kWidth), partial(slices * size), sums(slices * 2 * kWidth), total(size);
+  for (int64_t s = 0; s < 9; ++s)
+    transpose(kernel + s * kWidth * growth, kWidth, growth, flipped.data + s * growth * kWidth, kWidth);
+  parallel(pool, slices, [&](int64_t slice) {
+    float* h = scratch(0, (images.positions + M) * kWidth);
+    float* dh = scratch(1, (images.positions + M) * kWidth);
+    float* dy = scratch(2, (images.positions + M + kChunk) * kOut);
+    float* dw = partial.data + slice * size;
+    std::memset(dw, 0, size * 4);
+    Vector u_sums[2][N], mean[N], rstd[N];
+    clear(u_sums);
+    for (int v = 0; v < N; ++v) {
+      mean[v] = load(norm.mean.data() + v * kLanes);
+      rstd[v] = load(norm.rstd.data() + v * kLanes);
+    }
+    int64_t last = (slice + 1) * images.groups / slices;
+    for (int64_t group = slice * images.groups / slices; group < last; ++group) {
+      int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
+      int64_t pixel = begin * height * width;
+      const T* from = z + pixel * kWidth;
+      activate<T, N>(images, from, count, norm, scale, shift, h);
+      std::memset(dy, 0, (images.positions + M + kChunk) * kOut * 4);
+      for (int64_t image = 0, n = pixel; image < count; ++image)
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t c = 0; c < width; ++c, ++n)
+            for (int v = 0; v < G; ++v) {
+              int64_t o = v * kLanes;
+              Mask mask = first_lanes(growth - o);
+              Vector value = _mm512_sub_ps(load(g + n * stride + offset + o, mask), load(g_means + o, mask));
+              value = _mm512_fnmadd_ps(load(x + n * x_stride + offset + o, mask),
+                                       load(g_means + growth + o, mask), value);
+              value = _mm512_mul_ps(value, load(y_norm.rstd.data() + o));
+              store(dy + (images.place(image, r) + c) * kOut + o, _mm512_maskz_mov_ps(mask, value));
+            }
+      for (int64_t p = images.first; p < images.end; p += M) {
+        Vector out[M][N];
+        clear(out);
+        for (int64_t dr = -1; dr <= 1; ++dr)
+          for (int64_t dc = -1; dc <= 1; ++dc)
+            product<M, N>(dy + (p - dr * images.row - dc) * kOut, kOut,
+                          flipped.data + ((dr + 1) * 3 + dc + 1) * growth * kWidth, kWidth, growth, out);
+#pragma GCC unroll 24
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) store(dh + (p + i) * kWidth + v * kLanes, out[i][v]);
+      }
+      T* to = u + pixel * kWidth;
+      for (int64_t image = 0; image < count; ++image)
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t c = 0; c < width; ++c, to += kWidth, from += kWidth) {
+            int64_t p = (images.place(image, r) + c) * kWidth;
+#pragma GCC unroll 8
+            for (int v = 0; v < N; ++v) {
+              Mask on = _mm512_cmp_ps_mask(load(h + p + v * kLanes), _mm512_setzero_ps(), _CMP_GT_OQ);
+              Vector value = load(dh + p + v * kLanes, on);
+              Vector z_hat = _mm512_mul_ps(_mm512_sub_ps(load(from + v * kLanes), mean[v]), rstd[v]);
+              store(to + v * kLanes, value);
+              u_sums[0][v] = _mm512_add_ps(u_sums[0][v], value);
+              u_sums[1][v] = _mm512_fmadd_ps(value, z_hat, u_sums[1][v]);
+            }
+          }
+      // dkernel: in chunks of pixels, whose h and dy stay in the first cache.
+      for (int64_t p = images.first; p < images.end; p += kChunk) {
+        int64_t stop = std::min(images.end, p + kChunk);
+        for (int64_t dr = -1; dr <= 1; ++dr)
+          for (int64_t o = 0; o < growth; o += kOuts) {
+            Vector out[3 * kOuts][N];
+            float* to = dw + ((dr + 1) * 3 * outs + o) * kWidth;
+#pragma GCC unroll 6
+            for (int i = 0; i < 3 * kOuts; ++i)
+#pragma GCC unroll 8
+              for (int v = 0; v < N; ++v) out[i][v] = load(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes);
+            for (int64_t q = p; q < stop; ++q) {
+              const float* left = h + (q + dr * images.row - 1) * kWidth;
+#pragma GCC unroll 3
+              for (int dc = 0; dc < 3; ++dc) {
+                Vector part[N];
+#pragma GCC unroll 8
+                for (int v = 0; v < N; ++v) part[v] = load(left + dc * kWidth + v * kLanes);
+#pragma GCC unroll 2
+                for (int j = 0; j < kOuts; ++j) {
+                  Vector right = _mm512_set1_ps(dy[q * kOut + o + j]);
+#pragma GCC unroll 8
+                  for (int v = 0; v < N; ++v)
+                    out[dc * kOuts + j][v] = _mm512_fmadd_ps(part[v], right, out[dc * kOuts + j][v]);
+                }
+              }
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < 3 * kOuts; ++i)
+#pragma GCC unroll 8
+              for (int v = 0; v < N; ++v) store(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes, out[i][v]);
+          }
+      }
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int v = 0; v < N; ++v) store(sums.data + (slice * 2 + i) * kWidth + v * kLanes, u_sums[i][v]);
+  });
+  mean_of(sums.data, slices, 2 * kWidth, batch * height * width, u_means);
+  sum_of(pool, partial.data, slices, size, size, total.data);
+  for (int64_t s = 0; s < 9; ++s)
+    for (int64_t c = 0; c < kWidth; ++c)
+      for (int64_t o = 0; o < growth; ++o)
+        dkernel[(s * kWidth + c) * growth + o] = total.data[(s * outs + o) * kWidth + c];
+}
+
+// One block of at most 16 C channels in the rows of a tile: da, the gradients that need it, and g.
+template <class T, int C, int N>
+void block_backward(const float* dz, int64_t count, const float* kernel, int64_t kernel_stride, const T* x,
+                    int64_t x_stride, T* g, int64_t g_stride, const float* scale, const float* shift, int64_t channels,
+                    float* a, float* dscale, float* dshift, float* dkernel) {
+  constexpr int M = tile_rows(C), L = tile_rows(N);
+  constexpr int64_t kWidth = N * kLanes, kBlock = C * kLanes;
+  Vector factor[C], add[C], dscales[C], dshifts[C];
+  Mask mask[C];
+  for (int v = 0; v < C; ++v) {
+    mask[v] = first_lanes(channels - v * kLanes);
+    factor[v] = load(scale + v * kLanes, mask[v]);
+    add[v] = load(shift + v * kLanes, mask[v]);
+    dscales[v] = dshifts[v] = _mm512_setzero_ps();
+  }
+  for (int64_t r = 0; r < count; r += M) {
+    Vector out[M][C];
+    clear(out);
+    product<M, C>(dz + r * kWidth, kWidth, kernel, kernel_stride, kWidth, out);
+    Vector kept[C];
+#pragma GCC unroll 24
+    for (int i = 0; i < M; ++i) {
+      if (r + i >= count) break;
+      const T* from = x + (r + i) * x_stride;
+      T* to = g + (r + i) * g_stride;
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + kRows * x_stride + v * kLanes), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(to + kRows * g_stride + v * kLanes), _MM_HINT_T1);
+        kept[v] = load(from + v * kLanes, mask[v]);
+        Vector value = _mm512_fmadd_ps(kept[v], factor[v], add[v]);
+        Mask on = _mm512_mask_cmp_ps_mask(mask[v], value, _mm512_setzero_ps(), _CMP_GT_OQ);
+        Vector u = _mm512_maskz_mov_ps(on, out[i][v]);
+        store(a + (r + i) * kBlock + v * kLanes, _mm512_maskz_mov_ps(on, value));
+        dscales[v] = _mm512_fmadd_ps(u, kept[v], dscales[v]);
+        dshifts[v] = _mm512_add_ps(dshifts[v], u);
+        store(to + v * kLanes, _mm512_fmadd_ps(u, factor[v], load(to + v * kLanes, mask[v])), mask[v]);
+      }
+    }
+  }
+  for (int v = 0; v < C; ++v) {
+    add_to(dscale + v * kLanes, dscales[v]);
+    add_to(dshift + v * kLanes, dshifts[v]);
+  }
+  for (int64_t c = 0; c < kBlock; c += L) {
+    Vector out[L][N];
+#pragma GCC unroll 24
+    for (int i = 0; i < L; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) out[i][v] = load(dkernel + (c + i) * kWidth + v * kLanes);
+    for (int64_t r = 0; r < count; ++r) {
+      Vector right[N];
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) right[v] = load(dz + r * kWidth + v * kLanes);
+#pragma GCC unroll 24
+      for (int i = 0; i < L; ++i) {
+        Vector left = _mm512_set1_ps(a[r * kBlock + c + i]);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) out[i][v] = _mm512_fmadd_ps(left, right[v], out[i][v]);
+      }
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < L; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) store(dkernel + (c + i) * kWidth + v * kLanes, out[i][v]);
+  }
+}
+
+template <class T, int N>
+void bottleneck_backward(ffi::ThreadPool pool, T* g, int64_t rows, int64_t g_stride, const T* x, int64_t x_stride,
+                         const T* z, const float* z_means, const T* u, const float* u_means, const float* scale,
+                         const float* shift, int64_t channels, const float* kernel, const float* scale2, float* dscale,
+                         float* dshift, float* dkernel) {
+  constexpr int64_t kWidth = N * kLanes, kBlock = 48;
+  int64_t padded = round_up(channels, kBlock) + 24;
+  int64_t slices = std::min<int64_t>(std::max<int64_t>(rows / 512, 2), 16);
+  int64_t tiles = (rows + kRows - 1) / kRows;
+  slices = std::min(slices, tiles);
+  int64_t size = padded * (kWidth + 2);
+  Normalizer norm(z_means, kWidth);
+  Floats transposed(kWidth * padded), partial(slices * size);
+  int64_t stride = round_up(channels, kBlock);
+  transpose(kernel, channels, kWidth, transposed.data, stride);
+  parallel(pool, slices, [&](int64_t slice) {
+    float* dz = scratch(0, (kRows + 24) * kWidth);
+    float* a = scratch(1, (kRows + 24) * kBlock + 64);
+    float* dkernels = partial.data + slice * size;
+    float *dscales = dkernels + padded * kWidth, *dshifts = dscales + padded;
+    std::memset(dkernels, 0, size * 4);
+    for (int64_t tile = slice * tiles / slices; tile < (slice + 1) * tiles / slices; ++tile) {
+      int64_t begin = tile * kRows, count = std::min(kRows, rows - begin);
+      for (int v = 0; v < N; ++v) {
+        int64_t c = v * kLanes;
+        Vector mean = load(norm.mean.data() + c), rstd = load(norm.rstd.data() + c);
+        Vector factor = _mm512_mul_ps(load(scale2 + c), rstd);
+        Vector u_mean = load(u_means + c), uz_mean = load(u_means + kWidth + c);
+        for (int64_t r = 0; r < count; ++r) {
+          int64_t at = (begin + r) * kWidth + c;
+          Vector z_hat = _mm512_mul_ps(_mm512_sub_ps(load(z + at), mean), rstd);
+          Vector value = _mm512_fnmadd_ps(z_hat, uz_mean, _mm512_sub_ps(load(u + at), u_mean));
+          store(dz + r * kWidth + c, _mm512_mul_ps(value, factor));
+        }
+      }
+      for (int64_t c = 0; c < channels; c += kBlock) {
+        auto run = channels - c > 32   ? block_backward<T, 3, N>
+                   : channels - c > 16 ? block_backward<T, 2, N>
+                                       : block_backward<T, 1, N>;
+        run(dz, count, transposed.data + c, stride, x + begin * x_stride + c, x_stride, g + begin * g_stride + c,
+            g_stride, scale + c, shift + c, channels - c, a, dscales + c, dshifts + c, dkernels + c * kWidth);
+      }
+    }
+  });
+  sum_of(pool, partial.data, slices, size, channels * kWidth, dkernel);
+  sum_of(pool, partial.data + padded * kWidth, slices, size, channels, dscale);
+  sum_of(pool, partial.data + padded * kWidth + padded, slices, size, channels, dshift);
+}
+
+// ---------------------------------------------------------------------------------------------------- inference
+
+struct InferenceLayer {
+  const float *scale, *shift, *kernel, *shift2, *kernel2;
+  int64_t channels;
+};
+
+// All layers of a few images after each other, whose features stay in the second cache.
+template <class T, int N, int G>
+void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+               int64_t growth, const std::vector<InferenceLayer>& layers, T* out, int64_t stride) {
+  constexpr int M = tile_rows(G);
+  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
+  Images images(batch, height, width, std::min<int64_t>(256, std::max<int64_t>(64, (1 << 18) / stride)));
+  Floats padded(int64_t(layers.size()) * 9 * kWidth * kOut);
+  parallel(pool, int64_t(layers.size()), [&](int64_t i) {
+    pad_kernel<G>(layers[i].kernel2, 9 * kWidth, growth, padded.data + i * 9 * kWidth * kOut);
+  });
+  parallel(pool, images.groups, [&](int64_t group) {
+    int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
+    int64_t pixel = begin * height * width, pixels = count * height * width;
+    float* tile = scratch(1, (kRows + 24) * kWidth);
+    float* h = scratch(2, (images.positions + M) * kWidth);
+    float* values = scratch(3, (images.positions + M) * kOut);
+    std::memset(h, 0, images.positions * kWidth * 4);  // The borders stay zero.
+    for (int64_t n = pixel; n < pixel + pixels; ++n)
+      std::memcpy(out + n * stride, x + n * channels, channels * sizeof(T));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const InferenceLayer& layer = layers[i];
+      Vector shift[N];
+      for (int v = 0; v < N; ++v) shift[v] = load(layer.shift2 + v * kLanes);
+      for (int64_t first = 0; first < pixels; first += kRows) {
+        int64_t rows = std::min(kRows, pixels - first);
+        bottleneck_tile<T, N>(out + (pixel + first) * stride, rows, stride, layer.scale, layer.shift, layer.channels,
+                              layer.kernel, tile);
+        for (int64_t r = 0; r < rows; ++r) {
+          int64_t n = first + r, row = n / width;
+          float* to = h + (images.place(row / height, row % height) + n % width) * kWidth;
+#pragma GCC unroll 8
+          for (int v = 0; v < N; ++v) {
+            Vector value = _mm512_add_ps(load(tile + r * kWidth + v * kLanes), shift[v]);
+            store(to + v * kLanes, _mm512_max_ps(value, _mm512_setzero_ps()));
+          }
+        }
+      }
+      convolve_group<N, G>(images, h, padded.data + int64_t(i) * 9 * kWidth * kOut, values);
+      for (int64_t n = 0; n < pixels; ++n) {
+        int64_t row = n / width;
+        const float* from = values + (images.place(row / height, row % height) + n % width) * kOut;
+        for (int v = 0; v < G; ++v)
+          store(out + (pixel + n) * stride + layer.channels + v * kLanes, load(from + v * kLanes),
+                first_lanes(growth - v * kLanes));
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- handlers
+
+using In = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+const float* floats(const In& buffer) { return static_cast<const float*>(buffer.untyped_data()); }
+float* floats(Out& buffer) { return static_cast<float*>(buffer->untyped_data()); }
+template <class T>
+T* as(const In& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+template <class T>
+T* as(Out& buffer) {
+  return static_cast<T*>(buffer->untyped_data());
+}
+
+// One library for each bottleneck width, growth rate and element type, so that compiling takes seconds.
+using Element = PARANET_ELEMENT;
+constexpr int kWidths = PARANET_WIDTH / 16, kGrowths = (PARANET_GROWTH + 15) / 16;
+
+ffi::Error Bottleneck(ffi::ThreadPool pool, In x, In scale, In shift, In kernel, Out z, Out means) {
+  auto in = x.dimensions(), k = kernel.dimensions();
+  bottleneck<Element, kWidths>(pool, as<Element>(x), in[0], in[1], floats(scale), floats(shift), k[0], floats(kernel),
+                               as<Element>(z), floats(means));
+  return ffi::Error::Success();
+}
+
+ffi::Error Convolve(ffi::ThreadPool pool, In z, In z_means, In scale, In shift, In kernel, Out y, Out means,
+                    int64_t height, int64_t width) {
+  int64_t batch = z.dimensions()[0] / (height * width);
+  convolve<Element, kWidths, kGrowths>(pool, as<Element>(z), floats(z_means), floats(scale), floats(shift),
+                                       floats(kernel), batch, height, width, PARANET_GROWTH, as<Element>(y),
+                                       floats(means));
+  return ffi::Error::Success();
+}
+
+ffi::Error Append(ffi::ThreadPool pool, In x, In y, In means, Out out, int64_t offset) {
+  auto in = x.dimensions();
+  if (as<Element>(x) != as<Element>(out)) std::memcpy(as<Element>(out), as<Element>(x), x.size_bytes());
+  append<Element>(pool, as<Element>(out), in[0], in[1], as<Element>(y), floats(means), PARANET_GROWTH, offset);
+  return ffi::Error::Success();
+}
+
+ffi::Error AppendMeans(ffi::ThreadPool pool, In g, In x, Out means, int64_t offset) {
+  append_means<Element>(pool, as<Element>(g), g.dimensions()[0], g.dimensions()[1], as<Element>(x), x.dimensions()[1],
+                        PARANET_GROWTH, offset, floats(means));
+  return ffi::Error::Success();
+}
+
+ffi::Error ConvolveBackward(ffi::ThreadPool pool, In g, In x, In g_means, In y_means, In z, In z_means, In scale,
+                            In shift, In kernel, Out u, Out u_means, Out dkernel, int64_t offset, int64_t height,
+                            int64_t width) {
+  int64_t batch = z.dimensions()[0] / (height * width);
+  convolve_backward<Element, kWidths, kGrowths>(
+      pool, as<Element>(g), g.dimensions()[1], as<Element>(x), x.dimensions()[1], offset, floats(g_means),
+      floats(y_means), as<Element>(z), floats(z_means), floats(scale), floats(shift), floats(kernel), batch, height,
+      width, PARANET_GROWTH, as<Element>(u), floats(u_means), floats(dkernel));
+  return ffi::Error::Success();
+}
+
+ffi::Error BottleneckBackward(ffi::ThreadPool pool, In g, In x, In z, In z_means, In u, In u_means, In scale, In shift,
+                              In kernel, In scale2, Out out, Out dscale, Out dshift, Out dkernel) {
+  auto in = g.dimensions();
+  if (as<Element>(g) != as<Element>(out)) std::memcpy(as<Element>(out), as<Element>(g), g.size_bytes());
+  bottleneck_backward<Element, kWidths>(pool, as<Element>(out), in[0], in[1], as<Element>(x), x.dimensions()[1],
+                                        as<Element>(z), floats(z_means), as<Element>(u), floats(u_means),
+                                        floats(scale), floats(shift), kernel.dimensions()[0], floats(kernel),
+                                        floats(scale2), floats(dscale), floats(dshift), floats(dkernel));
+  return ffi::Error::Success();
+}
+
+ffi::Error Inference(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {
+  auto in = x.dimensions();
+  std::vector<InferenceLayer> layers;
+  for (size_t i = 0; i + 4 < parameters.size(); i += 5) {
+    const float* data[5];
+    int64_t channels = 0;
+    for (size_t j = 0; j < 5; ++j) {
+      In parameter = *parameters.get<ffi::AnyBuffer>(i + j);
+      data[j] = floats(parameter);
+      if (j == 0) channels = parameter.dimensions()[0];
+    }
+    layers.push_back({data[0], data[1], data[2], data[3], data[4], channels});
+  }
+  inference<Element, kWidths, kGrowths>(pool, as<Element>(x), in[0], in[1], in[2], in[3], PARANET_GROWTH, layers,
+                                        as<Element>(out), out->dimensions()[3]);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define ARGS3 .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
+#define RET .Ret<ffi::AnyBuffer>()
+#define ARG .Arg<ffi::AnyBuffer>()
+#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_bottleneck, Bottleneck, BIND ARGS3 ARG RET RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_convolve, Convolve,
+                              BIND ARGS3 ARG ARG RET RET.Attr<int64_t>("height").Attr<int64_t>("width"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_append, Append, BIND ARGS3 RET.Attr<int64_t>("offset"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_append_means, AppendMeans, BIND ARG ARG RET.Attr<int64_t>("offset"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_convolve_backward, ConvolveBackward,
+                              BIND ARGS3 ARGS3 ARGS3 RET RET RET.Attr<int64_t>("offset")
+                                  .Attr<int64_t>("height")
+                                  .Attr<int64_t>("width"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_bottleneck_backward, BottleneckBackward,
+                              BIND ARGS3 ARGS3 ARGS3 ARG RET RET RET RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_inference, Inference, BIND ARG.RemainingArgs() RET);

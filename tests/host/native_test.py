@@ -1,0 +1,69 @@
+"""Libraries in C++: compiled once, kept, and left out where they cannot be."""
+
+import ctypes
+import shutil
+
+import pytest
+
+from paranet_jax.host import native
+
+needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='no g++')
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
+  return tmp_path / 'cache/native'
+
+
+@needs_compiler
+def test_compiled_once_for_each_source_and_definition(tmp_path, cache, monkeypatch):
+  source = tmp_path / 'answer.cc'
+  source.write_text('extern "C" int answer() { return ANSWER; }')
+  first = native.shared_library(source, {'ANSWER': 42}, str(tmp_path))
+  assert ctypes.CDLL(str(first)).answer() == 42
+  second = native.shared_library(source, {'ANSWER': 43}, str(tmp_path))
+  assert ctypes.CDLL(str(second)).answer() == 43
+  monkeypatch.setattr(native.subprocess, 'run', None)
+  assert native.shared_library(source, {'ANSWER': 42}, str(tmp_path)) == first
+  assert sorted(cache.iterdir()) == sorted([first, second])
+
+
+@needs_compiler
+def test_one_line_says_that_a_source_does_not_compile(tmp_path, cache, capsys):
+  source = tmp_path / 'wrong.cc'
+  source.write_text('#error no\n')
+  assert native.shared_library(source, {}, str(tmp_path)) is None
+  out = ''.join(capsys.readouterr())
+  assert out.count('\n') == 1 and 'wrong.cc could not be compiled' in out and 'PARANET_NATIVE=off' in out
+  assert list(cache.iterdir()) == []
+
+
+def test_no_place_to_keep_it(tmp_path, monkeypatch):
+  source = tmp_path / 'answer.cc'
+  source.write_text('')
+  (tmp_path / 'cache').write_text('')
+  assert native.shared_library(source, {}, str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+  'system, machine, variables, expected',
+  [
+    ('Linux', 'x86_64', {}, None),
+    ('Linux', 'x86_64', {'PARANET_NATIVE': 'off'}, 'PARANET_NATIVE is off'),
+    ('Linux', 'aarch64', {}, 'Linux on aarch64'),
+    ('Darwin', 'x86_64', {}, 'Darwin on x86_64'),
+    ('Linux', 'x86_64', {'CXX': 'no-such-compiler'}, 'no compiler no-such-compiler'),
+  ],
+)
+def test_where_libraries_are_used(system, machine, variables, expected, monkeypatch):
+  monkeypatch.delenv('PARANET_NATIVE', raising=False)
+  monkeypatch.setenv('CXX', 'sh')
+  monkeypatch.setattr(native.platform, 'system', lambda: system)
+  monkeypatch.setattr(native.platform, 'machine', lambda: machine)
+  monkeypatch.setattr(native, 'cpu_features', lambda: frozenset({'one'}))
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  assert native.missing(['one']) == expected
+  if expected is None:
+    assert native.missing(['one', 'two']) == 'the processor has no two'
