@@ -74,10 +74,21 @@ FIELDS: Fields = {
   'data.workers': derived(int, at_least(0, 1024)),
   # 'squared_error' or 'kl': loss of an exit that matches another exit's logits.
   'loss.matching': Field('squared_error', one_of('squared_error', 'kl')),
+  # Squared error of matching: 'mean' over the classes, or 'half_sum', half their sum (Ba and Caruana 2014).
+  'loss.match_scale': Field('mean', one_of('mean', 'half_sum')),
+  'loss.match_centered': Field(False),  # Subtract from the logits of an image their mean before the squared error.
+  'loss.match_from_epoch': Field(0.0, at_least(0)),  # Epoch from which exits match others; 0: from the start.
+  # What exits that match later learn from before: 'labels' or 'nothing'.
+  'loss.match_before': Field('labels', one_of('labels', 'nothing')),
+  # Whose exits are matched and distilled from: 'network' (its own, as they train), 'average' (those of the averaged
+  # weights, see train.average) or 'run' (those of loss.teacher_run, which do not change).
+  'loss.teacher': Field('network', one_of('network', 'average', 'run')),
+  'loss.teacher_run': Field(''),  # Folder of a finished run of the same network; '': none.
   'loss.temperature': Field(4.0, POSITIVE),  # T of 'kl' and of distillation (the loss is scaled by T^2).
   'loss.hard_label_weight': Field(0.0, SHARE),  # w of both: (1 - w) kl + w cross-entropy, 0 to 1.
-  # 'none', 'last', 'next' or 'later': the later trained exits whose mean an exit with labels also learns from.
-  'loss.distill': Field('none', one_of('none', 'last', 'next', 'later')),
+  # 'none', 'last', 'next' or 'later': the later trained exits whose mean an exit with labels also learns from; 'all':
+  # every exit, the last one too, learns from the last one of loss.teacher.
+  'loss.distill': Field('none', one_of('none', 'last', 'next', 'later', 'all')),
   # Scale each parameter's gradient to the mean, instead of the sum, over the exits that use it.
   'loss.gradient_equilibrium': Field(False),
   'loss.exit_weights': derived(tuple, _TIMES),  # One factor per exit; None: 1 each.
@@ -106,18 +117,32 @@ FIELDS: Fields = {
   'train.drop_epochs': derived(tuple, _TIMES),  # When 'step' drops, in epochs; None: `drops`.
   'train.drop_factor': Field(0.1, POSITIVE),  # Factor by which each drop of 'step' multiplies the learning rate.
   'train.warmup_epochs': Field(0.0, at_least(0)),  # Epochs of linear warmup.
-  'train.optimizer': Field('sgd', one_of('sgd', 'adamw')),  # 'sgd' or 'adamw'.
-  'train.momentum': Field(0.9, RATE),  # Momentum of 'sgd', b1 of 'adamw'; 0 to less than 1.
-  'train.nesterov': Field(True),  # Nesterov momentum, for both (AdamW becomes NAdamW).
+  # 'sgd', 'adamw', or 'muon': orthogonalized updates of kernels, 'sgd' for the rest.
+  'train.optimizer': Field('sgd', one_of('sgd', 'adamw', 'muon')),
+  'train.momentum': Field(0.9, RATE),  # Momentum of 'sgd' and 'muon', b1 of 'adamw'; 0 to less than 1.
+  'train.nesterov': Field(True),  # Nesterov momentum, for all of them (AdamW becomes NAdamW).
   'train.weight_decay': Field(1e-4, at_least(0)),  # Coefficient.
+  # Weight decay of 'sgd' as learning rate * coefficient * parameter, apart from its momentum; the others always do.
+  'train.decoupled_decay': Field(False),
+  'train.norm_bias_factor': Field(1.0, POSITIVE),  # Times the learning rate of the biases of normalization layers.
   # Parameters that decay: 'all', as in DenseNet's code, or only the 'kernels'.
   'train.decay': Field('all', one_of('all', 'kernels')),
+  # Decay of a moving average of weights and running statistics, by step, such as 0.999, which is evaluated and saved
+  # beside them; 0: none.
+  'train.average': Field(0.0, RATE),
   'train.clip_norm': Field(0.0, at_least(0)),  # Maximum global gradient norm; 0: no clipping.
   'train.accumulate_steps': Field(1, at_least(1, 10**6)),  # Steps whose gradients are averaged into one update.
   # Side, in pixels, of the square cut out of every training image; 0: none.
   'train.cutout': Field(0, at_least(0, 10_000)),
   # alpha of Beta(alpha, alpha), the distribution of the weights that blend two images; 0: no blending.
   'train.mixup': Field(0.0, at_least(0)),
+  # alpha of Beta(alpha, alpha) of CutMix: a box of another image in each image, with labels by area; 0: none.
+  'train.cutmix': Field(0.0, at_least(0)),
+  'train.alternate_flip': Field(False),  # Mirror each image in every other epoch, instead of at random.
+  # Operations on training images: 'none', 'rand' (RandAugment) or 'trivial' (TrivialAugment, wide).
+  'train.auto_augment': Field('none', one_of('none', 'rand', 'trivial')),
+  'train.rand_augment_operations': Field(2, at_least(1, 10)),  # Operations on an image by 'rand'.
+  'train.rand_augment_magnitude': Field(9, at_least(0, 30)),  # Their magnitude, from 0 to 30.
   'train.devices': Field(0, at_least(0, 10**6)),  # Devices to train on, over all processes; 0: all devices.
   'eval.every_epochs': Field(1.0, _EPOCHS),  # Epochs between evaluations; the last step is always evaluated.
   'eval.batch_size': Field(500, at_least(1, 10**7)),  # Images per batch; changes speed and memory, not the result.

@@ -38,6 +38,7 @@ def validate(config: ConfigDict) -> None:
   _check_labels(config)
   _check_scaling(config)
   _check_training(config)
+  _check_teacher(config)
   if config.checkpoint.keep_best != 'none' and not config.data.held_out:
     raise UserError(
       'checkpoint.keep_best needs a held-out split, found data.held_out 0; '
@@ -117,7 +118,8 @@ def class_weights(
 def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:
   """The exits that each exit with labels also learns from (see `targets.distill_teachers`)."""
   distill = 'last' if _from_both(config) else config.loss.distill
-  return distill_teachers(targets(config), distill, hard_label_weight(config), config.name)
+  given = config.loss.teacher == 'run'
+  return distill_teachers(targets(config), distill, hard_label_weight(config), config.name, given)
 
 
 def hard_label_weight(config: ConfigDict) -> float:
@@ -137,6 +139,16 @@ def backbone_epochs(config: ConfigDict) -> float:
 def backbone_steps(config: ConfigDict, steps_per_epoch: int) -> int:
   """Length of the first of a regime's two phases, in steps."""
   return max(round(backbone_epochs(config) * steps_per_epoch), 1)
+
+
+def match_step(config: ConfigDict, steps_per_epoch: int) -> int:
+  """The step from which exits match others."""
+  return round(config.loss.match_from_epoch * steps_per_epoch)
+
+
+def keeps_beside(config: ConfigDict) -> bool:
+  """Whether a run holds averages of its weights or another network that teaches (see `steps.Beside`)."""
+  return bool(config.train.average) or config.loss.teacher != 'network'
 
 
 def drop_epochs(config: ConfigDict) -> list[float]:
@@ -211,7 +223,7 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
 
 def absolute_paths(config: ConfigDict) -> None:
   """Makes folders absolute, so that a saved configuration does not depend on the current folder."""
-  for section, field in ((config.data, 'data_dir'), (config, 'init_from')):
+  for section, field in ((config.data, 'data_dir'), (config, 'init_from'), (config.loss, 'teacher_run')):
     if section[field]:
       section[field] = str(absolute(section[field]))
 
@@ -255,10 +267,60 @@ def _check_training(config: ConfigDict) -> None:
       f'train.backbone_epochs must be less than train.epochs {train.epochs}, found {backbone_epochs(config)}; '
       'set --config.train.backbone_epochs'
     )
+  if train.mixup and train.cutmix:
+    raise UserError(
+      f'train.mixup and train.cutmix exclude each other, found {train.mixup} and {train.cutmix}; set one of '
+      '--config.train.mixup and --config.train.cutmix to 0'
+    )
+  if train.alternate_flip and train.regime == 'exits':
+    raise UserError(
+      "train.alternate_flip mirrors the images of a network that trains as a whole, found train.regime 'exits'; set "
+      '--config.train.alternate_flip=False'
+    )
   if train.cutout > config.model.image_side:
     raise UserError(
       f'train.cutout must be at most model.image_side {config.model.image_side}, found {train.cutout}; '
       'set --config.train.cutout'
+    )
+
+
+def _check_teacher(config: ConfigDict) -> None:
+  loss, matches = config.loss, any(target and target > 0 for target in targets(config))
+  if loss.match_from_epoch:
+    if not matches or config.train.regime != 'joint':
+      raise UserError(
+        f"loss.match_from_epoch needs an exit that matches another and train.regime 'joint', found {config.name} and "
+        f'{config.train.regime!r}; set --config.loss.match_from_epoch=0'
+      )
+    if loss.match_from_epoch >= config.train.epochs:
+      raise UserError(
+        f'loss.match_from_epoch must be less than train.epochs {config.train.epochs}, found {loss.match_from_epoch}; '
+        'set --config.loss.match_from_epoch'
+      )
+  if loss.teacher == 'average' and not config.train.average:
+    raise UserError(
+      "loss.teacher 'average' needs averages of the weights, found train.average 0; set --config.train.average, such "
+      'as 0.999, or --config.loss.teacher=network'
+    )
+  if (loss.teacher == 'run') != bool(loss.teacher_run):
+    raise UserError(
+      f"loss.teacher 'run' and loss.teacher_run, the folder of a finished run, go together, found {loss.teacher!r} and "
+      f'{loss.teacher_run!r}; set --config.loss.teacher and --config.loss.teacher_run'
+    )
+  if loss.teacher != 'network' and not matches and loss.distill == 'none':
+    raise UserError(
+      f'loss.teacher {loss.teacher!r} needs an exit that matches another or learns from exits, and {config.name} has '
+      'none; set --config.loss.distill, or --config.loss.teacher=network'
+    )
+  if loss.distill == 'all' and loss.teacher == 'network':
+    raise UserError(
+      "loss.distill 'all' lets the last exit learn from another network's, found loss.teacher 'network'; set "
+      '--config.loss.teacher to average or run, or --config.loss.distill'
+    )
+  if keeps_beside(config) and config.train.regime == 'exits':
+    raise UserError(
+      f'train.average and loss.teacher are of networks that train as a whole, found {config.train.average:g}, '
+      f"{loss.teacher!r} and train.regime 'exits'; set --config.train.average=0 and --config.loss.teacher=network"
     )
 
 

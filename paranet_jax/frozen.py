@@ -101,6 +101,7 @@ def make_exits_step(
   trained = trained_exits(objective.targets)
   options = objective._asdict()
   exit_weights = options.pop('exit_weights')
+  del options['teacher']  # The given exit of the network itself.
 
   def loss_fn(own, state, features, labels, rngs):
     params = _updated(state.params, own)

@@ -45,10 +45,18 @@ def label_weights(labels: Labels, class_weights: Sequence[float] | None) -> Loss
   return jnp.sum(labels * weights, axis=-1) if labels.ndim == 2 else weights[labels]
 
 
-def squared_error(student: Logits, teacher: Logits) -> Losses:
-  """Logit matching: mean over classes of (student - stop_gradient(teacher))^2, float32 (paper, section 3.4)."""
+def squared_error(student: Logits, teacher: Logits, scale: str = 'mean', centered: bool = False) -> Losses:
+  """Logit matching: (student - stop_gradient(teacher))^2, float32 (paper, section 3.4).
+
+  Args:
+    scale: 'mean' over the classes, or 'half_sum': half their sum (Ba and Caruana 2014).
+    centered: subtract from each image's logits their mean over the classes first, which no probability depends on.
+  """
   difference = student.astype(jnp.float32) - jax.lax.stop_gradient(teacher.astype(jnp.float32))
-  return jnp.mean(jnp.square(difference), axis=-1)
+  if centered:
+    difference = difference - jnp.mean(difference, axis=-1, keepdims=True)
+  squares = jnp.square(difference)
+  return jnp.mean(squares, axis=-1) if scale == 'mean' else jnp.sum(squares, axis=-1) / 2
 
 
 def distillation(student: Logits, teacher: Logits, temperature: float) -> Losses:
@@ -68,11 +76,14 @@ def exit_losses(
   targets: Sequence[int | None],
   *,
   matching: str = 'squared_error',
+  match_scale: str = 'mean',
+  match_centered: bool = False,
   temperature: float = 1.0,
   hard_label_weight: float = 0.0,
   label_smoothing: float = 0.0,
   teachers: Mapping[int, Sequence[int]] = NO_TEACHERS,
   class_weights: Sequence[float] | None = None,
+  teacher_logits: Sequence[Logits | None] | None = None,
   axis_name: str | None = None,
 ) -> dict[int, Float[Array, '']]:
   """Mean loss over the batch for each trained exit, by 1-based exit number.
@@ -84,11 +95,13 @@ def exit_losses(
     logits: one array per exit; None if the exit was not computed.
     targets: one per exit: 0 = the true label, q = match exit q's logits, None = no loss.
     matching: 'squared_error' or 'kl'.
+    match_scale, match_centered: of `squared_error`.
     temperature: T of 'kl' and of the teachers.
     hard_label_weight: w in (1 - w) kl + w cross-entropy, for 'kl' and for exits with teachers.
     label_smoothing: applies to every cross-entropy.
     teachers: for exits with target 0, the exits they also learn from: kl is the mean of their `distillation`.
     class_weights: one per class; None: images weigh the same.
+    teacher_logits: like `logits`, what exits learn from instead; None: from these.
     axis_name: device axis that the batch is split over; the mean of the devices' losses is that of the whole batch.
   """
   mean_weight = None
@@ -101,6 +114,9 @@ def exit_losses(
     return loss if mean_weight is None else loss / mean_weight
 
   computed = {number: values for number, values in enumerate(logits, 1) if values is not None}
+  taught = computed
+  if teacher_logits is not None:
+    taught = {number: values for number, values in enumerate(teacher_logits, 1) if values is not None}
   losses = {}
   for number, target in enumerate(targets, 1):
     if target is None:
@@ -110,9 +126,9 @@ def exit_losses(
     if not own_teachers:
       loss = from_labels(student)
     elif target != LABELS and matching == 'squared_error':
-      loss = squared_error(student, computed[target])
+      loss = squared_error(student, taught[target], match_scale, match_centered)
     else:
-      soft = sum(distillation(student, computed[teacher], temperature) for teacher in own_teachers)
+      soft = sum(distillation(student, taught[teacher], temperature) for teacher in own_teachers)
       loss = (1 - hard_label_weight) * soft / len(own_teachers) + hard_label_weight * from_labels(student)
     losses[number] = jnp.mean(loss)
   return losses

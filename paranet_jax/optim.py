@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 Schedule = Callable[[Any], Any]
 
@@ -65,31 +66,77 @@ def make_optimizer(
   nesterov: bool = True,
   weight_decay: float = 1e-4,
   decay_mask: Any = None,
+  decoupled_decay: bool = False,
+  norm_bias_factor: float = 1.0,
   clip_norm: float = 0.0,
   accumulate_steps: int = 1,
 ) -> optax.GradientTransformation:
   """Builds an optimizer.
 
   Args:
-    kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code) or 'adamw' (decoupled weight decay).
+    kind: 'sgd' (weight decay added to the gradient, as in DenseNet's code), 'adamw' (decoupled weight decay) or 'muon'
+      (Jordan et al. 2024: orthogonalized momentum with decoupled weight decay for kernels, 'sgd' for the rest).
     schedule: learning rate by number of completed updates.
-    momentum: momentum of 'sgd', or b1 of 'adamw'.
-    nesterov: applies to both kinds.
-    decay_mask: tree of bool, which parameters decay; None: all.
+    momentum: momentum of 'sgd' and 'muon', or b1 of 'adamw'.
+    nesterov: applies to all kinds.
+    decay_mask: tree of bool, or a function from the parameters to it, which parameters decay; None: all.
+    decoupled_decay: 'sgd' subtracts learning rate * weight decay * parameter from a parameter, apart from gradient and
+      momentum (Loshchilov and Hutter 2019).
+    norm_bias_factor: times the learning rate of the biases of normalization layers.
     clip_norm: maximum global gradient norm; 0: no clipping.
     accumulate_steps: steps whose gradients are averaged into one update.
   """
   parts: list[optax.GradientTransformation]
+  sgd = [optax.add_decayed_weights(weight_decay, decay_mask), optax.sgd(schedule, momentum, nesterov)]
+  if decoupled_decay:
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+    sgd = [optax.trace(momentum, nesterov), decay, optax.scale_by_learning_rate(schedule)]
   if kind == 'sgd':
-    parts = [optax.add_decayed_weights(weight_decay, decay_mask), optax.sgd(schedule, momentum, nesterov)]
+    parts = sgd
+  elif kind == 'muon':
+    muon = optax.contrib.muon(
+      schedule,
+      beta=momentum,
+      nesterov=nesterov,
+      weight_decay=weight_decay,
+      weight_decay_mask=decay_mask,
+      muon_weight_dimension_numbers=_matrices,
+    )
+    parts = [optax.partition({'kernel': muon, 'rest': optax.chain(*sgd)}, _kernel_or_rest)]
   else:
     parts = [optax.adamw(schedule, b1=momentum, nesterov=nesterov, weight_decay=weight_decay, mask=decay_mask)]
+  if norm_bias_factor != 1:
+    parts.append(optax.masked(optax.scale(norm_bias_factor), norm_biases))
   if clip_norm:
     parts.insert(0, optax.clip_by_global_norm(clip_norm))
   optimizer = optax.chain(*parts)
   if accumulate_steps > 1:
     optimizer = optax.MultiSteps(optimizer, accumulate_steps).gradient_transformation()
   return optimizer
+
+
+def _kernel_or_rest(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: 'kernel' if path[-1].key == 'kernel' and leaf.ndim >= 2 else 'rest', params
+  )
+
+
+def _matrices(params: Any) -> Any:
+  """Kernels as matrices: from everything that an output channel reads, to the output channels."""
+  return jax.tree.map(
+    lambda leaf: optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1), params
+  )
+
+
+def norm_biases(params: Any) -> Any:
+  """Tree of bool: which parameters are biases of normalization layers, which unlike others have a scale beside them."""
+  paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+
+  def is_one(path, _):
+    keys = tuple(key.key for key in path)
+    return keys[-1] == 'bias' and (*keys[:-1], 'scale') in paths
+
+  return jax.tree_util.tree_map_with_path(is_one, params)
 
 
 def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:

@@ -24,7 +24,16 @@ from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.status import run_status
-from paranet_jax.runs.workdir import FOLDERS, NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir, save_config
+from paranet_jax.runs.workdir import (
+  AVERAGE,
+  FOLDERS,
+  NOTHING,
+  SUMMARY,
+  Accepted,
+  check_saved,
+  prepare_workdir,
+  save_config,
+)
 from paranet_jax.task import agreed_task
 from paranet_jax.train import train_loop, train_missing
 
@@ -161,6 +170,11 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     if split in first:
       columns = zip(*(summary[split] for summary in summaries), strict=True)
       result[split] = [_spreads(rows) for rows in columns]
+  if AVERAGE in first:
+    result[AVERAGE] = {
+      split: [_spreads(rows) for rows in zip(*(summary[AVERAGE][split] for summary in summaries), strict=True)]
+      for split in first[AVERAGE]
+    }
   return result | {'wall_time_s': round(sum(summary['wall_time_s'] for summary in summaries), 1)}
 
 

@@ -9,13 +9,15 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from jaxtyping import Float, Int32, Key, UInt8
+from jaxtyping import Bool, Float, Int32, Key, UInt8
 
 from paranet_jax.costs import abstract_variables
-from paranet_jax.data.augment import augment, image_keys, mixup, normalize
+from paranet_jax.data.augment import alternately_mirrored, augment, cutmix, image_keys, mixup, normalize
+from paranet_jax.data.auto_augment import auto_augment
 from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, label_weights, total_loss
 from paranet_jax.targets import LABELS, Targets, trained_exits
 
+_AUTO_AUGMENT = 5  # Folded into an image's key; `data.augment` uses the numbers before it.
 _MODEL_STREAM = 3  # Separates these random numbers from those of shuffling and augmentation.
 
 
@@ -30,10 +32,25 @@ class TrainState:
   opt_state: Any
 
 
+class Beside(NamedTuple):
+  """What a state holds beside its optimizer's, in place of `opt_state`: variables of two networks; {}: of none.
+
+  Attributes:
+    average: moving averages of the parameters and running statistics.
+    teacher: a finished network, which does not change.
+  """
+
+  optimizer: Any
+  average: Any
+  teacher: Any
+
+
 class Preprocessing(NamedTuple):
   """How uint8 images become the network's input: per-channel `mean` and `std` in 0..1, and training augmentation.
 
-  `crop_padding` and `cutout` are in pixels, `mixup` is alpha; 0 turns each off.
+  `crop_padding` and `cutout` are in pixels, `mixup` and `cutmix` are alpha; 0 turns each off. `alternate_flip` mirrors
+  every image in every other epoch. `auto_augment` is 'none' or a kind of `data.auto_augment`, with `operations` and
+  `magnitude` of 'rand'.
   """
 
   mean: tuple[float, ...]
@@ -42,10 +59,19 @@ class Preprocessing(NamedTuple):
   flip: bool
   cutout: int = 0
   mixup: float = 0.0
+  cutmix: float = 0.0
+  alternate_flip: bool = False
+  auto_augment: str = 'none'
+  operations: int = 2
+  magnitude: int = 9
 
 
 class Objective(NamedTuple):
-  """The loss (see `losses.exit_losses`)."""
+  """The loss (see `losses.exit_losses`).
+
+  Attributes:
+    teacher: whose logits exits learn from: 'network', its own; 'average' or 'teacher', those of `Beside`.
+  """
 
   targets: Targets
   exit_weights: Sequence[float]
@@ -55,6 +81,9 @@ class Objective(NamedTuple):
   label_smoothing: float = 0.0
   teachers: Mapping[int, Sequence[int]] = NO_TEACHERS
   class_weights: Sequence[float] | None = None
+  match_scale: str = 'mean'
+  match_centered: bool = False
+  teacher: str = 'network'
 
 
 def init_state(
@@ -97,6 +126,7 @@ def make_train_step(
   *,
   frozen: Collection[tuple[str, ...]] = (),
   users: Any = None,
+  average: float = 0.0,
 ) -> Callable:
   """Makes the body of a training step for one device, or for each device of `axis_name`.
 
@@ -106,6 +136,7 @@ def make_train_step(
     users: a tree like the parameters with the number of trained exits that use each one: gradients become means over
       those exits. Since a gradient is linear in the contribution of each exit, this equals scaling the gradient at
       every tensor that exits share (gradient equilibrium, Li et al. 2019). None: gradients are sums.
+    average: decay of the averages of the state's `Beside`; 0: there are none.
 
   Returns:
     step(state, totals, images, labels, order) -> (state, totals):
@@ -117,14 +148,15 @@ def make_train_step(
   model = model.clone(axis_name=axis_name)
   exits = computed_exits(objective)
   options = objective._asdict()
-  exit_weights = options.pop('exit_weights')
+  exit_weights, teacher = options.pop('exit_weights'), options.pop('teacher')
+  sources = teaching_exits(objective)
 
-  def loss_fn(params, batch_stats, images, labels, rngs):
+  def loss_fn(params, batch_stats, images, labels, rngs, teacher_logits):
     variables = {'params': params, 'batch_stats': batch_stats}
     if frozen:
       variables = _restored(variables, jax.lax.stop_gradient(variables), frozen)
     logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'], rngs=rngs)
-    losses = exit_losses(logits, labels, axis_name=axis_name, **options)
+    losses = exit_losses(logits, labels, teacher_logits=teacher_logits, axis_name=axis_name, **options)
     loss = total_loss(losses, exit_weights)
     return loss, (updated.get('batch_stats', {}), train_metrics(logits, labels, losses, loss))
 
@@ -134,19 +166,29 @@ def make_train_step(
     first = jax.lax.axis_index(axis_name) * local_size if axis_name else 0
     indices = order[step]
     keys = image_keys(state.seed, epoch, step, first + jnp.arange(local_size))
-    batch = augmented(keys, images[indices], labels[indices], preprocessing, model.num_classes, axis_name)
+    mirrored = alternately_mirrored(state.seed, epoch, indices) if preprocessing.alternate_flip else None
+    batch = augmented(keys, images[indices], labels[indices], preprocessing, model.num_classes, axis_name, mirrored)
+    beside = state.opt_state if isinstance(state.opt_state, Beside) else None
+    teacher_logits = None
+    if beside and sources and teacher != 'network':
+      teacher_logits = model.apply(getattr(beside, teacher), batch[0], exits=sources)
     gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
-      state.params, state.batch_stats, *batch, model_rngs(model, state.seed, state.step)
+      state.params, state.batch_stats, *batch, model_rngs(model, state.seed, state.step), teacher_logits
     )
     if axis_name:
       gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
     if users is not None:
       gradients = jax.tree.map(lambda gradient, number: gradient / max(number, 1), gradients, users)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    inner = beside.optimizer if beside else state.opt_state
+    updates, opt_state = optimizer.update(gradients, inner, state.params)
     variables = {'params': optax.apply_updates(state.params, updates), 'batch_stats': batch_stats}
     before = {'params': state.params, 'batch_stats': state.batch_stats}
+    variables = _restored(variables, before, frozen)
+    if beside:
+      averages = averaged(beside.average, variables, average, state.step) if average else beside.average
+      opt_state = Beside(opt_state, averages, beside.teacher)
     totals = jax.tree.map(jnp.add, totals, metrics)
-    return state.replace(step=state.step + 1, opt_state=opt_state, **_restored(variables, before, frozen)), totals
+    return state.replace(step=state.step + 1, opt_state=opt_state, **variables), totals
 
   return train_step
 
@@ -158,31 +200,62 @@ def augmented(
   preprocessing: Preprocessing,
   num_classes: int,
   axis_name: str | None = None,
+  mirrored: Bool[Array, ' B'] | None = None,
 ) -> tuple[Float[Array, 'B H W C'], Array]:
   """Augments a training batch, or a device's share of it.
 
   Args:
     keys: from `image_keys`.
     axis_name: as in `make_train_step`.
+    mirrored: which images are mirrored; None: drawn.
 
   Returns:
     The images, and the labels or, if blended, the share of each class [B, num_classes].
   """
+  if preprocessing.auto_augment != 'none':
+    own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _AUTO_AUGMENT)
+    kind, operations, magnitude = preprocessing.auto_augment, preprocessing.operations, preprocessing.magnitude
+    images = auto_augment(own, images, kind=kind, operations=operations, magnitude=magnitude)
   images = normalize(images, preprocessing.mean, preprocessing.std)
   images = augment(
-    keys, images, crop_padding=preprocessing.crop_padding, flip=preprocessing.flip, cutout=preprocessing.cutout
+    keys,
+    images,
+    crop_padding=preprocessing.crop_padding,
+    flip=preprocessing.flip,
+    cutout=preprocessing.cutout,
+    mirrored=mirrored,
   )
-  if not preprocessing.mixup:
+  if not (preprocessing.mixup or preprocessing.cutmix):
     return images, labels
   one_hot = jax.nn.one_hot(labels, num_classes)
-  return mixup(keys, images, one_hot, alpha=preprocessing.mixup, axis_name=axis_name)
+  blend, alpha = (mixup, preprocessing.mixup) if preprocessing.mixup else (cutmix, preprocessing.cutmix)
+  return blend(keys, images, one_hot, alpha=alpha, axis_name=axis_name)
+
+
+def averaged(average: Any, variables: Any, decay: float, step: jax.Array) -> Any:
+  """Moving averages after a step.
+
+  The decay is at most (1 + s) / (10 + s) after s steps, so that the first weights are soon forgotten.
+
+  Args:
+    step: steps done before.
+  """
+  done = step.astype(jnp.float32)
+  kept = jnp.minimum(jnp.float32(decay), (1 + done) / (10 + done))
+  return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, variables)
 
 
 def computed_exits(objective: Objective) -> tuple[int, ...]:
-  """The trained exits and the exits that they learn from."""
+  """The trained exits and, if their own network teaches, the exits that they learn from."""
+  trained = trained_exits(objective.targets)
+  return tuple(sorted({*trained, *(teaching_exits(objective) if objective.teacher == 'network' else ())}))
+
+
+def teaching_exits(objective: Objective) -> tuple[int, ...]:
+  """The exits that trained exits learn from."""
   trained = trained_exits(objective.targets)
   sources = {source for number in trained for source in objective.teachers.get(number, ())}
-  return tuple(sorted({*trained, *sources, *(objective.targets[number - 1] for number in trained)} - {LABELS}))
+  return tuple(sorted({*sources, *(objective.targets[number - 1] for number in trained)} - {LABELS}))
 
 
 def _restored(variables: Any, before: Any, paths: Collection[tuple[str, ...]]) -> Any:

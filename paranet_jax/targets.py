@@ -98,14 +98,18 @@ def exits_targets(num_exits: int, learn_from: str, new_last: bool = False) -> Ta
   return (*[num_exits if learn_from == 'last' else LABELS] * (num_exits - 1), LABELS if new_last else GIVEN)
 
 
-def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, name: str) -> dict[int, tuple[int, ...]]:
+def distill_teachers(
+  targets: Targets, distill: str, hard_label_weight: float, name: str, given: bool = False
+) -> dict[int, tuple[int, ...]]:
   """The teachers of each exit that learns from labels and later exits.
 
   Args:
     targets: one per exit.
-    distill: 'none', 'last' (the last trained exit), 'next' (the next one) or 'later' (all later ones).
+    distill: 'none', 'last' (the last trained exit), 'next' (the next one), 'later' (all later ones) or 'all' (the last
+      trained exit, which every exit learns from, itself too).
     hard_label_weight: share of the labels in the loss of an exit with teachers.
     name: name of the network, for messages.
+    given: the teachers are those of another network, which is trained.
 
   Returns:
     {exit: its teachers}, both 1-based, for exits that have teachers.
@@ -118,13 +122,15 @@ def distill_teachers(targets: Targets, distill: str, hard_label_weight: float, n
   teachers, trained = {}, trained_exits(targets)
   for number in trained:
     later = tuple(other for other in trained if other > number)
-    if targets[number - 1] == LABELS and later:
-      teachers[number] = {'last': later[-1:], 'next': later[:1], 'later': later}[distill]
+    if targets[number - 1] == LABELS and (later or distill == 'all'):
+      teachers[number] = {'last': later[-1:], 'next': later[:1], 'later': later, 'all': trained[-1:]}[distill]
   if not teachers:
     raise UserError(
       f'loss.distill {distill!r} needs an exit that learns from labels and a trained exit after it, and {name} has '
       'none; set --config.loss.distill'
     )
+  if given:
+    return teachers
   sources = {number: teachers.get(number, (targets[number - 1],)) for number in trained}
   taught = {LABELS, GIVEN} | (set(teachers) if hard_label_weight else set())
   for _ in trained:
@@ -152,7 +158,15 @@ class Phase(NamedTuple):
   frozen: int | None = None
 
 
-def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps: int) -> tuple[Phase, ...]:
+def make_phases(
+  regime: str,
+  targets: Targets,
+  backbone_steps: int,
+  total_steps: int,
+  *,
+  match_step: int = 0,
+  match_before: str = 'labels',
+) -> tuple[Phase, ...]:
   """The phases of a run.
 
   Args:
@@ -161,7 +175,15 @@ def make_phases(regime: str, targets: Targets, backbone_steps: int, total_steps:
       all that the last one uses frozen.
     backbone_steps: length of the first of two phases.
     total_steps: length of the run.
+    match_step: from which exits match others, under the regime 'joint'.
+    match_before: what these learn from before: 'labels' or 'nothing'.
   """
+  if regime == 'joint' and match_step:
+    before = LABELS if match_before == 'labels' else None
+    return (
+      Phase(match_step, tuple(before if target else target for target in targets)),
+      Phase(total_steps, targets),
+    )
   if regime == 'joint':
     return (Phase(total_steps, targets),)
   last = trained_exits(targets)[-1]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -24,10 +25,10 @@ from paranet_jax.host.errors import UserError, printable
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
-from paranet_jax.steps import Objective, Preprocessing, TrainState, init_state, make_train_step
+from paranet_jax.steps import Beside, Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, trained_exits
 
-_MACHINE_FIELDS = ('data.data_dir', 'data.workers', 'init_from')
+_MACHINE_FIELDS = ('data.data_dir', 'data.workers', 'init_from', 'loss.teacher_run')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
 
 
@@ -71,7 +72,14 @@ class Task:
   def phases(self) -> tuple[Phase, ...]:
     """Which exits train at which steps."""
     backbone_steps = config_lib.backbone_steps(self.config, self.steps_per_epoch)
-    return make_phases(self.config.train.regime, self.targets, backbone_steps, self.total_steps)
+    return make_phases(
+      self.config.train.regime,
+      self.targets,
+      backbone_steps,
+      self.total_steps,
+      match_step=config_lib.match_step(self.config, self.steps_per_epoch),
+      match_before=self.config.loss.match_before,
+    )
 
   @property
   def evaluation_steps(self) -> int:
@@ -83,8 +91,17 @@ class Task:
     return float(self.schedule(step // self.config.train.accumulate_steps))
 
   def init_state(self) -> TrainState:
-    """The state at step 0."""
-    return init_state(self.model, self.optimizer, self.config.seed, self.image_shape, self.frozen)
+    """The state at step 0; what teaches from another run is not read yet, but has its shapes."""
+    state = init_state(self.model, self.optimizer, self.config.seed, self.image_shape, self.frozen)
+    if not config_lib.keeps_beside(self.config):
+      return state
+
+    def copy(wanted: bool) -> Any:  # A step is given the buffers of its state, and each once.
+      variables = {'params': state.params, 'batch_stats': state.batch_stats}
+      return jax.tree.map(jnp.copy, variables) if wanted else {}
+
+    average, teacher = copy(bool(self.config.train.average)), copy(self.config.loss.teacher == 'run')
+    return dataclasses.replace(state, opt_state=Beside(state.opt_state, average, teacher))
 
   @functools.cached_property  # It traces the network.
   def frozen(self) -> frozenset[tuple[str, ...]]:
@@ -99,7 +116,8 @@ class Task:
   def keeps_features(self) -> bool:
     """Whether training reads kept features of a frozen backbone instead of images."""
     prepared = self.preprocessing
-    return bool(self.frozen) and not (prepared.crop_padding or prepared.cutout or prepared.mixup)
+    varied = prepared.crop_padding or prepared.cutout or prepared.mixup or prepared.cutmix
+    return bool(self.frozen) and not varied and prepared.auto_augment == 'none'
 
   def feature_shapes(self, split: Split) -> Features:
     """Shapes of the features of a split; of the training images also mirrored, if they are."""
@@ -158,6 +176,7 @@ class Task:
       axis_name,
       frozen=variable_paths(self.model, self.image_shape, phase.frozen) if phase.frozen else (),
       users=_users(self, phase) if self.config.loss.gradient_equilibrium else None,
+      average=self.config.train.average,
     )
 
   def facts(self) -> dict[str, str]:
@@ -256,9 +275,22 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       class_weights=config_lib.class_weights(
         config, dataset.class_names, dataset.train.labels, config.model.num_classes or len(dataset.class_names)
       ),
+      match_scale=config.loss.match_scale,
+      match_centered=config.loss.match_centered,
+      teacher='teacher' if config.loss.teacher == 'run' else config.loss.teacher,
     ),
     preprocessing=Preprocessing(
-      dataset.mean, dataset.std, dataset.crop_padding, dataset.flip, config.train.cutout, config.train.mixup
+      dataset.mean,
+      dataset.std,
+      dataset.crop_padding,
+      dataset.flip,
+      config.train.cutout,
+      config.train.mixup,
+      config.train.cutmix,
+      config.train.alternate_flip and dataset.flip,
+      config.train.auto_augment,
+      config.train.rand_augment_operations,
+      config.train.rand_augment_magnitude,
     ),
     optimizer=_optimizer(config, schedule, model, targets),
     schedule=schedule,
@@ -269,6 +301,11 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     raise UserError(
       f"train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
       f"'adopted' or 'resnet'), found {config.model.family!r}; set --config.train.regime, or another --config"
+    )
+  if task.preprocessing.alternate_flip and dataset.train.streamed:
+    raise UserError(
+      'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
+      'or --config.train.alternate_flip=False'
     )
   for phase in task.phases:
     _check_phase(task, phase)
@@ -298,6 +335,8 @@ def _optimizer(config: ConfigDict, schedule: Schedule, model: Any, targets: Targ
     nesterov=train.nesterov,
     weight_decay=train.weight_decay,
     decay_mask=lambda params: decay_mask(params, reached, train.decay),
+    decoupled_decay=train.decoupled_decay,
+    norm_bias_factor=train.norm_bias_factor,
     clip_norm=train.clip_norm,
     accumulate_steps=train.accumulate_steps,
   )

@@ -27,11 +27,13 @@ from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.dtype import with_dtype
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
+from paranet_jax.runs.packed import save_average
 from paranet_jax.runs.record import RunRecord, open_record
 from paranet_jax.runs.status import run_status
+from paranet_jax.runs.teacher import check_teacher
 from paranet_jax.runs.trained import read_task
-from paranet_jax.runs.workdir import NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir
-from paranet_jax.steps import TrainState, zero_totals
+from paranet_jax.runs.workdir import AVERAGE, NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir
+from paranet_jax.steps import Beside, TrainState, zero_totals
 from paranet_jax.targets import Phase, trained_exits
 from paranet_jax.task import agreed_task
 
@@ -58,6 +60,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   processes.once(check_saved, workdir, config, accepted.config, accepted.place)
   config = with_dtype(config, devices, workdir)
   processes.once(check_backbone, config, workdir)
+  processes.once(check_teacher, config, workdir)
   learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
   task = agreed_task(config, processes, learned)
   processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)
@@ -74,9 +77,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
       return None
     if evaluations is None:
       # An earlier start stopped between its last checkpoint and its summary: the metrics are already written.
-      evaluations = [evaluator.evaluate(state.params, state.batch_stats, True)]
+      evaluations = [evaluate_state(evaluator, state, True)]
       say(evaluation_table(evaluations[0]))
     summary = record.finish(description, evaluations[0], environment(devices))
+    if isinstance(state.opt_state, Beside) and state.opt_state.average:
+      folder = processes.once(save_average, workdir, config, state.opt_state.average, summary)
+      say(f'averaged weights: {folder}')
     curves = processes.once(draw_curves, workdir)
     confusion = processes.once(draw_confusion, workdir, evaluations[0]['test'], summary, task.dataset.labeled)
     say(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')
@@ -196,6 +202,15 @@ def train_loop(
   return state, evaluations
 
 
+def evaluate_state(evaluator: Evaluator, state: TrainState, confusion: bool) -> dict[str, list[dict]]:
+  """Evaluates a state on every split, and its averaged weights, if any, as splits such as `test_average`."""
+  found = evaluator.evaluate(state.params, state.batch_stats, confusion)
+  if isinstance(state.opt_state, Beside) and state.opt_state.average:
+    averaged = evaluator.evaluate(**state.opt_state.average)
+    found |= {f'{split}_{AVERAGE}': exits for split, exits in averaged.items()}
+  return found
+
+
 class _Loop:
   """The training loop. It waits for the device only to log, to evaluate and to save."""
 
@@ -267,7 +282,7 @@ class _Loop:
       if len(self._records) > 1:
         self._progress.message(f'seed {record.task.config.seed}')
       try:
-        measured = self._evaluator.evaluate(own.params, own.batch_stats, step == self._task.total_steps)
+        measured = evaluate_state(self._evaluator, own, step == self._task.total_steps)
       except UserError as error:
         raise self._saved(step, state, error) from error
       evaluations.append(measured)

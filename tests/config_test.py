@@ -67,7 +67,9 @@ BOUNDS = {
   'loss.matching': (('mse', ''), ('squared_error', 'kl')),
   'loss.temperature': ((0.0, -1.0, math.nan, math.inf), (0.1, 20.0)),
   'loss.hard_label_weight': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
-  'loss.distill': (('first', ''), ('none', 'last', 'next', 'later')),
+  'loss.distill': (('first', ''), ('none', 'last', 'next', 'later', 'all')),
+  'loss.match_from_epoch': ((-1.0, math.nan, math.inf), (0.0, 5.0)),
+  'loss.teacher': (('exit', ''), ('network', 'average', 'run')),
   'loss.exit_weights': (((-1.0, 1), (math.nan, 1), (math.inf, 1), ('a', 'b')), ((0,), (0.5, 2))),
   'loss.label_smoothing': ((1.0, -0.1, math.nan), (0.0, 0.99)),
   'loss.class_weights': (
@@ -88,7 +90,9 @@ BOUNDS = {
   'train.drop_epochs': (((-1, 2), (math.nan,), ('a',), (True,)), ((), (0,), (1.5, 2))),
   'train.drop_factor': ((0.0, -0.1, math.nan), (0.5,)),
   'train.warmup_epochs': ((-0.5, math.nan, math.inf), (0.0, 0.5)),
-  'train.optimizer': (('adam', ''), ('sgd', 'adamw')),
+  'train.optimizer': (('adam', ''), ('sgd', 'adamw', 'muon')),
+  'train.norm_bias_factor': ((0.0, -1.0, math.nan, math.inf), (64.0,)),
+  'train.average': ((1.0, -0.1, math.nan), (0.0, 0.999)),
   'train.momentum': ((1.0, -0.1, math.nan), (0.0, 0.99)),
   'train.weight_decay': ((-1e-4, math.nan, math.inf), (0.0,)),
   'train.decay': (('none', ''), ('all', 'kernels')),
@@ -96,6 +100,12 @@ BOUNDS = {
   'train.accumulate_steps': ((0, -1), (1,)),
   'train.cutout': ((-1,), (0, 16)),
   'train.mixup': ((-0.1, math.nan, math.inf), (0.0, 0.2)),
+  'train.cutmix': ((-0.1, math.nan, math.inf), (0.0, 1.0)),
+  'train.auto_augment': (('auto', ''), ('none', 'rand', 'trivial')),
+  'train.rand_augment_operations': ((0, 11), (1, 10)),
+  'train.rand_augment_magnitude': ((-1, 31), (0, 30)),
+  'loss.match_scale': (('sum', ''), ('mean', 'half_sum')),
+  'loss.match_before': (('exits', ''), ('labels', 'nothing')),
   'train.devices': ((-1,), (0,)),
   'eval.every_epochs': ((0.0, -1.0, math.nan, 1e30), (0.1,)),
   'eval.batch_size': ((0, -1), (1,)),
@@ -387,3 +397,66 @@ def test_field_names():
   assert (
     sorted(field_names(config)) == ['name', 'train.deep.er', 'train.epochs'] == sorted(field_names(config.to_dict()))
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'fields', 'message'),
+  [
+    (
+      'PN2-dd',
+      {'train.mixup': 0.2, 'train.cutmix': 1.0},
+      'train.mixup and train.cutmix exclude each other, found 0.2 and 1.0; set one of --config.train.mixup and '
+      '--config.train.cutmix to 0',
+    ),
+    (
+      'PN2-dd',
+      {'loss.match_from_epoch': 2.0},
+      "loss.match_from_epoch needs an exit that matches another and train.regime 'joint', found PN2-dd and 'joint'; "
+      'set --config.loss.match_from_epoch=0',
+    ),
+    (
+      'PN2-2d',
+      {'loss.match_from_epoch': 130.0},
+      'loss.match_from_epoch must be less than train.epochs 130.0, found 130.0; set --config.loss.match_from_epoch',
+    ),
+    (
+      'PN2-2d',
+      {'loss.teacher': 'average'},
+      "loss.teacher 'average' needs averages of the weights, found train.average 0; set --config.train.average, such "
+      'as 0.999, or --config.loss.teacher=network',
+    ),
+    (
+      'PN2-2d',
+      {'loss.teacher': 'run'},
+      "loss.teacher 'run' and loss.teacher_run, the folder of a finished run, go together, found 'run' and ''; set "
+      '--config.loss.teacher and --config.loss.teacher_run',
+    ),
+    (
+      'PN2-dd',
+      {'loss.teacher': 'average', 'train.average': 0.9},
+      "loss.teacher 'average' needs an exit that matches another or learns from exits, and PN2-dd has none; set "
+      '--config.loss.distill, or --config.loss.teacher=network',
+    ),
+    (
+      'PN2-dd',
+      {'loss.distill': 'all', 'loss.hard_label_weight': 0.5},
+      "loss.distill 'all' lets the last exit learn from another network's, found loss.teacher 'network'; set "
+      '--config.loss.teacher to average or run, or --config.loss.distill',
+    ),
+  ],
+)
+def test_fields_of_teachers_and_blends_that_do_not_fit(name, fields, message):
+  config = base_config(name)
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(UserError) as error:
+    config_lib.validate(config)
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize('field', ['train.alternate_flip', 'train.average'])
+def test_a_frozen_backbone_has_no_use_for(field):
+  config = base_config('net', 'resnet')
+  value = True if field.endswith('flip') else 0.9
+  config.update_from_flattened_dict({'train.regime': 'exits', 'model.exits': 'stages', field: value})
+  with pytest.raises(UserError, match=f"{field}.* found .*train.regime 'exits'; set --config.{field}="):
+    config_lib.validate(config)

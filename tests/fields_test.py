@@ -114,6 +114,14 @@ def program(config, _):
   return str(jax.make_jaxpr(step)(*arguments, task.dataset.train.labels, np.zeros((1, 4), np.int32)))
 
 
+def beside(config, _):
+  """What a training step computes from a state with averages of its weights or a teacher."""
+  task = build_task(config)
+  state = jax.eval_shape(task.init_state)
+  arguments = state, zero_totals(task.targets), task.dataset.train.images, task.dataset.train.labels
+  return str(jax.make_jaxpr(task.train_step())(*arguments, np.zeros((1, 4), np.int32)))
+
+
 def kept(config, _):
   """Shapes and types of the kept features of a frozen backbone, and what a training step computes from them."""
   task = build_task(config)
@@ -159,7 +167,7 @@ def reading(config, _):
 def objective(config, _):
   """The total loss of fixed logits."""
   found = build_task(config).objective._asdict()
-  targets, weights = found.pop('targets'), found.pop('exit_weights')
+  targets, weights, _ = (found.pop(name) for name in ('targets', 'exit_weights', 'teacher'))
   values = np.random.default_rng(0).normal(size=(len(targets), 4, 10)).astype(np.float32)
   return float(total_loss(exit_losses(values, np.arange(4), targets, **found), weights))
 
@@ -250,6 +258,12 @@ FIELDS = {
   'data.streaming': (reading, True, {}),
   'data.workers': (reading, 1, {'data.streaming': True}),
   'loss.matching': (objective, 'kl', MATCHING),
+  'loss.match_scale': (objective, 'half_sum', MATCHING),
+  'loss.match_centered': (objective, True, MATCHING),
+  'loss.match_from_epoch': (phases, 1.0, MATCHING),
+  'loss.match_before': (phases, 'nothing', MATCHING | {'loss.match_from_epoch': 1.0}),
+  'loss.teacher': (beside, 'average', MATCHING | {'train.average': 0.9}),
+  'loss.teacher_run': (beginning, 'no run', MATCHING | {'loss.teacher': 'run', 'loss.teacher_run': 'none'}),
   'loss.temperature': (objective, 2.0, KL),
   'loss.hard_label_weight': (objective, 0.5, KL),
   'loss.distill': (objective, 'last', {'name': 'PN2-dd'}),
@@ -276,10 +290,18 @@ FIELDS = {
   'train.nesterov': (updates, False, {}),
   'train.weight_decay': (updates, 0.1, {}),
   'train.decay': (updates, 'kernels', {}),
+  'train.decoupled_decay': (updates, True, {'train.weight_decay': 0.1}),
+  'train.norm_bias_factor': (updates, 2.0, {}),
+  'train.average': (beside, 0.5, {}),
   'train.clip_norm': (updates, 0.1, {}),
   'train.accumulate_steps': (updates, 2, {}),
   'train.cutout': (batch, 4, {}),
   'train.mixup': (batch, 1.0, {}),
+  'train.cutmix': (batch, 1.0, {}),
+  'train.alternate_flip': (program, True, {'data.flip': True}),
+  'train.auto_augment': (batch, 'trivial', {}),
+  'train.rand_augment_operations': (batch, 3, {'train.auto_augment': 'rand'}),
+  'train.rand_augment_magnitude': (batch, 20, {'train.auto_augment': 'rand'}),
   'train.devices': (run, 2, {}),
   'eval.every_epochs': (run, 2.0, {}),
   'eval.batch_size': (run, 90, {}),

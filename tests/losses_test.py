@@ -193,3 +193,35 @@ def test_total_loss_weights_the_exits():
   losses = {1: jnp.float32(2.0), 3: jnp.float32(5.0)}
   assert total_loss(losses, (1.0, 1.0, 1.0)) == 7.0
   assert total_loss(losses, (0.5, 100.0, 3.0)) == 16.0
+
+
+STUDENT, TEACHER = jnp.array([[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]]), jnp.array([[0.0, 4.0, 2.0], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+  ('options', 'expected'),
+  [
+    ({}, [3.0, 3.0]),  # Differences 1, -2, 2 and 0, 0, 3.
+    ({'scale': 'half_sum'}, [4.5, 4.5]),
+    ({'centered': True}, [26 / 9, 2.0]),  # 2/3, -7/3, 5/3 and -1, -1, 2.
+    ({'scale': 'half_sum', 'centered': True}, [13 / 3, 3.0]),
+  ],
+)
+def test_scales_of_the_squared_error(options, expected):
+  np.testing.assert_allclose(squared_error(STUDENT, TEACHER, **options), expected, rtol=1e-6)
+
+
+def test_exits_learn_from_another_network():
+  """Exit 1 matches exit 2 of the other one; exit 2 gets labels and that exit; no gradient reaches the other one."""
+  labels, other = jnp.array([2, 0]), [None, TEACHER]
+
+  def losses(logits, other):
+    options = {'match_scale': 'half_sum', 'teachers': {2: (2,)}, 'hard_label_weight': 0.5, 'teacher_logits': other}
+    return exit_losses([logits, LOGITS], labels, (2, 0), **options)
+
+  found = losses(STUDENT, other)
+  np.testing.assert_allclose(found[1], 4.5, rtol=1e-6)
+  expected = 0.5 * (log(8 / 5) + log(4)) / 2 + 0.5 * jnp.mean(distillation(LOGITS, TEACHER, 1.0))
+  np.testing.assert_allclose(found[2], expected, rtol=1e-6)
+  gradient = jax.grad(lambda other: sum(losses(STUDENT, [None, other]).values()))(TEACHER)
+  np.testing.assert_array_equal(gradient, np.zeros_like(gradient))

@@ -156,3 +156,51 @@ def test_decay_mask(which, decaying):
   leaves = jax.tree_util.tree_leaves_with_path(decay_mask(params, reached, which))
   assert {'/'.join(key.key for key in path) for path, decays in leaves if decays} == decaying
   assert len(leaves) == 5
+
+
+@pytest.mark.parametrize('nesterov', [True, False])
+def test_decoupled_decay(nesterov):
+  """SGDW: the velocity has gradients alone, and a parameter loses learning rate * coefficient of itself."""
+  params, velocity, every = dict(PARAMS), dict.fromkeys(PARAMS, 0.0), []
+  for gradient, rate in zip(GRADIENTS, RATES, strict=True):
+    for name, slope in gradient.items():
+      velocity[name] = 0.9 * velocity[name] + slope
+      step = slope + 0.9 * velocity[name] if nesterov else velocity[name]
+      params[name] = params[name] - rate * (step + 0.01 * params[name])
+    every.append(dict(params))
+  schedule = make_schedule('step', 0.1, **SCHEDULE)
+  check(train(make_optimizer('sgd', schedule, nesterov=nesterov, weight_decay=0.01, decoupled_decay=True)), every)
+
+
+def test_biases_of_normalization_have_their_own_rate():
+  params = {
+    'norm': {'scale': jnp.ones(2), 'bias': jnp.ones(2)},
+    'linear': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)},
+  }
+  schedule = make_schedule('constant', 0.1, **SCHEDULE)
+  optimizer = make_optimizer('sgd', schedule, momentum=0.0, nesterov=False, weight_decay=0.0, norm_bias_factor=64.0)
+  updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    expected = -6.4 if [key.key for key in path] == ['norm', 'bias'] else -0.1
+    np.testing.assert_allclose(update, np.full_like(update, expected), rtol=1e-6)
+
+
+def test_muon(standard_promotion):
+  """Five steps of the quintic Newton-Schulz iteration on the momentum of kernels (Jordan 2024); the rest is SGD."""
+  rng = np.random.default_rng(0)
+  params = {'conv': {'kernel': rng.normal(size=(3, 3, 2, 4))}, 'norm': {'scale': np.ones(2), 'bias': np.ones(2)}}
+  gradient = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+  schedule = make_schedule('constant', 0.1, **SCHEDULE)
+  optimizer = make_optimizer('muon', schedule, momentum=0.9, nesterov=False, weight_decay=0.01)
+  params, gradient = (jax.tree.map(jnp.float32, tree) for tree in (params, gradient))
+  updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+  matrix = np.asarray(gradient['conv']['kernel'], np.float64).reshape(18, 4)
+  matrix /= np.linalg.norm(matrix)
+  for _ in range(5):
+    squared = matrix.T @ matrix
+    matrix = 3.4445 * matrix + matrix @ (-4.775 * squared + 2.0315 * squared @ squared)
+  expected = -0.1 * (matrix.reshape(3, 3, 2, 4) + 0.01 * params['conv']['kernel'])
+  np.testing.assert_allclose(updates['conv']['kernel'], expected, rtol=1e-3, atol=1e-5)
+  for name in ('scale', 'bias'):
+    plain = -0.1 * (gradient['norm'][name] + 0.01 * params['norm'][name])
+    np.testing.assert_allclose(updates['norm'][name], plain, rtol=1e-5)

@@ -1,5 +1,7 @@
 """Tests of the name language and of what each exit learns from, and when."""
 
+import functools
+
 import pytest
 
 from paranet_jax.host.errors import UserError
@@ -215,3 +217,16 @@ def test_the_targets_of_exits_on_a_frozen_backbone():
     "train.regime 'exits' trains the exits before the last one, and NET has none; set --config.model.exits, or "
     '--config.train.regime'
   )
+
+
+def test_every_exit_learns_from_another_network():
+  assert distill_teachers((LABELS, None, LABELS, 3), 'all', 0.5, 'NET') == {1: (4,), 3: (4,)}
+  assert distill_teachers((LABELS, LABELS), 'all', 0.0, 'NET', given=True) == {1: (2,), 2: (2,)}
+  with pytest.raises(UserError, match="loss.distill 'all': exit 1 of NET would learn from no label"):
+    distill_teachers((LABELS, LABELS), 'all', 0.0, 'NET')
+
+
+def test_matching_from_a_step_on():
+  joint = functools.partial(make_phases, 'joint', (2, LABELS, None), 4, 10, match_step=3)
+  assert joint() == (Phase(3, (LABELS, LABELS, None)), Phase(10, (2, LABELS, None)))
+  assert joint(match_before='nothing') == (Phase(3, (None, LABELS, None)), Phase(10, (2, LABELS, None)))

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import write_json
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY
-from paranet_jax.runs.workdir import CONFUSION, SUMMARY, prepare_folder, restore_config, save_config
+from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, prepare_folder, restore_config, save_config
 
 _CARRIED = (SUMMARY, METRICS, DATASET)
 _OPTIONAL = (IDENTITY, CONFUSION)
@@ -71,6 +73,34 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
     if made:
       out.rmdir()
     raise
+
+
+def save_average(workdir: Path, config: ConfigDict, variables: Any, summary: dict[str, Any]) -> Path:
+  """Writes the averaged weights of a finished run to its folder `average`, which commands read as a run.
+
+  Args:
+    workdir: absolute.
+    variables: parameters and running statistics.
+    summary: of the run, with the measures of the averaged weights.
+
+  Returns:
+    The folder.
+  """
+  out = workdir / AVERAGE
+  prepare_folder(out)
+  save_config(out, config)
+  measured = summary[AVERAGE]
+  own = {key: value for key, value in summary.items() if key not in (AVERAGE, 'confusion_file')}
+  own['exits'] = [row | new | {'confusion': None} for row, new in zip(summary['exits'], measured['test'], strict=True)]
+  if 'held_out' in measured:
+    own['held_out'] = measured['held_out']
+  for name in (DATASET, IDENTITY):
+    if (workdir / name).exists():
+      shutil.copyfile(workdir / name, out / name)
+  with Checkpoints(out, keep=1) as checkpoints:
+    checkpoints.save(summary['steps'], variables, {'seed': config.seed})
+  write_json(out / SUMMARY, own)
+  return out
 
 
 def _rounded(variables: dict[str, Any]) -> dict[str, Any]:

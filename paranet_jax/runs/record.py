@@ -25,7 +25,8 @@ from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
-from paranet_jax.runs.workdir import CONFUSION, SUMMARY, save_config
+from paranet_jax.runs.teacher import take_teacher
+from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, save_config
 from paranet_jax.steps import TrainState
 from paranet_jax.task import Task
 
@@ -92,6 +93,8 @@ class RunRecord:
     total = self.task.total_steps
     if self.saved_step is None:
       state, source = self.task.init_state(), self.task.config.init_from
+      if self.task.config.loss.teacher == 'run':
+        state = take_teacher(state, Path(self.task.config.loss.teacher_run))
       if not source:
         return state
       say_shared(Path(source), self.task.dataset)
@@ -191,6 +194,8 @@ class RunRecord:
     summary = description | {'steps': self.task.total_steps, 'exits': exits}
     if 'held_out' in splits:
       summary['held_out'] = splits['held_out']
+    if f'test_{AVERAGE}' in splits:
+      summary[AVERAGE] = {split: splits[f'{split}_{AVERAGE}'] for split in ('held_out', 'test') if split in splits}
     summary['class_names'] = list(output_names(data.class_names, description['num_classes']))
     if self.task.class_weights:
       summary['class_weights'] = self.task.class_weights
@@ -198,7 +203,7 @@ class RunRecord:
       f'{split}.exit_{row["exit"]}': row['confusion'].astype(np.int32)
       for split, exits in evaluations.items()
       for row in exits
-      if row['confusion'] is not None and len(row['confusion']) > INLINE_CLASSES
+      if row.get('confusion') is not None and len(row['confusion']) > INLINE_CLASSES
     }
     if large:
       summary['confusion_file'] = CONFUSION

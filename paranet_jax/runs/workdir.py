@@ -17,7 +17,9 @@ from paranet_jax.models.registry import BFLOAT16, INSISTED
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
-FOLDERS = ('checkpoints', 'tensorboard', 'damaged_checkpoints', 'exits')
+AVERAGE = 'average'
+"""Folder of the averaged weights of a finished run, which is a run of weights alone."""
+FOLDERS = ('checkpoints', 'tensorboard', 'damaged_checkpoints', 'exits', AVERAGE)
 CONFUSION = 'confusion.npz'
 """Confusion matrices that are too large for summary.json: int32 [classes, classes] by split and exit."""
 FILES = (

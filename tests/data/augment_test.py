@@ -1,4 +1,5 @@
 import collections
+import functools
 
 import chex
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paranet_jax.data.augment import augment, image_keys, mixup, normalize
+from paranet_jax.data.augment import alternately_mirrored, augment, box_mask, cutmix, image_keys, mixup, normalize
 
 augment = jax.jit(augment, static_argnames=('crop_padding', 'flip', 'cutout'))
 mixup = jax.jit(mixup)  # With any alpha.
@@ -147,3 +148,48 @@ def test_mixup_shares(alpha):
   assert abs(share.var() - variance) < 0.1 * variance
   # Each place has its own share, and a pair's two are not tied.
   assert len(np.unique(share)) > 0.9 * number and abs(np.corrcoef(share, share[::-1])[0, 1]) < 0.1
+
+
+def test_images_are_mirrored_in_every_other_epoch():
+  indices = np.arange(2000)
+  first, second, third = (np.asarray(alternately_mirrored(3, epoch, indices)) for epoch in range(3))
+  np.testing.assert_array_equal(second, ~first)
+  np.testing.assert_array_equal(third, first)
+  assert abs(first.sum() - 1000) < 5 * np.sqrt(500)
+  # By image, wherever it is in a batch, and by seed.
+  np.testing.assert_array_equal(alternately_mirrored(3, 0, indices[::-1]), first[::-1])
+  assert not np.array_equal(alternately_mirrored(4, 0, indices), first)
+  images = np.broadcast_to(IMAGE[None, :, :, None], (2000, 2, 2, 1))
+  found = augment(keys(2000), images, crop_padding=0, flip=True, mirrored=first)
+  np.testing.assert_array_equal(np.asarray(found)[:, 0, 0, 0] == 2, first)
+
+
+@pytest.mark.parametrize(
+  ('center', 'side', 'expected'),
+  [
+    # Boxes of 2 x 2 pixels in 4 x 4, from one before the center to before it.
+    ((2, 2), 0.5, ['0000', '0110', '0110', '0000']),
+    ((0, 3), 0.5, ['0011', '0000', '0000', '0000']),
+    ((1, 1), 0.2, ['0000'] * 4),
+    ((0, 0), 1.0, ['1100', '1100', '0000', '0000']),
+    ((2, 2), 1.0, ['1111'] * 4),
+  ],
+)
+def test_boxes(center, side, expected):
+  found = box_mask((4, 4), np.array(center), np.float32(side))
+  assert [''.join(str(int(pixel)) for pixel in row) for row in found] == expected
+
+
+def test_cutmix():
+  """Every image has a box of its partner, and the labels have its share; the batch of two devices is the same."""
+  images = np.broadcast_to(np.arange(64, dtype=np.float32)[:, None, None, None], (64, 8, 8, 1))
+  labels = np.eye(64, dtype=np.float32)
+  found, shares = jax.jit(cutmix, static_argnames='alpha')(keys(64), images, labels, alpha=1.0)
+  own = np.mean(np.asarray(found) == images, axis=(1, 2, 3))
+  assert np.all((found == images) | (found == images[::-1]))
+  assert own.min() < 0.5 and own.max() > 0.9
+  np.testing.assert_allclose(shares, own[:, None] * labels + (1 - own[:, None]) * labels[::-1], atol=1e-6)
+  halves = jax.pmap(functools.partial(cutmix, alpha=1.0, axis_name='devices'), axis_name='devices')
+  parts = (values.reshape(2, 32, *values.shape[1:]) for values in (keys(64), images, labels))
+  for part, whole in zip(halves(*parts), (found, shares), strict=True):
+    np.testing.assert_allclose(part.reshape(whole.shape), whole, atol=1e-6)

@@ -1,0 +1,167 @@
+"""Tests of what a state holds beside its optimizer's: averages of the weights, and a network that teaches."""
+
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+import tiny
+from running import TINY, before_each_step, refusal, run_main, saved_state, send
+
+from paranet_jax.display.metrics import read_metrics
+from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
+from paranet_jax.targets import parse_name
+
+pytestmark = pytest.mark.usefixtures('programs')
+
+
+def test_averages():
+  """Decays 1/10 after no step, 2/11 after one, and at most 0.9."""
+  old, new = {'w': jnp.array([1.0])}, {'w': jnp.array([2.0])}
+  for step, expected in ((0, 1.9), (1, 20 / 11), (1000, 1.1)):
+    np.testing.assert_allclose(averaged(old, new, 0.9, jnp.int32(step))['w'], [expected], rtol=1e-6)
+
+
+def test_exits_that_teach():
+  matching = tiny.objective('PN3-x3d')
+  assert (teaching_exits(matching), computed_exits(matching)) == ((3,), (2, 3))
+  other = tiny.objective('PN3-dxx', teacher='average', teachers={1: (3,)})
+  assert (teaching_exits(other), computed_exits(other)) == ((3,), (1,))
+
+
+@pytest.mark.parametrize('teacher', ['average', 'teacher'])
+def test_a_step_with_another_teacher(teacher):
+  """Exit 1 matches exit 2 of the other network in inference; the averages follow."""
+  name, model, optimizer = 'PN2-2d', tiny.named('PN2-2d'), optax.sgd(0.1)
+  images, labels = tiny.images(4, model), tiny.labels(4)
+  state = tiny.state(model, optimizer)
+  other = jax.tree.map(jnp.asarray, tiny.variables(model, seed=1))
+  own = {'params': state.params, 'batch_stats': state.batch_stats}
+  beside = Beside(state.opt_state, own, {})._replace(**{teacher: other})
+  objective = tiny.objective(name, teacher=teacher)
+  step = jax.jit(make_train_step(model, optimizer, objective, tiny.PLAIN, average=0.5))
+  order = np.arange(4, dtype=np.int32)[None]
+  arguments = zero_totals(parse_name(name).targets), images, labels, order
+  after, metrics = step(state.replace(opt_state=beside, step=jnp.int32(100)), *arguments)
+
+  pixels = (images / 255 - np.array(tiny.PLAIN.mean)) / np.array(tiny.PLAIN.std)
+  geometry = {'blocks': (1, 2), 'halvings': (2, 1), 'cascade': ((2, 2),)}
+  (student, _), _ = reference.paranet(own, pixels, train=True, **geometry)
+  (_, taught), _ = reference.paranet(other, pixels, train=False, **geometry)
+  np.testing.assert_allclose(metrics['exit_1/loss'], np.mean((student - taught) ** 2), rtol=1e-3)
+  new = {'params': after.params, 'batch_stats': after.batch_stats}
+  expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, beside.average, new)
+  chex.assert_trees_all_close(after.opt_state.average, expected, rtol=1e-6)
+  chex.assert_trees_all_equal(after.opt_state.teacher, beside.teacher)
+
+
+def test_off_is_the_step_without_any_of_it():
+  """Bit for bit what the plain parts of DenseNet's training compute, written out here."""
+  name, model = 'PN2-2d', tiny.named('PN2-2d')
+  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, True))
+  images, labels = tiny.images(8, model), tiny.labels(8)
+  order = np.arange(8, dtype=np.int32).reshape(2, 4)
+
+  def plain_step(state):
+    from paranet_jax.data.augment import image_keys
+
+    index = order[0]
+    keys = image_keys(state.seed, jnp.int32(0), jnp.int32(0), jnp.arange(4))
+    pixels = (images[index].astype(jnp.float32) / 255 - jnp.float32(tiny.PLAIN.mean)) / jnp.float32(tiny.PLAIN.std)
+
+    def one(key, image):
+      crop, flip = jax.random.split(key)
+      row, column = jax.random.randint(crop, (2,), 0, 5)
+      image = jax.lax.dynamic_slice(jnp.pad(image, ((2, 2), (2, 2), (0, 0))), (row, column, 0), image.shape)
+      return jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
+
+    def loss(params):
+      variables = {'params': params, 'batch_stats': state.batch_stats}
+      batch = jax.vmap(one)(keys, pixels)
+      logits, updated = model.apply(variables, batch, train=True, exits=(1, 2), mutable=['batch_stats'], rngs={})
+      losses = exit_losses(logits, labels[index], (2, 0))
+      return total_loss(losses, (1.0, 1.0)), updated['batch_stats']
+
+    gradients, statistics = jax.grad(loss, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), statistics, opt_state
+
+  state = tiny.state(model, optimizer)
+  step = make_train_step(model, optimizer, tiny.objective(name), tiny.AUGMENTED)
+  totals = zero_totals(parse_name(name).targets)
+  after, _ = jax.jit(step)(state, totals, images, labels, order)
+  expected = jax.jit(plain_step)(state)
+  chex.assert_trees_all_equal((after.params, after.batch_stats, after.opt_state), expected)
+
+
+AVERAGE = (*TINY, '--config.train.average=0.9', '--config.loss.teacher=average')
+
+
+@pytest.fixture(scope='module')
+def whole(programs, tmp_path_factory):
+  """A run with averages that nothing happened to."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  result = run_main(*AVERAGE, f'--workdir={workdir}')
+  assert (result.code, result.err) == (0, '') and f'averaged weights: {workdir}/average\n' in result.out
+  return workdir
+
+
+def test_averages_are_evaluated_and_saved_beside(whole):
+  lines = [line for line in read_metrics(whole) if line['split'].startswith('test')]
+  assert [(line['step'], line['split']) for line in lines] == [
+    (step, split) for step in (5, 10) for split in ('test', 'test_average')
+  ]
+  summary = json.loads((whole / 'summary.json').read_text())
+  for row in summary['average']['test']:
+    key = f'exit_{row["exit"]}/nll'
+    assert row['nll'] == lines[-1].get(key) and row['nll'] != lines[-2].get(key) or not row['trained']
+  # Other commands read the averages as a run.
+  found = run_main(f'--workdir={whole}/average', '--mode=eval', '--json')
+  assert (found.code, found.err) == (0, '')
+  assert [row['nll'] for row in json.loads(found.out)['splits']['test']] == pytest.approx(
+    [row['nll'] for row in summary['average']['test']]
+  )
+  saved = json.loads((whole / 'average' / 'summary.json').read_text())
+  assert [row['nll'] for row in saved['exits']] == [row['nll'] for row in summary['average']['test']]
+  state = saved_state(whole)
+  assert not np.array_equal(*(jax.tree.leaves(each)[0] for each in (state.opt_state.average['params'], state.params)))
+
+
+def test_a_resumed_run_has_the_same_averages(whole, tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    before_each_step(patch, send(15, at_step=7))
+    assert 'stopped by SIGTERM after step 7' in run_main(*AVERAGE, f'--workdir={tmp_path}').out
+  assert run_main(*AVERAGE, f'--workdir={tmp_path}').code == 0
+  chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(whole), strict=True)
+
+
+def test_a_finished_run_teaches(whole, tmp_path):
+  flags = *TINY, '--config.loss.teacher=run', f'--config.loss.teacher_run={whole}', '--config.train.max_steps=2'
+  result = run_main(*flags, f'--workdir={tmp_path}/run')
+  assert (result.code, result.err) == (0, '')
+  teacher = saved_state(tmp_path / 'run').opt_state.teacher
+  state = saved_state(whole)
+  chex.assert_trees_all_equal(teacher, {'params': state.params, 'batch_stats': state.batch_stats})
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ((), 'loss.teacher_run must be the folder of a finished run, and {run} has no summary.json; set --config.loss.tea'),
+    (('--config.data.name=cifar10',), 'loss.teacher_run {run} learned from data.name digits, found cifar10; set --con'),
+    (('--config.model.growth_rate=3',), 'loss.teacher_run {run} is another network: '),
+  ],
+)
+def test_a_run_that_cannot_teach(whole, tmp_path, fields, message):
+  run = shutil.copytree(whole, tmp_path / 'teacher')
+  if not fields:
+    (run / 'summary.json').unlink()
+  flags = (*TINY, '--config.loss.teacher=run', f'--config.loss.teacher_run={run}', *fields)
+  assert refusal(*flags, f'--workdir={tmp_path}/run').startswith(message.format(run=run))
+  assert not (tmp_path / 'run').exists()
