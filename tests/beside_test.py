@@ -14,7 +14,6 @@ import tiny
 from running import TINY, before_each_step, refusal, run_main, saved_state, send
 
 from paranet_jax.display.metrics import read_metrics
-from paranet_jax.losses import exit_losses, total_loss
 from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
 
@@ -59,45 +58,6 @@ def test_a_step_with_another_teacher(teacher):
   expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, beside.average, new)
   chex.assert_trees_all_close(after.opt_state.average, expected, rtol=1e-6)
   chex.assert_trees_all_equal(after.opt_state.teacher, beside.teacher)
-
-
-def test_off_is_the_step_without_any_of_it():
-  """Bit for bit what the plain parts of DenseNet's training compute, written out here."""
-  name, model = 'PN2-2d', tiny.named('PN2-2d')
-  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, True))
-  images, labels = tiny.images(8, model), tiny.labels(8)
-  order = np.arange(8, dtype=np.int32).reshape(2, 4)
-
-  def plain_step(state):
-    from paranet_jax.data.augment import image_keys
-
-    index = order[0]
-    keys = image_keys(state.seed, jnp.int32(0), jnp.int32(0), jnp.arange(4))
-    pixels = (images[index].astype(jnp.float32) / 255 - jnp.float32(tiny.PLAIN.mean)) / jnp.float32(tiny.PLAIN.std)
-
-    def one(key, image):
-      crop, flip = jax.random.split(key)
-      row, column = jax.random.randint(crop, (2,), 0, 5)
-      image = jax.lax.dynamic_slice(jnp.pad(image, ((2, 2), (2, 2), (0, 0))), (row, column, 0), image.shape)
-      return jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
-
-    def loss(params):
-      variables = {'params': params, 'batch_stats': state.batch_stats}
-      batch = jax.vmap(one)(keys, pixels)
-      logits, updated = model.apply(variables, batch, train=True, exits=(1, 2), mutable=['batch_stats'], rngs={})
-      losses = exit_losses(logits, labels[index], (2, 0))
-      return total_loss(losses, (1.0, 1.0)), updated['batch_stats']
-
-    gradients, statistics = jax.grad(loss, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), statistics, opt_state
-
-  state = tiny.state(model, optimizer)
-  step = make_train_step(model, optimizer, tiny.objective(name), tiny.AUGMENTED)
-  totals = zero_totals(parse_name(name).targets)
-  after, _ = jax.jit(step)(state, totals, images, labels, order)
-  expected = jax.jit(plain_step)(state)
-  chex.assert_trees_all_equal((after.params, after.batch_stats, after.opt_state), expected)
 
 
 AVERAGE = (*TINY, '--config.train.average=0.9', '--config.loss.teacher=average')

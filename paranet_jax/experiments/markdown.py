@@ -44,10 +44,14 @@ def conditions(section: dict[str, Any], protocol: str) -> str:
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-  paper = f'{row["paper"]:g}' + (f' +- {row["paper_std"]:g}' if row['paper_std'] is not None else '')
   ours = with_std(f'{row["ours"]:.2f}', row['std'])
   counts = (f'{row["macs"]:,}', f'{row["params"]:,}')
-  return row['network'], str(row['exit']), paper, ours, f'{row["difference"]:+.2f}', *counts
+  return row['network'], str(row['exit']), published(row), ours, f'{row["difference"]:+.2f}', *counts
+
+
+def published(row: dict[str, Any]) -> str:
+  """The paper's accuracy in a row, as it gives it."""
+  return f'{row["paper"]:g}' + (f' +- {row["paper_std"]:g}' if row['paper_std'] is not None else '')
 
 
 def _effect(effect: dict[str, Any]) -> tuple[str, ...]:

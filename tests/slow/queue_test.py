@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 from killing import REPO
 from running import saved_state
 
+from paranet_jax.experiments.queue.state import run_state
+from paranet_jax.host.lock import lock_holder
+
 QUEUE = """
 [set]
 'data.name' = 'digits'
@@ -21,10 +25,10 @@ QUEUE = """
 'model.growth_rate' = 2
 'model.image_side' = 8
 'train.batch_size' = 100
-'train.epochs' = 100
+'train.epochs' = 400
 'train.devices' = 1
 'checkpoint.every_steps' = 20
-'eval.every_epochs' = 10
+'eval.every_epochs' = 100
 [[runs]]
 config = 'paranet_jax:paranet:PN1-d'
 seeds = [0, 1]
@@ -49,15 +53,20 @@ class Program:
       command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
-  def wait_for(self, pattern: str, process: subprocess.Popen) -> None:
+  def wait_for(self, what, process: subprocess.Popen) -> None:
     end = time.monotonic() + 120
-    while not list(self.workdir.glob(pattern)):
+    while not what():
       assert process.poll() is None and time.monotonic() < end, process.communicate()
       time.sleep(0.02)
 
+  def saved(self, step: int) -> bool:
+    """Whether the first run has a checkpoint of this step or a later one."""
+    return run_state(self.workdir, 'PN1-d-s0').checkpoint >= step
+
   def holder(self, name: str) -> int:
     """Process of the run."""
-    return int((self.workdir / 'runs' / name / 'lock').read_text().split()[1])
+    found = re.match(r'process (\d+) ', (self.workdir / 'runs' / name / 'lock').read_text())
+    return int(found[1]) if found else 0
 
 
 def test_kills_stops_and_an_update(tmp_path):
@@ -68,29 +77,31 @@ def test_kills_stops_and_an_update(tmp_path):
 
   # The queue is killed: its run saves and stops.
   first = disturbed.start()
-  disturbed.wait_for('runs/PN1-d-s0/checkpoints/2*', first)
+  disturbed.wait_for(lambda: disturbed.saved(20), first)
   first.kill()
   first.communicate()
   end = time.monotonic() + 60
-  while (disturbed.workdir / 'runs' / 'PN1-d-s0' / 'lock').exists():
+  while lock_holder(disturbed.workdir / 'runs' / 'PN1-d-s0'):
     assert time.monotonic() < end
     time.sleep(0.02)
+  assert not (disturbed.workdir / 'runs' / 'PN1-d-s0' / 'summary.json').exists()
 
   # The code is updated, and broken.
   (disturbed.folder / 'paranet_jax' / 'steps.py').write_text('raise ImportError("broken")')
 
-  # Then the run is killed, and started again.
+  # Then the run is killed, and started again; meanwhile no second queue works there.
   second = disturbed.start()
-  disturbed.wait_for('runs/PN1-d-s0/checkpoints/[3-6]??', second)
+  disturbed.wait_for(lambda: disturbed.saved(100), second)
+  killed = disturbed.holder('PN1-d-s0')
+  os.kill(killed, signal.SIGKILL)
+  disturbed.wait_for(lambda: disturbed.holder('PN1-d-s0') != killed, second)
   other = disturbed.start()
   assert other.communicate()[1].startswith(f'error: workdir {disturbed.workdir} is in use by process {second.pid} on ')
   assert other.returncode == 2
-  os.kill(disturbed.holder('PN1-d-s0'), signal.SIGKILL)
-  disturbed.wait_for('runs/PN1-d-s0/checkpoints/[7-9]??', second)
   second.send_signal(signal.SIGTERM)
   out, err = second.communicate()
   assert (second.returncode, err) == (130, ''), (out, err)
-  assert 'PN1-d-s0 was killed by signal 9 after step ' in out and 'PN1-d-s0 goes on after step ' in out
+  assert 'PN1-d-s0 was killed by signal 9 after step ' in out and 'PN1-d-s0 stopped after step ' in out
   assert out.endswith('stopped by SIGTERM; the same command goes on\n')
 
   # What has not begun begins with the new code, which is broken, and is named; then it is repaired.

@@ -234,6 +234,9 @@ class Queue:
           del self._running[name]
           state = run_state(self._workdir, name)
           stopped = f'stopped after step {state.checkpoint:,}, saved' if state.checkpoint >= 0 else 'stopped unsaved'
+          if state.finished:  # The signal came too late to stop it.
+            self._records[name].finished = today()
+            self._save()
           say(f'{name} {"finished" if state.finished else stopped}')
       if self._running:
         self._pause(_LOOK)

@@ -12,8 +12,8 @@ from paranet_jax.base_config import base_config
 from paranet_jax.config import differences
 from paranet_jax.costs import describe
 from paranet_jax.display.tables import ABSENT
-from paranet_jax.experiments.markdown import table, with_std
-from paranet_jax.experiments.published import TABLES
+from paranet_jax.experiments.markdown import published, table, with_std
+from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
 from paranet_jax.experiments.queue.loop import check_same
 from paranet_jax.experiments.queue.record import RunRecord, today
@@ -24,7 +24,17 @@ from paranet_jax.host.files import replacing, to_json
 RESULTS = 'results.json'
 MARKDOWN = 'results.md'
 
-_NO_REDUCTION = ('seed:', 'name:', 'eval.', 'checkpoint.', 'log.', 'data.data_dir:', 'data.workers:', 'data.streaming:')
+_NO_REDUCTION = (
+  'seed:',
+  'name:',
+  'train.devices:',
+  'eval.',
+  'checkpoint.',
+  'log.',
+  'data.data_dir:',
+  'data.workers:',
+  'data.streaming:',
+)
 _ROWS = (
   'run',
   'exit',
@@ -101,7 +111,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
     latest = [_latest(states[run.name]) for run in group]
     for number in latest[0][1]:
       each = [100 * accuracies[number] for _, accuracies in latest]
-      paper = _published(own[0].paper, number)
+      paper = _published(own[0], number)
       rows.append(
         {
           'run': name,
@@ -136,9 +146,9 @@ def _latest(state: RunState) -> tuple[float, dict[int, float]]:
   return epoch, state.measured[epoch]
 
 
-def _published(network: str, number: int) -> Any:
-  rows = [row for found in TABLES.values() for row in found.rows]
-  return next((row for row in rows if (row.network, row.exit) == (network, number)), None)
+def _published(run: QueuedRun, number: int) -> Row | None:
+  rows = [row for found in TABLES.values() for row in found.rows if run.config.data.name.startswith('cifar100')]
+  return next((row for row in rows if (row.network, row.exit) == (run.paper, number)), None)
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -213,7 +223,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-  paper = ABSENT if row['paper'] is None else with_std(f'{row["paper"]:g}', row['paper_std'])
+  paper = ABSENT if row['paper'] is None else published(row)
   epochs = f'**partial: {row["epoch"]:g} of {row["epochs"]:g}**' if row['partial'] else f'{row["epochs"]:g}'
   seeds = ', '.join(map(str, row['seeds']))
   ours, counts = with_std(f'{row["ours"]:.2f}', row['std']), (f'{row["macs"]:,}', f'{row["params"]:,}')

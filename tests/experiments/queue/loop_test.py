@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from queues import UNTIL_STOPPED, Ends, FakeQueue
+from queues import TWO, UNTIL_STOPPED, Ends, FakeQueue
 
 from paranet_jax.experiments.queue import record, state
 from paranet_jax.host.errors import UserError
@@ -64,6 +64,15 @@ def test_a_queue_that_dies_is_taken_over(tmp_path, monkeypatch):
   queue.on_look = lambda queue: queue.names()[1:] == ORDER[1:] and held.clear()
   queue.work()
   assert queue.names() == ['early-s0', 'late-s0', 'late-s1', 'early-s0']
+
+
+def test_a_run_may_finish_when_it_is_stopped(tmp_path, capsys):
+  def act(queue):
+    queue.stop.received = 'SIGTERM'
+
+  queue = FakeQueue(tmp_path, TWO.replace('train.epochs = 4', 'train.epochs = 2'), {'early-s0': [None]}, on_look=act)
+  assert queue.work() == {} and queue.record('early-s0')['finished']
+  assert 'early-s0 finished\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

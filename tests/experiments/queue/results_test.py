@@ -86,12 +86,17 @@ def test_markdown(queue):
 
 
 def test_published_accuracies_and_nothing_measured(tmp_path):
-  fake = FakeQueue(tmp_path, QUEUE.replace("name = 'larger'", "name = 'larger'\npaper = 'PN3cut-ddd'"))
+  fake = FakeQueue(
+    tmp_path, QUEUE.replace("name = 'larger'", "name = 'larger'\npaper = 'PN3cut-ddd'").replace('digits', 'cifar100')
+  )
   queue = read_queue(fake.path)
   assert 'Nothing has been measured yet.' in markdown(results(queue, fake.workdir, {}))
   fake.write('larger-s0', 1)
   (row,) = results(queue, fake.workdir, {})['rows']
   assert (row['paper'], row['paper_std'], row['partial']) == (50.39, 0.248, True)
+  assert '| larger | 1 | 50.39 +- 0.248 | 11.00 | 0 | **partial: 1 of 4** | ' in markdown(
+    results(queue, fake.workdir, {})
+  )
 
 
 def test_a_run_that_is_another_one_is_left_out(queue):
