@@ -13,8 +13,10 @@ import reference
 import tiny
 from running import TINY, before_each_step, refusal, run_main, saved_state, send
 
+from paranet_jax.data.augment import image_keys
 from paranet_jax.display.metrics import read_metrics
-from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
+from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.steps import Beside, TrainState, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
 
 pytestmark = pytest.mark.usefixtures('programs')
@@ -60,6 +62,44 @@ def test_a_step_with_another_teacher(teacher):
   chex.assert_trees_all_equal(after.opt_state.teacher, beside.teacher)
 
 
+def test_off_is_the_step_without_any_of_it():
+  """Bit for bit what the plain parts of DenseNet's training compute, written out here.
+
+  Operation by operation: in compiled programs, other fusions round otherwise.
+  """
+  name, model = 'PN2-2d', tiny.dense(2)
+  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, True))
+  images, labels = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8), tiny.labels(8)
+  order = np.arange(8, dtype=np.int32).reshape(2, 4)
+
+  def plain_step(state):
+    index = order[0]
+    keys = image_keys(state.seed, jnp.int32(0), jnp.int32(0), jnp.arange(4))
+    pixels = (images[index].astype(jnp.float32) / 255 - jnp.float32(tiny.PLAIN.mean)) / jnp.float32(tiny.PLAIN.std)
+
+    def one(key, image):
+      crop, flip = jax.random.split(key)
+      row, column = jax.random.randint(crop, (2,), 0, 5)
+      image = jax.lax.dynamic_slice(jnp.pad(image, ((2, 2), (2, 2), (0, 0))), (row, column, 0), image.shape)
+      return jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
+
+    def loss(params):
+      batch = jax.vmap(one)(keys, pixels)
+      logits, _ = model.apply({'params': params}, batch, train=True, exits=(1, 2), mutable=['batch_stats'], rngs={})
+      return total_loss(exit_losses(logits, labels[index], (2, 0)), (1.0, 1.0))
+
+    updates, opt_state = optimizer.update(jax.grad(loss)(state.params), state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), opt_state
+
+  params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))['params']
+  state = TrainState(jnp.int32(0), jnp.int32(0), params, {}, optimizer.init(params))
+  step = make_train_step(model, optimizer, tiny.objective(name), tiny.AUGMENTED)
+  with jax.disable_jit():
+    after, _ = step(state, zero_totals(parse_name(name).targets), *map(jnp.asarray, (images, labels, order)))
+    expected = plain_step(state)
+  chex.assert_trees_all_equal((after.params, after.opt_state), expected)
+
+
 AVERAGE = (*TINY, '--config.train.average=0.9', '--config.loss.teacher=average')
 
 
@@ -90,7 +130,8 @@ def test_averages_are_evaluated_and_saved_beside(whole):
   saved = json.loads((whole / 'average' / 'summary.json').read_text())
   assert [row['nll'] for row in saved['exits']] == [row['nll'] for row in summary['average']['test']]
   state = saved_state(whole)
-  assert not np.array_equal(*(jax.tree.leaves(each)[0] for each in (state.opt_state.average['params'], state.params)))
+  pairs = zip(*map(jax.tree.leaves, (state.opt_state.average['params'], state.params)), strict=True)
+  assert any(not np.array_equal(*pair) for pair in pairs)
 
 
 def test_a_resumed_run_has_the_same_averages(whole, tmp_path, monkeypatch):
