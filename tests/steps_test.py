@@ -167,11 +167,18 @@ def test_init_state():
   assert not np.array_equal(first.params['pipeline_1_stem']['kernel'], other.params['pipeline_1_stem']['kernel'])
 
 
-def test_train_metrics():
+@pytest.mark.parametrize(
+  'labels, nll, accuracy',
+  [
+    ([1, 1], (np.log(4 / 3) + np.log(4)) / 2, 0.5),
+    # Blended: predicted are class 1, whose share is 0.75, and class 0, all of the second image.
+    ([[0.25, 0.75], [1.0, 0.0]], (0.25 * np.log(4) + 1.75 * np.log(4 / 3)) / 2, 0.875),
+  ],
+)
+def test_train_metrics(labels, nll, accuracy):
   logits = [jnp.log(jnp.array([[1.0, 3.0], [3.0, 1.0]])), None]
-  metrics = train_metrics(logits, jnp.array([1, 1]), {1: jnp.float32(7.0)}, jnp.float32(8.0))
-  nll = (np.log(4 / 3) + np.log(4)) / 2
-  expected = {'loss': 8.0, 'exit_1/loss': 7.0, 'exit_1/nll': nll, 'exit_1/accuracy': 0.5}
+  metrics = train_metrics(logits, jnp.array(labels), {1: jnp.float32(7.0)}, jnp.float32(8.0))
+  expected = {'loss': 8.0, 'exit_1/loss': 7.0, 'exit_1/nll': nll, 'exit_1/accuracy': accuracy}
   assert metrics.keys() == expected.keys() == zero_totals((0, None)).keys()
   chex.assert_trees_all_close(metrics, expected, rtol=1e-6)
 

@@ -23,13 +23,14 @@ from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_tota
 pytestmark = pytest.mark.usefixtures('programs')
 
 FILE = 'fractalnet_20'
+ONE_BLOCK = ('model.widths=(8,)', 'model.block_dropout=(0.1,)')
 
 
 @pytest.fixture(scope='module')
 def finished(programs, tmp_path_factory):
   """The workdir of a run of one epoch."""
   workdir = tmp_path_factory.mktemp('run')
-  assert run_main(*arguments(FILE, workdir)).code == 0
+  assert run_main(*arguments(FILE, workdir, *ONE_BLOCK)).code == 0
   return workdir
 
 
@@ -44,8 +45,8 @@ def test_one_epoch_lowers_the_loss_at_every_exit(finished):
 
 def test_a_stopped_run_ends_like_an_uninterrupted_one(finished, tmp_path):
   """Every step of this family draws random numbers."""
-  assert run_main(*arguments(FILE, tmp_path, 'train.max_steps=6')).code == 0
-  assert run_main(*arguments(FILE, tmp_path), '--accept_config_changes').code == 0
+  assert run_main(*arguments(FILE, tmp_path, *ONE_BLOCK, 'train.max_steps=6')).code == 0
+  assert run_main(*arguments(FILE, tmp_path, *ONE_BLOCK), '--accept_config_changes').code == 0
   chex.assert_trees_all_equal(saved_state(tmp_path), saved_state(finished), strict=True)
 
 
