@@ -80,6 +80,28 @@ def test_a_stop_answers_all_that_has_arrived(monkeypatch, capsys, stalled):
   assert (out, err) == ('', line if stalled else '')
 
 
+def test_connections_that_the_event_loop_has_not_accepted_yet_are_answered(monkeypatch):
+  monkeypatch.setattr(connections, 'LINGER', 0.5)
+
+  async def live():
+    listening = socket.create_server(('127.0.0.1', 0))
+    config = uvicorn.Config(application, http=connections.Protocol, lifespan='off', log_config=None)
+    config.load()
+    server = connections.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([listening])
+    waiting = [socket.create_connection(listening.getsockname()) for _ in range(3)]
+    stopping = asyncio.create_task(server.shutdown([listening]))  # Runs before the event loop accepts them.
+    for sock in waiting:
+      reader, writer = await asyncio.open_connection(sock=sock)
+      assert (await ask(reader, writer))[0] == b'http/1.1 200 ok'
+      writer.close()
+      await writer.wait_closed()
+    await stopping
+
+  asyncio.run(live())
+
+
 @pytest.mark.parametrize(('sent', 'closed'), [(b'', True), (REQUEST, False)], ids=['idle', 'unread request'])
 def test_a_connection_with_an_unread_request_is_not_idle(sent, closed):
   async def live():
