@@ -108,7 +108,8 @@ def measure(part: Part) -> Timing:
       before = time.perf_counter()
       jax.block_until_ready(program())
       own.append(1e3 * (time.perf_counter() - before))
-  return Timing(part.name, *map(statistics.median, taken.values()), part.margin)
+  float32, bfloat16 = map(statistics.median, taken.values())
+  return Timing(part.name, float32, bfloat16, part.margin)
 
 
 def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int) -> Part | None:

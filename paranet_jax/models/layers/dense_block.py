@@ -218,7 +218,8 @@ def kernels(shape: tuple[int, ...], num_layers: int, width: int, growth: int, dt
 def _kernels(x, layers):
   if layers[0].kernel1.dtype != jnp.float32:
     return None
-  return kernels(x.shape, len(layers), *layers[0].kernel2.shape[2:], x.dtype)
+  width, growth = layers[0].kernel2.shape[2:]
+  return kernels(x.shape, len(layers), width, growth, x.dtype)
 
 
 def _pack(layers: Sequence[Layer], scan_layers: int) -> list[Layer]:
