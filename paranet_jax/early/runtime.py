@@ -65,9 +65,9 @@ class EarlyExit(Adaptive):
     take = jax.jit(self._traced(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)))
     stages = {number: self._jitted(number, tuple(mean), tuple(std)) for number in plan.exits}
     packing = FixedSizes(sizes or default_sizes(), take)
-    super().__init__(
-      vars(plan), stages, stages, self._macs_in_turn, image_shape, mean, std, class_names, packing, scaling
-    )
+    # Each traces the model: once for all copies with other thresholds or another plan.
+    self._count_classes, macs = functools.cache(self._classes_of_an_exit), functools.cache(self._macs_in_turn)
+    super().__init__(vars(plan), stages, stages, macs, image_shape, mean, std, class_names, packing, scaling)
 
   @classmethod
   def load(cls, workdir: str | Path, step: int | None = None) -> EarlyExit:
@@ -120,11 +120,14 @@ class EarlyExit(Adaptive):
       dtype: of the images.
       batches: for `predict` too, not only for `predict_one` and `anytime`.
     """
-    _ = self._num_classes, self._all_macs  # Each traces the model, and is kept.
+    _ = self._num_classes, self._all_macs
     super().warm_up(dtype, batches)
 
   @functools.cached_property
   def _num_classes(self) -> int:
+    return self._count_classes()
+
+  def _classes_of_an_exit(self) -> int:
     image = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
     number = self.exits[-1]
     apply = functools.partial(self._model.apply, exits=(number,))

@@ -91,6 +91,19 @@ def test_nothing_is_traced_after_warm_up(shared):  # The first test, as what oth
   assert shared.num_traces == before + 1
 
 
+def test_copies_trace_the_model_once(monkeypatch):
+  """Although nothing is warmed up: who sets another budget for each request does not wait for it."""
+  counted = []
+  for name in ('_classes_of_an_exit', '_macs_in_turn'):
+    count = getattr(EarlyExit, name)
+    monkeypatch.setattr(EarlyExit, name, lambda self, name=name, count=count: counted.append(name) or count(self))
+  early = EarlyExit(MODEL, VARIABLES, plan((0.0, 0.0, 0.0)), IMAGES.shape[1:])
+  for at in (0.7, 40.0):
+    chosen = early.with_plan(plan((at, at, 0.0)))
+    assert (chosen._num_classes, len(chosen._all_macs)) == (3, 3)
+  assert sorted(counted) == ['_classes_of_an_exit', '_macs_in_turn']
+
+
 def test_nothing_is_compiled_after_warm_up():
   # Restored variables are committed to a device and packed rows are not, which could compile two programs.
   early = runtime(variables=jax.device_put(VARIABLES, jax.devices()[0]))
