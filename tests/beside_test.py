@@ -13,11 +13,14 @@ import reference
 import tiny
 from running import TINY, before_each_step, refusal, run_main, saved_state, send
 
-from paranet_jax.data.augment import image_keys
+from paranet_jax import steps
+from paranet_jax.base_config import base_config
 from paranet_jax.display.metrics import read_metrics
-from paranet_jax.losses import exit_losses, total_loss
-from paranet_jax.steps import Beside, TrainState, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
+from paranet_jax.losses import squared_error
+from paranet_jax.optim import make_optimizer
+from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
+from paranet_jax.task import build_task
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -62,42 +65,43 @@ def test_a_step_with_another_teacher(teacher):
   chex.assert_trees_all_equal(after.opt_state.teacher, beside.teacher)
 
 
-def test_off_is_the_step_without_any_of_it():
-  """What the plain parts of DenseNet's training compute, written out here, to the last digits, which order decides."""
-  name, model = 'PN2-2d', tiny.dense(2)
-  optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, 0.9, True))
-  images, labels = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8), tiny.labels(8)
-  order = np.arange(8, dtype=np.int32).reshape(2, 4)
-
-  def plain_step(state):
-    index = order[0]
-    keys = image_keys(state.seed, jnp.int32(0), jnp.int32(0), jnp.arange(4))
-    pixels = (images[index].astype(jnp.float32) / 255 - jnp.float32(tiny.PLAIN.mean)) / jnp.float32(tiny.PLAIN.std)
-
-    def one(key, image):
-      crop, flip = jax.random.split(key)
-      row, column = jax.random.randint(crop, (2,), 0, 5)
-      image = jax.lax.dynamic_slice(jnp.pad(image, ((2, 2), (2, 2), (0, 0))), (row, column, 0), image.shape)
-      return jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
-
-    def loss(params):
-      batch = jax.vmap(one)(keys, pixels)
-      logits, _ = model.apply({'params': params}, batch, train=True, exits=(1, 2), mutable=['batch_stats'], rngs={})
-      return total_loss(exit_losses(logits, labels[index], (2, 0)), (1.0, 1.0))
-
-    updates, opt_state = optimizer.update(jax.grad(loss)(state.params), state.opt_state, state.params)
-    return optax.apply_updates(state.params, updates), opt_state
-
-  params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))['params']
-  state = TrainState(jnp.int32(0), jnp.int32(0), params, {}, optimizer.init(params))
-  step = make_train_step(model, optimizer, tiny.objective(name), tiny.AUGMENTED)
-  with jax.disable_jit():
-    after, _ = step(state, zero_totals(parse_name(name).targets), *map(jnp.asarray, (images, labels, order)))
-    expected = plain_step(state)
-  chex.assert_trees_all_close((after.params, after.opt_state), expected, rtol=1e-5, atol=1e-9)
+def traced(function, *arguments):
+  return str(jax.make_jaxpr(function)(*arguments))
 
 
-AVERAGE = (*TINY, '--config.train.average=0.9', '--config.loss.teacher=average')
+def test_off_is_the_program_without_any_of_it(monkeypatch):
+  """With the defaults, a step traces none of the new parts, and the optimizer and the loss are what they were."""
+
+  def never(*_, **__):
+    raise AssertionError
+
+  for name in ('auto_augment', 'alternately_mirrored', 'cutmix', 'averaged'):
+    monkeypatch.setattr(steps, name, never)
+  config = base_config('PN2-2d')
+  config.update_from_flattened_dict({'model.layers_per_block': 1, 'model.image_side': 8, 'data.name': 'digits'})
+  task = build_task(config)
+  state = jax.eval_shape(task.init_state)
+  assert not isinstance(state.opt_state, Beside)
+  images, labels = task.dataset.train.images, task.dataset.train.labels
+  jax.eval_shape(task.train_step(), state, zero_totals(task.targets), images, labels, np.zeros((1, 64), np.int32))
+
+  params, rate = {'kernel': jnp.ones((2, 3))}, optax.constant_schedule(0.1)
+  ours = make_optimizer('sgd', rate)
+  plain = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, 0.9, True))
+  assert traced(ours.update, params, ours.init(params), params) == traced(
+    plain.update, params, plain.init(params), params
+  )
+
+  def mean_square(student, teacher):
+    difference = student.astype(jnp.float32) - jax.lax.stop_gradient(teacher.astype(jnp.float32))
+    return jnp.mean(jnp.square(difference), axis=-1)
+
+  logits = jnp.ones((2, 3))
+  assert traced(squared_error, logits, logits) == traced(mean_square, logits, logits)
+
+
+RUN = (*TINY, '--config.name=PN2-2d', '--config.model.halvings=(2,2)', '--config.model.blocks=(1,1)')
+AVERAGE = (*RUN, '--config.train.average=0.9', '--config.loss.teacher=average')
 
 
 @pytest.fixture(scope='module')
@@ -140,7 +144,7 @@ def test_a_resumed_run_has_the_same_averages(whole, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_teaches(whole, tmp_path):
-  flags = *TINY, '--config.loss.teacher=run', f'--config.loss.teacher_run={whole}', '--config.train.max_steps=2'
+  flags = *RUN, '--config.loss.teacher=run', f'--config.loss.teacher_run={whole}', '--config.train.max_steps=2'
   result = run_main(*flags, f'--workdir={tmp_path}/run')
   assert (result.code, result.err) == (0, '')
   teacher = saved_state(tmp_path / 'run').opt_state.teacher
@@ -160,6 +164,6 @@ def test_a_run_that_cannot_teach(whole, tmp_path, fields, message):
   run = shutil.copytree(whole, tmp_path / 'teacher')
   if not fields:
     (run / 'summary.json').unlink()
-  flags = (*TINY, '--config.loss.teacher=run', f'--config.loss.teacher_run={run}', *fields)
+  flags = (*RUN, '--config.loss.teacher=run', f'--config.loss.teacher_run={run}', *fields)
   assert refusal(*flags, f'--workdir={tmp_path}/run').startswith(message.format(run=run))
   assert not (tmp_path / 'run').exists()
