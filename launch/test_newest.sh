@@ -9,8 +9,7 @@ source launch/venv.sh
 
 TESTS=(
   tests/models/numerics_test.py tests/models/layers tests/models/paranet_test.py tests/steps_test.py
-  tests/losses_test.py tests/optim_test.py tests/dtype_timing_test.py tests/train_test.py tests/main_test.py
-  tests/export
+  tests/losses_test.py tests/optim_test.py tests/dtype_timing_test.py tests/main_test.py tests/export/export_test.py
 )
 
 find_python_313() {

@@ -428,8 +428,9 @@ def _raised_not_logged() -> Iterator[None]:
   finally:
     # It reports the first error while its other threads still write, or log theirs.
     for thread in threading.enumerate():
-      if type(thread).__module__.startswith('orbax.'):
-        threading.Thread.join(thread)  # Their own `join` raises what they raised.
+      while type(thread).__module__.startswith('orbax.') and thread in threading.enumerate():
+        with contextlib.suppress(RuntimeError):  # One that `start` has not started yet.
+          threading.Thread.join(thread)  # Their own `join` raises what they raised.
     logging.set_verbosity(verbosity)
 
 

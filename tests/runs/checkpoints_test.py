@@ -293,6 +293,23 @@ def test_a_disk_that_is_full_at_any_write_leaves_nothing_behind(tmp_path, capfd,
   assert capfd.readouterr() == ('', '') and caplog.messages == []
 
 
+def test_a_thread_that_is_about_to_start_is_waited_for(monkeypatch):
+  ended, calls = [], []
+  kind = type('Late', (threading.Thread,), {'__module__': 'orbax.late'})
+  late, alive = kind(target=lambda: ended.append(True)), threading.enumerate
+
+  def enumerate_threads():  # As in the middle of `start`, twice.
+    calls.append(True)
+    if len(calls) == 3:
+      late.start()
+    return [late] if len(calls) <= 3 else alive()
+
+  monkeypatch.setattr(threading, 'enumerate', enumerate_threads)
+  with checkpoints_lib._raised_not_logged():
+    pass
+  assert ended and not late.is_alive()
+
+
 def test_no_room_for_checksums(tmp_path, monkeypatch):
   def fail(*unused):
     raise OSError(28, 'No space left on device')
