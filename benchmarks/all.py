@@ -15,7 +15,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import tables
 from benchmarks.peers import EAGER, PACKAGES, TORCH_PEERS
+from paranet_jax.experiments import markdown
 from paranet_jax.host.errors import UserError, exit_code, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,11 +81,8 @@ def results() -> dict[str, Result]:
 def rendered(page: str, found: Mapping[str, Result]) -> str:
   """The page with the tables of these results between its marks `<!-- table NAME -->` and `<!-- end -->`."""
   for name, result in found.items():
-    before, mark, rest = page.partition(f'<!-- table {name} -->\n')
-    _, end, after = rest.partition('<!-- end -->')
-    if not mark or not end:
-      raise UserError(f'expected the marks of the table {name} in {PAGE}, found none; put them in')
-    page = f'{before}{mark}\n{provenance(result)}\n\n{TABLES[name](result)}\n\n{end}{after}'
+    text = f'{provenance(result)}\n\n{TABLES[name](result)}'
+    page = tables.put(page, f'<!-- table {name} -->', text, '<!-- end -->', f'the table {name} in {PAGE}')
   return page
 
 
@@ -117,16 +116,16 @@ def compared(result: Result) -> str:
         *(fastest if len(peers) > 1 else ('', '')),
       ]
     )
-  return _table(('what', 'ours', 'PyTorch, eager', 'speed ratio', 'fastest PyTorch', 'speed ratio'), lines)
+  return markdown.table(('what', 'ours', 'PyTorch, eager', 'speed ratio', 'fastest PyTorch', 'speed ratio'), lines)
 
 
 def early_exit(result: Result) -> str:
   """The speed-up over always the last exit, and what multiply-adds and latencies promise; then runtime and program."""
   columns = ('ratio', 'latency', 'macs')
-  lines = [[row['what'], row['batch'], *(_number(row[name]) for name in columns)] for row in result['rows']]
-  speedups = _table(('operating point', 'batch', 'speed-up', 'by latencies', 'by multiply-adds'), lines)
+  lines = [[row['what'], str(row['batch']), *(_number(row[name]) for name in columns)] for row in result['rows']]
+  speedups = markdown.table(('operating point', 'batch', 'speed-up', 'by latencies', 'by multiply-adds'), lines)
   programs = result['of_program']
-  of_program = _table(
+  of_program = markdown.table(
     ('exit', *(f'{number}' for number in programs)),
     [['runtime / one program for this exit, images/s', *(_number(value) for value in programs.values())]],
   )
@@ -145,7 +144,7 @@ def deploy(result: Result) -> str:
   ]
   for value, what in (('start_s', 'start, s'), ('peak_mb', 'peak memory, MB'), ('size_mb', 'size, MB')):
     lines.append([what, *(_number(result['runtimes'][runtime][value]) for runtime in runtimes)])
-  return _table(('what', *runtimes), lines)
+  return markdown.table(('what', *runtimes), lines)
 
 
 def compile_time(result: Result) -> str:
@@ -158,7 +157,7 @@ def compile_time(result: Result) -> str:
     'its code, MB': 'tpu_code_mb',
   }
   lines = [[what, _number(result[name])] for what, name in facts.items() if result[name] is not None]
-  return _table(('what', 'ours'), lines)
+  return markdown.table(('what', 'ours'), lines)
 
 
 def dtype_accuracy(result: Result) -> str:
@@ -170,15 +169,17 @@ def dtype_accuracy(result: Result) -> str:
   lines = []
   for row in result['rows']:
     away = '' if row['deviations'] is None else f'{row["deviations"]:+.2f}'
-    lines.append([row['exit'], cell(row['float32']), cell(row['bfloat16']), f'{row["difference"]:+.2f}', away])
-  return _table(('exit', 'float32, %', 'bfloat16, %', 'difference, points', "in float32's deviations"), lines)
+    lines.append([str(row['exit']), cell(row['float32']), cell(row['bfloat16']), f'{row["difference"]:+.2f}', away])
+  return markdown.table(('exit', 'float32, %', 'bfloat16, %', 'difference, points', "in float32's deviations"), lines)
 
 
 def dense_block(result: Result) -> str:
   """Milliseconds of a block by XLA and by our kernels, and the rates of their products; then the machine's."""
   columns = ('xla_ms', 'kernels_ms', 'ratio', 'xla_gflops', 'kernels_gflops')
   lines = [[row['what'], row['dtype'], *(_number(row[name]) for name in columns)] for row in result['rows']]
-  blocks = _table(('block', 'type', 'XLA, ms', 'kernels, ms', 'speed ratio', 'XLA, GFLOP/s', 'kernels, GFLOP/s'), lines)
+  blocks = markdown.table(
+    ('block', 'type', 'XLA, ms', 'kernels, ms', 'speed ratio', 'XLA, GFLOP/s', 'kernels, GFLOP/s'), lines
+  )
   facts = {
     'float32 product of 2048 x 2048, GFLOP/s': 'product_float32',
     'bfloat16 product, added up in float32, GFLOP/s': 'product_bfloat16',
@@ -186,7 +187,7 @@ def dense_block(result: Result) -> str:
     'the same by two threads': 'copy_2',
   }
   rates = [[what, _number(result['rates'][name])] for what, name in facts.items()]
-  return f'{blocks}\n\n{_table(("the machine", "rate"), rates)}'
+  return f'{blocks}\n\n{markdown.table(("the machine", "rate"), rates)}'
 
 
 TABLES: dict[str, Callable[[Result], str]] = {
@@ -206,11 +207,6 @@ def _faster(ours: float, theirs: float, unit: str) -> float:
 
 def _number(value: float) -> str:
   return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
-
-
-def _table(header: Sequence[Any], lines: Sequence[Sequence[Any]]) -> str:
-  rows = [header, ['---'] * len(header), *lines]
-  return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in rows)
 
 
 if __name__ == '__main__':

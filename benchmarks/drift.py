@@ -20,9 +20,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import tables
+from paranet_jax.experiments import markdown
+from paranet_jax.host.errors import exit_code
+
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / 'benchmarks/results/drift.json', REPO / 'docs/guarantees.md'
-BEFORE, AFTER = '<!-- made by benchmarks/drift.py --table -->\n', '<!-- end of drift -->\n'
+BEFORE, AFTER = '<!-- made by benchmarks/drift.py --table -->', '<!-- end of drift -->'
 CLEAN, ORDERS, ALPHA = 1000, 20, 0.01
 
 Images = np.ndarray
@@ -130,38 +134,36 @@ def measure(workdir: Path, data_dir: Path | None) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
   """The rows as Markdown."""
-  lines = ['| change | found in | images until the alarm (median) |', '|---|---|---|']
+  lines = []
   for row in found['rows']:
     delay = '' if row['delay'] is None else f'{row["delay"]:,.0f}'
-    lines.append(f'| {row["change"]} | {100 * row["found"]:.0f} % of {found["orders"]} orders | {delay} |')
+    lines.append([row['change'], f'{100 * row["found"]:.0f} % of {found["orders"]} orders', delay])
   seconds = min(row['microseconds'] for row in found['rows'])
-  lines += [
-    '',
-    f'The watch itself takes {seconds:.0f} microseconds an image ({found["cpu"]}, with other programs running).',
-  ]
-  return '\n'.join(lines) + '\n'
+  watch = f'The watch itself takes {seconds:.0f} microseconds an image ({found["cpu"]}, with other programs running).'
+  return f'{markdown.table(("change", "found in", "images until the alarm (median)"), lines)}\n\n{watch}'
 
 
 def with_table(page: str, found: dict[str, Any]) -> str:
   """The page with the table in place of the one that it has."""
-  before, _, rest = page.partition(BEFORE)
-  _, _, after = rest.partition(AFTER)
-  return f'{before}{BEFORE}\n{table(found)}\n{AFTER}{after}'
+  return tables.put(page, BEFORE, table(found), AFTER, f'the table in {PAGE}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command."""
+  """Runs the command; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=Path, default=REPO / 'pretrained')
   parser.add_argument('--data-dir', type=Path)
   parser.add_argument('--table', action='store_true', help='only write the table')
   given = parser.parse_args(argv)
+  return exit_code(lambda: _run(given))
+
+
+def _run(given: argparse.Namespace) -> None:
   if not given.table:
     RESULTS.write_text(json.dumps(measure(given.workdir.absolute(), given.data_dir), indent=1) + '\n')
   found = json.loads(RESULTS.read_text())
   PAGE.write_text(with_table(PAGE.read_text(), found))
-  print(table(found), end='')
-  return 0
+  print(table(found))
 
 
 if __name__ == '__main__':

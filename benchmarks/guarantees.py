@@ -20,16 +20,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import tables
 from paranet_jax.early import promises
 from paranet_jax.early.policies import risk
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import exits_taken
+from paranet_jax.experiments import markdown
+from paranet_jax.host.errors import exit_code
 from paranet_jax.portable.run import Watch, set_scores, softmax
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / 'benchmarks/results/guarantees.json', REPO / 'docs/guarantees.md'
-BEFORE, AFTER = '<!-- made by benchmarks/guarantees.py --table -->\n', '<!-- end -->\n'
+BEFORE, AFTER = '<!-- made by benchmarks/guarantees.py --table -->', '<!-- end -->'
 EPSILON, DELTA, COVERAGE = 0.05, 0.1, 0.9
 ALPHA, STREAM = 0.01, 2560
 POPULATION, HELD_OUT, CLASSES = 20_000, 1_000, 5
@@ -279,15 +282,12 @@ def simulate(draws: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
   """The rows as Markdown."""
-  lines = [
-    '| promise | broken | at most | cost | without a test: broken, cost |',
-    '|---|---|---|---|---|',
-  ]
+  lines = []
   for row in found['rows']:
     plain = '' if 'plug_in_broken' not in row else f'{_percent(row["plug_in_broken"])}, {_amount(row, "plug_in_cost")}'
     most = _percent(allowed(row, found['draws']))
-    lines.append(f'| {row["promise"]} | {_percent(row["broken"])} | {most} | {_amount(row, "cost")} | {plain} |')
-  return '\n'.join(lines) + '\n'
+    lines.append([row['promise'], _percent(row['broken']), most, _amount(row, 'cost'), plain])
+  return markdown.table(('promise', 'broken', 'at most', 'cost', 'without a test: broken, cost'), lines)
 
 
 def _percent(share: float) -> str:
@@ -306,23 +306,24 @@ def _amount(row: dict[str, Any], name: str) -> str:
 
 def with_table(page: str, found: dict[str, Any]) -> str:
   """The page with the table in place of the one that it has."""
-  before, _, rest = page.partition(BEFORE)
-  _, _, after = rest.partition(AFTER)
-  return f'{before}{BEFORE}\n{table(found)}\n{AFTER}{after}'
+  return tables.put(page, BEFORE, table(found), AFTER, f'the table in {PAGE}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command."""
+  """Runs the command; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--draws', type=int, default=1000)
   parser.add_argument('--table', action='store_true', help='only write the table')
   given = parser.parse_args(argv)
+  return exit_code(lambda: _run(given))
+
+
+def _run(given: argparse.Namespace) -> None:
   if not given.table:
     RESULTS.write_text(json.dumps(simulate(given.draws), indent=1) + '\n')
   found = json.loads(RESULTS.read_text())
   PAGE.write_text(with_table(PAGE.read_text(), found))
-  print(table(found), end='')
-  return 0
+  print(table(found))
 
 
 if __name__ == '__main__':
