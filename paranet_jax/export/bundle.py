@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from paranet_jax.config import with_data_dir
 from paranet_jax.costs import exit_costs
-from paranet_jax.data.load import load_dataset
 from paranet_jax.early.exit_plan import FULL, ExitPlan, uncalibrated_line
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.card import model_card
@@ -30,7 +28,6 @@ from paranet_jax.export.web import page_library, write_page
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.portable import run as runtime
-from paranet_jax.runs.learned import restore_learned
 
 COMPARED_IMAGES = 1000
 NOISE_IMAGES = 16
@@ -183,18 +180,10 @@ def held_out_images(
   Raises:
     UserError: the data set cannot be read.
   """
-  config = with_data_dir(run.config, data_dir)
-  fields = config.model
-  dataset = load_dataset(
-    config.data,
-    image_side=fields.image_side,
-    channels=fields.channels,
-    num_classes=fields.num_classes,
-    learned=run.workdir and restore_learned(run.workdir, fields.channels, accept_data_changes),
-  )
-  if dataset.held_out is None:
+  held_out = run.load_dataset(data_dir, accept_data_changes).held_out
+  if held_out is None:
     return np.zeros((0, *run.image_shape), np.uint8)
-  return np.asarray(dataset.held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
+  return np.asarray(held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -12,9 +12,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from paranet_jax.calibrate.figures.figure_data import FigureData, figure_data
-from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Dataset, Images, Split, StoredImages
-from paranet_jax.data.load import load_dataset
 from paranet_jax.early.bundle_folder import is_bundle
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.loaded_run import LoadedRun, load
@@ -24,7 +22,6 @@ from paranet_jax.early.scores import confidences, to_score
 from paranet_jax.early.thresholds import exits_taken
 from paranet_jax.host.errors import UserError, say, without_config_flags
 from paranet_jax.host.files import read_file
-from paranet_jax.runs.learned import restore_learned
 from paranet_jax.steps import Preprocessing
 
 HEAD = b'<!doctype html>'
@@ -125,15 +122,7 @@ def _dataset(run: LoadedRun, data_dir: Path | None, accept_data_changes: bool) -
   Raises:
     UserError: it cannot be read, or no images are held out or to test on.
   """
-  config = with_data_dir(run.config, data_dir)
-  fields = config.model
-  dataset = load_dataset(
-    config.data,
-    image_side=fields.image_side,
-    channels=fields.channels,
-    num_classes=fields.num_classes,
-    learned=run.workdir and restore_learned(run.workdir, fields.channels, accept_data_changes),
-  )
+  dataset = run.load_dataset(data_dir, accept_data_changes)
   if not dataset.held_out or not len(dataset.held_out) or not len(dataset.test):
     raise UserError('expected held-out and test images, found none of one kind; train with --config.data.held_out')
   return dataset

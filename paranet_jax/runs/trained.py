@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import abstract_variables
+from paranet_jax.data.dataset import Dataset
+from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
@@ -47,6 +49,26 @@ class TrainedRun:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return config_lib.image_shape(self.config)
+
+  def load_dataset(self, data_dir: Path | None = None, accept_data_changes: bool = False) -> Dataset:
+    """The data set that it was trained on, split as it was then.
+
+    Args:
+      data_dir: folder of the data set; None: as the run says.
+      accept_data_changes: the data may have other classes or labels than the run learned.
+
+    Raises:
+      UserError: the data set cannot be read.
+    """
+    config = config_lib.with_data_dir(self.config, data_dir)
+    fields = config.model
+    return load_dataset(
+      config.data,
+      image_side=fields.image_side,
+      channels=fields.channels,
+      num_classes=fields.num_classes,
+      learned=self.workdir and restore_learned(self.workdir, fields.channels, accept_data_changes),
+    )
 
 
 def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.choose) -> TrainedRun:

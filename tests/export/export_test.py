@@ -29,6 +29,7 @@ from paranet_jax.export import stablehlo
 from paranet_jax.export.card import model_card
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable import run as runtime
+from paranet_jax.runs import trained
 
 PRETRAINED = Path(__file__).resolve().parents[2] / 'pretrained'
 NOISE = np.random.default_rng(1).integers(0, 256, (24, 32, 32, 3), np.uint8)
@@ -87,7 +88,7 @@ def out(tmp_path_factory):
 def held_out(logits, monkeypatch):
   """Replaces the run's held-out images with noise, and their logits in JAX with those computed above."""
   split = Split(NOISE, np.zeros(len(NOISE), np.int32))
-  monkeypatch.setattr(bundle_lib, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  monkeypatch.setattr(trained, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
   monkeypatch.setattr(compare_lib, 'split_logits', lambda *given: logits[:, -len(given[4]) :])
 
 
@@ -494,7 +495,7 @@ def test_missing_data_set(refused, monkeypatch):
   def missing(*_, **__):
     raise UserError('expected cifar100, found none; set --config.data.data_dir')
 
-  monkeypatch.setattr(bundle_lib, 'load_dataset', missing)
+  monkeypatch.setattr(trained, 'load_dataset', missing)
   assert refused('--dtype=int8') == 'expected cifar100, found none; set --data_dir'
 
 
@@ -507,7 +508,7 @@ def test_missing_data_set(refused, monkeypatch):
   ],
 )
 def test_too_few_held_out_images(dtype, needed, count, split, refused, monkeypatch):
-  monkeypatch.setattr(bundle_lib, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  monkeypatch.setattr(trained, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
   assert refused(f'--dtype={dtype}') == (
     f'--dtype={dtype} needs at least {needed}, found {count}; '
     'set --dtype=float32, or train with a larger --config.data.held_out'
