@@ -23,7 +23,8 @@ from benchmarks.timing import in_turn, seconds_of
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.native import VARIABLE
 from paranet_jax.models.layers import native_dense
-from paranet_jax.models.layers.dense_block import SCAN_LAYERS, Layer, dense_block_training
+from paranet_jax.models.layers.dense_block import SCAN_LAYERS, dense_block_training
+from paranet_jax.models.numerics import drawn_layers
 
 BN_SIZE = 4
 DTYPES = ('float32', 'bfloat16')
@@ -76,25 +77,10 @@ def row(options: argparse.Namespace, side: int, channels: int, dtype: str) -> di
 def block_arguments(size: Any, side: int, channels: int, dtype: str) -> tuple:
   """Input, layers and the gradient of the output, random."""
   random = np.random.default_rng(0)
-  width, growth = BN_SIZE * size.growth_rate, size.growth_rate
-
-  def draw(*shape, spread=0.2, mean=0.0):
-    return jnp.asarray(random.normal(mean, spread, shape), jnp.float32)
-
-  layers = [
-    Layer(
-      draw(read, mean=1.0),
-      draw(read),
-      draw(read, width, spread=read**-0.5),
-      draw(width, mean=1.0),
-      draw(width),
-      draw(3, 3, width, growth, spread=(9 * width) ** -0.5),
-    )
-    for read in range(channels, channels + size.layers * growth, growth)
-  ]
+  layers = jax.tree.map(jnp.asarray, drawn_layers(random, channels, size.layers, size.growth_rate, BN_SIZE))
   shape = size.batch, side, side
   x = jnp.asarray(random.normal(size=(*shape, channels)), dtype)
-  return x, layers, jnp.asarray(random.normal(size=(*shape, channels + size.layers * growth)), dtype)
+  return x, layers, jnp.asarray(random.normal(size=(*shape, channels + size.layers * size.growth_rate)), dtype)
 
 
 def block(native: str, arguments: tuple) -> Callable[[], object]:

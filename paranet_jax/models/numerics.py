@@ -209,20 +209,7 @@ def dense_layers(
   x = np.asarray(jnp.asarray(random.normal(size=shape), dtype))
   width = growth_rate * bn_size
 
-  def draw(*size, spread=0.2, mean=0.0):
-    return random.normal(mean, spread, size).astype(np.float32)
-
-  parameters = [
-    _Layer(
-      draw(channels, mean=1.0),
-      draw(channels),
-      draw(channels, width, spread=channels**-0.5),
-      draw(width, mean=1.0),
-      draw(width),
-      draw(3, 3, width, growth_rate, spread=(9 * width) ** -0.5),
-    )
-    for channels in range(shape[-1], shape[-1] + layers * growth_rate, growth_rate)
-  ]
+  parameters = drawn_layers(random, shape[-1], layers, growth_rate, bn_size)
   name = f'{layers} dense layers on {list(shape)}'
   passes = kernels(shape, of or layers, width, growth_rate, dtype)
   by = ' by kernels in C++' if passes else ''
@@ -252,6 +239,28 @@ def dense_layers(
     dtype,
     bool(passes),
   )
+
+
+def drawn_layers(
+  random: np.random.Generator, channels: int, layers: int, growth_rate: int, bn_size: int
+) -> list[Layer]:
+  """Random parameters of the layers of a dense block on this many channels, as NumPy arrays."""
+  width = growth_rate * bn_size
+
+  def draw(*size, spread=0.2, mean=0.0):
+    return random.normal(mean, spread, size).astype(np.float32)
+
+  return [
+    _Layer(
+      draw(read, mean=1.0),
+      draw(read),
+      draw(read, width, spread=read**-0.5),
+      draw(width, mean=1.0),
+      draw(width),
+      draw(3, 3, width, growth_rate, spread=(9 * width) ** -0.5),
+    )
+    for read in range(channels, channels + layers * growth_rate, growth_rate)
+  ]
 
 
 def largest_block(
