@@ -162,17 +162,17 @@ struct Normalizer {
   std::vector<float> mean, rstd;
 };
 
-// out[i][v] (+)= sum over k of a[i * lda + k] b[k * ldb + 16 v ...], i < M, v < N.
+// out[i][v] += sum over k of a[i * row + k * column] b[k * ldb + 16 v ...], i < M, v < N.
 template <int M, int N>
-__attribute__((always_inline)) inline void product(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                                   int64_t depth, Vector (&out)[M][N]) {
+__attribute__((always_inline)) inline void product(const float* a, int64_t row, int64_t column, const float* b,
+                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N]) {
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) right[v] = load(b + k * ldb + v * kLanes);
 #pragma GCC unroll 24
     for (int i = 0; i < M; ++i) {
-      Vector left = _mm512_set1_ps(a[i * lda + k]);
+      Vector left = _mm512_set1_ps(a[i * row + k * column]);
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) out[i][v] = _mm512_fmadd_ps(left, right[v], out[i][v]);
     }
@@ -185,6 +185,23 @@ void clear(Vector (&out)[M][N]) {
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) out[i][v] = _mm512_setzero_ps();
+}
+
+// The register tile of M rows that begin `stride` apart.
+template <int M, int N>
+__attribute__((always_inline)) inline void load_tile(const float* from, int64_t stride, Vector (&out)[M][N]) {
+#pragma GCC unroll 24
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) out[i][v] = load(from + i * stride + v * kLanes);
+}
+
+template <int M, int N>
+__attribute__((always_inline)) inline void store_tile(float* to, int64_t stride, const Vector (&out)[M][N]) {
+#pragma GCC unroll 24
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) store(to + i * stride + v * kLanes, out[i][v]);
 }
 
 // Rows of a register tile that is N vectors wide: 24 accumulators.
@@ -216,16 +233,10 @@ void bottleneck_tile(const T* x, int64_t count, int64_t stride, const float* sca
       if (first == 0) {
         clear(out);
       } else {
-#pragma GCC unroll 24
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-          for (int v = 0; v < N; ++v) out[i][v] = load(tile + (r + i) * kWidth + v * kLanes);
+        load_tile(tile + r * kWidth, kWidth, out);
       }
-      product<M, N>(panel, kDepth, kernel + first * kWidth, kWidth, depth, out);
-#pragma GCC unroll 24
-      for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) store(tile + (r + i) * kWidth + v * kLanes, out[i][v]);
+      product<M, N>(panel, kDepth, 1, kernel + first * kWidth, kWidth, depth, out);
+      store_tile(tile + r * kWidth, kWidth, out);
     }
   }
 }
@@ -319,12 +330,9 @@ void convolve_group(const Images& images, float* h, const float* kernel, float* 
     clear(out);
     for (int64_t dr = -1; dr <= 1; ++dr)
       for (int64_t dc = -1; dc <= 1; ++dc)
-        product<M, G>(h + (p + dr * images.row + dc) * kWidth, kWidth,
+        product<M, G>(h + (p + dr * images.row + dc) * kWidth, kWidth, 1,
                       kernel + ((dr + 1) * 3 + dc + 1) * kWidth * kOut, kOut, kWidth, out);
-#pragma GCC unroll 24
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < G; ++v) store(values + (p + i) * kOut + v * kLanes, out[i][v]);
+    store_tile(values + p * kOut, kOut, out);
   }
 }
 
@@ -459,12 +467,9 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
         clear(out);
         for (int64_t dr = -1; dr <= 1; ++dr)
           for (int64_t dc = -1; dc <= 1; ++dc)
-            product<M, N>(dy + (p - dr * images.row - dc) * kOut, kOut,
+            product<M, N>(dy + (p - dr * images.row - dc) * kOut, kOut, 1,
                           flipped.data + ((dr + 1) * 3 + dc + 1) * growth * kWidth, kWidth, growth, out);
-#pragma GCC unroll 24
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-          for (int v = 0; v < N; ++v) store(dh + (p + i) * kWidth + v * kLanes, out[i][v]);
+        store_tile(dh + p * kWidth, kWidth, out);
       }
       T* to = u + pixel * kWidth;
       for (int64_t image = 0; image < count; ++image)
@@ -544,7 +549,7 @@ void block_backward(const float* dz, int64_t count, const float* kernel, int64_t
   for (int64_t r = 0; r < count; r += M) {
     Vector out[M][C];
     clear(out);
-    product<M, C>(dz + r * kWidth, kWidth, kernel, kernel_stride, kWidth, out);
+    product<M, C>(dz + r * kWidth, kWidth, 1, kernel, kernel_stride, kWidth, out);
     Vector kept[C];
 #pragma GCC unroll 24
     for (int i = 0; i < M; ++i) {
@@ -572,25 +577,9 @@ void block_backward(const float* dz, int64_t count, const float* kernel, int64_t
   }
   for (int64_t c = 0; c < kBlock; c += L) {
     Vector out[L][N];
-#pragma GCC unroll 24
-    for (int i = 0; i < L; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) out[i][v] = load(dkernel + (c + i) * kWidth + v * kLanes);
-    for (int64_t r = 0; r < count; ++r) {
-      Vector right[N];
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) right[v] = load(dz + r * kWidth + v * kLanes);
-#pragma GCC unroll 24
-      for (int i = 0; i < L; ++i) {
-        Vector left = _mm512_set1_ps(a[r * kBlock + c + i]);
-#pragma GCC unroll 8
-        for (int v = 0; v < N; ++v) out[i][v] = _mm512_fmadd_ps(left, right[v], out[i][v]);
-      }
-    }
-#pragma GCC unroll 24
-    for (int i = 0; i < L; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) store(dkernel + (c + i) * kWidth + v * kLanes, out[i][v]);
+    load_tile(dkernel + c * kWidth, kWidth, out);
+    product<L, N>(a + c, 1, kBlock, dz, kWidth, count, out);
+    store_tile(dkernel + c * kWidth, kWidth, out);
   }
 }
 
