@@ -5,11 +5,13 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.files import replacing
 from paranet_jax.host.machine import cpu_features, machine_key
 
 VARIABLE = 'PARANET_NATIVE'
@@ -48,19 +50,20 @@ def shared_library(source: Path, definitions: Mapping[str, object], include: str
     folder.mkdir(parents=True, exist_ok=True)
   except (UserError, OSError):
     return None  # No place that lasts; compiling at every start would cost more than it gains.
-  temporary = file.with_name(f'{file.stem}.{os.getpid()}.tmp')
   try:
-    command = [_compiler(), *options, f'-I{include}', str(source), '-o', str(temporary)]
-    subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-    os.replace(temporary, file)  # Another process may have been faster: the same library.
+    with tempfile.TemporaryDirectory() as holder:
+      compiled = Path(holder) / file.name
+      command = [_compiler(), *options, f'-I{include}', str(source), '-o', str(compiled)]
+      subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+      content = compiled.read_bytes()
+    with replacing(file, 'wb', shared=True) as kept:  # Another process may have been faster: the same library.
+      kept.write(content)
   except (OSError, subprocess.SubprocessError) as error:
     output = getattr(error, 'stderr', None) or str(error).encode()
     lines = output.decode(errors='replace').strip().splitlines() or ['']
     first = next((line for line in lines if 'error' in line), lines[-1])
     say(f'warning: {source.name} could not be compiled ({first.strip()}): slower without; {VARIABLE}=off hides this')
     return None
-  finally:
-    temporary.unlink(missing_ok=True)
   return file
 
 

@@ -21,6 +21,10 @@ def test_compiled_once_for_each_source_and_definition(tmp_path, cache, monkeypat
   source = tmp_path / 'answer.cc'
   source.write_text('extern "C" int answer() { return ANSWER; }')
   first = native.shared_library(source, {'ANSWER': 42}, str(tmp_path))
+  assert first is not None
+  (cache / f'{first.name}.0123abcd.tmp').write_bytes(b'of a process that was killed')
+  first.unlink()
+  assert native.shared_library(source, {'ANSWER': 42}, str(tmp_path)) == first
   assert ctypes.CDLL(str(first)).answer() == 42
   second = native.shared_library(source, {'ANSWER': 43}, str(tmp_path))
   assert ctypes.CDLL(str(second)).answer() == 43
