@@ -56,20 +56,31 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
   if not os.path.isdir(run):
     _read_pytorch(run, config)
     return
-  for name in (CONFIG, SUMMARY, FOLDER):
-    if not os.path.exists(run / name):
-      raise UserError(
-        f'init_from must be the folder of a finished run, and {run} has no {name}; set --config.init_from'
-      )
-  with Checkpoints(run) as checkpoints:
-    _, saved = checkpoints.read_chosen(Checkpoints.choose, checkpoints.shapes)
-  wanted = shapes_by_path(abstract_variables(build_model(config, num_classes=2), image_shape(config)))
-  difference = shape_difference(_backbone_paths(saved), _backbone_paths(wanted))
-  if difference := difference or _other_function(restore_config(run).model, config.model):
+  check_finished(run, 'init_from')
+  if difference := backbone_difference(config, run) or _other_function(restore_config(run).model, config.model):
     raise UserError(
       f'the backbone of init_from {run} does not fit: {difference}; '
       f'set --config to the network of {run / CONFIG}, or --config.init_from'
     )
+
+
+def check_finished(run: Path, field: str) -> None:
+  """Checks that the folder that a field of the configuration names holds a finished run.
+
+  Raises:
+    UserError: it does not.
+  """
+  for name in (CONFIG, SUMMARY, FOLDER):
+    if not os.path.exists(run / name):
+      raise UserError(f'{field} must be the folder of a finished run, and {run} has no {name}; set --config.{field}')
+
+
+def backbone_difference(config: ConfigDict, run: Path) -> str | None:
+  """Where the shapes of a run's variables outside its exits differ from those of a configuration; None: nowhere."""
+  with Checkpoints(run) as checkpoints:
+    _, saved = checkpoints.read_chosen(Checkpoints.choose, checkpoints.shapes)
+  wanted = shapes_by_path(abstract_variables(build_model(config, num_classes=2), image_shape(config)))
+  return shape_difference(_backbone_paths(saved), _backbone_paths(wanted))
 
 
 _OF_THE_FUNCTION = ('arch', 'block', 'shortcut_padding', 'entry_pool', 'entry_order')

@@ -1,17 +1,15 @@
 """A finished run whose logits another run learns from."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from paranet_jax.config import build_model, image_shape
-from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.checkpoints import FOLDER, Checkpoints, has_checkpoint, shape_difference, shapes_by_path
-from paranet_jax.runs.workdir import CONFIG, SUMMARY, restore_config
+from paranet_jax.runs.checkpoints import Checkpoints, has_checkpoint
+from paranet_jax.runs.init_from import backbone_difference, check_finished
+from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.steps import Beside, TrainState
 
 
@@ -27,22 +25,13 @@ def check_teacher(config: ConfigDict, workdir: Path) -> None:
   run = Path(config.loss.teacher_run)
   if config.loss.teacher != 'run' or has_checkpoint(workdir):
     return
-  for name in (CONFIG, SUMMARY, FOLDER):
-    if not os.path.exists(run / name):
-      raise UserError(
-        f'loss.teacher_run must be the folder of a finished run, and {run} has no {name}; set --config.loss.teacher_run'
-      )
+  check_finished(run, 'loss.teacher_run')
   data = restore_config(run).data.name
   if data != config.data.name:
     raise UserError(
       f'loss.teacher_run {run} learned from data.name {data}, found {config.data.name}; set --config.loss.teacher_run'
     )
-  with Checkpoints(run) as checkpoints:
-    _, saved = checkpoints.read_chosen(Checkpoints.choose, checkpoints.shapes)
-  wanted = shapes_by_path(abstract_variables(build_model(config, num_classes=2), image_shape(config)))
-  saved, wanted = ({path: shape for path, shape in own.items() if 'exit' not in path} for own in (saved, wanted))
-  saved = {path: shape for path, shape in saved.items() if path.split('/')[0] in ('params', 'batch_stats')}
-  if difference := shape_difference(saved, wanted):
+  if difference := backbone_difference(config, run):
     raise UserError(
       f'loss.teacher_run {run} is another network: {difference}; set --config to the one of {run / CONFIG}, or '
       '--config.loss.teacher_run'
