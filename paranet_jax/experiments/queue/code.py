@@ -12,7 +12,7 @@ from paranet_jax.host.errors import UserError
 PACKAGE = Path(__file__).resolve().parents[2]
 FOLDER = 'code'
 
-_IGNORED = ('__pycache__', '*.pyc', '*.toml')  # A queue file that is edited is no other code.
+_ignored = shutil.ignore_patterns('__pycache__', '*.pyc', '*.toml')  # A queue file that is edited is no other code.
 _LENGTH = 12
 
 
@@ -28,8 +28,9 @@ def fingerprint(package: Path = PACKAGE) -> str:
 def _files(package: Path) -> Iterator[Path]:
   # configs/ is a link in a checkout.
   for folder, folders, names in os.walk(package, followlinks=True):
-    folders[:] = [name for name in folders if name != '__pycache__']
-    yield from (Path(folder, name) for name in names if not name.endswith(('.pyc', '.toml')))
+    ignored = _ignored(folder, [*folders, *names])
+    folders[:] = [name for name in folders if name not in ignored]
+    yield from (Path(folder, name) for name in names if name not in ignored)
 
 
 def commit(package: Path = PACKAGE) -> str | None:
@@ -57,7 +58,7 @@ def keep_code(workdir: Path, package: Path = PACKAGE) -> str:
     return found
   temporary = folder.with_name(f'{found}.tmp')
   shutil.rmtree(temporary, ignore_errors=True)
-  shutil.copytree(package, temporary / package.name, ignore=shutil.ignore_patterns(*_IGNORED))
+  shutil.copytree(package, temporary / package.name, ignore=_ignored)
   if fingerprint(temporary / package.name) != found:
     raise UserError(f'{package} changed while it was copied; the same command tries again')
   temporary.rename(folder)
