@@ -77,15 +77,17 @@ def seconds_left(runs: Sequence[QueuedRun], states: Mapping[str, RunState]) -> d
     seconds = states[run.name].seconds_per_epoch(run.config.train.batch_size)
     if seconds:
       measured[run.name] = seconds
-  rows = {run.row: measured[run.name] for run in runs if run.name in measured}
+  rows: dict[str, float | None] = {run.row: measured[run.name] for run in runs if run.name in measured}
   left: dict[str, float | None] = {}
   for run in runs:
-    epochs = max(_epochs(run.config, states[run.name]) - states[run.name].epoch, 0.0)
-    seconds = measured.get(run.name, rows.get(run.row))
-    if states[run.name].finished:
-      seconds, epochs = 0.0, 0.0
-    if seconds is None:
-      seconds = _scaled(run, runs, states, measured)
+    state = states[run.name]
+    if state.finished:
+      left[run.name] = 0.0
+      continue
+    if run.row not in rows:  # Scaling traces two networks, so it is done once for all seeds.
+      rows[run.row] = _scaled(run, runs, states, measured)
+    seconds = measured.get(run.name, rows[run.row])
+    epochs = max(_epochs(run.config, state) - state.epoch, 0.0)
     left[run.name] = None if seconds is None else seconds * epochs
   return left
 
