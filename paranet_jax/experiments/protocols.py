@@ -85,7 +85,11 @@ def default_workdir(protocol: Protocol) -> str:
   return '-'.join([f'results/{protocol.name}', *changed])
 
 
-def reductions(config: ConfigDict) -> list[str]:
-  """The differences between a run and the paper's, each as `field: the paper's -> here`."""
-  paper, here = base_config(config.name).to_dict(), config.to_dict()
-  return [change for change in config_lib.differences(paper, here) if not change.startswith('seed:')]
+def reductions(config: ConfigDict, besides: tuple[str, ...] = ('seed:',)) -> list[str]:
+  """The differences between a run and the paper's, each as `field: the paper's -> here`.
+
+  Args:
+    besides: beginnings of differences that reduce nothing.
+  """
+  paper, here = base_config(config.name, config.model.family).to_dict(), config.to_dict()
+  return [change for change in config_lib.differences(paper, here) if not change.startswith(besides)]

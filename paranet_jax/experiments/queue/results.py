@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paranet_jax.base_config import base_config
-from paranet_jax.config import differences
 from paranet_jax.costs import describe
 from paranet_jax.display.tables import ABSENT
 from paranet_jax.experiments.markdown import published, table, with_std
+from paranet_jax.experiments.protocols import reductions
 from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
 from paranet_jax.experiments.queue.loop import check_same
@@ -105,7 +104,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
   finished = [run for run in own if states[run.name].finished]
   groups = [finished] * bool(finished) + [[run] for run in own if run not in finished]
   costs = {row['exit']: row for row in describe(own[0].config, states[own[0].name].num_classes)['exits']}
-  reduced = reductions(own[0])
+  reduced = reductions(own[0].config, _NO_REDUCTION)
   rows = []
   for group in groups:
     latest = [_latest(states[run.name]) for run in group]
@@ -132,13 +131,6 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
         }
       )
   return rows
-
-
-def reductions(run: QueuedRun) -> list[str]:
-  """In what a run differs from the paper's training, each as `field: the paper's -> here`."""
-  config = run.config
-  found = differences(base_config(config.name, config.model.family).to_dict(), config.to_dict())
-  return [change for change in found if not change.startswith(_NO_REDUCTION)]
 
 
 def _latest(state: RunState) -> tuple[float, dict[int, float]]:
