@@ -18,15 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paranet_jax.calibrate.flags import BundleRequest
-from paranet_jax.calibrate.measures import (
-  exit_facts,
-  fit_temperatures,
-  halves,
-  rank,
-  risks_by_group,
-  summarize,
-  without_labels,
-)
+from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.display.tables import align, human_count
 from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds
@@ -87,12 +79,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   costs = PathCosts(len(all_macs), lambda path, k: all_macs[k] - (all_macs[path[-1]] if path else 0))
   _check_budget(target, all_macs)
   rest, kept = halves(outputs)
-  in_halves = 'risk' in target and (request.temperature != 'none' or target.get('of') == 'selective')
-  fitted, chosen = halves(rest) if in_halves else (rest, rest)
-  temperatures = fit_temperatures(request.temperature, fitted)
-  samples = rank(*chosen, before.score, temperatures, costs)
-  if target.get('of') == 'selective':
-    samples = samples._replace(reference=rank(*fitted, before.score, temperatures, costs))
+  temperatures, reference, chosen, samples = fit(rest, target, before.score, request.temperature, costs)
   choice = policy.choose(samples, target)
   plan = dataclasses.replace(
     before,
@@ -117,17 +104,14 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   # Every stage runs, so that its cost is in those of later exits.
   plan = dataclasses.replace(plan, visited=plan.exits, macs=tuple(all_macs))
   plan = with_promises(plan, request, rest, kept, choice.thresholds) if request.promises else plan
-  expected, tested = (
-    _measured(plan, request, chosen, choice.thresholds, costs),
-    _measured(plan, request, kept, choice.thresholds, costs),
-  )
+  expected = measured(plan, samples, chosen, choice.thresholds) | {'temperature': request.temperature}
+  tested = measured(plan, rank(*kept, plan.score, temperatures, costs), kept, choice.thresholds)
   if request.promises:
     tested |= measured_promises(plan, kept, choice.thresholds)
-  expected['temperature'] = request.temperature
-  old = _measured(before, request, kept, _thresholds(before), costs)
+  old = measured(before, rank(*kept, before.score, np.array(before.temperatures), costs), kept, _thresholds(before))
   if not labeled:
     expected, tested, old = map(without_labels, (expected, tested, old))
-  splits = {'temperature': len(fitted.labels), 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
+  splits = {'temperature': len(reference.labels), 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
   splits |= {'promises': len(kept.labels)} if request.promises else {}
   seen = what_was_seen(plan, chosen, kept, choice.thresholds, labeled)
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen)
@@ -172,17 +156,6 @@ def _shown(threshold: float | None) -> str:
 def _thresholds(plan: ExitPlan) -> np.ndarray:
   found = [math.inf if at is None else at for at in plan.confidence_thresholds]
   return np.array([*found[:-1], -math.inf])
-
-
-def _measured(
-  plan: ExitPlan, request: BundleRequest, outputs: Outputs, thresholds: np.ndarray, costs: PathCosts
-) -> dict[str, Any]:
-  samples = rank(*outputs, plan.score, np.array(plan.temperatures), costs)
-  macs = np.array([math.nan if each is None else each for each in plan.macs], np.float64)
-  found = summarize(samples, thresholds, macs, None) | exit_facts(plan, samples, outputs, thresholds)
-  if (kind := plan.target.get('of', 'marginal')) != 'marginal':
-    found['risks'] = risks_by_group(samples, thresholds, kind, plan.target['loss'])
-  return found
 
 
 def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:

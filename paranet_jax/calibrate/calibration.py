@@ -15,15 +15,7 @@ import numpy as np
 
 from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import LatencyCosts, latency_record
-from paranet_jax.calibrate.measures import (
-  exit_facts,
-  fit_temperatures,
-  halves,
-  rank,
-  risks_by_group,
-  summarize,
-  without_labels,
-)
+from paranet_jax.calibrate.measures import fit, halves, measured, needs_halves, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages
@@ -94,7 +86,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   """
   subject = _restore(request)
   request = dataclasses.replace(request, target=_target(request, subject))
-  costs = subject.ms if request.in_ms and subject.ms else subject.macs
+  costs = _costs(subject, request.target.get('unit', 'macs'))
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
   if request.most:
     _check_most(*request.most, _costs(subject, request.most[1]), subject.exits)
@@ -104,13 +96,8 @@ def calibrate(request: Request, command: str) -> Calibrated:
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Promises about answers need images on which nothing else was chosen.
   rest, promised = halves(held_out) if request.promises else (held_out, None)
-  # Risk control needs images that the temperatures were not fitted on.
-  fitted, chosen = halves(rest) if _in_halves(request) else (rest, rest)
-  temperatures = fit_temperatures(request.temperature, fitted)
-  samples = rank(*chosen, request.score, temperatures, costs)
-  if request.risk_of == 'selective':
-    samples = samples._replace(reference=rank(*fitted, request.score, temperatures, costs))
   target = request.target
+  temperatures, reference, chosen, samples = fit(rest, target, request.score, request.temperature, costs)
   if 'budget' in target:  # One in milliseconds may be below the cost of the first exit by rounding.
     target = target | {'budget': max(target['budget'], costs.alone()[0])}
   if request.most:
@@ -124,23 +111,15 @@ def calibrate(request: Request, command: str) -> Calibrated:
   plan = _plan(request, subject, temperatures, choice.thresholds, command)
   if promised:
     plan = with_promises(plan, request, rest, promised, choice.thresholds)
-  # None becomes NaN.
-  path_costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
-  expected = summarize(samples, choice.thresholds, *path_costs)
-  expected['single_best'] = _single_best(plan, expected, costs)
-  expected |= exit_facts(plan, samples, chosen, choice.thresholds) | {'temperature': request.temperature}
+  expected = measured(plan, samples, chosen, choice.thresholds)
+  expected |= {'single_best': _single_best(plan, expected, costs), 'temperature': request.temperature}
   if request.in_ms and request.batch_size:
     expected['measured_ms'] = _measured_ms(plan, subject, dataset.held_out.images, request.batch_size)
-  test_samples = rank(*test, request.score, temperatures, costs)
-  tested = summarize(test_samples, choice.thresholds, *path_costs)
-  tested |= exit_facts(plan, test_samples, test, choice.thresholds)
-  if request.risk_of != 'marginal':
-    for split, measured in ((samples, expected), (test_samples, tested)):
-      measured['risks'] = risks_by_group(split, choice.thresholds, request.risk_of, request.target['loss'])
+  tested = measured(plan, rank(*test, request.score, temperatures, costs), test, choice.thresholds)
   if promised:
     expected |= measured_promises(plan, promised, choice.thresholds)
     tested |= measured_promises(plan, test, choice.thresholds)
-  of_temperature = 0 if request.temperature == 'none' else len(fitted.labels)
+  of_temperature = 0 if request.temperature == 'none' else len(reference.labels)
   splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(test.labels)}
   splits |= {'promises': len(promised.labels)} if promised else {}
   if not dataset.labeled:
@@ -227,7 +206,7 @@ def _restore(request: Request) -> Subject:
       '--reject and --coverage need 4 held-out images or more, half of them for what they promise, found '
       f'{config.data.held_out}; train a new run with a larger --config.data.held_out and another --workdir'
     )
-  if _in_halves(request) and config.data.held_out < 2:
+  if needs_halves(request.target, request.temperature) and config.data.held_out < 2:
     raise UserError(
       'risk control needs 2 held-out images or more, some for the temperatures and some for the thresholds, found 1; '
       'train a new run with a larger --config.data.held_out and another --workdir, or set --temperature=none'
@@ -266,11 +245,6 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
       f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
     )
   return Outputs(logits, np.asarray(split.labels) if task.dataset.labeled else logits[-1].argmax(-1))
-
-
-def _in_halves(request: Request) -> bool:
-  """Whether temperatures (or the order of the tests) and thresholds need images of their own."""
-  return 'risk' in request.target and (request.temperature != 'none' or request.risk_of == 'selective')
 
 
 def _too_few(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:

@@ -70,11 +70,6 @@ class Request:
     """Whether the target is a budget in milliseconds."""
     return self.target.get('unit') == 'ms'
 
-  @property
-  def risk_of(self) -> str:
-    """Of which images a risk is controlled, see `policies.risk.KINDS`."""
-    return self.target.get('of', 'marginal')
-
 
 @dataclasses.dataclass(frozen=True)
 class BundleRequest:

@@ -3,7 +3,8 @@
 K counts the usable exits, N the samples (1 or more), C the classes.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -262,11 +263,61 @@ def _calibration(
   }
 
 
-def exit_facts(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: np.ndarray) -> dict[str, Any]:
-  """`exits`: which samples exit where and how well calibrated; `raised`: what the temperatures make worse there."""
+def measured(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: PerExit) -> dict[str, Any]:
+  """What a plan comes to on a split, besides its promises.
+
+  Args:
+    samples: of `rank`, from the outputs.
+    thresholds: those of the plan, on the confidence scale.
+
+  Returns:
+    That of `summarize`. `exits`: which samples exit where and how well calibrated; `raised`: what the temperatures make
+    worse there. `risks`, if the target is one of each exit or class: see `risks_by_group`.
+  """
+  # None becomes NaN.
+  costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
   rows = exit_rows(samples, *outputs, thresholds, np.array(plan.temperatures))
   rows = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
-  return {'exits': rows, 'raised': raised(rows)}
+  found = summarize(samples, thresholds, *costs) | {'exits': rows, 'raised': raised(rows)}
+  if (kind := plan.target.get('of', 'marginal')) != 'marginal':
+    found['risks'] = risks_by_group(samples, thresholds, kind, plan.target['loss'])
+  return found
+
+
+class Fitted(NamedTuple):
+  """What thresholds are chosen on.
+
+  Attributes:
+    temperatures: one for each exit.
+    reference: what they were fitted on.
+    chosen: what the thresholds are to be chosen on.
+    samples: the same, ranked; for the risk at each exit, with the reference.
+  """
+
+  temperatures: PerExit
+  reference: Outputs
+  chosen: Outputs
+  samples: Samples
+
+
+def fit(outputs: Outputs, target: Mapping[str, Any], score: str, minimized: str, costs: PathCosts) -> Fitted:
+  """Fits the temperatures, on images of their own if `needs_halves`, and ranks the others.
+
+  Args:
+    minimized: one of `flags.TEMPERATURES`.
+    costs: in the unit of the budget.
+  """
+  reference, chosen = halves(outputs) if needs_halves(target, minimized) else (outputs, outputs)
+  temperatures = fit_temperatures(minimized, reference)
+  samples = rank(*chosen, score, temperatures, costs)
+  if target.get('of') == 'selective':
+    samples = samples._replace(reference=rank(*reference, score, temperatures, costs))
+  return Fitted(temperatures, reference, chosen, samples)
+
+
+def needs_halves(target: Mapping[str, Any], minimized: str) -> bool:
+  """Whether temperatures (or the order of the tests) and thresholds need images of their own: to control a risk."""
+  return 'risk' in target and (minimized != 'none' or target.get('of') == 'selective')
 
 
 def fit_temperatures(minimized: str, outputs: Outputs) -> PerExit:

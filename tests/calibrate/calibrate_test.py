@@ -256,9 +256,9 @@ def test_patience_runs_every_exit(workdir):
   ],
 )
 def test_risk_control(workdir, monkeypatch, flags, target):
-  seen, fit, rank = {}, measures.fit_temperature, calibration.rank
+  seen, fit, rank = {}, measures.fit_temperature, measures.rank
   monkeypatch.setattr(measures, 'fit_temperature', lambda *split: seen.setdefault('fit', split) and fit(*split))
-  monkeypatch.setattr(calibration, 'rank', lambda *split: seen.setdefault('rank', split) and rank(*split))
+  monkeypatch.setattr(measures, 'rank', lambda *split: seen.setdefault('rank', split) and rank(*split))
   calibrate(f'--workdir={workdir}', '--risk=0.5', *flags)
   plan = read_plan(workdir)
   assert plan.target == {'risk': 0.5} | target and plan.policy == target['guarantee']
@@ -283,8 +283,8 @@ def test_a_risk_that_cannot_be_promised_keeps_the_full_network(workdir, flags, n
 
 @pytest.mark.parametrize('temperature', ['nll', 'none'])
 def test_the_risk_at_each_early_exit(workdir, monkeypatch, temperature):
-  seen, rank = [], calibration.rank
-  monkeypatch.setattr(calibration, 'rank', lambda *split: seen.append(split) or rank(*split))
+  seen, rank = [], measures.rank
+  monkeypatch.setattr(measures, 'rank', lambda *split: seen.append(split) or rank(*split))
   out = calibrate(f'--workdir={workdir}', '--risk=0.3', '--risk-of=selective', f'--temperature={temperature}')
   plan = read_plan(workdir)
   assert plan.target == {'risk': 0.3, 'delta': 0.1, 'guarantee': 'ltt', 'loss': 'gap', 'of': 'selective'}
