@@ -6,7 +6,6 @@ shapes.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import statistics
@@ -21,11 +20,9 @@ from jax import lax
 from jax.extend import core
 
 from paranet_jax.costs import abstract_variables, largest_operation
-from paranet_jax.host.arguments import cache_folder
-from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import write_json
 from paranet_jax.host.known_faults import VARIABLE
 from paranet_jax.host.machine import cpu_name, machine_key
+from paranet_jax.host.remembered import remember, remembered_file
 from paranet_jax.models.layers import native_dense
 from paranet_jax.models.layers.dense_block import normalize
 from paranet_jax.models.numerics import dense_layers, largest_block
@@ -81,19 +78,14 @@ def dtype_timing(model: Any, image_shape: tuple[int, int, int], batch_size: int)
     None if the network has neither convolutions nor matrix products.
   """
   environment = machine_key(), os.cpu_count(), len(jax.devices()), os.environ.get(VARIABLE), native_dense.version()
-  described = repr((*environment, model.clone(dtype=jnp.float32), image_shape, batch_size))
-  try:
-    file = cache_folder() / 'dtype' / f'{hashlib.sha256(described.encode()).hexdigest()[:16]}.json'
-    with contextlib.suppress(OSError, ValueError, TypeError):  # There is none, or it is damaged.
+  file = remembered_file('dtype', *environment, model.clone(dtype=jnp.float32), image_shape, batch_size)
+  with contextlib.suppress(OSError, ValueError, TypeError):  # There is none, or it is damaged.
+    if file:
       return Timing(**json.loads(file.read_text()))
-  except UserError:
-    file = None  # Without a cache, it is measured at every start.
   timed = programs(model, image_shape, batch_size)
   found = measure(timed) if timed else None
-  if found and file:
-    with contextlib.suppress(OSError):
-      file.parent.mkdir(parents=True, exist_ok=True)
-      write_json(file, found._asdict())
+  if found:
+    remember(file, found._asdict())
   return found
 
 

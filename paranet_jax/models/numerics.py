@@ -4,9 +4,7 @@ A check runs once per jaxlib, processor, XLA flags and shapes, and is remembered
 are known to be wrong, and the flags that avoid it, are in `host/known_faults.py`.
 """
 
-import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError, say
-from paranet_jax.host.files import write_json
 from paranet_jax.host.known_faults import VARIABLE, faults_of, jaxlib_version, wrong_numbers_accepted
 from paranet_jax.host.machine import cpu_name, machine_key
 from paranet_jax.host.native import VARIABLE as NATIVE
+from paranet_jax.host.remembered import remember, remembered_file
 from paranet_jax.models.layers import native_dense
 from paranet_jax.models.layers.backend import SHAPES, backend, compiling_for
 from paranet_jax.models.layers.dense import DenseBlock
@@ -107,24 +104,17 @@ def check_inference(model: Any, image_shape: tuple[int, int, int], batch_size: i
 
 def check_once(model: Any, image_shape: tuple[int, int, int], batch_size: int, train: bool) -> None:
   environment = machine_key(), jax.devices()[0].device_kind, os.environ.get(VARIABLE), native_dense.version()
-  described = repr((*environment, model, image_shape, batch_size, train))
-  key = hashlib.sha256(described.encode()).hexdigest()[:16]
-  try:
-    file = cache_folder() / 'numerics' / f'{key}.json'
-    if file.exists():
-      return
-  except (UserError, OSError):
-    file = None  # Without a cache, it is checked at every start.
+  file = remembered_file('numerics', *environment, model, image_shape, batch_size, train)
+  if file and os.path.exists(file):
+    return
   findings = [measure(program) for program in programs(model, image_shape, batch_size, train)]
   wrong = next((finding for finding in findings if not finding.right), None)
   if wrong:
     if not wrong_numbers_accepted():
       raise UserError(str(wrong))
     say(f'warning: {wrong}')
-  elif file:
-    with contextlib.suppress(OSError):  # It is checked again at the next start.
-      file.parent.mkdir(parents=True, exist_ok=True)
-      write_json(file, {finding.program.name: finding.error for finding in findings})
+  else:
+    remember(file, {finding.program.name: finding.error for finding in findings})
 
 
 def measure(program: Program) -> Finding:
