@@ -2291,11 +2291,9 @@ class _Watching:
       _note(self._watch.line() + ('; no image exits early now' if self._safe else ''))
     return bundle.safe() if self._watch.alarm and self._safe else bundle
 
-  def see(self, answers: Sequence[Prediction], last: bool) -> None:
+  def see(self, answers: Predictions, last: bool) -> None:
     """Sees a wave of answers, the last or not."""
-    self._watch.add(
-      (answer.exit, float(answer.probabilities.max()), int(answer.probabilities.argmax())) for answer in answers
-    )
+    self._watch.see(answers)
     if last:
       self._watch.flush()
 
@@ -2342,13 +2340,13 @@ def _print(
     if watching:
       watching.see(answers, first + WAVE >= len(files))
     sets = iter(_sets(bundle, answers, deadline_ms is not None, names))
-    answers = iter(answers)
+    rows = itertools.starmap(Prediction, zip(*answers, strict=True))
     for file, image in zip(wave, decoded, strict=True):
       if isinstance(image, str):
         _note(f'error: {printable(file)}: {image}')
         unreadable += 1
         continue
-      answer = next(answers)
+      answer = next(rows)
       label = UNKNOWN if answer.unknown else names[answer.label]
       _say(layout.format(printable(file), label, f'{answer.probabilities.max():.3f}', answer.exit) + next(sets))
       exiting[answer.exit] += 1
@@ -2388,23 +2386,22 @@ def _read(file: str, bundle: Adaptive, limits: tuple[int, int]) -> np.ndarray | 
     return read_image(file, side, channels, *limits, bundle.scaling)
 
 
-def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float | None) -> list[Prediction]:
-  if deadline_ms is not None:
-    return [list(bundle.anytime(image, deadline_ms))[-1] for image in images]
+def _predict(bundle: Adaptive, images: Sequence[np.ndarray], deadline_ms: float | None) -> Predictions:
   if not images:
-    return []
-  found = bundle.predict(np.stack(images))
-  return [Prediction(*row) for row in zip(*found, strict=True)]
+    return bundle._empty(0)
+  if deadline_ms is None:
+    return bundle.predict(np.stack(images))
+  answers = [list(bundle.anytime(image, deadline_ms))[-1] for image in images]
+  return Predictions(*map(np.stack, zip(*answers, strict=True)))
 
 
-def _sets(bundle: Adaptive, answers: Sequence[Prediction], any_exit: bool, names: Sequence[str]) -> list[str]:
+def _sets(bundle: Adaptive, answers: Predictions, any_exit: bool, names: Sequence[str]) -> list[str]:
   """The set of each answer, the most probable classes first, as the end of its row."""
-  if bundle.coverage is None or not answers:
-    return [''] * len(answers)
-  columns = Predictions(*map(np.stack, zip(*answers, strict=True)))
+  if bundle.coverage is None:
+    return [''] * len(answers.labels)
   texts = []
-  for row, answer in zip(bundle.sets(columns, any_exit), answers, strict=True):
-    held = [names[label] for label in ranked_classes(row, answer.probabilities)]
+  for row, probabilities in zip(bundle.sets(answers, any_exit), answers.probabilities, strict=True):
+    held = [names[label] for label in ranked_classes(row, probabilities)]
     texts.append('  ' + ', '.join(held[:_NAMED]) + (f' and {len(held) - _NAMED:,} more' if len(held) > _NAMED else ''))
   return texts
 
