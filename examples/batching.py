@@ -84,7 +84,7 @@ def _time_stages(bundle: Any, size: int) -> dict[int, float]:
 @dataclasses.dataclass(eq=False, slots=True)
 class Waiting:
   """An image in the service. number: the exit that it waits for; last: the last one that it may reach; ahead: images
-  admitted before it and not answered when it was submitted; hurried: its deadline left time for one stage."""
+  admitted before it and not answered when it was submitted; free: its request has neither a deadline nor a budget."""
 
   image: np.ndarray
   arrived: float
@@ -95,7 +95,7 @@ class Waiting:
   carried: dict[str, np.ndarray] | None = None
   reached: tuple[int | None, float, int, list[int] | None] | None = None
   ahead: int = 0
-  hurried: bool = False
+  free: bool = True
   answer: Future = dataclasses.field(default_factory=Future)
 
 
@@ -230,7 +230,7 @@ class Scheduler:
     """
     sample = Waiting(image, arrived, last, deadline, min(deadline, arrived + self._patience), self._timings.visited[0])
     sample.answer.set_running_or_notify_cancel()
-    sample.ahead = max(self.inside - 1, 0)
+    sample.ahead, sample.free = max(self.inside - 1, 0), last == self._timings.visited[-1] and deadline == math.inf
     with self._changed:
       if self._closing:
         raise Full
@@ -290,7 +290,6 @@ class Scheduler:
       self._answer(sample)
     else:
       sample.last, sample.deadline, sample.due = sample.number, math.inf, sample.arrived + self._patience
-      sample.hurried = True
 
   def _choose(self, now: float) -> int:
     first = min(self._waiting(), key=lambda sample: sample.due)
@@ -324,16 +323,16 @@ class Scheduler:
     runs.seconds += time.perf_counter() - started
     for row, sample in enumerate(chosen):
       label = None if unknown[row] else int(found.labels[row])
-      sample.reached = label, float(found.probabilities[row].max()), number, held[row]
+      probabilities = found.probabilities[row]
+      sample.reached = label, float(probabilities.max()), number, held[row]
       if leave[row] or number == sample.last:
-        if self.watch and self._is_free(sample):
-          probabilities = found.probabilities[row]
+        if self.watch and sample.free:
           self._seen.append((number, float(probabilities.max()), int(probabilities.argmax())))
         self._answer(sample)
       else:  # A list of rows copies them; a view would keep the whole batch in memory.
         sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
         self._pools[sample.number].append(sample)
-    if len(self._seen) >= self.watch.BLOCK if self.watch else False:
+    if self.watch and len(self._seen) >= self.watch.BLOCK:
       self._watched()
 
   def _watched(self) -> None:
@@ -357,17 +356,13 @@ class Scheduler:
     if self._safe:
       self._bundle = self._bundle.safe()
 
-  def _is_free(self, sample: Waiting) -> bool:
-    """Whether its request has neither a deadline nor a budget."""
-    return sample.last == self._timings.visited[-1] and sample.deadline == math.inf and not sample.hurried
-
   def _sets(self, found: Any, chosen: Sequence[Waiting]) -> list[list[int] | None]:
     """The set of each answer, as is valid under the deadline or budget of its request."""
     if getattr(self._bundle, 'coverage', None) is None:
       return [None] * len(chosen)
     calibrated, capped = (self._bundle.sets(found, any_exit) for any_exit in (False, True))
     return [
-      self._runtime.ranked_classes((calibrated if self._is_free(sample) else capped)[row], found.probabilities[row])
+      self._runtime.ranked_classes((calibrated if sample.free else capped)[row], found.probabilities[row])
       for row, sample in enumerate(chosen)
     ]
 
