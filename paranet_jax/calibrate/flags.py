@@ -21,9 +21,31 @@ _BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms)?', re.
 _POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+  """What the flags ask for with and without `--bundle`.
+
+  Attributes:
+    temperature: one of TEMPERATURES.
+    reject: the most errors among answered images, as a share; None: every image is answered.
+    delta: how often that may be missed.
+    coverage: of sets of classes; None: there are none.
+  """
+
+  temperature: str
+  reject: float | None
+  delta: float
+  coverage: float | None
+
+  @property
+  def promises(self) -> bool:
+    """Whether answers or sets are calibrated, which needs images of its own."""
+    return (self.reject, self.coverage) != (None, None)
+
+
 @dataclasses.dataclass(frozen=True)
-class Request:
-  """What the flags ask for.
+class Request(_Request):
+  """What the flags ask for without `--bundle`.
 
   Attributes:
     workdir: absolute.
@@ -34,11 +56,7 @@ class Request:
     compilation_cache, accept_wrong_numbers: as the flags (see `machine.start_jax`).
     data_dir: folder of the data set; None: as the run says.
     accept_data_changes: the data may have other classes or labels than the run learned.
-    temperature: one of TEMPERATURES.
     explicit: keys of the target that flags of the policy gave, and not their defaults.
-    reject: the most errors among answered images, as a share; None: every image is answered.
-    delta: how often that may be missed.
-    coverage: of sets of classes; None: there are none.
     most: what each image may cost, and its unit, 'macs' or 'ms'; None: as much as the last exit.
   """
 
@@ -53,17 +71,8 @@ class Request:
   data_dir: Path | None = None
   accept_data_changes: bool = False
   accept_wrong_numbers: bool = False
-  temperature: str = 'nll'
   explicit: frozenset[str] = frozenset()
-  reject: float | None = None
-  delta: float = 0.1
-  coverage: float | None = None
   most: tuple[float, str] | None = None
-
-  @property
-  def promises(self) -> bool:
-    """Whether answers or sets are calibrated, which needs images of its own."""
-    return (self.reject, self.coverage) != (None, None)
 
   @property
   def in_ms(self) -> bool:
@@ -72,14 +81,13 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class BundleRequest:
+class BundleRequest(_Request):
   """What the flags ask for with `--bundle`.
 
   Attributes:
     bundle, images: absolute.
     out: folder to write; None: beside the bundle.
     target, policy: as of `Request`; None: those that the bundle was calibrated with.
-    temperature, reject, delta, coverage, promises: as of `Request`.
   """
 
   bundle: Path
@@ -87,15 +95,6 @@ class BundleRequest:
   out: Path | None
   target: dict[str, Any] | None
   policy: Policy | None
-  temperature: str = 'nll'
-  reject: float | None = None
-  delta: float = 0.1
-  coverage: float | None = None
-
-  @property
-  def promises(self) -> bool:
-    """Whether answers or sets are calibrated."""
-    return (self.reject, self.coverage) != (None, None)
 
 
 def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
@@ -112,16 +111,10 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
   given = _parser().parse_args(argv)
   if given.bundle is not None:
     return _of_bundle(given)
-  _check_run(given)
-  kind = next(name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None)
-  if given.threshold is not None:
-    _check_threshold(given.threshold, given.score)
-  policy, batch_size = _policy(given, kind), given.batch_size
-  target = given.budget or {kind: getattr(given, kind)}
+  kind = _check_run(given)
+  (policy, target), batch_size = _aim(given, kind), given.batch_size
   if given.reject is not None and given.score == 'patience':
     raise UserError('--reject needs a score that ranks images, found --score=patience; leave one of them out')
-  if kind == 'risk':
-    target['guarantee'] = policy.name
   most = _most(given, kind)
   if most:
     target[f'max_{most[1]}'] = most[0]
@@ -141,13 +134,30 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     data_dir=given.data_dir,
     accept_data_changes=given.accept_data_changes,
     accept_wrong_numbers=given.accept_wrong_numbers,
-    temperature=given.temperature,
     explicit=frozenset(flag.key for flag in _policy_flags() if getattr(given, flag.name.replace('-', '_')) is not None),
-    reject=given.reject,
-    delta=0.1 if given.delta is None else given.delta,
-    coverage=given.coverage,
     most=most,
+    **_promised(given),
   )
+
+
+def _kind(given: argparse.Namespace) -> str | None:
+  """The target that is given, of which there is at most one."""
+  return next((name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None), None)
+
+
+def _aim(given: argparse.Namespace, kind: str) -> tuple[Policy, dict[str, Any]]:
+  """The policy and the target, without the values of the policy's own flags."""
+  if given.threshold is not None:
+    _check_threshold(given.threshold, given.score)
+  policy = _policy(given, kind)
+  target = given.budget or {kind: getattr(given, kind)}
+  return policy, target | ({'guarantee': policy.name} if kind == 'risk' else {})
+
+
+def _promised(given: argparse.Namespace) -> dict[str, Any]:
+  """The attributes of `_Request`."""
+  delta = 0.1 if given.delta is None else given.delta
+  return {'temperature': given.temperature, 'reject': given.reject, 'delta': delta, 'coverage': given.coverage}
 
 
 def _most(given: argparse.Namespace, kind: str) -> tuple[float, str] | None:
@@ -177,15 +187,17 @@ def _parse_ms(text: str) -> float:
   return parse_budget(text if text.lower().endswith('ms') else f'{text}ms')['budget']
 
 
-def _check_run(given: argparse.Namespace) -> None:
-  """Rejects what belongs to `--bundle`, and what it lacks."""
+def _check_run(given: argparse.Namespace) -> str:
+  """Rejects what belongs to `--bundle`, and what it lacks; returns the `_kind`."""
   for name in ('images', 'out'):
     if getattr(given, name) is not None:
       raise UserError(f'--{name} belongs to --bundle; set --bundle, or leave out --{name}')
   if given.workdir is None:
     raise UserError('the following arguments are required: --workdir; see --help')
-  if (given.budget, given.risk, given.threshold) == (None, None, None):
+  kind = _kind(given)
+  if kind is None:
     raise UserError('one of the arguments --budget --risk --threshold is required; see --help')
+  return kind
 
 
 _OF_RUNS = (
@@ -208,17 +220,12 @@ def _of_bundle(given: argparse.Namespace) -> BundleRequest:
       raise UserError(f'--{flag} belongs to --workdir, found --bundle; leave one of them out')
   if given.images is None:
     raise UserError('--bundle needs images to calibrate on, found none; set --images to a folder')
-  kinds = [name for name in ('budget', 'risk', 'threshold') if getattr(given, name) is not None]
   target = policy = None
-  if kinds:
-    (kind,) = kinds
-    if given.threshold is not None:
-      _check_threshold(given.threshold, given.score)
-    policy = _policy(given, kind)
-    target = given.budget or {kind: getattr(given, kind)}
+  if kind := _kind(given):
+    policy, target = _aim(given, kind)
     if target.get('unit') == 'ms':
       raise UserError('--budget in milliseconds needs the run, found --bundle; set multiply-adds, or --workdir')
-    target = target | ({'guarantee': policy.name} if kind == 'risk' else {}) | _options(given, policy)
+    target = target | _options(given, policy)
   elif (given.policy, given.guarantee) != (None, None):
     raise UserError('--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out')
   return BundleRequest(
@@ -227,10 +234,7 @@ def _of_bundle(given: argparse.Namespace) -> BundleRequest:
     out=given.out and absolute(given.out),
     target=target,
     policy=policy,
-    temperature=given.temperature,
-    reject=given.reject,
-    delta=0.1 if given.delta is None else given.delta,
-    coverage=given.coverage,
+    **_promised(given),
   )
 
 
