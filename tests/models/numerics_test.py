@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from killing import run
 from running import TINY
@@ -122,3 +123,26 @@ def test_networks_without_dense_blocks_are_checked_too():
 class OneLayer:
   def init(self, key, images):
     return jax.tree.map(jnp.mean, images)
+
+
+def test_no_relu_reads_a_value_that_rounding_could_flip():
+  """Without it, two layers at the shape of the quickstart have a flip, which looks like wrong numbers."""
+  x = np.random.default_rng(1).normal(size=(32, 16, 16, 24)).astype(np.float32)
+  drawn = numerics.drawn_layers(np.random.default_rng(2), 24, layers=2, growth_rate=12, bn_size=4)
+  nearest, values = [], x.astype(np.float64)
+  cleared = numerics.clear_of_zero(x, drawn)
+  for layer, before in zip(cleared, drawn, strict=True):
+    read = values * layer.scale1 + layer.shift1
+    product = np.maximum(read, 0) @ layer.kernel1
+    z = (product - product.mean((0, 1, 2))) / np.sqrt(product.var((0, 1, 2)) + 1e-5) * layer.scale2 + layer.shift2
+    nearest += [np.abs(read).min(), np.abs(z).min()]
+    np.testing.assert_allclose(layer.shift1, before.shift1, atol=0.1)
+    np.testing.assert_allclose(layer.shift2, before.shift2, atol=0.1)
+    y = sum(
+      np.pad(np.maximum(z, 0), ((0, 0), (1, 1), (1, 1), (0, 0)))[:, i : i + 16, j : j + 16] @ layer.kernel2[i, j]
+      for i in range(3)
+      for j in range(3)
+    )
+    y = (y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-5)
+    values = np.concatenate([values, y], -1)
+  assert min(nearest) > 5e-6  # Values are of order 1, and float32 has errors of about 1e-6 here.
