@@ -158,6 +158,8 @@ def test_a_finished_run_teaches(whole, tmp_path):
     ((), 'loss.teacher_run must be the folder of a finished run, and {run} has no summary.json; set --config.loss.tea'),
     (('--config.data.name=cifar10',), 'loss.teacher_run {run} learned from data.name digits, found cifar10; set --con'),
     (('--config.model.growth_rate=3',), 'loss.teacher_run {run} is another network: '),
+    # The shapes are the same.
+    (('--config.model.entry_pool=avg',), 'loss.teacher_run {run} is another network: model.entry_pool is max there'),
   ],
 )
 def test_a_run_that_cannot_teach(whole, tmp_path, fields, message):

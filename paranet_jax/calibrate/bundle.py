@@ -25,6 +25,7 @@ from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, w
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies import find_policy
+from paranet_jax.early.policies.cap import choose_within
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_object, write_json
 from paranet_jax.portable import run as runtime
@@ -66,6 +67,8 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   out = request.out or _next_version(request.bundle)
   if os.path.lexists(out):
     raise UserError(f'expected no {out}, found something there; set --out to another folder')
+  if request.reject is not None and before.score == 'patience':
+    raise UserError('--reject needs a score that ranks images, found a bundle that exits by patience; leave it out')
   target, policy = _target(request, before)
   outputs, labeled = _read(bundle, request.images)
   if not labeled:
@@ -80,7 +83,10 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   _check_budget(target, all_macs)
   rest, kept = halves(outputs)
   temperatures, reference, chosen, samples = fit(rest, target, before.score, request.temperature, costs)
-  choice = policy.choose(samples, target)
+  if 'max_macs' in target:
+    choice = choose_within(policy, samples, target, target['max_macs'], costs)
+  else:
+    choice = policy.choose(samples, target)
   plan = dataclasses.replace(
     before,
     policy=policy.name,
@@ -111,7 +117,8 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   old = measured(before, rank(*kept, before.score, np.array(before.temperatures), costs), kept, _thresholds(before))
   if not labeled:
     expected, tested, old = map(without_labels, (expected, tested, old))
-  splits = {'temperature': len(reference.labels), 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
+  of_temperature = 0 if request.temperature == 'none' else len(reference.labels)
+  splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
   splits |= {'promises': len(kept.labels)} if request.promises else {}
   seen = what_was_seen(plan, chosen, kept, choice.thresholds, labeled)
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen)
@@ -175,9 +182,10 @@ def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], A
       'set --budget, --risk or --threshold'
     )
   target = {key: value for key, value in before.target.items() if key not in ('too_few', 'needed')}
-  if target.get('unit') == 'ms':
+  if target.get('unit') == 'ms' or 'max_ms' in target:
+    what = 'budget' if target.get('unit') == 'ms' else 'limit'
     raise UserError(
-      'expected a target that can be met without the run, found a budget in milliseconds; '
+      f'expected a target that can be met without the run, found a {what} in milliseconds; '
       'set --budget to multiply-adds, --risk or --threshold'
     )
   return target, policy
@@ -191,6 +199,11 @@ def _without_labels(request: BundleRequest, target: dict[str, Any]) -> dict[str,
 
 
 def _check_budget(target: dict[str, Any], all_macs: Sequence[int]) -> None:
+  if target.get('max_macs', math.inf) < all_macs[0]:
+    raise UserError(
+      f'expected a limit of at least {all_macs[0] / 1e6:.10g}M, the first exit in the bundle, found '
+      f'{target["max_macs"] / 1e6:.10g}M in exits.json; set --budget, --risk or --threshold'
+    )
   if 'budget' in target and not all_macs[0] <= target['budget'] <= all_macs[-1]:
     low, high = (f'{each / 1e6:.10g}M' for each in (all_macs[0], all_macs[-1]))
     raise UserError(

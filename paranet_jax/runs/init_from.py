@@ -57,7 +57,7 @@ def check_backbone(config: ConfigDict, workdir: Path) -> None:
     _read_pytorch(run, config)
     return
   check_finished(run, 'init_from')
-  if difference := backbone_difference(config, run) or _other_function(restore_config(run).model, config.model):
+  if difference := backbone_difference(config, run):
     raise UserError(
       f'the backbone of init_from {run} does not fit: {difference}; '
       f'set --config to the network of {run / CONFIG}, or --config.init_from'
@@ -76,11 +76,12 @@ def check_finished(run: Path, field: str) -> None:
 
 
 def backbone_difference(config: ConfigDict, run: Path) -> str | None:
-  """Where the shapes of a run's variables outside its exits differ from those of a configuration; None: nowhere."""
+  """Where a run's backbone, by its shapes or by what it computes, differs from a configuration's; None: nowhere."""
   with Checkpoints(run) as checkpoints:
     _, saved = checkpoints.read_chosen(Checkpoints.choose, checkpoints.shapes)
   wanted = shapes_by_path(abstract_variables(build_model(config, num_classes=2), image_shape(config)))
-  return shape_difference(_backbone_paths(saved), _backbone_paths(wanted))
+  difference = shape_difference(_backbone_paths(saved), _backbone_paths(wanted))
+  return difference or _other_function(restore_config(run).model, config.model)
 
 
 _OF_THE_FUNCTION = ('arch', 'block', 'shortcut_padding', 'entry_pool', 'entry_order')

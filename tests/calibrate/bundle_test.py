@@ -117,6 +117,19 @@ def test_by_the_target_of_the_bundle_and_without_labels(whole, folder):
   assert plan.temperatures[2] == 1.0  # It always agrees with itself.
 
 
+def test_a_limit_of_the_bundle_still_holds(whole, tmp_path):
+  write(tmp_path / 'tiny', ExitPlan(**vars(PLAN) | {'target': {'threshold': 0.6, 'max_macs': 2e7}}))
+  calibrate(tmp_path, whole / 'labeled')
+  plan = read_plan(tmp_path / 'tiny-2')
+  assert plan.target == {'threshold': 0.6, 'max_macs': 2e7} and plan.thresholds[1] == 0
+  assert run.load(tmp_path / 'tiny-2').predict(IMAGES).macs.max() == 20e6
+
+
+def test_no_temperatures_leave_no_images_for_them(whole, folder):
+  calibrate(folder, whole / 'labeled', '--temperature=none')
+  assert read_plan(folder / 'tiny-2').splits == {'temperature': 0, 'thresholds': 40, 'test': 40}
+
+
 def test_promises_of_a_bundle(whole, folder):
   out = calibrate(folder, whole / 'labeled', '--threshold=0.99', '--reject=0.5', '--coverage=0.8')
   plan, bundle = read_plan(folder / 'tiny-2'), run.load(folder / 'tiny-2')
@@ -206,6 +219,14 @@ def test_what_is_refused(whole, folder, flags, message):
       {'policy': 'optimal', 'target': {'budget': 2.0, 'unit': 'ms'}},
       'expected a target that can be met without the run, found a budget in milliseconds; set --budget to ',
     ),
+    (
+      {'target': {'threshold': 0.6, 'max_ms': 2.0}},
+      'expected a target that can be met without the run, found a limit in milliseconds; set --budget to ',
+    ),
+    (
+      {'target': {'threshold': 0.6, 'max_macs': 5e6}},
+      'expected a limit of at least 10M, the first exit in the bundle, found 5M in exits.json; set --budget, ',
+    ),
   ],
 )
 def test_bundles_whose_target_cannot_be_met_again(whole, tmp_path, change, message):
@@ -221,6 +242,8 @@ def test_a_policy_that_does_not_suit_the_score(whole, tmp_path):
   assert found == (
     '--policy=optimal does not go with the score of the bundle, patience; set another --policy or target'
   )
+  found, _ = refusal(tmp_path, f'--bundle={tmp_path / "tiny"}', f'--images={whole / "labeled"}', '--reject=0.1')
+  assert found == '--reject needs a score that ranks images, found a bundle that exits by patience; leave it out'
 
 
 def test_images_of_no_class_and_unreadable_ones(whole, folder):

@@ -3,6 +3,7 @@
 Accuracies are percentages on the test images. Standard deviations are over seeds, with n - 1; None for a single seed.
 """
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,7 +184,9 @@ def _run(run: QueuedRun, state: RunState, record: RunRecord | None, workdir: Pat
   summary = state.summary or {}
   return {
     'run': run.name,
-    'command': ' '.join(['python -m paranet_jax.main', *run.arguments, f'--workdir={workdir.name}/runs/{run.name}']),
+    'command': shlex.join(
+      ['python', '-m', 'paranet_jax.main', *run.arguments, f'--workdir={workdir.name}/runs/{run.name}']
+    ),
     'epoch': state.epoch,
     'finished': record.finished if record else '',
     'code': record.code if record else '',

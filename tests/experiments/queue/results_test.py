@@ -1,6 +1,7 @@
 """Tests of what a queue tells: its table, estimated times and results, against numbers computed by hand."""
 
 import re
+import shlex
 
 import pytest
 from queues import FakeQueue, write_run
@@ -44,6 +45,18 @@ def queue(tmp_path):
   path = fake.workdir / 'runs' / 'better-s1' / 'metrics.jsonl'
   path.write_text(path.read_text().replace('0.15', '0.5'))
   return fake
+
+
+def test_commands_are_for_a_shell(tmp_path):
+  fake = FakeQueue(tmp_path, QUEUE.replace("data.name = 'digits'", "data.name = 'digits', loss.exit_weights = [10]"))
+  read = read_queue(fake.path)
+  for run in read.runs:
+    fake.write(run.name, 2)
+  found = results(read, fake.workdir, {})
+  for run, told in zip(read.runs, found['runs'], strict=True):
+    assert any('(' in argument for argument in run.arguments)
+    workdir = f'--workdir={fake.workdir.name}/runs/{run.name}'
+    assert shlex.split(told['command']) == ['python', '-m', 'paranet_jax.main', *run.arguments, workdir]
 
 
 def test_results(queue):
