@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from paranet_jax.host.machine import use_compilation_cache
+
 TESTS = Path(__file__).resolve().parent
 
 # The dearest files, which start first so that no process is left with one in the end. Those of the first line start
@@ -37,15 +39,28 @@ DEAREST = (
 ENOUGH = 1_500_000_000
 """Bytes of memory from which a process gives back what jax keeps."""
 
+FULL = 500_000_000
+"""Bytes of compiled programs after which they are compiled anew."""
+
 if jax.__version_info__ < (0, 11):  # XLA aborts if a later version does not know a flag; it compiles four times faster.
   quick = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
   os.environ['XLA_FLAGS'] = f'{quick} {os.environ.get("XLA_FLAGS", "")}'
 jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu'))
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_disable_most_optimizations', True)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # Or a program's key would depend on the folder.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Processes of pytest-xdist ignore Control-C.
+
+
+def pytest_sessionstart(session):
+  """Empties the cache of compiled programs when most of it must be old."""
+  if 'PYTEST_XDIST_WORKER' not in os.environ and session.config.pluginmanager.has_plugin('cacheprovider'):
+    folder = session.config.cache.mkdir('compiled')
+    if sum(path.stat().st_size for path in folder.rglob('*-cache')) > FULL:
+      shutil.rmtree(folder)
 
 
 def pytest_collection_finish():
@@ -105,10 +120,16 @@ def _resident() -> int:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def cache_dir(tmp_path_factory):
-  """Keeps decoded data sets away from the user's own cache."""
+def cache_dir(tmp_path_factory, pytestconfig):
+  """Keeps decoded data sets away from the user's own cache, and what is compiled for the next run of the suite."""
+  folder = tmp_path_factory.mktemp('cache')
+  if pytestconfig.pluginmanager.has_plugin('cacheprovider'):
+    for kept in ('compiled', 'native'):
+      (folder / kept).symlink_to(pytestconfig.cache.mkdir(kept))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('PARANET_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
+    patch.setenv('PARANET_CACHE_DIR', str(folder))
+    patch.setenv('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')
+    use_compilation_cache()
     yield
 
 

@@ -21,6 +21,9 @@ OFF = 'off'
 
 _FEATURES = 'flags', 'Features'  # On x86 and on ARM.
 
+_OF_JAX = 1.0
+"""Seconds that a compilation must take for jax to keep it, unless the user says otherwise."""
+
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib has no stubs.
 
 
@@ -60,7 +63,9 @@ def use_compilation_cache(folder: str | None = None) -> Path | None:
     return None  # Training works without a cache.
   warnings.filterwarnings('ignore', 'Error writing persistent compilation cache')  # As on a full disk.
   jax.config.update('jax_compilation_cache_dir', str(path))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  settings: Any = jax.config  # jax defines their names when it runs.
+  if settings.jax_persistent_cache_min_compile_time_secs == _OF_JAX:
+    settings.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   return path
 
 

@@ -54,7 +54,10 @@ def test_a_broken_entry_is_compiled_again(tmp_path):
 
 def test_folder(tmp_path, monkeypatch, restored_settings):
   monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path))
-  assert use_compilation_cache() == tmp_path / 'compiled' / machine_key()
+  for before, after in ((1.0, 0.1), (5.0, 5.0)):  # The default of jax, and a user's own.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', before)
+    assert use_compilation_cache() == tmp_path / 'compiled' / machine_key()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == after
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'compiled' / machine_key())
   assert use_compilation_cache(str(tmp_path / 'other')) == tmp_path / 'other' / machine_key()
   assert use_compilation_cache('off') is None
