@@ -43,6 +43,10 @@ BOUNDS = {
   'model.initial_channels': ((0, -1), (1,)),
   'model.growth_factors': (((0, 1), (1.0, 2), (True, 2)), ((1,), (1, 2, 4))),
   'model.bottleneck_factors': (((0, 1), (1.5, 2)), ((1,), (1, 2, 4))),
+  'model.scales': (((0, 1), (1.0, 2), (1, 31)), ((1,), (1, 2, 3, 3))),
+  'model.base_blocks': ((0, -1), (1,)),
+  'model.block_step': ((0, -1), (1,)),
+  'model.fusion': ((0.0, 1.0, math.nan), (0.01, 0.99)),
   'model.reduction': ((0.0, 1.1, math.nan), (0.5, 1.0)),
   'model.columns': ((1, 0, 13), (2, 4, 12)),
   'model.widths': (((0, 1), (1.0,)), ((1,), (64, 128))),
@@ -192,6 +196,7 @@ def test_the_bound_on_parameters_is_below_them(family):
   config = base_config('PN2-dd' if family == 'paranet' else family, family)
   config.model.image_side = 64
   small = {'growth_rate': 3, 'layers_per_block': 2, 'depth': 20 if family == 'resnet' else 22}
+  small |= {'growth_rate': 4} if family == 'ranet' else {}  # A fourth of it must be 1 or more.
   small |= {'initial_channels': 1, 'base': 2, 'num_blocks': 3}
   for fields in (small, {'growth_rate': 12, 'initial_channels': 16}):
     config.model.update({name: value for name, value in fields.items() if name in config.model})

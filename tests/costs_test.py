@@ -21,6 +21,7 @@ from paranet_jax.models.densenet import DenseNet
 from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.msdnet import MSDNet
 from paranet_jax.models.paranet import ParaNet
+from paranet_jax.models.ranet import RANet
 from paranet_jax.models.resnet import ResNet
 
 
@@ -180,6 +181,7 @@ MODELS = {
   'resnet_mc': ResNet(depth=62, exits=(4, 8)),
   'msdnet_anytime': MSDNet(num_blocks=10),
   'msdnet_budgeted': MSDNet(num_blocks=5, step_mode='lin_grow', step=1, base=1),
+  'ranet_anytime': RANet(),
   'fractalnet_20': FractalNet(dropout=(0.0, 0.1, 0.2, 0.3, 0.4)),
   'adopted': AdoptedNetwork(arch='cifar_resnet56', exits=('layer1', 'layer2', 'layer3.4')),
 }

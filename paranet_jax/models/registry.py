@@ -135,6 +135,24 @@ _MSDNET: Fields = {
   'reduction': Field(0.5, FRACTION),  # Share of the channels that a transition keeps: above 0, at most 1.
 }
 
+_RANET: Fields = {
+  # Scale of each sub-network, the coarsest first: 1 has the least side, each other one twice that of the one before.
+  'scales': Field((1, 2, 3, 3), tuple_of(int, 1, 30)),
+  # One per sub-network: multiply initial_channels and growth_rate.
+  'growth_factors': Field((4, 2, 1, 1), tuple_of(int, 1, 1000)),
+  # One per sub-network: width of a 1x1 convolution that reads it, in multiples of what its path adds.
+  'bottleneck_factors': Field((4, 2, 1, 1), tuple_of(int, 1, 1000)),
+  'base_blocks': Field(2, at_least(1, 1000)),  # Blocks of the first sub-network, each with an exit.
+  'block_step': Field(2, at_least(1, 1000)),  # Blocks that each further sub-network adds, each with an exit.
+  'step_mode': Field('even', one_of('even', 'lin_grow')),  # Blocks have `step` layers, or block n has n times as many.
+  'step': Field(4, at_least(1, 1000)),  # Layers.
+  'initial_channels': _MSDNET['initial_channels'],  # Channels of the first convolutions, times the growth factor.
+  'growth_rate': _MSDNET['growth_rate'],  # Channels that a layer adds, times the growth factor.
+  # Share of the channels of a layer that come from the sub-network before: between 0 and 1.
+  'fusion': Field(0.25, Rule(lambda value: 0 < value < 1, 'between 0 and 1')),
+  'reduction': _MSDNET['reduction'],  # Share of the channels that a transition keeps: above 0, at most 1.
+}
+
 _FRACTALNET: Fields = {
   # C: blocks have 2^(C - 1) rows; the exits are each column and the whole network.
   'columns': Field(3, at_least(2, 12)),
@@ -203,6 +221,11 @@ _BUILT_IN = (
     *('msdnet', 'configs/msdnet_anytime.py', 'paranet_jax.models.msdnet:from_fields', _MSDNET),
     fix='num_blocks, .growth_rate, .growth_factors, .bottleneck_factors or .image_side',
     least=lambda fields: (9 * fields['base'] * fields['growth_rate'] ** 2, 0),
+  ),
+  Family(
+    *('ranet', 'configs/ranet_anytime.py', 'paranet_jax.models.ranet:from_fields', _RANET),
+    fix='scales, .growth_factors, .bottleneck_factors, .fusion or .image_side',
+    least=lambda fields: (6.75 * fields['step'] * fields['growth_rate'] ** 2, 0),
   ),
   Family(
     *('fractalnet', 'configs/fractalnet_20.py', 'paranet_jax.models.fractalnet:from_fields', _FRACTALNET),

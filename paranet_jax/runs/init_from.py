@@ -84,7 +84,7 @@ def backbone_difference(config: ConfigDict, run: Path) -> str | None:
   return difference or _other_function(restore_config(run).model, config.model)
 
 
-_OF_THE_FUNCTION = ('arch', 'block', 'shortcut_padding', 'entry_pool', 'entry_order')
+_OF_THE_FUNCTION = ('arch', 'block', 'shortcut_padding', 'entry_pool', 'entry_order', 'scales')
 """Fields that change what a backbone computes, but not the shapes of its parameters."""
 
 

@@ -66,6 +66,7 @@ MODELS = {
   'preact-resnet': lambda: of_family('resnet', block='preactivation', shortcut_padding='both_sides'),
   'resnet of bottlenecks': lambda: of_family('resnet', block='bottleneck', depth=11),
   'msdnet': lambda: of_family('msdnet'),
+  'ranet': lambda: of_family('ranet', step=2),
   'fractalnet': lambda: of_family('fractalnet'),
   'adopted': lambda: of_family('adopted', arch='cifar_resnet20', exits='layer1.0,layer2.0', head='conv'),
   'ensemble': lambda: Ensemble(

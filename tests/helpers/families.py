@@ -19,6 +19,13 @@ RUNS = {
     ),
     2,
   ),
+  'ranet_anytime': (
+    (
+      *('model.scales=(1,2)', 'model.growth_factors=(2,1)', 'model.bottleneck_factors=(2,1)', 'model.step=2'),
+      *('model.base_blocks=1', 'model.block_step=1', 'model.initial_channels=8'),
+    ),
+    2,
+  ),
   'fractalnet_20': (('model.columns=2', 'model.widths=(8,8)', 'model.block_dropout=(0.0,0.1)'), 3),
 }
 

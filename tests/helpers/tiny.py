@@ -26,6 +26,10 @@ FAMILIES = {
     **{'num_blocks': 2, 'base': 1, 'step': 1, 'initial_channels': 2, 'image_side': 8},
     **{'growth_factors': (1, 2), 'bottleneck_factors': (1, 2)},
   },
+  'ranet': {
+    **{'scales': (1, 2), 'growth_factors': (2, 1), 'bottleneck_factors': (2, 1), 'base_blocks': 1, 'block_step': 1},
+    **{'step': 1, 'initial_channels': 2, 'growth_rate': 4, 'image_side': 8},
+  },
   'fractalnet': {'columns': 2, 'widths': (2, 3), 'image_side': 8},
   'adopted': {'arch': 'cifar_resnet20', 'image_side': 8},
 }

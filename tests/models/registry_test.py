@@ -52,6 +52,19 @@ FIELDS = {
     'bottleneck_factors': ((1, 1), {'initial_channels': 16}),
     'reduction': (0.7, {'base': 3}),
   },
+  'ranet': {
+    'scales': ((1, 1), {}),
+    'growth_factors': ((3, 1), {}),
+    'bottleneck_factors': ((1, 1), {'initial_channels': 16}),
+    'base_blocks': (2, {}),
+    'block_step': (2, {}),
+    'step_mode': ('lin_grow', {}),
+    'step': (2, {}),
+    'initial_channels': (3, {}),
+    'growth_rate': (8, {}),
+    'fusion': (0.5, {}),
+    'reduction': (0.7, {}),
+  },
   'fractalnet': {
     'columns': (3, {}),
     'widths': ((2, 4), {}),
@@ -127,7 +140,7 @@ def test_an_unknown_family_is_refused():
   with pytest.raises(UserError) as error:
     base_config('VGG', 'vgg')
   assert str(error.value) == (
-    'family of base_config must be one of paranet, densenet, resnet, msdnet, fractalnet, adopted, '
+    'family of base_config must be one of paranet, densenet, resnet, msdnet, ranet, fractalnet, adopted, '
     "found 'vgg'; fix --config"
   )
 
