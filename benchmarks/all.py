@@ -133,13 +133,16 @@ def early_exit(result: Result) -> str:
 
 
 def deploy(result: Result) -> str:
-  """Images a second in batches of 64, and milliseconds for one image, by runtime; then start, memory and size."""
+  """Images a second in batches of 64, milliseconds and joules for one image by runtime; then start, memory and size."""
   runtimes = list(result['runtimes'])
   cells = {(row['what'], row['peer']): row for row in result['rows']}
   points = list(dict.fromkeys(row['what'] for row in result['rows']))
+  measured = [('images_per_s', 'images/s'), ('one_image_ms', 'ms for one image')]
+  if all(row.get('one_image_joules') is not None for row in result['rows']):
+    measured.append(('one_image_joules', 'J for one image'))
   lines = [
     [f'{point}, {unit}', *(_number(cells[point, runtime][value]) for runtime in runtimes)]
-    for value, unit in (('images_per_s', 'images/s'), ('one_image_ms', 'ms for one image'))
+    for value, unit in measured
     for point in points
   ]
   for value, what in (('start_s', 'start, s'), ('peak_mb', 'peak memory, MB'), ('size_mb', 'size, MB')):

@@ -4,7 +4,8 @@
 every exit (with those before it, and nobody leaving), then early exit at three budgets, mean multiply-adds as a share
 of the last exit's. With `--workdir`, a run with held-out images, on which thresholds are chosen, and its test images
 are what is timed; without, random weights and noise. `one_image_ms` is the mean over images answered one by one;
-`speedup` is that of the same runtime's last exit by it. `images_per_s` is in batches of 64, which leave earlyon as a
+`speedup` is that of the same runtime's last exit by it. `one_image_joules` is what the machine uses for one, where it
+says so (`energy` says by what, or why not). `images_per_s` is in batches of 64, which leave earlyon as a
 whole where the least confident image may. What is not installed (PyTorch, OpenVINO, earlyon) is left out, with a line;
 what needs PyTorch also for networks that are no full ParaNet.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.early.exit_plan import with_thresholds
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.bundle import Request, held_out_images, write_bundle
+from paranet_jax.host.energy import Energy, find_energy
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.runs.dataset_facts import DatasetFacts
 
@@ -63,7 +66,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-  """`rows`, one for each point and runtime; `runtimes`: size, start and memory of each; `agreement` of the bundle."""
+  """`rows`, one for each point and runtime; `runtimes`: size, start and memory of each; `agreement` of the bundle.
+
+  `energy`: what told the joules, or why there are none.
+  """
+  energy = find_energy(gpu=False)  # The runtimes compute on the processor.
+  if isinstance(energy, str):
+    cli.progress(f'no joules are measured: {energy}')
   subject = early_exit.trained(options.workdir) if options.workdir else early_exit.untrained(options.size, IN_BATCHES)
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
@@ -77,8 +86,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
         for kind in kinds
       }
-      rows = [row for point in points(subject).items() for row in compare(*point, answers, subject, options)]
-  return {'rows': with_speedups(rows, subject), 'runtimes': facts, 'agreement': agreement}
+      rows = [row for point in points(subject).items() for row in compare(*point, answers, subject, options, energy)]
+  told = energy if isinstance(energy, str) else ', '.join(energy.sources)
+  return {'rows': with_speedups(rows, subject), 'runtimes': facts, 'agreement': agreement, 'energy': told}
 
 
 def points(subject: early_exit.Subject) -> dict[str, Point]:
@@ -92,7 +102,12 @@ def points(subject: early_exit.Subject) -> dict[str, Point]:
 
 
 def compare(
-  name: str, point: Point, answers: dict[str, RemoteFunction], subject: early_exit.Subject, options: argparse.Namespace
+  name: str,
+  point: Point,
+  answers: dict[str, RemoteFunction],
+  subject: early_exit.Subject,
+  options: argparse.Namespace,
+  energy: Energy | str,
 ) -> list[dict[str, Any]]:
   """A row for each runtime at one point."""
   cli.progress(f'{name} ...')
@@ -105,6 +120,9 @@ def compare(
       'peer': kind,
       'accuracy': None if subject.labels is None else subject.accuracy(answer(point, subject.images, BATCH)),
       'one_image_ms': 1e3 * one[kind] / len(few),
+      'one_image_joules': None
+      if isinstance(energy, str)
+      else energy.a_call(partial(answer, point, few, 1), options.seconds) / len(few),
       'images_per_s': len(many) / batches[kind],
     }
     for kind, answer in answers.items()

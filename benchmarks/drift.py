@@ -1,7 +1,7 @@
 """How soon the watch finds images that changed, on a trained run, and how much it costs; writes a table.
 
-    python benchmarks/drift.py --workdir=pretrained --data-dir=DATA   # measures; benchmarks/results/drift.json
-    python benchmarks/drift.py --table                                # the table of docs/guarantees.md from that file
+    python benchmarks/drift.py --workdir=RUN --data-dir=DATA   # measures, for benchmarks/results/drift.json
+    python benchmarks/drift.py --table                         # the table of docs/guarantees.md from that file
 
 Half of the test images are what calibration saw. The other half are the stream: 1,000 of them as they are, and then
 images that changed, in 20 random orders.
@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import tables
+from paranet_jax.data.corruptions import blur, brightness, noise
 from paranet_jax.experiments import markdown
 from paranet_jax.host.errors import exit_code
 
@@ -33,17 +34,6 @@ Images = np.ndarray
 """uint8 [N, H, W, C]."""
 
 
-def _clipped(images: np.ndarray) -> Images:
-  return np.clip(np.rint(images), 0, 255).astype(np.uint8)
-
-
-def blurred(images: Images) -> Images:
-  """The mean of 3 x 3 pixels."""
-  padded = np.pad(images.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)), mode='edge')
-  side = images.shape[1]
-  return _clipped(sum(padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)) / 9)
-
-
 def digits(images: Images) -> Images:
   """As many handwritten digits, scaled to the side."""
   from sklearn.datasets import load_digits
@@ -51,17 +41,18 @@ def digits(images: Images) -> Images:
   drawn = load_digits().images * (255 / 16)
   factor = -(-images.shape[1] // drawn.shape[1])
   large = drawn.repeat(factor, 1).repeat(factor, 2)[:, : images.shape[1], : images.shape[2]]
-  return _clipped(np.resize(large, (len(images), *large.shape[1:]))[..., None].repeat(images.shape[-1], -1))
+  pixels = np.resize(large, (len(images), *large.shape[1:]))[..., None].repeat(images.shape[-1], -1)
+  return np.rint(pixels).astype(np.uint8)
 
 
-CHANGES: dict[str, Callable[[Images], Images]] = {
-  'none': lambda images: images,
-  'brightness, 0.9 times': lambda images: _clipped(images * 0.9),
-  'brightness, 0.6 times': lambda images: _clipped(images * 0.6),
-  'noise, deviation 8 of 255': lambda images: _clipped(images + np.random.default_rng(0).normal(0, 8, images.shape)),
-  'noise, deviation 20 of 255': lambda images: _clipped(images + np.random.default_rng(0).normal(0, 20, images.shape)),
-  'blur, 3 x 3 pixels': blurred,
-  'another data set (digits)': digits,
+CHANGES: dict[str, Callable[[Images, np.random.Generator], Images]] = {
+  'none': lambda images, rng: images,
+  'brightness, 0.9 times': brightness(0.9),
+  'brightness, 0.6 times': brightness(0.6),
+  'noise, deviation 8 of 255': noise(8),
+  'noise, deviation 20 of 255': noise(20),
+  'blur, 3 x 3 pixels': blur(3),
+  'another data set (digits)': lambda images, rng: digits(images),
 }
 PRIOR = 'class prior: half of the classes four times as often as the others'
 
@@ -104,7 +95,9 @@ def measure(workdir: Path, data_dir: Path | None) -> dict[str, Any]:
   stream = images[half:]
   plain = rows(outputs(stream, labels[half:]))
   weights = np.where(labels[half:] % 2, 1.0, 4.0)
-  changed = {name: rows(outputs(change(stream), labels[half:])) for name, change in CHANGES.items()}
+  changed = {}
+  for name, change in CHANGES.items():
+    changed[name] = rows(outputs(change(stream, np.random.default_rng(0)), labels[half:]))
   found_rows = []
   for name in (*CHANGES, PRIOR):
     delays, seconds, count = [], 0.0, 0
@@ -129,18 +122,24 @@ def measure(workdir: Path, data_dir: Path | None) -> dict[str, Any]:
       }
     )
     print(found_rows[-1], file=sys.stderr)
-  return {'workdir': workdir.name, 'alpha': ALPHA, 'orders': ORDERS, 'cpu': cpu_name(), 'rows': found_rows}
+  return {'alpha': ALPHA, 'orders': ORDERS, 'cpu': cpu_name(), 'rows': found_rows}
 
 
 def table(found: dict[str, Any]) -> str:
-  """The rows as Markdown."""
+  """A row for each change, and columns for each run."""
+  runs = list(found.values())
+  columns = 'found in', 'images until the alarm (median)'
+  header = ['change', *(f'`{name}`: {what}' for name in found for what in columns)]
   lines = []
-  for row in found['rows']:
-    delay = '' if row['delay'] is None else f'{row["delay"]:,.0f}'
-    lines.append([row['change'], f'{100 * row["found"]:.0f} % of {found["orders"]} orders', delay])
-  seconds = min(row['microseconds'] for row in found['rows'])
-  watch = f'The watch itself takes {seconds:.0f} microseconds an image ({found["cpu"]}, with other programs running).'
-  return f'{markdown.table(("change", "found in", "images until the alarm (median)"), lines)}\n\n{watch}'
+  for rows in zip(*(run['rows'] for run in runs), strict=True):
+    line = [rows[0]['change']]
+    for run, row in zip(runs, rows, strict=True):
+      delay = '' if row['delay'] is None else f'{row["delay"]:,.0f}'
+      line += [f'{100 * row["found"]:.0f} % of {run["orders"]} orders', delay]
+    lines.append(line)
+  seconds = min(row['microseconds'] for run in runs for row in run['rows'])
+  watch = f'The watch itself takes {seconds:.0f} microseconds an image ({runs[0]["cpu"]}, with other programs running).'
+  return f'{markdown.table(header, lines)}\n\n{watch}'
 
 
 def with_table(page: str, found: dict[str, Any]) -> str:
@@ -160,7 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> None:
   if not given.table:
-    RESULTS.write_text(json.dumps(measure(given.workdir.absolute(), given.data_dir), indent=1) + '\n')
+    measured = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    workdir = given.workdir.absolute()
+    measured[workdir.name] = measure(workdir, given.data_dir)
+    RESULTS.write_text(json.dumps(measured, indent=1) + '\n')
   found = json.loads(RESULTS.read_text())
   PAGE.write_text(with_table(PAGE.read_text(), found))
   print(table(found))

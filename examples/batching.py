@@ -30,6 +30,7 @@ class Full(Exception):
 class Answer(NamedTuple):
   """label: int; None: the image is unknown. probability: of that label, or the most probable one, calibrated. exit:
   1-based. seconds: from the request's arrival. held: the classes of its set, most probable first; None: without sets.
+  free: neither a deadline nor a budget may have stopped it.
   """
 
   label: int | None
@@ -37,6 +38,7 @@ class Answer(NamedTuple):
   exit: int
   seconds: float
   held: list[int] | None = None
+  free: bool = True
 
 
 class Timings:
@@ -172,6 +174,7 @@ class Scheduler:
     self._arriving: list[Waiting] = []
     self._pace = Pace(timings, batch)
     self._seen: list[tuple[int, float, int]] = []
+    self._labels: list[tuple[int, int]] = []
     self._changed, self._closing = threading.Condition(), False
     self._thread = threading.Thread(target=self._work, name='stages', daemon=True)
     self.runs = {number: Runs() for number in timings.visited}
@@ -238,6 +241,16 @@ class Scheduler:
       self._changed.notify()
     return sample.answer
 
+  def takes_labels(self) -> bool:
+    """Whether the watch tests errors, too."""
+    return getattr(self.watch, 'takes_labels', False)
+
+  def record(self, labels: Sequence[tuple[int, int]]) -> None:
+    """Shows the watch the right class of images, each with the one that was answered."""
+    with self._changed:
+      self._labels += labels
+      self._changed.notify()
+
   def step(self) -> bool:
     """Runs one stage for some waiting images; False if none waits. Only the thread calls it."""
     with self._changed:
@@ -269,13 +282,13 @@ class Scheduler:
   def _work_until_closed(self) -> None:
     while True:
       with self._changed:
-        self._changed.wait_for(lambda: self._arriving or self._closing)
+        self._changed.wait_for(lambda: self._arriving or self._labels or self._closing)
         closing = self._closing
       while self.step():
         pass
+      if closing or self._labels:
+        self._watched()
       if closing:
-        if self.watch:
-          self._watched()
         return
 
   def _waiting(self) -> list[Waiting]:
@@ -338,9 +351,16 @@ class Scheduler:
   def _watched(self) -> None:
     """Shows the watch what was answered. A watch that fails is given up; images are answered as before."""
     seen, self._seen = self._seen, []
+    with self._changed:
+      labels, self._labels = self._labels, []
+    if not self.watch:
+      return
     try:
       before = self.watch.alarm
       self.watch.add(seen)
+      nothing = np.zeros(len(self._bundle.class_names)) if labels else None
+      for right, answered in labels:
+        self.watch.record(right, self._runtime.Prediction(answered, nothing, 0, 0))
       if self._closing:
         self.watch.flush()
     except Exception as error:  # The state cannot be written.
@@ -377,4 +397,4 @@ class Scheduler:
     self.seconds += seconds
     self._pace.learn(sample.ahead, seconds)
     *answer, held = sample.reached
-    sample.answer.set_result(Answer(*answer, seconds, held))
+    sample.answer.set_result(Answer(*answer, seconds, held, sample.free))

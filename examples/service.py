@@ -1,4 +1,4 @@
-"""The service: `POST /predict`, `GET /healthz`, `GET /metrics`. A refused request gets {"error": one line}.
+"""The service: `POST /predict` and `/labels`, `GET /healthz` and `/metrics`. Refused requests get {"error": one line}.
 
 `POST /predict` takes one image as its body, or several as files of a form (multipart/form-data), and returns
 
@@ -23,6 +23,16 @@ The query or the form may have one of
   deadline_ms: the best answer available this many milliseconds after the request arrived, waiting included. An image
     exits earlier where it is confident enough. A stage starts only if it should finish in time, but the first always
     runs: an answer may be late, but a request that would only wait until its deadline is refused with 503.
+
+With --watch and a bundle calibrated with labels, answers that no budget and no deadline may have changed also have an
+"id". Once the right class of an image is known, `POST /labels` takes it, as a number or a name, and the watch tests
+whether answers are wrong as often as in calibration:
+
+  [{"id": "5f0c2a91-1", "label": 3}, {"id": "5f0c2a91-2", "label": "cat"}] -> {"recorded": 2}
+
+Which images are labeled must not depend on their answers: label all, or draw some by chance. Each id is taken once. The
+latest 100,000 are remembered until the service stops. Unknown images do not count. If an entry is refused (400, or 404:
+there is no such id), none is taken. Without such a watch, the status is 404.
 """
 
 import asyncio
@@ -40,6 +50,7 @@ from connections import MAX_HEADERS
 from decoding import Decoders
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from labels import Remembered, read_entries
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -83,6 +94,7 @@ class Predictor:
     self._bundle, self._scheduler, self._uploads, self._decoders = bundle, scheduler, uploads, decoders
     self._alone, self._max_wait, self.lag = timings.alone(), max_wait, Lag()
     self.requests: Counter[int] = Counter()
+    self._remembered = Remembered(bundle.class_names)
 
   def check_wait(self, sizes: Sequence[int] = (), seconds: float = math.inf) -> None:
     """Refuses a request whose turn should come too late.
@@ -120,6 +132,21 @@ class Predictor:
     self.requests[response.status_code] += 1
     return response
 
+  async def label(self, request: Request) -> Response:
+    """The response to labels."""
+    try:
+      if not self._scheduler.takes_labels():
+        expected = 'expected a watch that tests errors, found none'
+        raise Refused(404, f'{expected}; set --watch, with a bundle of labeled images')
+      entries = await read_entries(request)
+      if not self._scheduler.alive():
+        raise Refused(503, 'the service is stopping')
+      pairs = self._remembered.take(entries)
+    except Refused as refused:
+      return _refusal(refused.status, refused.reason)
+    self._scheduler.record(pairs)
+    return JSONResponse({'recorded': len(pairs)})
+
   async def _outcomes(self, images: Sequence[bytes], fields: dict[str, float], arrived: float) -> list[Outcome]:
     last = self._last(fields.get('budget_ms', math.inf))
     deadline = arrived + fields.get('deadline_ms', math.inf) / 1e3
@@ -156,6 +183,8 @@ class Predictor:
       found['unknown'] = answer.label is None
     if answer.held is not None:
       found['set'] = [self._name(label) for label in answer.held]
+    if answer.free and self._scheduler.takes_labels():
+      found['id'] = self._remembered.add(answer.label)
     return 200, found
 
   def _name(self, label: int) -> str:
@@ -235,6 +264,10 @@ def make_app(
   async def predict(request: Request) -> Response:
     return await predictor.answer(request)
 
+  @app.post('/labels')
+  async def labels(request: Request) -> Response:
+    return await predictor.label(request)
+
   @app.get('/healthz')
   async def healthz() -> Response:
     alive = scheduler.alive()
@@ -287,6 +320,7 @@ def metric_lines(predictor: Predictor, scheduler: Scheduler) -> Iterator[str]:
     yield from _metric('drift', 'gauge', {'': int(watch.alarm is not None)})
     yield from _metric('drift_evidence', 'gauge', {'': watch.evidence})
     yield from _metric('watched_images_total', 'counter', {'': watch.images})
+    yield from _metric('labeled_images_total', 'counter', {'': watch.labeled})
 
 
 def _metric(name: str, kind: str, values: dict[str, float]) -> Iterator[str]:

@@ -26,6 +26,7 @@ from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.cap import choose_within
+from paranet_jax.early.sentences import promises, watch_sentence
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_object, write_json
 from paranet_jax.portable import run as runtime
@@ -34,7 +35,9 @@ _CARD = """
 ## Calibrated again
 
 On {date}, temperatures and thresholds were chosen again on {images:,} other images, without the run. What is said above
-about thresholds, accuracy and cost describes the version before; `exits.json` describes this one.
+about thresholds, accuracy, cost and promises describes the version before; `exits.json` describes this one.
+
+{promises}
 """
 _LEAST = 20
 """Images below which thresholds are noise."""
@@ -93,7 +96,9 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
     target=target | choice.facts,
     temperatures=tuple(temperatures.tolist()),
     ms=None,
+    joules=None,
     latency=None,
+    audit=None,
     reject=None,
     sets=None,
     provenance={
@@ -182,10 +187,12 @@ def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], A
       'set --budget, --risk or --threshold'
     )
   target = {key: value for key, value in before.target.items() if key not in ('too_few', 'needed')}
-  if target.get('unit') == 'ms' or 'max_ms' in target:
-    what = 'budget' if target.get('unit') == 'ms' else 'limit'
+  measured = target.get('unit') in ('ms', 'joules')
+  if measured or 'max_ms' in target:
+    what = 'budget' if measured else 'limit'
+    unit = 'joules' if target.get('unit') == 'joules' else 'milliseconds'
     raise UserError(
-      f'expected a target that can be met without the run, found a {what} in milliseconds; '
+      f'expected a target that can be met without the run, found a {what} in {unit}; '
       'set --budget to multiply-adds, --risk or --threshold'
     )
   return target, policy
@@ -280,7 +287,9 @@ def _write(bundle: Path, out: Path, plan: ExitPlan) -> None:
       known.pop('agreement', None)
       if (folder / 'README.md').is_file():  # The model card, which no checksum covers.
         with (folder / 'README.md').open('a', encoding='utf-8') as card:
-          card.write(_CARD.format_map((plan.provenance or {})['recalibrated']))
+          lines = [*promises(plan), *filter(None, [watch_sentence(plan)])]
+          made = (plan.provenance or {})['recalibrated']
+          card.write(_CARD.format_map(made | {'promises': '\n'.join(f'- {line}' for line in lines)}))
       write_json(folder / runtime.BUNDLE, known)
       runtime.load(folder)  # What is written can be read.
       if os.path.lexists(out):

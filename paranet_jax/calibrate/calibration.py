@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from paranet_jax.calibrate.audit import audit
 from paranet_jax.calibrate.flags import Request
-from paranet_jax.calibrate.latency import LatencyCosts, latency_record
+from paranet_jax.calibrate.latency import EnergyCosts, LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import fit, halves, measured, needs_halves, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.config import with_data_dir
@@ -33,6 +34,7 @@ from paranet_jax.early.path_costs import PathCosts, mac_costs
 from paranet_jax.early.policies.cap import choose_within
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.thresholds import visited
+from paranet_jax.host.energy import Energy, find_energy
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import cpu_name, environment
 from paranet_jax.runs.learned import repair_dataset_facts
@@ -57,6 +59,7 @@ class Subject:
   exits: tuple[int, ...]
   macs: PathCosts
   ms: LatencyCosts | None
+  joules: EnergyCosts | None = None
 
 
 class Calibrated(NamedTuple):
@@ -84,7 +87,8 @@ def calibrate(request: Request, command: str) -> Calibrated:
   Raises:
     UserError: the run or its data cannot be calibrated, or the target is out of range.
   """
-  subject = _restore(request)
+  energy = _energy(request)
+  subject = _restore(request, energy if isinstance(energy, Energy) else None)
   request = dataclasses.replace(request, target=_target(request, subject))
   costs = _costs(subject, request.target.get('unit', 'macs'))
   check_budget(request, costs, subject.exits)  # Before minutes are spent on logits.
@@ -92,13 +96,15 @@ def calibrate(request: Request, command: str) -> Calibrated:
     _check_most(*request.most, _costs(subject, request.most[1]), subject.exits)
   dataset = subject.task.dataset
   assert dataset.held_out is not None  # As the configuration says.
+  if isinstance(energy, str):
+    say(f'no joules are measured: {energy}')
   say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
   # Promises about answers need images on which nothing else was chosen.
   rest, promised = halves(held_out) if request.promises else (held_out, None)
   target = request.target
   temperatures, reference, chosen, samples = fit(rest, target, request.score, request.temperature, costs)
-  if 'budget' in target:  # One in milliseconds may be below the cost of the first exit by rounding.
+  if 'budget' in target:  # One that was measured may be below the cost of the first exit by rounding.
     target = target | {'budget': max(target['budget'], costs.alone()[0])}
   if request.most:
     choice = choose_within(request.policy, samples, target, request.most[0], _costs(subject, request.most[1]))
@@ -113,8 +119,11 @@ def calibrate(request: Request, command: str) -> Calibrated:
     plan = with_promises(plan, request, rest, promised, choice.thresholds)
   expected = measured(plan, samples, chosen, choice.thresholds)
   expected |= {'single_best': _single_best(plan, expected, costs), 'temperature': request.temperature}
-  if request.in_ms and request.batch_size:
-    expected['measured_ms'] = _measured_ms(plan, subject, dataset.held_out.images, request.batch_size)
+  if (unit := request.measured_unit) and request.batch_size:
+    assert dataset.held_out is not None
+    meter = energy if unit == 'joules' and isinstance(energy, Energy) else None
+    found = _measured_in_runtime(plan, subject, dataset.held_out.images, request.batch_size, meter)
+    expected[f'measured_{unit}'] = found
   tested = measured(plan, rank(*test, request.score, temperatures, costs), test, choice.thresholds)
   if promised:
     expected |= measured_promises(plan, promised, choice.thresholds)
@@ -126,6 +135,10 @@ def calibrate(request: Request, command: str) -> Calibrated:
     expected, tested = without_labels(expected), without_labels(tested)
   seen = what_was_seen(plan, chosen, test, choice.thresholds, dataset.labeled)
   plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen)
+  if request.audit and not choice.problem:
+    task, kind = subject.task, 'accuracy' if dataset.labeled else 'agreement'
+    arguments = task.model, subject.variables, task.preprocessing, dataset.test, test.labels, kind, say
+    plan = dataclasses.replace(plan, audit=audit(plan, *arguments))
   repair_dataset_facts(request.workdir, dataset)
   save_plan(request.workdir, plan)
   return Calibrated(plan, subject, chosen, test, choice.problem)
@@ -169,8 +182,8 @@ def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> 
       f'no budget is within reach: exit {exits[0]} alone takes {_in_unit(low, unit)}, more than exit {exits[-1]} alone '
       f'with {_in_unit(high, unit)}; set --batch-size, or a --budget of multiply-adds'
     )
-  # Messages round milliseconds, and a value from a message must be accepted.
-  slack = 1e-3 if unit == 'ms' else 0
+  # Messages round what was measured, and a value from a message must be accepted.
+  slack = 0 if unit == 'macs' else 1e-3
   if not low * (1 - slack) <= value <= high * (1 + slack):
     raise UserError(
       f'budget must be from {_in_unit(low, unit)} (exit {exits[0]} alone) to {_in_unit(high, unit)} '
@@ -179,7 +192,8 @@ def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> 
 
 
 def _costs(subject: Subject, unit: str) -> PathCosts:
-  return subject.ms if unit == 'ms' and subject.ms else subject.macs
+  measured = {'ms': subject.ms, 'joules': subject.joules}.get(unit)
+  return measured or subject.macs
 
 
 def _check_most(value: float, unit: str, costs: PathCosts, exits: tuple[int, ...]) -> None:
@@ -191,7 +205,21 @@ def _check_most(value: float, unit: str, costs: PathCosts, exits: tuple[int, ...
     )
 
 
-def _restore(request: Request) -> Subject:
+def _energy(request: Request) -> Energy | str | None:
+  """What tells the energy, or why nothing does; None: nothing is measured.
+
+  Raises:
+    UserError: nothing does, and the budget is in joules.
+  """
+  if not request.batch_size:
+    return None
+  found = find_energy(gpu=jax.local_devices()[0].platform == 'gpu')
+  if isinstance(found, str) and request.measured_unit == 'joules':
+    raise UserError(f'{found}; set --budget to multiply-adds or milliseconds')
+  return found
+
+
+def _restore(request: Request, energy: Energy | None = None) -> Subject:
   config = restore_config(request.workdir)
   prepare_folder(request.workdir)
   if request.curves:
@@ -221,9 +249,10 @@ def _restore(request: Request) -> Subject:
       'none: their content or class changed; restore them, or train a new run with another --workdir'
     )
   exits = trained_exits(task.targets)
-  ms = None
+  ms = joules = None
   if request.batch_size:
-    ms = LatencyCosts(task.model, variables, task.image_shape, exits, request.batch_size, request.score)
+    measured = task.model, variables, task.image_shape, exits, request.batch_size, request.score
+    ms, joules = LatencyCosts(*measured), energy and EnergyCosts(energy, *measured)
   return Subject(
     checkpoint=CheckpointId(config.name, config.data.name, step, fingerprint(variables)),
     task=task,
@@ -231,6 +260,7 @@ def _restore(request: Request) -> Subject:
     exits=exits,
     macs=mac_costs(task.model, task.image_shape, exits),
     ms=ms,
+    joules=joules,
   )
 
 
@@ -266,7 +296,7 @@ def _plan(
     policy=request.policy.name,
     target=request.target,
     temperatures=tuple(temperatures.tolist()),
-    latency=None if subject.ms is None else latency_record(subject.ms),
+    latency=None if subject.ms is None else latency_record(subject.ms, subject.joules),
     provenance={
       'command': command,
       **environment(jax.local_devices()),
@@ -276,7 +306,9 @@ def _plan(
   )
   plan = with_thresholds(plan, thresholds, subject.macs)
   # Patience sets a threshold at every exit, so each is on the path.
-  return plan if subject.ms is None else dataclasses.replace(plan, ms=along(subject.ms, visited(thresholds)))
+  path = visited(thresholds)
+  ms, joules = (None if costs is None else along(costs, path) for costs in (subject.ms, subject.joules))
+  return dataclasses.replace(plan, ms=ms, joules=joules)
 
 
 def _single_best(plan: ExitPlan, expected: dict[str, Any], costs: PathCosts) -> int | None:
@@ -285,8 +317,10 @@ def _single_best(plan: ExitPlan, expected: dict[str, Any], costs: PathCosts) -> 
   return plan.exits[min(accurate, key=lambda k: costs.alone()[k])] if accurate else None
 
 
-def _measured_ms(plan: ExitPlan, subject: Subject, images: Images | StoredImages, batch_size: int) -> float:
-  """Mean milliseconds per image in the runtime."""
+def _measured_in_runtime(
+  plan: ExitPlan, subject: Subject, images: Images | StoredImages, batch_size: int, energy: Energy | None
+) -> float:
+  """Mean joules per image in the runtime, by what tells them; None: milliseconds."""
   data, task = subject.task.dataset, subject.task
   runtime = EarlyExit(task.model, subject.variables, plan, task.image_shape, data.mean, data.std)
   runtime.warm_up(batches=batch_size > 1)
@@ -296,12 +330,13 @@ def _measured_ms(plan: ExitPlan, subject: Subject, images: Images | StoredImages
     return runtime.predict(batch) if batch_size > 1 else runtime.predict_one(batch[0])
 
   predict(batches[0])
-  started = time.perf_counter()
+  before, started = energy.joules() if energy else 0.0, time.perf_counter()
   for batch in batches:
     predict(batch)
-  return 1e3 * (time.perf_counter() - started) / len(images)
+  used = energy.joules() - before if energy else 1e3 * (time.perf_counter() - started)
+  return used / len(images)
 
 
 def _in_unit(cost: float, unit: str) -> str:
-  """A readable cost, precise enough to be set as a budget: `3.413088M` multiply-adds, or `1.234ms`."""
-  return f'{cost:.4g}ms' if unit == 'ms' else f'{round(cost) / 1e6:.10g}M'
+  """A readable cost, precise enough to be set as a budget: `3.413088M` multiply-adds, `1.234ms` or `0.01234J`."""
+  return f'{round(cost) / 1e6:.10g}M' if unit == 'macs' else f'{cost:.4g}{"ms" if unit == "ms" else "J"}'

@@ -17,8 +17,9 @@ from paranet_jax.host.errors import UserError
 TEMPERATURES = ('nll', 'ece', 'none')
 """What each exit's temperature minimizes on the held-out images; 'none': every temperature is 1."""
 
-_BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms)?', re.IGNORECASE)
-_POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9}
+_BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms|mj|j)?', re.IGNORECASE)
+_POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9, 'mj': -3, 'j': 0}
+_MEASURED = {'ms': 'ms', 'mj': 'joules', 'j': 'joules'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Request(_Request):
     target: the target as exits.json keeps it and the policy reads it, see `Policy`.
     batch_size: at which milliseconds are measured; None: nothing is measured.
     curves: draw the figures.
+    audit: measure how far harder images and an adversary raise the mean cost.
     compilation_cache, accept_wrong_numbers: as the flags (see `machine.start_jax`).
     data_dir: folder of the data set; None: as the run says.
     accept_data_changes: the data may have other classes or labels than the run learned.
@@ -67,6 +69,7 @@ class Request(_Request):
   score: str
   policy: Policy
   curves: bool
+  audit: bool
   compilation_cache: str | None
   data_dir: Path | None = None
   accept_data_changes: bool = False
@@ -75,9 +78,10 @@ class Request(_Request):
   most: tuple[float, str] | None = None
 
   @property
-  def in_ms(self) -> bool:
-    """Whether the target is a budget in milliseconds."""
-    return self.target.get('unit') == 'ms'
+  def measured_unit(self) -> str | None:
+    """'ms' or 'joules', if the target is a budget of them."""
+    unit = self.target.get('unit')
+    return None if unit == 'macs' else unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,9 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
   """
   _find_plugin(argv)
   given = _parser().parse_args(argv)
+  if given.bundle is not None and given.score is not None:
+    raise UserError('--score belongs to --workdir: a bundle keeps the score it was calibrated with; leave it out')
+  given.score = given.score or 'max_prob'
   if given.bundle is not None:
     return _of_bundle(given)
   kind = _check_run(given)
@@ -118,9 +125,10 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
   most = _most(given, kind)
   if most:
     target[f'max_{most[1]}'] = most[0]
-  if 'ms' in (target.get('unit'), most and most[1]):
+  measured = target.get('unit') in ('ms', 'joules')
+  if measured or (most and most[1] == 'ms'):
     batch_size = batch_size or 1
-  if target.get('unit') == 'ms':
+  if measured:
     target['batch_size'] = batch_size
   return Request(
     workdir=absolute(given.workdir),
@@ -130,11 +138,12 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     score=given.score,
     policy=policy,
     curves=given.curves,
+    audit=given.audit,
     compilation_cache=given.compilation_cache,
     data_dir=given.data_dir,
     accept_data_changes=given.accept_data_changes,
     accept_wrong_numbers=given.accept_wrong_numbers,
-    explicit=frozenset(flag.key for flag in _policy_flags() if getattr(given, flag.name.replace('-', '_')) is not None),
+    explicit=frozenset(flag.key for flag in _policy_flags() if _value(given, flag) is not None),
     most=most,
     **_promised(given),
   )
@@ -207,27 +216,32 @@ _OF_RUNS = (
   'max_macs',
   'max_ms',
   'curves',
+  'audit',
   'compilation_cache',
   'data_dir',
   'accept_data_changes',
+  'accept_wrong_numbers',
 )
 
 
 def _of_bundle(given: argparse.Namespace) -> BundleRequest:
   for name in _OF_RUNS:
     if getattr(given, name) not in (None, False):
-      flag = name if name in ('compilation_cache', 'accept_data_changes') else name.replace('_', '-')
+      flag = name if name == 'compilation_cache' or name.startswith('accept_') else name.replace('_', '-')
       raise UserError(f'--{flag} belongs to --workdir, found --bundle; leave one of them out')
   if given.images is None:
     raise UserError('--bundle needs images to calibrate on, found none; set --images to a folder')
   target = policy = None
   if kind := _kind(given):
     policy, target = _aim(given, kind)
-    if target.get('unit') == 'ms':
-      raise UserError('--budget in milliseconds needs the run, found --bundle; set multiply-adds, or --workdir')
+    if target.get('unit', 'macs') != 'macs' and 'budget' in target:
+      unit = {'ms': 'milliseconds', 'joules': 'joules'}[target['unit']]
+      raise UserError(f'--budget in {unit} needs the run, found --bundle; set multiply-adds, or --workdir')
     target = target | _options(given, policy)
   elif (given.policy, given.guarantee) != (None, None):
     raise UserError('--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out')
+  else:
+    _check_no_options(given)
   return BundleRequest(
     bundle=absolute(given.bundle),
     images=absolute(given.images),
@@ -238,19 +252,36 @@ def _of_bundle(given: argparse.Namespace) -> BundleRequest:
   )
 
 
+def _check_no_options(given: argparse.Namespace) -> None:
+  """Rejects flags of a policy where the target, and so its options, are those of the bundle."""
+  for flag in _policy_flags():
+    if _value(given, flag) is not None and not (flag.key == 'delta' and given.reject is not None):
+      raise UserError(
+        f'--{flag.name} needs a target with --bundle; set --budget, --risk or --threshold, or leave out --{flag.name}'
+      )
+
+
+def _value(given: argparse.Namespace, flag: Flag) -> Any:
+  return getattr(given, flag.name.replace('-', '_'))
+
+
 def parse_budget(text: str) -> dict[str, Any]:
-  """Parses multiply-adds per image (`30M`, `30e6`, `0.5G`) or milliseconds per image (`2.5ms`), ignoring case.
+  """Parses multiply-adds (`30M`, `30e6`, `0.5G`), milliseconds (`2.5ms`) or joules (`0.5J`, `20mJ`) per image.
+
+  Case does not matter.
 
   Returns:
-    The target {'budget': value, 'unit': 'macs' or 'ms'}.
+    The target {'budget': value, 'unit': 'macs', 'ms' or 'joules'}.
   """
   match = _BUDGET.fullmatch(text.strip())
   suffix = (match[3] or '').lower() if match else ''
   # Not 32.631277 * 10^6, which is less than the 32,631,277 that is shown as 32.631277M.
   value = float(f'{match[1]}e{int(match[2] or 0) + _POWERS[suffix]}') if match else 0.0
   if not 0 < value < math.inf:
-    raise argparse.ArgumentTypeError(f"expected multiply-adds such as 30M or a time such as 2.5ms, found '{text}'")
-  return {'budget': value, 'unit': 'ms' if suffix == 'ms' else 'macs'}
+    raise argparse.ArgumentTypeError(
+      f"expected multiply-adds such as 30M, a time such as 2.5ms or an energy such as 0.5J, found '{text}'"
+    )
+  return {'budget': value, 'unit': _MEASURED.get(suffix, 'macs')}
 
 
 def _find_plugin(argv: Sequence[str] | None) -> None:
@@ -279,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
   target.add_argument(
     '--budget',
     type=parse_budget,
-    help='mean cost per image: multiply-adds (30M, 30e6) or measured milliseconds (2.5ms)',
+    help='mean cost per image: multiply-adds (30M, 30e6), or measured milliseconds (2.5ms) or joules (0.5J)',
   )
   target.add_argument(
     '--risk', type=fraction, help='share of images that the full network gets right and an early exit may not (0.02)'
@@ -291,9 +322,9 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--batch-size',
     type=functools.partial(positive, most=65_536),
-    help='measure milliseconds at this batch size (default for a budget in ms: 1)',
+    help='measure milliseconds and joules at this batch size (default for a budget of them: 1)',
   )
-  add('--score', choices=SCORES, default='max_prob', help='how confidence is measured (default: max_prob)')
+  add('--score', choices=SCORES, help='how confidence is measured (default: max_prob)')
   add(
     '--temperature',
     choices=TEMPERATURES,
@@ -312,6 +343,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   add('--coverage', type=fraction, help='sets of classes that hold the right one with this probability (0.9)')
   add('--curves', action='store_true', help="draw the figures into the run's exits/")
+  add(
+    '--audit',
+    action='store_true',
+    help='measure how far corrupted images and an adversary raise the mean cost, on 1,000 test images',
+  )
   add_jax_flags(parser)
   add_data_flags(parser)
   return parser
@@ -368,7 +404,7 @@ def _options(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
   """The values of the policy's own flags, by key; rejects another policy's flag."""
   options = {}
   for flag in _policy_flags():
-    value = getattr(given, flag.name.replace('-', '_'))
+    value = _value(given, flag)
     if flag in policy.flags:
       value = flag.default if value is None else value
       options |= {} if value is None else {flag.key: value}

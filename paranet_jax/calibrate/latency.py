@@ -1,4 +1,4 @@
-"""Measures the latency of each stage on this machine, for the cost of any path in milliseconds per image."""
+"""Measures each stage on this machine, for the cost of any path in milliseconds or joules per image."""
 
 import collections
 import datetime
@@ -15,9 +15,12 @@ import numpy as np
 from paranet_jax.early.chunks import cover, default_sizes
 from paranet_jax.early.path_costs import PathCosts, Stages
 from paranet_jax.early.scores import confidence
+from paranet_jax.host.energy import Energy
 from paranet_jax.host.machine import cpu_name
 
 RUNS = 30
+ENERGY_SECONDS = 0.5
+"""How long a stage is repeated to measure its energy."""
 _WARM_UP = 3
 
 
@@ -60,8 +63,26 @@ class LatencyCosts(PathCosts):
     for size, times in self._sizes.items():
       images = np.ones((size, *self._stages.images.shape[1:]), np.uint8)
       arguments = images, jax.tree.map(partial(_ones, size), carry)
-      total += times * median_seconds(partial(_run, stage, arguments, score), self.runs)
-    return total * 1e3 / self.batch_size
+      total += times * self._of_call(partial(_run, stage, arguments, score))
+    return total / self.batch_size
+
+  def _of_call(self, function: Callable[[], Any]) -> float:
+    return 1e3 * median_seconds(function, self.runs)
+
+
+class EnergyCosts(LatencyCosts):
+  """Joules per image along any path, measured stage by stage: all that the machine uses meanwhile, also when idle.
+
+  Args:
+    energy: what tells it.
+  """
+
+  def __init__(self, energy: Energy, *arguments: Any):
+    self.energy = energy
+    super().__init__(*arguments)
+
+  def _of_call(self, function: Callable[[], Any]) -> float:
+    return self.energy.a_call(lambda: jax.block_until_ready(function()), ENERGY_SECONDS)
 
 
 def _run(stage: Callable, arguments: tuple[Any, Any], score: str | None) -> Any:
@@ -97,19 +118,25 @@ def median_seconds(function: Callable[[], Any], runs: int = RUNS) -> float:
   return statistics.median(seconds)
 
 
-def latency_record(costs: LatencyCosts) -> dict[str, Any]:
+def latency_record(costs: LatencyCosts, joules: EnergyCosts | None = None) -> dict[str, Any]:
   """What was measured and where, as exits.json keeps it.
 
   Returns:
     `device`, `cpu`, `date`, `runs` and `batch_sizes`, a list of one: `batch_size`, `ms_stages` (each stage in turn) and
-    `ms_alone` (each exit alone), in milliseconds per image.
+    `ms_alone` (each exit alone), in milliseconds per image. With energy, there are also `joules_stages` and
+    `joules_alone`, and `energy`, the names of what told it.
   """
-  cumulative = costs.cumulative(tuple(range(costs.num_exits))).tolist()
-  stages = [last - first for first, last in zip([0.0, *cumulative[:-1]], cumulative, strict=True)]
+  measured = {'ms': costs} | ({} if joules is None else {'joules': joules})
+  found: dict[str, Any] = {'batch_size': costs.batch_size}
+  for unit, each in measured.items():
+    cumulative = each.cumulative(tuple(range(each.num_exits))).tolist()
+    stages = [last - first for first, last in zip([0.0, *cumulative[:-1]], cumulative, strict=True)]
+    found |= {f'{unit}_stages': stages, f'{unit}_alone': each.alone().tolist()}
   return {
     'device': jax.local_devices()[0].device_kind,
     'cpu': cpu_name(),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'runs': costs.runs,
-    'batch_sizes': [{'batch_size': costs.batch_size, 'ms_stages': stages, 'ms_alone': costs.alone().tolist()}],
+    'batch_sizes': [found],
+    **({} if joules is None else {'energy': list(joules.energy.sources)}),
   }

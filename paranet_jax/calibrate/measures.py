@@ -150,16 +150,19 @@ def top_probability(logits: Logits, temperature: float) -> Float[np.ndarray, ' N
   return to_score(confidence(logits, 'max_prob', temperature), 'max_prob')
 
 
-def summarize(samples: Samples, thresholds: PerExit, macs: PerExit, ms: PerExit | None) -> dict[str, Any]:
+def summarize(
+  samples: Samples, thresholds: PerExit, macs: PerExit, ms: PerExit | None, joules: PerExit | None = None
+) -> dict[str, Any]:
   """The plan's operating point on a split.
 
   Args:
     thresholds: on the confidence scale.
-    macs, ms: multiply-adds and milliseconds spent up to each exit along the visited path; NaN where not visited.
+    macs, ms, joules: multiply-adds, milliseconds and joules spent up to each exit along the visited path; NaN where not
+      visited.
 
   Returns:
-    `images`; `cost_macs`, `cost_ms` (means; None: not measured); `accuracy`; `shares` [K]; `exit_accuracy` [K] on all
-    images; `gap` and `disagreement`, the risks against the last exit.
+    `images`; `cost_macs`, `cost_ms` (means; None: not measured), `cost_joules` if they were measured; `accuracy`;
+    `shares` [K]; `exit_accuracy` [K] on all images; `gap` and `disagreement`, the risks against the last exit.
   """
   taken = exits_taken(samples.confidences, thresholds)
   here = taken, np.arange(len(taken))
@@ -168,6 +171,7 @@ def summarize(samples: Samples, thresholds: PerExit, macs: PerExit, ms: PerExit 
     'images': len(taken),
     'cost_macs': float(macs[taken].mean()),
     'cost_ms': None if ms is None else float(ms[taken].mean()),
+    **({} if joules is None else {'cost_joules': float(joules[taken].mean())}),
     'accuracy': float(correct.mean()),
     'shares': (np.bincount(taken, minlength=len(thresholds)) / len(taken)).tolist(),
     'exit_accuracy': samples.correct.mean(axis=1).tolist(),
@@ -275,7 +279,7 @@ def measured(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: Per
     worse there. `risks`, if the target is one of each exit or class: see `risks_by_group`.
   """
   # None becomes NaN.
-  costs = np.array(plan.macs, np.float64), None if plan.ms is None else np.array(plan.ms, np.float64)
+  costs = [None if each is None else np.array(each, np.float64) for each in (plan.macs, plan.ms, plan.joules)]
   rows = exit_rows(samples, *outputs, thresholds, np.array(plan.temperatures))
   rows = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
   found = summarize(samples, thresholds, *costs) | {'exits': rows, 'raised': raised(rows)}

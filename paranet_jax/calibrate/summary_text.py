@@ -9,7 +9,7 @@ from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.risk import LOSSES
 
-_UNITS = {'macs': 'multiply-adds', 'ms': 'ms'}
+_UNITS = {'macs': 'multiply-adds', 'ms': 'ms', 'joules': 'joules'}
 
 _OF = {'marginal': '', 'selective': ' at each early exit', 'class': ' of each class'}
 
@@ -28,6 +28,7 @@ def summary_text(plan: ExitPlan) -> str:
       _title(plan, plan.splits),
       _exit_table(plan, plan.test),
       _gains(plan, plan.expected, plan.test),
+      *_audit(plan),
       _calibration_table(plan, plan.test),
       *_raised(plan, plan.expected, plan.test),
     ]
@@ -158,9 +159,9 @@ def _gains_in(plan: ExitPlan, unit: str, expected: dict[str, Any], test: dict[st
   if plan.target.get('unit') == unit:
     budget = plan.target['budget']
     yield _row('  difference from the budget', (f'{100 * (mean / budget - 1):+.2f} %' for mean in means))
-    if 'measured_ms' in expected:
-      yield '  measured in the runtime', _cost(expected['measured_ms'], 'ms'), ABSENT
-  costs = plan.macs_alone if unit == 'macs' or not plan.latency else plan.latency['batch_sizes'][0]['ms_alone']
+    if f'measured_{unit}' in expected:
+      yield '  measured in the runtime', _cost(expected[f'measured_{unit}'], unit), ABSENT
+  costs = plan.macs_alone if unit == 'macs' or not plan.latency else plan.latency['batch_sizes'][0][f'{unit}_alone']
   alone = dict(zip(plan.exits, costs, strict=True))
   last, best = plan.exits[-1], expected['single_best']
   times = f'  speed-up over exit {last} alone ({_cost(alone[last], unit)})'
@@ -171,6 +172,29 @@ def _gains_in(plan: ExitPlan, unit: str, expected: dict[str, Any], test: dict[st
     is_as_good = 'is as accurate' if _kind(expected) == 'accuracy' else 'agrees as often'
     words = f'  over exit {best} alone ({_cost(alone[best], unit)}), the cheapest that {is_as_good}'
     yield _row(words, (f'{alone[best] / mean:.2f} x' for mean in means))
+
+
+def _audit(plan: ExitPlan) -> Iterator[str]:
+  """What hard images do to the mean cost, beside the speed-up that was promised."""
+  if plan.audit is None or not plan.expected:
+    return
+  found, kind = plan.audit, _kind(plan.audit['clean'])
+  hardest, last, clean = found['hardest'], plan.exits[-1], found['clean']['cost_macs']
+  rows = []
+  for words, row in (
+    ('as they are', found['clean']),
+    (f'worst of {len(found["corruptions"])} corruptions ({hardest["name"]})', hardest),
+    (f'slowdown attack, at most {found["within"]} of 255 a pixel', found['attack']),
+    ('the most expensive exit for all', {'cost_macs': found['most_macs']}),
+  ):
+    cost = row['cost_macs']
+    numbers = _cost(cost, 'macs'), f'{cost / clean:.2f}', f'{plan.macs_alone[-1] / cost:.2f} x'
+    rows.append((words, *numbers, _percent(row.get(kind))))
+  promised = plan.macs_alone[-1] / plan.expected['cost_macs']
+  over = f'a speed-up of {promised:.2f} x over exit {last}'
+  title = f'audit on {found["images"]:,} test images (calibration promises {over})'
+  header = ('mean of an image', 'multiply-adds', 'factor', 'speed-up', f'{kind} (%)')
+  yield '\n'.join([title, *align(header, rows, left=(0,))])
 
 
 def _calibration_table(plan: ExitPlan, test: dict[str, Any]) -> str:
@@ -221,13 +245,13 @@ def _row(label: str, values: Iterator[str]) -> Row:
 
 
 def _units(plan: ExitPlan) -> tuple[str, ...]:
-  return ('macs',) if plan.ms is None else ('macs', 'ms')
+  return tuple(unit for unit in _UNITS if getattr(plan, unit) is not None)
 
 
 def _cost(cost: float | None, unit: str) -> str:
   if cost is None:
     return ABSENT
-  return human_count(round(cost)) if unit == 'macs' else f'{cost:.3f}'
+  return human_count(round(cost)) if unit == 'macs' else f'{cost:.3f}' if unit == 'ms' else f'{cost:.3g}'
 
 
 def _percent(share: float | None, digits: int = 2) -> str:

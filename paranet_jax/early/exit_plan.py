@@ -63,9 +63,10 @@ class ExitPlan:
     confidence_thresholds: [K], the same on the scale of `scores.confidence`, which prediction compares with.
     visited: numbers of the exits that are run, the last one included.
     macs: [K], multiply-adds to each exit along the visited path; None where not visited.
-    ms: [K], the same in milliseconds per image; None: not measured.
+    ms, joules: [K], the same in milliseconds and joules per image; None: not measured.
     macs_alone: [K], multiply-adds of each exit alone.
-    expected, test: {cost_macs, cost_ms, accuracy, shares, ...} on the held-out and on the test split.
+    expected, test: {cost_macs, cost_ms, accuracy, shares, ...} on the held-out and on the test split, and cost_joules
+      if they were measured.
     splits: the number of images that temperatures, thresholds and test results come from.
     latency: the measurements and their device; None: nothing was measured.
     provenance: command line, versions, device, date.
@@ -75,6 +76,7 @@ class ExitPlan:
     seen: what the answers to the test images look like, for `run.Watch`; None: not known. `images`; `edges` [K], of
       bins of the largest probability at each exit; `counts` [K] of the images that leave there in each bin; `classes`,
       how many got each class; `wrong`, how many got a wrong one, None without labels.
+    audit: what hard images and an adversary do to the mean cost, see `calibrate.audit`; None: not measured.
   """
 
   name: str
@@ -100,6 +102,8 @@ class ExitPlan:
   reject: dict[str, Any] | None = None
   sets: dict[str, Any] | None = None
   seen: dict[str, Any] | None = None
+  joules: PerExit | None = None
+  audit: dict[str, Any] | None = None
 
   @property
   def checkpoint(self) -> CheckpointId:
@@ -155,9 +159,9 @@ def _nullable(values: np.ndarray, known: np.ndarray) -> PerExit:
 
 
 def save_plan(workdir: Path, plan: ExitPlan) -> None:
-  """Writes exits.json atomically. Promises that the plan does not make are left out."""
+  """Writes exits.json atomically. Promises that the plan does not make, and what was not measured, are left out."""
   saved = dataclasses.asdict(plan)
-  made = {field: value for field, value in saved.items() if field not in PROMISES or value is not None}
+  made = {field: value for field, value in saved.items() if field not in (*PROMISES, *_LATER) or value is not None}
   write_json(workdir / EXITS, {'schema_version': SCHEMA_VERSION, **made})
 
 
@@ -216,11 +220,15 @@ def read_plan(workdir: Path) -> ExitPlan:
   for field in _RULES:
     if field not in saved:
       raise UserError(f'{path} lacks the field {field}; {_rewrites(workdir)}')
-    fields[field] = tuple(saved[field]) if isinstance(saved[field], list) else saved[field]
-  fields |= {field: saved.get(field) for field in PROMISES}
+    fields[field] = _tuple_of(saved[field])
+  fields |= {field: saved.get(field) for field in PROMISES} | {field: _tuple_of(saved.get(field)) for field in _LATER}
   plan = ExitPlan(**fields)
   _check(plan, workdir)
   return plan
+
+
+def _tuple_of(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
 
 
 def _number(value: Any) -> bool:
@@ -246,6 +254,17 @@ def _measured(value: Any, k: int) -> bool:
     all(_number(value.get(name)) for name in (kind, 'cost_macs'))
     and all(isinstance(each, list) and len(each) == k and all(map(_cost, each)) for each in lists)
   )
+
+
+def _audited(value: Any, k: int) -> bool:
+  """Whether this can be shown."""
+  if not isinstance(value, dict) or not all(_number(value.get(name)) for name in ('images', 'within', 'most_macs')):
+    return False
+  rows = [value.get(name) for name in ('clean', 'hardest', 'attack')]
+  if not all(isinstance(row, dict) for row in rows):
+    return False
+  named = isinstance(value.get('corruptions'), list) and isinstance(rows[1].get('name'), str)
+  return named and all(_number(row.get('cost_macs')) and row['cost_macs'] > 0 for row in rows)
 
 
 Rule = tuple[Callable[[Any, int], bool], str]
@@ -286,10 +305,16 @@ _RULES: dict[str, Rule] = {
   **dict.fromkeys(('expected', 'splits', 'latency', 'provenance'), _optional(_OBJECT)),
 }
 
+_LATER: dict[str, Rule] = {
+  'joules': _optional(_COSTS),
+  'audit': _optional((_audited, 'an object with images, within and most_macs, and costs of clean, hardest and attack')),
+}
+"""Fields that plans lack where they were not measured."""
+
 
 def _check(plan: ExitPlan, workdir: Path) -> None:
   k = len(plan.exits) if isinstance(plan.exits, tuple) else 0
-  for field, (holds, expected) in _RULES.items():
+  for field, (holds, expected) in (_RULES | _LATER).items():
     value = getattr(plan, field)
     if not holds(value, k):
       raise _wrong(workdir, field, expected, value)

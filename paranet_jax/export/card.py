@@ -8,6 +8,7 @@ from paranet_jax.data.known import known_dataset
 from paranet_jax.display.tables import human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.loaded_run import LoadedRun
+from paranet_jax.early.sentences import promises, watch_sentence
 from paranet_jax.export.state_dict import STATE_DICT, pytorch_tensors
 
 _RUN_ONNX = """With Python 3.10 or newer:
@@ -41,6 +42,7 @@ def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], 
     _metadata(run, plan, bundle),
     _what(run, bundle),
     _exits(plan, costs),
+    *_promised(plan),
     _files(run, bundle),
     _made(run, plan, bundle),
   ]
@@ -111,6 +113,13 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
       *how,
     ]
   )
+
+
+def _promised(plan: ExitPlan) -> list[str]:
+  if plan.policy == FULL:
+    return []
+  lines = [*promises(plan), *filter(None, [watch_sentence(plan)])]
+  return ['\n'.join(['## What is promised', '', *(f'- {line}' for line in lines)])]
 
 
 def _files(run: LoadedRun, bundle: dict[str, Any]) -> str:

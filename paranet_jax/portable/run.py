@@ -650,6 +650,11 @@ class Watch:
       self._restore(self.path)
       self.save()
 
+  @property
+  def takes_labels(self) -> bool:
+    """Whether `record` can be called: calibration knew which answers were wrong."""
+    return self._errors is not None
+
   def see(self, answers: Predictions) -> None:
     """Sees the answers of the bundle, in the order given. Those that a deadline or budget forced do not count."""
     tops = answers.probabilities.max(-1).tolist()
@@ -664,7 +669,7 @@ class Watch:
       self._last = self._pending[-1][2]
     while len(self._pending) >= self.BLOCK and not self.alarm:
       self._test(self.BLOCK)
-    if self.images - self._saved >= self.SAVED_EVERY:
+    if self.images + self.labeled - self._saved >= self.SAVED_EVERY:
       self.save()
 
   def record(self, label: int, answer: Prediction | None = None) -> None:
@@ -689,6 +694,8 @@ class Watch:
     self.labeled += 1
     if len(self._pending_errors) >= self.BLOCK:
       self._test_errors()
+      if self.images + self.labeled - self._saved >= self.SAVED_EVERY:
+        self.save()
 
   def flush(self) -> None:
     """Tests what is left of the last block, and saves the state."""
@@ -724,7 +731,7 @@ class Watch:
     """
     if self.path is None:
       return
-    self._saved = self.images
+    self._saved = self.images + self.labeled
     state = {
       'schema_version': SCHEMA_VERSION,
       'identity': self._identity,

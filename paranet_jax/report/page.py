@@ -10,10 +10,10 @@ from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.display.pictures import drawn
 from paranet_jax.display.tables import ABSENT, human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
+from paranet_jax.early.sentences import promises, watch_sentence
 from paranet_jax.host.errors import printable
 from paranet_jax.host.files import write_text
 from paranet_jax.report.facts import Facts
-from paranet_jax.report.promises import promises
 
 _TEMPLATE = Path(__file__).with_name('page.html')
 
@@ -42,7 +42,7 @@ def page_values(facts: Facts, command: str) -> dict[str, Any]:
     'what': _what(facts),
     'rows': exit_rows(facts),
     'headers': _headers(facts),
-    'promises': promises(plan),
+    'promises': [*promises(plan), *_watch(facts)],
     'curves': None if facts.bundle or not (facts.folder / METRICS).exists() else _drawn('curves_chart', facts.folder),
     'no_curves': 'A bundle has no log of its training.' if facts.bundle else f'The run has no {METRICS}.',
     'reliability': None if data is None else _drawn('reliability_chart', data),
@@ -67,6 +67,11 @@ def _what(facts: Facts) -> str:
   )
 
 
+def _watch(facts: Facts) -> list[str]:
+  sentence = watch_sentence(facts.plan) if facts.bundle else None
+  return [sentence.replace('`', '')] if sentence else []
+
+
 def _kind(facts: Facts) -> str:
   """What is measured: 'accuracy', or 'agreement' with the last exit where images have no labels."""
   unlabeled = 'agreement' in (facts.plan.test or {}) or (facts.data is not None and not facts.data.labeled)
@@ -76,7 +81,11 @@ def _kind(facts: Facts) -> str:
 def _headers(facts: Facts) -> tuple[str, ...]:
   kind = _kind(facts)
   headers = 'exit', 'multiply-adds', f'{kind} on all images', 'exits from', 'images that exit', f'{kind} there'
-  return headers if facts.plan.ms is None else (*headers, 'ms')
+  return *headers, *_measured_units(facts.plan)
+
+
+def _measured_units(plan: ExitPlan) -> tuple[str, ...]:
+  return tuple(unit for unit in ('ms', 'joules') if getattr(plan, unit) is not None)
 
 
 def exit_rows(facts: Facts) -> list[tuple[str, ...]]:
@@ -95,8 +104,12 @@ def exit_rows(facts: Facts) -> list[tuple[str, ...]]:
   for k, number in enumerate(plan.exits):
     row = str(number), human_count(plan.macs_alone[k]), _percent(alone[k]), _from(plan, k), _percent(shares[k])
     row = (*row, _percent(there[k]))
-    rows.append(row if plan.ms is None else (*row, ABSENT if plan.ms[k] is None else f'{plan.ms[k]:.3f}'))
+    rows.append((*row, *(_cost(getattr(plan, unit)[k], unit) for unit in _measured_units(plan))))
   return rows
+
+
+def _cost(value: float | None, unit: str) -> str:
+  return ABSENT if value is None else f'{value:.3f}' if unit == 'ms' else f'{value:.3g}'
 
 
 def _from(plan: ExitPlan, k: int) -> str:
@@ -158,11 +171,22 @@ def _measures(plan: ExitPlan) -> list[tuple[str, str]]:
       cost = split['cost_macs']
       share = f'{100 * cost / plan.macs_alone[-1]:.1f} % of it'
       found.append((f'mean of {words}', f'{human_count(round(cost))} multiply-adds, {share}'))
-    if split and split.get('cost_ms'):
-      found.append((f'mean of {words}', f'{split["cost_ms"]:.3f} ms'))
+    for unit in _measured_units(plan):
+      if split and split.get(f'cost_{unit}'):
+        found.append((f'mean of {words}', f'{_cost(split[f"cost_{unit}"], unit)} {unit}'))
+  if audit := plan.audit:
+    for words, name in (
+      (f'mean with {audit["hardest"]["name"]}', 'hardest'),
+      ('mean under a slowdown attack', 'attack'),
+    ):
+      cost = audit[name]['cost_macs']
+      factor = f'{cost / audit["clean"]["cost_macs"]:.2f} times that of {audit["images"]:,} test images'
+      found.append((words, f'{human_count(round(cost))} multiply-adds, {factor}'))
   if plan.latency:
     where = (plan.provenance or {}).get('cpu', plan.latency.get('device'))
     found.append(('milliseconds were measured on', f'{where}'))
+    if energy := plan.latency.get('energy'):
+      found.append(('joules were told by', f'{", ".join(map(str, energy))}; all programs and idle power count'))
   return found
 
 

@@ -1,8 +1,13 @@
 """The table of docs/guarantees.md: what the results say, and no simulation that breaks a promise too often."""
 
+import dataclasses
 import json
 
-from benchmarks import drift, guarantees
+import pytest
+
+from benchmarks import audit, drift, guarantees
+from paranet_jax.early.exit_plan import CheckpointId, full_network_plan, save_plan
+from paranet_jax.host.errors import UserError
 
 
 def test_the_table_of_the_page_is_made_from_the_results():
@@ -15,6 +20,24 @@ def test_the_table_of_the_page_is_made_from_the_results():
 def test_the_table_of_changes_is_made_from_the_results():
   found, page = json.loads(drift.RESULTS.read_text()), drift.PAGE.read_text()
   assert drift.with_table(page, found) == page, 'run python benchmarks/drift.py --table'
+
+
+def test_the_table_of_audits_is_made_from_the_results():
+  found, page = json.loads(audit.RESULTS.read_text()), audit.PAGE.read_text()
+  assert audit.with_table(page, found) == page, 'run python benchmarks/audit.py'
+  for run in found.values():
+    rows = run['audit']
+    assert rows['clean']['cost_macs'] < rows['hardest']['cost_macs'] < rows['attack']['cost_macs'] <= rows['most_macs']
+
+
+def test_an_audit_is_read_from_the_run(tmp_path):
+  plan = full_network_plan(CheckpointId('', '', 0, ''), (1, 2), (10, 20))
+  save_plan(tmp_path, plan)
+  with pytest.raises(UserError, match='found none; run calibrate with --audit'):
+    audit.of_run(tmp_path)
+  found = next(iter(json.loads(audit.RESULTS.read_text()).values()))
+  save_plan(tmp_path, dataclasses.replace(plan, audit=found['audit'], expected={'cost_macs': 16.0}))
+  assert audit.of_run(tmp_path) == {'command': None, 'alone': 20, 'promised': 1.25, 'audit': found['audit']}
 
 
 def test_the_plug_in_is_broken_more_often():

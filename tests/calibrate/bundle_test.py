@@ -100,7 +100,9 @@ def test_a_new_version_beside_the_old(whole, folder):
   assert lines[1] == 'what changes on 40 images that chose nothing'
   assert lines[3].split()[:4] == ['1', '1.000', '->', f'{plan.temperatures[0]:.3f}']
   assert f'-> {100 * plan.test["accuracy"]:.2f} %' in out and lines[-1] == f'bundle: {folder / "tiny-2"}'
-  assert (folder / 'tiny-2/README.md').read_text().startswith('# tiny\n\n## Calibrated again\n\nOn ')
+  card = (folder / 'tiny-2/README.md').read_text()
+  assert card.startswith('# tiny\n\n## Calibrated again\n\nOn ')
+  assert '- Thresholds were chosen so that' in card and '- `run.py --watch=STATE.json` tests whether' in card
   assert {path.name for path in folder.iterdir()} == {'tiny', 'tiny-2'}
   calibrate(folder, whole / 'labeled', '--budget=15M')  # The same again.
   assert read_plan(folder / 'tiny-3').thresholds == plan.thresholds
@@ -172,6 +174,33 @@ def refusal(folder, *flags):
       '--budget in milliseconds needs the run, found --bundle; set multiply-adds, or --workdir',
     ),
     (
+      ['--images=a', '--budget=0.5J'],
+      '--budget in joules needs the run, found --bundle; set multiply-adds, or --workdir',
+    ),
+    (['--images=a', '--audit'], '--audit belongs to --workdir, found --bundle; leave one of them out'),
+    (
+      ['--images=a', '--accept_wrong_numbers'],
+      '--accept_wrong_numbers belongs to --workdir, found --bundle; leave one of them out',
+    ),
+    *(
+      (
+        ['--images=a', *flags],
+        '--score belongs to --workdir: a bundle keeps the score it was calibrated with; leave it out',
+      )
+      for flags in (['--score=max_prob'], ['--score=entropy', '--budget=15M'])
+    ),
+    *(
+      (
+        ['--images=a', f'--{name}={value}'],
+        f'--{name} needs a target with --bundle; set --budget, --risk or --threshold, or leave out --{name}',
+      )
+      for name, value in (('risk-loss', 'gap'), ('risk-of', 'class'), ('delta', '0.2'))
+    ),
+    (
+      ['--images=a', '--coverage=0.9', '--delta=0.2'],
+      '--delta needs a target with --bundle; set --budget, --risk or --threshold, or leave out --delta',
+    ),
+    (
       ['--images=a', '--policy=quota'],
       '--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out',
     ),
@@ -218,6 +247,10 @@ def test_what_is_refused(whole, folder, flags, message):
     (
       {'policy': 'optimal', 'target': {'budget': 2.0, 'unit': 'ms'}},
       'expected a target that can be met without the run, found a budget in milliseconds; set --budget to ',
+    ),
+    (
+      {'policy': 'optimal', 'target': {'budget': 0.5, 'unit': 'joules'}},
+      'expected a target that can be met without the run, found a budget in joules; set --budget to ',
     ),
     (
       {'target': {'threshold': 0.6, 'max_ms': 2.0}},

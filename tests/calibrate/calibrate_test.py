@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -64,6 +65,7 @@ def _computed_once():
       'mac_costs': lambda model, image_shape, exits: (id(model), exits),
     }.items():
       patch.setattr(calibration, name, once(getattr(calibration, name), key))
+    patch.setattr(calibration, 'find_energy', lambda gpu: 'no counter')  # Whatever this machine tells.
     yield
 
 
@@ -500,6 +502,55 @@ def test_milliseconds(workdir, monkeypatch, batch_size):
   assert 'measured in the runtime' in out and max(map(len, out.splitlines()[:-1])) <= 100
 
 
+class Told:
+  """Tells energy: each call of a stage takes 0.1 J, the last one 0.3 J."""
+
+  sources = ('package-0',)
+
+  def __init__(self):
+    self.used = 0.0
+
+  def joules(self):
+    self.used += 30.0
+    return self.used
+
+  def a_call(self, function, seconds):
+    return 0.1 if function.__closure__[0].cell_contents.args[2] else 0.3
+
+
+def test_joules(workdir, monkeypatch):
+  monkeypatch.setattr(latency, 'median_seconds', lambda function, runs: 1e-3)
+  monkeypatch.setattr(calibration, 'Energy', Told)
+  monkeypatch.setattr(calibration, 'find_energy', lambda gpu: Told())
+  runtime = types.SimpleNamespace(warm_up=lambda batches: None, predict_one=lambda image: None)
+  monkeypatch.setattr(calibration, 'EarlyExit', lambda *_: runtime)
+  out = calibrate(f'--workdir={workdir}', '--budget=200mJ', '--policy=quota')
+  plan = read_plan(workdir)
+  assert plan.target == {'budget': 0.2, 'unit': 'joules', 'batch_size': 1}
+  assert plan.joules == pytest.approx((0.1, 0.4)) and plan.ms == (1, 2) and plan.latency['energy'] == ['package-0']
+  assert 0.2 * 0.98 <= plan.expected['cost_joules'] <= 0.2
+  assert np.dot(plan.test['shares'], plan.joules) == pytest.approx(plan.test['cost_joules'])
+  assert plan.expected['measured_joules'] == pytest.approx(30 / HELD_OUT)
+  assert max(map(len, out.splitlines()[:-1])) <= 100
+  (line,) = (line for line in out.splitlines() if line.startswith('mean joules'))
+  assert line.split()[2:] == [f'{plan.expected["cost_joules"]:.3g}', f'{plan.test["cost_joules"]:.3g}']
+  assert 'for a mean of 0.2 joules at batch size 1' in out and 'no joules' not in out
+  assert rejected(f'--workdir={workdir}', '--budget=0.05J') == (
+    'budget must be from 0.1J (exit 2 alone) to 0.3J (exit 3 alone), found 0.05J; set --budget'
+  )
+
+
+def test_a_machine_that_does_not_tell_its_energy(workdir, monkeypatch):
+  monkeypatch.setattr(latency, 'median_seconds', lambda function, runs: 1e-3)
+  out = calibrate(f'--workdir={workdir}', '--threshold=0.5', '--batch-size=1')
+  assert out.startswith(f'no joules are measured: no counter\n{READING}')
+  saved = json.loads((workdir / EXITS).read_text())
+  assert 'joules' not in saved and 'cost_joules' not in saved['test'] and saved['ms'] == [1, 2]
+  assert rejected(f'--workdir={workdir}', '--budget=0.5J') == (
+    'no counter; set --budget to multiply-adds or milliseconds'
+  )
+
+
 @pytest.mark.parametrize(
   ('last', 'budget', 'message'),
   [
@@ -523,7 +574,8 @@ def test_figures_are_drawn_into_the_run(workdir, monkeypatch, device, machine):
   monkeypatch.setattr(figures, 'write_figures', lambda *given: drawn.append(given) or [workdir / 'a.png'])
   monkeypatch.setattr(latency, 'median_seconds', lambda function, runs: 1e-3)
   record = calibration.latency_record
-  monkeypatch.setattr(calibration, 'latency_record', lambda ms: record(ms) | {'device': device, 'cpu': 'a processor'})
+  machine_of = {'device': device, 'cpu': 'a processor'}
+  monkeypatch.setattr(calibration, 'latency_record', lambda *costs: record(*costs) | machine_of)
   out = calibrate(f'--workdir={workdir}', '--threshold=0.5', '--curves', *(['--batch-size=1'] if device else []))
   ((folder, data),) = drawn
   assert folder == workdir / 'exits' and data.run == 'PN3-x3d' and data.unit == 'macs'

@@ -21,6 +21,8 @@ from paranet_jax.calibrate.flags import parse, parse_budget
     ('2.5ms', (2.5, 'ms')),
     ('.5 MS', (0.5, 'ms')),
     ('2.5e-1ms', (0.25, 'ms')),
+    ('0.5J', (0.5, 'joules')),
+    ('20 mj', (0.02, 'joules')),
     ('32.631277M', (32_631_277.0, 'macs')),  # 32.631277 * 10^6 is 32,631,276.999999996.
   ],
 )
@@ -51,9 +53,15 @@ def test_defaults():
     assert (capped.most, capped.target, capped.batch_size) == ((2.5, 'ms'), {'threshold': 0.9, 'max_ms': 2.5}, 1)
   assert parse(['--workdir=a', '--budget=1ms']).batch_size == 1
   assert parse(['--workdir=a', '--budget=1ms', '--batch-size=32']).batch_size == 32
+  joules = parse(['--workdir=a', '--budget=0.5J'])
+  assert joules.target == {'budget': 0.5, 'unit': 'joules', 'batch_size': 1} and joules.measured_unit == 'joules'
+  assert (request.audit, request.measured_unit, risk.measured_unit) == (False, None, None)
 
 
-NOT_A_BUDGET = "argument --budget: expected multiply-adds such as 30M or a time such as 2.5ms, found '{}'; see --help"
+NOT_A_BUDGET = (
+  'argument --budget: expected multiply-adds such as 30M, a time such as 2.5ms or an energy such as 0.5J, found '
+  "'{}'; see --help"
+)
 
 
 @pytest.mark.parametrize(

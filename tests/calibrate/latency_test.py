@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from paranet_jax.calibrate import latency
-from paranet_jax.calibrate.latency import LatencyCosts, latency_record, median_seconds
+from paranet_jax.calibrate.latency import EnergyCosts, LatencyCosts, latency_record, median_seconds
 from paranet_jax.costs import abstract_variables
 from paranet_jax.early.chunks import cover, default_sizes
 from paranet_jax.host.machine import cpu_name
@@ -78,6 +78,23 @@ def test_what_is_recorded(timed):
   assert record['device'] == jax.local_devices()[0].device_kind and record['cpu'] == cpu_name()
   assert record['runs'] == 5 and record['date'].endswith('+00:00')
   assert record['batch_sizes'] == [{'batch_size': 4, 'ms_stages': [1.0, 1.0], 'ms_alone': [1.0, 1.0]}]
+
+
+def test_joules_are_recorded_beside_milliseconds(timed):
+  class Told:
+    sources = ('package-0',)
+
+    def a_call(self, function, seconds):
+      assert seconds == latency.ENERGY_SECONDS and not function()  # Nothing is carried on after the last stage.
+      return 0.25
+
+  ms = LatencyCosts(MODEL, VARIABLES, IMAGE, (3,), 1)
+  joules = EnergyCosts(Told(), MODEL, VARIABLES, IMAGE, (3,), 1)
+  record = latency_record(ms, joules)
+  assert record['energy'] == ['package-0'] and 'energy' not in latency_record(ms)
+  assert record['batch_sizes'] == [
+    {'batch_size': 1, 'ms_stages': [1.0], 'ms_alone': [1.0], 'joules_stages': [0.25], 'joules_alone': [0.25]}
+  ]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,8 @@ def test_summary_of_four_images():
   }
   assert summarize(samples, thresholds, macs, ms) == expected
   assert summarize(samples, thresholds, macs, None) == expected | {'cost_ms': None}
+  joules = summarize(samples, thresholds, macs, ms, np.array([0.5, 1.0, 2.0]))
+  assert joules == expected | {'cost_joules': (0.5 + 1 + 2 + 2) / 4}
 
 
 def sampled(n, classes, true_temperature, seed):

@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch):
     CheckpointId('made', 'nothing', 1, 'f' * 16), types.SimpleNamespace(dataset=dataset), None, (1, 2, 3), costs, None
   )
   chosen = {HELD_OUT: outputs['held-out'], TEST: outputs['test']}
-  monkeypatch.setattr(calibration, '_restore', lambda request: subject)
+  monkeypatch.setattr(calibration, '_restore', lambda request, energy: subject)
   monkeypatch.setattr(calibration, '_outputs', lambda _, split: chosen[len(split)])
   monkeypatch.setattr(calibration, 'repair_dataset_facts', lambda *_: None)
   return types.SimpleNamespace(folder=tmp_path, dataset=dataset, test=outputs['test'])
@@ -105,6 +105,22 @@ def test_what_the_watch_compares_with(run):
   assert seen['images'] == TEST and len(seen['edges'][0]) > 4 and max(len(edges) for edges in seen['edges']) <= 9
   assert (seen['classes'], seen['wrong']) == (classes, wrong)
   assert np.abs(np.concatenate(seen['counts']) - np.concatenate(counts)).sum() <= 2  # Rounding of float32.
+
+
+def test_an_audit_is_kept_and_printed(run, monkeypatch):
+  rows = {name: {'cost_macs': cost, 'accuracy': 0.5} for name, cost in (('clean', 20), ('hardest', 25), ('attack', 30))}
+  rows['hardest']['name'] = 'blur'
+  found = {'images': 9, 'within': 8, 'most_macs': 32.0, 'corruptions': [rows['hardest']], **rows}
+  given = []
+  monkeypatch.setattr(calibration, 'audit', lambda plan, *arguments: given.append((plan, *arguments)) or found)
+  run.dataset.test, task = np.arange(TEST), calibration._restore(None, None).task
+  task.model, task.preprocessing = 'model', 'preprocessing'
+  plan, text = calibrate(run, '--threshold=0.8', '--audit')
+  ((audited, model, _, preprocessing, test, labels, kind, _),) = given
+  assert plan.audit == found and 'slowdown attack, at most 8 of 255 a pixel' in text
+  assert (audited.thresholds, model, preprocessing, kind) == (plan.thresholds, 'model', 'preprocessing', 'accuracy')
+  assert test is run.dataset.test and labels is run.test.labels
+  assert calibrate(run, '--threshold=0.8')[0].audit is None
 
 
 def refusal(run, *flags):

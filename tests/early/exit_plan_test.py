@@ -20,6 +20,8 @@ from paranet_jax.early.exit_plan import (
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import PROMISES
 
+OPTIONAL = {*PROMISES, 'joules', 'audit'}
+
 CHECKPOINT = CheckpointId('PN3-ddd', 'digits', 420, '0123456789abcdef')
 FULL = full_network_plan(CHECKPOINT, (1, 2, 3), (10, 20, 30))
 PLAN = dataclasses.replace(
@@ -46,6 +48,16 @@ AGREE = 'must be confidence_thresholds on the scale of the score'
 REJECT = {'risk': 0.02, 'delta': 0.1, 'confidence_threshold': None, 'threshold': None}
 SETS = {'coverage': 0.9, 'penalty': 0.01, 'free': 5, 'limits': [0.5, None, 0.25], 'anytime': 0.75}
 
+AUDIT = {
+  'images': 9,
+  'within': 8,
+  'most_macs': 35.0,
+  'corruptions': [{'name': 'blur', 'cost_macs': 20.0}],
+  'clean': {'cost_macs': 15.0},
+  'hardest': {'name': 'blur', 'cost_macs': 20.0},
+  'attack': {'cost_macs': 30.0},
+}
+AUDITED = 'must be an object with images, within and most_macs, and costs of clean, hardest and attack or null'
 SEEN = {'images': 3, 'edges': [[0.5], [], []], 'counts': [[1, 1], [0], [1]], 'classes': [2, 1], 'wrong': 1}
 
 
@@ -71,6 +83,7 @@ WITHOUT_LABELS = {'accuracy': None, 'agreement': 0.75, 'exit_agreement': [0.5, 0
     full_network_plan(CHECKPOINT, (2,), (20,)),
     dataclasses.replace(PLAN, test=WITHOUT_LABELS),
     dataclasses.replace(PLAN, reject=REJECT, sets=SETS, seen=SEEN),
+    dataclasses.replace(PLAN, joules=(0.5, None, 1.5), audit=AUDIT),
   ],
 )
 def test_what_is_saved_is_loaded(tmp_path, plan):
@@ -121,6 +134,9 @@ def test_the_full_network_runs_its_last_exit_alone():
     ({'reject': 0.1}, f': reject must be {PROMISES["reject"][1]}, found 0.1'),
     ({'sets': {}}, f': sets must be {PROMISES["sets"][1]}, found {{}}'),
     ({'seen': {'images': 3}}, f': seen must be {PROMISES["seen"][1]}, found {{"images": 3}}'),
+    ({'joules': [0.5]}, f': joules {COSTS} or null, found [0.5]'),
+    ({'audit': {}}, f': audit {AUDITED}, found {{}}'),
+    ({'audit': {'clean': 1}}, f': audit {AUDITED}, found {{"clean": 1}}'),
     ({'visited': [3]}, f': visited {VISITED}, found [3]'),
     ({'visited': [1, 2, 3]}, f': visited {VISITED}, found [1, 2, 3]'),
     # Prediction reads only confidence_thresholds, so it would not see the difference.
@@ -137,10 +153,10 @@ def test_a_field_with_a_wrong_value(tmp_path, changes, message):
 
 def test_promises_that_are_not_made_are_not_saved(tmp_path):
   save_plan(tmp_path, PLAN)
-  assert not set(PROMISES) & set(json.loads((tmp_path / EXITS).read_text()))
+  assert not OPTIONAL & set(json.loads((tmp_path / EXITS).read_text()))
 
 
-@pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN) if field.name not in PROMISES])
+@pytest.mark.parametrize('field', [field.name for field in dataclasses.fields(PLAN) if field.name not in OPTIONAL])
 def test_a_missing_field(tmp_path, field):
   edited(tmp_path, **{field: ...})
   with pytest.raises(UserError, match=f'exits.json lacks the field {field}; python -m paranet_jax.calibrate'):

@@ -308,6 +308,18 @@ def test_a_watch_sees_what_nothing_forced(queue, capsys):
   assert queue.scheduler._bundle == 'safe' and capsys.readouterr().err == 'drift\n'
 
 
+def test_labels_go_to_the_watch_in_its_thread(queue):
+  assert not queue.scheduler.takes_labels()
+  watch, recorded = Watching(), []
+  watch.takes_labels, watch.record = True, lambda right, answer: recorded.append((right, answer.label, answer.unknown))
+  queue.scheduler.watch, queue.bundle.class_names = watch, 'abcdefgh'
+  queue.scheduler.start()
+  queue.scheduler.record([(1, 1), (2, 7)])
+  assert queue.scheduler.takes_labels()
+  queue.scheduler.close()
+  assert recorded == [(1, 1, False), (2, 7, False)] and watch.flushed
+
+
 def test_a_watch_that_fails_is_given_up(queue, capsys):
   queue.scheduler.watch = Watching()
   queue.scheduler.watch.add = lambda answers: (_ for _ in ()).throw(OSError('no space'))

@@ -1,12 +1,14 @@
 """Tests of the service's own failures; they call the application without a server."""
 
 import asyncio
+import json
 
 import numpy as np
 import pytest
 import tiny_bundle
 from application import MAX_BYTES, Service
 from fastapi import Request
+from labels import Remembered
 from service import make_app
 from serving import PNG, form, of_pixels
 from uploads import Refused, Uploads
@@ -206,6 +208,63 @@ def test_drift_is_reported(service, bundle):
   assert service.ask('GET', '/healthz')[::2] == (200, {'status': 'degraded', 'drift': watch.line()})
   lines = service.ask('GET', '/metrics')[2].decode().splitlines()
   assert {'paranet_drift 1', 'paranet_drift_evidence 1.0', 'paranet_watched_images_total 0'} <= set(lines)
+
+
+def test_labels_for_images_answered_earlier(service, bundle, monkeypatch):
+  """A service that has to learn from its clients how often it is wrong."""
+
+  def label(*entries):
+    return service.ask('POST', '/labels', json.dumps(entries[0] if len(entries) == 1 else entries).encode())[::2]
+
+  none = 'expected a watch that tests errors, found none; set --watch, with a bundle of labeled images'
+  assert label({'id': 'a', 'label': 0}) == (404, {'error': none})
+  assert 'id' not in service.ask('POST', '/predict', PNG)[2]['answers'][0]
+  bundle._seen = {'images': 9, 'edges': [[], [], []], 'counts': [[3], [3], [3]], 'classes': [9, 0, 0, 0, 0], 'wrong': 1}
+  watch = run.Watch(bundle)
+  recorded = []
+  monkeypatch.setattr(watch, 'record', lambda right, answer: recorded.append((right, answer.label)))
+  service.scheduler.watch = watch
+  first, second, third = (service.ask('POST', '/predict', PNG)[2]['answers'][0] for _ in range(3))
+  forced = service.ask('POST', '/predict', *form([PNG], [('deadline_ms', '100000')]))[2]['answers'][0]
+  assert 'id' not in forced and len({first['id'], second['id'], third['id']}) == 3
+  right = (first['label'] + 1) % tiny_bundle.CLASSES
+  assert label({'id': first['id'], 'label': right}) == (200, {'recorded': 1})
+  again = {'error': f'expected the id of an answer that has no label yet, one of the latest 100,000, found "{first["id"]}"; leave it out'}  # fmt: skip  # noqa: E501
+  assert label({'id': second['id'], 'label': 'class 2'}, {'id': first['id'], 'label': 0}) == (404, again)
+  twice = f'expected one label for "{third["id"]}", found several; leave out all but one'
+  assert label(*[{'id': third['id'], 'label': 0}] * 2) == (400, {'error': twice})
+  assert label({'id': second['id'], 'label': 'class 2'}, {'id': third['id'], 'label': 0}) == (200, {'recorded': 2})
+  service.scheduler.close()
+  assert label({'id': 'a', 'label': 0}) == (503, {'error': 'the service is stopping'})
+  assert recorded == [(right, first['label']), (2, second['label']), (0, third['label'])]
+
+
+@pytest.mark.parametrize(
+  ('body', 'status', 'error'),
+  [
+    (b'{', 400, 'expected JSON, found something else ('),
+    (b'[3]', 400, 'expected {"id": "...", "label": ...}, or a list of them, found 3'),
+    (b'{"id": "a", "label": 5}', 400, 'expected a label from 0 to 4, or the name of a class, found 5'),
+    (b'{"id": "a", "label": "cow"}', 400, 'expected a label from 0 to 4, or the name of a class, found "cow"'),
+    (b'{"id": "a", "label": true}', 400, 'expected a label from 0 to 4, or the name of a class, found true'),
+    (b' ' * 2**20 + b'{}', 413, 'expected at most 1,048,576 bytes of labels, found more; send them in parts'),
+  ],
+)
+def test_labels_that_are_refused(service, monkeypatch, body, status, error):
+  monkeypatch.setattr(service.scheduler, 'takes_labels', lambda: True)
+  service.predictor._remembered._answers['a'] = 1
+  found = service.ask('POST', '/labels', body)
+  assert found[0] == status and found[2]['error'].startswith(error)
+  assert service.predictor._remembered._answers == {'a': 1}
+
+
+def test_answers_to_unknown_images_and_old_ones_take_no_label():
+  remembered = Remembered(['a', 'b'], most=2)
+  names = [remembered.add(label) for label in (0, None, 1)]
+  assert remembered.take([{'id': names[1], 'label': 'b'}, {'id': names[2], 'label': 0}]) == [(0, 1)]
+  with pytest.raises(Refused) as refused:
+    remembered.take({'id': names[0], 'label': 0})
+  assert refused.value.status == 404
 
 
 def test_unknown_images_and_sets(service, bundle, monkeypatch):

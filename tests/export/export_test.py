@@ -246,6 +246,17 @@ def test_model_card_follows_the_formats(out, run, costs, formats, library, tags)
   assert ("export.deserialize(Path('stage_1.stablehlo').read_bytes())" in text) == ('onnx' not in formats)
 
 
+def test_model_card_names_the_promises(out, run, costs):
+  bundle = json.loads((out / 'bundle.json').read_text())
+  promised = 'Thresholds were chosen so that the 5,000 held-out images cost a mean of 8.00 M multiply-adds at most.'
+  assert f'\n\n## What is promised\n\n- {promised}' in model_card(run, run.exits, costs, bundle)
+  made = {'reject': {'risk': 0.02, 'delta': 0.1}, 'sets': {'coverage': 0.9}, 'seen': {'images': 9}}
+  card = model_card(run, dataclasses.replace(run.exits, **made), costs, bundle)
+  for words in ('at most 2 % of the answers', 'a probability of at least 90 %', '- `run.py --watch=STATE.json` tests'):
+    assert words in card
+  assert 'What is promised' not in model_card(run, dataclasses.replace(run.exits, policy='full'), costs, bundle)
+
+
 def test_model_card_without_labels(out, run, costs):
   bundle = json.loads((out / 'bundle.json').read_text())
   test = run.exits.test | {

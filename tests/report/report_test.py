@@ -16,13 +16,13 @@ from paranet_jax.calibrate.figures.figure_data import figure_data
 from paranet_jax.early.exit_plan import CheckpointId, full_network_plan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
+from paranet_jax.early.sentences import promises
 from paranet_jax.host.errors import UserError
 from paranet_jax.report import __main__ as report
 from paranet_jax.report import facts as facts_lib
 from paranet_jax.report.charts import budget_chart, in_page_style
 from paranet_jax.report.facts import Facts, data_uri, exit_images
 from paranet_jax.report.page import exit_rows, page_values, write_page
-from paranet_jax.report.promises import promises
 
 CLASSES = ('cat', '<b>dog</b>', 'owl')
 OWN = np.array([10.0, 20.0])
@@ -144,6 +144,51 @@ def test_table_of_exits(tmp_path, data):
     ('3', '30', '75.00 %', 'the rest', '0.00 %', '—', '1.250'),
   ]
   assert exit_rows(facts_of(tmp_path))[1] == ('3', '30', '—', 'the rest', '—', '—')
+
+
+AUDIT = {
+  'images': 50,
+  'within': 8,
+  'most_macs': 40.0,
+  'corruptions': [{}, {}],
+  'clean': {'cost_macs': 16.0},
+  'hardest': {'name': 'blur', 'cost_macs': 24.0},
+  'attack': {'cost_macs': 32.0},
+}
+
+
+def test_costs_that_were_measured(tmp_path):
+  latency = {'device': 'cpu', 'batch_sizes': [], 'energy': ['package-0', 'package-1']}
+  measured = {'cost_macs': 15.0, 'cost_ms': 0.75, 'cost_joules': 0.01234}
+  plan = dataclasses.replace(
+    PLAN, ms=(0.5, 1.25), joules=(0.004, 0.02), latency=latency, expected=None, test=measured, audit=AUDIT
+  )
+  values = page_values(facts_of(tmp_path, plan), 'command')
+  assert values['headers'][-2:] == ('ms', 'joules')
+  assert [row[-2:] for row in values['rows']] == [('0.500', '0.004'), ('1.250', '0.02')]
+  assert values['measures'][1:] == [
+    ('mean of test images', '15 multiply-adds, 50.0 % of it'),
+    ('mean of test images', '0.750 ms'),
+    ('mean of test images', '0.0123 joules'),
+    ('mean with blur', '24 multiply-adds, 1.50 times that of 50 test images'),
+    ('mean under a slowdown attack', '32 multiply-adds, 2.00 times that of 50 test images'),
+    ('milliseconds were measured on', 'cpu'),
+    ('joules were told by', 'package-0, package-1; all programs and idle power count'),
+  ]
+  assert values['promises'][-1] == (
+    'Harder images cost more. Of 2 corruptions of 50 test images, the worst (blur) makes the mean 1.50 times as high, '
+    'and an adversary who changes pixels by 8 of 255 at most makes it 2.00 times as high: the speed-up falls from 1.88 '
+    'to 1.25 and 0.94.'
+  )
+  joules = dataclasses.replace(PLAN, target={'budget': 0.05, 'unit': 'joules', 'batch_size': 1})
+  assert 'cost a mean of 0.05 joules at most' in promises(joules)[0]
+
+
+def test_the_watch_of_a_bundle(tmp_path):
+  plan = dataclasses.replace(PLAN, seen={})
+  for bundle, watched in ((True, True), (False, False)):
+    sentence = page_values(facts_of(tmp_path, plan, bundle=bundle), 'command')['promises'][-1]
+    assert sentence.startswith('run.py --watch=STATE.json tests whether answers') == watched
 
 
 ALIKE = 'This assumes that new images are drawn like the held-out ones: not from another camera, place or season.'

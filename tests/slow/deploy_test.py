@@ -75,7 +75,8 @@ def test_what_is_printed(here, capsys):
   assert list(here) == list(result['runtimes']) == ['onnxruntime']
   for facts in result['runtimes'].values():
     assert set(facts) == {'size_mb', 'start_s', 'peak_mb'} and min(facts.values()) > 0
-  assert set(result) == {'rows', 'runtimes', 'agreement', 'machine', 'versions', 'date'}
+  assert set(result) == {'rows', 'runtimes', 'agreement', 'energy', 'machine', 'versions', 'date'}
+  assert result['energy'].startswith('this machine does not say') == (rows[0]['one_image_joules'] is None)
 
 
 @pytest.mark.filterwarnings('ignore:os.fork')  # Importing PyTorch or OpenVINO starts a process.

@@ -29,7 +29,7 @@ def draw(workdir: Path, calibrated: Calibrated) -> list[Path]:
     plan,
     calibrated.held_out,
     calibrated.test,
-    ms if ms is not None and plan.target.get('unit') == 'ms' else subject.macs,
+    {'ms': ms, 'joules': subject.joules}.get(plan.target.get('unit', 'macs')) or subject.macs,
     dataset.test.images,
     output_names(dataset.class_names, calibrated.test.logits.shape[-1]),
     ms=None if ms is None else ms.alone(),

@@ -124,7 +124,7 @@ def risk(data: FigureData) -> Drawing:
     axes.plot(chosen.speed_up, 100 * chosen.risk, label=f'chosen, {split.replace("_", " ")}', **_CHOSEN | fill)
   if data.risk.epsilon is not None:
     axes.axhline(100 * data.risk.epsilon, color=BLACK, linewidth=1, linestyle=':', label='target risk')
-  unit = 'ms' if data.unit == 'ms' else 'multiply-adds'
+  unit = {'macs': 'multiply-adds'}.get(data.unit, data.unit)
   axes.set_xlabel(f'speed-up over exit {data.exits[-1]} alone (factor, in {unit})')
   axes.set_ylabel(f'risk (% of images):\n{LOSSES[data.risk.loss]}')
   bare(axes)
@@ -248,8 +248,8 @@ def wrapped_title(data: FigureData, what: str, width: float) -> str:
 
 def cost_scale(unit: str, costs: np.ndarray) -> tuple[float, str]:
   """Returns a divisor for the costs and the unit of the result."""
-  if unit == 'ms':
-    return 1.0, 'ms per image'
+  if unit in ('ms', 'joules'):
+    return 1.0, f'{unit} per image'
   for least, size, letter in ((1e10, 1e9, 'G'), (1e5, 1e6, 'M')):
     if np.max(costs) >= least:
       return size, f'{letter} multiply-adds per image'

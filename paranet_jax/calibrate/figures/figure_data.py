@@ -111,7 +111,7 @@ class FigureData:
     run, dataset: names for the titles.
     images: number of images in each split.
     exits: exit numbers, 1-based.
-    unit: of `alone`, `families` and `chosen`: 'macs' (multiply-adds) or 'ms'.
+    unit: of `alone`, `families` and `chosen`: 'macs' (multiply-adds), 'ms' or 'joules'.
     macs, ms: multiply-adds and milliseconds per image of each exit alone; ms None: not measured.
     measured: how `ms` was measured: 'batch size 1, NVIDIA H100'.
     accuracy: by split, of each exit on all images.
@@ -170,7 +170,7 @@ def figure_data(
   Args:
     held_out: outputs for the images that the thresholds were chosen on.
     test: outputs for the test split.
-    costs: in the plan's unit: ms for a budget in ms, else multiply-adds.
+    costs: in the plan's unit: ms or joules for a budget of them, else multiply-adds.
     images: of the test split.
     ms, measured, labeled: see `FigureData`.
   """

@@ -1,4 +1,4 @@
-"""What calibration promises of new images, in sentences, and what it does not."""
+"""What a plan promises of new images, in sentences, and what it does not."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,7 +19,17 @@ def promises(plan: ExitPlan) -> list[str]:
   if plan.policy == FULL:
     return [f'Nothing was calibrated: every image goes to exit {plan.exits[-1]}, at its full cost.']
   answers = [*_rejection(plan), *_sets(plan)]
-  return [*_target(plan), *answers, *([_ALIKE] if answers or 'risk' in plan.target else [])]
+  return [*_target(plan), *answers, *([_ALIKE] if answers or 'risk' in plan.target else []), *_audit(plan)]
+
+
+def watch_sentence(plan: ExitPlan) -> str | None:
+  """What the watch of a bundle promises; None: it has none."""
+  if plan.seen is None:
+    return None
+  return (
+    '`run.py --watch=STATE.json` tests whether answers still look as in calibration. While images stay alike, the '
+    'probability that it ever alarms is at most `--alpha` (0.01).'
+  )
 
 
 def _target(plan: ExitPlan) -> Iterator[str]:
@@ -35,8 +45,8 @@ def _target(plan: ExitPlan) -> Iterator[str]:
     yield from _measured(plan, loss, lambda value: f'of all it was {_percent(value)}')
     return
   if 'budget' in target:
-    unit = 'ms' if target.get('unit') == 'ms' else 'multiply-adds'
-    cost = f'{target["budget"]:g}' if unit == 'ms' else human_count(round(target['budget']))
+    unit = {'macs': 'multiply-adds'}.get(target.get('unit', 'macs'), target.get('unit'))
+    cost = human_count(round(target['budget'])) if unit == 'multiply-adds' else f'{target["budget"]:g}'
     yield (
       f'Thresholds were chosen so that the {count:,} held-out images cost a mean of {cost} {unit} at most. New ones '
       'should cost about as much; no bound is promised.'
@@ -67,6 +77,18 @@ def _sets(plan: ExitPlan) -> Iterator[str]:
       f'{_percent(sets["coverage"])}, at whichever exit it leaves.'
     )
     yield from _measured(plan, 'covered', lambda value: f'{_percent(value)} of the sets held it')
+
+
+def _audit(plan: ExitPlan) -> Iterator[str]:
+  if audit := plan.audit:
+    clean, hardest, attack = (audit[name]['cost_macs'] for name in ('clean', 'hardest', 'attack'))
+    alone, name = plan.macs_alone[-1], audit['hardest']['name']
+    yield (
+      f'Harder images cost more. Of {len(audit["corruptions"])} corruptions of {audit["images"]:,} test images, the '
+      f'worst ({name}) makes the mean {hardest / clean:.2f} times as high, and an adversary who changes pixels by '
+      f'{audit["within"]} of 255 at most makes it {attack / clean:.2f} times as high: the speed-up falls from '
+      f'{alone / clean:.2f} to {alone / hardest:.2f} and {alone / attack:.2f}.'
+    )
 
 
 def _measured(plan: ExitPlan, field: str, words: Callable[[float], str]) -> Iterator[str]:
