@@ -93,7 +93,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   plan = dataclasses.replace(
     before,
     policy=policy.name,
-    target=target | choice.facts,
+    target=target | dict(choice.facts),
     temperatures=tuple(temperatures.tolist()),
     ms=None,
     joules=None,

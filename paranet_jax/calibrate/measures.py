@@ -279,7 +279,8 @@ def measured(plan: ExitPlan, samples: Samples, outputs: Outputs, thresholds: Per
     worse there. `risks`, if the target is one of each exit or class: see `risks_by_group`.
   """
   # None becomes NaN.
-  costs = [None if each is None else np.array(each, np.float64) for each in (plan.macs, plan.ms, plan.joules)]
+  macs, others = np.array(plan.macs, np.float64), (plan.ms, plan.joules)
+  costs = macs, *(None if each is None else np.array(each, np.float64) for each in others)
   rows = exit_rows(samples, *outputs, thresholds, np.array(plan.temperatures))
   rows = [{'exit': number, **row} for number, row in zip(plan.exits, rows, strict=True)]
   found = summarize(samples, thresholds, *costs) | {'exits': rows, 'raised': raised(rows)}

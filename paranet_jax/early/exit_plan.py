@@ -260,8 +260,8 @@ def _audited(value: Any, k: int) -> bool:
   """Whether this can be shown."""
   if not isinstance(value, dict) or not all(_number(value.get(name)) for name in ('images', 'within', 'most_macs')):
     return False
-  rows = [value.get(name) for name in ('clean', 'hardest', 'attack')]
-  if not all(isinstance(row, dict) for row in rows):
+  rows = [row for name in ('clean', 'hardest', 'attack') if isinstance(row := value.get(name), dict)]
+  if len(rows) < 3:
     return False
   named = isinstance(value.get('corruptions'), list) and isinstance(rows[1].get('name'), str)
   return named and all(_number(row.get('cost_macs')) and row['cost_macs'] > 0 for row in rows)
