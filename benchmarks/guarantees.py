@@ -28,7 +28,7 @@ from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import exits_taken
 from paranet_jax.experiments import markdown
 from paranet_jax.host.errors import exit_code
-from paranet_jax.portable.run import Watch, set_scores, softmax
+from paranet_jax.portable.run import Prediction, Watch, set_scores, softmax
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = REPO / 'benchmarks/results/guarantees.json', REPO / 'docs/guarantees.md'
@@ -254,6 +254,29 @@ def simulate_watch(world: World, runs: int, seed: int) -> dict[str, Any]:
   }
 
 
+def simulate_labels(world: World, runs: int, seed: int) -> dict[str, Any]:
+  """How often `Watch.record` alarms in a run of `STREAM` labels, of which as many are other than answered as before."""
+  wrong = world.logits[-1].argmax(-1) != world.labels
+  rng, alarms, numbers = np.random.default_rng(seed), 0, tuple(range(1, len(COSTS) + 1))
+  answer = Prediction(0, np.zeros(CLASSES), 1, 1)
+  for _ in range(runs):
+    errors = int(wrong[rng.integers(0, POPULATION, HELD_OUT)].sum())
+    counts = [[0] for _ in COSTS[1:]] + [[HELD_OUT]]
+    seen = {'images': HELD_OUT, 'edges': [[] for _ in COSTS], 'counts': counts, 'classes': [HELD_OUT], 'wrong': errors}
+    watch = Watch(SimpleNamespace(_seen=seen, _identity=[], exits=numbers, macs=dict.fromkeys(numbers, 1)), alpha=ALPHA)
+    for label in wrong[rng.integers(0, POPULATION, STREAM)].astype(int).tolist():
+      watch.record(label, answer)
+    alarms += watch.alarm is not None
+  return {
+    'promise': f'`Watch.record`: the same for labels ({runs:,} runs of {STREAM:,} labels)',
+    'limit': ALPHA,
+    'draws': runs,
+    'broken': alarms / runs,
+    'cost': None,
+    'cost_of': '',
+  }
+
+
 def _draws(world: World, draws: int, seed: int):
   rng = np.random.default_rng(seed)
   for _ in range(draws):
@@ -275,8 +298,8 @@ def simulate(draws: int) -> dict[str, Any]:
   """All promises: `draws`, and `rows` with what each promised, how often it was broken, and what it costs."""
   world = make_world()
   rows = [simulate_risks(world, kind, draws, seed) for seed, kind in enumerate(RISKS)]
-  rows += [simulate_rejection(world, draws, 10), *simulate_sets(world, min(draws, 200), 11)]
-  rows.append(simulate_watch(world, 10 * draws, 12))
+  rows += [simulate_rejection(world, draws, 10), *simulate_sets(world, draws, 11)]
+  rows += [simulate_watch(world, 10 * draws, 12), simulate_labels(world, 10 * draws, 13)]
   return {'draws': draws, 'held_out': HELD_OUT, 'population': POPULATION, 'rows': rows}
 
 

@@ -27,7 +27,8 @@ IMAGES = 1000
 WITHIN = 8
 """The largest change of a pixel value by the attack, of 255: what people do not notice."""
 STEPS = 20
-_BATCH = 100
+_BATCH, _PIXELS = 100, 2**19
+"""Most images at once, and most pixels of them: gradients keep what all layers compute."""
 _SEED = 300
 _TINY = 1e-30
 
@@ -93,7 +94,8 @@ class Attacked:
       best[better] = current[better].astype(np.uint8)
       reached = np.where(better, cost, reached[0]), np.where(better, smooth, reached[1])
       if step < steps:
-        current = np.clip(current + stride * np.sign(np.asarray(gradient)).astype(np.int16), low, high)
+        signs = np.sign(np.nan_to_num(np.asarray(gradient))).astype(np.int16)
+        current = np.clip(current + stride * signs, low, high)
     return best
 
   def _smooth_cost(self, logits: Float[Array, 'V N C']) -> Float[Array, ' N']:
@@ -101,7 +103,9 @@ class Attacked:
     costs, stays, total = self.macs / self.macs.max(), jnp.ones(logits.shape[1]), jnp.zeros(logits.shape[1])
     probabilities = [jax.nn.softmax(each / t) for each, t in zip(logits, self._temperatures, strict=True)]
     for k in range(len(costs) - 1):
-      if self._score == 'patience':
+      if self._thresholds[k] <= 0:
+        leaves = 1.0
+      elif self._score == 'patience':
         leaves = _equal_in_a_row(probabilities[: k + 1], self._thresholds[k])
       else:
         sure = smooth_confidence(logits[k] / self._temperatures[k], self._score)
@@ -176,8 +180,10 @@ def audit(
   split, attacked = test.take(drawn), Attacked(plan, model, variables, preprocessing)
   say(f'auditing {len(drawn):,} test images in {len(CORRUPTIONS)} corruptions and under a slowdown attack')
   taken: dict[str, list[Any]] = {name: [] for name in ('clean', *CORRUPTIONS, 'attack')}
-  for first in range(0, len(drawn), _BATCH):
-    images = np.asarray(split.images[np.arange(first, min(first + _BATCH, len(drawn)))])
+  height, width = split.images.shape[1:3]
+  batch = max(min(_BATCH, _PIXELS // (height * width)), 1)
+  for first in range(0, len(drawn), batch):
+    images = np.asarray(split.images[np.arange(first, min(first + batch, len(drawn)))])
     changed = {'clean': images, 'attack': attacked.slowed(images)}
     changed |= {name: make(images, np.random.default_rng((_SEED, first))) for name, make in CORRUPTIONS.items()}
     for name, each in changed.items():
@@ -199,7 +205,7 @@ def audit(
     'images': len(drawn),
     'within': WITHIN,
     'steps': STEPS,
-    'most_macs': float(attacked.macs.max()),
+    'most_macs': plan.most_macs,
     'clean': measured('clean'),
     'corruptions': corruptions,
     'hardest': max(corruptions, key=lambda row: row['cost_macs']),

@@ -110,6 +110,12 @@ class ExitPlan:
     """The checkpoint that this was chosen for."""
     return CheckpointId(self.name, self.dataset, self.step, self.fingerprint)
 
+  @property
+  def most_macs(self) -> float:
+    """The most multiply-adds of any image: none goes past an exit with a threshold of 0."""
+    steps = zip(self.confidence_thresholds, self.macs, strict=True)
+    return next(float(cost) for at, cost in steps if at == 0 and cost is not None)
+
 
 def full_network_plan(checkpoint: CheckpointId, exits: Sequence[int], macs_alone: Sequence[int]) -> ExitPlan:
   """The plan that runs only the last usable exit."""

@@ -53,8 +53,7 @@ def _target(plan: ExitPlan) -> Iterator[str]:
     )
   else:
     yield 'Thresholds were set by hand: no mean cost and no accuracy is promised.'
-  most = round(max(each for each in plan.macs if each is not None))
-  yield f'A single image costs at most {human_count(most)} multiply-adds.'
+  yield f'A single image costs at most {human_count(round(plan.most_macs))} multiply-adds.'
   yield from _measured(plan, 'cost_macs', lambda value: f'the mean was {human_count(round(value))} multiply-adds')
 
 

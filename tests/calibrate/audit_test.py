@@ -57,6 +57,13 @@ def test_the_expected_cost(attacked):
     assert cost == pytest.approx(leaves * 10 / 32 + (1 - leaves), rel=1e-5)
 
 
+def test_no_image_goes_past_a_threshold_of_0():
+  at = (float(-np.log(0.4)), 0.0, 0.0)
+  capped = dataclasses.replace(PLAN, confidence_thresholds=at, visited=(1, 2, 3), macs=(10, 20, 32))
+  logits = jnp.asarray(np.random.default_rng(3).normal(0, 2, (3, 8, 3)), jnp.float32)
+  assert Attacked(capped, MODEL, VARIABLES, PREPROCESSING)._smooth_cost(logits).max() < 20 / 32
+
+
 def test_the_expected_cost_with_patience():
   at = (2.0, 2.0, 0.0)
   changes = {'score': 'patience', 'thresholds': at, 'confidence_thresholds': at, 'visited': (1, 2, 3)}

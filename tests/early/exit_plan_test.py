@@ -98,6 +98,12 @@ def test_the_full_network_runs_its_last_exit_alone():
   assert FULL.visited == (3,) and FULL.macs == (None, None, 30) and FULL.policy == 'full'
 
 
+def test_the_most_that_an_image_costs():
+  assert (FULL.most_macs, PLAN.most_macs) == (30, 35)
+  capped = dataclasses.replace(PLAN, confidence_thresholds=(0.5, 0.0, 0.0), macs=(10, 20, 35))  # As by --max-macs.
+  assert capped.most_macs == 20
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [

@@ -238,11 +238,14 @@ def test_promises(changes, sentences):
 
 
 def test_promises_of_answers():
-  plan = SimpleNamespace(
-    **vars(PLAN)
-    | {'policy': 'shared', 'target': {'threshold': 0.9}, 'splits': {'promises': 20, 'test': 60}}
-    | {'reject': {'risk': 0.02, 'delta': 0.1}, 'sets': {'coverage': 0.9}}
-    | {'test': {'answered': 0.9, 'answered_error': 0.0123, 'covered': 0.91}}
+  plan = dataclasses.replace(
+    PLAN,
+    policy='shared',
+    target={'threshold': 0.9},
+    splits={'promises': 20, 'test': 60},
+    reject={'risk': 0.02, 'delta': 0.1},
+    sets={'coverage': 0.9},
+    test={'answered': 0.9, 'answered_error': 0.0123, 'covered': 0.91},
   )
   on_test = 'On 60 test images, which chose nothing,'
   assert promises(plan)[2:] == [
