@@ -91,6 +91,16 @@ FIELDS: Fields = {
   'loss.distill': Field('none', one_of('none', 'last', 'next', 'later', 'all')),
   # Scale each parameter's gradient to the mean, instead of the sum, over the exits that use it.
   'loss.gradient_equilibrium': Field(False),
+  # CAGrad: how far the gradient of shared parameters may turn toward the exit that gains least, as a share of its
+  # length, such as 0.4; 0: it is the sum of the exits' gradients.
+  'loss.conflict_averse': Field(0.0, RATE),
+  # DFS: share of the channels at an exit that only this exit trains, and later layers read without a gradient, such as
+  # 0.5; 0: none.
+  'loss.own_channels': Field(0.0, SHARE),
+  # L2W without its network: how much more an image weighs in the loss of the exit where it would leave, as a share,
+  # such as 0.3; 0: images weigh the same.
+  'loss.sample_weight': Field(0.0, RATE),
+  'loss.leaving': Field(0.75, POSITIVE),  # How many images leave at an exit, relative to the exit before it.
   'loss.exit_weights': derived(tuple, _TIMES),  # One factor per exit; None: 1 each.
   'loss.label_smoothing': Field(0.0, RATE),  # Share of the label spread over all classes, 0 to less than 1.
   # Weights of the classes, in the order of dataset.json, in every loss with the true label: 'none', 'balanced'

@@ -39,6 +39,8 @@ def validate(config: ConfigDict) -> None:
   _check_scaling(config)
   _check_training(config)
   _check_teacher(config)
+  _check_links(config)
+  _check_gradients(config)
   if config.checkpoint.keep_best != 'none' and not config.data.held_out:
     raise UserError(
       'checkpoint.keep_best needs a held-out split, found data.held_out 0; '
@@ -321,6 +323,49 @@ def _check_teacher(config: ConfigDict) -> None:
     raise UserError(
       f'train.average and loss.teacher are of networks that train as a whole, found {config.train.average:g}, '
       f"{loss.teacher!r} and train.regime 'exits'; set --config.train.average=0 and --config.loss.teacher=network"
+    )
+
+
+def _check_gradients(config: ConfigDict) -> None:
+  loss, regime = config.loss, config.train.regime
+  ways = {
+    'loss.gradient_equilibrium': loss.gradient_equilibrium,
+    'loss.conflict_averse': loss.conflict_averse,
+    'loss.own_channels': loss.own_channels,
+  }
+  on = [name for name, value in ways.items() if value]
+  if 'loss.gradient_equilibrium' in on and len(on) > 1:
+    raise UserError(
+      f'{on[0]} takes the mean of the gradients that {on[1]} changes, found both; set '
+      f'--config.loss.gradient_equilibrium=False, or --config.{on[1]}=0'
+    )
+  if loss.conflict_averse and regime == 'exits' or loss.own_channels and regime in ('exits', 'disjoint'):
+    raise UserError(
+      f'{on[-1]} is about parameters that exits train together, found train.regime {regime!r}; set '
+      f'--config.{on[-1]}=0, or --config.train.regime'
+    )
+  if loss.sample_weight and sum(target == LABELS for target in targets(config)) < 2:
+    raise UserError(
+      f'loss.sample_weight weighs images between exits that learn from labels, and {config.name} has fewer than two; '
+      'set --config.loss.sample_weight=0'
+    )
+
+
+def _check_links(config: ConfigDict) -> None:
+  model, regime = config.model, config.train.regime
+  if model.boost and model.transfer:
+    raise UserError(
+      f'model.boost and model.transfer exclude each other, found {model.boost:g} and {model.transfer}; set one of '
+      '--config.model.boost and --config.model.transfer to 0'
+    )
+  if model.boost and (regime != 'joint' or set(targets(config)) != {LABELS}):
+    raise UserError(
+      f'model.boost adds up exits that all learn from labels from the start, found {config.name} and train.regime '
+      f'{regime!r}; set --config.name and --config.train.regime=joint, or --config.model.boost=0'
+    )
+  if model.transfer and regime == 'exits':
+    raise UserError(
+      "model.transfer is of networks that train as a whole, found train.regime 'exits'; set --config.model.transfer=0"
     )
 
 

@@ -84,6 +84,8 @@ def exit_losses(
   teachers: Mapping[int, Sequence[int]] = NO_TEACHERS,
   class_weights: Sequence[float] | None = None,
   teacher_logits: Sequence[Logits | None] | None = None,
+  sample_weight: float = 0.0,
+  leaving: float = 1.0,
   axis_name: str | None = None,
 ) -> dict[int, Float[Array, '']]:
   """Mean loss over the batch for each trained exit, by 1-based exit number.
@@ -102,6 +104,7 @@ def exit_losses(
     teachers: for exits with target 0, the exits they also learn from: kl is the mean of their `distillation`.
     class_weights: one per class; None: images weigh the same.
     teacher_logits: like `logits`, what exits learn from instead; None: from these.
+    sample_weight, leaving: of `leaving_weights`, for the exits with target 0 together; 0: images weigh the same.
     axis_name: device axis that the batch is split over; the mean of the devices' losses is that of the whole batch.
   """
   mean_weight = None
@@ -117,6 +120,11 @@ def exit_losses(
   taught = computed
   if teacher_logits is not None:
     taught = {number: values for number, values in enumerate(teacher_logits, 1) if values is not None}
+  weights: dict[int, Losses] = {}
+  if sample_weight:
+    labeled = [number for number, target in enumerate(targets, 1) if target == LABELS]
+    found = leaving_weights([computed[number] for number in labeled], sample_weight, leaving, axis_name)
+    weights = dict(zip(labeled, found, strict=True))
   losses = {}
   for number, target in enumerate(targets, 1):
     if target is None:
@@ -130,8 +138,45 @@ def exit_losses(
     else:
       soft = sum(distillation(student, taught[teacher], temperature) for teacher in own_teachers)
       loss = (1 - hard_label_weight) * soft / len(own_teachers) + hard_label_weight * from_labels(student)
-    losses[number] = jnp.mean(loss)
+    losses[number] = jnp.mean(weights[number] * loss if number in weights else loss)
   return losses
+
+
+def leaving_weights(
+  logits: Sequence[Logits], strength: float, leaving: float, axis_name: str | None = None
+) -> Float[Array, 'K B']:
+  """The weight of each image in the loss of each of K exits: more where the image would leave.
+
+  1 + strength (s - 1 / K), where s is 1 at the exit where an image leaves and 0 at others: the mean weight is 1. A
+  share proportional to leaving^k of the images leaves at exit k: at each exit the most confident ones that are left,
+  and at the last one all. "Learning to Weight Samples for Dynamic Early-Exiting Networks" (L2W, Han et al. 2022,
+  section 3.2) assigns images to exits in this way in the loss by which it trains a network that predicts weights
+  1 + strength v, with v of mean 0. Here the assignment itself takes the place of v, and nothing is learned.
+
+  Args:
+    logits: one array per exit, without gradient.
+    strength: from 0 to less than 1; the paper's delta, 0.3 in the authors' command.
+    leaving: the paper's q; 1: as many images leave at each exit.
+    axis_name: device axis that the batch is split over.
+  """
+  confidence = jnp.stack([jnp.max(jax.nn.softmax(jax.lax.stop_gradient(own)), axis=-1) for own in logits])
+  own = confidence.shape[1]
+  if axis_name:
+    confidence = jax.lax.all_gather(confidence, axis_name, axis=1, tiled=True)
+  exits, count = confidence.shape
+  shares = [leaving**number for number in range(exits)]
+  alive, leaves = jnp.ones(count, bool), []
+  for number in range(exits - 1):
+    # The least float64 error must not cost an image.
+    leaving_here = int(count * shares[number] / sum(shares) + 1e-9)
+    order = jnp.argsort(jnp.where(alive, -confidence[number], jnp.inf), stable=True)
+    leaves.append(jnp.zeros(count, bool).at[order[:leaving_here]].set(True))
+    alive &= ~leaves[-1]
+  selected = jnp.stack([*leaves, alive]).astype(jnp.float32)
+  weights = 1 + strength * (selected - 1 / exits)
+  if axis_name:
+    weights = jax.lax.dynamic_slice_in_dim(weights, jax.lax.axis_index(axis_name) * own, own, axis=1)
+  return weights
 
 
 def total_loss(losses: Mapping[int, Float[Array, '']], exit_weights: Sequence[float]) -> Float[Array, '']:

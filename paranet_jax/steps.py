@@ -15,6 +15,7 @@ from paranet_jax.costs import abstract_variables
 from paranet_jax.data.augment import alternately_mirrored, augment, cutmix, image_keys, mixup, normalize
 from paranet_jax.data.auto_augment import auto_augment
 from paranet_jax.losses import NO_TEACHERS, cross_entropy, exit_losses, label_weights, total_loss
+from paranet_jax.optim import conflict_averse
 from paranet_jax.targets import LABELS, Targets, trained_exits
 
 _AUTO_AUGMENT = 5  # Folded into an image's key; `data.augment` uses the numbers before it.
@@ -84,6 +85,8 @@ class Objective(NamedTuple):
   match_scale: str = 'mean'
   match_centered: bool = False
   teacher: str = 'network'
+  sample_weight: float = 0.0
+  leaving: float = 1.0
 
 
 def init_state(
@@ -126,6 +129,7 @@ def make_train_step(
   *,
   frozen: Collection[tuple[str, ...]] = (),
   users: Any = None,
+  conflict: float = 0.0,
   average: float = 0.0,
 ) -> Callable:
   """Makes the body of a training step for one device, or for each device of `axis_name`.
@@ -136,6 +140,8 @@ def make_train_step(
     users: a tree like the parameters with the number of trained exits that use each one: gradients become means over
       those exits. Since a gradient is linear in the contribution of each exit, this equals scaling the gradient at
       every tensor that exits share (gradient equilibrium, Li et al. 2019). None: gradients are sums.
+    conflict: instead of the mean, `optim.conflict_averse` of this radius for parameters that several exits use. It
+      needs a backward pass and the memory of a gradient for each exit.
     average: decay of the averages of the state's `Beside`; 0: there are none.
 
   Returns:
@@ -150,15 +156,18 @@ def make_train_step(
   options = objective._asdict()
   exit_weights, teacher = options.pop('exit_weights'), options.pop('teacher')
   sources = teaching_exits(objective)
+  trained = trained_exits(objective.targets)
+  apart = trained if conflict and len(trained) > 1 else (None,)
 
-  def loss_fn(params, batch_stats, images, labels, rngs, teacher_logits):
+  def loss_fn(params, batch_stats, images, labels, rngs, teacher_logits, only):
     variables = {'params': params, 'batch_stats': batch_stats}
     if frozen:
       variables = _restored(variables, jax.lax.stop_gradient(variables), frozen)
     logits, updated = model.apply(variables, images, train=True, exits=exits, mutable=['batch_stats'], rngs=rngs)
     losses = exit_losses(logits, labels, teacher_logits=teacher_logits, axis_name=axis_name, **options)
     loss = total_loss(losses, exit_weights)
-    return loss, (updated.get('batch_stats', {}), train_metrics(logits, labels, losses, loss))
+    aside = updated.get('batch_stats', {}), train_metrics(logits, labels, losses, loss)
+    return loss if only is None else total_loss({only: losses[only]}, exit_weights), aside
 
   def train_step(state, totals, images, labels, order):
     steps_per_epoch, local_size = order.shape
@@ -172,12 +181,18 @@ def make_train_step(
     teacher_logits = None
     if beside and sources and teacher != 'network':
       teacher_logits = model.apply(getattr(beside, teacher), batch[0], exits=sources)
-    gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
-      state.params, state.batch_stats, *batch, model_rngs(model, state.seed, state.step), teacher_logits
-    )
+    arguments = state.params, state.batch_stats, *batch, model_rngs(model, state.seed, state.step), teacher_logits
+    # All but the gradient is the same for every exit, and compiled once.
+    found = [jax.grad(loss_fn, has_aux=True)(*arguments, only) for only in apart]
+    gradients, (batch_stats, metrics) = [own for own, _ in found], found[0][1]
     if axis_name:
       gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
-    if users is not None:
+    if len(gradients) > 1:
+      shared = jax.tree.map(lambda number: number > 1, users)
+      gradients = conflict_averse(gradients, shared, conflict)
+    else:
+      gradients = gradients[0]
+    if users is not None and not conflict:
       gradients = jax.tree.map(lambda gradient, number: gradient / max(number, 1), gradients, users)
     inner = beside.optimizer if beside else state.opt_state
     updates, opt_state = optimizer.update(gradients, inner, state.params)

@@ -24,6 +24,8 @@ from paranet_jax.frozen import Features, feature_shapes, keep_features, make_exi
 from paranet_jax.host.errors import UserError, printable
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
+from paranet_jax.models.linked import trained_by_its_exits
+from paranet_jax.models.own_channels import hands_on_features, with_own_channels
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.steps import Beside, Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, trained_exits
@@ -166,16 +168,17 @@ class Task:
         labeled=self.labeled,
         shift=self.config.train.feature_shift,
       )
-    whole = phase.targets == self.targets
+    whole, loss = phase.targets == self.targets, self.config.loss
     return make_train_step(
-      self.model,
+      with_own_channels(self.model, loss.own_channels) if loss.own_channels else self.model,
       # Both have the same state: they differ in which parameters decay.
       self.optimizer if whole else _optimizer(self.config, self.schedule, self.model, phase.targets),
       self.objective._replace(targets=phase.targets),
       self.preprocessing,
       axis_name,
       frozen=variable_paths(self.model, self.image_shape, phase.frozen) if phase.frozen else (),
-      users=_users(self, phase) if self.config.loss.gradient_equilibrium else None,
+      users=_users(self, phase) if loss.gradient_equilibrium or loss.conflict_averse else None,
+      conflict=loss.conflict_averse,
       average=self.config.train.average,
     )
 
@@ -278,6 +281,8 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       match_scale=config.loss.match_scale,
       match_centered=config.loss.match_centered,
       teacher='teacher' if config.loss.teacher == 'run' else config.loss.teacher,
+      sample_weight=config.loss.sample_weight,
+      leaving=config.loss.leaving,
     ),
     preprocessing=Preprocessing(
       dataset.mean,
@@ -301,6 +306,11 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     raise UserError(
       f"train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
       f"'adopted' or 'resnet'), found {config.model.family!r}; set --config.train.regime, or another --config"
+    )
+  if config.loss.own_channels and not hands_on_features(model):
+    raise UserError(
+      f'loss.own_channels needs a network whose exits lie along a chain or a graph of layers, found '
+      f'{config.model.family!r}; set --config.loss.own_channels=0, or another --config'
     )
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
@@ -355,9 +365,10 @@ def _check_phase(task: Task, phase: Phase) -> None:
 
 
 def _users(task: Task, phase: Phase) -> Any:
-  """How many of the phase's exits use each parameter, as a tree."""
+  """How many of the phase's exits train each parameter, as a tree."""
+  model = trained_by_its_exits(task.model)
   used = Counter(
-    path for number in trained_exits(phase.targets) for path in parameter_sizes(task.model, task.image_shape, number)
+    path for number in trained_exits(phase.targets) for path in parameter_sizes(model, task.image_shape, number)
   )
   params = abstract_variables(task.model, task.image_shape)['params']
   return jax.tree_util.tree_map_with_path(lambda path, _: used[tuple(key.key for key in path)], params)

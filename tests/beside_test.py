@@ -160,6 +160,10 @@ def test_a_finished_run_teaches(whole, tmp_path):
     (('--config.model.growth_rate=3',), 'loss.teacher_run {run} is another network: '),
     # The shapes are the same.
     (('--config.model.entry_pool=avg',), 'loss.teacher_run {run} is another network: model.entry_pool is max there'),
+    (
+      ('--config.name=PN2-dd', '--config.loss.distill=all', '--config.model.boost=0.5'),
+      'loss.teacher_run {run} is another network: model.boost is 0.0 there and 0.5 in this configuration; set --config',
+    ),
   ],
 )
 def test_a_run_that_cannot_teach(whole, tmp_path, fields, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paranet_jax.losses import cross_entropy, distillation, exit_losses, squared_error, total_loss
+from paranet_jax.losses import cross_entropy, distillation, exit_losses, leaving_weights, squared_error, total_loss
 
 # Softmax gives 1/8, 2/8, 5/8 and 1/4, 1/4, 1/2.
 LOGITS = jnp.log(jnp.array([[1.0, 2.0, 5.0], [3.0, 3.0, 6.0]]))
@@ -225,3 +225,38 @@ def test_exits_learn_from_another_network():
   np.testing.assert_allclose(found[2], expected, rtol=1e-6)
   gradient = jax.grad(lambda other: sum(losses(STUDENT, [None, other]).values()))(TEACHER)
   np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+def test_images_weigh_more_where_they_leave():
+  """Of seven images, 4, 2 and 1 leave at three exits (leaving 0.5); those that left are not counted again."""
+  confidence = np.array(
+    [
+      [0.9, 0.2, 0.8, 0.7, 0.1, 0.6, 0.3],  # The images 0, 2, 3 and 5.
+      [0.9, 0.4, 0.8, 0.7, 0.5, 0.6, 0.3],  # The images 4 and 1, of those that are left.
+      [0.9, 0.4, 0.8, 0.7, 0.5, 0.6, 0.3],
+    ]
+  )
+  logits = np.stack([confidence, np.zeros((3, 7))], -1).astype(np.float32)
+  where = np.array([[1, 0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1]])
+  expected = 1 + 0.3 * (where - 1 / 3)
+  assert expected.mean() == pytest.approx(1)
+
+  @jax.jit
+  def both(logits):
+    split = jax.vmap(lambda own: leaving_weights(list(own), 0.3, 0.5, 'devices'), axis_name='devices')
+    return leaving_weights(list(logits), 0.3, 0.5), split(logits.transpose(1, 0, 2)[:, :, None])
+
+  whole, parts = both(logits)
+  np.testing.assert_allclose(whole, expected, rtol=1e-6)
+  # An image on each of seven devices is ranked among all.
+  np.testing.assert_allclose(parts[:, :, 0].T, expected, rtol=1e-6)
+
+
+def test_losses_of_weighted_images():
+  """Of two images, at exit 1 the second one leaves (it is more confident there), at exit 2 the first one."""
+  labels = jnp.array([2, 2])
+  first, second = jnp.log(jnp.array([[1.0, 2.0, 5.0], [1.0, 1.0, 14.0]])), LOGITS
+  options = {'sample_weight': 0.5, 'leaving': 1.0}
+  losses = jax.jit(lambda *logits: exit_losses(logits, labels, (0, 0), **options))(first, second)
+  np.testing.assert_allclose(losses[1], (0.75 * log(8 / 5) + 1.25 * log(16 / 14)) / 2, rtol=1e-5)
+  np.testing.assert_allclose(losses[2], (1.25 * log(8 / 5) + 0.75 * log(2)) / 2, rtol=1e-5)

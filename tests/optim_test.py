@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
-from paranet_jax.optim import decay_mask, make_optimizer, make_schedule
+from paranet_jax.optim import conflict_averse, decay_mask, least_gain_weights, make_optimizer, make_schedule
 
 PAPER = {'epochs': 130, 'updates_per_epoch': 781, 'drop_epochs': (50, 100)}
 SHORT = {'epochs': 10, 'updates_per_epoch': 10}
@@ -204,3 +205,49 @@ def test_muon(standard_promotion):
   for name in ('scale', 'bias'):
     plain = -0.1 * (gradient['norm'][name] + 0.01 * params['norm'][name])
     np.testing.assert_allclose(updates['norm'][name], plain, rtol=1e-5)
+
+
+turned = jax.jit(lambda radius, *gradients: conflict_averse(gradients, {'all': True, 'own': False}, radius))
+
+
+@pytest.mark.parametrize(
+  ('first', 'second', 'radius', 'expected'),
+  [
+    # The second exit gains least. g_0 = (1, 0.5), and 2 w + 0.5 (1 - w) + c |g_0| |(2 w, 1 - w)| grows with w: w = 0,
+    # g_w = (0, 1), and d = g_0 + c |g_0| (0, 1), twice as long.
+    ((2, 0), (0, 1), 0.4, (2, 1 + 0.8 * 1.25**0.5)),
+    ((2, 0), (0, 1), 0.0, (2, 1)),
+    # Equal ones: every w has the objective's value; d = (1 + c) g_0.
+    ((1, 2), (1, 2), 0.5, (3, 6)),
+    # Opposite ones: the mean is 0, and stays.
+    ((1, 2), (-1, -2), 0.5, (0, 0)),
+    ((0, 0), (0, 0), 0.5, (0, 0)),
+  ],
+)
+def test_conflict_averse_gradients(first, second, radius, expected):
+  """What only one exit uses gets the sum."""
+  gradients = ({'all': np.float32(own), 'own': np.float32([1])} for own in (first, second))
+  found = turned(np.float32(radius), *gradients)
+  np.testing.assert_allclose(found['all'], expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found['own'], [2.0])
+
+
+def test_the_weights_of_exits_minimize_the_dual_objective():
+  """Against SciPy, for random gradients of 2 to 10 exits that share a direction or conflict."""
+  random, find = np.random.default_rng(0), jax.jit(least_gain_weights)
+  for count, shift in ((2, 0.0), (7, 1.0), (10, 0.3), (10, 0.0)):
+    gradients = random.normal(size=(count, 20)) * random.uniform(0.1, 3, (count, 1)) + shift
+    gram = gradients @ gradients.T
+
+    def objective(weights, gram=gram):
+      return weights @ gram.mean(1) + 0.4 * np.sqrt(gram.mean() * (weights @ gram @ weights))
+
+    best = scipy.optimize.minimize(
+      objective,
+      np.full(count, 1 / count),
+      bounds=[(0, 1)] * count,
+      constraints={'type': 'eq', 'fun': lambda weights: weights.sum() - 1},
+    )
+    weights = np.asarray(find(gram.astype(np.float32), 0.4), np.float64)
+    assert weights.min() >= 0 and weights.sum() == pytest.approx(1, abs=1e-5)
+    assert objective(weights) == pytest.approx(best.fun, abs=1e-4 * gram.mean())

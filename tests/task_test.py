@@ -121,7 +121,7 @@ def test_the_second_phase_of_mixed_is_joint_training(monkeypatch):
   mixed, disjoint = (dataclasses.replace(joint, config=own) for own in of_regime.values())
   assert joint.train_step() == mixed.train_step() != disjoint.train_step()
   (_, _, backbone, *_), alike = mixed.train_step(phase=mixed.phases[0])
-  assert backbone.targets == (None, 0) and alike == {'frozen': (), 'users': None, 'average': 0.0}
+  assert backbone.targets == (None, 0) and alike == {'frozen': (), 'users': None, 'conflict': 0.0, 'average': 0.0}
   (_, _, others, *_), options = disjoint.train_step(phase=disjoint.phases[1])
   assert others.targets == (0, None) and ('params', 'pipeline_1_stem', 'kernel') in options['frozen']
   assert {path[1] for path in all_paths(joint) - options['frozen']} == {'exit_1'}

@@ -20,6 +20,8 @@ def pytorch_tensors(run: LoadedRun) -> dict[str, np.ndarray] | None:
   sides those of `weights.cifar_resnet`, its last exit as the classifier. The values are those of the run, bit for bit.
   """
   model = run.config.model
+  if model.boost or model.transfer:  # The answer of the last exit is not that of its classifier.
+    return None
   if model.family == 'adopted':
     return to_state_dict(run.variables)
   if model.family == 'resnet' and all(model[name] == value for name, value in FIELDS.items()):

@@ -16,6 +16,7 @@ Every network that a configuration can name has these attributes:
 A network is a `Chain` if its exits lie along one chain of layers, and a `Graph` if they share features in another way.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
@@ -74,6 +75,11 @@ class MultiExit(nn.Module):
     logits, features = self._evaluate(images, carry, (number,), train)
     return logits[number], self._carried(features, number) if number < self.num_exits else {}
 
+  @nn.nowrap
+  def handed_on(self, x: Any) -> Any:
+    """What later layers read of the features that an exit reads (see `own_channels.py`)."""
+    return x
+
   def _evaluate(
     self, images: Images, carry: Carry, exits: Iterable[int], train: bool
   ) -> tuple[Mapping[int, Logits], Carry]:
@@ -124,6 +130,7 @@ class Chain(MultiExit):
         x = self.segment(x, positions[number - 1], positions[number], train)
       if number in exits:
         logits[number] = self.exit_logits(x, number, train)
+        x = self.handed_on(x)
     return logits, {max(exits, default=done): x}
 
 
@@ -165,14 +172,22 @@ class Graph(MultiExit):
   @nn.compact
   def _evaluate(self, images, carry, exits, train):
     geometry, features = self.geometry, dict(carry)
-    for node in needed(map(geometry.exit_node, exits), geometry.reads, features):
-      features[node] = self.node_features(node, images, features, train)
+    read, at_exits = dict(carry), set(map(geometry.exit_node, exits))
+    for node in needed(at_exits, geometry.reads, features):
+      features[node] = self.node_features(node, images, read, train)
+      read[node] = self.handed_on(features[node]) if node in at_exits else features[node]
     return {n: self.exit_logits(features[geometry.exit_node(n)], n, train) for n in exits}, features
 
   def _carried(self, features, number):
     geometry = self.geometry
     later = [geometry.exit_node(other) for other in range(number + 1, self.num_exits + 1)]
     return {node: features[node] for node in kept(later, geometry.reads, features)}
+
+
+def field_values(model: MultiExit) -> dict[str, Any]:
+  """The values of a model's own fields, by name, to make a model of a derived class from."""
+  own = (field.name for field in dataclasses.fields(model) if field.init)
+  return {name: getattr(model, name) for name in own if name not in ('parent', 'name')}
 
 
 def needed(

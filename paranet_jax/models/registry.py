@@ -61,6 +61,10 @@ COMMON: Fields = {
   # In which the network computes; parameters and statistics stay float32. 'float32'; 'bfloat16', unless a CPU is slower
   # in it, as measured when a run starts; or 'bfloat16!', whatever its speed.
   'dtype': Field('float32', one_of('float32', BFLOAT16, INSISTED)),
+  # BoostNet: an exit adds this share of the logits of the exit before it to its own, such as 0.5; 0: its own alone.
+  'boost': Field(0.0, at_least(0)),
+  # IMTA's transfer: features through which an exit reads the logits of the exit before it, such as 128; 0: none.
+  'transfer': Field(0, at_least(0, 100_000)),
 }
 """The fields of `model` in every family."""
 
@@ -278,10 +282,16 @@ def build_model(config: ConfigDict, num_classes: int) -> Any:
   fields = {name: value for name, value in config.model.items() if name != 'family'}
   dtype = BFLOAT16 if fields['dtype'] == INSISTED else fields['dtype']
   fields |= {'num_classes': fields['num_classes'] or num_classes, 'dtype': jnp.dtype(dtype)}
+  boost, transfer = fields.pop('boost'), fields.pop('transfer')
   try:
-    return build(config.name, fields)
+    model = build(config.name, fields)
   except ValueError as error:
     raise UserError(f'{error}; set --config.model.{family.fix}') from error
+  if not (boost or transfer):
+    return model
+  from paranet_jax.models.linked import boosted, with_transfer
+
+  return boosted(model, boost) if boost else with_transfer(model, transfer)
 
 
 def targets(config: ConfigDict) -> Targets:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,16 @@ def backbone_difference(config: ConfigDict, run: Path) -> str | None:
     _, saved = checkpoints.read_chosen(Checkpoints.choose, checkpoints.shapes)
   wanted = shapes_by_path(abstract_variables(build_model(config, num_classes=2), image_shape(config)))
   difference = shape_difference(_backbone_paths(saved), _backbone_paths(wanted))
-  return difference or _other_function(restore_config(run).model, config.model)
+  return difference or other_function(restore_config(run).model, config.model, _OF_THE_FUNCTION)
 
 
 _OF_THE_FUNCTION = ('arch', 'block', 'shortcut_padding', 'entry_pool', 'entry_order', 'scales')
 """Fields that change what a backbone computes, but not the shapes of its parameters."""
 
 
-def _other_function(there: ConfigDict, here: ConfigDict) -> str | None:
-  for name in _OF_THE_FUNCTION:
+def other_function(there: ConfigDict, here: ConfigDict, names: Sequence[str]) -> str | None:
+  """The first of these fields of `model` that both have with other values; None: there is none."""
+  for name in names:
     if name in there and name in here and there[name] != here[name]:
       return f'model.{name} is {there[name]} there and {here[name]} in this configuration'
   return None

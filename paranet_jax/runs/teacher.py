@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.checkpoints import Checkpoints, has_checkpoint
-from paranet_jax.runs.init_from import backbone_difference, check_finished
+from paranet_jax.runs.init_from import backbone_difference, check_finished, other_function
 from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.steps import Beside, TrainState
 
@@ -26,12 +26,14 @@ def check_teacher(config: ConfigDict, workdir: Path) -> None:
   if config.loss.teacher != 'run' or has_checkpoint(workdir):
     return
   check_finished(run, 'loss.teacher_run')
-  data = restore_config(run).data.name
+  there = restore_config(run)
+  data = there.data.name
   if data != config.data.name:
     raise UserError(
       f'loss.teacher_run {run} learned from data.name {data}, found {config.data.name}; set --config.loss.teacher_run'
     )
-  if difference := backbone_difference(config, run):
+  # Its logits are those of its exits, which boosting changes without other parameters.
+  if difference := backbone_difference(config, run) or other_function(there.model, config.model, ('boost',)):
     raise UserError(
       f'loss.teacher_run {run} is another network: {difference}; set --config to the one of {run / CONFIG}, or '
       '--config.loss.teacher_run'

@@ -54,8 +54,16 @@ def test_a_cifar_resnet_of_this_package(weights, tmp_path):
   check(run_of(config, variables), weights[1], tmp_path)
 
 
-@pytest.mark.parametrize('family', ['paranet', 'resnet', 'msdnet'])
-def test_what_pytorch_does_not_have(family):
+@pytest.mark.parametrize(
+  ('family', 'fields'),
+  [
+    *(('paranet', {}), ('resnet', {}), ('msdnet', {})),
+    # The answer of the last exit is not that of its classifier alone.
+    *(('adopted', {'boost': 0.5}), ('resnet', {'shortcut_padding': 'both_sides', 'transfer': 8})),
+  ],
+)
+def test_what_pytorch_does_not_have(family, fields):
   config = tiny.base_config('PN3-ddd' if family == 'paranet' else 'small', family)
+  config.model.update(fields)
   facts = DatasetFacts('own', '', tuple('ab'), (0.5,) * 3, (0.25,) * 3, {})
   assert pytorch_tensors(LoadedRun(None, {}, config, 1, facts)) is None

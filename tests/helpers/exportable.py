@@ -67,6 +67,8 @@ MODELS = {
   'resnet of bottlenecks': lambda: of_family('resnet', block='bottleneck', depth=11),
   'msdnet': lambda: of_family('msdnet'),
   'ranet': lambda: of_family('ranet', step=2),
+  'boosted': lambda: of_family('resnet', exits='stages', boost=0.5),
+  'with transfer': lambda: of_family('msdnet', transfer=3),
   'fractalnet': lambda: of_family('fractalnet'),
   'adopted': lambda: of_family('adopted', arch='cifar_resnet20', exits='layer1.0,layer2.0', head='conv'),
   'ensemble': lambda: Ensemble(

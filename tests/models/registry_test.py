@@ -84,7 +84,11 @@ COMMON = {
   'image_side': (16, {}),
   'channels': (1, {}),
   'dtype': ('bfloat16', {}),
+  'boost': (0.5, {}),
+  'transfer': (5, {}),
 }
+# These link exits, so that networks need more than one.
+MORE_EXITS = {'densenet': {'exits': 'blocks'}, 'resnet': {'exits': 'stages'}, 'adopted': {'exits': 'layer1'}}
 
 
 def program(config):
@@ -117,6 +121,8 @@ def test_every_family_and_field_is_in_the_tables():
 @pytest.mark.parametrize('family, field', [(family, field) for family in FIELDS for field in FIELDS[family] | COMMON])
 def test_every_field_changes_the_program(family, field, standard_promotion):
   value, given = (FIELDS[family] | COMMON)[field]
+  if field in ('boost', 'transfer'):
+    given = MORE_EXITS.get(family, {})
   base, changed = small(family, **given), small(family, **given, **{field: value})
   if variables(base) == variables(changed):  # Otherwise the programs differ too, and need not be traced.
     assert small_program(family, *given.items()) != program(changed)
