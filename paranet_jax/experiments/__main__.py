@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.experiments`: reproduces the paper's tables and figure, or works through a queue of runs."""
+"""`python -m paranet_jax.experiments`: the paper's tables and figure, a queue of runs, or a table of methods."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ from paranet_jax.host.huge_pages import use_huge_pages
 
 ALL = 'all'
 QUEUE = 'run'
+METHODS = 'methods'
 STOPPED = 130  # As the shell reports an interrupted command.
 
 
@@ -31,6 +32,10 @@ def _reworded(argv: Sequence[str] | None) -> int:
     from paranet_jax.experiments.queue.command import run
 
     return run(argv[1:])
+  if argv[:1] == [METHODS]:
+    from paranet_jax.experiments.methods import run
+
+    return run(argv[1:])
   try:
     return _run(_parse(argv))
   except UserError as error:  # This command sets fields with --set.
@@ -41,7 +46,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.experiments',
     description="Trains the missing runs behind the paper's tables and figure, and compares them with the paper.",
-    epilog='`run QUEUE.toml` trains the runs of a queue file instead; see `run --help`.',
+    epilog='`run QUEUE.toml` trains the runs of a queue file instead, and `methods` makes one table of the results of '
+    'configs/queues/methods.toml. See `run --help` and `methods --help`.',
   )
   add = parser.add_argument
   add('experiment', choices=(*EXPERIMENTS, ALL), help='The table or figure to reproduce.')
