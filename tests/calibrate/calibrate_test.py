@@ -20,6 +20,7 @@ from paranet_jax.calibrate.__main__ import main
 from paranet_jax.calibrate.flags import parse
 from paranet_jax.early.exit_plan import EXITS, CheckpointId, full_network_plan, load_plan, read_plan
 from paranet_jax.early.path_costs import PathCosts
+from paranet_jax.host.errors import UserError
 
 HELD_OUT, TEST = 300, 360
 COSTS = PathCosts(2, lambda before, index: 1.0)
@@ -191,6 +192,22 @@ def test_the_range_of_budgets(workdir, alone):
     calibrate(f'--workdir={workdir}', f'--budget={millions(budget)}')
     plan = read_plan(workdir)
     assert plan.expected['cost_macs'] <= budget and sum(plan.expected['shares']) == 1
+
+
+@pytest.mark.parametrize(
+  ('unit', 'accepted', 'refused'),
+  [('macs', (20e6, 30e6), (20e6 - 1, 30e6 + 1)), ('ms', (1.999, 3.0029), (1.997, 3.004))],
+)
+def test_measured_ends_of_the_range_are_rounded(unit, accepted, refused):
+  alone = {'macs': (20e6, 25e6, 30e6), 'ms': (2.0, 2.5, 3.0)}[unit]
+  costs = types.SimpleNamespace(alone=lambda: np.array(alone))
+  for values, allowed in (
+    (accepted, contextlib.nullcontext()),
+    (refused, pytest.raises(UserError, match='budget must be from')),
+  ):
+    for value in values:
+      with allowed:
+        calibration.check_budget(types.SimpleNamespace(target={'budget': value, 'unit': unit}), costs, (1, 2, 3))
 
 
 @pytest.mark.parametrize('policy', ['optimal', 'quota'])
