@@ -31,17 +31,23 @@ def images_axis(task: Task) -> int | None:
 
 @contextlib.contextmanager
 def open_feed(
-  task: Task, devices: list[Device], order: Callable[[int], jax.Array], first_step: int, variables: Any
+  task: Task,
+  devices: list[Device],
+  order: Callable[[int], jax.Array],
+  first_step: int,
+  variables: Any,
+  check: Callable[[], None] = lambda: None,
 ) -> Iterator[Feed]:
   """Opens the feed of a run that starts or resumes at `first_step`.
 
   Args:
     order: returns the placed order of an epoch; not used for images that are streamed.
     variables: of the run, whose frozen part computes the features that are kept, if any.
+    check: called before every batch of these features; may raise in the first step.
   """
   train, config = task.dataset.train, task.config
   if task.keeps_features:
-    yield _features_feed(task, devices, functools.lru_cache(maxsize=1)(order), variables)
+    yield _features_feed(task, devices, functools.lru_cache(maxsize=1)(order), variables, check)
     return
   if not train.streamed:
     images, labels = placed(train, devices)
@@ -71,20 +77,27 @@ def open_feed(
     yield feed
 
 
-def _features_feed(task: Task, devices: list[Device], order: Callable[[int], jax.Array], variables: Any) -> Feed:
-  train, steps = task.dataset.train, task.steps_per_epoch
-  kept, labels = task.keep_features(train, variables, 'training'), np.asarray(train.labels)
-  if not task.streams:
-    features, labels = placed(train, devices, kept)
-    return lambda step: (features, labels, order(step // steps))
-  place = devices_lib.one_or_shared(devices)
-  counting = jax.device_put(_counting(task, len(devices), len(devices_lib.of_this_process(devices))), place)
+def _features_feed(
+  task: Task, devices: list[Device], order: Callable[[int], jax.Array], variables: Any, check: Callable[[], None]
+) -> Feed:
+  train, steps, place = task.dataset.train, task.steps_per_epoch, devices_lib.one_or_shared(devices)
 
-  def feed(step: int) -> StepData:
+  @functools.cache
+  def kept() -> tuple[Any, Any]:  # At the first step: a run that is at its end needs none.
+    features = task.keep_features(train, variables, 'training', check)
+    return (features, np.asarray(train.labels)) if task.streams else placed(train, devices, features)
+
+  def whole(step: int) -> StepData:
+    return *kept(), order(step // steps)
+
+  def streamed(step: int) -> StepData:
     rows = np.asarray(order(step // steps))[..., step % steps, :]
-    return *jax.device_put(jax.tree.map(lambda leaf: leaf[rows], (kept, labels)), place), counting
+    return *jax.device_put(jax.tree.map(lambda leaf: leaf[rows], kept()), place), counting
 
-  return feed
+  if not task.streams:
+    return whole
+  counting = jax.device_put(_counting(task, len(devices), len(devices_lib.of_this_process(devices))), place)
+  return streamed
 
 
 def placed(split: Split, devices: list[Device], features: Any = None) -> tuple[Any, jax.Array]:

@@ -229,6 +229,7 @@ def keep_features(
   batch_size: int,
   name: str,
   mirrored: bool = False,
+  check: Callable[[], None] = lambda: None,
 ) -> Features:
   """Computes the features of a split, in memory, or memory-mapped from a file that vanishes with the process.
 
@@ -237,6 +238,7 @@ def keep_features(
     batch_size: images at a time; affects speed and memory.
     name: of the split, for messages.
     mirrored: as in `feature_shapes`.
+    check: called before every batch; may raise to end the computation.
   """
   count, batch_size, started = len(split), min(batch_size, len(split)), time.monotonic()
   where = 'on disk' if on_disk(shapes) else 'in memory'
@@ -252,6 +254,7 @@ def keep_features(
     return jax.tree.map(lambda leaf, shape: leaf.astype(shape.dtype), found, shapes)
 
   for first in range(0, count, batch_size):
+    check()
     rows = np.minimum(np.arange(first, first + batch_size), count - 1)  # The last batch has the size of the others.
     batch = jax.device_get(compute(variables, np.asarray(split.images[rows])))
     for whole, part in zip(jax.tree.leaves(kept), jax.tree.leaves(batch), strict=True):

@@ -136,8 +136,10 @@ class Task:
       return on_disk(self.feature_shapes(self.dataset.train))
     return self.dataset.train.streamed
 
-  def keep_features(self, split: Split, variables: Any, name: str) -> Features:
-    """Computes the features of a split."""
+  def keep_features(
+    self, split: Split, variables: Any, name: str, check: Callable[[], None] = lambda: None
+  ) -> Features:
+    """Computes the features of a split (see `frozen.keep_features`)."""
     return keep_features(
       self.model,
       variables,
@@ -147,6 +149,7 @@ class Task:
       self.config.eval.batch_size,
       name,
       mirrored=self.preprocessing.flip and split is self.dataset.train,
+      check=check,
     )
 
   def phase(self, step: int) -> Phase:

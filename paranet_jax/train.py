@@ -21,7 +21,7 @@ from paranet_jax.feed import Feed, images_axis, open_feed
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
-from paranet_jax.host.signals import StopRequest
+from paranet_jax.host.signals import Stopped, StopRequest
 from paranet_jax.models.numerics import check_training
 from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.dtype import with_dtype
@@ -193,9 +193,10 @@ def train_loop(
       stack.enter_context(record.metrics(first_step))
     own = next(iter(layout.split(state)))
     variables = {'params': own.params, 'batch_stats': own.batch_stats}
-    feed = stack.enter_context(open_feed(task, layout.devices, order, first_step, variables))
-    loop = _Loop(records, layout, evaluator, stop, progress)
-    state, step, evaluations = loop.run(state, first_step, feed)
+    feed = stack.enter_context(open_feed(task, layout.devices, order, first_step, variables, stop.check))
+    loop, step, evaluations = _Loop(records, layout, evaluator, stop, progress), first_step, None
+    with contextlib.suppress(Stopped):  # While the features of the first step were computed: none was made.
+      state, step, evaluations = loop.run(state, first_step, feed)
   loop.save(step, state)
   for record in records:
     record.wait()

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import types
 
 import chex
 import jax
@@ -12,8 +13,11 @@ import pytest
 import tiny
 
 from paranet_jax import frozen as frozen_lib
+from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables, variable_paths
 from paranet_jax.data.dataset import Split
+from paranet_jax.devices import place_order
+from paranet_jax.feed import open_feed
 from paranet_jax.frozen import LOGITS, feature_shapes, keep_features, logits_from_features, make_exits_step, vary
 from paranet_jax.host.errors import UserError
 from paranet_jax.steps import Objective, TrainState, learning, make_train_step, zero_totals
@@ -150,3 +154,36 @@ def test_no_room_for_kept_features(monkeypatch, tmp_path):
     'another disk, or --config.train.features=float16'
   )
   assert asked[0] == jax.tree.leaves(KEPT['float32'])[0].size * 4 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason='needs 2 devices')
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_step_reads_the_same_features_from_disk_and_from_memory(count):
+  devices, rows = jax.devices()[:count], np.random.default_rng(0).permutation(8).astype(np.int32).reshape(2, 4)
+  features, batches = {1: np.arange(16.0).reshape(8, 2), LOGITS: np.arange(8.0)}, {}
+  for streams in (False, True):
+    task = types.SimpleNamespace(
+      config=base_config(),
+      dataset=types.SimpleNamespace(train=Split(IMAGES, NAMES)),
+      keeps_features=True,
+      streams=streams,
+      steps_per_epoch=2,
+      keep_features=lambda *_: features,
+    )
+    task.config.train.batch_size = 4
+    with open_feed(task, devices, lambda _: place_order(rows, devices), 0, {}) as feed:
+      batches[streams] = [own for step in (0, 1) for own in read(feed(step), step, count, streams)]
+  for found, expected, own in zip(batches[True], batches[False], rows.reshape(2 * count, -1), strict=True):
+    chex.assert_trees_all_equal(found, expected)
+    np.testing.assert_array_equal(found[0][1], features[1][own])
+
+
+def read(data, step, count, streams):
+  """Features and labels of each device's share of a step, as the body of the step takes them."""
+  features, labels, order = jax.device_get(data)
+
+  def share(leaf, device):
+    own = leaf[device] if streams and count > 1 else leaf
+    return own[order[device, step] if count > 1 else order[step]]
+
+  return [jax.tree.map(functools.partial(share, device=device), (features, labels)) for device in range(count)]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from paranet_jax.command_line import override
 from paranet_jax.host.arguments import Parser, absolute, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.fields import numbers
 from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.models.registry import ADOPTED_HEADS
 from paranet_jax.targets import EXIT_TARGETS
 
 
@@ -27,14 +29,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--arch', required=True, help="Architecture, by torchvision's or timm's name.")
   add('--weights', help='State dict: .safetensors, .pth, .pt or .th; or hf:OWNER/NAME[@REVISION].')
   add('--exits', help='Places of the exits before the last one, such as layer1,layer2.1 (default: as describe says).')
-  add(
-    '--head', help='Kind of their heads: linear, bn_relu, conv, class_token or blocks (default: by the architecture).'
-  )
+  add('--head', choices=ADOPTED_HEADS, help='Kind of their heads (default: by the architecture).')
   images = parser.add_mutually_exclusive_group()
   images.add_argument('--images', type=absolute, metavar='FOLDER', help='Images without labels, in any folders below.')
   images.add_argument('--data', type=absolute, metavar='FOLDER', help='Images in a folder for each class.')
   add('--targets', choices=EXIT_TARGETS, help='What the exits learn from (default: last, which needs no labels).')
   add('--classes', action='store_true', help='The classes of --data are not those of the weights: a new last exit.')
+  add('--mean', type=_mean, help='Mean of red, green and blue, from 0 to 1, such as 0.5,0.5,0.5 (default: as --arch).')
+  add('--deviation', type=_deviation, help='Their standard deviation, such as 0.5,0.5,0.5 (default: as --arch).')
   add('--workdir', type=absolute, help='Folder of the new run.')
   add_jax_flags(parser)
   given, rest = parser.parse_known_args(argv)
@@ -56,6 +58,20 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   return given, rest
 
 
+def _mean(text: str) -> tuple[float, ...]:
+  values = numbers(text)
+  if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+    raise argparse.ArgumentTypeError(f'expected three numbers from 0 to 1, found {text:.40}')
+  return values
+
+
+def _deviation(text: str) -> tuple[float, ...]:
+  values = _mean(text)
+  if not all(values):
+    raise argparse.ArgumentTypeError(f'expected three numbers of more than 0, found {text:.40}')
+  return values
+
+
 def _run(given: argparse.Namespace, overrides: Sequence[str]) -> None:
   # jax takes a second to import; flags are checked first.
   from paranet_jax.host.machine import start_jax
@@ -65,9 +81,9 @@ def _run(given: argparse.Namespace, overrides: Sequence[str]) -> None:
   architecture = find_architecture(given.arch)
   refuse_several('adopt')
   if given.what:
-    from paranet_jax.adopt.places import find_places, places_text
+    from paranet_jax.adopt.places import describe
 
-    say(places_text(architecture, find_places(architecture, architecture.num_classes)))
+    say(describe(architecture, given.head))
     return
   start_jax(given)
   from paranet_jax.adopt.run import adopt

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 
 from paranet_jax.costs import abstract_variables, exit_costs
 from paranet_jax.display.tables import align, human_count
+from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.network import AdoptedNetwork
 
-SHARES = (0.25, 0.45, 0.7)
-"""Shares of the multiply-adds near which exits are suggested."""
+SHARES: dict[str, tuple[float, ...]] = {'blocks': (0.22, 0.64, 0.81)}
+OTHER_SHARES = (0.25, 0.45, 0.7)
+"""Shares of the multiply-adds near which exits are suggested, by kind of head and for the other kinds.
+
+Copied blocks make good exits early, but a path to the last exit pays for all of them."""
 
 
 class Place(NamedTuple):
@@ -20,7 +24,7 @@ class Place(NamedTuple):
 
   Attributes:
     shape: of the features there, (H, W, C) or (tokens, C).
-    macs: multiply-adds up to it, with the architecture's own kind of head.
+    macs: multiply-adds of an exit there.
     share: of those of the whole network.
   """
 
@@ -30,10 +34,17 @@ class Place(NamedTuple):
   share: float
 
 
-def find_places(architecture: Architecture, num_classes: int) -> list[Place]:
-  """Every place of an exit before the last one, in order."""
+def find_places(architecture: Architecture, num_classes: int, head: str) -> list[Place]:
+  """Every place of an exit before the last one, in order.
+
+  Args:
+    head: kind of the exits' heads.
+
+  Raises:
+    UserError: this kind cannot read the features.
+  """
   names, side = architecture.places[:-1], architecture.preprocessing.side
-  model = AdoptedNetwork(num_classes, side, arch=architecture.name, exits=names)
+  model = AdoptedNetwork(num_classes, side, arch=architecture.name, exits=names, head=head)
 
   def features(variables, image):
     carry: Any = {}
@@ -44,7 +55,10 @@ def find_places(architecture: Architecture, num_classes: int) -> list[Place]:
     return found
 
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-  shapes = jax.eval_shape(features, abstract_variables(model, (side, side, 3)), image)
+  try:
+    shapes = jax.eval_shape(features, abstract_variables(model, (side, side, 3)), image)
+  except ValueError as error:
+    raise UserError(f'{error}; set --head') from error
   costs = exit_costs(model, (side, side, 3))
   whole = costs[-1]['macs_alone']
   return [
@@ -53,15 +67,31 @@ def find_places(architecture: Architecture, num_classes: int) -> list[Place]:
   ]
 
 
-def suggested(places: Sequence[Place]) -> tuple[str, ...]:
-  """The places nearest to SHARES, in order."""
-  nearest = {min(places, key=lambda place: abs(place.share - share)).name for share in SHARES}
+def suggested(places: Sequence[Place], head: str) -> tuple[str, ...]:
+  """The places nearest to the shares of this kind of head, in order."""
+  shares = SHARES.get(head, OTHER_SHARES)
+  nearest = {min(places, key=lambda place: abs(place.share - share)).name for share in shares}
   return tuple(place.name for place in places if place.name in nearest)
 
 
-def places_text(architecture: Architecture, places: Sequence[Place]) -> str:
+def default_head(architecture: Architecture) -> str:
+  """The kind of head that exits have unless the command says otherwise."""
+  return architecture.adopt_head or architecture.head
+
+
+def describe(architecture: Architecture, head: str | None) -> str:
+  """What `adopt describe` prints.
+
+  Args:
+    head: kind of the exits' heads; None: the default.
+  """
+  head = head or default_head(architecture)
+  return places_text(architecture, find_places(architecture, architecture.num_classes, head), head)
+
+
+def places_text(architecture: Architecture, places: Sequence[Place], head: str) -> str:
   """The table that `describe` prints."""
-  chosen = suggested(places)
+  chosen = suggested(places, head)
   prepared = architecture.preprocessing
   rows = [
     (
@@ -81,7 +111,7 @@ def places_text(architecture: Architecture, places: Sequence[Place]) -> str:
       *align(('place', 'features', 'multiply-adds', 'share (%)', ''), rows, left=(0, 1, 4)),
       f'images: {scaled}, {prepared.interpolation}; mean {_listed(prepared.mean)}, deviation '
       f'{_listed(prepared.deviation)}',
-      f'--exits={",".join(chosen)}',
+      f'--exits={",".join(chosen)} --head={head}',
     ]
   )
 

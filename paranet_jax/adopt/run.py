@@ -2,13 +2,15 @@
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
-from paranet_jax.adopt.places import find_places, suggested
+from paranet_jax.adopt.places import default_head, find_places, suggested
 from paranet_jax.base_config import base_config
 from paranet_jax.data.known import known_dataset
 from paranet_jax.host.arguments import absolute
@@ -18,16 +20,50 @@ from paranet_jax.models.adopted.class_names import class_names
 from paranet_jax.models.adopted.read_weights import classes_of, read_weights
 from paranet_jax.models.adopted.tensors import to_state_dict
 from paranet_jax.portable.run import find_images
-from paranet_jax.runs.dataset_facts import save_weights_facts
+from paranet_jax.runs.dataset_facts import restore_dataset_facts, save_weights_facts
+from paranet_jax.runs.init_from import check_finished
 from paranet_jax.runs.learned import IDENTITY
-from paranet_jax.runs.workdir import CONFIG, prepare_workdir
+from paranet_jax.runs.workdir import CONFIG, prepare_workdir, restore_config
 from paranet_jax.train import train_and_evaluate
 from paranet_jax.weights.hub import download_weights, hub_place, is_hub
 
-EPOCHS = 30.0
-STEPS = 2000
-"""Fewer epochs than EPOCHS' would not be enough for a small folder: at least this many steps are made."""
+
+class Recipe(NamedTuple):
+  """How exits learn, by default.
+
+  Attributes:
+    epochs: passes over the images.
+    steps: at least this many are made, because a small folder needs more passes.
+    learning_rate: peak of the schedule.
+    mirrored: whether they also learn from the mirrored images.
+  """
+
+  epochs: float
+  steps: int
+  learning_rate: float
+  mirrored: bool
+
+
+RECIPES = {'blocks': Recipe(9.0, 500, 0.05, True)}
+"""By kind of head. Copied blocks start near a solution, so they need few passes, each of which takes longer."""
+OTHER_RECIPE = Recipe(30.0, 2000, 0.1, False)
+"""Of the other kinds."""
+WHOLE_RECIPE = Recipe(10.0, 600, 0.01, False)
+"""Of a network that trains with its exits after these have learned alone."""
 BATCH = 128
+
+
+class Facts(NamedTuple):
+  """The data that weights were trained on.
+
+  Attributes:
+    mean, deviation: one per channel, by which images are normalized.
+  """
+
+  name: str
+  class_names: Sequence[str]
+  mean: Sequence[float]
+  deviation: Sequence[float]
 
 
 def adopt(given: argparse.Namespace, architecture: Architecture, override: Callable[[ConfigDict], None]) -> None:
@@ -42,26 +78,33 @@ def adopt(given: argparse.Namespace, architecture: Architecture, override: Calla
   """
   hub = is_hub(given.weights)
   weights = download_weights(hub_place(given.weights, '--weights'), '--weights') if hub else absolute(given.weights)
-  num_classes = classes_of(to_state_dict(read_weights(weights, architecture)), architecture)
-  places = find_places(architecture, num_classes)
-  if given.exits is None:
-    given.exits = ','.join(suggested(places))
-    say(f'exits: {given.exits} (suggested; python -m paranet_jax.adopt describe --arch={given.arch} lists the places)')
-  config = configure(given, architecture, weights, num_classes)
+  if weights.is_dir():
+    config, facts = configure_whole(given, architecture, weights)
+  else:
+    num_classes = classes_of(to_state_dict(read_weights(weights, architecture)), architecture)
+    given.head = given.head or default_head(architecture)
+    if given.exits is None:
+      given.exits = ','.join(suggested(find_places(architecture, num_classes, given.head), given.head))
+      places = f'python -m paranet_jax.adopt describe --arch={given.arch} lists the places'
+      say(f'exits: {given.exits} (suggested; {places})')
+    config = configure(given, architecture, weights, num_classes)
+    prepared = architecture.preprocessing
+    names = class_names(architecture.class_names, num_classes)
+    facts = Facts(given.arch, names, given.mean or prepared.mean, given.deviation or prepared.deviation)
   override(config)
   config_lib.absolute_paths(config)
   try:
     config_lib.validate(config)
   except UserError as error:  # These flags set the fields that it names.
     raise error.saying(str(error).replace('--config.model.arch, .exits or .head', '--exits or --head')) from error
-  names = class_names(architecture.class_names, num_classes)
-  if config.model.last == 'new':
-    names = new_classes(config)
+  if config.model.last == 'new' and not weights.is_dir():
+    facts = facts._replace(class_names=new_classes(config))
   workdir = given.workdir
   prepare_workdir(workdir, config, accept_changes=False)
   if not any((workdir / name).exists() for name in (CONFIG, IDENTITY)):
-    prepared = architecture.preprocessing
-    save_weights_facts(workdir, given.arch, names, prepared.mean, prepared.deviation)
+    save_weights_facts(workdir, *facts)
+  else:
+    _check_normalization(workdir, facts)
   summary = train_and_evaluate(config, workdir)
   if summary is not None:
     say(next_steps(workdir, summary['exits'][-1]['macs_alone'], labeled=given.data is not None))
@@ -69,6 +112,7 @@ def adopt(given: argparse.Namespace, architecture: Architecture, override: Calla
 
 def configure(given: argparse.Namespace, architecture: Architecture, weights: Path, num_classes: int) -> ConfigDict:
   """The configuration of the run, before fields are overridden."""
+  recipe = RECIPES.get(given.head, OTHER_RECIPE)
   config = base_config(f'{given.arch}-exits', family='adopted')
   config.init_from = str(weights)
   prepared = architecture.preprocessing
@@ -81,7 +125,58 @@ def configure(given: argparse.Namespace, architecture: Architecture, weights: Pa
     image_side=prepared.side,
   )
   config.data.update(short_side=prepared.resize, interpolation=prepared.interpolation)
-  config.data.update(crop_padding=0, flip=False)
+  config.train.update(regime='exits', exit_targets=given.targets or 'last')
+  _learn(config, given, recipe)
+  config.checkpoint.every_steps = 10_000  # A run of a few minutes; one that is stopped saves itself.
+  return config
+
+
+def configure_whole(given: argparse.Namespace, architecture: Architecture, run: Path) -> tuple[ConfigDict, Facts]:
+  """The configuration of a run that trains the network of another run and its exits together, and that run's facts.
+
+  Raises:
+    UserError: it is not a finished run of this architecture whose exits learned alone, or the flags do not fit.
+  """
+  try:
+    check_finished(run, 'init_from')
+  except UserError as error:
+    raise error.saying(str(error).replace('init_from', '--weights').replace('--config.--', '--')) from error
+  source = restore_config(run)
+  if source.train.regime != 'exits' or source.model.get('arch') != architecture.name:
+    raise UserError(
+      f'expected a run of adopt with --arch={architecture.name}, found --weights={run} with '
+      f'{source.model.get("arch", source.model.family)}, train.regime {source.train.regime!r}; set --weights'
+    )
+  for flag in ('exits', 'head', 'targets', 'classes', 'mean', 'deviation', 'images'):
+    if getattr(given, flag):
+      fix = 'set --data to a folder of images for each class' if flag == 'images' else f'leave out --{flag}'
+      raise UserError(
+        f'the network and the exits of {run} train together as they are, and from labels, found --{flag}; {fix}'
+      )
+  config = base_config(f'{given.arch}-whole', family='adopted')
+  config.init_from = str(run)
+  config.model.update({name: source.model[name] for name in source.model})  # Values, not references to them.
+  config.data.update(short_side=source.data.short_side, interpolation=source.data.interpolation)
+  config.train.regime = 'joint'
+  _learn(config, given, WHOLE_RECIPE)
+  facts = restore_dataset_facts(run, config.model.channels)
+  return config, Facts(facts.name, facts.class_names, facts.mean, facts.std)
+
+
+def _check_normalization(workdir: Path, facts: Facts) -> None:
+  """Raises UserError if a run that is resumed was begun with another normalization."""
+  saved = restore_dataset_facts(workdir, len(facts.mean))
+  for flag, own, now in (('mean', saved.mean, facts.mean), ('deviation', saved.std, facts.deviation)):
+    if not np.allclose(own, now, rtol=1e-6):
+      before, found = (','.join(f'{value:g}' for value in values) for values in (own, now))
+      raise UserError(
+        f'expected --{flag}={before}, with which {workdir} began, found {found}; set --{flag} or --workdir'
+      )
+
+
+def _learn(config: ConfigDict, given: argparse.Namespace, recipe: Recipe) -> None:
+  """Sets from which images a run learns, and for how long."""
+  config.data.update(crop_padding=0, flip=recipe.mirrored)
   folder = given.images or given.data
   if folder:
     config.data.update(name='images' if given.images else 'folder', data_dir=str(folder), test_fraction=0.1)
@@ -89,17 +184,9 @@ def configure(given: argparse.Namespace, architecture: Architecture, weights: Pa
     config.data.held_out = max(count // 10, 1)
     learned = max(count - 2 * (count // 10), 1)
     config.train.batch_size = min(BATCH, learned)
-    config.train.epochs = max(EPOCHS, -(-STEPS // max(learned // config.train.batch_size, 1)))
-  config.train.update(
-    regime='exits',
-    exit_targets=given.targets or 'last',
-    learning_rate=0.1,
-    schedule='cosine',
-    decay='kernels',
-  )
+    config.train.epochs = max(recipe.epochs, -(-recipe.steps // max(learned // config.train.batch_size, 1)))
+  config.train.update(learning_rate=recipe.learning_rate, schedule='cosine', decay='kernels')
   config.eval.update(every_epochs=config.train.epochs / 5, batch_size=250)
-  config.checkpoint.every_steps = 10_000  # A run of a minute or two; one that is stopped saves itself.
-  return config
 
 
 def new_classes(config: ConfigDict) -> tuple[str, ...]:

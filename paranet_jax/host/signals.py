@@ -29,6 +29,10 @@ def seconds_since_request() -> float | None:
   return time.monotonic() - min(times) if times else None
 
 
+class Stopped(Exception):
+  """Long work between two steps ended at once, because of a signal."""
+
+
 class StopRequest:
   """A context in which the first SIGINT, SIGTERM or SIGHUP sets `received` to the signal's name and does nothing else.
 
@@ -77,6 +81,11 @@ class StopRequest:
     if self._together and self.received is None and multihost_utils.reached_preemption_sync_point(step):
       self.received = NOTICE
     return self.received is not None
+
+  def check(self) -> None:
+    """For long work between two steps: raises Stopped after a signal; processes that agree on a step go on to that."""
+    if self.received is not None:
+      raise Stopped
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     self._restore()

@@ -173,6 +173,9 @@ _FRACTALNET: Fields = {
   'global_drop_path': Field(0.5, SHARE),  # Share of the steps that keep a single column instead.
 }
 
+ADOPTED_HEADS = ('linear', 'bn_relu', 'conv', 'class_token', 'blocks')
+"""The kinds of head of exits that are added to a trained network (see models/adopted/heads.py)."""
+
 _ADOPTED: Fields = {
   # A network that PyTorch users have trained, by torchvision's or timm's name (see models/adopted/registry.py).
   'arch': Field('cifar_resnet56'),
@@ -181,7 +184,7 @@ _ADOPTED: Fields = {
   # 'linear' (pool-linear), 'bn_relu' (BN-ReLU-pool-linear, the paper's), 'conv' (a convolution before it),
   # 'class_token' (norm-linear of the first token) or 'blocks' (copies of later blocks of the network), for the exits
   # before the last one; None: the architecture's own.
-  'head': derived(str, one_of('linear', 'bn_relu', 'conv', 'class_token', 'blocks')),
+  'head': derived(str, one_of(*ADOPTED_HEADS)),
   # The last exit: the network's 'own' classifier, or a 'new' one, for other classes.
   'last': Field('own', one_of('own', 'new')),
 }

@@ -100,9 +100,10 @@ def other_function(there: ConfigDict, here: ConfigDict, names: Sequence[str]) ->
 def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainState:
   """Returns a fresh state with the backbone's parameters and running statistics of a finished run or a file.
 
-  The exits are new even if the number of classes is the same, except the last one under the regime 'exits'. Images are
-  normalized with the new data set's own mean and deviation, so that the backbone reads inputs of mean 0 and deviation
-  1, as before; but with those of the weights, where these came with them (see `dataset_facts`).
+  The exits are new even if the number of classes is the same, except the last one under the regime 'exits'. Exits that
+  learned alone, under this regime, are taken too by a run that trains the whole. Images are normalized with the new
+  data set's own mean and deviation, so that the backbone reads inputs of mean 0 and deviation 1, as before; but with
+  those of the weights, where these came with them (see `dataset_facts`).
 
   Args:
     state: at step 0.
@@ -115,13 +116,15 @@ def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainS
   if os.path.isdir(source):
     with Checkpoints(source) as checkpoints:
       step, variables = checkpoints.read_chosen(Checkpoints.choose, checkpoints.read_variables)
-    saved, which = _backbone(variables, *_last_exits(config, source)), f'at step {step}'
+    whole, which = _learned_alone(config, source), f'at step {step}'
+    saved = variables if whole else _backbone(variables, *_last_exits(config, source))
   else:
+    whole = False
     saved, model = _read_pytorch(source, config), config.model
     what = model.arch if model.family == 'adopted' else f'CIFAR ResNet-{model.depth}, zeros of shortcuts on both sides'
     which = f'(PyTorch, {what})'
   fresh = {'params': state.params, 'batch_stats': state.batch_stats}
-  own_exits = 'its last exit, new others' if config.train.regime == 'exits' else 'new exits'
+  own_exits = 'its exits' if whole else 'its last exit, new others' if config.train.regime == 'exits' else 'new exits'
   say(f'backbone from {source} {which}, {own_exits}')
   kept = {part: {name: own for name, own in saved[part].items() if name in fresh[part]} for part in fresh}
   for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
@@ -139,6 +142,16 @@ def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainS
     for part in fresh
   }
   return dataclasses.replace(state, **{part: exits[part] | kept[part] for part in fresh})
+
+
+def _learned_alone(config: ConfigDict, run: Path) -> bool:
+  """Whether the exits of a run learned on its frozen backbone, and the same ones now train together with it."""
+
+  def exits_of(settings: ConfigDict) -> dict[str, Any]:
+    return {name: value for name, value in settings.model.items() if name not in ('dtype', 'num_classes')}
+
+  there = restore_config(run)
+  return there.train.regime == 'exits' != config.train.regime and exits_of(there) == exits_of(config)
 
 
 def _with_copies(exit_variables: dict[str, Any], backbone: dict[str, Any]) -> dict[str, Any]:

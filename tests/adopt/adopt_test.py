@@ -1,6 +1,7 @@
 """The command `adopt`: from a PyTorch file and images to a run, and what it refuses."""
 
 import json
+import signal
 
 import jax
 import numpy as np
@@ -10,35 +11,60 @@ from PIL import Image
 from running import run_command
 from tensor_files import safetensors_bytes
 
+from paranet_jax import task
 from paranet_jax.adopt.__main__ import main
 from paranet_jax.early.loaded_run import load
+from paranet_jax.frozen import keep_features
 from paranet_jax.models.adopted.cifar_resnet import architecture
+from paranet_jax.models.adopted.class_names import class_names
 from paranet_jax.models.adopted.registry import ARCHITECTURES
 from paranet_jax.models.adopted.tensors import to_state_dict
+from paranet_jax.runs.workdir import restore_config
 
 
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-  """A small architecture, its weights and 40 images, in the current folder."""
-  monkeypatch.setattr(ARCHITECTURES, 'known', {'cifar_resnet8': architecture})
-  monkeypatch.chdir(tmp_path)
-  (tmp_path / 'weights').write_bytes(safetensors_bytes(resnet_weights.draw(8)))
-  (tmp_path / 'images').mkdir()
-  for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), np.uint8)):
-    Image.fromarray(image).save(tmp_path / 'images' / f'{number}.png')
-  return tmp_path
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+  """A folder with the weights of a small architecture, 40 images, and these by class; it is the current folder."""
+  folder = tmp_path_factory.mktemp('tiny')
+  (folder / 'weights').write_bytes(safetensors_bytes(resnet_weights.draw(8)))
+  images = np.random.default_rng(0).integers(0, 256, (40, 9, 9, 3), np.uint8)
+  for number, name in enumerate(class_names('cifar10', 10) * 4):
+    for place in (folder / 'images', folder / 'sorted' / name, folder / 'new' / ('left', 'right', 'up')[number % 3]):
+      place.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(images[number]).save(place / f'{number}.png')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(ARCHITECTURES, 'known', {'cifar_resnet8': architecture})
+    patch.chdir(folder)
+    yield folder
 
 
 GIVEN = ('--arch=cifar_resnet8', '--weights=weights', '--workdir=run')
+REFUSED = (*GIVEN[:2], '--workdir=none')
+FLAGS = ('--images=images', '--config.train.epochs=4', '--config.model.image_side=8')
 
 
-def test_from_weights_and_images_to_a_run(tiny):
-  flags = ('--images=images', '--config.train.epochs=4', '--config.model.image_side=8')
-  result = run_command(main, *GIVEN, *flags)
-  assert result.code == 0, result
-  assert 'exits: bn1,layer1.0 (suggested; ' in result.out
-  assert 'backbone from' in result.out and 'its last exit, new others' in result.out
-  assert '--budget=' in result.out.split('next:\n')[1]
+@pytest.fixture(scope='module')
+def outputs(tiny):
+  """What a run printed that was stopped while it computed features, and what the same command then did."""
+
+  def keep_after_signal(*given, **named):
+    signal.raise_signal(signal.SIGTERM)
+    return keep_features(*given, **named)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(task, 'keep_features', keep_after_signal)
+    stopped = run_command(main, *GIVEN, *FLAGS)
+  result = run_command(main, *GIVEN, *FLAGS)
+  assert (stopped.code, result.code) == (0, 0), result
+  return stopped.out, result.out
+
+
+def test_from_weights_and_images_to_a_run(tiny, outputs):
+  stopped, resumed = outputs
+  assert 'backbone from' in stopped and 'its last exit, new others' in stopped and 'MB kept' not in stopped
+  assert stopped.splitlines()[-1] == 'stopped by SIGTERM after step 0, saved; the same command resumes'
+  assert 'exits: bn1,layer1.0 (suggested; ' in resumed and '--budget=' in resumed.split('next:\n')[1]
+  assert 'resuming from the checkpoint at step 0' in resumed and 'features of 32 training images' in resumed
   run = load('run')
   assert (run.dataset.mean, run.dataset.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
   assert run.dataset.class_names[:2] == ('airplane', 'automobile') and len(run.dataset.class_names) == 10
@@ -49,22 +75,26 @@ def test_from_weights_and_images_to_a_run(tiny):
     np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
   lines = [json.loads(line) for line in (tiny / 'run' / 'metrics.jsonl').read_text().splitlines()]
   assert {line['split'] for line in lines} == {'train', 'held_out', 'test'}
-  # The same command finds that nothing is left to do.
-  again = run_command(main, *GIVEN, *flags)
-  assert again.code == 0 and 'resuming from the checkpoint' in again.out
+
+
+def test_nothing_is_left_to_do(tiny, outputs):
+  again = run_command(main, *GIVEN, *FLAGS)
+  assert again.code == 0 and 'resuming from the checkpoint' in again.out and 'training images: ' not in again.out
+  # The run keeps its normalization.
+  began = f'--mean=0.485,0.456,0.406, with which {tiny}/run began'
+  other = run_command(main, *GIVEN, *FLAGS, '--mean=0.5,0.5,0.5')
+  assert (other.code, other.err) == (2, f'error: expected {began}, found 0.5,0.5,0.5; set --mean or --workdir\n')
 
 
 def test_new_classes_get_a_new_last_exit(tiny):
-  for number, file in enumerate(sorted((tiny / 'images').iterdir())):
-    folder = tiny / 'sorted' / ('left', 'right', 'up')[number % 3]
-    folder.mkdir(parents=True, exist_ok=True)
-    file.rename(folder / file.name)
-  flags = ('--data=sorted', '--classes', '--targets=both', '--config.train.epochs=4', '--config.model.image_side=8')
-  result = run_command(main, *GIVEN, *flags, '--exits=layer1')
+  flags = ('--data=new', '--classes', '--targets=both', '--config.train.epochs=4', '--config.model.image_side=8')
+  normalization = ('--mean=0.5,0.5,0.5', '--deviation=0.25,0.5,0.75')
+  result = run_command(main, *GIVEN[:2], '--workdir=other', *flags, *normalization, '--exits=layer1')
   assert result.code == 0, result
   assert 'labels, exit 2' in result.out and result.out.count('given') == 0
-  run = load('run')
-  assert run.dataset.class_names == ('left', 'right', 'up') and run.dataset.mean == (0.485, 0.456, 0.406)
+  run = load('other')
+  assert run.dataset.class_names == ('left', 'right', 'up')
+  assert (run.dataset.mean, run.dataset.std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 0.75))
   params, drawn = jax.device_get(run.variables['params']), resnet_weights.draw(8)
   assert 'linear' not in params and params['exit_2']['classifier']['kernel'].shape == (64, 3)
   kernel = drawn['layer3.0.conv2.weight'].transpose(2, 3, 1, 0)
@@ -72,31 +102,69 @@ def test_new_classes_get_a_new_last_exit(tiny):
   assert params['exit_2']['classifier']['bias'].any()  # It has learned.
 
 
+def test_network_and_exits_train_together_afterwards(tiny, outputs):
+  whole = ('--arch=cifar_resnet8', '--weights=run', '--workdir=whole')
+  result = run_command(main, *whole, '--data=sorted', '--config.model.image_side=8', '--config.train.epochs=1')
+  assert result.code == 0 and 'its exits' in result.out, result
+  config, before, after = restore_config(tiny / 'whole'), load('run'), load('whole')
+  assert (config.train.regime, config.model.exits, config.model.head) == ('joint', 'bn1,layer1.0', 'conv')
+  assert (after.dataset.mean, after.dataset.std) == (before.dataset.mean, before.dataset.std)
+  for name in ('conv1', 'linear', 'exit_1'):  # All of it has learned.
+    old, new = (jax.device_get(run.variables['params'][name]) for run in (before, after))
+    assert 0 < max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), old, new))) < 0.1, name
+  found = 'found --images; set --data to a folder of images for each class'
+  common = f'the network and the exits of {tiny}/run train together as they are, and from labels, '
+  for flags, message in {
+    ('--images=images',): common + found,
+    ('--data=sorted', '--mean=0.5,0.5,0.5'): f'{common}found --mean; leave out --mean',
+    ('--data=sorted', '--head=conv'): f'{common}found --head; leave out --head',
+  }.items():
+    assert run_command(main, *whole[:2], '--workdir=none', *flags) == (2, '', f'error: {message}\n')
+  message = (
+    f'expected a run of adopt with --arch=cifar_resnet8, found --weights={tiny}/whole with cifar_resnet8, train.regime '
+    "'joint'; set --weights"
+  )
+  result = run_command(main, whole[0], '--weights=whole', '--workdir=none', '--data=sorted')
+  assert result == (2, '', f'error: {message}\n')
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
+    (
+      ('--arch=cifar_resnet8', '--weights=images', '--workdir=none', '--data=images'),
+      '--weights must be the folder of a finished run, and {here}/images has no config.json; set --weights',
+    ),
     (('--arch=cifar_resnet8',), 'the following arguments are required: --weights; see --help'),
     (('--arch=a', '--weights=b'), 'the following arguments are required: --workdir; see --help'),
     (
-      GIVEN,
+      REFUSED,
       'expected images for the exits to learn from, found none; set --images (without labels), --data (in a folder for '
       'each class) or --config.data.name',
     ),
     (
-      (*GIVEN, '--images=images', '--targets=both'),
+      (*REFUSED, '--images=images', '--targets=both'),
       '--targets=both needs labels, found --images; set --data to a folder of images for each class',
     ),
     (
-      (*GIVEN, '--images=images', '--classes'),
+      (*REFUSED, '--images=images', '--classes'),
       '--classes needs labels, found --images; set --data to a folder of images for each class',
     ),
     (
-      (*GIVEN, '--images=images', '--exits=layer9'),
+      (*REFUSED, '--images=images', '--exits=layer9'),
       "expected a place of cifar_resnet8 (bn1, layer1.0, layer2.0, layer3.0), found 'layer9'; set --exits or --head",
     ),
-    ((*GIVEN, '--images=images', '--exit=layer1'), 'unrecognized arguments: --exit=layer1; see --help'),
+    (
+      (*REFUSED, '--images=images', '--mean=0.5'),
+      'argument --mean: expected three numbers from 0 to 1, found 0.5; see --help',
+    ),
+    (
+      (*REFUSED, '--images=images', '--deviation=0.5,0,0.5'),
+      'argument --deviation: expected three numbers of more than 0, found 0.5,0,0.5; see --help',
+    ),
+    ((*REFUSED, '--images=images', '--exit=layer1'), 'unrecognized arguments: --exit=layer1; see --help'),
   ],
 )
 def test_refusals(tiny, flags, message):
-  assert run_command(main, *flags) == (2, '', f'error: {message}\n')
-  assert not (tiny / 'run').exists()
+  assert run_command(main, *flags) == (2, '', f'error: {message.replace("{here}", str(tiny))}\n')
+  assert not (tiny / 'none').exists()

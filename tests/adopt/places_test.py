@@ -4,9 +4,9 @@ import pytest
 from running import run_command
 
 from paranet_jax.adopt.__main__ import main
-from paranet_jax.adopt.places import Place, find_places, suggested
+from paranet_jax.adopt.places import Place, default_head, find_places, suggested
 from paranet_jax.models.adopted.cifar_resnet import architecture
-from paranet_jax.models.adopted.registry import ARCHITECTURES
+from paranet_jax.models.adopted.registry import ARCHITECTURES, find_architecture
 
 
 @pytest.fixture
@@ -25,23 +25,29 @@ WHOLE = STEM + sum(BLOCKS) + 640
 
 def test_places_have_shapes_and_shares(tiny):
   shapes = [(32, 32, 16), (32, 32, 16), (16, 16, 32)]
-  assert find_places(architecture('cifar_resnet8'), 10) == [
+  assert find_places(architecture('cifar_resnet8'), 10, 'conv') == [
     Place(name, shape, macs, macs / WHOLE)
     for name, shape, macs in zip(('bn1', 'layer1.0', 'layer2.0'), shapes, MACS, strict=True)
   ]
 
 
 @pytest.mark.parametrize(
-  ('shares', 'chosen'),
+  ('shares', 'head', 'chosen'),
   [
-    ((0.1, 0.26, 0.3, 0.46, 0.69, 0.9), 'bde'),
-    ((0.1, 0.2, 0.3), 'bc'),
-    ((0.9,), 'a'),
+    ((0.1, 0.26, 0.3, 0.46, 0.69, 0.9), 'conv', 'bde'),
+    ((0.1, 0.2, 0.3), 'linear', 'bc'),
+    ((0.9,), 'conv', 'a'),
+    ((0.1, 0.21, 0.3, 0.62, 0.69, 0.81), 'blocks', 'bdf'),
   ],
 )
-def test_the_suggestion_is_nearest_to_three_shares(shares, chosen):
+def test_the_suggestion_is_nearest_to_three_shares(shares, head, chosen):
   places = [Place(name, (1,), 1, share) for name, share in zip('abcdef', shares, strict=False)]
-  assert suggested(places) == tuple(chosen)
+  assert suggested(places, head) == tuple(chosen)
+
+
+def test_the_head_by_default():
+  heads = {'cifar_resnet56': 'conv', 'vit_b_16': 'class_token'}
+  assert {name: default_head(find_architecture(name)) for name in heads} == heads
 
 
 def test_describe(tiny):
@@ -54,5 +60,13 @@ def test_describe(tiny):
                               f'{100 * MACS[1] / WHOLE:.1f}', 'suggested']  # fmt: skip
   assert lines[5:] == [
     'images: side 32, bilinear; mean 0.485 0.456 0.406, deviation 0.229 0.224 0.225',
-    '--exits=bn1,layer1.0',
+    '--exits=bn1,layer1.0 --head=conv',
   ]
+
+
+def test_describe_with_another_head(tiny):
+  result = run_command(main, 'describe', '--arch=cifar_resnet8', '--head=linear')
+  assert result.out.splitlines()[2].split()[6:8] == [f'{(STEM + 160) / 1e3:.1f}', 'k']
+  tokens = run_command(main, 'describe', '--arch=cifar_resnet8', '--head=class_token')
+  message = "head 'class_token' needs tokens, found features of height and width; set --head"
+  assert tokens == (2, '', f'error: {message}\n')

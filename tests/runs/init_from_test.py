@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -232,6 +233,22 @@ def test_the_last_exit_stays_where_only_exits_learn(tmp_path):
     check_backbone(settings, tmp_path / 'new')
     begun = by_path(restore(settings, tmp_path / f'new{number}'))
     np.testing.assert_array_equal(begun['params/exit_3/classifier/kernel'], kernel)
+
+
+def test_exits_that_learned_alone_are_taken_by_a_run_of_the_whole(tmp_path, capsys):
+  source = by_path(save_run(tmp_path / 'source', resnet(**EXITS)))
+  settings = resnet(init_from=str(tmp_path / 'source'), model__exits='stages')
+  begun = by_path(take_backbone(build_task(settings).init_state(), tmp_path / 'source', settings))
+  chex.assert_trees_all_equal(begun, source)
+  assert capsys.readouterr().out.endswith('at step 5, its exits\n')
+
+
+def test_other_exits_are_new(tmp_path, capsys):
+  source = by_path(save_run(tmp_path / 'source', resnet(**EXITS)))
+  settings = resnet(init_from=str(tmp_path / 'source'))
+  begun = by_path(take_backbone(build_task(settings).init_state(), tmp_path / 'source', settings))
+  assert not np.array_equal(begun['params/exit_1/classifier/kernel'], source['params/exit_3/classifier/kernel'])
+  assert capsys.readouterr().out.endswith('at step 5, new exits\n')
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ class Architecture:
     num_classes: of its usual trained weights.
     class_names: whose classes these are: 'imagenet', 'cifar10', or None.
     head: the kind of head that its exits have by default (see `heads.py`).
+    adopt_head: the kind that the command `adopt` gives them by default; None: `head`.
     patch: pixels of which the side of images is a multiple.
     renames: regular expressions and replacements, each applied to the names of a file's tensors, in order.
   """
@@ -74,6 +75,7 @@ class Architecture:
   num_classes: int = 1000
   class_names: str | None = 'imagenet'
   head: str = 'conv'
+  adopt_head: str | None = None
   patch: int = 1
   renames: tuple[tuple[str, str], ...] = ()
 

@@ -19,6 +19,8 @@ CONV_WIDTH = 128
 """Channels of the convolution of a head 'conv'."""
 CONV_SIDE = 16
 """The largest side, in pixels, of the features that a head 'conv' reads; larger ones are averaged to it."""
+COPIES = 3
+"""Blocks that a head 'blocks' has at least, if one of them changes the shape and as many follow."""
 COPIED = 'blocks'
 """The module of a head whose parameters start as those of the network that have the same names."""
 
@@ -101,6 +103,8 @@ class ClassTokenHead(Head):
 class BlocksHead(Head):
   """Later blocks of the network itself, those that change the features' shape and the last one, and its classifier.
 
+  If there are fewer than COPIES, those that follow the last change of the shape are added.
+
   They start as copies of the network's own (see `runs.init_from`), and then learn. The blocks that are left out keep
   the shape: in a residual network they refine what they read, and so the copies start near a solution.
 
@@ -145,16 +149,24 @@ class _Stage(nn.Module):
 
 @functools.lru_cache(maxsize=256)
 def _needed_stages(arch: str, after: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Numbers, from 0, of the stages that follow number `after` and change the shape of features, and of the last."""
+  """Numbers, from 0, of the later stages that a head after stage `after` has copies of (see `BlocksHead`)."""
   last, needed = len(find_architecture(arch).places) - 1, []
   for number in range(after, last + 1):
-    with compiling_for(SHAPES):
-      x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-      new, _ = jax.eval_shape(_Stage(arch, number, parent=None).init_with_output, jax.random.key(0), x)
-    if new.shape[1:] != shape or number == last:
+    before, shape = shape, _shape_after(arch, number, shape)
+    if shape != before:
       needed.append(number)
-    shape = new.shape[1:]
-  return tuple(needed)
+  if needed:  # Else what the exit reads is nearly what the classifier does, and one is enough.
+    needed += range(needed[-1] + 1, min(needed[-1] + COPIES - len(needed), last))
+  return tuple(sorted({*needed, last}))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_after(arch: str, number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape of what a stage makes of features of this shape, both without the batch."""
+  with compiling_for(SHAPES):
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    found, _ = jax.eval_shape(_Stage(arch, number, parent=None).init_with_output, jax.random.key(0), x)
+  return found.shape[1:]
 
 
 HEADS: dict[str, type[Head]] = {

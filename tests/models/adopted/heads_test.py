@@ -16,7 +16,9 @@ from paranet_jax.weights.state_dict import to_variables
 
 @pytest.fixture
 def tiny(monkeypatch):
-  monkeypatch.setattr(ARCHITECTURES, 'known', dict.fromkeys(('cifar_resnet8', 'cifar_resnet14'), architecture))
+  monkeypatch.setattr(
+    ARCHITECTURES, 'known', dict.fromkeys(('cifar_resnet8', 'cifar_resnet14', 'cifar_resnet26'), architecture)
+  )
 
 
 def modules_of(number, **fields):
@@ -30,6 +32,11 @@ def test_what_changes_the_shape_and_the_last_block_are_copied(tiny):
   assert modules_of(1, **fields) == {'layer2.0', 'layer3.0', 'layer3.1', 'linear'}
   assert modules_of(2, **fields) == {'layer3.0', 'layer3.1', 'linear'}
   assert modules_of(3, **fields) == {'layer3.1', 'linear'}
+  # Two blocks do not change the shape and come after one that does: the first is added, so that there are three.
+  longer = {'arch': 'cifar_resnet26', 'exits': ('layer1.0', 'layer2.2', 'layer3.0')}
+  assert modules_of(1, **longer) == {'layer2.0', 'layer3.0', 'layer3.3', 'linear'}
+  assert modules_of(2, **longer) == {'layer3.0', 'layer3.1', 'layer3.3', 'linear'}
+  assert modules_of(3, **longer) == {'layer3.3', 'linear'}
 
 
 def test_tokens_keep_their_shape_and_so_only_the_last_block_is_copied(monkeypatch):
