@@ -72,7 +72,7 @@ def measure(workdir: Path, data_dir: Path | None) -> dict[str, Any]:
   run = load(workdir)
   task = build_task(with_data_dir(run.config, data_dir))
   plan, test = run.plan, task.dataset.test
-  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds])
+  thresholds = plan.confidence_floors
 
   def outputs(images: Images, labels: np.ndarray) -> Outputs:
     split = Split(images, labels)

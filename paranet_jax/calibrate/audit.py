@@ -47,8 +47,7 @@ class Attacked:
     places = [plan.exits.index(number) for number in plan.visited]
     self.places = np.array(places)
     self._score, self._temperatures = plan.score, [plan.temperatures[k] for k in places]
-    at = [plan.confidence_thresholds[k] for k in places]
-    self._thresholds = np.array([*(np.inf if value is None else value for value in at[:-1]), -np.inf])
+    self._thresholds = np.array([*plan.confidence_floors[places[:-1]], -np.inf])
     self.macs = np.array([plan.macs[k] for k in places], np.float64)
 
     def forward(pixels: Any) -> Float[Array, 'V N C']:

@@ -119,7 +119,8 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   tested = measured(plan, rank(*kept, plan.score, temperatures, costs), kept, choice.thresholds)
   if request.promises:
     tested |= measured_promises(plan, kept, choice.thresholds)
-  old = measured(before, rank(*kept, before.score, np.array(before.temperatures), costs), kept, _thresholds(before))
+  as_before = rank(*kept, before.score, np.array(before.temperatures), costs)
+  old = measured(before, as_before, kept, before.confidence_floors)
   if not labeled:
     expected, tested, old = map(without_labels, (expected, tested, old))
   of_temperature = 0 if request.temperature == 'none' else len(reference.labels)
@@ -163,11 +164,6 @@ def changes_text(found: Recalibrated) -> str:
 
 def _shown(threshold: float | None) -> str:
   return 'no image' if threshold is None else f'{threshold:.4f}' if threshold else 'all images'
-
-
-def _thresholds(plan: ExitPlan) -> np.ndarray:
-  found = [math.inf if at is None else at for at in plan.confidence_thresholds]
-  return np.array([*found[:-1], -math.inf])
 
 
 def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:

@@ -111,6 +111,12 @@ class ExitPlan:
     return CheckpointId(self.name, self.dataset, self.step, self.fingerprint)
 
   @property
+  def confidence_floors(self) -> Float[np.ndarray, ' K']:
+    """The least confidence with which an image leaves at each exit; inf: none leaves there; -inf at the last."""
+    early = [np.inf if at is None else at for at in self.confidence_thresholds[:-1]]
+    return np.array([*early, -np.inf])
+
+  @property
   def most_macs(self) -> float:
     """The most multiply-adds of any image: none goes past an exit with a threshold of 0."""
     steps = zip(self.confidence_thresholds, self.macs, strict=True)

@@ -42,8 +42,7 @@ def agreement(
     logits at any exit, relative to the largest logit where that is above 1.
   """
   found, theirs = bundle.predict(images), all_logits(bundle, images)
-  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds])
-  taken = exits_taken(confidences(logits, plan.score, plan.temperatures), thresholds)
+  taken = exits_taken(confidences(logits, plan.score, plan.temperatures), plan.confidence_floors)
   labels = logits[taken, np.arange(len(images))].argmax(-1)
   return {
     'images': len(images),

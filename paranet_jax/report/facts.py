@@ -139,8 +139,7 @@ def exit_images(
   plan: ExitPlan, test: Outputs, images: Images | StoredImages, class_names: tuple[str, ...]
 ) -> tuple[ExitImages, ...]:
   """The images to show of each exit that a test image takes, at most `EACH` of a kind, surest first."""
-  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds[:-1]] + [-np.inf])
-  taken = exits_taken(confidences(test.logits, plan.score, plan.temperatures), thresholds)
+  taken = exits_taken(confidences(test.logits, plan.score, plan.temperatures), plan.confidence_floors)
   each = max(min(EACH, _MOST_IMAGES // (2 * len(plan.exits))), 1)
   found = []
   for k, number in enumerate(plan.exits):

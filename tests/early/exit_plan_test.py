@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,11 @@ def test_the_most_that_an_image_costs():
   assert (FULL.most_macs, PLAN.most_macs) == (30, 35)
   capped = dataclasses.replace(PLAN, confidence_thresholds=(0.5, 0.0, 0.0), macs=(10, 20, 35))  # As by --max-macs.
   assert capped.most_macs == 20
+  assert dataclasses.replace(PLAN, confidence_thresholds=(None, 0.5, 0.0)).confidence_floors.tolist() == [
+    math.inf,
+    0.5,
+    -math.inf,
+  ]
 
 
 @pytest.mark.parametrize(

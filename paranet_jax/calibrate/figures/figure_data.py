@@ -177,7 +177,7 @@ def figure_data(
   temperatures = np.array(plan.temperatures)
   pairs = zip(SPLITS, (held_out, test), strict=True)
   splits = {name: rank(*outputs, plan.score, temperatures, costs) for name, outputs in pairs}
-  thresholds = np.array([np.inf if at is None else at for at in plan.confidence_thresholds[:-1]] + [-np.inf])
+  thresholds = plan.confidence_floors
   chosen = {name: operating_point(split, thresholds) for name, split in splits.items()}
   return FigureData(
     run=plan.name,
