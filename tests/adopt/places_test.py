@@ -46,7 +46,7 @@ def test_the_suggestion_is_nearest_to_three_shares(shares, head, chosen):
 
 
 def test_the_head_by_default():
-  heads = {'cifar_resnet56': 'conv', 'vit_b_16': 'class_token'}
+  heads = {'cifar_resnet50': 'conv', 'cifar_resnet56': 'blocks', 'vit_b_16': 'class_token'}
   assert {name: default_head(find_architecture(name)) for name in heads} == heads
 
 

@@ -24,8 +24,8 @@ from paranet_jax.weights.state_dict import without_prefix
 DATA = Path(os.environ.get('PARANET_DATA_DIR', '')).parent
 IMAGES, WEIGHTS = DATA / 'cifar10_jpeg.tar.gz', DATA / 'cifar_resnets' / 'resnet56.th'
 FIXTURES = Path(__file__).resolve().parents[1] / 'fixtures' / 'pytorch'
-SECONDS = 600
-"""On 2 shared cores of an AMD EPYC, where it took 421."""
+SECONDS = 900
+"""On 2 shared cores of an Intel Xeon, where it took 12 minutes of processor time."""
 
 
 @pytest.mark.skipif(
@@ -64,13 +64,13 @@ def test_exits_are_learned_without_labels(tmp_path):
   of_last = (last.argmax(1) == labels).mean()
   assert of_last == pytest.approx(0.8320, abs=5e-4)
   measured = {}
-  for share in (0.4, 0.5, 0.6, 0.7):
+  for share in (0.5, 0.7):
     assert run_command(calibrate, f'--workdir={run}', f'--budget={round(whole * share)}').code == 0
     answers = EarlyExit.load(run).predict(images)
     measured[share] = (answers.labels == labels).mean(), answers.macs.mean() / whole
-  # Measured: 73.28 % and 81.11 %, of 83.20 %.
-  assert measured[0.5][0] >= of_last - 0.115, measured
-  assert measured[0.7][0] >= of_last - 0.035, measured
+  # Measured: 79.42 % and 82.32 %, of 83.20 %.
+  assert measured[0.5][0] >= of_last - 0.045 and measured[0.5][1] < 0.53, measured
+  assert measured[0.7][0] >= of_last - 0.015 and measured[0.7][1] < 0.73, measured
 
 
 def early_logits(run, images):

@@ -12,6 +12,9 @@ from jaxtyping import Float
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts, Preprocessing
 from paranet_jax.models.adopted.layers import BatchNorm, Conv, Linear, pooled, relu
 
+LONG = 56
+"""Layers from which the blocks that a head 'blocks' copies are less than a tenth of the multiply-adds."""
+
 
 class Block(nn.Module):
   """relu(shortcut + Conv3x3-BN-ReLU-Conv3x3-BN)."""
@@ -53,5 +56,6 @@ def architecture(name: str) -> Architecture:
     Preprocessing(side=32, resize=None),
     num_classes=10,
     class_names='cifar10',
+    adopt_head='blocks' if depth >= LONG else None,
     renames=((r'^fc\.', 'linear.'),),
   )
