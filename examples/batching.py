@@ -51,6 +51,7 @@ class Timings:
   def __init__(self, one: Mapping[int, float], full: Mapping[int, float], batch: int):
     """one, full: seconds by exit number for one image and for a batch of them."""
     self.visited, self._one, self._full, self._batch = tuple(one), one, full, batch
+    self._all_one, self._all_more = sum(one.values()), sum(max(full[number] - one[number], 0.0) for number in one)
 
   def seconds(self, number: int, count: int = 1) -> float:
     """The stage of exit `number` on `count` images."""
@@ -63,7 +64,7 @@ class Timings:
 
   def all_stages(self, count: int) -> float:
     """All stages on `count` images."""
-    return sum(self.seconds(number, count) for number in self.visited)
+    return self._all_one + (count - 1) / max(self._batch - 1, 1) * self._all_more
 
 
 def measure(bundle: Any, batch: int) -> Timings:
@@ -334,13 +335,12 @@ class Scheduler:
     runs = self.runs[number]
     runs.count, runs.images = runs.count + 1, runs.images + len(chosen)
     runs.seconds += time.perf_counter() - started
+    labels, most = np.asarray(found.labels).tolist(), found.probabilities.max(-1).tolist()
     for row, sample in enumerate(chosen):
-      label = None if unknown[row] else int(found.labels[row])
-      probabilities = found.probabilities[row]
-      sample.reached = label, float(probabilities.max()), number, held[row]
+      sample.reached = None if unknown[row] else labels[row], most[row], number, held[row]
       if leave[row] or number == sample.last:
         if self.watch and sample.free:
-          self._seen.append((number, float(probabilities.max()), int(probabilities.argmax())))
+          self._seen.append((number, most[row], int(found.probabilities[row].argmax())))
         self._answer(sample)
       else:  # A list of rows copies them; a view would keep the whole batch in memory.
         sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]

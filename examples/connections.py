@@ -8,9 +8,9 @@ import sys
 import time
 from typing import Any
 
-import h11
+import httptools
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEADERS = 16_384
 """Bytes of a request's first line and headers."""
@@ -20,44 +20,97 @@ LINGER = 2
 """Seconds after a signal in which kept connections may send a last request; it is answered with Connection: close."""
 LONGEST_STOP = 30
 """Seconds after a signal that clients have to send what is missing and to read their answers."""
+_REASONS = {400: b'Bad Request', 431: b'Request Header Fields Too Large', 501: b'Not Implemented'}
 
 
-class _Connection(h11.Connection):
-  """Keeps its last error, of which uvicorn says only that there was one."""
-
-  error: h11.RemoteProtocolError | None = None
-
-  def next_event(self) -> Any:
-    try:
-      return super().next_event()
-    except h11.RemoteProtocolError as error:
-      self.error = error
-      raise
+class _Malformed(Exception):
+  """What arrived is HTTP that is refused."""
 
 
-class Protocol(H11Protocol):
+class _Joining:
+  """A transport that sends what is written in a turn of the event loop at once: the head of an answer and its body."""
+
+  def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
+    self._transport, self._loop, self._parts = transport, loop, []
+    self.get_extra_info, self.is_closing = transport.get_extra_info, transport.is_closing
+    self.pause_reading, self.resume_reading = transport.pause_reading, transport.resume_reading
+    self.abort = transport.abort
+
+  def write(self, data: bytes) -> None:
+    if not self._parts:
+      self._loop.call_soon(self._flush)
+    self._parts.append(data)
+
+  def close(self) -> None:
+    self._flush()
+    self._transport.close()
+
+  def _flush(self) -> None:
+    if self._parts:
+      self._transport.write(b''.join(self._parts))
+      self._parts.clear()
+
+
+class Protocol(HttpToolsProtocol):
   """Answers requests that are not HTTP/1.1 with {"error": one line}."""
 
   def __init__(self, *args: Any, **options: Any):
     super().__init__(*args, **options)
-    self.conn = _Connection(h11.SERVER, MAX_HEADERS)
+    self._in_head, self._head = True, 0  # Bytes of a head that has not ended.
 
-  def send_400_response(self, msg: str) -> None:
-    error = self.conn.error
-    reason = ' '.join(str(error or msg).split())[:200]
-    body = json.dumps({'error': f'expected an HTTP/1.1 request, found a malformed one ({reason})'}).encode()
-    headers = [
-      ('Content-Type', 'application/json'),
-      ('Content-Length', str(len(body))),
-      ('Connection', 'close'),
-    ]
-    with contextlib.suppress(h11.LocalProtocolError):  # A response has been started.
-      for event in (
-        h11.Response(status_code=error.error_status_hint if error else 400, headers=headers),
-        h11.Data(data=body),
-        h11.EndOfMessage(),
-      ):
-        self.transport.write(self.conn.send(event))
+  def connection_made(self, transport: asyncio.Transport) -> None:
+    """A client has connected."""
+    super().connection_made(_Joining(transport, self.loop))
+
+  def data_received(self, data: bytes) -> None:
+    """Parses what arrives."""
+    self._unset_keepalive_if_required()
+    try:
+      self._feed(data)
+      if self._in_head and self._head > MAX_HEADERS:
+        self._refuse('Receive buffer too long', 431)
+    except httptools.HttpParserError as error:
+      reason = ' '.join(str(error.__context__ or error).split())  # The context is what a callback has raised.
+      self._refuse(reason, 501 if 'invalid `Transfer-Encoding`' in reason else 400)
+
+  def _feed(self, data: bytes) -> None:
+    if self._in_head:
+      self._head += len(data)
+    try:
+      self.parser.feed_data(data)
+    except httptools.HttpParserUpgrade as upgrade:  # To another protocol, which is not offered: HTTP goes on.
+      if rest := data[upgrade.args[0] :]:
+        self._feed(rest)
+
+  def on_message_begin(self) -> None:
+    """A request has begun."""
+    super().on_message_begin()
+    self._in_head = True
+
+  def on_headers_complete(self) -> None:
+    """Its head is here."""
+    self._in_head, self._head = False, 0
+    if self.parser.get_http_version() == '1.1' and not any(name == b'host' for name, _ in self.headers):
+      raise _Malformed('Missing mandatory Host: header')
+    super().on_headers_complete()
+
+  def on_message_complete(self) -> None:
+    """It has ended."""
+    super().on_message_complete()
+    self._in_head, self._head = True, 0
+
+  def _refuse(self, reason: str, status: int) -> None:
+    """Answers what is not HTTP, unless an answer has been started, and closes the connection."""
+    if self.transport.is_closing():
+      return
+    if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
+      self.cycle.keep_alive = False  # What came before it is answered, and the connection then closed.
+      self.flow.pause_reading()
+      return
+    if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+      body = json.dumps({'error': f'expected an HTTP/1.1 request, found a malformed one ({reason[:200]})'}).encode()
+      head = b'HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n'
+      self.transport.write(head % (status, _REASONS[status], len(body)) + body)
     self.transport.close()
 
   def timeout_keep_alive_handler(self) -> None:

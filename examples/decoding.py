@@ -14,6 +14,10 @@ from uploads import Refused, guarded
 
 SMALL = 8_000_000
 """Bytes that decoding takes up to which an image is decoded among the small ones (two million pixels in RGB)."""
+TINY_BYTES, TINY_PIXELS = 16_384, 128 * 128
+"""Up to which an image is decoded at once: in less time than a change of threads takes while others are busy."""
+_TINY_MEMORY = 20 * TINY_PIXELS
+_TINY_KINDS = b'\x89PNG', b'\xff\xd8\xff'  # Pillow decodes some others in Python.
 _LEAST = 65_536  # Bytes that an image counts as, for what takes time whatever its size.
 _PACE = 4e-9  # Seconds a byte, until images have been decoded.
 _SLOWEST = 64 * _PACE  # What is learned from an image that takes longer: few do, and others are not refused for them.
@@ -81,6 +85,21 @@ class Decoders:
         'send fewer or smaller images',
       )
     return found
+
+  def decode_tiny(self, image: bytes) -> Any:
+    """A decoded PNG or JPEG, uint8 [H, W, C], by the thread that calls; None: it is not tiny, or will be refused."""
+    if len(image) > TINY_BYTES or not image.startswith(_TINY_KINDS) or self._max_decoding < _TINY_MEMORY:
+      return None
+    if not hasattr(self._runtime, 'decoding_memory'):  # Of a version without limits on memory.
+      return None
+    limits, scaled = (
+      (min(self._max_pixels, TINY_PIXELS), _TINY_MEMORY),
+      {'scaling': self._scaling} if self._scaling else {},
+    )
+    try:
+      return self._runtime.decode_image(image, self._shape[0], self._shape[-1], *limits, **scaled)
+    except Exception:  # `decode` says what is wrong, or decodes it.
+      return None
 
   def wait(self, sizes: Sequence[int] = ()) -> float:
     """Seconds until a request with images of these sizes should be decoded, itself excluded."""

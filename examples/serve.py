@@ -11,8 +11,10 @@ seconds with Connection: close, and exits with code 0. User errors are one line 
 """
 
 import argparse
+import gc
 import importlib.util
 import logging
+import os
 import re
 import signal
 import socket
@@ -65,7 +67,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--max-wait-ms', type=_count, help='Longest expected wait (default: 500, or two full batches).')
   add('--cors', metavar='ORIGIN', type=_origin, action='append', default=[], help='Site whose pages may call it.')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
-  add('--threads', type=int, default=0, help='Per stage (default and maximum: one per core).')
+  spare = max((os.cpu_count() or 1) - 1, 1)
+  add('--threads', type=int, default=spare, help='Per stage (default: one per core but one, for HTTP and decoding).')
   add('--watch', type=Path, metavar='STATE.json', help='Test whether answers still look as in calibration.')
   add('--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch (default: 0.01).')
   add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
@@ -89,6 +92,8 @@ def _origin(text: str) -> str:
   return f'{scheme}://{host}' + (f':{int(port)}' if port and int(port) != _PORTS[scheme] else '')
 
 
+_SWITCH = 0.001
+"""Seconds for which a thread may keep the interpreter while another waits; by default 5 ms, as long as some stages."""
 _PORTS = {'http': 80, 'https': 443}
 
 
@@ -114,6 +119,7 @@ def _serve(given: argparse.Namespace) -> None:
   except ImportError as error:
     needs = Path(__file__).with_name('requirements.txt')
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
+  sys.setswitchinterval(_SWITCH)
   logging.getLogger('python_multipart').setLevel(logging.ERROR)  # It warns about malformed forms.
   warnings.filterwarnings('ignore', module='PIL')  # Pillow warns about odd but readable files.
   Image.init()  # Otherwise the first image waits for it.
@@ -150,11 +156,13 @@ def _serve(given: argparse.Namespace) -> None:
     http=Protocol,
     loop='asyncio',  # uvloop accepts one connection a turn, so that under load new ones wait for seconds.
     ws='none',
+    proxy_headers=False,
     log_level='error',
     access_log=False,
     timeout_keep_alive=KEEP_ALIVE,
     timeout_graceful_shutdown=LONGEST_STOP,
   )
+  gc.freeze()  # What lives as long as the service is not looked at again.
   server = Server(config)
   for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again once it has stopped.
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))

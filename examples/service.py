@@ -37,15 +37,18 @@ there is no such id), none is taken. Without such a watch, the status is 404.
 
 import asyncio
 import contextlib
+import functools
+import json
 import math
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
-from batching import Full, Scheduler, Timings
+from batching import Answer, Full, Scheduler, Timings
 from connections import MAX_HEADERS
 from decoding import Decoders
 from fastapi import FastAPI, Request
@@ -93,6 +96,7 @@ class Predictor:
     """max_wait: seconds that a request may have to wait for its turn."""
     self._bundle, self._scheduler, self._uploads, self._decoders = bundle, scheduler, uploads, decoders
     self._alone, self._max_wait, self.lag = timings.alone(), max_wait, Lag()
+    self._answers = Answers()
     self.requests: Counter[int] = Counter()
     self._remembered = Remembered(bundle.class_names)
 
@@ -152,19 +156,22 @@ class Predictor:
     deadline = arrived + fields.get('deadline_ms', math.inf) / 1e3
     if not self._scheduler.alive():
       raise Refused(503, 'the service is stopping')
-    sizes = await self._decoders.sizes(images)
+    tiny = self._decoders.decode_tiny(images[0]) if len(images) == 1 else None
+    sizes = [0] if tiny is not None else await self._decoders.sizes(images)
     self.check_wait(sizes, deadline - arrived)
     try:
       self._scheduler.admit(len(images))
     except Full as error:
       raise Refused(503, f'no room for {len(images)} images now; try again') from error
-    work = zip(images, sizes, strict=True)
-    return await asyncio.gather(*(self._outcome(*image, arrived, last, deadline) for image in work))
+    if tiny is not None:
+      return [await self._outcome(_return(tiny), arrived, last, deadline)]
+    decoding = (self._decoders.decode(*image) for image in zip(images, sizes, strict=True))
+    return await asyncio.gather(*(self._outcome(image, arrived, last, deadline) for image in decoding))
 
-  async def _outcome(self, encoded: bytes, size: int, arrived: float, last: int, deadline: float) -> Outcome:
+  async def _outcome(self, decoding: Awaitable[Any], arrived: float, last: int, deadline: float) -> Outcome:
     try:
-      image = await self._decoders.decode(encoded, size)
-      answer = await asyncio.wrap_future(self._scheduler.submit(image, arrived, last, deadline))
+      image = await decoding
+      answer = await self._answers.of(self._scheduler.submit(image, arrived, last, deadline))
     except Refused as refused:
       return refused.status, {'error': refused.reason}
     except Exception as error:  # A stage failed; other images are still answered.
@@ -197,6 +204,45 @@ class Predictor:
       least = math.ceil(1e5 * min(self._alone.values())) / 100
       raise Refused(400, f'expected a budget_ms of {least:.2f} or more, as the first exit takes, found {budget_ms:g}')
     return within[-1]
+
+
+async def _return(value: Any) -> Any:
+  return value
+
+
+class Answers:
+  """Brings answers from the thread of the stages to the event loop: those of a batch together, in one turn of it."""
+
+  def __init__(self) -> None:
+    self._ready: deque[tuple[asyncio.Future[Answer], Future[Answer]]] = deque()
+    self._called = False
+
+  async def of(self, answer: 'Future[Answer]') -> Answer:
+    """Waits for an answer; raises its exception."""
+    loop = asyncio.get_running_loop()
+    waiting = loop.create_future()
+    answer.add_done_callback(functools.partial(self._add, loop, waiting))
+    return await waiting
+
+  def _add(self, loop: asyncio.AbstractEventLoop, waiting: 'asyncio.Future[Answer]', answer: 'Future[Answer]') -> None:
+    self._ready.append((waiting, answer))
+    if not self._called:
+      self._called = True
+      try:
+        loop.call_soon_threadsafe(self._deliver)
+      except RuntimeError:  # The event loop has been closed: nothing waits any more.
+        self._called = False
+
+  def _deliver(self) -> None:
+    self._called = False  # First: what is added from now on calls again.
+    while self._ready:
+      waiting, answer = self._ready.popleft()
+      if waiting.cancelled():
+        continue
+      if error := answer.exception():
+        waiting.set_exception(error)
+      else:
+        waiting.set_result(answer.result())
 
 
 class Lag:
@@ -239,6 +285,21 @@ class Gate:
       self._predictor.check_wait()
 
 
+class _Service(FastAPI):
+  """Answers predictions before FastAPI's middleware and routing, which take longer than the rest of a request."""
+
+  predict: ASGIApp | None = None
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    whole = super().__call__
+    if self.predict is None or scope['type'] != 'http' or scope['method'] != 'POST' or scope['path'] != '/predict':
+      await whole(scope, receive, send)
+    elif any(name == b'origin' for name, _ in scope['headers']):  # Of a page: CORS.
+      await whole(scope, receive, send)
+    else:
+      await self.predict(scope, receive, send)
+
+
 def make_app(
   predictor: Predictor, scheduler: Scheduler, started: Callable[[], None], origins: Sequence[str] = ()
 ) -> FastAPI:
@@ -258,7 +319,7 @@ def make_app(
     watching.cancel()
     await asyncio.to_thread(scheduler.close)
 
-  app = FastAPI(title='Early exits', lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+  app = _Service(title='Early exits', lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
 
   @app.post('/predict', openapi_extra=_DOCUMENTED)
   async def predict(request: Request) -> Response:
@@ -297,6 +358,16 @@ def make_app(
   async def failed(_: Request, error: Exception) -> Response:
     return _refusal(500, 'the service failed; see its log')
 
+  async def at_once(scope: Scope, receive: Receive, send: Send) -> None:
+    scope['app'] = app  # Without it, Starlette raises other errors for forms that cannot be parsed.
+    try:
+      response = await predictor.answer(Request(scope, receive))
+    except Exception as error:
+      await (await failed(Request(scope), error))(scope, receive, send)
+      raise  # The server logs it.
+    await response(scope, receive, send)
+
+  app.predict = Gate(at_once, predictor)
   app.add_middleware(Gate, predictor=predictor)
   if origins:
     app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=['*'], expose_headers=['Retry-After'])
@@ -329,11 +400,21 @@ def _metric(name: str, kind: str, values: dict[str, float]) -> Iterator[str]:
     yield f'paranet_{name}{suffix} {value}'
 
 
+class _Json(Response):
+  """As JSONResponse, which makes an encoder for each response."""
+
+  media_type = 'application/json'
+  _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(',', ':')).encode
+
+  def render(self, content: Any) -> bytes:
+    return self._encode(content).encode()
+
+
 def _together(outcomes: Sequence[Outcome]) -> Response:
   statuses, answers = {status for status, _ in outcomes}, [answer for _, answer in outcomes]
   if 200 in statuses:
-    return JSONResponse({'answers': answers})
-  return JSONResponse(answers[0] | {'answers': answers}, statuses.pop() if len(statuses) == 1 else 400)
+    return _Json({'answers': answers})
+  return _Json(answers[0] | {'answers': answers}, statuses.pop() if len(statuses) == 1 else 400)
 
 
 def _refusal(status: int, reason: str) -> Response:

@@ -1,15 +1,15 @@
 """Reads the images and fields of a request, within limits."""
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
-from starlette.types import Message, Receive
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
 
 FIELDS = ('budget_ms', 'deadline_ms')
 READ_SECONDS = 30
@@ -39,74 +39,103 @@ class Uploads:
     """seconds: in which a request must have arrived."""
     self._max_bytes, self._max_images, self._seconds, self._held = max_bytes, max_images, seconds, 0
 
-  @contextlib.asynccontextmanager
-  async def read(self, request: Request) -> AsyncIterator[Upload]:
-    """Reads a request, whose bytes count as held until the context ends.
+  def read(self, request: Request) -> 'Reading':
+    """Reads a request, whose bytes count as held until the context ends: `async with uploads.read(request) as upload`.
 
     Raises:
       Refused: 400, 408, 413, 415 or 503.
       HTTPException: 400, a form cannot be parsed.
+      ClientDisconnect: the client has gone.
     """
-    declared = request.headers.get('content-length', '')
-    if declared.isdecimal() and int(declared) > self._max_bytes:
+    return Reading(self, request)
+
+  async def _upload(self, body: 'Reading') -> Upload:
+    headers = dict(body.request.scope['headers'])  # Names are in lower case.
+    declared = headers.get(b'content-length', b'')
+    if declared.isdigit() and int(declared) > self._max_bytes:
       raise self._too_large()
-    kind, coding = (request.headers.get(name, '').strip().lower() for name in ('content-type', 'content-encoding'))
-    is_form = kind.startswith('multipart/form-data')
-    if coding not in ('', 'identity') or kind.startswith('multipart/') and not is_form:
+    kind, coding = (
+      headers[name].decode('latin-1').strip().lower() if name in headers else ''
+      for name in (b'content-type', b'content-encoding')
+    )
+    body.is_form = kind.startswith('multipart/form-data')
+    if coding not in ('', 'identity') or kind.startswith('multipart/') and not body.is_form:
       found = f'Content-Encoding: {coding[:40]}' if coding else f'Content-Type: {kind[:40]}'
       raise Refused(415, f'expected an image or a form (multipart/form-data), not compressed, found {found}')
-    body = _Body(request.receive, is_form)
-    request = Request(request.scope, lambda: self._receive(body))
     try:
-      upload = await asyncio.wait_for(self._read_form(request) if is_form else _read_body(request), self._seconds)
-      if not upload.images:
-        raise Refused(400, 'expected an image, found none; send one as the body, or several as files of a form')
+      async with asyncio.timeout(self._seconds):
+        upload = await (self._read_form(body) if body.is_form else self._read_body(body))
     except TimeoutError as error:
-      self._held -= body.size
       raise Refused(408, f'expected the whole request within {self._seconds:g} s, found {body.size:,} bytes') from error
-    except BaseException:
-      self._held -= body.size
-      raise
-    try:
-      yield upload
-    finally:
-      self._held -= body.size
+    if not upload.images:
+      raise Refused(400, 'expected an image, found none; send one as the body, or several as files of a form')
+    return upload
 
-  async def _receive(self, body: '_Body') -> Message:
-    message = await body.receive()
+  async def _receive(self, body: 'Reading') -> Message:
+    message = await body.request.receive()
     if message['type'] != 'http.request':
       return message
     chunk = message.get('body', b'')
     body.size, self._held = body.size + len(chunk), self._held + len(chunk)
-    body.tail = (body.tail + chunk)[-64:]
     if body.size > self._max_bytes:
       raise self._too_large()
     if self._held > _HELD * self._max_bytes:
       raise Refused(503, 'too many bytes are being sent at once; try again')
-    if body.is_form and not message.get('more_body') and not body.tail.rstrip().endswith(b'--'):
-      # The parser would silently drop the file that was cut.
-      raise Refused(400, 'expected a whole form, found no boundary that closes it; send it again')
+    if body.is_form:
+      body.tail = (body.tail + chunk)[-64:]
+      if not message.get('more_body') and not body.tail.rstrip().endswith(b'--'):
+        # The parser would silently drop the file that was cut.
+        raise Refused(400, 'expected a whole form, found no boundary that closes it; send it again')
     return message
 
-  async def _read_form(self, request: Request) -> Upload:
+  async def _read_form(self, body: 'Reading') -> Upload:
+    request = Request(body.request.scope, lambda: self._receive(body))
     async with request.form(max_files=self._max_images, max_fields=len(FIELDS) + 1, max_part_size=1024) as form:
       parts = form.multi_items()
       images = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
       texts = [(name, part) for name, part in parts if isinstance(part, str)]
     return Upload(images, read_fields([*request.query_params.multi_items(), *texts]))
 
+  async def _read_body(self, body: 'Reading') -> Upload:
+    chunks, more = [], True
+    while more:
+      message = await self._receive(body)
+      if message['type'] == 'http.disconnect':
+        raise ClientDisconnect
+      chunks.append(message.get('body', b''))
+      more = message.get('more_body', False)
+    encoded = b''.join(chunks)
+    query = body.request.scope['query_string'] and body.request.query_params.multi_items()
+    return Upload([encoded] if encoded else [], read_fields(query or ()))
+
+  def let_go(self, size: int) -> None:
+    """So many bytes are no longer held."""
+    self._held -= size
+
   def _too_large(self) -> Refused:
     return Refused(413, f'expected at most {self._max_bytes:,} bytes, found more; send fewer or smaller images')
 
 
-async def _read_body(request: Request) -> Upload:
-  encoded = await request.body()
-  return Upload([encoded] if encoded else [], read_fields(request.query_params.multi_items()))
+class Reading:
+  """A request that is read, and held until the context ends.
 
+  Attributes:
+    size: bytes received. tail: the last ones of a form.
+  """
 
-class _Body:
-  def __init__(self, receive: Receive, is_form: bool):
-    self.receive, self.is_form, self.size, self.tail = receive, is_form, 0, b''
+  def __init__(self, uploads: Uploads, request: Request):
+    self._uploads, self.request = uploads, request
+    self.size, self.is_form, self.tail = 0, False, b''
+
+  async def __aenter__(self) -> Upload:
+    try:
+      return await self._uploads._upload(self)
+    except BaseException:
+      self._uploads.let_go(self.size)
+      raise
+
+  async def __aexit__(self, *_: object) -> None:
+    self._uploads.let_go(self.size)
 
 
 def read_fields(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -516,7 +516,10 @@ class Adaptive:
   def _inputs(self, images: np.ndarray) -> Carried:
     """The network's own input."""
     if images.dtype == np.uint8:
-      images = (images.astype(np.float32) / 255 - self._mean) / self._std
+      images = images.astype(np.float32)  # In place: large arrays take longer to allocate than to compute.
+      images /= 255
+      images -= self._mean
+      images /= self._std
     return {'images': np.ascontiguousarray(images, np.float32)}
 
   def _run(self, stage: Stage, carried: Carried) -> tuple[Carried, np.ndarray]:
@@ -1958,11 +1961,15 @@ def fit_image(image: Any, side: int, channels: int, scaling: Scaling = TO_SIDE) 
   if image.mode != mode:  # Otherwise convert() would copy it.
     image = image.convert(mode)
   method = Image.Resampling[scaling.interpolation.upper()]
-  if scaling.short_side in (None, side):
+  if scaling.short_side in (None, side) and image.size == (side, side):
+    fitted = image
+  elif scaling.short_side in (None, side):
     fitted = ImageOps.fit(image, (side, side), method)
   else:
     fitted = _scaled_and_cropped(image, side, scaling.short_side, method)
-  return np.asarray(fitted.convert('L' if channels == 1 else 'RGB')).reshape(side, side, channels)
+  wanted = 'L' if channels == 1 else 'RGB'
+  fitted = fitted if fitted.mode == wanted else fitted.convert(wanted)
+  return np.frombuffer(fitted.tobytes(), np.uint8).reshape(side, side, channels)
 
 
 def _scaled_and_cropped(image: Any, side: int, short_side: int, method: Any) -> Any:

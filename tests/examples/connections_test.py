@@ -123,3 +123,35 @@ def test_a_connection_with_an_unread_request_is_not_idle(sent, closed):
     theirs.close()
 
   asyncio.run(live())
+
+
+MALFORMED_NEXT = {
+  'after a request': (b'\x16\x03\x01\r\n\r\n', 1),
+  'another request': (REQUEST, 2),
+  'half a head': (b'POST / HTTP/1.1\r\nX: ' + b'a' * 20_000, 1),
+}
+
+
+@pytest.mark.parametrize('name', MALFORMED_NEXT)
+def test_a_request_is_answered_whatever_follows_it(name):
+  follows, answers = MALFORMED_NEXT[name]
+
+  async def live():
+    ours, theirs = socket.socketpair()
+    config = uvicorn.Config(application, lifespan='off', log_config=None)
+    config.load()
+    state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
+    transport, _ = await loop.connect_accepted_socket(
+      lambda: connections.Protocol(config=config, server_state=state, app_state={}, _loop=loop), ours
+    )
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    writer.write(REQUEST + follows)
+    for _ in range(answers):
+      assert (await reader.readuntil(b'\r\n\r\n')).startswith(b'HTTP/1.1 200')
+      assert await reader.readexactly(2) == b'ok'
+    if answers == 1:
+      assert await reader.read() == b''
+    transport.abort()
+    writer.close()
+
+  asyncio.run(live())

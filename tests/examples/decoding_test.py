@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from decoding import _LEAST, SMALL, Decoders, Lane, decode
+from decoding import _LEAST, SMALL, TINY_BYTES, Decoders, Lane, decode
 from PIL import Image
-from serving import PNG, of_pixels
+from serving import PNG, encoded, of_pixels
 from uploads import Refused
 
 from paranet_jax.portable import run
@@ -127,3 +127,31 @@ def test_a_failed_image_is_no_longer_decoded():
   with pytest.raises(ZeroDivisionError):
     asyncio.run(lane.run(0, lambda: 1 / 0))
   assert lane.wait() == 0
+
+
+TINY = {
+  'PNG': (PNG, True),
+  'JPEG': (encoded(1, 'JPEG', (20, 13)), True),
+  'as many pixels as are tiny': (of_pixels(128, 128), True),
+  'more pixels': (of_pixels(129, 128), False),
+  'more bytes': (PNG + b'0' * TINY_BYTES, False),
+  'another format': (encoded(2, 'BMP'), False),
+  'half an image': (PNG[:60], False),
+  'nothing': (b'', False),
+}
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_tiny_images_are_decoded_as_others(name):
+  image, is_tiny = TINY[name]
+  decoders = Decoders(run, (8, 8, 3), 10**6, 10**9)
+  found = decoders.decode_tiny(image)
+  assert (found is not None) == is_tiny
+  if is_tiny:
+    np.testing.assert_array_equal(found, decode(run, image, (8, 8, 3), 10**6))
+
+
+def test_limits_and_runtimes_with_which_no_image_is_tiny():
+  assert Decoders(run, (8, 8, 3), 63, 10**9).decode_tiny(PNG) is None
+  assert Decoders(run, (8, 8, 3), 10**6, 10**5).decode_tiny(PNG) is None
+  assert Decoders(SimpleNamespace(damage=run.damage), (8, 8, 3), 10**6, 10**9).decode_tiny(PNG) is None

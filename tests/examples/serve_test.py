@@ -271,12 +271,30 @@ def test_odd_forms(server, name):
 MALFORMED = 'expected an HTTP/1.1 request, found a malformed one ('
 START = b'POST /predict HTTP/1.1\r\nHost: x\r\n'
 RAW = {
-  'a negative length': (START + b'Content-Length: -5\r\n\r\n', 400, f'{MALFORMED}bad Content-Length)'),
-  'two lengths': (START + b'Content-Length: 5\r\nContent-Length: 6\r\n\r\n', 400, f'{MALFORMED}conflicting '),
-  'a damaged chunk': (START + b'Transfer-Encoding: chunked\r\n\r\nzz\r\n', 400, f'{MALFORMED}illegal chunk header'),
-  'another coding': (START + b'Transfer-Encoding: gzip\r\n\r\n', 501, f'{MALFORMED}Only Transfer-Encoding: chunked '),
+  'a negative length': (START + b'Content-Length: -5\r\n\r\n', 400, f'{MALFORMED}Invalid character in '),
+  'two lengths': (
+    START + b'Content-Length: 5\r\nContent-Length: 6\r\n\r\n',
+    400,
+    f'{MALFORMED}Duplicate Content-',
+  ),
+  'a damaged chunk': (
+    START + b'Transfer-Encoding: chunked\r\n\r\nzz\r\n',
+    400,
+    f'{MALFORMED}Invalid character in chunk',
+  ),
+  'another coding': (
+    START + b'Transfer-Encoding: gzip\r\n\r\n',
+    501,
+    f'{MALFORMED}Request has invalid `Transfer',
+  ),
+  'a length and chunks': (
+    START + b'Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n',
+    400,
+    f"{MALFORMED}Content-Length can't be ",
+  ),
+  'no path': (b'CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n', 400, MALFORMED),
   'no host': (b'POST /predict HTTP/1.1\r\n\r\n', 400, f'{MALFORMED}Missing mandatory Host: header)'),
-  'TLS': (b'\x16\x03\x01\x02\x00\x01\x00\r\n\r\n', 400, f'{MALFORMED}illegal request line'),
+  'TLS': (b'\x16\x03\x01\x02\x00\x01\x00\r\n\r\n', 400, f'{MALFORMED}Invalid method encountered)'),
   'a header without end': (START + b'X: ' + b'a' * 300_000, 431, f'{MALFORMED}Receive buffer too long)'),
   'no length': (START + b'\r\n', 400, NONE_SENT),
 }

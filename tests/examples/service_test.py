@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import tiny_bundle
 from application import MAX_BYTES, Service
 from fastapi import Request
 from labels import Remembered
-from service import make_app
+from service import Answers, make_app
 from serving import PNG, form, of_pixels
 from uploads import Refused, Uploads
 
@@ -283,3 +285,32 @@ def test_unknown_images_and_sets(service, bundle, monkeypatch):
   assert (answer['unknown'], answer['label'], answer['class_name'], answer['exit']) == (True, None, None, 3)
   (answer,) = service.ask('POST', '/predict', *form([PNG], [('deadline_ms', '100000')]))[2]['answers']
   assert len(answer['set']) == tiny_bundle.CLASSES  # A deadline may stop it at any exit.
+
+
+def test_answers_of_a_batch_arrive_together():
+  async def live():
+    loop, answers, calls = asyncio.get_running_loop(), Answers(), []
+    futures = [Future() for _ in range(4)]
+    waiting = [asyncio.create_task(answers.of(future)) for future in futures]
+    await asyncio.sleep(0)
+    waiting[3].cancel()
+    await asyncio.sleep(0)
+    call_soon, loop.call_soon_threadsafe = (
+      loop.call_soon_threadsafe,
+      lambda *args: calls.append(args) or call_soon(*args),
+    )
+
+    def finish():
+      futures[0].set_result('first')
+      futures[1].set_exception(ArithmeticError('second'))
+      futures[2].set_result('third')
+      futures[3].set_result('of a client that has gone')
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    thread.join()  # The event loop does not run meanwhile.
+    found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [found[0], str(found[1]), found[2], type(found[3])] == ['first', 'second', 'third', asyncio.CancelledError]
+    assert len(calls) == 1
+
+  asyncio.run(live())
