@@ -7,6 +7,8 @@ from pathlib import Path
 
 VARIABLE = 'GLIBC_TUNABLES'
 SETTING = 'glibc.malloc.hugetlb'
+_HELP = frozenset({'-h', '--help', '--helpshort', '--helpfull'})
+"""With these, nothing is computed, and a restart would take most of the time."""
 _MODES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
@@ -20,7 +22,7 @@ def use_huge_pages() -> None:
   Call it first in a program's main module: everything before it runs twice.
   """
   settings = os.environ.get(VARIABLE, '')
-  if SETTING in settings or not _on_request():
+  if SETTING in settings or not _on_request() or _HELP & set(sys.argv[1:]):
     return
   os.environ[VARIABLE] = ':'.join(filter(None, [settings, f'{SETTING}=1']))
   for stream in filter(None, (sys.stdout, sys.stderr)):  # None if closed.

@@ -104,6 +104,19 @@ def test_copies_trace_the_model_once(monkeypatch):
   assert sorted(counted) == ['_classes_of_an_exit', '_macs_in_turn']
 
 
+def test_a_plan_that_visits_all_exits_has_their_costs(monkeypatch):
+  def counted(*_):
+    raise AssertionError('traced')
+
+  names = ('a', 'b', 'c')
+  early = EarlyExit(MODEL, VARIABLES, plan((0.0, 0.0, 0.0)), IMAGES.shape[1:], class_names=names)
+  skipping = EarlyExit(MODEL, VARIABLES, plan((None, 0.0, 0.0)), IMAGES.shape[1:])
+  expected = skipping._all_macs
+  monkeypatch.setattr('paranet_jax.early.runtime.mac_costs', counted)
+  monkeypatch.setattr(EarlyExit, '_classes_of_an_exit', counted)
+  assert early._all_macs == expected and early._num_classes == 3
+
+
 def test_nothing_is_compiled_after_warm_up():
   # Restored variables are committed to a device and packed rows are not, which could compile two programs.
   early = runtime(variables=jax.device_put(VARIABLES, jax.devices()[0]))

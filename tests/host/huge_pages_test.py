@@ -74,6 +74,7 @@ def no_libc(name):
   [
     lambda patch: patch.setattr(sys, 'platform', 'darwin'),
     lambda patch: patch.setattr(os, 'confstr', no_libc),
+    lambda patch: patch.setattr(sys, 'argv', ['calibrate', '--workdir=run', '--help']),
     lambda patch: allocator._MODES.unlink(),
     lambda patch: allocator._MODES.write_text('[always] madvise never\n'),
     lambda patch: allocator._MODES.write_text('always madvise [never]\n'),
