@@ -2,6 +2,9 @@
 
 Each result is kept in `benchmarks/results/NAME.json` with its command, machine, load, versions and date; tables are
 only made from these files. `--render` writes the tables without measuring. The machine must be idle.
+
+Some are measured in parts of about a minute, one after the other: `all.py deploy --part=2` measures the second again,
+and keeps the rest of its file, for machines that are idle for no longer.
 """
 
 import argparse
@@ -18,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import tables
 from benchmarks.peers import EAGER, PACKAGES, TORCH_PEERS
 from paranet_jax.experiments import markdown
+from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError, exit_code, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,11 +32,21 @@ COMMANDS = {
   'inference': ('inference.py', '--rounds=3', '--seconds=0.5', '--no-linen'),
   'dense_block': ('dense_block.py', '--rounds=3', '--seconds=0.3'),
   'early_exit': ('early_exit.py', '--rounds=2', '--seconds=0.2'),
-  'deploy': ('deploy.py',),
+  'deploy': ('deploy.py', '--rounds=2', '--seconds=0.2'),
+  'service': ('service.py', '--seconds=3'),
   'compile_time': ('compile_time.py', '--rounds=2', '--no-linen'),
   'dtype_accuracy': ('dtype_accuracy.py',),
 }
 """The program and flags of each benchmark."""
+POINTS = ('start', 'exit 1', 'exit 2', 'exit 3', 'budget 25%', 'budget 50%', 'budget 75%')
+PARTS = {
+  'early_exit': (
+    *(('--no-programs', f'--batches={batch}') for batch in (1, 32, 256)),
+    ('--programs', '--batches=none'),
+  ),
+  'deploy': tuple(('--folder=build/deploy', f'--points={point}') for point in POINTS),
+}
+"""More flags for each part of the benchmarks that are measured in parts."""
 
 Result = dict[str, Any]
 
@@ -41,32 +55,69 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(COMMANDS)} (default: all)')
+  parser.add_argument('--part', type=positive, help='only this part, from 1 on, of the one benchmark that is named')
   parser.add_argument('--render', action='store_true', help='write the tables, and measure nothing')
   options = parser.parse_args(argv)
-  return exit_code(lambda: _run(options.names, options.render))
+  return exit_code(lambda: _run(options.names, options.render, options.part))
 
 
-def _run(names: Sequence[str], render: bool) -> None:
+def _run(names: Sequence[str], render: bool, part: int | None = None) -> None:
   if unknown := [name for name in names if name not in COMMANDS]:
     raise UserError(f'expected names of {", ".join(COMMANDS)}, found {unknown[0]}; see --help')
+  if part and (len(names) != 1 or part > len(PARTS.get(names[0], ()))):
+    parts = ', '.join(f'{name}: 1 to {len(flags)}' for name, flags in PARTS.items())
+    raise UserError(
+      f'expected one benchmark and one of its parts ({parts}), found {" ".join(names) or "none"} --part={part}'
+    )
   for name in () if render else names or COMMANDS:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f'{name}.json').write_text(json.dumps(measure(name), indent=1) + '\n')
+    file = RESULTS / f'{name}.json'
+    for flags in PARTS.get(name, ((),))[part - 1 if part else 0 : part]:
+      found = measure(name, flags)
+      kept = json.loads(file.read_text()) if flags and file.exists() else {}
+      file.write_text(json.dumps(merged(kept, found), indent=1) + '\n')
   PAGE.write_text(rendered(PAGE.read_text(), results()))
   say(f'tables: {PAGE}')
 
 
-def measure(name: str) -> Result:
+def merged(kept: Result, found: Result) -> Result:
+  """The result of all parts: what is found now replaces what is kept of the same part."""
+  whole = kept | found
+  for name in found.keys() & kept.keys():
+    if name == 'rows':
+      rows = {tuple(row.get(key) for key in ROW): row for row in [*kept[name], *found[name]]}
+      whole[name] = list(rows.values())
+      last = {row['peer']: row['one_image_ms'] for row in rows.values() if row['what'] == 'exit 3'}
+      for row in whole[name]:
+        if 'speedup' in row and row['peer'] in last:
+          row['speedup'] = last[row['peer']] / row['one_image_ms']
+      whole |= {value: whole[name][0][value] for value in HEADLINE if value in found}
+    elif name in MERGED:
+      whole[name] = kept[name] | found[name]
+  return whole
+
+
+ROW = ('what', 'peer', 'batch')
+"""What tells rows of a benchmark in parts from each other."""
+HEADLINE = ('ours', 'theirs', 'ratio')
+"""Of the first row."""
+MERGED = ('runtimes', 'break_even', 'of_program')
+
+
+def measure(name: str, part: Sequence[str] = ()) -> Result:
   """The JSON of a benchmark, and its `command`.
+
+  Args:
+    part: more flags, of a part of it.
 
   Raises:
     UserError: it failed; what it said is on stderr.
   """
   program, *flags = COMMANDS[name]
   command = ' '.join(['python', f'benchmarks/{program}', *flags])
-  say(command)
+  say(' '.join([command, *part]))
   process = subprocess.run(
-    [sys.executable, f'benchmarks/{program}', *flags, '--json'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    [sys.executable, f'benchmarks/{program}', *flags, *part, '--json'], cwd=ROOT, stdout=subprocess.PIPE, text=True
   )
   if process.returncode:
     raise UserError(f'expected {command} to succeed, found exit code {process.returncode}; see its message above')
@@ -134,9 +185,9 @@ def early_exit(result: Result) -> str:
 
 def deploy(result: Result) -> str:
   """Images a second in batches of 64, milliseconds and joules for one image by runtime; then start, memory and size."""
-  runtimes = list(result['runtimes'])
+  runtimes = list(result['runtimes'] or dict.fromkeys(row['peer'] for row in result['rows']))
   cells = {(row['what'], row['peer']): row for row in result['rows']}
-  points = list(dict.fromkeys(row['what'] for row in result['rows']))
+  points = sorted(dict.fromkeys(row['what'] for row in result['rows']), key=POINTS.index)
   measured = [('images_per_s', 'images/s'), ('one_image_ms', 'ms for one image')]
   if all(row.get('one_image_joules') is not None for row in result['rows']):
     measured.append(('one_image_joules', 'J for one image'))
@@ -146,8 +197,24 @@ def deploy(result: Result) -> str:
     for point in points
   ]
   for value, what in (('start_s', 'start, s'), ('peak_mb', 'peak memory, MB'), ('size_mb', 'size, MB')):
-    lines.append([what, *(_number(result['runtimes'][runtime][value]) for runtime in runtimes)])
+    if result['runtimes']:
+      lines.append([what, *(_number(result['runtimes'][runtime][value]) for runtime in runtimes)])
   return markdown.table(('what', *runtimes), lines)
+
+
+def service(result: Result) -> str:
+  """The service at saturation beside run.py, then its latency at each rate, in times of a batch."""
+  lines = [
+    ['single images at saturation, images/s', _number(result['service_per_s'])],
+    ['run.py, decoding and predicting the same files in batches, images/s', _number(result['run_per_s'])],
+    ['share', _number(result['share_of_run'])],
+    ['a batch of 64 by run.py, without decoding, ms', _number(result['batch_ms'])],
+  ]
+  for row in result['rows']:
+    p99 = row['answered_p99_ms']
+    latency = f'{_number(p99)}, {_number(p99 / result["batch_ms"])}'
+    lines.append([f'99th percentile at {row["offered_per_s"]:.0f} images/s, ms and batches', latency])
+  return markdown.table(('what', 'PN3-ddd of pretrained/'), lines)
 
 
 def compile_time(result: Result) -> str:
@@ -199,6 +266,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
   'dense_block': dense_block,
   'early_exit': early_exit,
   'deploy': deploy,
+  'service': service,
   'compile_time': compile_time,
   'dtype_accuracy': dtype_accuracy,
 }

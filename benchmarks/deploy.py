@@ -7,14 +7,20 @@ are what is timed; without, random weights and noise. `one_image_ms` is the mean
 `speedup` is that of the same runtime's last exit by it. `one_image_joules` is what the machine uses for one, where it
 says so (`energy` says by what, or why not). `images_per_s` is in batches of 64, which leave earlyon as a
 whole where the least confident image may. What is not installed (PyTorch, OpenVINO, earlyon) is left out, with a line;
-what needs PyTorch also for networks that are no full ParaNet.
+what needs PyTorch also for networks that are no full ParaNet. `openvino_streams` is OpenVINO with its throughput hint,
+two batches at a time, as it asks for.
+
+`--points` measures a part, for machines that are idle for minutes only; `--folder` keeps the exported bundle from one
+part to the next.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,14 +43,19 @@ from paranet_jax.early.exit_plan import with_thresholds
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.bundle import Request, held_out_images, write_bundle
 from paranet_jax.host.energy import Energy, find_energy
+from paranet_jax.host.errors import UserError
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.runs.dataset_facts import DatasetFacts
 
+START, KEPT = 'start', 'benchmark.pickle'
 BUDGETS = ('budget 25%', 'budget 50%', 'budget 75%')
+ALL = (START, 'exit 1', 'exit 2', 'exit 3', *BUDGETS)
+"""What can be measured; start: also the size and memory of each."""
 NEEDS = {
   'onnxruntime': 'onnxruntime',
   'openvino': 'openvino',
   'openvino_auto': 'openvino',
+  'openvino_streams': 'openvino',
   'ours': 'jax',
   'eager': 'torch',
   'earlyon': 'earlyon',
@@ -61,8 +72,17 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_rounds(2)
   parser.add_seconds(0.2)
   parser.add_argument('--workdir', type=Path, help='a trained run with held-out images (default: random weights)')
+  parser.add_argument('--points', type=_points, default=ALL, help=f'some of {", ".join(ALL)} (default: all)')
+  parser.add_argument('--folder', type=Path, help='of the bundle: written if it does not exist, and kept')
   parser.add_argument('--dtype', choices=('float32', 'float16', 'int8'), default='float32', help='of the bundle')
   return cli.run(parser, measure, argv)
+
+
+def _points(text: str) -> tuple[str, ...]:
+  names = tuple(text.split(','))
+  if unknown := [name for name in names if name not in ALL]:
+    raise argparse.ArgumentTypeError(f'expected some of {", ".join(ALL)}, found {unknown[0]!r}')
+  return names
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -73,12 +93,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
   energy = find_energy(gpu=False)  # The runtimes compute on the processor.
   if isinstance(energy, str):
     cli.progress(f'no joules are measured: {energy}')
-  subject = early_exit.trained(options.workdir) if options.workdir else early_exit.untrained(options.size, IN_BATCHES)
+  told = energy if isinstance(energy, str) else ', '.join(energy.sources)
   with tempfile.TemporaryDirectory() as name:
-    folder = Path(name)
-    agreement = write(folder, subject, options)
+    folder = options.folder or Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    subject, agreement = prepared(folder, options)
     kinds = [kind for kind in deploy_runtimes.RUNTIMES if is_there(kind, subject)]
-    facts = {kind: started(kind, folder, subject) for kind in kinds}
+    facts = {kind: started(kind, folder, subject) for kind in kinds} if START in options.points else {}
+    chosen = {name: point for name, point in points(subject).items() if name in options.points}
+    if not chosen:
+      return {'rows': [], 'runtimes': facts, 'agreement': agreement, 'energy': told}
     with contextlib.ExitStack() as processes:
       answers = {
         kind: processes.enter_context(
@@ -86,9 +110,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
         for kind in kinds
       }
-      rows = [row for point in points(subject).items() for row in compare(*point, answers, subject, options, energy)]
-  told = energy if isinstance(energy, str) else ', '.join(energy.sources)
+      rows = [row for point in chosen.items() for row in compare(*point, answers, subject, options, energy)]
   return {'rows': with_speedups(rows, subject), 'runtimes': facts, 'agreement': agreement, 'energy': told}
+
+
+def prepared(folder: Path, options: argparse.Namespace) -> tuple[early_exit.Subject, dict[str, Any]]:
+  """What is measured, and how far the bundle in the folder agrees with it.
+
+  Both are written if they are not there, and with the first part again, since the code may have changed.
+
+  Raises:
+    UserError: the folder was written with other flags.
+  """
+  flags = {name: getattr(options, name) for name in ('workdir', 'dtype', 'size')}
+  kept = folder / KEPT
+  if kept.exists() and START not in options.points:
+    found, subject, agreement = pickle.loads(kept.read_bytes())
+    if found != flags:
+      raise UserError(f'expected a folder of {flags}, {folder} is of {found}; set another --folder')
+    return subject, agreement
+  subject = early_exit.trained(options.workdir) if options.workdir else early_exit.untrained(options.size, IN_BATCHES)
+  shutil.rmtree(folder / BUNDLE, ignore_errors=True)
+  agreement = write(folder, subject, options)
+  # The thresholds of its points are chosen; costs are functions, which cannot be pickled.
+  subject = dataclasses.replace(subject, variables=jax.device_get(subject.variables), macs=None)
+  kept.write_bytes(pickle.dumps((flags, subject, agreement)))
+  return subject, agreement
 
 
 def points(subject: early_exit.Subject) -> dict[str, Point]:
@@ -130,9 +177,9 @@ def compare(
 
 
 def with_speedups(rows: list[dict[str, Any]], subject: early_exit.Subject) -> list[dict[str, Any]]:
-  """The rows with `speedup`: of one image, against the last exit of the same runtime."""
+  """The rows with `speedup`: of one image, against the last exit of the same runtime; None: it is in another part."""
   last = {row['peer']: row['one_image_ms'] for row in rows if row['what'] == f'exit {subject.plan.exits[-1]}'}
-  return [row | {'speedup': last[row['peer']] / row['one_image_ms']} for row in rows]
+  return [row | {'speedup': last[row['peer']] / row['one_image_ms'] if last else None} for row in rows]
 
 
 def is_there(kind: str, subject: early_exit.Subject) -> bool:
@@ -188,16 +235,20 @@ def _config(subject: early_exit.Subject) -> Any:
 
 
 def started(kind: str, folder: Path, subject: early_exit.Subject) -> dict[str, float]:
-  """`size_mb` of what is read, and what a fresh process takes to start: `start_s` and `peak_mb`."""
-  cli.progress(f'a fresh process: {kind} ...')
+  """`size_mb` of what is read, and what a fresh process takes to start: `start_s` and `peak_mb`.
+
+  The second process is measured, as starts are from then on: JAX keeps programs, and files are in memory.
+  """
   exits = len(subject.plan.exits)
-  command = [sys.executable, deploy_runtimes.__file__, kind, str(folder), str(time.time()), str(exits)]
-  found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+  for _ in range(2):
+    cli.progress(f'a fresh process: {kind} ...')
+    command = [sys.executable, deploy_runtimes.__file__, kind, str(folder), str(time.time()), str(exits)]
+    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
   return {'size_mb': _size(kind, folder, subject) / 1e6} | found
 
 
 def _size(kind: str, folder: Path, subject: early_exit.Subject) -> int:
-  if kind in ('onnxruntime', 'openvino', 'openvino_auto'):
+  if kind == 'onnxruntime' or kind.startswith('openvino'):
     return sum(path.stat().st_size for path in (folder / BUNDLE).glob('*.onnx'))
   return sum(leaf.nbytes for leaf in jax.tree.leaves(subject.variables))
 

@@ -8,9 +8,11 @@ import json
 import pickle
 import resource
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,12 +71,49 @@ def _bundle(provider: str, precision: str, folder: Path) -> Answer:
   return partial(_answer, lambda point: _at(bundle, point))
 
 
+def _streams(folder: Path) -> Answer:
+  """OpenVINO with its throughput hint, which divides the cores: as many batches at a time as it asks for."""
+  import openvino
+
+  module = _run_file(folder)
+  wanted = []
+
+  def open_session(path):
+    model = openvino.Core().compile_model(str(path), 'CPU', {'PERFORMANCE_HINT': 'THROUGHPUT'})
+    wanted.append(model.get_property('OPTIMAL_NUMBER_OF_INFER_REQUESTS'))
+    mine = threading.local()
+
+    def session(outputs, inputs):
+      if not hasattr(mine, 'request'):
+        mine.request = model.create_infer_request()
+      found = mine.request.infer(dict(inputs))
+      return [np.array(found[name]) for name in outputs]
+
+    return session
+
+  module._openvino = lambda precision, threads, path: open_session(path)
+  bundle = module.load(folder / BUNDLE, 'openvino', precision='auto')
+  pool = ThreadPoolExecutor(max(wanted))
+
+  def answer(point, images, batch):
+    runtime = _at(bundle, point)
+    if batch == 1:
+      return np.array([found.label for found in pool.map(runtime.predict_one, images)])
+    parts = [images[first : first + batch] for first in range(0, len(images), batch)]
+    return np.concatenate([found.labels for found in pool.map(runtime.predict, parts)])
+
+  return answer
+
+
 def _jax(folder: Path) -> Answer:
   from paranet_jax.early.runtime import EarlyExit
+  from paranet_jax.host.machine import keep_programs
 
+  keep_programs()  # As EarlyExit.load.
   network: Network = pickle.loads((folder / SUBJECT).read_bytes())
   model, plan = pickle.loads(network.model), pickle.loads(network.plan)
-  early = EarlyExit(model, network.variables, plan, network.image_shape, network.mean, network.std)
+  names = [str(label) for label in range(network.num_classes)]
+  early = EarlyExit(model, network.variables, plan, network.image_shape, network.mean, network.std, names)
   return partial(_answer, lambda point: _at(early, point))
 
 
@@ -133,6 +172,7 @@ RUNTIMES = {
   'onnxruntime': partial(_bundle, 'cpu', 'float32'),
   'openvino': partial(_bundle, 'openvino', 'float32'),
   'openvino_auto': partial(_bundle, 'openvino', 'auto'),
+  'openvino_streams': _streams,
   'ours': _jax,
   'eager': _torch,
   'earlyon': _earlyon,

@@ -107,12 +107,15 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_rounds(5)
   parser.add_seconds()
   parser.add_argument('--workdir', type=Path, help='a trained run with held-out images (default: random weights)')
-  parser.add_argument('--batches', type=_batches, default=(1, 32, 256), help='batch sizes (default: 1,32,256)')
+  parser.add_argument('--batches', type=_batches, default=(1, 32, 256), help='or none (default: 1,32,256)')
+  parser.add_argument(
+    '--programs', action=argparse.BooleanOptionalAction, default=True, help='one program for each exit, too'
+  )
   return cli.run(parser, measure, argv)
 
 
 def _batches(text: str) -> tuple[int, ...]:
-  return tuple(map(positive, text.split(',')))
+  return () if text == 'none' else tuple(map(positive, text.split(',')))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +127,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     latencies = LatencyCosts(subject.model, subject.variables, subject.image_shape, subject.plan.exits, batch)
     rows += compare(subject, batch, latencies, options)
     break_even[str(batch)] = break_even_share(latencies)
-  return report.headline(rows) | {'break_even': break_even, 'of_program': of_program(subject, options)}
+  programs = of_program(subject, options) if options.programs else {}
+  headline = report.headline(rows) if rows else {'rows': []}
+  return headline | {'break_even': break_even, 'of_program': programs}
 
 
 def of_program(subject: Subject, options: argparse.Namespace) -> dict[str, float]:

@@ -1,20 +1,32 @@
-"""The service at a constant rate of requests, whether or not it keeps up: `--bundle=DIR --rate=100 --rate=600`.
+"""The service beside the bundle's own `run.py`, on requests of single images: of `--bundle=DIR` or else `pretrained/`.
 
-Requests start at fixed times, each on an idle connection or a new one, from a process of its own. Latencies are from
-the start of a request to its answer: for those answered (200) and those refused (503). `sent_late_p99_ms` says how late
-requests started: if it is large, this machine is too slow to offer that rate.
+First at saturation: so many `--connections` send their next image as soon as they have an answer. Then run.py in a
+process of its own decodes the same files and predicts them in batches of 64; `share_of_run` compares both, and
+`batch_ms` is what run.py takes to predict a batch. The two alternate `--rounds` times; medians. Then each `--rate`, by
+default half of what was answered: requests start at fixed times, whether or not it keeps up, each on an idle connection
+or a new one. What sends is a process of its own, on the same cores.
+
+Latencies are from the start of a request to its answer: for those answered (200) and those refused (503).
+`sent_late_p99_ms` says how late requests started: if it is large, this machine is too slow to offer that rate.
 """
 
 import argparse
 import asyncio
+import contextlib
+import importlib.util
 import io
 import json
+import re
+import selectors
 import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +35,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli
+from benchmarks.timing import in_turn
+from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 64
+WARM_UP = 1.0
+"""Seconds at saturation that do not count."""
 LONGEST = 60
 """Seconds after which a request counts as lost."""
 
@@ -35,30 +51,110 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   parser = cli.Parser(__doc__)
   parser.add_seconds()
-  parser.add_argument('--bundle', type=Path, required=True, help='an exported bundle')
-  parser.add_argument('--rate', type=float, action='append', help='requests per second; may be repeated (default: 600)')
+  parser.add_argument('--bundle', type=Path, help='an exported bundle (default: exports pretrained/)')
+  parser.add_rounds(3)
+  parser.add_argument('--connections', type=positive, default=192, help='at saturation (default: 192)')
+  parser.add_argument('--rate', type=float, action='append', default=[], help='requests per second; may be repeated')
   parser.add_argument('--serve', default='', help='more flags of serve.py')
   return cli.run(parser, measure, argv)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-  """A row for each rate."""
-  command = [sys.executable, str(ROOT / 'examples/serve.py'), f'--bundle={options.bundle}', '--port=0']
+  """Images/s at saturation and by run.py, `share_of_run`, `batch_ms`, and a row for each rate."""
+  if options.bundle:
+    return _measure(options, options.bundle)
+  with tempfile.TemporaryDirectory() as folder:
+    bundle = Path(folder) / 'bundle'
+    cli.progress('export ...')
+    command = [sys.executable, '-m', 'paranet_jax.export', '--workdir=pretrained', f'--out={bundle}']
+    subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
+    return _measure(options, bundle)
+
+
+def _measure(options: argparse.Namespace, bundle: Path) -> dict[str, Any]:
+  command = [sys.executable, str(ROOT / 'examples/serve.py'), f'--bundle={bundle}', '--port=0']
   server = subprocess.Popen([*command, *options.serve.split()], stdout=subprocess.PIPE, text=True)
   line = server.stdout.readline()
   if not line:
     raise UserError(f'expected a service, found exit code {server.wait()}; see its line above')
-  port = int(line.partition('http://127.0.0.1:')[2].partition('/')[0])
-  rows = []
+  port = line.partition('http://127.0.0.1:')[2].partition('/')[0]
   try:
-    for rate in options.rate or [600.0]:
-      cli.progress(f'{rate:g} requests/s ...')
-      command = [sys.executable, __file__, str(port), str(rate), str(options.seconds), str(options.bundle)]
-      rows.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout))
+    turns = []
+    for _ in range(options.rounds):
+      cli.progress('the service at saturation, then run.py ...')
+      served = _in_process('saturate', port, options.connections, options.seconds, bundle)
+      turns.append(served | _in_process('run', bundle, options.seconds))
+    found = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    found['share_of_run'] = statistics.median(turn['service_per_s'] / turn['run_per_s'] for turn in turns)
+    rows = []
+    for rate in options.rate or [found['service_per_s'] / 2]:
+      cli.progress(f'{rate:.0f} requests/s ...')
+      rows.append(_in_process('offer', port, rate, options.seconds, bundle))
   finally:
     server.send_signal(signal.SIGTERM)
     server.wait()
-  return {'rows': rows}
+  return found | {'rows': rows}
+
+
+def _in_process(program: str, *arguments: Any) -> dict[str, Any]:
+  """What one of `PROGRAMS` prints."""
+  command = [sys.executable, __file__, program, *map(str, arguments)]
+  return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def saturate(port: str, connections: str, seconds: str, bundle: str) -> dict[str, float]:
+  """Images/s answered, and percent refused, with so many connections that always have a request under way."""
+  requests, counts, sent = _requests(encoded_images(Path(bundle))), Counter(), 0
+  with contextlib.ExitStack() as sockets, selectors.DefaultSelector() as selector:
+    for _ in range(int(connections)):
+      sock = sockets.enter_context(socket.create_connection(('127.0.0.1', int(port))))
+      selector.register(sock, selectors.EVENT_READ, bytearray())
+      sock.sendall(requests[sent % IMAGES])
+      sent += 1
+    started = time.perf_counter()
+    first, end = started + WARM_UP, started + WARM_UP + float(seconds)
+    while time.perf_counter() < end:
+      for key, _ in selector.select(1):
+        key.data.extend(key.fileobj.recv(65536))
+        if not _is_whole(key.data):
+          continue
+        if first < time.perf_counter() < end:
+          counts[int(key.data[9:12])] += 1
+        key.data.clear()
+        key.fileobj.sendall(requests[sent % IMAGES])
+        sent += 1
+  return {'service_per_s': counts[200] / float(seconds), 'refused_percent': 100 * counts[503] / max(counts.total(), 1)}
+
+
+def _is_whole(response: bytearray) -> bool:
+  head = response.find(b'\r\n\r\n')
+  if head < 0:
+    return False
+  length = re.search(rb'content-length: (\d+)', response[:head], re.IGNORECASE)
+  return len(response) >= head + 4 + int(length[1])
+
+
+def _requests(images: list[bytes]) -> list[bytes]:
+  head = 'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n'
+  return [head.format(len(image)).encode() + image for image in images]
+
+
+def run_file(bundle: str, seconds: str) -> dict[str, float]:
+  """Images/s of the bundle's run.py from files in memory, and milliseconds of a batch without decoding."""
+  spec = importlib.util.spec_from_file_location('bundle_run', Path(bundle) / 'run.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  loaded, files = module.load(bundle), encoded_images(Path(bundle))
+  side, _, channels = loaded.image_shape
+
+  def decoded() -> np.ndarray:
+    return np.stack([module.decode_image(file, side, channels) for file in files])
+
+  def both() -> None:
+    loaded.predict(decoded())
+
+  found = in_turn({'both': both, 'batch': partial(loaded.predict, decoded())}, 1, float(seconds) / 2)
+  return {'run_per_s': IMAGES / found['both'], 'batch_ms': 1e3 * found['batch']}
 
 
 def encoded_images(bundle: Path) -> list[bytes]:
@@ -79,8 +175,7 @@ class Load:
 
   def __init__(self, port: int, images: list[bytes]):
     self._port, self._idle, self.outcomes = port, [], []
-    head = 'POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n'
-    self._requests = [head.format(len(image)).encode() + image for image in images]
+    self._requests = _requests(images)
 
   async def offer(self, rate: float, seconds: float) -> None:
     """Sends requests at this rate for so long, and waits for their answers."""
@@ -129,15 +224,19 @@ def summary(rate: float, seconds: float, outcomes: list[tuple[int, float, float]
   return row
 
 
-def offer(port: str, rate: str, seconds: str, bundle: str) -> None:
-  """The program of the process that sends: prints a row as JSON."""
+def offer(port: str, rate: str, seconds: str, bundle: str) -> dict[str, Any]:
+  """A row of one rate."""
   load = Load(int(port), encoded_images(Path(bundle)))
   asyncio.run(load.offer(float(rate), float(seconds)))
-  print(json.dumps(summary(float(rate), float(seconds), load.outcomes)))
+  return summary(float(rate), float(seconds), load.outcomes)
+
+
+PROGRAMS = {'saturate': saturate, 'run': run_file, 'offer': offer}
+"""What runs in processes of their own."""
 
 
 if __name__ == '__main__':
-  if len(sys.argv) == 5 and sys.argv[1].isdecimal():
-    offer(*sys.argv[1:])
+  if len(sys.argv) > 2 and sys.argv[1] in PROGRAMS:
+    print(json.dumps(PROGRAMS[sys.argv[1]](*sys.argv[2:])))
   else:
     sys.exit(main())

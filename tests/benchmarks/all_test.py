@@ -71,6 +71,15 @@ def test_other_tables():
     '| peak memory, MB | 300 |',
     '| size, MB | 9.5 |',
   ]
+  served = {'service_per_s': 2000.0, 'run_per_s': 2500.0, 'share_of_run': 0.8, 'batch_ms': 8.0}
+  served['rows'] = [{'offered_per_s': 1000.0, 'answered_p99_ms': 20.0}]
+  assert all_benchmarks.service(served).splitlines()[2:] == [
+    '| single images at saturation, images/s | 2,000 |',
+    '| run.py, decoding and predicting the same files in batches, images/s | 2,500 |',
+    '| share | 0.8 |',
+    '| a batch of 64 by run.py, without decoding, ms | 8 |',
+    '| 99th percentile at 1000 images/s, ms and batches | 20, 2.5 |',
+  ]
   times = {
     'cold_first_step_s': 17.3,
     'warm_first_step_s': 5.6,
@@ -116,3 +125,31 @@ def test_a_benchmark_that_fails(monkeypatch):
   monkeypatch.setitem(all_benchmarks.COMMANDS, 'train_step', ('all.py', 'speed'))
   with pytest.raises(UserError, match='expected python benchmarks/all.py speed to succeed, found exit code 2'):
     all_benchmarks.measure('train_step')
+
+
+def test_parts_are_merged(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(all_benchmarks, 'RESULTS', tmp_path)
+  monkeypatch.setattr(all_benchmarks, 'PAGE', tmp_path / 'speed.md')
+  (tmp_path / 'speed.md').write_text('<!-- table deploy -->\n<!-- end -->\n')
+
+  def measured(name, part):
+    ours = {'ours': {'start_s': 3.0, 'peak_mb': 300.0, 'size_mb': 9.5}} if part[1] == '--points=start' else {}
+    milliseconds = 6.0 if part[1] == '--points=exit 3' else 2.0
+    rows = [{'what': part[1][9:], 'peer': 'ours', 'images_per_s': speed, 'one_image_ms': milliseconds, 'speedup': None}]
+    return RESULT | {'runtimes': ours, 'rows': [] if ours else rows}
+
+  monkeypatch.setattr(all_benchmarks, 'measure', measured)
+  speed = 2500.0
+  assert all_benchmarks.main(['deploy']) == 0
+  speed = 2600.0
+  assert all_benchmarks.main(['deploy', '--part=4']) == 0
+  found = json.loads((tmp_path / 'deploy.json').read_text())
+  assert [row['what'] for row in found['rows']] == [*all_benchmarks.POINTS[1:]]
+  assert [row['images_per_s'] for row in found['rows']] == [2500.0, 2500.0, 2600.0, 2500.0, 2500.0, 2500.0]
+  assert [row['speedup'] for row in found['rows']] == [3.0, 3.0, 1.0, 3.0, 3.0, 3.0]
+  assert found['runtimes']['ours']['start_s'] == 3.0
+  for wrong in (['deploy', '--part=8'], ['train_step', '--part=1'], ['--part=1']):
+    assert all_benchmarks.main(wrong) == 2
+    assert capsys.readouterr().err.startswith(
+      'error: expected one benchmark and one of its parts (early_exit: 1 to 4, '
+    )
