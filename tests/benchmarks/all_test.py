@@ -113,7 +113,7 @@ def test_what_is_measured(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(all_benchmarks, 'PAGE', tmp_path / 'speed.md')
   (tmp_path / 'speed.md').write_text('<!-- table train_step -->\n<!-- end -->\n')
   result = RESULT | {'rows': [row('step', 'eager', 80.0, 40.0, 'images/s')]}
-  monkeypatch.setattr(all_benchmarks, 'measure', lambda name: {'train_step': result}[name])
+  monkeypatch.setattr(all_benchmarks, 'measure', lambda name, part: {'train_step': result}[name])
   assert all_benchmarks.main(['train_step']) == 0
   assert json.loads((tmp_path / 'results/train_step.json').read_text()) == result
   assert '| 80 | 40 | 2 |' in (tmp_path / 'speed.md').read_text()
