@@ -344,7 +344,8 @@ def test_floats_of_unknown_normalization():
 def test_agreement():
   thresholds = (0.7, 0.7, 0.0)
   bundle = adaptive(thresholds)
-  plan = SimpleNamespace(score='max_prob', temperatures=TEMPERATURES, confidence_thresholds=thresholds, exits=EXITS)
+  floors = np.array([0.7, 0.7, -np.inf])
+  plan = SimpleNamespace(score='max_prob', temperatures=TEMPERATURES, confidence_floors=floors, exits=EXITS)
   other_labels, at_first = LOGITS.copy(), LOGITS.copy()
   other_labels[:, :30] = np.roll(LOGITS[:, :30], 1, axis=-1)  # 30 of 150 images, as confident as before.
   at_first[:, 60:] = 9, 0, 0, 0  # So confident that 90 images exit at exit 1, with label 0.
