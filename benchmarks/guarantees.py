@@ -230,7 +230,6 @@ def simulate_watch(world: World, runs: int, seed: int) -> dict[str, Any]:
   places = np.array([np.searchsorted(edges[k], top, side='right') for k, top in zip(taken, tops, strict=True)])
   rows = list(zip((taken + 1).tolist(), tops.tolist(), classes.tolist(), strict=True))
   rng, alarms = np.random.default_rng(seed), 0
-  numbers = tuple(range(1, len(COSTS) + 1))
   for _ in range(runs):
     known = rng.integers(0, POPULATION, HELD_OUT)
     seen = {
@@ -240,41 +239,39 @@ def simulate_watch(world: World, runs: int, seed: int) -> dict[str, Any]:
       'classes': np.bincount(classes[known], minlength=CLASSES).tolist(),
       'wrong': None,
     }
-    bundle = SimpleNamespace(_seen=seen, _identity=[], exits=numbers, macs=dict.fromkeys(numbers, 1))
-    watch = Watch(bundle, alpha=ALPHA)
+    watch = _watch(seen)
     watch.add([rows[row] for row in rng.integers(0, POPULATION, STREAM).tolist()])
     alarms += watch.alarm is not None
-  return {
-    'promise': f'`--watch`: an alarm in a run without a change, {100 * ALPHA:g} % ({runs:,} runs of {STREAM:,} images)',
-    'limit': ALPHA,
-    'draws': runs,
-    'broken': alarms / runs,
-    'cost': None,
-    'cost_of': '',
-  }
+  promise = f'`--watch`: an alarm in a run without a change, {100 * ALPHA:g} % ({runs:,} runs of {STREAM:,} images)'
+  return _false_alarms(promise, alarms, runs)
 
 
 def simulate_labels(world: World, runs: int, seed: int) -> dict[str, Any]:
   """How often `Watch.record` alarms in a run of `STREAM` labels, of which as many are other than answered as before."""
   wrong = world.logits[-1].argmax(-1) != world.labels
-  rng, alarms, numbers = np.random.default_rng(seed), 0, tuple(range(1, len(COSTS) + 1))
+  rng, alarms = np.random.default_rng(seed), 0
   answer = Prediction(0, np.zeros(CLASSES), 1, 1)
   for _ in range(runs):
     errors = int(wrong[rng.integers(0, POPULATION, HELD_OUT)].sum())
     counts = [[0] for _ in COSTS[1:]] + [[HELD_OUT]]
     seen = {'images': HELD_OUT, 'edges': [[] for _ in COSTS], 'counts': counts, 'classes': [HELD_OUT], 'wrong': errors}
-    watch = Watch(SimpleNamespace(_seen=seen, _identity=[], exits=numbers, macs=dict.fromkeys(numbers, 1)), alpha=ALPHA)
+    watch = _watch(seen)
     for label in wrong[rng.integers(0, POPULATION, STREAM)].astype(int).tolist():
       watch.record(label, answer)
     alarms += watch.alarm is not None
-  return {
-    'promise': f'`Watch.record`: the same for labels ({runs:,} runs of {STREAM:,} labels)',
-    'limit': ALPHA,
-    'draws': runs,
-    'broken': alarms / runs,
-    'cost': None,
-    'cost_of': '',
-  }
+  return _false_alarms(f'`Watch.record`: the same for labels ({runs:,} runs of {STREAM:,} labels)', alarms, runs)
+
+
+def _watch(seen: dict[str, Any]) -> Watch:
+  """The watch of a bundle whose calibration saw this."""
+  numbers = range(1, len(COSTS) + 1)
+  return Watch(
+    SimpleNamespace(_seen=seen, _identity=[], exits=tuple(numbers), macs=dict.fromkeys(numbers, 1)), alpha=ALPHA
+  )
+
+
+def _false_alarms(promise: str, alarms: int, runs: int) -> dict[str, Any]:
+  return {'promise': promise, 'limit': ALPHA, 'draws': runs, 'broken': alarms / runs, 'cost': None, 'cost_of': ''}
 
 
 def _draws(world: World, draws: int, seed: int):

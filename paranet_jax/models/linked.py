@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from paranet_jax.models.layers.conv import batch_norm_relu
 from paranet_jax.models.layers.initial import kernel_init
-from paranet_jax.models.multi_exit import Carry, Logits, MultiExit, field_values
+from paranet_jax.models.multi_exit import Carry, Logits, MultiExit, field_values, named_after
 
 FEATURES, LINK = 'features', 'logits'
 """Keys of a carry: the carry of the model itself, and what the next exit reads of the last one run, by its number."""
@@ -76,7 +76,7 @@ def _boosted_class(base: type[MultiExit]) -> Callable[..., MultiExit]:
     def _carried(self, features, number):
       return {**features, FEATURES: super()._carried(features[FEATURES], number)}
 
-  return _named(Boosted, base)
+  return named_after(Boosted, base)
 
 
 @functools.cache
@@ -108,12 +108,7 @@ def _transfer_class(base: type[MultiExit]) -> Callable[..., MultiExit]:
     def _carried(self, features, number):
       return {**features, FEATURES: super()._carried(features[FEATURES], number)}
 
-  return _named(Transferring, base)
-
-
-def _named(linked: type[MultiExit], base: type[MultiExit]) -> type[MultiExit]:
-  linked.__name__ = linked.__qualname__ = f'{linked.__name__}{base.__name__}'
-  return linked
+  return named_after(Transferring, base)
 
 
 def _linked(

@@ -184,6 +184,12 @@ class Graph(MultiExit):
     return {node: features[node] for node in kept(later, geometry.reads, features)}
 
 
+def named_after(derived: type[MultiExit], base: type[MultiExit]) -> type[MultiExit]:
+  """A class that is derived within a function, with the name of the class it is derived from behind its own."""
+  derived.__name__ = derived.__qualname__ = f'{derived.__name__}{base.__name__}'
+  return derived
+
+
 def field_values(model: MultiExit) -> dict[str, Any]:
   """The values of a model's own fields, by name, to make a model of a derived class from."""
   own = (field.name for field in dataclasses.fields(model) if field.init)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from paranet_jax.models.multi_exit import Chain, Graph, MultiExit, field_values
+from paranet_jax.models.multi_exit import Chain, Graph, MultiExit, field_values, named_after
 
 
 def with_own_channels(model: MultiExit, share: float) -> MultiExit:
@@ -40,8 +40,7 @@ def _referencing_class(base: type[MultiExit]) -> Callable[..., MultiExit]:
     def handed_on(self, x):
       return jax.tree.map(functools.partial(_referenced, share=self.own_channels), x)
 
-  Referencing.__name__ = Referencing.__qualname__ = f'Referencing{base.__name__}'
-  return Referencing
+  return named_after(Referencing, base)
 
 
 def _referenced(x: jax.Array, share: float) -> jax.Array:
