@@ -232,6 +232,7 @@ FIELDS = {
   'init_from': (beginning, 'no run', {}),
   'model.layers_per_block': (costs, 2, {}),
   'model.growth_rate': (costs, 3, {}),
+  'model.growth_factors': (costs, (2,), {}),
   'model.bn_size': (costs, 2, {}),
   'model.blocks': (costs, (2,), {}),
   'model.halvings': (costs, (2,), {}),

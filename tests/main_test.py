@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import CONFIGS, QUICKSTART, TINY, contents, refusal
 
-SIDES = 'set --config.model.image_side, .blocks, .halvings or .cascade'
+SIDES = 'set --config.model.image_side, .blocks, .halvings, .cascade or .growth_factors'
 
 
 @pytest.fixture(autouse=True)

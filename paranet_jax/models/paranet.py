@@ -125,7 +125,9 @@ class ParaNet(Graph):
   Attributes:
     num_pipelines: P.
     layers_per_block: n, dense layers in every block (L = 6 n + 4 names the three-pipeline network).
-    growth_rate: k.
+    growth_rate: k, channels that a dense layer adds in the blocks of the largest side.
+    growth_factors: one for each side of blocks, the largest first: multiply k there, and a stem's 2 k channels; (): 1
+      each.
     bn_size: bottleneck width in multiples of k.
     blocks: dense blocks of each pipeline; None: pipeline p has p.
     halvings: 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
@@ -145,6 +147,7 @@ class ParaNet(Graph):
   num_classes: int = 100
   layers_per_block: int = 16
   growth_rate: int = 12
+  growth_factors: tuple[int, ...] = ()
   bn_size: int = 4
   blocks: tuple[int, ...] | None = None
   halvings: tuple[int, ...] | None = None
@@ -169,6 +172,23 @@ class ParaNet(Graph):
     halvings = default_halvings(self.num_pipelines) if self.halvings is None else self.halvings
     cascade = self.cascade if isinstance(self.cascade, tuple) else full_cascade(blocks) if self.cascade else ()
     return Geometry(self.image_side, blocks, tuple(times + self._stem_halvings for times in halvings), cascade)
+
+  def growth(self, node: Node) -> int:
+    """Channels that a dense layer of this block adds.
+
+    Raises:
+      ValueError: `growth_factors` does not have one entry for each side.
+    """
+    if not self.growth_factors:
+      return self.growth_rate
+    geometry = self.geometry
+    nodes = [(p, b) for p, count in enumerate(geometry.blocks, 1) for b in range(1, count + 1)]
+    sides = sorted({geometry.side(each) for each in nodes}, reverse=True)
+    if len(self.growth_factors) != len(sides):
+      raise ValueError(
+        f'growth_factors {self.growth_factors} must have one entry for each side of blocks, the largest first: {sides}'
+      )
+    return self.growth_rate * self.growth_factors[sides.index(geometry.side(node))]
 
   @property
   def _stem_halvings(self) -> int:
@@ -197,7 +217,7 @@ class ParaNet(Graph):
       x = concatenate(x, features[pipeline - 1, index - 1])
     block = DenseBlock(
       self.layers_per_block,
-      self.growth_rate,
+      self.growth(node),
       self.bn_size,
       self.scan_layers,
       self.axis_name,
@@ -221,7 +241,7 @@ class ParaNet(Graph):
   def _stem(self, x: Array, pipeline: int, train: bool) -> Array:
     name = f'pipeline_{pipeline}_stem'
     size = int(self.stem[0])
-    kernel = Kernel((size, size, x.shape[-1], 2 * self.growth_rate), name=name)()
+    kernel = Kernel((size, size, x.shape[-1], 2 * self.growth((pipeline, 1))), name=name)()
     x = convolve(x, kernel, stride=2) if self._stem_halvings else image_conv3x3(x, kernel)
     if not self.stem_norm:
       return x

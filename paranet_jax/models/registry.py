@@ -71,6 +71,8 @@ COMMON: Fields = {
 _PARANET: Fields = {
   'layers_per_block': Field(16, at_least(1, 1000)),  # n, dense layers in every block: 16 is L = 100.
   'growth_rate': Field(12, at_least(1, 10_000)),  # k, channels that a dense layer adds.
+  # One for each side of blocks, the largest first, such as "(1,2,4)": multiply growth_rate there; (): 1 each.
+  'growth_factors': Field((), tuple_of(int, 1, 1000)),
   'bn_size': Field(4, at_least(1, 1000)),  # Bottleneck width, in multiples of growth_rate.
   'blocks': derived(tuple, tuple_of(int, 1, 1000)),  # Dense blocks of each pipeline; None: pipeline p has p.
   'halvings': derived(tuple, tuple_of(int, 0, 30)),  # 2x2 poolings at the entry of each pipeline; None: P + 1 - p.
@@ -206,7 +208,7 @@ def _least_fractal(fields: dict[str, Any]) -> tuple[float, float]:
 _BUILT_IN = (
   Family(
     *('paranet', 'configs/paranet.py', 'paranet_jax.models.paranet:from_fields', _PARANET),
-    fix='image_side, .blocks, .halvings or .cascade',
+    fix='image_side, .blocks, .halvings, .cascade or .growth_factors',
     targets=lambda name: parse_name(name).targets,
     least=lambda fields: _least_dense(
       fields, fields['layers_per_block'], fields['image_side'] / 2 ** (1 + min(fields['halvings'] or (1,)))

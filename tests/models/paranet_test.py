@@ -23,6 +23,7 @@ CASES = {
   'avg': tiny.network(2, entry_pool='avg', stem_norm=True, bn_size=3, growth_rate=1),
   'equal_lengths': tiny.network(2, blocks=(2, 2), halvings=(2, 1), entry_order='pool_first'),
   'partial_cascade': tiny.network(3, cascade=((3, 3),)),
+  'growth_factors': tiny.network(2, growth_factors=(1, 2, 3), blocks=(2, 2), halvings=(2, 1), bn_size=1),
 }
 
 
@@ -120,11 +121,24 @@ def test_half_precision(standard_promotion):
   [
     ({'stem': '7x7'}, 'image_side 8 cannot be halved 4 times, as pipeline 1 needs .4 at its entry, 0 between'),
     ({'blocks': (1, 2, 3), 'halvings': (1, 1, 1)}, 'joins different sides'),
+    (
+      {'growth_factors': (1, 2)},
+      r'growth_factors \(1, 2\) must have one entry for each side of blocks, the largest first: \[4, 2, 1\]',
+    ),
   ],
 )
 def test_invalid_shapes_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     abstract_variables(tiny.network(3, **fields), (tiny.SIDE, tiny.SIDE, 3))
+
+
+def test_growth_factors_multiply_the_growth_rate_by_side():
+  model = tiny.network(3, growth_rate=2, growth_factors=(1, 3, 5))
+  growth = {node: model.growth(node) for node in ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))}
+  assert growth == {(1, 1): 10, (2, 1): 6, (2, 2): 10, (3, 1): 2, (3, 2): 6, (3, 3): 10}
+  params = abstract_variables(model, (tiny.SIDE, tiny.SIDE, 3))['params']
+  stems = [params[f'pipeline_{pipeline}_stem']['kernel'].shape[-1] for pipeline in (1, 2, 3)]
+  assert stems == [20, 12, 4]
 
 
 @functools.cache
