@@ -36,6 +36,10 @@ COMMANDS = {
   'service': ('service.py', '--seconds=3'),
   'compile_time': ('compile_time.py', '--rounds=2', '--no-linen'),
   'dtype_accuracy': ('dtype_accuracy.py',),
+  'dtype_accuracy_cifar100': (
+    *('dtype_accuracy.py', '--config=configs/paranet.py:PN3-ddd', '--set=model.layers_per_block=2'),
+    *('--set=train.epochs=3', '--set=train.schedule=one_cycle', '--set=train.learning_rate=0.2'),
+  ),
 }
 """The program and flags of each benchmark."""
 POINTS = ('start', 'exit 1', 'exit 2', 'exit 3', 'budget 25%', 'budget 50%', 'budget 75%')
@@ -269,6 +273,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
   'service': service,
   'compile_time': compile_time,
   'dtype_accuracy': dtype_accuracy,
+  'dtype_accuracy_cifar100': dtype_accuracy,
 }
 
 

@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   parser = cli.Parser(__doc__)
   parser.add_argument('--config', default='configs/quickstart.py', help='of the runs (default: the quickstart)')
+  parser.add_argument(
+    '--set', action='append', default=[], metavar='FIELD=VALUE', help='another value of a field of --config'
+  )
   parser.add_argument('--seeds', type=positive, default=3, help='of each dtype (default: 3)')
   parser.add_argument('--workdir', type=Path, help='folder of the runs (default: a temporary one)')
   return cli.run(parser, measure, argv)
@@ -39,16 +42,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as temporary:
     folder = options.workdir or Path(temporary)
     accuracies = {
-      name: [trained(options.config, folder, name, seed) for seed in range(options.seeds)] for name in DTYPES
+      name: [trained(options.config, options.set, folder, name, seed) for seed in range(options.seeds)]
+      for name in DTYPES
     }
   return {'rows': rows(accuracies)}
 
 
-def trained(config: str, folder: Path, dtype: str, seed: int) -> list[float]:
-  """The test accuracy in percent of each exit of a run, which is trained unless it is finished."""
+def trained(config: str, changes: Sequence[str], folder: Path, dtype: str, seed: int) -> list[float]:
+  """The test accuracy in percent of each exit of a run, which is trained unless it is finished.
+
+  Args:
+    changes: `FIELD=VALUE` of the configuration.
+  """
   workdir = folder.resolve() / f'{dtype}-{seed}'
   flags = [
     f'--config={config}',
+    *(f'--config.{change}' for change in changes),
     f'--config.seed={seed}',
     f'--config.model.dtype={DTYPES[dtype]}',
     f'--workdir={workdir}',

@@ -1,6 +1,8 @@
 """The tables of docs/speed.md, made from the JSON of the benchmarks."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,6 +103,24 @@ def test_accuracies_of_dtypes():
     '| 1 | 98.00 ± 1.00 | 97.00 ± 0.00 | -1.00 | -1.00 |',
     '| 2 | 98.00 ± 0.00 | 98.50 ± 0.00 | +0.50 |  |',
   ]
+
+
+def test_fields_that_are_set_go_to_the_runs_of_both_dtypes(tmp_path, monkeypatch):
+  given = []
+
+  def trained(command, **_):
+    given.append(command[3:-1])
+    folder = Path(command[-1].removeprefix('--workdir='))
+    folder.mkdir()
+    (folder / 'summary.json').write_text(json.dumps({'exits': [{'accuracy': 0.5}]}))
+    return SimpleNamespace(returncode=0)
+
+  monkeypatch.setattr(dtype_accuracy.subprocess, 'run', trained)
+  changes = ['model.layers_per_block=2', 'train.epochs=3']
+  options = SimpleNamespace(config='configs/pn3_ddd.py', set=changes, seeds=1, workdir=tmp_path)
+  assert dtype_accuracy.measure(options)['rows'][0]['bfloat16'] == [50.0]
+  common = ['--config=configs/pn3_ddd.py', *(f'--config.{change}' for change in changes), '--config.seed=0']
+  assert given == [[*common, f'--config.model.dtype={dtype}'] for dtype in ('float32', 'bfloat16!')]
 
 
 def test_the_page_has_the_tables_of_the_results():
