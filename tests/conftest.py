@@ -17,20 +17,18 @@ from paranet_jax.host.machine import use_compilation_cache
 TESTS = Path(__file__).resolve().parent
 
 # The dearest files, which start first so that no process is left with one in the end. Those of the first line start
-# training from a server of processes or share small programs (see `programs`), and so one process runs them.
+# training from a server of processes or share small programs (see `programs`), and so one process runs them. Another
+# one runs those that export: to import the converter takes seconds.
 TOGETHER = (
   *('host/processes_test.py', 'resume_test.py', 'faults_test.py', 'stream_train_test.py', 'models/numerics_test.py'),
   *('runs/retention_test.py', 'host/lock_test.py', 'host/signals_test.py', 'host/machine_test.py'),
   'data/stream_test.py',
 )
+EXPORTING = ('export/export_test.py', 'export/families_test.py', 'export/bundle_test.py', 'export/state_dict_test.py')
 DEAREST = (
   *TOGETHER,
-  *(
-    'export/export_test.py',
-    'models/layers/dense_block_test.py',
-    'export/families_test.py',
-    'examples/scripts_test.py',
-  ),
+  *EXPORTING,
+  *('models/layers/dense_block_test.py', 'examples/scripts_test.py'),
   *(f'models/{name}_test.py' for name in ('fractalnet', 'resnet', 'paranet', 'msdnet', 'densenet', 'families_train')),
   *('task_test.py', 'plugins_test.py', 'experiments/experiments_test.py', 'costs_test.py', 'seeds_test.py'),
   *('fields_test.py', 'train_test.py', 'steps_test.py', 'host/joining_test.py'),
@@ -53,6 +51,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
 jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # Or a program's key would depend on the folder.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
+gc.set_threshold(100_000, 20, 20)  # Garbage collection was a twelfth of the time of a trace.
 signal.signal(signal.SIGINT, signal.default_int_handler)  # Processes of pytest-xdist ignore Control-C.
 
 
@@ -65,13 +64,11 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_finish():
-  """Makes garbage collection rare: it was a twelfth of the time of a trace."""
-  gc.set_threshold(20_000, 20, 20)
   _exempt_from_collection()
 
 
 def pytest_runtest_setup():
-  if gc.get_count()[1]:  # The test before has left 20,000 objects or more.
+  if gc.get_count()[1]:  # The tests before have left 100,000 objects or more.
     _exempt_from_collection()
 
 
@@ -94,7 +91,7 @@ def pytest_xdist_make_scheduler(config, log):
   class Scheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid):
       file = nodeid.split('::')[0]
-      return 'together' if file.removeprefix('tests/') in TOGETHER else file
+      return next((own[0] for own in (TOGETHER, EXPORTING) if file.removeprefix('tests/') in own), file)
 
   config.option.loadscopereorder = False
   return Scheduling(config, log)

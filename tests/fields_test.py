@@ -143,6 +143,17 @@ def batch(config, _):
   return [values.tolist() for values in read(train.images[:4], train.labels[:4])]
 
 
+def augmentation(config, _):
+  """What reads the images and labels of a training step."""
+  task = build_task(config)
+  train = task.dataset.train
+
+  def read(images, labels):
+    return augmented(image_keys(0, 0, 0, np.arange(4)), images, labels, task.preprocessing, 10)
+
+  return str(jax.make_jaxpr(read)(train.images[:4], train.labels[:4]))
+
+
 def dataset(config, _):
   """Contents and augmentation of the splits, or the error."""
   try:
@@ -306,9 +317,9 @@ FIELDS = {
   'train.mixup': (batch, 1.0, {}),
   'train.cutmix': (batch, 1.0, {}),
   'train.alternate_flip': (program, True, {'data.flip': True}),
-  'train.auto_augment': (batch, 'trivial', {}),
-  'train.rand_augment_operations': (batch, 3, {'train.auto_augment': 'rand'}),
-  'train.rand_augment_magnitude': (batch, 20, {'train.auto_augment': 'rand'}),
+  'train.auto_augment': (augmentation, 'trivial', {}),
+  'train.rand_augment_operations': (augmentation, 3, {'train.auto_augment': 'rand'}),
+  'train.rand_augment_magnitude': (augmentation, 20, {'train.auto_augment': 'rand'}),
   'train.devices': (run, 2, {}),
   'eval.every_epochs': (run, 2.0, {}),
   'eval.batch_size': (run, 90, {}),

@@ -72,6 +72,7 @@ def auto_augment(
   table = jnp.asarray(magnitudes(kind, images.shape[1:3]))
   signed = jnp.asarray([name in SIGNED for name in OPERATIONS])
 
+  @jax.jit  # Traced once for all operations.
   def one(key: jax.Array, image: jax.Array) -> jax.Array:
     chosen_key, bin_key, sign_key = jax.random.split(key, 3)
     chosen = jax.random.randint(chosen_key, (), 0, len(OPERATIONS))

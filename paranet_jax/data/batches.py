@@ -1,5 +1,7 @@
 """Which images form which batch, as pure functions of (seed, epoch)."""
 
+import functools
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32
@@ -23,6 +25,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
   return num_examples // batch_size
 
 
+@functools.partial(jax.jit, static_argnames=('num_examples', 'batch_size'))
 def epoch_order(
   seed: Int[Array, ''] | int, epoch: Int[Array, ''] | int, num_examples: int, batch_size: int
 ) -> Int32[Array, 'steps batch_size']:

@@ -5,6 +5,7 @@ import runpy
 
 import matplotlib.pyplot as plt
 import pytest
+from running import share_pictures
 
 import paranet_jax.train  # noqa: F401  What it imports has `base_config` before a test replaces it.
 from paranet_jax import base_config as base_config_lib
@@ -18,6 +19,7 @@ def run(monkeypatch, tmp_path):
   """Runs an example in a folder of its own, with other defaults of the model; returns its variables."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(FAMILIES, 'known', dict(FAMILIES.known))
+  share_pictures(monkeypatch)
   base_config = base_config_lib.base_config
 
   def run(name, **model):

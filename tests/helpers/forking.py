@@ -83,5 +83,5 @@ def _run(out: Connection, err: Connection, function: Callable[..., Any], *argume
   sys.stdout, sys.stderr = (os.fdopen(os.dup(number), 'w', buffering=1) for number in (1, 2))
   jax.config.update('jax_disable_most_optimizations', True)
   gc.freeze()  # See conftest.py.
-  gc.set_threshold(20_000, 20, 20)
+  gc.set_threshold(100_000, 20, 20)
   function(*arguments)

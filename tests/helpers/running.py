@@ -61,7 +61,7 @@ def run_command(command: Callable[..., int], *arguments: Any) -> Result:
   """Runs a command with these arguments in this process."""
   out, err = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-    _share_pictures(patch)
+    share_pictures(patch)
     code = command(list(map(str, arguments)))
   return Result(code, out.getvalue(), err.getvalue())
 
@@ -70,7 +70,7 @@ _DRAW = {'curves.png': train.draw_curves, 'confusion.png': train.draw_confusion}
 _PICTURES: dict[str, bytes] = {}
 
 
-def _share_pictures(patch: pytest.MonkeyPatch) -> None:
+def share_pictures(patch: pytest.MonkeyPatch) -> None:
   """The pictures of the first run serve for all: drawing them takes a second."""
   patch.setattr(train, 'draw_curves', functools.partial(_picture, 'curves.png'))
   patch.setattr(train, 'draw_confusion', _confusion)
@@ -166,7 +166,7 @@ class SharedPrograms:
     patch.setattr(train, 'Evaluator', lambda task, devices: self._keep('evaluator', task.config, task, devices))
     patch.setattr(devices_lib, 'run_on', self._step)
     patch.setattr(task_lib, 'init_state', self._state)
-    _share_pictures(patch)
+    share_pictures(patch)
 
   def forget(self) -> None:
     """Lets go of what was built."""

@@ -76,9 +76,9 @@ def filled(shapes: dict, seed: int = 0) -> dict:
 
 def state(model: ParaNet, optimizer, seed: int = 0, step: int = 0) -> TrainState:
   """A train state with random parameters, the same for every seed. What optimizers keep is 0 before the first step."""
-  values = jax.tree.map(jnp.asarray, variables(model))
+  values = jax.device_put(variables(model))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, values['params']))
-  opt_state = jax.tree.map(jnp.asarray, zeros)
+  opt_state = jax.device_put(zeros)
   return TrainState(jnp.int32(step), jnp.int32(seed), values['params'], values['batch_stats'], opt_state)
 
 

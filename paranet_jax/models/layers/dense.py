@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
@@ -59,7 +60,12 @@ def concatenate(first: Features, second: Features) -> Features:
 
 
 def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
-  """`module.param`, except that flax does not trace `init` to check the shape of an existing parameter."""
+  """`module.param`, except that flax does not trace `init` to check the shape of an existing parameter.
+
+  Where only shapes are wanted, neither a random key nor an initial value is traced.
+  """
+  if backend() == SHAPES and module.is_mutable_collection('params'):
+    module.put_variable('params', name, np.broadcast_to(np.float32(0), shape))
   if module.has_variable('params', name):
     return module.get_variable('params', name)
   return module.param(name, init, shape)
@@ -74,8 +80,9 @@ class BatchNorm(nn.Module):
     shape = (self.channels,)
     self.scale = parameter(self, 'scale', nn.initializers.ones, shape)
     self.bias = parameter(self, 'bias', nn.initializers.zeros, shape)
-    self.mean = self.variable('batch_stats', 'mean', jnp.zeros, shape)
-    self.var = self.variable('batch_stats', 'var', jnp.ones, shape)
+    # NumPy's, because they are constants that need not be traced.
+    self.mean = self.variable('batch_stats', 'mean', np.zeros, shape, np.float32)
+    self.var = self.variable('batch_stats', 'var', np.ones, shape, np.float32)
 
   def __call__(self, train: bool) -> tuple[Float[Array, ' C'], Float[Array, ' C']]:
     """Scale and shift; in inference they include the running statistics."""
