@@ -24,13 +24,16 @@ TOGETHER = (
   *('runs/retention_test.py', 'host/lock_test.py', 'host/signals_test.py', 'host/machine_test.py'),
   'data/stream_test.py',
 )
-EXPORTING = ('export/export_test.py', 'export/families_test.py', 'export/bundle_test.py', 'export/state_dict_test.py')
+EXPORTING = (
+  *('export/export_test.py', 'export/families_test.py', 'export/bundle_test.py', 'export/state_dict_test.py'),
+  'plugins_test.py',
+)
 DEAREST = (
   *TOGETHER,
   *EXPORTING,
   *('models/layers/dense_block_test.py', 'examples/scripts_test.py'),
   *(f'models/{name}_test.py' for name in ('fractalnet', 'resnet', 'paranet', 'msdnet', 'densenet', 'families_train')),
-  *('task_test.py', 'plugins_test.py', 'experiments/experiments_test.py', 'costs_test.py', 'seeds_test.py'),
+  *('task_test.py', 'experiments/experiments_test.py', 'costs_test.py', 'seeds_test.py'),
   *('fields_test.py', 'train_test.py', 'steps_test.py', 'host/joining_test.py'),
 )
 

@@ -11,7 +11,6 @@ import tiny
 
 from paranet_jax.devices import pick_devices, place_order, replicated, run_on, shared
 from paranet_jax.host.errors import UserError
-from paranet_jax.models.paranet import ParaNet
 from paranet_jax.steps import make_train_step, zero_totals
 
 STEPS, BATCH = 2, 16
@@ -30,7 +29,7 @@ class Training:
     self.traces = 0
     self._devices = pick_devices(count)
     self._whole = replicated(self._devices)
-    model = ParaNet(1, tiny.NUM_CLASSES, 1, 2, 2, image_side=tiny.SIDE)
+    model = tiny.named('PN1-d')
     optimizer = optax.sgd(0.05, 0.9, True)
     self._step = run_on(
       self._devices,

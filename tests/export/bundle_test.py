@@ -14,7 +14,7 @@ import numpy as np
 import odd_images
 import pytest
 import tiny
-from exportable import IMAGES, SIDE, early_exit, made, of_family
+from exportable import IMAGES, SIDE, early_exit, made, of_family, paranet, write_paranet
 from PIL import Image
 from safetensors.numpy import load_file
 from unwritable import run_with_closed_pipe, run_with_full_disk
@@ -47,16 +47,15 @@ sys.exit(code)
 @pytest.fixture(scope='module')
 def small():
   """A small network and its plan."""
-  return made(tiny.network(3, num_classes=5))[:2]
+  return paranet()[:2]
 
 
 @pytest.fixture(scope='module')
 def out(tmp_path_factory, small):
   """The bundle of a small network, whose images exit at every exit."""
-  folder = tmp_path_factory.mktemp('written')
-  run, plan = small
-  write_bundle(Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
-  return folder / 'out'
+  out = tmp_path_factory.mktemp('written') / 'out'
+  write_paranet(out, small[1])
+  return out
 
 
 @pytest.fixture(scope='module')

@@ -7,26 +7,25 @@ import pytest
 from exportable import (
   COUNT,
   IMAGES,
-  MODELS,
   QUICK,
   SIDE,
   assert_bundle_answers_as_the_jax_runtime,
   early_exit,
-  made,
+  paranet,
+  write_paranet,
 )
 
 from paranet_jax.early.exit_plan import with_thresholds
 from paranet_jax.early.path_costs import mac_costs
-from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.portable import run as runtime
 
 
 def test_exits_that_are_skipped(tmp_path):
   """If no image exits at 2, `predict` runs from 1 to 3 in one stage, and `anytime` runs all three."""
-  run, plan, logits = made(MODELS['paranet']())
+  run, plan, logits = paranet()
   macs = mac_costs(run.model, (SIDE, SIDE, 3), plan.exits)
   plan = with_thresholds(plan, np.array([plan.confidence_thresholds[0], np.inf, -np.inf]), macs)
-  bundle_lib.write_bundle(bundle_lib.Request(tmp_path, tmp_path / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
+  write_paranet(tmp_path / 'out', plan)
   described = json.loads((tmp_path / 'out/bundle.json').read_text())
   assert described['visited_stages'] == ['stage_1', 'stage_3_after_1']
   assert described['all_stages'] == ['stage_1', 'stage_2', 'stage_3']

@@ -1,6 +1,8 @@
 """A small network of every kind as a run to export, whose images exit at every exit."""
 
+import copy
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -21,6 +23,7 @@ from paranet_jax.early.scores import confidences
 from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.export import contents as contents_lib
 from paranet_jax.export.compare import all_logits
+from paranet_jax.export.onnx import onnx_stage
 from paranet_jax.models.ensemble import Ensemble
 from paranet_jax.models.staged import StagedModel
 from paranet_jax.portable import run as runtime
@@ -127,6 +130,28 @@ def made(model):
   run = LoadedRun(model, variables, base_config('PN3-ddd'), 7, facts)
   run.config.model.image_side = SIDE
   return run, with_thresholds(plan, np.array([*thresholds, -np.inf]), macs), logits
+
+
+@functools.cache
+def paranet():
+  """What is `made` of a ParaNet of three exits, for all tests of a process; they may not change it."""
+  return made(MODELS['paranet']())
+
+
+_CONVERTED = {}
+
+
+def write_paranet(out, plan):
+  """Writes a bundle of `paranet` with a plan; each of its stages is converted once."""
+
+  def converted(spec):
+    if spec.name not in _CONVERTED:
+      _CONVERTED[spec.name] = onnx_stage(spec)
+    return copy.deepcopy(_CONVERTED[spec.name])
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(bundle_lib, 'onnx_stage', converted)
+    bundle_lib.write_bundle(bundle_lib.Request(out.parent, out, ('onnx',), 'float32'), paranet()[0], plan, IMAGES)
 
 
 def early_exit(run, plan):
