@@ -213,6 +213,9 @@ def service(result: Result) -> str:
     ['run.py, decoding and predicting the same files in batches, images/s', _number(result['run_per_s'])],
     ['share', _number(result['share_of_run'])],
     ['a batch of 64 by run.py, without decoding, ms', _number(result['batch_ms'])],
+    ['its watch (`--watch`), % of that', _number(result['watch_percent'])],
+    ['one image by run.py, ms', _number(result['image_ms'])],
+    ['its watch, % of that', _number(result['watch_image_percent'])],
   ]
   for row in result['rows']:
     p99 = row['answered_p99_ms']

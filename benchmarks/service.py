@@ -1,10 +1,11 @@
 """The service beside the bundle's own `run.py`, on requests of single images: of `--bundle=DIR` or else `pretrained/`.
 
 First at saturation: so many `--connections` send their next image as soon as they have an answer. Then run.py in a
-process of its own decodes the same files and predicts them in batches of 64; `share_of_run` compares both, and
-`batch_ms` is what run.py takes to predict a batch. The two alternate `--rounds` times; medians. Then each `--rate`, by
-default half of what was answered: requests start at fixed times, whether or not it keeps up, each on an idle connection
-or a new one. What sends is a process of its own, on the same cores.
+process of its own decodes the same files and predicts them in batches of 64; `share_of_run` compares both, `batch_ms`
+and `image_ms` are what run.py takes to predict a batch and one image, `watch_percent` and `watch_image_percent` what
+its watch takes for the answers, of that. The two alternate `--rounds` times; medians. Then each `--rate`, by default
+half of what was answered: requests start at fixed times, whether or not it keeps up, each on an idle connection or a
+new one. What sends is a process of its own, on the same cores.
 
 Latencies are from the start of a request to its answer: for those answered (200) and those refused (503).
 `sent_late_p99_ms` says how late requests started: if it is large, this machine is too slow to offer that rate.
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import re
 import selectors
@@ -28,6 +30,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -140,7 +143,10 @@ def _requests(images: list[bytes]) -> list[bytes]:
 
 
 def run_file(bundle: str, seconds: str) -> dict[str, float]:
-  """Images/s of the bundle's run.py from files in memory, and milliseconds of a batch without decoding."""
+  """Images/s of the bundle's run.py from files in memory, and milliseconds of a batch and an image without decoding.
+
+  `watch_percent` and `watch_image_percent` are what its watch takes for their answers, of these milliseconds.
+  """
   spec = importlib.util.spec_from_file_location('bundle_run', Path(bundle) / 'run.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -153,8 +159,45 @@ def run_file(bundle: str, seconds: str) -> dict[str, float]:
   def both() -> None:
     loaded.predict(decoded())
 
-  found = in_turn({'both': both, 'batch': partial(loaded.predict, decoded())}, 1, float(seconds) / 2)
-  return {'run_per_s': IMAGES / found['both'], 'batch_ms': 1e3 * found['batch']}
+  images, usual, watch = decoded(), usual_answers(module, Path(bundle)), module.Watch(loaded)
+  one_by_one = [tuple(each[place : place + 1] for each in batch) for batch in usual for place in range(IMAGES)]
+  batches, singles = itertools.cycle(usual), itertools.cycle([module.Predictions(*each) for each in one_by_one])
+  functions = {
+    'both': both,
+    'batch': partial(loaded.predict, images),
+    'watch': lambda: watch.see(next(batches)),
+    'image': partial(loaded.predict, images[:1]),
+    'watch_image': lambda: watch.see(next(singles)),
+  }
+  found = in_turn(functions, 1, float(seconds) / 2)
+  if watch.alarm:
+    raise UserError(f'expected no drift in usual answers, found {watch.line()}; measure again')
+  return {
+    'run_per_s': IMAGES / found['both'],
+    'batch_ms': 1e3 * found['batch'],
+    'watch_percent': 100 * found['watch'] / found['batch'],
+    'image_ms': 1e3 * found['image'],
+    'watch_image_percent': 100 * found['watch_image'] / found['image'],
+  }
+
+
+def usual_answers(module: ModuleType, bundle: Path) -> list[Any]:
+  """1,000 batches of answers such as calibration saw."""
+  seen, rng = json.loads((bundle / 'exits.json').read_text())['seen'], np.random.default_rng(0)
+  cells = [
+    (exit_number, (low + high) / 2)
+    for exit_number, edges in enumerate(seen['edges'], 1)
+    for low, high in itertools.pairwise([0, *edges, 1])
+  ]
+  counts, classes = np.concatenate(seen['counts']), np.array(seen['classes'])
+  batches = []
+  for _ in range(1000):
+    exits, tops = np.array(cells)[rng.choice(len(cells), IMAGES, p=counts / counts.sum())].T
+    labels = rng.choice(len(classes), IMAGES, p=classes / classes.sum())
+    probabilities = np.zeros((IMAGES, len(classes)), np.float32)
+    probabilities[np.arange(IMAGES), labels] = tops
+    batches.append(module.Predictions(labels, probabilities, exits.astype(int), np.zeros(IMAGES, int)))
+  return batches
 
 
 def encoded_images(bundle: Path) -> list[bytes]:

@@ -634,8 +634,11 @@ class Watch:
     self.alpha, self.images, self.labeled = alpha, 0, 0
     self.alarm: Drift | None = None
     self._exits, self._macs = bundle.exits, np.array([bundle.macs[number] or 0 for number in bundle.exits], np.float64)
-    self._edges = [np.array(each, np.float64) for each in seen['edges']]
-    self._first = np.cumsum([0, *(len(each) + 1 for each in self._edges[:-1])])
+    edges = seen['edges']
+    self._edges = np.full((len(edges), max(map(len, edges))), np.inf)
+    for row, each in zip(self._edges, edges, strict=True):
+      row[: len(each)] = each
+    self._first = np.cumsum([0, *(len(each) + 1 for each in edges[:-1])])
     rng, classes = np.random.default_rng(0), np.array(seen['classes'])
     orders = [rng.permutation(len(classes)) for _ in range(_CLASS_ORDERS)]
     deep = np.concatenate([np.array(each) for each in seen['counts']])
@@ -660,8 +663,13 @@ class Watch:
 
   def see(self, answers: Predictions) -> None:
     """Sees the answers of the bundle, in the order given. Those that a deadline or budget forced do not count."""
-    tops = answers.probabilities.max(-1).tolist()
-    self.add(zip(answers.exits.tolist(), tops, answers.probabilities.argmax(-1).tolist(), strict=True))
+    probabilities, exits = answers.probabilities, answers.exits.tolist()
+    if len(exits) == 1:  # Twice as fast as the general way, which is what an image at a time pays.
+      best = int(probabilities.argmax())
+      return self.add([(exits[0], float(probabilities[0, best]), best)])
+    classes = probabilities.argmax(-1)
+    tops = probabilities[np.arange(len(classes)), classes]
+    self.add(zip(exits, tops.tolist(), classes.tolist(), strict=True))
 
   def add(self, answers: Any) -> None:
     """Sees answers: exit, largest probability and most probable class of each."""
@@ -781,12 +789,9 @@ class Watch:
 
   def _test(self, count: int) -> None:
     block, self._pending = self._pending[:count], self._pending[count:]
-    numbers, tops, labels = np.array(block).T
-    exits, classes = np.searchsorted(self._exits, numbers), labels.astype(int)
-    deep = self._first[exits]
-    for k in np.unique(exits):
-      here = exits == k
-      deep[here] += np.searchsorted(self._edges[k], tops[here], side='right')
+    numbers, tops, classes = map(np.array, zip(*block, strict=True))
+    exits = np.searchsorted(self._exits, numbers)
+    deep = self._first[exits] + (self._edges[exits] <= tops[:, None]).sum(-1)
     self._recent = self._recent * np.exp(-count / _RECENT) + np.bincount(exits, minlength=len(self._exits))
     self.images += count
     self._answers.bet([self._orders[0][deep], *(order[classes] for order in self._orders[1:])])
@@ -808,8 +813,17 @@ class Watch:
 
 
 _CLASS_ORDERS, _RECENT = 2, 500.0
-_BEFORE = np.tri(Watch.BLOCK, k=-1, dtype=bool)
+_PART = 32
+_BEFORE, _ONES = np.tri(_PART, k=-1, dtype=bool), np.ones(_PART, np.float32)
 _P_BINS, _PRIOR, _MEMORIES = 8, 3.0, (100.0, 800.0, 6400.0)
+
+
+def _histograms(values: np.ndarray, bins: int) -> np.ndarray:
+  """Counts of integers along the last axis: [..., bins]."""
+  *shape, _ = values.shape
+  rows = int(np.prod(shape))
+  flat = values.reshape(rows, -1).astype(int) + bins * np.arange(rows)[:, None]
+  return np.bincount(flat.ravel(), minlength=bins * rows).reshape(*shape, bins)
 
 
 def _reordered(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -829,11 +843,19 @@ class _Gambler:
 
   def __init__(self, counts: Sequence[np.ndarray]):
     """counts: of what calibration saw, by category, for each order."""
-    self._counts = [np.asarray(each, np.float64).copy() for each in counts]
+    self._sizes = [len(each) for each in counts]
+    self._counts = self._stacked(counts)
     shape = len(counts), len(_MEMORIES)
     self._bins = np.zeros((*shape, _P_BINS))
     self._active, self._reserve, self._blocks = np.full(shape, np.log(0.5)), float(np.log(0.5)), 0
     self._decay = np.array(_MEMORIES)
+
+  def _stacked(self, counts: Sequence[Any]) -> np.ndarray:
+    """Counts of each order, [orders, categories]; an order of fewer categories ends with zeros."""
+    stacked = np.zeros((len(self._sizes), max(self._sizes)))
+    for row, size, each in zip(stacked, self._sizes, counts, strict=True):
+      row[:size] = np.array(each, np.float64).reshape(size)
+    return stacked
 
   @property
   def log_capital(self) -> float:
@@ -844,19 +866,14 @@ class _Gambler:
 
   def bet(self, categories: Sequence[np.ndarray]) -> None:
     """Bets on a block of images, by their category in each order."""
-    count = len(categories[0])
+    found = np.stack(categories)
+    rows, count = found.shape
     rng = np.random.default_rng((self._blocks, int(self._counts[0].sum())))
-    chance = rng.random((len(categories), count))
-    places = np.empty((len(categories), count), int)
-    before, ones = _BEFORE[:count, :count], np.ones(count, np.float32)
-    for f, (counts, found) in enumerate(zip(self._counts, categories, strict=True)):
-      others, own, known = found.astype(np.int16)[None], found.astype(np.int16)[:, None], np.cumsum(counts)
-      # Products with ones count faster than sums of bools.
-      above = known[-1] - known[found] + ((others > own) & before).astype(np.float32) @ ones
-      equal = counts[found] + ((others == own) & before).astype(np.float32) @ ones + 1
-      ranks = (above + chance[f] * equal) / (known[-1] + np.arange(1, count + 1))
-      places[f] = np.minimum(ranks * _P_BINS, _P_BINS - 1)
-      counts += np.bincount(found, minlength=len(counts))
+    chance = rng.random((rows, count))
+    seen = self._counts.sum(-1, keepdims=True) + np.arange(1, count + 1)
+    above, equal = self._count(found)
+    ranks = (above + chance * (equal + 1)) / seen
+    places = np.minimum(ranks * _P_BINS, _P_BINS - 1).astype(int)
     if self._blocks:
       share = 1 / ((self._blocks + 2) * np.log(self._blocks + 2))
       self._active = np.logaddexp(self._active, self._reserve + np.log(share))
@@ -864,16 +881,38 @@ class _Gambler:
     self._blocks += 1
     bets = self._bins + _PRIOR
     odds = np.log(_P_BINS * bets / bets.sum(-1, keepdims=True))
-    rows = len(categories)
-    hits = np.bincount((places + _P_BINS * np.arange(rows)[:, None]).ravel(), minlength=_P_BINS * rows)
-    hits = hits.reshape(rows, 1, _P_BINS)
+    hits = _histograms(places, _P_BINS)[:, None]
     self._active = self._active + (odds * hits).sum(-1)
     self._bins = self._bins * np.exp(-count / self._decay)[None, :, None] + hits
+
+  def _count(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts a block; how many before each image are in a later category than its own, and in its own: [orders, N].
+
+    Images are compared with each other in parts, and with the parts before by counts: N x N comparisons take longer.
+    """
+    (rows, count), categories = found.shape, self._counts.shape[-1]
+    parts = np.zeros((rows, -(-count // _PART) * _PART), np.int16)
+    parts[:, :count] = found  # What fills the last part comes after all others.
+    parts = parts.reshape(-1, _PART)
+    others, own, number = parts[:, None], parts[:, :, None], len(parts)
+    # Products with ones count faster than sums of bools.
+    above = ((others > own) & _BEFORE).astype(np.float32) @ _ONES
+    equal = ((others == own) & _BEFORE).astype(np.float32) @ _ONES
+    places = parts + categories * np.arange(number)[:, None]
+    hits = np.bincount(places.ravel(), minlength=categories * number).reshape(rows, -1, categories)
+    groups, fill = number // rows, len(parts) * _PART // rows - count
+    hits[:, -1, 0] -= fill
+    counts = self._counts[:, None] + _BEFORE[:groups, :groups].astype(np.float64) @ hits
+    known = np.cumsum(counts, -1)
+    above = above + known[..., -1].reshape(-1, 1) - known.ravel()[places]
+    equal = equal + counts.ravel()[places]
+    self._counts = self._counts + hits.sum(1)
+    return above.reshape(rows, -1)[:, :count], equal.reshape(rows, -1)[:, :count]
 
   def state(self) -> dict[str, Any]:
     """What `restore` reads."""
     return {
-      'counts': [each.tolist() for each in self._counts],
+      'counts': [each[:size].tolist() for each, size in zip(self._counts, self._sizes, strict=True)],
       'bins': self._bins.tolist(),
       'active': self._active.tolist(),
       'reserve': self._reserve,
@@ -882,15 +921,14 @@ class _Gambler:
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Continues from a state. Raises KeyError, TypeError or ValueError if it is none."""
-    counts = [
-      np.array(new, np.float64).reshape(old.shape) for old, new in zip(self._counts, state['counts'], strict=True)
-    ]
+    counts = self._stacked(state['counts'])
     bins, active = (
       np.array(state[name], np.float64).reshape(old.shape)
       for name, old in (('bins', self._bins), ('active', self._active))
     )
-    numbers = [*counts, bins]
-    if not all(np.isfinite(each).all() and (each >= 0).all() for each in numbers) or not np.isfinite(active).all():
+    if (
+      not all(np.isfinite(each).all() and (each >= 0).all() for each in (counts, bins)) or not np.isfinite(active).all()
+    ):
       raise ValueError('not finite')
     self._counts, self._bins, self._active = counts, bins, active
     self._reserve, self._blocks = float(state['reserve']), int(state['blocks'])
