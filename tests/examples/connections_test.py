@@ -138,7 +138,7 @@ def test_a_request_is_answered_whatever_follows_it(name):
 
   async def live():
     ours, theirs = socket.socketpair()
-    config = uvicorn.Config(application, lifespan='off', log_config=None)
+    config = uvicorn.Config(application, lifespan='off', log_config=None, timeout_keep_alive=1)
     config.load()
     state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
     transport, _ = await loop.connect_accepted_socket(

@@ -142,7 +142,7 @@ def served_folder(tmp_path):
 
   handler = functools.partial(QuietHandler, directory=folder)
   with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
     thread.start()
     yield folder, f'http://127.0.0.1:{server.server_port}'
     server.shutdown()

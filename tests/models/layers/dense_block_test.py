@@ -22,12 +22,12 @@ kernels_only = pytest.mark.skipif(bool(missing(native_dense.FEATURES)), reason=f
 SHAPES = {
   # batch, side, channels, layers, growth_rate, bn_size
   'even': (8, 4, 6, 4, 3, 2),
-  'one layer': (4, 6, 5, 1, 4, 4),
+  'one layer': (4, 6, 5, 1, 12, 4),
   'narrow input, odd side': (6, 5, 3, 3, 2, 2),
   'wide input, one pixel': (16, 1, 24, 3, 2, 4),
   'many pixels': (64, 8, 6, 2, 3, 2),
-  # A growth rate and a width that have kernels in C++, and channels that fill no vector.
-  'kernels': (18, 8, 21, 3, 4, 4),
+  # A growth rate and a width that have kernels in C++, those of pretrained/, and channels that fill no vector.
+  'kernels': (18, 8, 21, 3, 12, 4),
 }
 
 
