@@ -326,14 +326,18 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
   return task
 
 
+_same_schedule = functools.lru_cache(maxsize=32)(make_schedule)
+"""`make_schedule`, which compiles the learning rate of a log line once for runs that have the same."""
+
+
 def _schedule(config: ConfigDict, steps: int) -> Schedule:
   train = config.train
-  return make_schedule(
+  return _same_schedule(
     train.schedule,
     train.learning_rate,
     epochs=train.epochs,
     updates_per_epoch=steps / train.accumulate_steps,
-    drop_epochs=config_lib.drop_epochs(config),
+    drop_epochs=tuple(config_lib.drop_epochs(config)),
     drop_factor=train.drop_factor,
     warmup_epochs=train.warmup_epochs,
   )
