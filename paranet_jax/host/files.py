@@ -42,7 +42,7 @@ def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any)
       yield file
       file.flush()
       os.fsync(file.fileno())
-    os.replace(temporary, path)
+      os.replace(temporary, path)  # While it is locked: a `sweep` of another writer would remove it.
   except OSError as error:
     if error.errno in NO_ROOM and error.filename is None:  # A failed write does not say where.
       error.filename = str(path)

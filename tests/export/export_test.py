@@ -105,7 +105,7 @@ def test_files(out):
   ]
   assert (out / 'run.py').read_bytes() == Path(runtime.__file__).read_bytes()
   exits = json.loads((PRETRAINED / 'exits.json').read_text())
-  exits['provenance']['command'] = 'python -m paranet_jax.calibrate --workdir=FOLDER --budget=8M'
+  exits['provenance']['command'] = 'python -m paranet_jax.calibrate --workdir=FOLDER --budget=8M --audit'
   assert json.loads((out / 'exits.json').read_text()) == exits
   dataset = json.loads((PRETRAINED / 'dataset.json').read_text())
   assert json.loads((out / 'classes.json').read_text()) == dataset['class_names']

@@ -14,7 +14,7 @@ from paranet_jax.early.exit_plan import read_plan
 from paranet_jax.experiments.protocols import Protocol
 from paranet_jax.experiments.results import load_results
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import damaged_file, file_checksums, read_object, replacing, write_json
+from paranet_jax.host.files import damaged_file, file_checksums, read_object, replacing, sweep, write_json
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.status import run_status
@@ -76,6 +76,15 @@ def test_a_file_that_is_swept_before_it_is_locked(tmp_path, monkeypatch):
   with replacing(tmp_path / 'entry', 'wb', shared=True) as file:
     file.write(b'whole')
   assert (tmp_path / 'entry').read_bytes() == b'whole' and list(tmp_path.iterdir()) == [tmp_path / 'entry']
+
+
+def test_a_file_that_takes_its_place_is_not_swept(tmp_path, monkeypatch):
+  """Another writer begins when all is written and the file has not been renamed yet."""
+  replace = os.replace
+  monkeypatch.setattr(os, 'replace', lambda *names: (sweep(tmp_path), replace(*names)))
+  with replacing(tmp_path / 'entry', 'wb', shared=True) as file:
+    file.write(b'whole')
+  assert (tmp_path / 'entry').read_bytes() == b'whole'
 
 
 def test_the_next_write_removes_what_a_kill_left_behind(tmp_path):
