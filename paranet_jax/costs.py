@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax.data.known import known_dataset
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.kept_programs import remembered
 from paranet_jax.models.layers.backend import SHAPES, compiling_for, plain_operations
 from paranet_jax.targets import describe_target
 
@@ -42,6 +43,10 @@ def exit_costs(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, 
 
 @functools.lru_cache(maxsize=32)  # Each seed of an experiment asks for the same.
 def _counted(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, int]]:
+  return remembered('costs', lambda: _count(model, image_shape), (model, image_shape))
+
+
+def _count(model: Any, image_shape: tuple[int, int, int]) -> list[dict[str, int]]:
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   variables = abstract_variables(model, image_shape)
 
@@ -125,9 +130,13 @@ def _hashable(model: Any) -> bool:
 
 @functools.lru_cache(maxsize=32)  # To trace a large network takes seconds, and a run asks several times.
 def _traced_variables(model: Any, image_shape: tuple[int, int, int], exits: tuple[int, ...] | None) -> Any:
-  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  with compiling_for(SHAPES):
-    return jax.eval_shape(lambda key, image: model.init(key, image, exits=exits), jax.random.key(0), image)
+  def trace() -> Any:
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with compiling_for(SHAPES):
+      # The key is a part of what is traced: to make one compiles two programs.
+      return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, exits=exits), image)
+
+  return remembered('shapes', trace, (model, image_shape, exits))
 
 
 def parameter_sizes(model: Any, image_shape: tuple[int, int, int], *exits: int) -> Paths:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import Device, device_memory
 
 AXIS = 'devices'
@@ -117,9 +118,16 @@ class Layout:
   def __init__(self, devices: list[Device]):
     self.devices = devices
 
-  def compiled(self, make_step: Callable[[str | None], Callable], images_axis: int | None) -> Callable[..., Any]:
-    """The training step (see `run_on`)."""
-    return run_on(self.devices, make_step, images_axis)
+  def compiled(
+    self, make_step: Callable[[str | None], Callable], images_axis: int | None, determines: Any
+  ) -> Callable[..., Any]:
+    """The training step (see `run_on`).
+
+    Args:
+      determines: what tells its body from others, see `kept_programs.described`.
+    """
+    step = run_on(self.devices, make_step, images_axis)
+    return Kept('train_step', lambda: step, lambda: determines) if len(self.devices) == 1 else step
 
   def join(self, trees: Sequence[Any]) -> Any:
     """Places the trees of all runs as one."""
@@ -137,7 +145,9 @@ class Layout:
 class SideBySide(Layout):
   """The layout of several runs, the first axis of every array: one per device, or vmapped on a single device."""
 
-  def compiled(self, make_step: Callable[[str | None], Callable], images_axis: int | None) -> Callable[..., Any]:
+  def compiled(
+    self, make_step: Callable[[str | None], Callable], images_axis: int | None, determines: Any
+  ) -> Callable[..., Any]:
     step, in_axes = make_step(None), (0, 0, images_axis, images_axis, 0)
     if len(self.devices) == 1:
       return jax.jit(jax.vmap(step, in_axes), donate_argnums=(0, 1))

@@ -15,6 +15,7 @@ from paranet_jax.data.batches import eval_batches
 from paranet_jax.data.dataset import Split
 from paranet_jax.feed import placed
 from paranet_jax.frozen import logits_from_features, on_disk
+from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.steps import make_eval_step
@@ -49,7 +50,10 @@ class Evaluator:
 
     def step(number: int) -> Callable:
       of_features = functools.partial(logits_from_features, task.model, number) if task.frozen else None
-      return jax.jit(make_eval_step(task.model, number, *options, of_features))
+      made = functools.partial(make_eval_step, task.model, number, *options, of_features)
+      if of_features:
+        return jax.jit(made())
+      return Kept(f'eval_step_{number}', lambda: jax.jit(made()), lambda: (task.model, number, *options))
 
     self._steps = {number: step(number) for number in trained_exits(task.targets)}
     named = {'held_out': task.dataset.held_out, 'test': task.dataset.test}

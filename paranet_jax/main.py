@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from paranet_jax.command_line import parse, place
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError, exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 
 
 def main() -> int:
@@ -70,5 +70,5 @@ def _print(values: flags.FlagValues, result: dict, text: str) -> None:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.extend import core
 from jaxtyping import Bool, Float, Int32, Key, UInt8
 
 from paranet_jax.costs import abstract_variables
@@ -110,8 +112,29 @@ def init_state(
   else:
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, *image_shape)))
   params = variables['params']
-  opt_state = jax.jit(optimizer.init)(learning(params, frozen) if frozen else params)
-  return TrainState(jnp.int32(0), jnp.int32(seed), params, variables.get('batch_stats', {}), opt_state)
+  opt_state = _opt_state(optimizer, learning(params, frozen) if frozen else params)
+  counted, drawn = jax.device_put((np.int32(0), np.int32(seed)))
+  return TrainState(counted, drawn, params, variables.get('batch_stats', {}), opt_state)
+
+
+def _opt_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+  """What `optimizer.init` gives. It only fills arrays with constants as a rule, and then nothing is compiled."""
+  program, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
+  values = {}
+  for equation in program.jaxpr.eqns:
+    (value, *others), (result,) = equation.invars, equation.outvars
+    if equation.primitive.name != 'broadcast_in_dim' or others or not isinstance(value, core.Literal):
+      return jax.jit(optimizer.init)(params)
+    shape: Any = result.aval  # jax declares AbstractValue.
+    values[result] = np.full(shape.shape, value.val, shape.dtype)
+  leaves = program.jaxpr.outvars
+  if not all(isinstance(leaf, core.Literal) or leaf in values for leaf in leaves):
+    return jax.jit(optimizer.init)(params)
+  filled = [
+    np.asarray(leaf.val, shape.dtype) if isinstance(leaf, core.Literal) else values[leaf]
+    for leaf, shape in zip(leaves, jax.tree.leaves(shapes), strict=True)
+  ]
+  return jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), filled))
 
 
 def learning(params: Any, frozen: Collection[tuple[str, ...]]) -> dict[str, Any]:
@@ -305,7 +328,7 @@ def train_metrics(logits: Sequence, labels: jax.Array, losses: dict[int, jax.Arr
   return metrics
 
 
-def zero_totals(targets: Targets, labeled: bool = True) -> dict[str, jax.Array]:
+def zero_totals(targets: Targets, labeled: bool = True) -> dict[str, Any]:
   """Totals before the first step of a log interval.
 
   Args:
@@ -313,7 +336,7 @@ def zero_totals(targets: Targets, labeled: bool = True) -> dict[str, jax.Array]:
   """
   numbers, measures = trained_exits(targets), ('loss', 'nll', 'accuracy') if labeled else ('loss', 'agreement')
   names = ['loss', *(f'exit_{number}/{what}' for number in numbers for what in measures)]
-  return {name: jnp.float32(0) for name in names}
+  return {name: np.float32(0) for name in names}
 
 
 def make_eval_step(

@@ -22,6 +22,7 @@ from paranet_jax.data.identity import Learned
 from paranet_jax.data.load import load_dataset
 from paranet_jax.frozen import Features, feature_shapes, keep_features, make_exits_step, on_disk
 from paranet_jax.host.errors import UserError, printable
+from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.linked import trained_by_its_exits
@@ -90,8 +91,12 @@ class Task:
 
   def learning_rate(self, step: int) -> float:
     """Learning rate of the update that step `step` (from 0) belongs to."""
-    # Compiled: its few dozen operations one by one take milliseconds, and half a second at first.
-    return float(jax.jit(self.schedule)(step // self.config.train.accumulate_steps))
+    return float(self._schedule(np.int32(step // self.config.train.accumulate_steps)))
+
+  @functools.cached_property
+  def _schedule(self) -> Kept:  # One program: one by one, its operations would take a third of a second to compile.
+    of = self.config.train.to_dict(), self.steps_per_epoch
+    return Kept('learning_rate', lambda: jax.jit(self.schedule), lambda: of)
 
   def init_state(self) -> TrainState:
     """The state at step 0; what teaches from another run is not read yet, but has its shapes."""
@@ -185,6 +190,12 @@ class Task:
       conflict=loss.conflict_averse,
       average=self.config.train.average,
     )
+
+  def determines_step(self, phase: Phase) -> Any:
+    """What tells a phase's training step from others, beside the shapes of its arguments."""
+    of_config = {name: self.config[name].to_dict() for name in ('model', 'loss', 'train')}
+    of_data = self.labeled, self.keeps_features, self.steps_per_epoch, self.total_steps
+    return self.model, self.objective, self.preprocessing, phase, of_config, of_data
 
   def facts(self) -> dict[str, str]:
     """What determines the training, by name: every field of the configuration and a digest of the data."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
@@ -19,6 +20,7 @@ from paranet_jax.display.tables import describe_table, evaluation_table
 from paranet_jax.evaluation import MOST_CLASSES, Evaluator
 from paranet_jax.feed import Feed, images_axis, open_feed
 from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import Stopped, StopRequest
@@ -181,9 +183,11 @@ def train_loop(
   task = records[0].task
   first_step = int(next(iter(layout.split(state.step))))
 
+  sizes = {'num_examples': len(task.dataset.train), 'batch_size': task.config.train.batch_size}
+  shuffle = Kept('epoch_order', lambda: jax.jit(functools.partial(epoch_order, **sizes)), lambda: sizes)
+
   def order(epoch: int) -> jax.Array:
-    size, batch_size = len(task.dataset.train), task.config.train.batch_size
-    return layout.order([epoch_order(record.task.config.seed, epoch, size, batch_size) for record in records])
+    return layout.order([shuffle(np.int32(record.task.config.seed), np.int32(epoch)) for record in records])
 
   with contextlib.ExitStack() as stack:
     progress = stack.enter_context(
@@ -232,9 +236,9 @@ class _Loop:
 
   def run(self, state: TrainState, step: int, feed: Feed) -> tuple[TrainState, int, list[dict] | None]:
     task, config = self._task, self._task.config
-    phase, train_step, zeros = self._enter_phase(step)
+    phase, train_step = self._enter_phase(step)
     clock, evaluation_steps = Clock(config.train.batch_size), task.evaluation_steps
-    totals, logged, evaluations = _copy(zeros), step, None
+    totals, logged, evaluations = self._zeros(phase), step, None
     due = step and (step == task.total_steps or step % evaluation_steps == 0)
     if due and not self._records[0].evaluated(step):
       evaluations = self._evaluate(step, state)  # The images could not be read when it was due.
@@ -251,7 +255,7 @@ class _Loop:
       last = step == task.total_steps
       if last or step == phase.end or step % config.log.every_steps == 0:
         self._log(step, totals, step - logged, clock.images_per_second(), phase)
-        totals, logged = _copy(zeros), step
+        totals, logged = self._zeros(phase), step
       if last or step % evaluation_steps == 0:
         evaluations = self._evaluate(step, state)
         clock.restart()
@@ -259,15 +263,20 @@ class _Loop:
         self.save(step, state)
         clock.restart()
       if step == phase.end and not last:
-        phase, train_step, zeros = self._enter_phase(step)
-        totals, clock = _copy(zeros), Clock(config.train.batch_size)
+        phase, train_step = self._enter_phase(step)
+        totals, clock = self._zeros(phase), Clock(config.train.batch_size)
     return state, step, evaluations if step == task.total_steps else None
 
-  def _enter_phase(self, step: int) -> tuple[Phase, Callable, dict[str, jax.Array]]:
-    """The phase of a step, its training step, and totals of 0."""
+  def _enter_phase(self, step: int) -> tuple[Phase, Callable]:
+    """The phase of a step, and its training step."""
     phase = self._task.phase(step)
-    train_step = self._layout.compiled(functools.partial(self._task.train_step, phase=phase), images_axis(self._task))
-    return phase, train_step, self._layout.join([zero_totals(phase.targets, self._task.labeled)] * len(self._records))
+    make_step = functools.partial(self._task.train_step, phase=phase)
+    train_step = self._layout.compiled(make_step, images_axis(self._task), self._task.determines_step(phase))
+    return phase, train_step
+
+  def _zeros(self, phase: Phase) -> dict[str, jax.Array]:
+    """Totals of 0. A step is given their buffers, so each interval has its own."""
+    return self._layout.join([zero_totals(phase.targets, self._task.labeled)] * len(self._records))
 
   def _log(self, step: int, totals: dict[str, jax.Array], steps: int, speed: float, phase: Phase) -> None:
     rates = {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
@@ -305,8 +314,3 @@ class _Loop:
     if step != self._records[0].saved_step:
       for record, own in zip(self._records, self._layout.split(state), strict=True):
         record.save(step, own)
-
-
-def _copy(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  # A step is given the buffers of its totals, so the zeros are kept apart.
-  return jax.tree.map(lambda leaf: leaf.copy(), totals)

@@ -8,7 +8,7 @@ from paranet_jax.command_line import override
 from paranet_jax.host.arguments import Parser, absolute, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.fields import numbers
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 from paranet_jax.models.registry import ADOPTED_HEADS
 from paranet_jax.targets import EXIT_TARGETS
 
@@ -92,5 +92,5 @@ def _run(given: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

@@ -8,7 +8,7 @@ from typing import Any
 
 from paranet_jax.calibrate.flags import BundleRequest, Request, parse
 from paranet_jax.host.errors import UserError, exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,5 +62,5 @@ def _draw(workdir: Path, result: Any) -> list[Path]:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

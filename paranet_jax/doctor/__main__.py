@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser
 from paranet_jax.host.errors import exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,5 +38,5 @@ def _run(given: argparse.Namespace) -> int:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

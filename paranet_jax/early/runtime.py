@@ -22,6 +22,7 @@ from paranet_jax.early.chunks import FixedSizes, Sizes, default_sizes
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.host import machine
+from paranet_jax.host.kept_programs import Kept, digest
 from paranet_jax.portable.run import TO_SIDE, Adaptive, Carried, Prediction, Predictions, Scaling, Stage
 
 __all__ = ['EarlyExit', 'Prediction', 'Predictions']
@@ -60,7 +61,7 @@ class EarlyExit(Adaptive):
     self.plan = plan
     self._model = model
     # Through the host: arrays committed to a device would compile once for its results and once for NumPy arrays.
-    self._variables = jax.device_put(jax.device_get(variables))
+    self._host_variables = jax.device_get(variables)
     self._traces: list[None] = []
     take = jax.jit(self._traced(lambda tree, rows: jax.tree.map(lambda leaf: leaf[rows], tree)))
     stages = {number: self._jitted(number, tuple(mean), tuple(std)) for number in plan.exits}
@@ -123,6 +124,14 @@ class EarlyExit(Adaptive):
     _ = self._num_classes, self._all_macs
     super().warm_up(dtype, batches)
 
+  @functools.cached_property  # Kept programs hold them already.
+  def _variables(self) -> Any:
+    return jax.device_put(self._host_variables)
+
+  @functools.cached_property
+  def _digest(self) -> str:
+    return digest((self._model, self._host_variables))
+
   @functools.cached_property
   def _num_classes(self) -> int:
     return len(self.class_names) or self._count_classes()  # Tracing the model takes half a second.
@@ -154,9 +163,20 @@ class EarlyExit(Adaptive):
       images = normalize(images, mean, std) if images.dtype == np.uint8 else images
       return self._model.apply(self._variables, images, carry, number, method='stage')
 
+    def traceable() -> jax.stages.Wrapped:
+      _ = self._variables  # On the device before tracing begins.
+      return run
+
+    programs: dict[tuple, Kept] = {}
+
     def stage(carried: Carried) -> tuple[Carried, Any]:
-      logits, carry = run(carried['images'], carried['carry'])
-      return {'images': carried['images'], 'carry': carry}, logits
+      images = carried['images']
+      program = programs.get((images.shape, images.dtype))  # The carry's shapes follow from theirs.
+      if program is None:
+        kept = Kept(f'stage_{number}', traceable, lambda: (self._digest, number, mean, std))
+        program = programs.setdefault((images.shape, images.dtype), kept)
+      logits, carry = program(images, carried['carry'])
+      return {'images': images, 'carry': carry}, logits
 
     return stage
 

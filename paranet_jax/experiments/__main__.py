@@ -9,7 +9,7 @@ from pathlib import Path
 from paranet_jax.experiments.published import EXPERIMENTS
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 
 ALL = 'all'
 QUEUE = 'run'
@@ -101,5 +101,5 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

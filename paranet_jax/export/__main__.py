@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 from paranet_jax.weights.hub import check_upload, hub_place, upload_folder
 
 FORMATS = {'onnx': ('onnx',), 'stablehlo': ('stablehlo',), 'both': ('onnx', 'stablehlo')}
@@ -82,5 +82,5 @@ def _run(given: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

@@ -14,6 +14,7 @@ import jax
 from paranet_jax import __version__
 from paranet_jax.host.arguments import absolute, cache_folder
 from paranet_jax.host.known_faults import accept_wrong_numbers
+from paranet_jax.host.starting import is_command
 
 LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -24,6 +25,8 @@ _FEATURES = 'flags', 'Features'  # On x86 and on ARM.
 _OF_JAX = 1.0
 """Seconds that a compilation must take for jax to keep it, unless the user says otherwise."""
 
+_state = {'whole': False}
+
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib has no stubs.
 
 
@@ -31,6 +34,7 @@ def start_jax(flags: Any) -> None:
   """Applies the flags of `arguments.add_jax_flags`; call it before anything is compiled."""
   accept_wrong_numbers(flags.accept_wrong_numbers)
   use_compilation_cache(flags.compilation_cache)
+  _state['whole'] = is_command()
 
 
 def keep_programs() -> None:
@@ -38,6 +42,12 @@ def keep_programs() -> None:
   settings: Any = jax.config  # jax defines their names when it runs.
   if settings.jax_compilation_cache_dir is None and settings.jax_enable_compilation_cache:
     use_compilation_cache()
+    _state['whole'] = True
+
+
+def keeps_whole() -> bool:
+  """Whether compiled programs are also kept for starts that trace nothing (see `kept_programs`)."""
+  return _state['whole']
 
 
 def use_compilation_cache(folder: str | None = None) -> Path | None:

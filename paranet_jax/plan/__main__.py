@@ -9,7 +9,7 @@ from functools import partial
 from paranet_jax.command_line import load_config, override
 from paranet_jax.host.arguments import Parser, add_data_flags, positive
 from paranet_jax.host.errors import UserError, exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,5 +65,5 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

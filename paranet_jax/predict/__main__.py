@@ -9,7 +9,7 @@ from typing import Any
 
 from paranet_jax.host.arguments import Parser, absolute, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 from paranet_jax.portable.run import (
   MAX_MEMORY,
   MAX_PIXELS,
@@ -127,5 +127,5 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code, say
-from paranet_jax.host.huge_pages import use_huge_pages
+from paranet_jax.host.starting import begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,5 +55,5 @@ def _run(given: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == '__main__':
-  use_huge_pages()
+  begin()
   sys.exit(main())

@@ -1,7 +1,11 @@
-"""Saving and restoring the train state: the only file that knows orbax."""
+"""Saving and restoring the train state: the only file that knows orbax.
+
+It takes a third of a second to import, and a run that begins needs it at its first save, which is in the background.
+"""
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -14,9 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint._src import asyncio_utils
 
 from paranet_jax.host.arguments import check_utf8
 from paranet_jax.host.errors import UserError, say
@@ -45,10 +47,16 @@ class DamagedError(UserError):
     super().__init__(f'{self.what}; move that folder away to continue without it')
 
 
-class _Manager(ocp.CheckpointManager):
-  def reached_preemption(self, step: int) -> bool:
-    """Never: `StopRequest` asks jax, and asking about a past step would agree on one that no process reaches."""
-    return False
+@functools.cache
+def orbax() -> Any:
+  """orbax.checkpoint."""
+  import orbax.checkpoint as ocp
+  from orbax.checkpoint._src import asyncio_utils
+
+  # orbax has no public way: when one file fails, it leaves the others to be written and read without an event loop,
+  # which prints tracebacks and puts files into a folder that is being removed.
+  asyncio_utils.run_sync = _wait_for_all(asyncio_utils.run_sync)
+  return ocp
 
 
 def has_checkpoint(workdir: Path, file: str = '') -> bool:
@@ -72,16 +80,25 @@ class Checkpoints:
     check_utf8(workdir, '--workdir')
     self._keep = keep
     self._folder = workdir / FOLDER
-    self._manager = self._open() if keep or self._folder.exists() else None
+    self._there = bool(keep) or self._folder.exists()
+    if keep:
+      self._folder.mkdir(parents=True, exist_ok=True)
     # Not orbax's own thread: before orbax returns it prepares every array, which takes ten times as long as a copy.
     self._background = ThreadPoolExecutor(1)
     self._saving: Future | None = None
     if keep:
       self._tidy()
 
-  def _open(self) -> ocp.CheckpointManager:
-    if self._keep:
-      self._folder.mkdir(parents=True, exist_ok=True)
+  @functools.cached_property
+  def _manager(self) -> Any:
+    assert self._there, f'there is no {self._folder}'
+    ocp = orbax()
+
+    class Manager(ocp.CheckpointManager):
+      def reached_preemption(self, step: int) -> bool:
+        """Never: `StopRequest` asks jax, and asking about a past step would agree on one that no process reaches."""
+        return False
+
     options = ocp.CheckpointManagerOptions(
       create=False,
       preservation_policy=self if self._keep else None,
@@ -91,12 +108,7 @@ class Checkpoints:
       # Only process 0 saves: every process has the full state.
       multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
     )
-    return _Manager(self._folder, options=options)
-
-  @property
-  def _opened(self) -> ocp.CheckpointManager:
-    assert self._manager is not None, f'there is no {self._folder}'
-    return self._manager
+    return Manager(self._folder, options=options)
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     """Says which checkpoints stay; orbax calls this as its preservation policy.
@@ -118,13 +130,19 @@ class Checkpoints:
         raise
     finally:
       self._background.shutdown()
-      if self._manager is not None:
+      if self._is_open:
         self._manager.close()
 
   def steps(self) -> list[int]:
     """Steps of the checkpoints, in increasing order."""
     self.wait()
-    return sorted(self._manager.all_steps()) if self._manager is not None else []
+    if not self._is_open and not (self._there and any(self._folder.glob('[0-9]*'))):
+      return []
+    return sorted(self._manager.all_steps())
+
+  @property
+  def _is_open(self) -> bool:
+    return '_manager' in vars(self)
 
   def latest_step(self) -> int | None:
     """Step of the latest checkpoint, if any."""
@@ -158,7 +176,7 @@ class Checkpoints:
       except DamagedError:
         if (self._folder / str(step)).exists():
           raise
-      self._opened.reload()
+      self._manager.reload()
 
   def shapes(self, step: int) -> dict[str, list[int]]:
     """The shapes of a checkpoint's arrays by path, see `shapes_by_path`.
@@ -200,22 +218,23 @@ class Checkpoints:
       saving.result()
 
   def _write(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    saved_step = self._opened.latest_step()
+    saved_step = self._manager.latest_step()
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
       raise not_finite('the state', step, saved_step)
     meta = meta | {'format': FORMAT, 'shapes': shapes_by_path(state)}
+    ocp = orbax()
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _raised_not_logged():
-        self._opened.save(step, args=args)
+        self._manager.save(step, args=args)
       folder = self._folder / str(step)
       for marker in folder.rglob(_COMMITTED):
         marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
       write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
       self._tidy()
-      self._opened.reload()
-      intact = self._opened.latest_step()
+      self._manager.reload()
+      intact = self._manager.latest_step()
       what = 'the checksums of the checkpoint' if intact == step else 'the checkpoint'
       last = 'there is none before it' if intact is None else f'the one of step {intact} is intact'
       raise UserError(
@@ -256,7 +275,7 @@ class Checkpoints:
     number = sum(1 for path in folder.iterdir() if path.name.split('.')[0] == str(step))
     target = folder / (f'{step}.{number}' if number else str(step))
     (self._folder / str(step)).rename(target)
-    self._opened.reload()
+    self._manager.reload()
     return target
 
   def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -273,6 +292,7 @@ class Checkpoints:
     saved = meta.pop('shapes')
     self._check_whole(step, saved)
     self._check_shapes(step, saved, shapes_by_path(like))
+    ocp = orbax()
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     return self._read(step, state=ocp.args.StandardRestore(abstract)).state, meta
 
@@ -304,14 +324,14 @@ class Checkpoints:
     return {name: variables[name] for name in like}
 
   def _read_variables(self, step: int) -> dict[str, Any]:
-    state = self._read(step, state=ocp.args.StandardRestore()).state
+    state = self._read(step, state=orbax().args.StandardRestore()).state
     # A packed run has parameters in float16.
     return jax.tree.map(partial(np.asarray, dtype=np.float32), {name: state.get(name) or {} for name in VARIABLES})
 
   def _read_meta(self, step: int) -> dict[str, Any]:
     """Reads the meta after verifying the files, since orbax does not notice every kind of damage."""
     self._check_files(step)
-    meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+    meta = self._read(step, meta=orbax().args.JsonRestore()).meta
     shapes = meta.get('shapes') if isinstance(meta, dict) else None
     if not isinstance(shapes, dict) or not isinstance(found := meta.pop('format', 0), int):
       raise self._damaged(step, 'meta')
@@ -325,7 +345,7 @@ class Checkpoints:
   def _read(self, step: int, **items: Any) -> Any:
     try:
       with _raised_not_logged():
-        return self._opened.restore(step, args=ocp.args.Composite(**items))
+        return self._manager.restore(step, args=orbax().args.Composite(**items))
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # orbax raises many kinds of errors for damage, plain Exception among them.
@@ -411,11 +431,6 @@ async def _to_the_end(work: Coroutine[Any, Any, Any]) -> Any:
 
 def _wait_for_all(run_sync: Callable[[Coroutine], Any]) -> Callable[[Coroutine], Any]:
   return lambda work: run_sync(_to_the_end(work))
-
-
-# orbax has no public way: when one file fails, it leaves the others to be written and read without an event loop, which
-# prints tracebacks and puts files into a folder that is being removed.
-asyncio_utils.run_sync = _wait_for_all(asyncio_utils.run_sync)
 
 
 @contextlib.contextmanager

@@ -324,6 +324,9 @@ def test_no_room_for_checksums(tmp_path, monkeypatch):
 
 
 def test_orbax_waits_for_all_writers_when_one_fails():
+  checkpoints_lib.orbax()
+  from orbax.checkpoint._src import asyncio_utils
+
   written = []
 
   async def write():
@@ -335,7 +338,7 @@ def test_orbax_waits_for_all_writers_when_one_fails():
     raise OSError('first')
 
   with pytest.raises(OSError, match='first'):
-    checkpoints_lib.asyncio_utils.run_sync(save())
+    asyncio_utils.run_sync(save())
   assert written == ['second']
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from paranet_jax.host.kept_programs import asked
 from paranet_jax.host.native import missing, shared_library
 
 SOURCE = Path(__file__).with_suffix('.cc')
@@ -133,7 +134,7 @@ def passes(macs: int, width: int, growth: int, dtype: Any) -> Passes | None:
   element = jnp.dtype(dtype).name
   if macs < MIN_MACS or width not in WIDTHS or not 0 < growth <= MAX_GROWTH or element not in ELEMENTS:
     return None
-  return None if missing(FEATURES) else _library(width, growth, element)
+  return None if asked(missing, FEATURES) else asked(_library, width, growth, element)
 
 
 def version() -> str:

@@ -1,0 +1,162 @@
+"""Compiled programs that are kept whole: found again without tracing, and only where nothing has changed."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paranet_jax.host import kept_programs, machine
+from paranet_jax.host.kept_programs import Kept, UnknownError, asked, described, remembered
+from paranet_jax.models.paranet import ParaNet
+from paranet_jax.targets import Phase
+
+SETTING = {'answer': 1}
+X = np.arange(3, dtype=np.float32)
+
+
+def answer() -> int:
+  """What tracing asks this machine."""
+  return SETTING['answer']
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """The folder of kept programs of a command."""
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setitem(machine._state, 'whole', True)
+  monkeypatch.setattr(kept_programs, '_asked', {})
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  yield tmp_path / 'programs'
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def scaled(traces, by=2.0, determines=('scaled', 2.0)):
+  """A function that notes when it is traced."""
+
+  def function(x):
+    traces.append(by)
+    return x * jnp.float32(by) * jnp.float32(asked(answer))
+
+  return Kept('scaled', lambda: jax.jit(function), lambda: determines)
+
+
+def written():
+  """Waits until what was compiled is kept."""
+  for thread in threading.enumerate():
+    if thread.name == 'keeps a program':
+      thread.join()
+
+
+def test_a_kept_program_is_not_traced_again(folder):
+  first, second = [], []
+  np.testing.assert_array_equal(scaled(first)(X), 2 * X)
+  written()
+  again = scaled(second)
+  for _ in range(2):
+    np.testing.assert_array_equal(again(X), 2 * X)
+  assert (len(first), second, len(list(folder.iterdir()))) == (1, [], 1)
+
+
+def test_another_program_or_shape_or_source_is_traced(folder, monkeypatch):
+  traces = []
+  scaled(traces)(X)
+  written()
+  np.testing.assert_array_equal(scaled(traces, 3.0, ('scaled', 3.0))(X), 3 * X)
+  scaled(traces)(X[:2])
+  monkeypatch.setattr(kept_programs, '_source', lambda: 'edited')
+  scaled(traces)(X)
+  assert traces == [2.0, 3.0, 2.0, 2.0]
+
+
+def test_a_setting_of_jax_belongs_to_the_program(folder):
+  traces = []
+  scaled(traces)(X)
+  written()
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  try:
+    scaled(traces)(X)
+  finally:
+    jax.config.update('jax_default_matmul_precision', None)
+  assert len(traces) == 2
+
+
+def test_a_damaged_file_is_compiled_again(folder):
+  traces = []
+  scaled(traces)(X)
+  written()
+  (file,) = folder.iterdir()
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+  np.testing.assert_array_equal(scaled(traces)(X), 2 * X)
+  assert len(traces) == 2
+
+
+def test_another_answer_of_the_machine_is_traced(folder, monkeypatch):
+  traces = []
+  scaled(traces)(X)
+  written()
+  monkeypatch.setitem(SETTING, 'answer', 5)
+  np.testing.assert_array_equal(scaled(traces)(X), 10 * X)
+  assert len(traces) == 2
+
+
+def test_what_jax_has_kept_is_not_written_again(folder, monkeypatch):
+  traces = []
+  hits = iter(range(10))  # One more whenever they are counted.
+  monkeypatch.setattr(kept_programs, '_hits', lambda: next(hits))
+  np.testing.assert_array_equal(scaled(traces)(X), 2 * X)
+  written()
+  assert not folder.exists()
+
+
+def test_other_arguments_than_the_first_are_computed_too(folder):
+  traces = []
+  kept = scaled(traces)
+  kept(X)
+  np.testing.assert_array_equal(kept(X[:2]), 2 * X[:2])
+  assert len(traces) == 2
+
+
+def test_without_a_command_or_a_cache_nothing_is_kept(folder, monkeypatch):
+  traces = []
+  monkeypatch.setitem(machine._state, 'whole', False)
+  np.testing.assert_array_equal(scaled(traces)(X), 2 * X)
+  monkeypatch.setitem(machine._state, 'whole', True)
+  jax.config.update('jax_compilation_cache_dir', None)
+  np.testing.assert_array_equal(scaled(traces)(X), 2 * X)
+  assert len(traces) == 2 and not folder.exists()
+
+
+def test_the_oldest_make_room(folder, monkeypatch):
+  monkeypatch.setattr(kept_programs, 'MOST', 2)
+  for number in range(4):
+    assert remembered('value', lambda number=number: {'it is': number}, number) == {'it is': number}
+  assert len(list(folder.iterdir())) == 2
+  assert remembered('value', lambda: 'another', 3) == {'it is': 3}
+
+
+def test_code_of_others_is_not_known(folder):
+  class Own:
+    pass
+
+  for value in (Own(), lambda: 0, functools.partial(answer), {'a': [Own()]}):
+    with pytest.raises(UnknownError):
+      described(value)
+  traces = []
+  np.testing.assert_array_equal(scaled(traces, determines=Own())(X), 2 * X)
+  assert not folder.exists()
+
+
+def test_a_description_tells_values_apart():
+  network = ParaNet(2, 10, layers_per_block=2, growth_rate=4, image_side=16)
+  values = [
+    *(network, network.clone(growth_rate=8), Phase(3, (0, 0)), Phase(3, (0, None)), np.float32(1), np.int32(1)),
+    *(1, 1.0, True, '1', (1,), [1], {'a': 1}, {'a': 2}, jnp.bfloat16, jnp.float32, np.ones(2), np.ones((2, 1)), None),
+  ]
+  found = [repr(described(value)) for value in values]
+  assert len(set(found)) == len(found)
+  assert repr(described(network.clone())) == found[0]
