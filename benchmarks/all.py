@@ -34,6 +34,7 @@ COMMANDS = {
   'early_exit': ('early_exit.py', '--rounds=2', '--seconds=0.2'),
   'deploy': ('deploy.py', '--rounds=2', '--seconds=0.2'),
   'service': ('service.py', '--seconds=3'),
+  'first_step': ('first_step.py',),
   'compile_time': ('compile_time.py', '--rounds=2', '--no-linen'),
   'dtype_accuracy': ('dtype_accuracy.py',),
   'dtype_accuracy_cifar100': (
@@ -224,6 +225,16 @@ def service(result: Result) -> str:
   return markdown.table(('what', 'PN3-ddd of pretrained/'), lines)
 
 
+def first_step(result: Result) -> str:
+  """Seconds from the command line to the end of the quickstart's first step."""
+  starts = {what: [row['first_step_s'] for row in result['rows'] if row['what'] == what] for what in ('cold', 'warm')}
+  lines = [
+    [f'{what} start', _number(result[f'{what}_first_step_s']), ', '.join(map(_number, seconds))]
+    for what, seconds in starts.items()
+  ]
+  return markdown.table(('the quickstart, from the command line to its first step', 's, median', 'each'), lines)
+
+
 def compile_time(result: Result) -> str:
   """Seconds until the first step has ended, and of the evaluation's compilation."""
   facts = {
@@ -274,6 +285,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
   'early_exit': early_exit,
   'deploy': deploy,
   'service': service,
+  'first_step': first_step,
   'compile_time': compile_time,
   'dtype_accuracy': dtype_accuracy,
   'dtype_accuracy_cifar100': dtype_accuracy,

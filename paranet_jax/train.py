@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from paranet_jax import devices as devices_lib
+from paranet_jax.config import build_model, image_shape
 from paranet_jax.costs import describe
 from paranet_jax.data.batches import epoch_order
 from paranet_jax.devices import Layout
@@ -24,7 +26,7 @@ from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import environment
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import Stopped, StopRequest
-from paranet_jax.models.numerics import check_training
+from paranet_jax.models.numerics import check_training, prepare_kernels
 from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.dtype import with_dtype
 from paranet_jax.runs.init_from import check_backbone
@@ -63,17 +65,22 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   config = with_dtype(config, devices, workdir)
   processes.once(check_backbone, config, workdir)
   processes.once(check_teacher, config, workdir)
+  share = config.train.batch_size // len(devices)
+  background = ThreadPoolExecutor(1)  # For what takes another core seconds at the first start on a machine.
+  network = build_model(config, config.model.num_classes or 2)
+  background.submit(prepare_kernels, network, image_shape(config), share)
   learned = processes.once(restore_learned, workdir, config.model.channels, accepted.data)
   task = agreed_task(config, processes, learned)
   processes.once(prepare_workdir, workdir, config, accepted.config, accepted.place)
-  check_training(task.model, task.image_shape, config.train.batch_size // len(devices))
+  checked = background.submit(check_training, task.model, task.image_shape, share)
+  background.shutdown(wait=False)
   description = describe(config, len(task.dataset.class_names))
   say(f'{describe_table(description)}\n{task.facts_line(devices, processes.count)}\nworkdir: {workdir}')
   with StopRequest() as stop, open_record(task, workdir, processes) as record:
     state = record.restore(devices)
     record.save_facts()
     evaluator = Evaluator(task, devices)
-    state, evaluations = train_loop([record], state, Layout(devices), evaluator, stop)
+    state, evaluations = train_loop([record], state, Layout(devices), evaluator, stop, checked.result)
     if evaluations is None and record.saved_step != task.total_steps:
       say(f'stopped by {stop.received} after step {record.saved_step}, saved; the same command resumes')
       return None
@@ -167,12 +174,14 @@ def train_loop(
   layout: Layout,
   evaluator: Evaluator,
   stop: StopRequest,
+  ready: Callable[[], None] = lambda: None,
 ) -> tuple[TrainState, list[dict] | None]:
   """Trains one run, or several side by side, from a state to their end or to a stop, and saves a checkpoint there.
 
   Args:
     records: one per run; the runs differ only in their seed.
     state: laid out as `layout` does.
+    ready: is called before anything is computed, but after the first step is compiled; may raise.
 
   Returns:
     The state, and the last evaluation of each run; None if a signal came first, or if no step was left.
@@ -198,7 +207,7 @@ def train_loop(
     own = next(iter(layout.split(state)))
     variables = {'params': own.params, 'batch_stats': own.batch_stats}
     feed = stack.enter_context(open_feed(task, layout.devices, order, first_step, variables, stop.check))
-    loop, step, evaluations = _Loop(records, layout, evaluator, stop, progress), first_step, None
+    loop, step, evaluations = _Loop(records, layout, evaluator, stop, progress, ready), first_step, None
     with contextlib.suppress(Stopped):  # While the features of the first step were computed: none was made.
       state, step, evaluations = loop.run(state, first_step, feed)
   loop.save(step, state)
@@ -226,6 +235,7 @@ class _Loop:
     evaluator: Evaluator,
     stop: StopRequest,
     progress: Progress,
+    ready: Callable[[], None],
   ):
     self._records = records
     self._task = records[0].task
@@ -233,6 +243,7 @@ class _Loop:
     self._evaluator = evaluator
     self._stop = stop
     self._progress = progress
+    self._ready = ready
 
   def run(self, state: TrainState, step: int, feed: Feed) -> tuple[TrainState, int, list[dict] | None]:
     task, config = self._task, self._task.config
@@ -241,12 +252,17 @@ class _Loop:
     totals, logged, evaluations = self._zeros(phase), step, None
     due = step and (step == task.total_steps or step % evaluation_steps == 0)
     if due and not self._records[0].evaluated(step):
+      self._ready()
       evaluations = self._evaluate(step, state)  # The images could not be read when it was due.
     while step < task.total_steps and not self._stop.requested(step):
       try:
         batch = feed(step)
       except UserError as error:
         raise self._saved(step, state, error) from error
+      if not clock.running:
+        if isinstance(train_step, Kept):
+          train_step.prepare(state, totals, *batch)
+        self._ready()
       state, totals = train_step(state, totals, *batch)
       step += 1
       if not clock.running:

@@ -7,6 +7,7 @@ commands and where `machine.keep_programs` turned jax's cache on; everywhere els
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -43,6 +44,12 @@ _asked: dict[tuple[Callable, tuple], Any] = {}
 """Answers by function and arguments, of the whole process: what is traced once may be a part of several programs."""
 
 
+_guesses: contextvars.ContextVar[dict[tuple[Callable, tuple], Any] | None] = contextvars.ContextVar(
+  'guesses', default=None
+)
+"""What a trace takes for granted, in a thread that is going to check it."""
+
+
 class UnknownError(Exception):
   """What determines a program cannot be told, such as a module from outside this package."""
 
@@ -57,12 +64,18 @@ def keeps() -> Path | None:
   return Path(folder) / FOLDER if folder and not elsewhere else None
 
 
-def asked(function: Callable[..., T], *args: Any) -> T:
+def asked(function: Callable[..., T], *args: Any, guess: T | None = None) -> T:
   """Calls a function of a module whose answer decides what is traced; it is asked again before a kept program is used.
 
   Args:
     args: the answer and they can be pickled.
+    guess: the answer in all likelihood: a `Kept` program is traced with it while another thread works on the answer,
+      and is traced again if that is another one.
   """
+  guesses = _guesses.get()
+  if guess is not None and guesses is not None and (function, args) not in _asked:
+    guesses[function, args] = guess
+    return guess
   _asked[function, args] = answer = function(*args)
   return answer
 
@@ -131,7 +144,15 @@ def remembered(name: str, compute: Callable[[], T], determines: Any) -> T:
 
 
 def _compiled(file: Path, function: Any, args: tuple) -> Callable:
-  lowered, hits = function.lower(*args), _hits()
+  token = _guesses.set(guesses := {})
+  try:
+    lowered = function.lower(*args)
+  finally:
+    _guesses.reset(token)
+  if any(asked(question, *of) != guess for (question, of), guess in guesses.items()):
+    function.clear_cache()
+    lowered = function.lower(*args)
+  hits = _hits()
   compiled = lowered.compile()
   if _hits() == hits:  # XLA cannot write a program that it has read from jax's cache: functions are missing then.
     threading.Thread(target=_keep, args=(file, compiled), name='keeps a program').start()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.kept_programs import remembered
 from paranet_jax.host.known_faults import VARIABLE, faults_of, jaxlib_version, wrong_numbers_accepted
 from paranet_jax.host.machine import cpu_name, machine_key
 from paranet_jax.host.native import VARIABLE as NATIVE
@@ -88,6 +89,21 @@ class Finding(NamedTuple):
     )
 
 
+def prepare_kernels(model: Any, image_shape: tuple[int, int, int], batch_size: int) -> None:
+  """Compiles the kernels in C++ for the largest dense block, if any, which takes seconds of another core."""
+
+  def find() -> tuple | None:
+    found = largest_block(model, image_shape, batch_size)
+    if found is None:
+      return None
+    block, shape = found
+    return shape, block.num_layers, block.growth_rate * block.bn_size, block.growth_rate, str(jnp.dtype(_dtype(model)))
+
+  needed = remembered('kernels', find, (model, image_shape, batch_size))
+  if needed:
+    kernels(*needed)
+
+
 def check_training(model: Any, image_shape: tuple[int, int, int], batch_size: int) -> None:
   """Checks the programs of a run's training step at its shapes, for one device.
 
@@ -139,9 +155,13 @@ def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int, tra
   if largest:
     block, shape = largest
     layers = min(block.num_layers, block.scan_layers or SCAN_LAYERS.get(backend(), 1), 2)  # Two are already a loop.
-    dtype = getattr(model, 'dtype', jnp.float32)
+    dtype = _dtype(model)
     of = block.num_layers  # The whole block decides whether kernels in C++ are used.
     yield dense_layers(shape, layers, block.growth_rate, block.bn_size, train, dtype, of)
+
+
+def _dtype(model: Any) -> Any:
+  return getattr(model, 'dtype', jnp.float32)
 
 
 def summed_products(rows: int) -> Program:

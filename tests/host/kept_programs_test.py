@@ -160,3 +160,16 @@ def test_a_description_tells_values_apart():
   found = [repr(described(value)) for value in values]
   assert len(set(found)) == len(found)
   assert repr(described(network.clone())) == found[0]
+
+
+@pytest.mark.parametrize(('guess', 'traced'), [(1, 1), (7, 2)])
+def test_a_guess_is_checked_before_anything_is_compiled(folder, guess, traced):
+  traces = []
+
+  def function(x):
+    traces.append(None)
+    return x * jnp.float32(asked(answer, guess=guess))
+
+  kept = Kept('guessed', lambda: jax.jit(function), lambda: guess)
+  np.testing.assert_array_equal(kept(X), X)
+  assert len(traces) == traced

@@ -11,6 +11,7 @@ A library is compiled for one bottleneck width, growth rate and type, when it is
 import ctypes
 import functools
 import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ WIDTHS = (16, 32, 48, 64, 96, 128)
 MAX_GROWTH = 32
 ELEMENTS = {'float32': 'float', 'bfloat16': 'BFloat16'}
 
+_compiling = threading.Lock()
 _PASSES = ('bottleneck', 'convolve', 'append', 'append_means', 'convolve_backward', 'bottleneck_backward', 'inference')
 
 
@@ -134,7 +136,9 @@ def passes(macs: int, width: int, growth: int, dtype: Any) -> Passes | None:
   element = jnp.dtype(dtype).name
   if macs < MIN_MACS or width not in WIDTHS or not 0 < growth <= MAX_GROWTH or element not in ELEMENTS:
     return None
-  return None if asked(missing, FEATURES) else asked(_library, width, growth, element)
+  if asked(missing, FEATURES):
+    return None
+  return asked(_library, width, growth, element, guess=Passes(_prefix(width, growth, element)))
 
 
 def version() -> str:
@@ -142,19 +146,28 @@ def version() -> str:
   return missing(FEATURES) or hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
 
 
-@functools.cache
 def _library(width: int, growth: int, element: str) -> Passes | None:
+  with _compiling:  # A second thread that needs it waits for the first.
+    return _compiled(width, growth, element)
+
+
+@functools.cache
+def _compiled(width: int, growth: int, element: str) -> Passes | None:
   definitions = {'PARANET_WIDTH': width, 'PARANET_GROWTH': growth, 'PARANET_ELEMENT': ELEMENTS[element]}
   file = shared_library(SOURCE, definitions, jax.ffi.include_dir())
   if file is None:
     return None
-  # Compiled programs that are kept on disk find the kernels by this name.
-  prefix = f'paranet_{version()}_{width}_{growth}_{element}'
+  prefix = _prefix(width, growth, element)
   functions = ctypes.CDLL(str(file))
   for name in _PASSES:
     target = jax.ffi.pycapsule(getattr(functions, f'paranet_{name}'))
     jax.ffi.register_ffi_target(f'{prefix}_{name}', target, platform='cpu')
   return Passes(prefix)
+
+
+def _prefix(width: int, growth: int, element: str) -> str:
+  """The name by which compiled programs that are kept on disk find the kernels."""
+  return f'paranet_{version()}_{width}_{growth}_{element}'
 
 
 def _like(x: Array, *shape: int) -> jax.ShapeDtypeStruct:
