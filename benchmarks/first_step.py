@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli
 from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.huge_pages import VARIABLE
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMAND = ('-m', 'paranet_jax.main', '--config=configs/quickstart.py', '--config.log.every_steps=1')
 SETTINGS = (VARIABLE, 'JAX_COMPILATION_CACHE_DIR', 'XLA_FLAGS')
 """What this process has set, or its user, and a fresh one has not."""

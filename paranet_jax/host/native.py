@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from paranet_jax.host.arguments import cache_folder
@@ -17,7 +18,7 @@ from paranet_jax.host.machine import cpu_features, machine_key
 VARIABLE = 'PARANET_NATIVE'
 """Environment variable, off: no such library is used. It is CXX that names another compiler than g++."""
 
-OPTIONS = ('-O2', '-std=c++17', '-shared', '-fPIC', '-w', '-march=native')
+OPTIONS = ('-O2', '-std=c++17', '-fPIC', '-w', '-march=native')
 SECONDS = 120.0
 
 
@@ -32,13 +33,16 @@ def missing(features: Sequence[str]) -> str | None:
   return None if shutil.which(_compiler()) else f'no compiler {_compiler()}'
 
 
-def shared_library(source: Path, definitions: Mapping[str, object], include: str) -> Path | None:
+def shared_library(
+  source: Path, definitions: Mapping[str, object], include: str, parts: tuple[str, int] | None = None
+) -> Path | None:
   """The library compiled from a source file with these macros; None: it cannot be compiled or kept.
 
   Args:
     source: of C++17.
     definitions: values of macros, by name.
     include: folder of headers.
+    parts: macro and number of the parts that the source has, which are compiled at once where there are cores for it.
   """
   options = [*OPTIONS, *(f'-D{name}={value}' for name, value in definitions.items())]
   described = '\n'.join([machine_key(), _compiler(), *options, source.read_text()])
@@ -53,8 +57,15 @@ def shared_library(source: Path, definitions: Mapping[str, object], include: str
   try:
     with tempfile.TemporaryDirectory() as holder:
       compiled = Path(holder) / file.name
-      command = [_compiler(), *options, f'-I{include}', str(source), '-o', str(compiled)]
-      subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+      command = [_compiler(), *options, f'-I{include}', str(source)]
+      if parts and len(os.sched_getaffinity(0)) > 1:
+        macro, count = parts
+        objects = [Path(holder) / f'{number}.o' for number in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+          commands = [[*command, '-c', f'-D{macro}={number}', '-o', str(to)] for number, to in enumerate(objects)]
+          list(pool.map(_run, commands))
+        command = [_compiler(), *map(str, objects)]
+      _run([*command, '-shared', '-o', str(compiled)])
       content = compiled.read_bytes()
     with replacing(file, 'wb', shared=True) as kept:  # Another process may have been faster: the same library.
       kept.write(content)
@@ -65,6 +76,10 @@ def shared_library(source: Path, definitions: Mapping[str, object], include: str
     say(f'warning: {source.name} could not be compiled ({first.strip()}): slower without; {VARIABLE}=off hides this')
     return None
   return file
+
+
+def _run(command: Sequence[str]) -> None:
+  subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
 
 
 def _compiler() -> str:

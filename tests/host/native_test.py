@@ -34,6 +34,21 @@ def test_compiled_once_for_each_source_and_definition(tmp_path, cache, monkeypat
 
 
 @needs_compiler
+@pytest.mark.parametrize('cores', [1, 2])
+def test_parts_are_one_library(tmp_path, monkeypatch, cores):
+  source = tmp_path / 'answer.cc'
+  source.write_text(
+    '#if !defined(PART) || PART == 0\nextern "C" int first() { return ANSWER; }\n#endif\n'
+    '#if !defined(PART) || PART == 1\nextern "C" int second() { return 2 * ANSWER; }\n#endif\n'
+  )
+  monkeypatch.setattr(native.os, 'sched_getaffinity', lambda _: set(range(cores)))
+  commands = []
+  monkeypatch.setattr(native, '_run', lambda command, run=native._run: (commands.append(command), run(command)))
+  library = ctypes.CDLL(str(native.shared_library(source, {'ANSWER': 21}, str(tmp_path), ('PART', 2))))
+  assert (library.first(), library.second(), len(commands)) == (21, 42, 2 * cores - 1)
+
+
+@needs_compiler
 def test_one_line_says_that_a_source_does_not_compile(tmp_path, cache, capsys):
   source = tmp_path / 'wrong.cc'
   source.write_text('#error no\n')

@@ -785,15 +785,20 @@ ffi::Error Inference(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, 
 #define ARG .Arg<ffi::AnyBuffer>()
 #define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 
+// Two parts, which may be compiled side by side.
+#if !defined(PARANET_PART) || PARANET_PART == 0
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_bottleneck, Bottleneck, BIND ARGS3 ARG RET RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_convolve, Convolve,
                               BIND ARGS3 ARG ARG RET RET.Attr<int64_t>("height").Attr<int64_t>("width"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_append, Append, BIND ARGS3 RET.Attr<int64_t>("offset"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_append_means, AppendMeans, BIND ARG ARG RET.Attr<int64_t>("offset"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_inference, Inference, BIND ARG.RemainingArgs() RET);
+#endif
+#if !defined(PARANET_PART) || PARANET_PART == 1
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_convolve_backward, ConvolveBackward,
                               BIND ARGS3 ARGS3 ARGS3 RET RET RET.Attr<int64_t>("offset")
                                   .Attr<int64_t>("height")
                                   .Attr<int64_t>("width"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_bottleneck_backward, BottleneckBackward,
                               BIND ARGS3 ARGS3 ARGS3 ARG RET RET RET RET);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_inference, Inference, BIND ARG.RemainingArgs() RET);
+#endif

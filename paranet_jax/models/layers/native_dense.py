@@ -154,7 +154,7 @@ def _library(width: int, growth: int, element: str) -> Passes | None:
 @functools.cache
 def _compiled(width: int, growth: int, element: str) -> Passes | None:
   definitions = {'PARANET_WIDTH': width, 'PARANET_GROWTH': growth, 'PARANET_ELEMENT': ELEMENTS[element]}
-  file = shared_library(SOURCE, definitions, jax.ffi.include_dir())
+  file = shared_library(SOURCE, definitions, jax.ffi.include_dir(), ('PARANET_PART', 2))
   if file is None:
     return None
   prefix = _prefix(width, growth, element)
