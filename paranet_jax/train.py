@@ -192,8 +192,8 @@ def train_loop(
   task = records[0].task
   first_step = int(next(iter(layout.split(state.step))))
 
-  sizes = {'num_examples': len(task.dataset.train), 'batch_size': task.config.train.batch_size}
-  shuffle = Kept('epoch_order', lambda: jax.jit(functools.partial(epoch_order, **sizes)), lambda: sizes)
+  sizes = len(task.dataset.train), task.config.train.batch_size
+  shuffle = Kept('epoch_order', lambda: _order_of(*sizes), lambda: sizes)
 
   def order(epoch: int) -> jax.Array:
     return layout.order([shuffle(np.int32(record.task.config.seed), np.int32(epoch)) for record in records])
@@ -214,6 +214,11 @@ def train_loop(
   for record in records:
     record.wait()
   return state, evaluations
+
+
+@functools.lru_cache(maxsize=32)  # Runs of the same sizes compile one.
+def _order_of(num_examples: int, batch_size: int) -> jax.stages.Wrapped:
+  return jax.jit(functools.partial(epoch_order, num_examples=num_examples, batch_size=batch_size))
 
 
 def evaluate_state(evaluator: Evaluator, state: TrainState, confusion: bool) -> dict[str, list[dict]]:
