@@ -103,7 +103,9 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope='module', autouse=True)
 def memory():
   """Gives back memory after a file: jax keeps every program that a process has compiled."""
+  kept = jax.config.jax_enable_compilation_cache
   yield
+  assert jax.config.jax_enable_compilation_cache == kept, 'a test turned the cache of compiled programs off or on'
   if _resident() > ENOUGH:
     if 'running' in sys.modules:
       sys.modules['running'].PROGRAMS.forget()

@@ -65,6 +65,6 @@ def test_figures_of_calibrate(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(calibration, 'calibrate', lambda *_: SimpleNamespace(problem=None, plan=None))
   monkeypatch.setattr(summary_text, 'summary_text', lambda _: 'summary')
   monkeypatch.setattr(calibrate_command, '_draw', fails)
-  flags = SimpleNamespace(workdir=tmp_path, curves=True, compilation_cache='off', accept_wrong_numbers=False)
+  flags = SimpleNamespace(workdir=tmp_path, curves=True, compilation_cache=None, accept_wrong_numbers=False)
   calibrate_command._run(flags, '')
   assert capsys.readouterr().out.endswith("figure: not drawn: 'qt9' is not a backend\n")
