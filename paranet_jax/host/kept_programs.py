@@ -15,6 +15,8 @@ import importlib.metadata
 import os
 import pickle
 import platform
+import stat
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,21 +24,26 @@ from typing import Any, TypeVar
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import serialize_executable
 
 from paranet_jax.host.files import replacing
 from paranet_jax.host.known_faults import VARIABLE
 from paranet_jax.host.machine import keeps_whole, machine_key
+from paranet_jax.host.starting import BEGAN
 
 T = TypeVar('T')
 
 FOLDER = 'programs'
+_PACKAGE = Path(__file__).parents[1]
 MOST = 64
 """Files that are kept; the oldest make room."""
 
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'ml_dtypes')
 _OURS = 'paranet_jax'
+_KNOWN = frozenset({_OURS, 'jax', 'flax', *sys.stdlib_module_names} - {'__main__'})
+"""Packages whose code the versions and the source of this one tell."""
 _NO_MATTER = ('cache', 'log', 'traceback', 'source_url')
 """Parts of the names of jax's settings that change no program."""
 
@@ -204,19 +211,32 @@ def _devices(args: tuple) -> list[Any]:
 def _content(file: Path) -> bytes | None:
   """What was written, None if there is none or it is damaged: machine code that differs in one bit may do anything."""
   with contextlib.suppress(OSError):
-    whole = file.read_bytes()
-    digest, content = whole[:32], whole[32:]
-    if hashlib.sha256(content).digest() == digest:
-      os.utime(file)
+    with file.open('rb') as kept:
+      status = os.fstat(kept.fileno())
+      # What is read may do anything in our name: no other user may have written it.
+      if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+        return None
+      whole = kept.read()
+    found, content = whole[:32], whole[32:]
+    if _seal(file, content) == found:
+      with contextlib.suppress(OSError):  # A folder that is only read.
+        os.utime(file)
       return content
   return None
 
 
+def _seal(file: Path, content: bytes) -> bytes:
+  """Of a file's name too: what lies under another one is another program."""
+  return hashlib.sha256(file.name.encode() + b'\n' + content).digest()
+
+
 def _write(file: Path, content: bytes) -> None:
+  if _edited():
+    return
   with contextlib.suppress(OSError):  # A full disk: the next start computes it again.
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file, 'wb', shared=True) as kept:
-      kept.write(hashlib.sha256(content).digest() + content)
+      kept.write(_seal(file, content) + content)
     files = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     for old in files[:-MOST]:
       old.unlink(missing_ok=True)
@@ -237,17 +257,27 @@ def _key(name: str, determines: Any, args: tuple) -> str:
     (np.shape(leaf), str(leaf.dtype), getattr(leaf, 'weak_type', False), repr(getattr(leaf, 'sharding', None)))
     for leaf in leaves
   ]
+  if _edited():
+    raise UnknownError('source that is not what runs')
   everything = name, described(determines), _source(), _surroundings(), str(structure), shapes
   return hashlib.sha256(repr(everything).encode()).hexdigest()[:32]
+
+
+def _files() -> list[Path]:
+  return sorted([*_PACKAGE.rglob('*.py'), *_PACKAGE.rglob('*.cc')])
+
+
+def _edited() -> bool:
+  """Whether a file of this package has changed since this process began: it may run what is no longer there."""
+  return any(path.stat().st_ctime > BEGAN for path in _files())
 
 
 @functools.cache
 def _source() -> str:
   """A digest of this package, with what it traces through."""
   digest = hashlib.sha256()
-  package = Path(__file__).parents[1]
-  for path in sorted([*package.rglob('*.py'), *package.rglob('*.cc')]):
-    digest.update(f'{path.relative_to(package)}\n'.encode() + path.read_bytes())
+  for path in _files():
+    digest.update(f'{path.relative_to(_PACKAGE)}\n'.encode() + path.read_bytes())
   versions = [importlib.metadata.version(name) for name in _LIBRARIES]
   digest.update(repr((platform.python_version(), versions)).encode())
   return digest.hexdigest()
@@ -255,7 +285,9 @@ def _source() -> str:
 
 def _surroundings() -> tuple:
   settings: dict[str, Any] = jax.config.values
-  matter = {name: repr(value) for name, value in settings.items() if not any(part in name for part in _NO_MATTER)}
+  # As an attribute, a setting has the value of a context that this thread is in; some are no attributes.
+  now = {name: getattr(jax.config, name, value) for name, value in settings.items()}
+  matter = {name: repr(value) for name, value in now.items() if not any(part in name for part in _NO_MATTER)}
   own = {name: value for name, value in os.environ.items() if name.startswith('PARANET_') and not name.endswith('_DIR')}
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   return machine_key(), cores, len(jax.devices()), os.environ.get(VARIABLE), sorted(own.items()), sorted(matter.items())
@@ -264,13 +296,16 @@ def _surroundings() -> tuple:
 def described(value: Any) -> Any:
   """What tells a value from every other one, made of strings and tuples.
 
+  A value of a class of this package whose code a name decides, as of a registered one, tells as `code_of_others` where
+  that code is, 'module:name'.
+
   Raises:
     UnknownError: it depends on code from outside this package.
   """
   kind: Any = type(value)
   if value is None or kind in (bool, int, float, str, bytes):
     return repr(value)
-  if isinstance(value, np.dtype) or (isinstance(value, type) and hasattr(value, 'dtype')):
+  if isinstance(value, np.dtype) or (isinstance(value, type) and _is_scalar(value)):
     return f'dtype {np.dtype(value)}'
   if isinstance(value, tuple | list) and kind in (tuple, list):
     return (kind.__name__, *map(described, value))
@@ -282,16 +317,36 @@ def described(value: Any) -> Any:
   if isinstance(value, functools.partial):
     return 'partial', described(value.func), described(value.args), described(value.keywords)
   name = f'{kind.__module__}.{kind.__qualname__}'
-  if kind.__module__.partition('.')[0] == _OURS and '<locals>' not in name:
+  if _package(kind.__module__) == _OURS and '<locals>' not in name:
     if isinstance(value, tuple):  # A NamedTuple.
       return (name, *map(described, value))
     if dataclasses.is_dataclass(value):
       fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-      return name, described({field: each for field, each in fields.items() if field != 'parent'})
+      others = getattr(value, 'code_of_others', f'{_OURS}:')
+      if _package(others) != _OURS:
+        raise UnknownError(others)
+      return name, others, _bases(kind), described({field: each for field, each in fields.items() if field != 'parent'})
   module, qualified = getattr(value, '__module__', ''), getattr(value, '__qualname__', '<')
-  if callable(value) and str(module).partition('.')[0] in (_OURS, 'jax', 'flax') and '<' not in qualified:
-    return 'function', module, qualified
+  bound = getattr(value, '__self__', None) is not None
+  if callable(value) and _package(str(module)) in (_OURS, 'jax', 'flax') and '<' not in qualified and not bound:
+    return 'function', module, qualified, _bases(value) if isinstance(value, type) else ()
   raise UnknownError(f'{value!r:.80}')
+
+
+def _bases(kind: type) -> tuple[str, ...]:
+  """A class and those that it is derived from, which may be made by a function of this package from any other one."""
+  if others := [base for base in kind.__mro__ if _package(base.__module__) not in _KNOWN]:
+    raise UnknownError(f'{others[0]!r:.80}')
+  return tuple(f'{base.__module__}.{base.__qualname__}' for base in kind.__mro__)
+
+
+def _is_scalar(kind: type) -> bool:
+  """Whether a class is a dtype's, such as np.float32 or jnp.float32, and not one with such an attribute."""
+  return issubclass(kind, np.generic) or isinstance(kind, type(jnp.float32))
+
+
+def _package(module: str) -> str:
+  return module.partition(':')[0].partition('.')[0]
 
 
 def digest(value: Any) -> str:

@@ -2,9 +2,13 @@
 
 import contextlib
 import gc
+import time
 from collections.abc import Iterator
 
 from paranet_jax.host.huge_pages import use_huge_pages
+
+BEGAN = time.time()
+"""When this process began to run code of this package."""
 
 _FEW = (50_000, 20, 100)
 """Thresholds of the collector of reference cycles: with Python's, it took a seventh of the time of a start."""

@@ -1,6 +1,8 @@
 """Compiled programs that are kept whole: found again without tracing, and only where nothing has changed."""
 
 import functools
+import math
+import os
 import threading
 
 import jax
@@ -10,6 +12,12 @@ import pytest
 
 from paranet_jax.host import kept_programs, machine
 from paranet_jax.host.kept_programs import Kept, UnknownError, asked, described, remembered
+from paranet_jax.models.adopted import cifar_resnet
+from paranet_jax.models.adopted.network import AdoptedNetwork
+from paranet_jax.models.adopted.registry import ARCHITECTURES, register_architecture
+from paranet_jax.models.densenet import DenseNet
+from paranet_jax.models.linked import boosted, with_transfer
+from paranet_jax.models.own_channels import with_own_channels
 from paranet_jax.models.paranet import ParaNet
 from paranet_jax.targets import Phase
 
@@ -28,6 +36,7 @@ def folder(tmp_path, monkeypatch):
   before = jax.config.jax_compilation_cache_dir
   monkeypatch.setitem(machine._state, 'whole', True)
   monkeypatch.setattr(kept_programs, '_asked', {})
+  monkeypatch.setattr(kept_programs, 'BEGAN', math.inf)  # Whoever edits this package while its tests run.
   jax.config.update('jax_compilation_cache_dir', str(tmp_path))
   yield tmp_path / 'programs'
   jax.config.update('jax_compilation_cache_dir', before)
@@ -81,6 +90,76 @@ def test_a_setting_of_jax_belongs_to_the_program(folder):
   finally:
     jax.config.update('jax_default_matmul_precision', None)
   assert len(traces) == 2
+
+
+def test_a_setting_of_a_context_belongs_to_the_program(folder):
+  traces = []
+  scaled(traces)(X)
+  written()
+  with jax.default_matmul_precision('highest'):
+    scaled(traces)(X)
+  written()
+  assert len(traces) == len(list(folder.iterdir())) == 2
+
+
+def test_a_package_edited_under_a_process_is_not_kept(folder, monkeypatch):
+  traces = []
+  monkeypatch.setattr(kept_programs, 'BEGAN', 0)
+  np.testing.assert_array_equal(scaled(traces)(X), 2 * X)
+  assert remembered('value', lambda: 1, 'same') == 1
+  written()
+  assert not folder.exists()
+
+
+def test_a_package_edited_after_its_source_was_read_is_not_kept(folder, monkeypatch):
+  def edits():
+    monkeypatch.setattr(kept_programs, 'BEGAN', 0)
+    return 1
+
+  assert remembered('value', edits, 'same') == 1
+  assert not folder.exists()
+
+
+def test_a_program_is_not_found_under_the_name_of_another(folder):
+  traces = []
+  scaled(traces)(X)
+  written()
+  (own,) = folder.iterdir()
+  scaled(traces, 3.0, ('scaled', 3.0))(X)
+  written()
+  (other,) = set(folder.iterdir()) - {own}
+  other.write_bytes(own.read_bytes())
+  np.testing.assert_array_equal(scaled(traces, 3.0, ('scaled', 3.0))(X), 3 * X)
+  assert traces == [2.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize('who', ['every user', 'another user'])
+def test_what_another_user_may_have_written_is_not_read(folder, monkeypatch, who):
+  traces = []
+  scaled(traces)(X)
+  written()
+  (file,) = folder.iterdir()
+  if who == 'every user':
+    file.chmod(0o666)
+  elif os.geteuid() == 0:
+    os.chown(file, 12345, -1)
+  else:
+    monkeypatch.setattr(os, 'geteuid', lambda: 12345)
+  scaled(traces)(X)
+  assert len(traces) == 2
+
+
+def test_a_folder_that_can_only_be_read_is_used(folder, monkeypatch):
+  traces = []
+  scaled(traces)(X)
+  written()
+
+  def refused(*_):
+    raise PermissionError
+
+  monkeypatch.setattr(os, 'utime', refused)
+  np.testing.assert_array_equal(scaled(traces)(X), 2 * X)
+  assert len(traces) == 1
 
 
 def test_a_damaged_file_is_compiled_again(folder):
@@ -151,15 +230,49 @@ def test_code_of_others_is_not_known(folder):
   assert not folder.exists()
 
 
+def test_code_of_others_behind_a_class_of_ours_is_not_known(monkeypatch):
+  """Neither a class that is derived from another package's, nor a network that a name of its registry builds."""
+
+  class Foreign(ParaNet):
+    pass
+
+  foreign = Foreign(2, 10, layers_per_block=2, growth_rate=4, image_side=16)
+  monkeypatch.setattr(ARCHITECTURES, 'known', dict(ARCHITECTURES.known))
+  register_architecture('mine', lambda name: cifar_resnet.architecture('cifar_resnet20'))
+  derived = boosted(foreign, 0.5), with_transfer(foreign, 4), with_own_channels(foreign, 0.5)
+  for value in (*derived, AdoptedNetwork(arch='mine')):
+    assert type(value).__module__.startswith('paranet_jax.')
+    with pytest.raises(UnknownError):
+      described(value)
+    with pytest.raises(UnknownError):
+      described((value, 1))
+  described(AdoptedNetwork(arch='cifar_resnet20'))
+
+
+def test_a_method_is_not_known_by_its_name():
+  with pytest.raises(UnknownError):
+    described(ParaNet(2, 10, layers_per_block=2, growth_rate=4, image_side=16).stage)
+
+
 def test_a_description_tells_values_apart():
   network = ParaNet(2, 10, layers_per_block=2, growth_rate=4, image_side=16)
   values = [
-    *(network, network.clone(growth_rate=8), Phase(3, (0, 0)), Phase(3, (0, None)), np.float32(1), np.int32(1)),
+    *(
+      ParaNet,
+      DenseNet,
+      boosted(network, 0.5),
+      network,
+      network.clone(growth_rate=8),
+      Phase(3, (0, 0)),
+      Phase(3, (0, None)),
+      np.float32(1),
+      np.int32(1),
+    ),
     *(1, 1.0, True, '1', (1,), [1], {'a': 1}, {'a': 2}, jnp.bfloat16, jnp.float32, np.ones(2), np.ones((2, 1)), None),
   ]
   found = [repr(described(value)) for value in values]
   assert len(set(found)) == len(found)
-  assert repr(described(network.clone())) == found[0]
+  assert repr(described(network.clone())) == found[3]
 
 
 @pytest.mark.parametrize(('guess', 'traced'), [(1, 1), (7, 2)])

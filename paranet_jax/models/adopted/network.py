@@ -10,7 +10,7 @@ from jax import Array
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts
 from paranet_jax.models.adopted.heads import HEADS, BlocksHead, Head
-from paranet_jax.models.adopted.registry import find_architecture
+from paranet_jax.models.adopted.registry import find_architecture, place_of
 from paranet_jax.models.layers.initial import ONES, ZEROS, draw, generator
 from paranet_jax.models.multi_exit import Chain, Logits
 
@@ -65,6 +65,11 @@ class AdoptedNetwork(Chain):
   def architecture(self) -> Architecture:
     """What is adopted."""
     return find_architecture(self.arch)
+
+  @property
+  def code_of_others(self) -> str:
+    """Where the architecture's code is (see `kept_programs.described`)."""
+    return place_of(self.arch)
 
   @property
   def parts(self) -> Parts:

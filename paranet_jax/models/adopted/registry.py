@@ -9,6 +9,7 @@ Another package's architecture is registered by `register_architecture`, or prov
 import difflib
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.plugins import Registry
@@ -54,6 +55,12 @@ def find_architecture(name: str) -> Architecture:
       f'expected an architecture ({", ".join(near)}, ...), found {name!r}; set --arch or --config.model.arch'
     )
   return (pkgutil.resolve_name(maker) if isinstance(maker, str) else maker)(name)
+
+
+def place_of(name: str) -> str:
+  """Where the code of a known architecture is, 'module:name'."""
+  maker: Any = ARCHITECTURES.find(name)
+  return maker if isinstance(maker, str) else f'{maker.__module__}:{getattr(maker, "__qualname__", "")}'
 
 
 def register_architecture(name: str, maker: Maker) -> None:
