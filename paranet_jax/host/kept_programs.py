@@ -231,9 +231,9 @@ def _seal(file: Path, content: bytes) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> None:
-  if _edited():
-    return
   with contextlib.suppress(OSError):  # A full disk: the next start computes it again.
+    if _edited():
+      return
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file, 'wb', shared=True) as kept:
       kept.write(_seal(file, content) + content)
