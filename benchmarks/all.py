@@ -147,8 +147,9 @@ def provenance(result: Result) -> str:
   machine, versions = result['machine'], result['versions']
   peers = ''.join(f', {name} {versions[name]}' for name in PACKAGES if name in versions)
   note = f' {result["note"]}' if 'note' in result else ''
+  cores = '1 core' if machine['cores'] == 1 else f'{machine["cores"]} cores'
   return (
-    f'`{result["command"]}`, one run on {result["date"]}: {machine["cores"]} cores of {machine["cpu"]} '
+    f'`{result["command"]}`, one run on {result["date"]}: {cores} of {machine["cpu"]} '
     f'({machine["features"]}), load average {machine["load_average"]} at its start, jax {versions["jax"]}{peers}.{note}'
   )
 

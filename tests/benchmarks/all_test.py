@@ -109,6 +109,10 @@ def test_accuracies_of_dtypes():
   ]
 
 
+def test_one_core_is_one_core():
+  assert ': 1 core of Test CPU (avx2)' in all_benchmarks.provenance(RESULT | {'machine': MACHINE | {'cores': 1}})
+
+
 def test_fields_that_are_set_go_to_the_runs_of_both_dtypes(tmp_path, monkeypatch):
   given = []
 
