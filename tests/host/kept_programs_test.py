@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from paranet_jax.host import kept_programs, machine
 from paranet_jax.host.kept_programs import Kept, UnknownError, asked, described, remembered
@@ -38,8 +39,10 @@ def folder(tmp_path, monkeypatch):
   monkeypatch.setattr(kept_programs, '_asked', {})
   monkeypatch.setattr(kept_programs, 'BEGAN', math.inf)  # Whoever edits this package while its tests run.
   jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  compilation_cache.reset_cache()  # Or jax goes on with the suite's: what it reads there cannot be kept.
   yield tmp_path / 'programs'
   jax.config.update('jax_compilation_cache_dir', before)
+  compilation_cache.reset_cache()
 
 
 def scaled(traces, by=2.0, determines=('scaled', 2.0)):
