@@ -43,6 +43,10 @@ def _here(tmp_path, monkeypatch):
       f'{SIDES}',
     ),
     ('model.blocks=1,2', f'blocks (1, 2) and halvings (3, 2, 1) must have one entry for each pipeline; {SIDES}'),
+    (
+      'model.growth_factors=(1,2)',
+      f'growth_factors (1, 2) must have one entry for each side of blocks, the largest first: [16, 8, 4]; {SIDES}',
+    ),
     ('model.blocks=(2,)', f'blocks (2,) and halvings (3, 2, 1) must have one entry for each pipeline; {SIDES}'),
     *(
       (

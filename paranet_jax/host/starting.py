@@ -1,9 +1,7 @@
 """What a command does first, before it imports anything large."""
 
-import contextlib
 import gc
 import time
-from collections.abc import Iterator
 
 from paranet_jax.host.huge_pages import use_huge_pages
 
@@ -25,16 +23,3 @@ def begin() -> None:
 def is_command() -> bool:
   """Whether this process is a command of ours, and not a user's own program."""
   return _state['command']
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-  """Within the context, which imports or compiles much and drops little, reference cycles are not collected."""
-  if not gc.isenabled():
-    yield
-    return
-  gc.disable()
-  try:
-    yield
-  finally:
-    gc.enable()

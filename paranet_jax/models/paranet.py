@@ -89,6 +89,12 @@ class Geometry:
     pipeline, index = node
     return self.image_side // 2 ** (self.halvings[pipeline - 1] + index - 1)
 
+  @property
+  def sides(self) -> list[int]:
+    """The sides of all blocks, each once, the largest first."""
+    nodes = [(pipeline, index) for pipeline, count in enumerate(self.blocks, 1) for index in range(1, count + 1)]
+    return sorted({self.side(node) for node in nodes}, reverse=True)
+
   def exit_node(self, number: int) -> Node:
     """The block that exit `number` (1-based) reads: the last block of its pipeline."""
     return (number, self.blocks[number - 1])
@@ -181,14 +187,12 @@ class ParaNet(Graph):
     """
     if not self.growth_factors:
       return self.growth_rate
-    geometry = self.geometry
-    nodes = [(p, b) for p, count in enumerate(geometry.blocks, 1) for b in range(1, count + 1)]
-    sides = sorted({geometry.side(each) for each in nodes}, reverse=True)
+    sides = self.geometry.sides
     if len(self.growth_factors) != len(sides):
       raise ValueError(
         f'growth_factors {self.growth_factors} must have one entry for each side of blocks, the largest first: {sides}'
       )
-    return self.growth_rate * self.growth_factors[sides.index(geometry.side(node))]
+    return self.growth_rate * self.growth_factors[sides.index(self.geometry.side(node))]
 
   @property
   def _stem_halvings(self) -> int:
@@ -274,4 +278,5 @@ def from_fields(name: str, fields: dict[str, Any]) -> ParaNet:
       f'model.blocks and model.halvings must have {parsed.num_pipelines} entries, one for each pipeline of {name}, '
       f'found {geometry.blocks} and {geometry.halvings}; set --config.model.blocks and --config.model.halvings'
     )
+  model.growth((1, 1))  # Whether the factors fit, before anything is traced.
   return model

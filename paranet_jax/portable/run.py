@@ -818,14 +818,6 @@ _BEFORE, _ONES = np.tri(_PART, k=-1, dtype=bool), np.ones(_PART, np.float32)
 _P_BINS, _PRIOR, _MEMORIES = 8, 3.0, (100.0, 800.0, 6400.0)
 
 
-def _histograms(values: np.ndarray, bins: int) -> np.ndarray:
-  """Counts of integers along the last axis: [..., bins]."""
-  *shape, _ = values.shape
-  rows = int(np.prod(shape))
-  flat = values.reshape(rows, -1).astype(int) + bins * np.arange(rows)[:, None]
-  return np.bincount(flat.ravel(), minlength=bins * rows).reshape(*shape, bins)
-
-
 def _reordered(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
   found = np.empty_like(counts)
   found[order] = counts
@@ -881,7 +873,8 @@ class _Gambler:
     self._blocks += 1
     bets = self._bins + _PRIOR
     odds = np.log(_P_BINS * bets / bets.sum(-1, keepdims=True))
-    hits = _histograms(places, _P_BINS)[:, None]
+    hits = np.bincount((places + _P_BINS * np.arange(rows)[:, None]).ravel(), minlength=_P_BINS * rows)
+    hits = hits.reshape(rows, 1, _P_BINS)
     self._active = self._active + (odds * hits).sum(-1)
     self._bins = self._bins * np.exp(-count / self._decay)[None, :, None] + hits
 
