@@ -51,10 +51,13 @@ class FakeQueue:
   Args:
     ends: by name of the run, how each of its processes ends; FINISHED if there are no more.
     looks: times that a process is looked at before it has ended.
+    saves: the same once it is stopped.
     on_look: called with the names of the processes that run.
   """
 
-  def __init__(self, folder: Path, text: str = TWO, ends: Any = None, looks: int = 1, on_look: Any = None):
+  def __init__(
+    self, folder: Path, text: str = TWO, ends: Any = None, looks: int = 1, on_look: Any = None, saves: int = 0
+  ):
     self.path, self.workdir, self.package = folder / 'queue.toml', folder / 'work', folder / 'source' / 'paranet_jax'
     self.workdir.mkdir(exist_ok=True)
     self.package.mkdir(parents=True, exist_ok=True)
@@ -66,23 +69,23 @@ class FakeQueue:
     self.starts: list[tuple[str, list[str], str, tuple[int, ...]]] = []
     self.running: list[str] = []
     self.stopped: list[str] = []
-    self.most = 0
+    self.most, self.pauses, self.saves = 0, 0, saves
     self.queue: Queue | None = None
     self._read: QueueFile | None = None
     self.stop = SimpleNamespace(received=None)
 
   def work(self, **options: Any) -> dict[str, str]:
     """Works through the queue."""
-    queue = read_queue(self.path)
-    self.queue = Queue(
-      queue,
-      self.workdir,
-      **{'start': self.start, 'free': lambda path: 10**12, 'pause': self.pause, 'package': self.package} | options,
-    )
+    self.queue = Queue(read_queue(self.path), self.workdir, **self.fakes() | options)
     return self.queue.work(self.stop)
+
+  def fakes(self) -> dict[str, Any]:
+    """What a `Queue` is given in place of processes, a disk and a clock."""
+    return {'start': self.start, 'free': lambda path: 10**12, 'pause': self.pause, 'package': self.package}
 
   def pause(self, seconds: float) -> None:
     """Takes no time."""
+    self.pauses += 1
     if self.on_look:
       self.on_look(self)
 
@@ -131,8 +134,9 @@ class FakeProcess:
   def stop(self) -> None:
     """As of `RunProcess`."""
     self._queue.stopped.append(self._name)
-    self._end(2)
-    self._ends = Ends(0, 2)
+    self._ends, self._looks = Ends(0, 2), self._queue.saves
+    if not self._looks:
+      self._end(2)
 
   def reason(self) -> str:
     """As of `RunProcess`."""

@@ -34,14 +34,19 @@ def answer() -> int:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
   """The folder of kept programs of a command."""
-  before = jax.config.jax_compilation_cache_dir
+  names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+  before = {name: getattr(jax.config, name) for name in names}
   monkeypatch.setitem(machine._state, 'whole', True)
   monkeypatch.setattr(kept_programs, '_asked', {})
   monkeypatch.setattr(kept_programs, 'BEGAN', math.inf)  # Whoever edits this package while its tests run.
   jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  jax.config.update(
+    'jax_persistent_cache_min_compile_time_secs', math.inf
+  )  # Or one that compiled slowly is found there.
   compilation_cache.reset_cache()  # Or jax goes on with the suite's: what it reads there cannot be kept.
   yield tmp_path / 'programs'
-  jax.config.update('jax_compilation_cache_dir', before)
+  for name, value in before.items():
+    jax.config.update(name, value)
   compilation_cache.reset_cache()
 
 

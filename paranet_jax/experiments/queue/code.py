@@ -60,6 +60,7 @@ def keep_code(workdir: Path, package: Path = PACKAGE) -> str:
   shutil.rmtree(temporary, ignore_errors=True)
   shutil.copytree(package, temporary / package.name, ignore=_ignored)
   if fingerprint(temporary / package.name) != found:
+    shutil.rmtree(temporary)
     raise UserError(f'{package} changed while it was copied; the same command tries again')
   temporary.rename(folder)
   return found

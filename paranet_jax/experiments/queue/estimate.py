@@ -12,6 +12,7 @@ from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.experiments.queue.file import QueuedRun, QueueFile
 from paranet_jax.experiments.queue.record import RunRecord
 from paranet_jax.experiments.queue.state import RunState, run_state
+from paranet_jax.host.errors import UserError
 
 _HEADER = ('run', 'priority', 'state', 'epoch', 'test accuracy (%)', 'left')
 
@@ -22,14 +23,19 @@ def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecor
   Args:
     workdir: absolute.
     at_once: runs that train at the same time.
-
-  Raises:
-    UserError: a file of a run is damaged.
   """
-  states = {run.name: run_state(workdir, run.name) for run in queue.runs}
-  left = seconds_left(queue.runs, states)
+  states, failed = {}, {name: record.failed for name, record in records.items() if record.failed}
+  for run in queue.runs:
+    try:
+      states[run.name] = run_state(workdir, run.name)
+    except UserError as error:
+      failed[run.name] = str(error)
+  left = seconds_left([run for run in queue.runs if run.name in states], states)
   rows = []
   for run in queue.runs:
+    if run.name not in states:
+      rows.append((run.name, str(run.priority), 'damaged', ABSENT, ABSENT, ABSENT))
+      continue
     state, record = states[run.name], records.get(run.name)
     seconds = left[run.name]
     rows.append(
@@ -48,12 +54,8 @@ def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecor
   more = f', and {unknown} runs of which no speed is known yet' if unknown else ''
   apart = f', {at_once} at once' if at_once > 1 else ''
   lines = align(_HEADER, rows, left=(0, 2, 4))
-  failed = [f'{run.name} failed: {records[run.name].failed}' for run in queue.runs if _failed(run, records)]
-  return '\n'.join([*lines, *failed, f'left: {total}{apart}{more} (estimated from what has been trained)'])
-
-
-def _failed(run: QueuedRun, records: Mapping[str, RunRecord]) -> bool:
-  return run.name in records and bool(records[run.name].failed)
+  lines += [f'{run.name} failed: {failed[run.name]}' for run in queue.runs if run.name in failed]
+  return '\n'.join([*lines, f'left: {total}{apart}{more} (estimated from what has been trained)'])
 
 
 def _describe(state: RunState, record: RunRecord | None) -> str:
@@ -63,7 +65,7 @@ def _describe(state: RunState, record: RunRecord | None) -> str:
     return f'running ({state.holder.split(" on ")[0]})'
   if record and record.failed:
     return 'failed'
-  return f'stopped at step {state.checkpoint:,}' if state.begun else 'waiting'
+  return f'stopped at step {max(state.checkpoint, 0):,}' if state.begun else 'waiting'
 
 
 def seconds_left(runs: Sequence[QueuedRun], states: Mapping[str, RunState]) -> dict[str, float | None]:

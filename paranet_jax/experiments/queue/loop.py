@@ -208,7 +208,7 @@ class Queue:
       say(f'{name} finished: {state.accuracies()}')
     elif code == 0:  # By a signal that was not ours.
       self._left[name] = 'stopped'
-      say(f'{name} was stopped after step {state.checkpoint:,}; the next start of the queue resumes it')
+      say(f'{name} was stopped after step {max(state.checkpoint, 0):,}; the next start of the queue resumes it')
     elif code < 0 and self._killed.get(name) != state.checkpoint:
       self._killed[name] = state.checkpoint
       say(f'{name} was killed by signal {-code} after step {max(state.checkpoint, 0):,}; it is started again')
@@ -232,7 +232,11 @@ class Queue:
       for name, running in list(self._running.items()):
         if running.process.ended() is not None:
           del self._running[name]
-          state = run_state(self._workdir, name)
+          try:
+            state = run_state(self._workdir, name)
+          except UserError as error:
+            self._fail(name, str(error))
+            continue
           stopped = f'stopped after step {state.checkpoint:,}, saved' if state.checkpoint >= 0 else 'stopped unsaved'
           if state.finished:  # The signal came too late to stop it.
             self._records[name].finished = today()

@@ -57,9 +57,6 @@ def write_results(queue: QueueFile, workdir: Path, records: Mapping[str, RunReco
 
   Args:
     workdir: absolute.
-
-  Raises:
-    UserError: a file of a run is damaged.
   """
   found = results(queue, workdir, records)
   # `--write` and a queue that works may write at the same time.
@@ -73,12 +70,12 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
   """The numbers.
 
   Returns:
-    `queue`, `date`, `rows`, `comparisons` and `runs`.
+    `queue`, `date`, `rows`, `comparisons`, `runs`, and why runs that are damaged or other ones are `left_out`.
   """
   states, left_out = {}, []
   for run in queue.runs:
-    state = run_state(workdir, run.name)
     try:
+      state = run_state(workdir, run.name)
       check_same(run, state, records.get(run.name))
     except UserError as error:
       left_out.append(f'{run.name}: {error}')

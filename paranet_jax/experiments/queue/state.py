@@ -29,6 +29,8 @@ class RunState:
     checkpoint: step of the latest one; -1: there is none.
     summary: contents of summary.json; None: it is not finished.
     holder: the process that trains it; '': none.
+    metrics: the lines of metrics.jsonl.
+    num_classes: of its data set; None: not yet known.
   """
 
   folder: Path
@@ -36,22 +38,13 @@ class RunState:
   checkpoint: int
   summary: dict[str, Any] | None
   holder: str
+  metrics: list[dict[str, Any]]
+  num_classes: int | None
 
   @property
   def finished(self) -> bool:
     """Whether it has reached its end."""
     return self.summary is not None
-
-  @cached_property
-  def metrics(self) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return read_metrics(self.folder)
-
-  @property
-  def num_classes(self) -> int | None:
-    """Of its data set; None: not yet known."""
-    facts = read_object(self.folder / DATASET, 'restore it')
-    return len(facts['class_names']) if facts and isinstance(facts.get('class_names'), list) else None
 
   @property
   def epoch(self) -> float:
@@ -98,6 +91,7 @@ def run_state(workdir: Path, name: str) -> RunState:
     UserError: a file of it is damaged.
   """
   folder = workdir / RUNS / name
+  facts = read_object(folder / DATASET, 'restore it')
   steps = [int(path.name) for path in (folder / FOLDER).glob('[0-9]*') if path.name.isdecimal()]
   return RunState(
     folder,
@@ -105,4 +99,6 @@ def run_state(workdir: Path, name: str) -> RunState:
     checkpoint=max(steps, default=-1),
     summary=read_summary(folder),
     holder=lock_holder(folder),
+    metrics=read_metrics(folder),
+    num_classes=len(facts['class_names']) if facts and isinstance(facts.get('class_names'), list) else None,
   )

@@ -108,6 +108,22 @@ def test_refused(tmp_path, text, message):
   assert '\n' not in str(error.value)
 
 
+def test_seeds_of_a_configuration_file(tmp_path):
+  own = tmp_path / 'own.py'
+  own.write_text(
+    'from paranet_jax.base_config import base_config\n'
+    'def get_config():\n'
+    "  config = base_config('PN1-d')\n"
+    '  config.seeds = 2\n'
+    '  return config\n'
+  )
+  with pytest.raises(UserError) as error:
+    read(tmp_path, f"[[runs]]\nconfig = '{own}'")
+  assert str(error.value) == (
+    f'{tmp_path}/queue.toml: [[runs]] {own}: its configuration has 2 seeds; list them in seeds'
+  )
+
+
 def test_no_file(tmp_path):
   with pytest.raises(UserError, match='expected a queue file at .*, found none; name one, such as configs/queues/'):
     read_queue(tmp_path / 'none.toml')

@@ -1,11 +1,12 @@
 """Tests of working through a queue: order, stops, kills, failures, edits, and the code that a run goes on with."""
 
+import errno
 import os
 
 import pytest
 from queues import TWO, UNTIL_STOPPED, Ends, FakeQueue
 
-from paranet_jax.experiments.queue import record, state
+from paranet_jax.experiments.queue import loop, record, state
 from paranet_jax.host.errors import UserError
 
 ORDER = ['early-s0', 'late-s0', 'late-s1']
@@ -48,6 +49,34 @@ def test_a_signal_stops_the_runs_and_the_next_start_goes_on(tmp_path, capsys):
   # Its own configuration counts from now on.
   assert queue.starts[1][1] == [f'--workdir={queue.workdir}/runs/early-s0']
   assert 'early-s0 goes on after step 20' in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_stopped_with_the_others(tmp_path, capsys):
+  def act(queue):
+    (queue.workdir / 'runs' / 'early-s0').mkdir(parents=True)
+    (queue.workdir / 'runs' / 'early-s0' / 'dataset.json').write_text('[]')
+    queue.stop.received = 'SIGTERM'
+
+  queue = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED], 'late-s0': [UNTIL_STOPPED]}, on_look=act)
+  path = queue.workdir / 'runs' / 'early-s0' / 'dataset.json'
+  why = f'{path} is not a JSON object (it holds []); restore it'
+  assert queue.work(cores=[(0,), (1,)]) == {'early-s0': why} and queue.stopped == ['early-s0', 'late-s0']
+  out = capsys.readouterr().out
+  assert f'early-s0 failed: {why}\n' in out and 'late-s0 stopped after step 20, saved\n' in out
+
+
+def test_runs_take_a_while_to_stop(tmp_path):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED]}, saves=2)
+  queue.on_look = lambda queue: setattr(queue.stop, 'received', 'SIGTERM')
+  assert queue.work() == {} and queue.stopped == ['early-s0'] and queue.pauses == 3
+  assert (queue.workdir / 'runs' / 'early-s0' / 'checkpoints' / '20').exists()
+
+
+def test_a_queue_file_that_is_gone(tmp_path, capsys):
+  queue = FakeQueue(tmp_path, on_look=lambda queue: queue.path.unlink(missing_ok=True))
+  assert queue.work() == {} and queue.names() == ORDER
+  err = capsys.readouterr().err
+  assert err.startswith(f'the queue goes on as it was: expected a queue file at {queue.path}') and err.count('\n') == 1
 
 
 def test_a_queue_that_dies_is_taken_over(tmp_path, monkeypatch):
@@ -188,6 +217,16 @@ def test_runs_of_other_commands(tmp_path, capsys):
   }
   assert queue.names() == ['early-s0'] and not queue.record('late-s0')['code']
   assert 'early-s0 was begun by another command: it goes on with the present code\n' in capsys.readouterr().out
+
+
+def test_the_disk_fills_while_a_run_is_prepared(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(loop, 'keep_code', full)
+  rooms = iter([10**9, 10**6])
+  with pytest.raises(UserError, match=r'cannot be written \(No space left on device\), and its checkpoints are intact'):
+    FakeQueue(tmp_path).work(free=lambda path: next(rooms))
 
 
 def test_a_full_disk_stops_the_queue(tmp_path):

@@ -1,6 +1,7 @@
 """Tests of the process of a run and of its code, with packages of one file in place of ours."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from paranet_jax.experiments.queue import child
 from paranet_jax.experiments.queue.code import commit, fingerprint, keep_code, kept_code
 from paranet_jax.experiments.queue.process import RunProcess, share_cores
 from paranet_jax.host.errors import UserError
@@ -92,6 +94,12 @@ def _command(process):
     return b''
 
 
+def test_a_run_does_not_begin_after_its_queue_has_ended(code):
+  command = [sys.executable, child.__file__, '1', '', '-m', 'paranet_jax.main']  # Not the process that starts it.
+  found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(code)})
+  assert (found.returncode, found.stdout, found.stderr) == (1, '', 'process 1 has ended\n')
+
+
 @pytest.mark.parametrize(
   ('count', 'at_once', 'expected'),
   [
@@ -140,6 +148,22 @@ def test_copies_of_the_code(code, tmp_path):
   assert not (kept / 'paranet_jax' / '__pycache__').exists()
   with pytest.raises(UserError, match='the code that run began with is gone'):
     kept_code(tmp_path, 'nothing', 'run', package)
+
+
+def test_code_that_changes_while_it_is_copied(code, tmp_path, monkeypatch):
+  copy = shutil.copytree
+
+  def edited(package, *rest, **options):
+    (package / 'main.py').write_text('edited')
+    return copy(package, *rest, **options)
+
+  monkeypatch.setattr(shutil, 'copytree', edited)
+  package = code / 'paranet_jax'
+  with pytest.raises(UserError, match=f'^{package} changed while it was copied; the same command tries again$'):
+    keep_code(tmp_path / 'work', package)
+  monkeypatch.undo()
+  kept = keep_code(tmp_path / 'work', package)
+  assert [path.name for path in (tmp_path / 'work' / 'code').iterdir()] == [kept] == [fingerprint(package)]
 
 
 def test_commit(tmp_path):

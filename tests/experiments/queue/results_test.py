@@ -6,6 +6,7 @@ import shlex
 import pytest
 from queues import FakeQueue, write_run
 
+from paranet_jax.experiments.queue import state
 from paranet_jax.experiments.queue.estimate import seconds_left, status_table
 from paranet_jax.experiments.queue.file import read_queue
 from paranet_jax.experiments.queue.record import RunRecord, read_records
@@ -84,6 +85,16 @@ def test_results(queue):
   assert compared['partial'] == [{'seed': 2, 'epoch': 2, 'difference': 0}]
 
 
+def test_runs_that_have_no_epoch_in_common_are_not_compared(queue):
+  queue.write('better-s0', 0)
+  (compared,) = results(read_queue(queue.path), queue.workdir, {})['comparisons']
+  assert (compared['seeds'], [row['seed'] for row in compared['partial']]) == ([1], [2])
+  path = queue.workdir / 'runs' / 'better-s0' / 'metrics.jsonl'
+  path.write_text('{"step": 15, "epoch": 1.5, "split": "test", "exit_1/accuracy": 0.5}\n')
+  (compared,) = results(read_queue(queue.path), queue.workdir, {})['comparisons']
+  assert (compared['seeds'], [row['seed'] for row in compared['partial']]) == ([1], [2])
+
+
 def test_markdown(queue):
   write_results(read_queue(queue.path), queue.workdir, {})
   text = (queue.workdir / 'results.md').read_text()
@@ -136,6 +147,12 @@ def test_estimated_times(queue):
   }
   # The stem and the layer have twice the channels: between twice and four times the work, at 20 s an epoch.
   assert 4 * 20 * 2 < larger < 4 * 20 * 4
+
+
+def test_a_run_that_trains_now(queue, monkeypatch):
+  monkeypatch.setattr(state, 'lock_holder', lambda folder: 'process 7 on here' if folder.name == 'plain-s2' else '')
+  lines = status_table(read_queue(queue.path), queue.workdir, {}).splitlines()
+  assert re.split('  +', lines[3])[2:4] == ['running (process 7)', '2.0 of 4']
 
 
 def test_status_table(queue):
