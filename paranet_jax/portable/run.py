@@ -2294,10 +2294,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _milliseconds(text: str) -> float:
-  value = float(text)
-  if not value > 0:
-    raise argparse.ArgumentTypeError(f'expected more than 0 ms, found {text}')
-  return value
+  with contextlib.suppress(ValueError):
+    if float(text) > 0:
+      return float(text)
+  raise argparse.ArgumentTypeError(f'expected more than 0 ms, found {text}')
 
 
 def _count(text: str) -> float:

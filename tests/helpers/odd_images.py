@@ -71,6 +71,7 @@ _JPEG = encoded(_PICTURE, 'JPEG', quality=95)
 _PNG = encoded(_PICTURE)
 _TEXT = with_chunk(_PNG, chunk(b'tEXt', b'a\0b'))
 _WEBP = encoded(_PICTURE, 'WEBP', lossless=True, exif=orientation(1))
+_PROFILED = encoded(_PICTURE, 'WEBP', lossless=True, icc_profile=bytes(100))
 _THUMBNAIL = _JPEG[:2] + b'\xff\xe1\x40\0' + encoded(_PICTURE[:8, :8], 'JPEG').ljust(0x3FFE, b'?') + _JPEG[2:]
 
 DAMAGED = {  # (damaged file, the same without the damage)
@@ -90,6 +91,9 @@ DAMAGED = {  # (damaged file, the same without the damage)
     for change in (-3, 5, 90, 0x3000)
   },
   **{f'length of EXIF in WebP {change:+}': (with_length(_WEBP, b'EXIF', change), _PNG) for change in (-6, 8, 999)},
+  **{
+    f'length of a profile in WebP {change:+}': (with_length(_PROFILED, b'ICCP', change), _PNG) for change in (-6, 999)
+  },
   'length of a WebP': (with_length(_WEBP, b'RIFF', 2000), _PNG),
   'profile of a JPEG': (_JPEG[:2] + b'\xff\xe2\0\x0aMPF\0MM\0*' + _JPEG[2:], _JPEG),
 }

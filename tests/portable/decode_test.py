@@ -200,6 +200,44 @@ def test_the_search_behind_damage_is_bounded(hostile, monkeypatch):
   assert len(unpacked) <= 10_002 and len(without) <= len(hostile)
 
 
+LENGTH = b'\xff\xd8\xff\xe1\xff\xff'  # Of a JPEG's first segment, longer than the file.
+RIFF = b'RIFF\0\0\x10\0WEBP'
+NO_PICTURE = {
+  'no segments': (LENGTH + b'?' * 99, 'Truncated File Read'),
+  'half the size of a picture': (LENGTH + b'\xff\xc0\0\x0b\x08', 'Truncated File Read'),
+  'a size and then no segment': (LENGTH + b'\xff\xc0\0\x0b\x08\0\x08\0\x08' + b'?' * 99, 'Truncated File Read'),
+  'segments without end': (LENGTH + b'\xff\xdd\0\x02' * 200, 'Truncated File Read'),
+  'half of the pixels': (RIFF + b'VP8 \xff\xff\0\0' + b'?' * 99, 'could not create decoder object'),
+  'a profile without pixels': (
+    RIFF + b'ICCP\xff\xff\0\0' + b'?' * 99,
+    f'not an image in a known format ({", ".join(run.FORMATS)})',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', NO_PICTURE)
+def test_damage_that_leaves_no_picture(tmp_path, case):
+  content, message = NO_PICTURE[case]
+  (tmp_path / 'a').write_bytes(content)
+  assert read_image(tmp_path / 'a', 8, 3) == message
+
+
+def test_12_bit_tiffs():
+  rows = b'\x00\x0f\xff\x33\x36\x66'  # 0 and 4095; 819 and 1638, a fifth and two fifths of it.
+  tags = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 277: 1, 278: 2, 279: len(rows)}
+  entries = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in sorted((tags | {273: 200}).items()))
+  file = (b'II*\0' + struct.pack('<IH', 8, len(tags) + 1) + entries + bytes(4)).ljust(200, b'\0') + rows
+  assert decode_image(file, 2, 1)[..., 0].tolist() == [[0, 255], [51, 102]]
+  # Dark pixels do not become white.
+  assert decode_image(file[:200] + b'\0\0\x10' * 2, 2, 1).max() == 1
+
+
+def test_an_orientation_that_cannot_be_read():
+  whole = encoded(SQUARE)
+  damaged = whole[:-12] + chunk(b'eXIf', b'no header') + whole[-12:]
+  np.testing.assert_array_equal(decode_image(damaged, 2, 1), decode_image(whole, 2, 1))
+
+
 def test_a_damaged_tiff_prints_nothing(capfd):
   file = bytearray(encoded(np.random.RandomState(0).randint(0, 256, (64, 64, 3)), 'TIFF', compression='tiff_lzw'))
   file[8:100:9] = bytes(byte ^ 0x11 for byte in file[8:100:9])

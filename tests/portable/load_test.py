@@ -109,6 +109,10 @@ FILES = {
     f'exits.json cannot be read (File too large){AGAIN}',
   ),
   'no model': (sealed('stage_2.onnx', b'no stage'), f'stage_2.onnx is not an ONNX model{AGAIN}'),
+  'a field number of more than 64 bits': (
+    sealed('stage_2.onnx', b'\xff' * 10 + b'\1'),
+    f'stage_2.onnx is not an ONNX model{AGAIN}',
+  ),
   'empty model': (sealed('stage_2.onnx', b''), 'onnxruntime cannot load stage_2.onnx ('),
 }
 
@@ -156,6 +160,7 @@ FIELDS = {
   'NaN threshold': ('exits.json', 'confidence_thresholds', [NAN, 1.0, 0.0]),
   'another threshold': ('exits.json', 'thresholds', [0.6, 0.5, 0.0]),
   'one threshold more': ('exits.json', 'thresholds', [0.6, 0.6, None]),
+  'thresholds of two exits': ('exits.json', 'thresholds', [0.6, 0.6]),
   'no last threshold': ('exits.json', 'confidence_thresholds', [1, 1, 1]),
   'negative macs': ('exits.json', 'macs', [-1, 2, 3]),
   'decreasing macs': ('exits.json', 'macs', [9, 2, 3]),
@@ -308,6 +313,13 @@ def test_other_formats(folder):
 def test_too_few_classes(folder):
   seal(folder, 'classes.json', ['a'])
   assert refusal(folder) == f'classes.json: class_names must be a list of 5 names, found ["a"]{AGAIN}'
+
+
+def test_values_that_are_nested_too_deeply_to_show():
+  value = []
+  for _ in range(10**4):
+    value = [value]
+  assert run._shown(value) == 'deeply nested values' and run._shown([[]]) == '[[]]'
 
 
 def test_long_values_are_shortened(folder):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,6 +195,11 @@ def test_stage_by_stage_with_joined_requests(score, thresholds):
     label, probabilities, exit, macs = answers[row]
     assert (label, exit, macs) == (expected.labels[row], expected.exits[row], expected.macs[row])
     np.testing.assert_array_equal(probabilities, expected.probabilities[row])
+
+
+def test_a_score_that_there_is_not():
+  with pytest.raises(ValueError, match='^not a probability score: patience$'):
+    runtime.confidence(LOGITS, 'patience')
 
 
 def test_no_images():
@@ -398,6 +404,31 @@ def test_the_precision_of_openvino(monkeypatch, precision, threads, expected):
 
   monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=Core))
   assert callable(runtime._maker('openvino', threads, precision)(Path('stage_1.onnx')))
+
+
+def test_a_request_of_openvino_serves_one_thread(monkeypatch):
+  requests = []
+
+  class Request:
+    def infer(self, inputs):
+      self.outputs = {'sum': inputs['x'].sum(keepdims=True)}  # Its memory is used again in the next call.
+      return self.outputs
+
+  def create_infer_request():
+    requests.append(Request())
+    return requests[-1]
+
+  core = SimpleNamespace(compile_model=lambda *_: SimpleNamespace(create_infer_request=create_infer_request))
+  monkeypatch.setitem(sys.modules, 'openvino', SimpleNamespace(Core=lambda: core))
+  session = runtime._maker('openvino', 0, 'auto')(Path('stage_1.onnx'))
+  for _ in range(2):
+    (found,) = session(['sum'], {'x': np.arange(3.0)})
+    assert found.tolist() == [3] and found is not requests[0].outputs['sum']
+  assert len(requests) == 1
+  other = threading.Thread(target=session, args=(['sum'], {'x': np.ones(2)}))
+  other.start()
+  other.join()
+  assert [request.outputs['sum'].tolist() for request in requests] == [[3], [2]]
 
 
 def test_threads_of_a_stage_leave_the_cores_to_the_next(monkeypatch):

@@ -134,8 +134,9 @@ def test_the_label_of_the_last_image():
   found.see(Predictions(np.array([2, 4]), probabilities, np.array([1, 3]), np.array([10, 40])))
   found.record(4)
   found.record(2)
-  assert found._pending_errors == [0, 1] and found.labeled == 2
+  assert found._pending_errors == [0, 1] and found.labeled == 2 and found.takes_labels
   unlabeled = watch(rng, wrong=None)
+  assert not unlabeled.takes_labels
   with pytest.raises(BundleError, match='found a run without labels'):
     unlabeled.record(1)
 
@@ -192,6 +193,20 @@ def test_states_that_are_refused(tmp_path, content, message):
   with pytest.raises(BundleError) as error:
     watch(np.random.default_rng(7), path)
   assert str(error.value).startswith(message.format(path=path)) and path.read_text() == written
+
+
+@pytest.mark.parametrize(('part', 'value'), [('counts', -1), ('counts', np.nan), ('bins', -1), ('active', np.inf)])
+def test_counts_that_nothing_counts(tmp_path, part, value):
+  path = tmp_path / 'state.json'
+  watch(np.random.default_rng(7), path)
+  state = json.loads(path.read_text())
+  numbers = state['answers'][part]
+  while isinstance(numbers[0], list):
+    numbers = numbers[0]
+  numbers[0] = value
+  path.write_text(json.dumps(state))
+  with pytest.raises(BundleError, match='state.json is not the state of a watch; remove it to start again'):
+    watch(np.random.default_rng(7), path)
 
 
 def test_other_refusals(tmp_path):
