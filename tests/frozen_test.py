@@ -17,7 +17,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables, variable_paths
 from paranet_jax.data.dataset import Split
 from paranet_jax.devices import place_order
-from paranet_jax.feed import open_feed
+from paranet_jax.feed import open_feed, step_data
 from paranet_jax.frozen import LOGITS, feature_shapes, keep_features, logits_from_features, make_exits_step, vary
 from paranet_jax.host.errors import UserError
 from paranet_jax.steps import Objective, TrainState, learning, make_train_step, zero_totals
@@ -159,8 +159,9 @@ def test_no_room_for_kept_features(monkeypatch, tmp_path):
 @pytest.mark.skipif(len(jax.devices()) < 2, reason='needs 2 devices')
 @pytest.mark.parametrize('count', [1, 2])
 def test_a_step_reads_the_same_features_from_disk_and_from_memory(count):
+  """And its time is measured on data of the same kind."""
   devices, rows = jax.devices()[:count], np.random.default_rng(0).permutation(8).astype(np.int32).reshape(2, 4)
-  features, batches = {1: np.arange(16.0).reshape(8, 2), LOGITS: np.arange(8.0)}, {}
+  features, batches = {1: np.arange(16, dtype=np.float32).reshape(8, 2), LOGITS: np.arange(8, dtype=np.float32)}, {}
   for streams in (False, True):
     task = types.SimpleNamespace(
       config=base_config(),
@@ -169,10 +170,16 @@ def test_a_step_reads_the_same_features_from_disk_and_from_memory(count):
       streams=streams,
       steps_per_epoch=2,
       keep_features=lambda *_: features,
+      feature_shapes=lambda _: jax.eval_shape(lambda: features),
     )
     task.config.train.batch_size = 4
     with open_feed(task, devices, lambda _: place_order(rows, devices), 0, {}) as feed:
       batches[streams] = [own for step in (0, 1) for own in read(feed(step), step, count, streams)]
+      timed, trained = (
+        jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), data)
+        for data in (step_data(task, devices), feed(0))
+      )
+      assert timed == trained
   for found, expected, own in zip(batches[True], batches[False], rows.reshape(2 * count, -1), strict=True):
     chex.assert_trees_all_equal(found, expected)
     np.testing.assert_array_equal(found[0][1], features[1][own])

@@ -143,10 +143,12 @@ def test_promises_of_a_bundle(whole, folder):
   assert f'sets that hold the right class: {covered}, with {plan.test["set_size"]:.2f} classes on average\n' in out
 
 
-def test_an_older_run_file_is_replaced(whole, folder):
+def test_an_older_run_file_is_replaced_and_a_card_that_was_removed_is_not(whole, folder):
+  (folder / 'tiny/README.md').unlink()
   (folder / 'tiny/run.py').write_text('# Knows no promises.\n')
   calibrate(folder, whole / 'plain')
   assert (folder / 'tiny-2/run.py').read_bytes() == Path(run.__file__).read_bytes()
+  assert not (folder / 'tiny-2/README.md').exists()
 
 
 def test_a_risk_without_labels(whole, folder):
@@ -204,6 +206,14 @@ def refusal(folder, *flags):
       ['--images=a', '--policy=quota'],
       '--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out',
     ),
+    (
+      ['--images=LABELED', '--bundle=LABELED'],
+      'expected a bundle with a bundle.json in LABELED, found none; set --bundle',
+    ),
+    (
+      ['--images=LABELED', '--threshold=0.5', '--out=HERE/none/new'],
+      'HERE/none/new cannot be written: No such file or directory; set --out to another folder',
+    ),
     (['--images=none'], 'expected a folder of images in {cwd}/none, found none; set --images'),
     (['--images=HERE/tiny'], 'expected images ('),
     (['--images=LABELED', '--out=HERE/tiny'], 'expected no HERE/tiny, found something there; set --out to another'),
@@ -237,7 +247,9 @@ def test_what_is_refused(whole, folder, flags, message):
   for name, path in places.items():
     flags = [flag.replace(name, str(path)) for flag in flags]
   found, _ = refusal(folder, f'--bundle={folder / "tiny"}', *flags)
-  assert found.replace(str(whole / 'plain'), 'PLAIN').startswith(message.format(cwd=Path.cwd()))
+  for name in ('LABELED', 'PLAIN'):
+    found = found.replace(str(places[name]), name)
+  assert found.startswith(message.format(cwd=Path.cwd()))
 
 
 @pytest.mark.parametrize(
@@ -294,6 +306,29 @@ def test_images_of_no_class_and_unreadable_ones(whole, folder):
   assert found == (
     'expected all images in folders named after classes, or none, found HERE/images/odd/a.png; move it, or set --images'
   )
+
+
+def test_no_image_can_be_read(folder):
+  (folder / 'images').mkdir()
+  (folder / 'images/a.png').write_text('no image')
+  found, out = refusal(folder, f'--bundle={folder / "tiny"}', f'--images={folder / "images"}')
+  assert found == 'expected images in HERE/images, found none that can be read; set --images'
+  assert out.startswith(f'left out 1 images that cannot be read: {folder}/images/a.png (not an image')
+
+
+def test_another_version_that_appears_meanwhile_is_not_replaced(whole, folder, monkeypatch):
+  load, new = run.load, folder / 'new'
+
+  def slowly(path):
+    if path != folder / 'tiny':  # The new version, before it gets its name.
+      new.mkdir()
+      (new / 'mine').write_text('')
+    return load(path)
+
+  monkeypatch.setattr(run, 'load', slowly)
+  code, _, err = run_command(main, f'--bundle={folder / "tiny"}', f'--images={whole / "plain"}', f'--out={new}')
+  assert (code, err) == (2, f'error: expected no {new}, found something there; set --out to another folder\n')
+  assert list(contents(new)) == ['mine'] and {path.name for path in folder.iterdir()} == {'tiny', 'new'}
 
 
 @pytest.mark.parametrize(('flag', 'value'), [('images', 'a'), ('out', 'b')])

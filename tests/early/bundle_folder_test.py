@@ -1,13 +1,16 @@
 """A bundle is read as a run, from a folder or from a hub."""
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import hub_server
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 import paranet_jax
 from paranet_jax.early.bundle_folder import FILES
@@ -60,9 +63,43 @@ def edit(name, **changes):
   return act
 
 
+def sealed(name, change):
+  """Changes the content of a file, and its checksum with it."""
+
+  def act(folder):
+    content = change((folder / name).read_bytes())
+    (folder / name).write_bytes(content)
+    known = json.loads((folder / 'bundle.json').read_text())['checksums']
+    edit('bundle.json', checksums=known | {name: hashlib.sha256(content).hexdigest()})(folder)
+
+  return act
+
+
+def of_another_network(content):
+  arrays = load(content)
+  name = next(name for name in arrays if name.startswith('params/exit_1/') and name.endswith('/kernel'))
+  return save(arrays | {name: arrays[name][:-1]})
+
+
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
+    (
+      sealed('classes.json', lambda _: b'['),
+      f'{{0}} does not have the contents of a bundle (Expecting value: line 1 column 2 (char 1)); {AGAIN}',
+    ),
+    (
+      sealed('preprocessing.json', lambda _: b'{"mean": [0.5]}'),
+      f"{{0}} does not have the contents of a bundle ('std'); {AGAIN}",
+    ),
+    (
+      sealed('weights.safetensors', lambda content: content[:-1]),
+      '{0} does not have the contents of a bundle (Error while deserializing',
+    ),
+    (
+      sealed('weights.safetensors', of_another_network),
+      '{0}/weights.safetensors does not fit {0}/config.json: ',
+    ),
     (edit('exits.json', score='margin'), '{0}/exits.json is not what was exported: expected sha256 '),
     (
       lambda folder: (folder / 'weights.safetensors').unlink(),
@@ -78,6 +115,12 @@ def test_a_damaged_bundle(tmp_path, damage, message):
   with pytest.raises(UserError) as error:
     paranet_jax.load(folder)
   assert str(error.value).startswith(message.format(folder))
+
+
+def test_without_safetensors(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'safetensors', None)
+  with pytest.raises(UserError, match='^a bundle is read with safetensors, found none; pip install safetensors$'):
+    paranet_jax.load(BUNDLE)
 
 
 def test_another_step():

@@ -9,7 +9,7 @@ import tiny
 
 from paranet_jax.costs import exit_costs, multiply_adds
 from paranet_jax.models.densenet import DenseNet
-from paranet_jax.models.multi_exit import exit_positions, kept, needed
+from paranet_jax.models.multi_exit import Chain, Graph, MultiExit, exit_positions, kept, needed
 from paranet_jax.models.resnet import ResNet
 
 SMALL = {'num_classes': tiny.NUM_CLASSES, 'image_side': tiny.SIDE}
@@ -17,6 +17,15 @@ CASES = {
   'densenet': DenseNet(depth=16, growth_rate=2, exits=(1,), **SMALL),
   'preactivation': ResNet(depth=8, block='preactivation', exits='stages', **SMALL),
 }
+
+
+IMAGE = np.zeros((1, tiny.SIDE, tiny.SIDE, 3), np.float32)
+
+
+class OneExit(Chain):
+  """It defines where its exit is, and nothing else."""
+
+  exit_positions = (1,)
 
 
 def noise(model, number=4):
@@ -46,6 +55,24 @@ def test_stages_match_the_full_pass_even_when_skipped(case):
   for way in (*ways, {2: asked[1], last: asked[last - 1]}):
     for number, logits in way.items():
       np.testing.assert_allclose(logits, full[number - 1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'lacks',
+  [
+    lambda: MultiExit().num_exits,
+    lambda: MultiExit().apply({}, IMAGE, exits=(1,)),
+    lambda: Chain().num_exits,
+    lambda: OneExit().apply({}, IMAGE),
+    lambda: OneExit().exit_logits(IMAGE, 1, train=False),
+    lambda: Graph().apply({}, IMAGE, exits=(1,)),
+    lambda: Graph().node_features((1, 1), IMAGE, {}, train=False),
+    lambda: Graph().exit_logits(IMAGE, 1, train=False),
+  ],
+)
+def test_what_a_network_must_define(lacks):
+  with pytest.raises(NotImplementedError):
+    lacks()
 
 
 @pytest.mark.parametrize('case', CASES)
