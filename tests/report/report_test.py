@@ -21,7 +21,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.report import __main__ as report
 from paranet_jax.report import facts as facts_lib
 from paranet_jax.report.charts import budget_chart, in_page_style
-from paranet_jax.report.facts import Facts, data_uri, exit_images
+from paranet_jax.report.facts import Facts, data_uri, exit_images, read_facts
 from paranet_jax.report.page import exit_rows, page_values, write_page
 
 CLASSES = ('cat', '<b>dog</b>', 'owl')
@@ -297,6 +297,36 @@ def test_without_jinja2(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(report.importlib.util, 'find_spec', lambda name: None)
   assert report.main([f'--workdir={tmp_path}']) == 2
   assert capsys.readouterr().err == 'error: a report needs jinja2, found none; pip install jinja2\n'
+
+
+def test_a_run_on_its_data_set(finished_run, capsys, tmp_path):
+  facts = read_facts(finished_run, False, None, False, tmp_path / 'report.html')
+  assert capsys.readouterr().out.splitlines()[-1] == 'reading 300 held-out and 360 test images'
+  summary = json.loads((finished_run / 'summary.json').read_text())
+  # Nothing was calibrated: every image goes to the last exit.
+  assert (facts.lacking, facts.plan.policy, facts.plan.exits) == ('', 'full', (2, 3))
+  assert facts.data.shares['test'].tolist() == [0, 1] and facts.data.ms is None
+  for split, rows in (('test', summary['exits']), ('held_out', summary['held_out'])):
+    assert facts.data.accuracy[split].tolist() == pytest.approx([row['accuracy'] for row in rows[1:]])
+    assert facts.data.chosen[split].accuracy == pytest.approx(rows[-1]['accuracy'])
+    assert facts.data.chosen[split].cost == summary['exits'][-1]['macs_alone']
+  (shown,) = facts.images
+  assert shown.number == 3 and len(shown.surest) == len(shown.wrong) == 6
+  assert all(image.label != image.prediction for image in shown.wrong)
+  surest = [image.probability for image in shown.surest]
+  assert surest == sorted(surest, reverse=True) and surest[0] > 0.99
+
+
+@pytest.mark.parametrize(('held_out', 'test'), [(None, [0]), ([], [0]), ([0], [])])
+def test_a_split_without_images(tmp_path, monkeypatch, held_out, test):
+  run = facts_of(tmp_path).run
+  run.plan, run.load_dataset = PLAN, lambda *_: SimpleNamespace(held_out=held_out, test=test)
+  monkeypatch.setattr(facts_lib, 'load', lambda folder: run)
+  facts = read_facts(tmp_path, False, None, False, tmp_path / 'report.html')
+  assert (facts.data, facts.images) == (None, ())
+  assert facts.lacking == (
+    'expected held-out and test images, found none of one kind; train with --config.data.held_out'
+  )
 
 
 def test_the_command_says_what_is_lacking(tmp_path, capsys, monkeypatch):
