@@ -122,9 +122,10 @@ def _opt_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
   program, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
   values = {}
   for equation in program.jaxpr.eqns:
-    (value, *others), (result,) = equation.invars, equation.outvars
-    if equation.primitive.name != 'broadcast_in_dim' or others or not isinstance(value, core.Literal):
+    value = equation.invars[0] if len(equation.invars) == 1 else None
+    if equation.primitive.name != 'broadcast_in_dim' or not isinstance(value, core.Literal):
       return jax.jit(optimizer.init)(params)
+    (result,) = equation.outvars
     shape: Any = result.aval  # jax declares AbstractValue.
     values[result] = np.full(shape.shape, value.val, shape.dtype)
   leaves = program.jaxpr.outvars

@@ -168,6 +168,23 @@ def test_init_state():
 
 
 @pytest.mark.parametrize(
+  'init',
+  [
+    lambda params: {'sums': jax.tree.map(jnp.zeros_like, params), 'number': jnp.int32(4), 'scale': jnp.ones(3)},
+    lambda params: (params, jnp.zeros(2)),  # Some parts are the parameters themselves.
+    lambda params: jax.tree.map(lambda leaf: 2 * leaf, params),
+    lambda params: jnp.arange(3.0) + 1,
+  ],
+  ids=['constants', 'parameters', 'computed of parameters', 'computed'],
+)
+def test_the_first_state_of_an_optimizer(init):
+  optimizer = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+  model = tiny.dense(1)
+  found = init_state(model, optimizer, 0, (tiny.SIDE, tiny.SIDE, 3))
+  chex.assert_trees_all_equal(found.opt_state, init(found.params), strict=True)
+
+
+@pytest.mark.parametrize(
   'labels, nll, accuracy',
   [
     ([1, 1], (np.log(4 / 3) + np.log(4)) / 2, 0.5),

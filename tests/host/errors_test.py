@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import pytest
 
-from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.errors import UserError, exit_code, report_no_room, say
 from paranet_jax.host.files import write_text
 
 
@@ -117,7 +117,7 @@ def test_standard_output_of_ascii(monkeypatch):
 
 CODE = """
 import contextlib, os, sys
-from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.errors import UserError, exit_code, report_no_room, say
 def command():
   with open('file', 'w') as file:
     with contextlib.suppress(OSError):
@@ -150,6 +150,18 @@ def test_redirected_streams(tmp_path, redirected, shown):
   done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert (done.returncode, done.stdout + done.stderr) == (2, shown)
   assert (tmp_path / 'file').read_text() == 'content'
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
+def test_only_a_lack_of_room_is_reported_as_one(tmp_path, number):
+  room = number not in (errno.EIO, errno.EACCES)
+  with pytest.raises(UserError if room else OSError) as error, report_no_room(tmp_path):
+    raise OSError(number, os.strerror(number))
+  if room:
+    assert str(error.value) == (
+      f'{tmp_path} cannot be written ({os.strerror(number)}), and its checkpoints are intact; make room, and the same '
+      'command resumes'
+    )
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys, monkeypatch):

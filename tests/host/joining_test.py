@@ -81,6 +81,12 @@ def test_the_cluster(monkeypatch, env, found):
   assert processes.cluster() == found
 
 
+def test_a_jax_that_does_not_say_which_cluster_it_finds(monkeypatch):
+  set_env(monkeypatch, SLURM)
+  monkeypatch.delattr('jax._src.clusters.ClusterEnv._cluster_types')
+  assert processes.cluster() is None
+
+
 @pytest.mark.parametrize(
   ('env', 'place'),
   [({}, Place()), (SLURM | {'SLURM_NTASKS': '1', 'SLURM_PROCID': '0'}, Place()), (SLURM, Place(None, 1, None))],

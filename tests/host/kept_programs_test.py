@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from paranet_jax import devices as devices_lib
 from paranet_jax.host import kept_programs, machine
 from paranet_jax.host.kept_programs import Kept, UnknownError, asked, described, remembered
 from paranet_jax.models.adopted import cifar_resnet
@@ -75,6 +76,28 @@ def test_a_kept_program_is_not_traced_again(folder):
   for _ in range(2):
     np.testing.assert_array_equal(again(X), 2 * X)
   assert (len(first), second, len(list(folder.iterdir()))) == (1, [], 1)
+
+
+def test_what_lies_on_several_devices_is_not_kept(folder):
+  first, traces = [], []
+  both = jax.device_put(np.arange(4, dtype=np.float32), devices_lib.replicated(jax.devices()[:2]))
+  np.testing.assert_array_equal(scaled(first)(both), [0, 2, 4, 6])
+  np.testing.assert_array_equal(scaled(traces)(both), [0, 2, 4, 6])
+  written()
+  assert first == traces == [2.0] and not folder.exists()
+
+
+def test_a_mistake_of_the_caller_is_raised_once():
+  """Where nothing is kept; a kept program is followed by the function, which knows what it takes."""
+  calls = []
+
+  def fails(x):
+    calls.append(x)
+    raise TypeError('takes no arrays')
+
+  with pytest.raises(TypeError, match='^takes no arrays$'):
+    Kept('fails', lambda: fails, lambda: 'fails')(X)
+  assert len(calls) == 1
 
 
 def test_another_program_or_shape_or_source_is_traced(folder, monkeypatch):

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from paranet_jax.host.known_faults import KNOWN_FAULTS, avoid_known_faults, faults_of, jaxlib_version
+from paranet_jax.host.known_faults import (
+  ACCEPT,
+  KNOWN_FAULTS,
+  accept_wrong_numbers,
+  avoid_known_faults,
+  faults_of,
+  jaxlib_version,
+  wrong_numbers_accepted,
+)
 
 NO_SUMS = '--xla_cpu_experimental_ynn_fusion_type=-reduce'
 
@@ -36,6 +44,15 @@ def test_flags_of_a_version_respect_the_users_own(monkeypatch, tmp_path, version
     monkeypatch.setenv('XLA_FLAGS', given)
   avoid_known_faults()
   assert os.environ.get('XLA_FLAGS') == flags
+
+
+@pytest.mark.parametrize(('before', 'accept', 'after'), [(None, False, None), (None, True, '1'), ('1', False, '1')])
+def test_wrong_numbers_stay_accepted(monkeypatch, before, accept, after):
+  monkeypatch.setenv(ACCEPT, before or '')
+  if before is None:
+    monkeypatch.delenv(ACCEPT)
+  accept_wrong_numbers(accept)
+  assert os.environ.get(ACCEPT) == after and wrong_numbers_accepted() == (after == '1')
 
 
 def test_installed_version_is_found_without_importing_it():

@@ -111,6 +111,12 @@ def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
     assert seen == [0, 1] and (tmp_path / 'lock').exists()
 
 
+def test_a_folder_that_does_not_exist(tmp_path):
+  with pytest.raises(FileNotFoundError) as error, workdir_lock(tmp_path / 'none'):
+    pass
+  assert os.fspath(error.value.filename) == f'{tmp_path}/none/lock'
+
+
 @pytest.mark.parametrize(
   ('number', 'reported'), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False), (errno.EAGAIN, False)]
 )

@@ -114,3 +114,8 @@ def test_the_memory_of_a_container(tmp_path, text, bytes_):
 def test_a_device_has_no_more_memory_than_its_container(monkeypatch):
   monkeypatch.setattr('paranet_jax.host.machine.container_memory', lambda: 5)
   assert device_memory(SimpleNamespace(platform='cpu')) == 5
+
+
+@pytest.mark.parametrize(('stats', 'bytes_'), [({'bytes_limit': 7}, 7), ({}, math.inf), (None, math.inf)])
+def test_the_memory_of_an_accelerator(stats, bytes_):
+  assert device_memory(SimpleNamespace(platform='gpu', memory_stats=lambda: stats)) == bytes_
