@@ -68,9 +68,8 @@ class Program(NamedTuple):
       elif instruction.opcode == 'call':
         yield from self.executed(instruction.called('to_apply'), times)
       elif instruction.opcode == 'conditional':
-        for branch in re.findall(
-          r'%([\w.-]+)', instruction.attributes.partition('computations={')[2].partition('}')[0]
-        ):
+        # They are named as branch_computations, or as true_computation and false_computation.
+        for branch in filter(self.computations.__contains__, _NAME.findall(instruction.attributes)):
           yield from self.executed(branch, times)
       else:
         yield computation, instruction, times

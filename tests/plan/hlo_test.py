@@ -107,6 +107,50 @@ def test_memory_traffic():
   assert memory_traffic(hlo.parse(PROGRAM)) == copied + 5 * turn + (BUFFER + 4 * 5) + 2 * BUFFER
 
 
+BRANCHES = """HloModule jit_step
+
+%first (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%a, %a)
+}
+
+%second (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  ROOT %less = f32[8]{0} negate(%b)
+}
+
+%same (c: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[64,16], which: s32[]) -> f32[64,16] {
+  %x = f32[64,16]{1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %near = f32[8]{0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %chosen = f32[8]{0} conditional(%which, %near, %near), branch_computations={%first, %second}
+  %copied = f32[8]{0} fusion(%near), kind=kLoop, calls=%same
+  %row = f32[1,16]{1,0} dynamic-slice(%x, %which, %which), dynamic_slice_sizes={1,16}
+  ROOT %written = f32[64,16]{1,0} dynamic-update-slice(%x, %row, %which, %which)
+}
+"""
+
+
+@pytest.mark.parametrize(
+  'named', ['branch_computations={%first, %second}', 'true_computation=%first, false_computation=%second']
+)
+def test_each_branch_counts(named):
+  program = hlo.parse(BRANCHES.replace('branch_computations={%first, %second}', named))
+  assert executed(program).keys() >= {'twice', 'less', 'written'} and not {'chosen', 'c'} & set(executed(program))
+  # 8 floats are read twice and written; read and written; written, from the core's memory. A row is read and written,
+  # alone and in place.
+  assert memory_traffic(program) == 3 * 4 * 8 + 2 * 4 * 8 + 4 * 8 + 2 * ROW + 2 * ROW
+
+
+def test_a_program_that_is_cut():
+  with pytest.raises(ValueError, match=r"^no closing parenthesis in '\(%a, %a'$"):
+    hlo.parse(BRANCHES.replace('add(%a, %a)', 'add(%a, %a'))
+
+
 @pytest.mark.parametrize(
   'shape, expected',
   [
@@ -114,6 +158,7 @@ def test_memory_traffic():
     ('f32[10,3]{1,0:T(8,128)}', Array(120, 4 * 16 * 128, False)),
     ('bf16[10,3]{0,1:T(8,128)(2,1)S(1)}', Array(60, 2 * 8 * 128, True)),  # 3 rows of 10, as it lies.
     ('f32[216]{0:T(256)}', Array(864, 1024, False)),
+    ('f32[3]{0:T(8,128)}', Array(12, 4 * 128, False)),  # A tile has more dimensions.
     ('pred[5]{0}', Array(5, 5, False)),
     ('s32[]', Array(4, 4, False)),
     ('f8e4m3fn[6]{0}', Array(6, 6, False)),

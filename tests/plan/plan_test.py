@@ -157,6 +157,7 @@ def test_which_data_sets_are_streamed(name, side, asked, streamed):
   number = {'digits': 1437, 'imagenet2012': 1_281_167}[name]
   assert found.train.images.shape == (number, side, side, 3) and len(found.train) == number
   assert found.train.images[np.array([0, 5])].shape == (2, side, side, 3)
+  assert not streamed or len(found.train.images.records) == number
 
 
 def test_two_devices_share_the_work(plans):
@@ -427,6 +428,44 @@ def test_report():
   assert "- the compiler's estimate counts the cycles of a 1.00 GHz core, without waiting for others" in text
   everything = as_text(found._replace(largest=1136, other=None))
   assert 'largest batch that fits: 1,136 images, the whole data set\n' in everything
+  # Devices of this machine, of which no clock is known, or of another one, on which nothing is measured.
+  facts, chip = dataclasses.replace(FACTS, collectives=Collectives(1, 999)), CHIP._replace(links=None, clock=None)
+  plain = as_text(found._replace(facts=facts, chip=chip, estimate=estimate(facts, chip, 4), measured=None))
+  assert 'collectives                999 bytes in 1\n' in plain
+  assert '- devices of one machine: collectives take no time\n' in plain
+  assert 'measured' not in plain and "compiler's estimate" not in plain
+
+
+def test_a_plan_for_chips_elsewhere(small_devices, monkeypatch):
+  small_devices(100)
+  chips = [SimpleNamespace(device_kind='TPU v5 lite', platform='tpu')] * 4
+  monkeypatch.setattr(target_lib, 'topology_devices', lambda name: chips)
+  monkeypatch.setattr(build_lib.importlib.metadata, 'version', lambda name: {'jax': '1', 'libtpu': '2'}[name])
+  found = planned('--topology=v5e:2x2')
+  assert found['devices'] == {'count': 4, 'kind': 'TPU v5 lite'} and found['topology'] == 'v5e:2x2'
+  assert found['memory']['available'] == CHIPS['v5e'].memory and found['peaks']['links'] == CHIPS['v5e'].links
+  assert found['versions'] == {'jax': '1', 'libtpu': '2'}
+  assert found['estimate_s']['compiler'] == pytest.approx(20_000_000 / CHIPS['v5e'].clock)
+  assert found['measured_step_s'] is None  # Only a machine that has them can run a step.
+
+
+def test_a_plan_of_several_phases():
+  config = base_config('PN3-ddd')
+  config.data.name = 'digits'
+  config.model.update(layers_per_block=1, growth_rate=2, image_side=8)
+  config.train.update(batch_size=16, epochs=4.0, regime='disjoint')
+  task = build_lib.build_task(config, dataset_like(config))
+  found = build_lib.Plan(
+    16, Target('4 x cpu', [None] * 4, None), CHIP, task, FACTS, estimate(FACTS, CHIP, 4), None, 9, 1.0, {}
+  )
+  assert len(task.phases) == 2
+  assert as_text(found).endswith('\n- every step costs as much as in the last phase of train.regime=disjoint')
+
+
+@pytest.mark.parametrize('spec', [None, 'found'])
+def test_libtpu_is_found_without_importing_it(monkeypatch, spec):
+  monkeypatch.setattr(target_lib.importlib.util, 'find_spec', lambda name: spec if name == 'libtpu' else 'another')
+  assert target_lib.has_libtpu() == (spec is not None)
 
 
 @pytest.mark.parametrize('held_out, padding, flip', [(0, None, None), (300, 2, True)])
