@@ -57,8 +57,8 @@ def find_places(architecture: Architecture, num_classes: int, head: str) -> list
   image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
   try:
     shapes = jax.eval_shape(features, abstract_variables(model, (side, side, 3)), image)
-  except ValueError as error:
-    raise UserError(f'{error}; set --head') from error
+  except UserError as error:  # This command has a flag of its own.
+    raise UserError(str(error).replace('--config.model.head', '--head')) from error
   costs = exit_costs(model, (side, side, 3))
   whole = costs[-1]['macs_alone']
   return [

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Mode
 from paranet_jax.models.adopted.layers import BatchNorm, Conv, LayerNorm, Linear, pooled, relu
 from paranet_jax.models.adopted.registry import find_architecture
@@ -23,6 +24,8 @@ COPIES = 3
 """Blocks that a head 'blocks' has at least, if one of them changes the shape and as many follow."""
 COPIED = 'blocks'
 """The module of a head whose parameters start as those of the network that have the same names."""
+
+_FIX = 'set --config.model.head'
 
 
 class Head(nn.Module):
@@ -68,7 +71,7 @@ class ConvHead(Head):
   def read(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
     """The features, averaged over squares to a side of at most CONV_SIDE."""
     if x.ndim != 4:
-      raise ValueError("head 'conv' needs features of height and width, found tokens")
+      raise UserError(f"head 'conv' needs features of height and width, found tokens; {_FIX}")
     factor = -(-x.shape[1] // CONV_SIDE)
     if factor == 1:
       return x
@@ -92,7 +95,7 @@ class ClassTokenHead(Head):
   def read(x: Float[Array, 'B N C']) -> Float[Array, 'B 1 C']:
     """The first token."""
     if x.ndim != 3:
-      raise ValueError("head 'class_token' needs tokens, found features of height and width")
+      raise UserError(f"head 'class_token' needs tokens, found features of height and width; {_FIX}")
     return x[:, :1]
 
   @nn.compact

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import resnet_weights
+import small_architectures
 from tensor_files import safetensors_bytes
 
 from paranet_jax.costs import abstract_variables
@@ -14,7 +15,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.cifar_resnet import architecture
 from paranet_jax.models.adopted.network import AdoptedNetwork, from_fields
-from paranet_jax.models.adopted.read_weights import read_weights
+from paranet_jax.models.adopted.read_weights import classes_of, read_weights
 from paranet_jax.models.adopted.registry import (
   ARCHITECTURES,
   architecture_names,
@@ -133,6 +134,31 @@ def test_the_file_says_how_many_classes_there_are(tiny, save):
   renamed = {'linear.weight': None, 'linear.bias': None, 'fc.weight': drawn['linear.weight']}
   variables = read_weights(save(8, 7, **renamed, **{'fc.bias': drawn['linear.bias']}), architecture('cifar_resnet8'))
   np.testing.assert_array_equal(variables['params']['linear']['kernel'], drawn['linear.weight'].T)
+
+
+def test_tokens_and_positions_are_drawn_as_in_timm(monkeypatch):
+  small = small_architectures.register(monkeypatch, 'vit')
+  model = AdoptedNetwork(10, 32, arch=small.name, exits=small.places[:1])
+  shapes = abstract_variables(model, (32, 32, 3))
+  first, same, other = (model.initial_variables(shapes, seed)['params'] for seed in (0, 0, 1))
+  drawn = [
+    {path[-1].key: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.ndim == 3}
+    for params in (first, same, other)
+  ]
+  assert {name: leaf.shape for name, leaf in drawn[0].items()} == {'cls_token': (1, 1, 128), 'pos_embed': (1, 5, 128)}
+  for name, leaf in drawn[0].items():
+    np.testing.assert_array_equal(leaf, drawn[1][name])
+    assert (leaf != drawn[2][name]).all() and np.std(leaf) == pytest.approx(0.02, rel=0.15)
+  assert (first['norm']['scale'] == 1).all() and (first['norm']['bias'] == 0).all()
+
+
+def test_classes_of_a_file_without_a_classifier(tiny):
+  found = architecture('cifar_resnet8')
+  drawn = resnet_weights.draw(8, 7)
+  assert classes_of(drawn, found) == 7
+  for changed in ({}, {'linear.weight': np.zeros((1, 64))}, {'linear.weight': np.zeros(64)}):
+    backbone = {name: tensor for name, tensor in drawn.items() if not name.startswith('linear')}
+    assert classes_of(backbone | changed, found) == 10
 
 
 def test_axes_of_size_1_do_not_matter(tiny, save):

@@ -3,6 +3,8 @@
 import pytest
 from published_costs import PUBLISHED, check
 
+from paranet_jax.models.adopted.architecture import Preprocessing
+from paranet_jax.models.adopted.class_names import class_names
 from paranet_jax.models.adopted.registry import architecture_names, find_architecture
 from paranet_jax.models.adopted.tensors import renamed
 
@@ -15,6 +17,62 @@ def test_every_architecture_is_compared_with_publications():
 @pytest.mark.parametrize('name', ['resnext50_32x4d', 'efficientnet_b0', 'deit_tiny_patch16_224'])
 def test_costs_are_those_published(name):
   check(name)
+
+
+# Blocks as in the publication of each, after one place in front of them and, in ConvNeXt, three between its groups.
+BLOCKS = {
+  **{'cifar_resnet20': 9, 'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resnet101': 33, 'resnext50_32x4d': 16},
+  **{'tf_efficientnet_lite0': 16, 'efficientnet_lite0': 16, 'efficientnet_b0': 16, 'mobilenet_v2': 17},
+  **{'mobilenet_v3_large': 15, 'mobilenet_v3_small': 11, 'convnext_tiny': 18 + 3, 'wide_resnet28_10': 12},
+  **dict.fromkeys(('vit_small_patch16_224', 'vit_base_patch16_224', 'vit_b_16', 'deit_tiny_patch16_224'), 12),
+}
+
+
+def test_every_architecture_has_places_after_its_blocks():
+  places = {name: find_architecture(name).places for name in BLOCKS}
+  assert {name: len(own) - 1 for name, own in places.items()} == BLOCKS
+  assert all(len(set(own)) == len(own) for own in places.values())
+
+
+# Of torchvision's newest weights, and of timm's configurations.
+PREPARED = {
+  'resnet18': Preprocessing(224, 256),
+  'resnet50': Preprocessing(224, 232),
+  'mobilenet_v2': Preprocessing(224, 232),
+  'mobilenet_v3_large': Preprocessing(224, 232),
+  'mobilenet_v3_small': Preprocessing(224, 256),
+  'convnext_tiny': Preprocessing(224, 236),
+  'efficientnet_b0': Preprocessing(224, 256, 'bicubic'),
+  'efficientnet_lite0': Preprocessing(224, 256, 'bicubic'),
+  'tf_efficientnet_lite0': Preprocessing(224, 256, 'bicubic', (0.5,) * 3, (0.5,) * 3),
+  'vit_b_16': Preprocessing(224, 256),
+  'vit_small_patch16_224': Preprocessing(224, 248, 'bicubic', (0.5,) * 3, (0.5,) * 3),
+}
+
+
+def test_images_are_prepared_as_for_the_published_weights():
+  assert {name: find_architecture(name).preprocessing for name in PREPARED} == PREPARED
+  for name in architecture_names():  # Only those for CIFAR read images of 32 pixels, and know ten classes.
+    found = find_architecture(name)
+    assert (found.preprocessing.side, found.num_classes, found.class_names) == (
+      (32, 10, 'cifar10') if name in ('wide_resnet28_10',) or 'cifar' in name else (224, 1000, 'imagenet')
+    )
+
+
+@pytest.mark.parametrize(
+  ('whose', 'count', 'known'),
+  [
+    ('imagenet', 1000, {0: 'tench', 207: 'golden retriever', 999: 'toilet tissue'}),
+    ('cifar10', 10, {0: 'airplane', 9: 'truck'}),
+    ('imagenet', 10, {0: 'class 0', 9: 'class 9'}),
+    ('cifar10', 100, {99: 'class 99'}),
+    (None, 1000, {999: 'class 999'}),
+  ],
+)
+def test_names_of_classes(whose, count, known):
+  names = class_names(whose, count)
+  assert len(set(names)) == len(names) == count or whose == 'imagenet'  # Which has two kinds of crane and of maillot.
+  assert {place: names[place] for place in known} == known
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,10 @@ import resnet_weights
 import small_architectures
 
 from paranet_jax.costs import abstract_variables
+from paranet_jax.host.errors import UserError
+from paranet_jax.models.adopted.architecture import Mode
 from paranet_jax.models.adopted.cifar_resnet import architecture
+from paranet_jax.models.adopted.heads import HEADS
 from paranet_jax.models.adopted.network import AdoptedNetwork
 from paranet_jax.models.adopted.registry import ARCHITECTURES
 from paranet_jax.models.adopted.tensors import tensor_table
@@ -43,6 +46,38 @@ def test_tokens_keep_their_shape_and_so_only_the_last_block_is_copied(monkeypatc
   small = small_architectures.register(monkeypatch, 'vit')
   fields = {'arch': small.name, 'exits': small.places[:1], 'image_side': 32}
   assert modules_of(1, **fields) == {small.places[-1], 'norm', 'head'}
+
+
+@pytest.mark.parametrize(
+  ('name', 'head', 'message'),
+  [
+    ('vit', 'conv', "head 'conv' needs features of height and width, found tokens; set --config.model.head"),
+    (
+      'resnet',
+      'class_token',
+      "head 'class_token' needs tokens, found features of height and width; set --config.model.head",
+    ),
+  ],
+)
+def test_a_head_that_cannot_read_the_features(monkeypatch, name, head, message):
+  small = small_architectures.register(monkeypatch, name)
+  model = AdoptedNetwork(10, 32, arch=small.name, exits=small.places[:1], head=head)
+  with pytest.raises(UserError) as error:
+    abstract_variables(model, (32, 32, 3))
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize('places', [(4, 4), (9,)])
+def test_the_head_of_the_paper(places):
+  """Of features with height and width, and of tokens."""
+  rng = np.random.default_rng(0)
+  x, head = rng.normal(size=(2, *places, 3)).astype(np.float32), HEADS['bn_relu'](5)
+  scale, bias, mean, kernel, last = (rng.normal(size=shape).astype(np.float32) for shape in (3, 3, 3, (3, 5), 5))
+  var = rng.uniform(0.5, 2, 3).astype(np.float32)
+  params = {'norm': {'scale': scale, 'bias': bias}, 'classifier': {'kernel': kernel, 'bias': last}}
+  found = head.apply({'params': params, 'batch_stats': {'norm': {'mean': mean, 'var': var}}}, head.read(x), Mode())
+  normed = np.maximum((x - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
+  np.testing.assert_allclose(found, normed.reshape(2, -1, 3).mean(1) @ kernel + last, rtol=1e-4, atol=1e-5)
 
 
 def test_copies_of_all_that_follows_compute_the_own_logits(tiny):
