@@ -113,7 +113,12 @@ def flip_byte(path):
   path.write_bytes(content)
 
 
-@pytest.mark.parametrize('damage', [truncate, flip_byte, os.unlink, lambda path: path.write_bytes(b'')])
+def other_images(path):
+  with path.open('wb') as file:
+    np.save(file, np.zeros((2, SIDE, SIDE, CHANNELS), np.uint8))
+
+
+@pytest.mark.parametrize('damage', [truncate, flip_byte, other_images, os.unlink, lambda path: path.write_bytes(b'')])
 @pytest.mark.parametrize('file', ['train.npy', 'test.npy', 'index.npz'])
 def test_damaged_entry_is_written_again(cache_folder, file, damage):
   reads = []

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -213,6 +215,27 @@ def test_what_a_worker_raises_is_raised(workers):
   assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize(
+  ('code', 'how'),
+  [
+    (-signal.SIGKILL, 'was killed by SIGKILL, probably because memory ran out'),
+    (-signal.SIGSEGV, 'was killed by SIGSEGV'),
+    (3, 'ended with exit code 3'),
+  ],
+)
+def test_a_worker_that_ends_without_a_word_is_named(monkeypatch, code, how):
+  """Also if grain goes on waiting for it."""
+  dead, other = mock.Mock(pid=7, exitcode=code), mock.Mock(pid=8, exitcode=None)
+  monkeypatch.setattr(stream_lib, '_POLL', 0.001)
+  with Stream(train_batches(), 0) as items:
+    items._workers, items._count, items._found = {dead, other}, 4, queue.SimpleQueue()
+    with pytest.raises(LostWorkersError) as error:
+      next(items)
+    items._workers = set()
+  assert str(error.value) == (f'worker 7 of 4 that read the images {how}: free memory, or set --config.data.workers=2')
+  assert dead.kill.called and other.kill.called
+
+
 def test_arrays_are_split_over_the_devices_ahead():
   devices = jax.devices()[:2]
   with Stream(train_batches(num_devices=2), 0, devices_lib.shared(devices)) as placed:
@@ -319,3 +342,10 @@ def test_what_workers_do_not_import_needs_no_guard(tmp_path, monkeypatch):
   namespace = vars(sys.modules['__main__'])
   namespace['__spec__'] = None
   exec(compile('main()', '<stdin>', 'exec'), namespace)  # After `python -i script.py`.
+
+
+def test_a_script_that_cannot_be_read_again_is_not_refused(tmp_path, monkeypatch):
+  """It was replaced while it ran: what its workers import is not known."""
+  path = tmp_path / 'script.py'
+  for then in ('write_text("if:")', 'write_bytes(b"\\0")'):
+    run_script(path, monkeypatch, f'import pathlib\npathlib.Path(__file__).{then}\nmain()')

@@ -28,9 +28,13 @@ def test_shares_of_each_class(tmp_path):
   assert imread(path).shape[2] == 4
 
 
-@pytest.mark.parametrize(('exits', 'drawn'), [(1, [1]), (14, [1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 13, 14])])
+@pytest.mark.parametrize(
+  ('exits', 'drawn'), [(1, [1]), (5, [1, 2, 3, 4, 5]), (14, [1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 13, 14])]
+)
 def test_the_size_does_not_follow_the_classes(exits, drawn):
   figure = confusion_figure({number: np.eye(1000, dtype=int) for number in range(1, exits + 1)}, ['class'] * 1000, '')
   assert [axes.get_title() for axes in panels(figure)] == [f'exit {number}' for number in drawn]
+  used = [axes for axes in figure.axes if axes.axison]
+  assert len(used) == len(drawn) + 1  # And the scale; what is left of the last row stays empty.
   assert max(figure.get_size_inches() * figure.dpi) < 1600
   assert not any(text.get_text() == 'class' for axes in panels(figure) for text in axes.get_yticklabels())

@@ -7,6 +7,7 @@ from running import run_command
 
 from paranet_jax.doctor import crashes, report
 from paranet_jax.doctor.__main__ import main
+from paranet_jax.host import arguments
 from paranet_jax.models import numerics
 
 FIELDS = [
@@ -76,6 +77,20 @@ def test_little_room_and_a_busy_processor(machine):
   advice = json.loads(run_command(main, '--json').out)['advice']
   assert [text.split(':')[1] for text in advice[:-1]] == [' free some before training'] * (len(advice) - 1)
   assert len(advice) >= 2 and advice[-1] == 'other programs use the processor (load 99.0): measure no speed now'
+
+
+def test_a_container_has_less_memory(machine):
+  machine.setattr(report, 'container_memory', lambda: 5_000_000)
+  assert json.loads(run_command(main, '--json').out)['memory'] == {'total': 5_000_000, 'available': 5_000_000}
+
+
+def test_without_a_home_folder(machine, tmp_path):
+  machine.chdir(tmp_path)
+  machine.delenv('PARANET_CACHE_DIR')
+  machine.setattr(arguments.os.path, 'expanduser', lambda path: path)
+  code, out, err = run_command(main, '--json')
+  found = json.loads(out)
+  assert (code, err, list(found['disk']), found['caches']) == (0, '', [str(tmp_path)], {})
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,12 @@ def test_a_silent_host_is_not_waited_for(monkeypatch):
   released.set()
 
 
+def test_an_archive_without_a_member(tmp_path, monkeypatch):
+  archive = Archive('cifar10', monkeypatch).put_by_hand(tmp_path)
+  with pytest.raises(KeyError, match=f'none in {archive}'):
+    tfds_source._read_member(archive, 'none')
+
+
 @pytest.mark.parametrize('truncated', [False, True])
 def test_wrong_archive(tmp_path, monkeypatch, truncated):
   archive = Archive('cifar10', monkeypatch)
