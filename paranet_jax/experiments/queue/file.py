@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -29,7 +30,7 @@ class QueuedRun:
 
   Attributes:
     row: name of the row of results that it shares with other seeds.
-    priority: lower ones first; equal ones in the order of the file.
+    priority: lower ones first; of equal ones, the first seed of each in the order of the file, then the second ones.
     arguments: for `python -m paranet_jax.main`, without `--workdir`.
     config: what these arguments mean now.
     paper: network of the paper whose accuracies its own are compared with; '': none.
@@ -92,7 +93,8 @@ def read_queue(path: Path) -> QueueFile:
     entries = _tables(found, 'runs')
     if not entries:
       raise UserError('expected at least one [[runs]], found none')
-    runs = [run for entry in entries for run in _runs(entry, shared)]
+    turns = itertools.zip_longest(*(_runs(entry, shared) for entry in entries))
+    runs = [run for turn in turns for run in turn if run]  # A whole table of first seeds comes before any second one.
     _check_unique(runs)
     rows = dict.fromkeys(run.row for run in runs)
     comparisons = tuple(_comparison(entry, rows) for entry in _tables(found, 'comparisons'))

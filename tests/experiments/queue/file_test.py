@@ -57,6 +57,15 @@ def test_a_queue_file(tmp_path):
   assert queue.comparisons == (Comparison('why?', 'PN3-xdx', ('own',), 2),)
 
 
+def test_a_table_of_first_seeds_comes_before_any_second_seed(tmp_path):
+  first, second = (f"{RUN}\nname = '{name}'" for name in ('first', 'second'))
+  queue = read(tmp_path, f'{first}\nseeds = [0, 1, 2]\n{second}\nseeds = [2]\n{RUN}\npriority = 1\nseeds = [5, 4]')
+  assert [run.name for run in queue.runs] == [
+    *('PN3-xdx-s5', 'PN3-xdx-s4'),
+    *('first-s0', 'second-s2', 'first-s1', 'first-s2'),
+  ]
+
+
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
