@@ -13,7 +13,7 @@ from paranet_jax.host.arguments import absolute, check_utf8
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import check_regular, read_object, write_json
 from paranet_jax.host.lock import LOCK
-from paranet_jax.models.registry import BFLOAT16, INSISTED
+from paranet_jax.models.registry import BFLOAT16, INSISTED, find_family
 
 CONFIG = 'config.json'
 SUMMARY = 'summary.json'
@@ -106,9 +106,15 @@ def restore_config(workdir: Path) -> ConfigDict:
   """Reads the saved configuration; fields that it lacks take their defaults.
 
   Raises:
-    UserError: there is none, or it has fields that this version does not know.
+    UserError: there is none, or it has a family or fields that this version does not know.
   """
   saved, path = _load_config(workdir), workdir / CONFIG
+  named = saved['model'].get('family')
+  if named and find_family(named) is None:
+    raise UserError(
+      f'{path} has the model.family {named!r}, which is not known here; install the package that has it, or update '
+      'paranet_jax'
+    )
   config = base_config(family=family_of(saved))
   unknown = set(field_names(saved)) - set(field_names(config))
   if unknown:

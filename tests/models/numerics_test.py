@@ -103,6 +103,21 @@ def test_wrong_numbers_stop_until_they_are_accepted(monkeypatch, capsys, cache, 
   assert not cache.exists()
 
 
+@pytest.mark.parametrize(
+  ('version', 'native', 'fix'),
+  [
+    ((0, 10, 2), True, 'set PARANET_NATIVE=off, which leaves the computation to XLA'),
+    ((0, 13, 0), True, 'set PARANET_NATIVE=off, which leaves the computation to XLA'),
+    ((0, 13, 0), False, 'install another jaxlib'),
+  ],
+)
+def test_what_to_do_about_wrong_numbers(monkeypatch, version, native, fix):
+  monkeypatch.setattr(numerics, 'jaxlib_version', lambda: version)
+  found = numerics.Finding(numerics.summed_products(10)._replace(native=native), 1.0, 162.0, 81.0)
+  assert str(found).startswith('expected 81 in the sums of 10 vmapped matrix-vector products, found 162: jaxlib ')
+  assert str(found).endswith(f'; {fix}, or go on with --accept_wrong_numbers') and not found.right
+
+
 @pytest.mark.skipif(jaxlib_version() != (0, 10, 2), reason='jaxlib 0.10.2 computes wrong numbers with this flag')
 def test_a_fault_that_the_user_forces_stops_training(tmp_path):
   env = {'XLA_FLAGS': KNOWN_WRONG, 'PARANET_CACHE_DIR': str(tmp_path / 'cache')}

@@ -43,6 +43,16 @@ def test_only_its_exit_trains_an_exits_own_channels():
     jax.tree.map(np.testing.assert_array_equal, expected[1][name], found[1][name])
 
 
+def test_a_share_of_less_than_half_a_channel_is_none():
+  plain = tiny.dense(2)
+  variables = tiny.filled(jax.eval_shape(plain.init, jax.random.key(0), IMAGES))
+  few, plainly = (
+    str(jax.make_jaxpr(functools.partial(model.apply, variables, train=True))(IMAGES))
+    for model in (with_own_channels(plain, 0.1), plain)  # Of 4 channels.
+  )
+  assert few == plainly
+
+
 PARTS = 1 + len(Moments._fields)  # Of the features of a ParaNet, at each exit; in other families one.
 
 

@@ -163,6 +163,22 @@ def test_the_family_cannot_be_changed_by_a_flag(found):
   )
 
 
+def test_a_run_of_a_family_whose_package_is_gone(tmp_path):
+  config = small('resnet')
+  with config.unlocked():
+    config.model.update(family='vgg', widths=3)
+  save_config(tmp_path, config)
+  with pytest.raises(UserError) as error:
+    restore_config(tmp_path)
+  assert str(error.value) == (
+    f"{tmp_path}/config.json has the model.family 'vgg', which is not known here; install the package that has it, "
+    'or update paranet_jax'
+  )
+  with pytest.raises(UserError) as error:
+    config_lib.build_model(config, num_classes=10)
+  assert str(error.value) == f'model.family must be one of {", ".join(family_names())}, found vgg; set --config'
+
+
 @pytest.mark.parametrize(
   'file, argument, message',
   [
@@ -272,7 +288,7 @@ def test_a_saved_family_from_another_version_is_refused(tmp_path):
   saved['model']['family'] = 'vgg'
   (tmp_path / 'config.json').write_text(json.dumps(saved))
   message = refusal(f'--workdir={tmp_path}', '--mode=describe')
-  assert message.startswith(f'{tmp_path}/config.json has a field model.block that this version does not know')
+  assert message.startswith(f"{tmp_path}/config.json has the model.family 'vgg', which is not known here; install ")
 
 
 def test_register_family(monkeypatch):

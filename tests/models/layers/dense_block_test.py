@@ -10,6 +10,7 @@ import numpy as np
 import plain
 import pytest
 
+from paranet_jax.host import kept_programs
 from paranet_jax.host.native import missing
 from paranet_jax.models.layers import dense_block, native_dense
 from paranet_jax.models.layers.backend import compiling_for
@@ -95,6 +96,12 @@ def problem(shape):
   variables = jax.tree.map(lambda leaf: (leaf + random.uniform(0.1, 0.4, leaf.shape)).astype(np.float32), drawn)
   weights = random.normal(size=(batch, side, side, channels + layers * growth)).astype(np.float32)
   return module, variables, x, weights
+
+
+def test_only_variables_that_are_known_are_drawn():
+  shape = jax.ShapeDtypeStruct((3,), np.float32)
+  with pytest.raises(ValueError, match=r"^no initial value is known for \['head'\]\['gain'\]$"):
+    initial_variables({'head': {'bias': shape, 'gain': shape}}, 0)
 
 
 def readers(features):
@@ -213,13 +220,22 @@ def test_vmapped_runs_use_the_kernels_one_after_the_other():
 
 
 @kernels_only
-@pytest.mark.parametrize('change, used', [(None, True), ('off', False), ('another type', False), ('few pixels', False)])
+@pytest.mark.parametrize(
+  'change, used',
+  [(None, True), *((why, False) for why in ('off', 'another type', 'half kernels', 'few pixels', 'no compiler'))],
+)
 def test_kernels_are_used_where_they_exist(change, used, monkeypatch):
   module, variables, x, _ = problem('kernels')
   if change == 'off':
     monkeypatch.setenv('PARANET_NATIVE', 'off')
   if change == 'few pixels':
     monkeypatch.setattr(native_dense, 'MIN_MACS', 10**9)
+  if change == 'no compiler':
+    monkeypatch.setattr(kept_programs, '_asked', {})
+    monkeypatch.setattr(native_dense, '_compiled', native_dense._compiled.__wrapped__)
+    monkeypatch.setattr(native_dense, 'shared_library', lambda *_: None)
+  if change == 'half kernels':
+    variables = jax.tree.map(lambda leaf: leaf.astype(np.float16) if leaf.ndim > 1 else leaf, variables)
   x = x.astype(np.float16) if change == 'another type' else x
   block = block_of(module, 1)
   features = jax.eval_shape(lambda: as_features(x, True, None))
