@@ -191,7 +191,9 @@ def _run(stream: io.BytesIO) -> tuple[Any, set[Storage]]:
   memo: dict[int, Any] = {}
   storages: set[Storage] = set()
   cost = 0
-  for opcode, argument, _ in pickletools.genops(stream):
+  instructions = pickletools.genops(stream)
+  while True:
+    opcode, argument, _ = next(instructions)  # Of a pickle that is cut short, it raises ValueError.
     name = opcode.name
     cost += 1
     if cost > MOST_INSTRUCTIONS:
@@ -253,7 +255,6 @@ def _run(stream: io.BytesIO) -> tuple[Any, set[Storage]]:
       raise Refused(_foreign(str(argument)))
     elif name not in ('PROTO', 'FRAME'):
       raise Refused(f'its pickle has the instruction {name}, which tensors do not need')
-  raise Refused('its pickle is cut short')
 
 
 def _call(function: Any, arguments: tuple) -> Any:

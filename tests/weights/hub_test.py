@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import hub_server
+import huggingface_hub
 import huggingface_hub.constants as constants
 import pytest
 from hub_server import TOKEN
@@ -153,6 +154,17 @@ def test_what_the_hub_refuses(hub, monkeypatch):
   )
 
 
+def test_an_error_that_is_not_known(hub, monkeypatch):
+  def fails(*_, **__):
+    raise ValueError('no token\nand more') from OSError('the disk')
+
+  monkeypatch.setattr(huggingface_hub.HfApi, 'model_info', fails)
+  monkeypatch.setattr(huggingface_hub.HfApi, 'list_repo_files', fails)
+  assert refusal() == (
+    'hf:me/net cannot be used (no token: the disk); try again, or download the file and name it instead'
+  )
+
+
 def test_offline_the_cache_serves(hub, monkeypatch):
   hub.add(REPO, {'other.th': b'v1'}, 'v1')
   path = download_weights(PLACE, FLAG)
@@ -163,6 +175,7 @@ def test_offline_the_cache_serves(hub, monkeypatch):
   named = HubPlace(REPO, 'v1', 'other.th')
   for place, message in (
     (named, f'expected {named} in {constants.HF_HUB_CACHE}, as HF_HUB_OFFLINE is set, found none; unset it'),
+    (HubPlace(REPO, 'v9'), f'expected hf:me/net@v9 in {constants.HF_HUB_CACHE}, as HF_HUB_OFFLINE is set, found none'),
     (HubPlace('me/other'), f'expected hf:me/other in {constants.HF_HUB_CACHE}, as HF_HUB_OFFLINE is set, found none'),
   ):
     assert refusal(place).startswith(message)

@@ -1,5 +1,6 @@
 """PyTorch's files are read without executing anything: files that PyTorch wrote, hostile ones and damaged ones."""
 
+import json
 import os
 import pickle
 import struct
@@ -117,6 +118,12 @@ def test_safetensors(tmp_path):
     np.testing.assert_array_equal(found[name], value, strict=True, err_msg=name)
 
 
+def test_a_type_of_safetensors_that_numpy_lacks(tmp_path):
+  header = json.dumps({'scales': {'dtype': 'F8_E8M0', 'shape': [8], 'data_offsets': [0, 8]}}).encode()
+  (tmp_path / 'a').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(8))
+  assert reason(tmp_path / 'a') == "'scales' has the type F8_E8M0, which NumPy cannot hold"
+
+
 def test_safetensors_is_not_installed(tmp_path, monkeypatch):
   (tmp_path / 'a').write_bytes(safetensors_bytes({}))
   monkeypatch.setitem(sys.modules, 'safetensors', None)
@@ -141,6 +148,7 @@ def test_the_other_byte_order(tmp_path, kind):
 
 
 RUNS = b'cos\nsystem\n' + several(text('touch ran')) + b'R'
+V3 = b'K\0', b')', b')', b'\x89', b'}'  # Offset, shape, strides, no gradient and no hooks.
 HOSTILE = {
   'a call': (RUNS, "it names 'os.system', and only tensors, containers, strings and numbers are read"),
   'a call by the stack': (
@@ -170,6 +178,18 @@ HOSTILE = {
     'a parameter is no tensor',
   ),
   'a tensor of nothing': (tensor(of=text('a')), 'a tensor has no storage'),
+  'a tensor of bytes with a type': (
+    calls('torch._utils._rebuild_tensor_v3', storage(), *V3, b'ctorch\nint8\n'),
+    'a tensor has no storage',
+  ),
+  'a tensor of bytes without a type': (
+    calls('torch._utils._rebuild_tensor_v3', storage(kind='Untyped'), *V3, text('int8')),
+    'a tensor has no storage',
+  ),
+  'a tensor of a storage as its type': (
+    calls('torch._utils._rebuild_tensor_v3', storage(kind='Untyped'), *V3, b'ctorch\nFloatStorage\n'),
+    "it names 'torch.FloatStorage'",
+  ),
   'metadata': (
     calls(
       'torch._utils._rebuild_tensor_v2', storage(), b'K\0', b')', b')', b'\x89', b'}', b'}' + text('conj') + b'\x88s'
