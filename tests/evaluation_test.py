@@ -172,6 +172,18 @@ def test_two_processes_count_what_one_does(monkeypatch):
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-6)
 
 
+@pytest.mark.parametrize('devices', [1, 2])
+def test_features_on_disk_come_in_the_same_batches(monkeypatch, devices):
+  data, features = split(2 * BATCH + 1), {1: np.arange(2 * (2 * BATCH + 1)).reshape(-1, 2)}
+  evaluator = Evaluator(task(Linear(), (LABELS, None, LABELS), data), pick_devices(devices))
+  found = []
+  for on_disk in (False, True):
+    monkeypatch.setattr(evaluation, 'on_disk', lambda features, on_disk=on_disk: on_disk)
+    found.append(list(evaluator._place(data, features)()))
+  assert len(found[0]) == 3 and all(len(batch[2].devices()) == devices for batch in found[1])
+  chex.assert_trees_all_equal(*found, strict=True)
+
+
 def test_what_is_right_predicts_the_label_also_if_logits_are_not_finite():
   """NaN in every logit: no image is right, although an argmax would say class 0."""
   broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), PARAMS)

@@ -167,6 +167,19 @@ def test_mean_and_deviation_of_three():
   ]
 
 
+def test_mean_and_deviation_of_averaged_weights():
+  summaries = [measured(seed, 0.5, 1.0) for seed in (0, 1)]
+  for summary, accuracy in zip(summaries, (0.25, 0.75), strict=True):
+    summary['average'] = {'test': measured(0, accuracy, 1.0)['exits']}
+  result = summarize(summaries)
+  assert result['average'].keys() == {'test'} and result['exits'][1]['accuracy']['mean'] == 0.5
+  assert result['average']['test'][1]['accuracy'] == {
+    'mean': 0.5,
+    'std': pytest.approx(0.25 * 2**0.5),
+    'each': [0.25, 0.75],
+  }
+
+
 def test_mean_and_deviation_without_labels():
   summaries = []
   for seed, agreement in enumerate((0.5, 0.75)):
@@ -196,6 +209,9 @@ def test_at_once_is_the_same_to_rounding(alone, tmp_path, capsys, devices):
     lines, wanted = read_metrics(own), read_metrics(expected)
     assert [(line['step'], line['split']) for line in lines] == [(line['step'], line['split']) for line in wanted]
     assert [line['exit_1/loss'] for line in lines] == pytest.approx([line['exit_1/loss'] for line in wanted], rel=1e-4)
+  before = contents(tmp_path)
+  assert train_seeds(config, tmp_path, at_once=True)['seeds'] == list(SEEDS)  # Nothing is left to train.
+  assert 'seeds 3, 4 at once' not in capsys.readouterr().out and contents(tmp_path) == before
 
 
 def test_stopped_at_once_and_resumed(alone, tmp_path, monkeypatch):

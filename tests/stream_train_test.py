@@ -89,18 +89,21 @@ def test_calibrated(streamed, in_memory, monkeypatch):
   assert (streamed / 'exits' / 'contact_sheet.png').exists()
 
 
-def test_an_image_that_cannot_be_read_ends_the_run_in_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ('step', 'saved'), [(6, '; saved after step 6, and the same command resumes'), (0, '')], ids=['later', 'at once']
+)
+def test_an_image_that_cannot_be_read_ends_the_run_in_one_line(tmp_path, monkeypatch, step, saved):
   read = TrainBatches.__getitem__
 
   def failing(self, number):
-    if number == 6:
+    if number == step:
       raise UserError('expected an image, found none: put it back')
     return read(self, number)
 
   monkeypatch.setattr(TrainBatches, '__getitem__', failing)
   message = refusal(*RUN, f'--workdir={tmp_path}', *STREAMED, started=True)
-  assert message == ('expected an image, found none: put it back; saved after step 6, and the same command resumes')
-  assert saved_state(tmp_path).step == 6
+  assert message == f'expected an image, found none: put it back{saved}'
+  assert sorted(path.name for path in tmp_path.glob('checkpoints/[0-9]*')) == (['4', '6'] if step else [])
 
 
 def test_workers_that_are_lost_during_an_evaluation(tmp_path, streamed):
