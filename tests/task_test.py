@@ -103,6 +103,29 @@ def test_exits_without_their_own_parameters_cannot_train_alone():
   )
 
 
+def test_exits_that_cannot_be_added_to_a_trained_backbone():
+  dense = config('dense', 'densenet', regime='exits')
+  dense.model.update(depth=10, growth_rate=2, exits='blocks')
+  dense.init_from = 'run'
+  with pytest.raises(UserError) as error:
+    build_task(dense)
+  assert str(error.value) == (
+    "train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
+    "'adopted' or 'resnet'), found 'densenet'; set --config.train.regime, or another --config"
+  )
+
+
+def test_images_that_are_mirrored_in_turn_must_be_in_memory():
+  streamed = config('PN1-d', alternate_flip=True)
+  streamed.data.update(streaming=True, flip=True)
+  with pytest.raises(UserError) as error:
+    build_task(streamed)
+  assert str(error.value) == (
+    'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, or '
+    '--config.train.alternate_flip=False'
+  )
+
+
 def test_phases_follow_the_epochs():
   ends = {
     (regime, epochs): [phase.end for phase in build_task(config(regime=regime, backbone_epochs=epochs)).phases]

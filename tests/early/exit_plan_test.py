@@ -149,6 +149,10 @@ def test_the_most_that_an_image_costs():
     ({'joules': [0.5]}, f': joules {COSTS} or null, found [0.5]'),
     ({'audit': {}}, f': audit {AUDITED}, found {{}}'),
     ({'audit': {'clean': 1}}, f': audit {AUDITED}, found {{"clean": 1}}'),
+    (
+      {'audit': {'images': 1, 'within': 1, 'most_macs': 1, 'clean': {}}},
+      f': audit {AUDITED}, found {{"images": 1, "within": 1, "most_macs": 1, "clean": {{}}}}',
+    ),
     ({'visited': [3]}, f': visited {VISITED}, found [3]'),
     ({'visited': [1, 2, 3]}, f': visited {VISITED}, found [1, 2, 3]'),
     # Prediction reads only confidence_thresholds, so it would not see the difference.

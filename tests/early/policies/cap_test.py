@@ -43,6 +43,17 @@ def test_the_best_way_within_the_limit():
   assert visited(found.thresholds) == (2, 3) and set(taken) == {2} and correct == given.correct[2].mean()
 
 
+def test_patience_counts_all_exits_in_turn():
+  # Exits 1 to 3 in turn cost 32: with patience, no image may reach exit 3, which alone would cost 30.
+  given = samples(4, 60, seed=1)
+  streaks = np.random.default_rng(0).integers(1, [[2], [3], [4], [5]], given.correct.shape).astype(float)
+  given = given._replace(score='patience', confidences=streaks)
+  found = choose_within(find_policy('shared'), given, {'threshold': 2.0}, 30.0, given.costs)
+  assert visited(found.thresholds) == (0, 1, 3) and set(exits_taken(streaks, found.thresholds)) == {1}
+  deeper = choose_within(find_policy('shared'), given, {'threshold': 2.0}, 32.0, given.costs)
+  assert visited(deeper.thresholds) == (0, 1, 2, 3) and set(exits_taken(streaks, deeper.thresholds)) == {1, 2}
+
+
 def test_a_limit_below_the_first_exit():
   given = samples(3, 9, seed=3)
   with pytest.raises(ValueError, match='^a limit of at least 10.0 is needed, got 9'):
