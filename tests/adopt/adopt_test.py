@@ -153,6 +153,10 @@ def test_network_and_exits_train_together_afterwards(tiny, outputs, monkeypatch)
       '--classes needs labels, found --images; set --data to a folder of images for each class',
     ),
     (
+      (*REFUSED, '--exits=layer1', '--config.data.name=nothing', '--classes'),
+      "unknown data set 'nothing'; set --data or --config.data.name",
+    ),
+    (
       (*REFUSED, '--images=images', '--exits=layer9'),
       "expected a place of cifar_resnet8 (bn1, layer1.0, layer2.0, layer3.0), found 'layer9'; set --exits or --head",
     ),

@@ -1,6 +1,7 @@
 """A run read back in one line, without its data set."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -38,6 +39,16 @@ def test_a_run_that_is_not_calibrated(finished_run):
   jax.tree.map(np.testing.assert_array_equal, run.variables, {'params': state.params, 'batch_stats': state.batch_stats})
   logits = jax.eval_shape(lambda images: run.model.apply(run.variables, images, exits=(3,)), np.zeros((2, 16, 16, 3)))
   assert logits[2].shape == (2, 10)
+
+
+def test_a_configuration_that_was_edited(finished_run, tmp_path):
+  shutil.copyfile(finished_run / 'config.json', tmp_path / 'config.json')
+  saved = json.loads((tmp_path / 'config.json').read_text())
+  saved['train']['momentum'] = 2.0
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  with pytest.raises(UserError) as error:
+    paranet_jax.load(tmp_path)
+  assert str(error.value).startswith(f'{tmp_path}/config.json does not fit: train.momentum must be ')
 
 
 def test_a_calibrated_run_loads_its_checkpoint_but_not_its_data_set(calibrated, monkeypatch):

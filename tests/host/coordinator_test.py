@@ -101,6 +101,10 @@ def test_labels():
   assert 'found a difference between process 1 and process 0 in test labels (here ' in one and one != other
 
 
+def test_one_process_is_compared_with_no_other():
+  Thread(0, 1, None).check_same(task().facts())  # It would fail if it exchanged anything.
+
+
 def test_another_family():
   found = refusals([task(), task(family='msdnet')])
   assert 'between process 1 and process 0 in model.' in found[0]

@@ -205,6 +205,9 @@ DAMAGES = {
   'the meta is gone': lambda folder: shutil.rmtree(folder / 'meta'),
   'the state is gone': lambda folder: shutil.rmtree(folder / 'state'),
   'the checksums are cut off': lambda folder: half(folder / 'checksums.json'),
+  'the meta is of something else': lambda folder: (
+    (folder / 'meta' / 'metadata').write_text('{"seed": 1}') and (folder / 'checksums.json').unlink()
+  ),
   'it had no checksums': lambda folder: half(folder / 'meta' / 'metadata') or (folder / 'checksums.json').unlink(),
 }
 
