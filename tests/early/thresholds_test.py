@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from early_samples import samples_of
 
+from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.shared import patience_for_budget, shared_thresholds
 from paranet_jax.early.thresholds import exits_taken, operating_point, threshold_between, visited
 
@@ -82,6 +83,8 @@ def test_patience_for_budget(budget, patience, cost, accuracy):
   point = patience_for_budget(PATIENT, budget)
   np.testing.assert_array_equal(point.thresholds, [patience, patience, -inf])
   np.testing.assert_allclose((point.cost, point.accuracy), (cost, accuracy))
+  chosen = find_policy('shared').choose(PATIENT, {'budget': budget, 'unit': 'macs'})
+  np.testing.assert_array_equal(chosen.thresholds, point.thresholds)
 
 
 def test_patience_needs_the_first_exit():

@@ -453,6 +453,14 @@ def test_the_live_line_shows_speed_and_time_left_and_fits(monkeypatch):
   assert stream.getvalue().endswith('\r1,000/10,000 images\x1b[K')
 
 
+def test_a_live_line_that_cannot_be_written_is_left_out():
+  with open('/dev/full', 'w') as stream:
+    line = LiveLine(stream, 10, live=True)
+    line.update(1, 5.0)
+    assert os.path.samestat(os.fstat(stream.fileno()), os.stat(os.devnull))  # For all that is written later.
+    line.message('done')
+
+
 def test_the_speed_leaves_out_the_first_batch():
   times = iter([90.0, 100.0, 102.0, 104.0])
   tally = Tally(Fake.plan, clock=lambda: next(times))

@@ -144,6 +144,15 @@ def test_table_of_exits(tmp_path, data):
     ('3', '30', '75.00 %', 'the rest', '0.00 %', '—', '1.250'),
   ]
   assert exit_rows(facts_of(tmp_path))[1] == ('3', '30', '—', 'the rest', '—', '—')
+  for changes, words in (
+    ({'thresholds': (None, 0.0), 'confidence_thresholds': (None, 0.0)}, 'no image'),
+    ({'score': 'patience', 'thresholds': (2.0, 0.0), 'confidence_thresholds': (2.0, 0.0)}, '2 equal answers'),
+    ({'score': 'margin', 'thresholds': (0.25, 0.0)}, 'margin 0.2500'),
+  ):
+    assert [row[3] for row in exit_rows(facts_of(tmp_path, dataclasses.replace(PLAN, **changes)))] == [
+      words,
+      'the rest',
+    ]
 
 
 AUDIT = {
@@ -180,6 +189,8 @@ def test_costs_that_were_measured(tmp_path):
     'and an adversary who changes pixels by 8 of 255 at most makes it 2.00 times as high: the speed-up falls from 1.88 '
     'to 1.25 and 0.94.'
   )
+  without = dataclasses.replace(plan, latency={'device': 'gpu', 'batch_sizes': []}, provenance={'cpu': 'own'})
+  assert page_values(facts_of(tmp_path, without), 'command')['measures'][-1] == ('milliseconds were measured on', 'own')
   joules = dataclasses.replace(PLAN, target={'budget': 0.05, 'unit': 'joules', 'batch_size': 1})
   assert 'cost a mean of 0.05 joules at most' in promises(joules)[0]
 

@@ -113,6 +113,16 @@ def test_images_that_moved(moved, monkeypatch):
   assert run_main(*command[:-1], f'--workdir={run}')[::2] == (0, '')  # The configuration's default, and moved.
 
 
+@pytest.mark.parametrize('damage', ['gone', 'damaged'])
+def test_calibrating_again_repairs_the_facts_of_the_data(moved, damage):
+  run, photos, _ = moved
+  before = (run / 'dataset.json').read_text()
+  (run / 'dataset.json').unlink() if damage == 'gone' else (run / 'dataset.json').write_text('{')
+  result = run_command(calibrate, f'--workdir={run}', '--threshold=0.8', f'--data_dir={photos}')
+  assert (result.code, result.err) == (0, '')
+  assert (run / 'dataset.json').read_text() == before
+
+
 def test_added_images_change_no_normalization(moved, tmp_path):
   """Of what every command reads: those that read the images again, and those that do not."""
   run, photos, _ = moved
