@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import (
   compile_time,
+  first_step,
   fresh_process,
   inference,
   loader,
@@ -287,6 +289,46 @@ def test_compile_time(fake_torch, monkeypatch, capsys):
     ('warm start: imports', 'cold', 1.0, 1.0),
     ('warm start: first step', 'cold', 5.0, 35.0),
   ]
+
+
+def test_first_step(monkeypatch, capsys):
+  folders, seconds = [], iter([12.0, 3.0, 2.0, 14.0, 1.0, 4.0])
+  monkeypatch.setattr(first_step, 'started', lambda cache: folders.append(cache) or next(seconds))
+  assert first_step.main(['--rounds=2', '--warm=2', '--json']) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert (result['cold_first_step_s'], result['warm_first_step_s']) == (13.0, 2.5)
+  assert [(row['what'], row['round'], row['first_step_s']) for row in result['rows']] == [
+    *(('cold', 1, 12.0), ('warm', 1, 3.0), ('warm', 1, 2.0)),
+    *(('cold', 2, 14.0), ('warm', 2, 1.0), ('warm', 2, 4.0)),
+  ]
+  # A round's starts share what they keep, and the next round has none of it.
+  assert [folder == folders[0] for folder in folders] == [True] * 3 + [False] * 3
+  assert not any(folder.exists() for folder in folders)
+
+
+RUNS = """
+import os, sys, time
+with open(os.environ['PARANET_CACHE_DIR'], 'w') as file:
+  print('XLA_FLAGS' in os.environ, os.environ['MORE'], sys.argv[1].partition('=')[0], file=file)
+print('  step 1/9', flush=True)
+time.sleep(600)
+"""
+
+
+def test_time_until_the_first_step(tmp_path, monkeypatch):
+  """The clock stops at the line on the step, and the process, which would go on, is asked to stop."""
+  monkeypatch.setenv('XLA_FLAGS', '--of_this_process')
+  monkeypatch.setattr(first_step, 'COMMAND', ('-c', RUNS))
+  began = time.perf_counter()
+  found = first_step.started(tmp_path / 'seen', tmp_path, {'MORE': 'set'})
+  assert 0 < found <= time.perf_counter() - began < 300
+  assert (tmp_path / 'seen').read_text() == 'False set --workdir\n'
+
+
+def test_first_step_that_never_comes(tmp_path, monkeypatch):
+  monkeypatch.setattr(first_step, 'COMMAND', ('-c', 'raise SystemExit(3)'))
+  with pytest.raises(UserError, match='^expected .* to train, found exit code 3; see its message$'):
+    first_step.started(tmp_path, tmp_path)
 
 
 def test_tpu_is_null_without_libtpu(monkeypatch):
