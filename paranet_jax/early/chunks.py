@@ -27,13 +27,13 @@ class Sizes(NamedTuple):
   on_host: bool
 
 
-# PN3-ddd on 2 cores of an AMD EPYC, ms per image in all three stages, one run: 2.84 at batch 1, 2.07 at 4, 1.40 at 16,
-# 1.11 at 64, and 1.62 at 256, where the features no longer fit the cache.
+# PN3-ddd on 2 cores of an AMD EPYC, ms per image in all three stages, one run: 4.2 at batch 1, 2.2 at 4, 1.6 at 16 and
+# 1.4 at 64.
 CPU = Sizes((1, 4, 16, 64), split=True, wave=256, on_host=True)
 # Not measured: an accelerator is assumed to gain from large batches, and to lose by calls and by copies to the host.
 ACCELERATOR = Sizes((1, 16, 64, 128, 256), split=False, wave=256, on_host=False)
 
-_CALL_ROWS = 4
+_CALL_ROWS = 2
 """What a call costs in addition to its rows, in rows (from the figures above)."""
 
 

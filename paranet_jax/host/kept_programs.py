@@ -264,7 +264,7 @@ def _key(name: str, determines: Any, args: tuple) -> str:
 
 
 def _files() -> list[Path]:
-  return sorted([*_PACKAGE.rglob('*.py'), *_PACKAGE.rglob('*.cc')])
+  return sorted(path for suffix in ('py', 'cc', 'h') for path in _PACKAGE.rglob(f'*.{suffix}'))
 
 
 def _edited() -> bool:

@@ -39,13 +39,13 @@ def shared_library(
   """The library compiled from a source file with these macros; None: it cannot be compiled or kept.
 
   Args:
-    source: of C++17.
+    source: of C++17; it may include the headers beside it.
     definitions: values of macros, by name.
     include: folder of headers.
     parts: macro and number of the parts that the source has, which are compiled at once where there are cores for it.
   """
   options = [*OPTIONS, *(f'-D{name}={value}' for name, value in definitions.items())]
-  described = '\n'.join([machine_key(), _compiler(), *options, source.read_text()])
+  described = '\n'.join([machine_key(), _compiler(), *options, *(path.read_text() for path in sources(source))])
   try:
     folder = cache_folder() / 'native'
     file = folder / f'{source.stem}-{hashlib.sha256(described.encode()).hexdigest()[:16]}.so'
@@ -76,6 +76,11 @@ def shared_library(
     say(f'warning: {source.name} could not be compiled ({first.strip()}): slower without; {VARIABLE}=off hides this')
     return None
   return file
+
+
+def sources(source: Path) -> list[Path]:
+  """What a library is compiled from: the source file and the headers beside it."""
+  return [source, *sorted(source.parent.glob('*.h'))]
 
 
 def _run(command: Sequence[str]) -> None:

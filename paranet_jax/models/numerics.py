@@ -23,7 +23,7 @@ from paranet_jax.host.native import VARIABLE as NATIVE
 from paranet_jax.host.remembered import remember, remembered_file
 from paranet_jax.models.layers import native_dense
 from paranet_jax.models.layers.backend import SHAPES, backend, compiling_for
-from paranet_jax.models.layers.dense import DenseBlock
+from paranet_jax.models.layers.dense import DenseBlock, averaged_activation, max_pooled_stem
 from paranet_jax.models.layers.dense_block import (
   EPSILON,
   SCAN_LAYERS,
@@ -31,8 +31,10 @@ from paranet_jax.models.layers.dense_block import (
   dense_block_inference,
   dense_block_training,
   image_conv3x3,
+  inference_kernels,
   kernels,
 )
+from paranet_jax.models.layers.native_inference import entry_kernels, pooling_kernels
 
 EXACT = 1e-4
 """Largest error of a number in float32 on a CPU, relative to the largest of its output. Right ones stay below 1e-5."""
@@ -43,6 +45,8 @@ ROUGH = 0.5
 Gradients differ by 0.2 where ReLUs near 0 flip, so this finds only gross faults.
 """
 
+
+_BY_KERNELS = ' by kernels in C++'
 
 _Layer: Any = Layer  # Its fields are jax's arrays; here they are NumPy's.
 
@@ -158,6 +162,8 @@ def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int, tra
     dtype = _dtype(model)
     of = block.num_layers  # The whole block decides whether kernels in C++ are used.
     yield dense_layers(shape, layers, block.growth_rate, block.bn_size, train, dtype, of)
+    if not train and image_shape[0] % 2 == image_shape[1] % 2 == 0:
+      yield pooled_layer((batch_size, *image_shape), dtype)
 
 
 def _dtype(model: Any) -> Any:
@@ -205,6 +211,29 @@ def first_layer(shape: tuple[int, int, int, int], features: int = 16) -> Program
   return Program(name, lambda: compute(kernel, images), expected)
 
 
+def pooled_layer(shape: tuple[int, int, int, int], dtype: Any = jnp.float32, features: int = 24) -> Program:
+  """A stem in inference, its max pool and an exit's average of activations, which have kernels of their own."""
+  random = np.random.default_rng(0)
+  images = np.asarray(jnp.asarray(random.normal(size=shape), dtype))
+  kernel = random.normal(0, 0.2, (3, 3, shape[-1], features)).astype(np.float32)
+  scale, shift = random.normal(1, 0.2, (2, features)).astype(np.float32)
+  native = entry_kernels(shape, features, 1, dtype) or pooling_kernels((*shape[:-1], features), dtype)
+
+  @jax.jit
+  def compute(images, kernel, scale, shift):
+    x = max_pooled_stem(images, kernel, 1, train=False)
+    return x, averaged_activation(x, scale, shift, train=False)
+
+  def expected():
+    x = _convolution(images.astype(np.float64), kernel.astype(np.float64))
+    x = np.maximum(x[:, ::2], x[:, 1::2])
+    x = np.maximum(x[:, :, ::2], x[:, :, 1::2])
+    return x, np.maximum(x * scale + shift, 0).mean((1, 2))
+
+  name = f'a stem of {list(shape)} with its pool and average{_BY_KERNELS if native else ""}'
+  return Program(name, lambda: compute(images, kernel, scale, shift), expected, dtype, bool(native))
+
+
 def dense_layers(
   shape: tuple[int, int, int, int],
   layers: int,
@@ -221,17 +250,18 @@ def dense_layers(
 
   parameters = drawn_layers(random, shape[-1], layers, growth_rate, bn_size)
   name = f'{layers} dense layers on {list(shape)}'
-  passes = kernels(shape, of or layers, width, growth_rate, dtype)
-  by = ' by kernels in C++' if passes else ''
+  block = shape, of or layers, width, growth_rate, dtype
   if not train:
-    forward = jax.jit(functools.partial(dense_block_inference, passes=passes))
+    chosen = inference_kernels(*block)
+    forward = jax.jit(functools.partial(dense_block_inference, passes=chosen))
     return Program(
-      f'{name} in inference{by}',
+      f'{name} in inference{_BY_KERNELS if chosen else ""}',
       lambda: [forward(x, parameters)],
       lambda: [_inference_reference(x, parameters)],
       dtype,
-      bool(passes),
+      bool(chosen),
     )
+  passes = kernels(*block)
   weights = random.normal(size=(*shape[:-1], shape[-1] + layers * growth_rate)).astype(np.float32)
   parameters = clear_of_zero(x, parameters)
 
@@ -244,7 +274,7 @@ def dense_layers(
     return values, *jax.tree.leaves(backward(jnp.asarray(weights, dtype)))
 
   return Program(
-    f'{name} with their gradients{by}',
+    f'{name} with their gradients{_BY_KERNELS if passes else ""}',
     lambda: compute(x, parameters),
     lambda: _training_reference(x, parameters, weights),
     dtype,

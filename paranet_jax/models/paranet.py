@@ -18,6 +18,7 @@ from paranet_jax.models.layers.dense import (
   average_pool,
   concatenate,
   max_pool,
+  max_pooled_stem,
   norm_affine,
   overlapping_max_pool,
 )
@@ -236,21 +237,27 @@ class ParaNet(Graph):
 
   def _entry(self, images: Images, pipeline: int, train: bool) -> Features:
     x = images.astype(self.dtype)
+    plain_stem = not self._stem_halvings and not self.stem_norm
     if self.entry_order == 'pool_first':
       x = self._stem(self._halve(x, pipeline), pipeline, train)
+    elif self.entry_pool == 'max' and plain_stem:
+      x = max_pooled_stem(x, self._stem_kernel(x, pipeline), self.geometry.halvings[pipeline - 1], train)
     else:
       x = self._halve(self._stem(x, pipeline, train), pipeline)
     return as_features(x, train, self.axis_name)
 
   def _stem(self, x: Array, pipeline: int, train: bool) -> Array:
-    name = f'pipeline_{pipeline}_stem'
-    size = int(self.stem[0])
-    kernel = Kernel((size, size, x.shape[-1], 2 * self.growth((pipeline, 1))), name=name)()
+    kernel = self._stem_kernel(x, pipeline)
     x = convolve(x, kernel, stride=2) if self._stem_halvings else image_conv3x3(x, kernel)
     if not self.stem_norm:
       return x
     features = as_features(x, train, self.axis_name)
-    return affine_relu(features.values, *norm_affine(features, train, f'{name}_norm'))
+    return affine_relu(features.values, *norm_affine(features, train, f'pipeline_{pipeline}_stem_norm'))
+
+  def _stem_kernel(self, x: Array, pipeline: int) -> Array:
+    size = int(self.stem[0])
+    shape = size, size, x.shape[-1], 2 * self.growth((pipeline, 1))
+    return Kernel(shape, name=f'pipeline_{pipeline}_stem')()
 
   def _halve(self, x: Array, pipeline: int) -> Array:
     for _ in range(self.geometry.halvings[pipeline - 1] - self._stem_halvings):

@@ -11,7 +11,9 @@ from paranet_jax.config import build_model
 from paranet_jax.configs import quickstart
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.known_faults import ACCEPT, jaxlib_version
+from paranet_jax.host.native import missing
 from paranet_jax.models import numerics
+from paranet_jax.models.layers import native_dense
 
 KNOWN_WRONG = '--xla_cpu_experimental_ynn_fusion_type=reduce'
 SHAPE = (8, 8, 1)
@@ -35,6 +37,7 @@ def cache(monkeypatch, tmp_path):
 def test_right_programs_are_far_below_the_tolerance(model, train):
   findings = [numerics.measure(program) for program in numerics.programs(model, SHAPE, 6, train)]
   names = ['the sums of 32,769 vmapped', 'a 3x3 convolution of [6, 8, 8, 1]', '2 dense layers on [6, 4, 4, 4]']
+  names += [] if train else ['a stem of [6, 8, 8, 1]']
   assert [
     name for name, finding in zip(names, findings, strict=True) if not finding.program.name.startswith(name)
   ] == []
@@ -45,6 +48,15 @@ def test_bfloat16_is_compared_by_its_norm():
   program = numerics.dense_layers((6, 4, 4, 4), 2, 2, 4, True, jnp.bfloat16)
   finding = numerics.measure(program)
   assert not program.exact and finding.right and finding.error > numerics.EXACT
+
+
+def test_kernels_of_a_stem_are_checked():
+  program = numerics.pooled_layer((16, 32, 32, 3))
+  assert program.native == ('kernels in C++' in program.name) == (not missing(native_dense.FEATURES))
+  finding = numerics.measure(program)
+  assert finding.right and finding.error < numerics.EXACT / 10
+  wrong = program._replace(compute=lambda: [jnp.roll(output, 1, -1) for output in program.compute()])
+  assert not numerics.measure(wrong).right
 
 
 @pytest.mark.parametrize('fault', ['a row', 'a gradient', 'not finite'])

@@ -5,6 +5,7 @@ channel's batch statistics are computed once (see `dense_block.py`). Parameters 
 DenseNet built from `nn.BatchNorm` and `nn.Conv`.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -25,11 +26,13 @@ from paranet_jax.models.layers.dense_block import (
   conv3x3,
   dense_block_inference,
   dense_block_training,
+  image_conv3x3,
   normalize,
   product,
 )
 from paranet_jax.models.layers.drop import dropout
 from paranet_jax.models.layers.initial import kernel_init
+from paranet_jax.models.layers.native_inference import differentiable, entry_kernels, pooling_kernels
 
 MOMENTUM = 0.9  # 0.1 in PyTorch's convention, as in DenseNet's original training.
 
@@ -133,6 +136,47 @@ def _overlapping_max(x: Array) -> Array:
   even, odd = x[:, ::2], x[:, 1::2]
   before = jnp.concatenate([even[:, :1], odd[:, :-1]], axis=1)  # Repeating a row gives the same maximum as padding.
   return jnp.maximum(jnp.maximum(even, odd), before)
+
+
+def pooled_activation(
+  x: Float[Array, 'B H W C'], scale: Float[Array, ' C'], shift: Float[Array, ' C'], train: bool
+) -> Float[Array, 'B H/2 W/2 C']:
+  """The 2x2 averages of relu(scale x + shift)."""
+
+  def plain(x, scale, shift):
+    return average_pool(affine_relu(x, scale, shift))
+
+  kernels = None if train else pooling_kernels(x.shape, x.dtype)
+  return plain(x, scale, shift) if kernels is None else differentiable(kernels.pooled, plain, x, scale, shift)
+
+
+def averaged_activation(
+  x: Float[Array, 'B H W C'], scale: Float[Array, ' C'], shift: Float[Array, ' C'], train: bool
+) -> Float[Array, 'B C']:
+  """The mean of relu(scale x + shift) over height and width, in float32."""
+
+  def plain(x, scale, shift):
+    return global_average(affine_relu(x, scale, shift))
+
+  kernels = None if train else pooling_kernels(x.shape, x.dtype)
+  return plain(x, scale, shift) if kernels is None else differentiable(kernels.averaged, plain, x, scale, shift)
+
+
+def max_pooled_stem(
+  images: Float[Array, 'B S S C'], kernel: Float[Array, '3 3 C K'], halvings: int, train: bool
+) -> Float[Array, 'B side side K']:
+  """The 3x3 convolution of images, halved by 2x2 max pools."""
+
+  def plain(images, kernel):
+    x = image_conv3x3(images, kernel)
+    for _ in range(halvings):
+      x = max_pool(x)
+    return x
+
+  kernels = None if train else entry_kernels(images.shape, kernel.shape[-1], halvings, images.dtype)
+  if kernels is None:
+    return plain(images, kernel)
+  return differentiable(functools.partial(kernels.entry, halvings=halvings), plain, images, kernel)
 
 
 def norm_affine(x: Features, train: bool, name: str) -> tuple[Float[Array, ' C'], Float[Array, ' C']]:
@@ -252,14 +296,15 @@ class Transition(nn.Module):
   @nn.compact
   def __call__(self, x: Features, train: bool) -> Features:
     channels = x.values.shape[-1]
-    values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
+    norm = norm_affine(x, train, 'norm')
     kept = math.floor(self.compression * channels)
     kernel = Kernel((1, 1, channels, kept), name='conv')()[0, 0]
     if train and self.dropout:
-      values = average_pool(dropout(conv1x1(values, kernel), self.dropout, self.make_rng('dropout'), self.axis_name))
+      values = conv1x1(affine_relu(x.values, *norm), kernel)
+      values = average_pool(dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name))
     else:
       # A 1x1 convolution and an average pool commute, so pooling first does the same with a quarter of the work.
-      values = conv1x1(average_pool(values), kernel)
+      values = conv1x1(pooled_activation(x.values, *norm, train), kernel)
     return as_features(values, train, self.axis_name)
 
 
@@ -270,6 +315,5 @@ class Exit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Features, train: bool) -> Float[Array, 'B classes']:
-    values = affine_relu(x.values, *norm_affine(x, train, 'norm'))
-    values = global_average(values)
+    values = averaged_activation(x.values, *norm_affine(x, train, 'norm'), train)
     return nn.Dense(self.num_classes, kernel_init=kernel_init, name='classifier')(values)

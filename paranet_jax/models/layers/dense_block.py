@@ -19,7 +19,8 @@ first. Only x, z^ and the standard deviations are stored; a and h are recomputed
 Layers run in segments. A segment of one layer is unrolled; a longer one is a `lax.scan` whose layers all read the full
 width of the segment, with zero weights for channels not computed yet: less to compile, slightly more to compute.
 
-On CPUs with AVX-512 the passes of a layer are C++ kernels (`native_dense.py`), which keep z instead of z^.
+On CPUs with AVX-512 the passes of a layer are C++ kernels (`native_dense.py`), which keep z instead of z^; in inference
+a whole block is one (`native_inference.py`).
 """
 
 import functools
@@ -32,9 +33,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from paranet_jax.models.layers import native_dense
+from paranet_jax.models.layers import native_dense, native_inference
 from paranet_jax.models.layers.backend import PLAIN, backend
 from paranet_jax.models.layers.native_dense import Passes
+from paranet_jax.models.layers.native_inference import LARGE_BATCH, Kernels, differentiable
 
 EPSILON = 1e-5
 
@@ -147,17 +149,19 @@ def image_conv3x3(x: Float[Array, 'B H W C'], kernel: Float[Array, '3 3 C K']) -
 
 
 def dense_block_inference(
-  x: Float[Array, 'B H W C'], layers: Sequence[Layer], passes: Passes | None = None
+  x: Float[Array, 'B H W C'], layers: Sequence[Layer], passes: Passes | Kernels | None = None
 ) -> Float[Array, 'B H W C+n*k']:
   """Runs the block's n layers on raw features, with the running statistics folded in.
 
   Args:
     x: raw features.
     layers: as for `dense_block_training`.
-    passes: as there.
+    passes: kernels to use; None: `inference_kernels` decides.
   """
-  passes = passes or _kernels(x, layers)
-  return _inference(x, layers) if passes is None else _native_inference(passes, x, list(layers))
+  passes = passes or _chosen(inference_kernels, x, layers)
+  if passes is None:
+    return _inference(x, layers)
+  return differentiable(functools.partial(_native_inference, passes), _inference, x, list(layers))
 
 
 def _inference(x, layers):
@@ -192,7 +196,7 @@ def dense_block_training(
     Normalized features; the moments [n, k] of the new channels and [n, bn_size k] of the bottlenecks, which pass no
     gradient.
   """
-  passes = passes or _kernels(x, layers)
+  passes = passes or _chosen(kernels, x, layers)
   if passes is not None:
     return _native_block(axis_name, passes, x, list(layers))
   return _block(axis_name, x, _pack(layers, scan_layers))
@@ -208,18 +212,36 @@ def kernels(shape: tuple[int, ...], num_layers: int, width: int, growth: int, dt
     growth: k, channels that a layer adds.
     dtype: of its input.
   """
-  if backend() != 'cpu':
+  if backend() != 'cpu' or _macs(shape, num_layers, width, growth) < native_dense.MIN_MACS:
     return None
+  return native_dense.passes(width, growth, dtype)
+
+
+def inference_kernels(
+  shape: tuple[int, ...], num_layers: int, width: int, growth: int, dtype: Any
+) -> Passes | Kernels | None:
+  """As `kernels`, for a block in inference: those for 16 images at once where they divide the batch.
+
+  Small batches gain as much as large ones, so the network decides, and not the batch.
+  """
+  large = (max(shape[0], LARGE_BATCH), *shape[1:])
+  if backend() != 'cpu' or _macs(large, num_layers, width, growth) < native_inference.MIN_MACS:
+    return None
+  channels = shape[-1] + num_layers * growth
+  whole = native_inference.block_kernels(shape, channels, width, dtype)
+  return whole or native_dense.passes(width, growth, dtype)
+
+
+def _macs(shape, num_layers, width, growth):
   read = num_layers * shape[-1] + growth * (num_layers * (num_layers - 1) // 2)
-  macs = math.prod(shape[:-1]) * width * (read + 9 * growth * num_layers)
-  return native_dense.passes(macs, width, growth, dtype)
+  return math.prod(shape[:-1]) * width * (read + 9 * growth * num_layers)
 
 
-def _kernels(x, layers):
+def _chosen(choose, x, layers):
   if layers[0].kernel1.dtype != jnp.float32:
     return None
   width, growth = layers[0].kernel2.shape[2:]
-  return kernels(x.shape, len(layers), width, growth, x.dtype)
+  return choose(x.shape, len(layers), width, growth, x.dtype)
 
 
 def _pack(layers: Sequence[Layer], scan_layers: int) -> list[Layer]:
@@ -309,18 +331,9 @@ def _affine_relu_backward(activation, x, g):
   return u, jnp.sum(_wide(u) * _wide(x), 0), jnp.sum(_wide(u), 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _native_inference(passes, x, layers):
   used = [(layer.scale1, layer.shift1, layer.kernel1, layer.shift2, layer.kernel2) for layer in layers]
   return passes.inference(x, used)
-
-
-def _native_inference_forward(passes, x, layers):
-  return _native_inference(passes, x, layers), (x, layers)
-
-
-def _native_inference_backward(passes, residuals, cotangent):
-  return jax.vjp(_inference, *residuals)[1](cotangent)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -465,4 +478,3 @@ def _across(moments: Array, axis_name: str | None) -> Array:
 
 _block.defvjp(_block_forward, _block_backward)
 _native_block.defvjp(_native_forward, _native_backward)
-_native_inference.defvjp(_native_inference_forward, _native_inference_backward)

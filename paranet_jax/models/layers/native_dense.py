@@ -27,7 +27,7 @@ from paranet_jax.host.native import missing, shared_library
 SOURCE = Path(__file__).with_suffix('.cc')
 FEATURES = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl')
 MIN_MACS = 100_000_000
-"""Multiply-adds of a block's forward pass, a few milliseconds, from which kernels are worth their compilation."""
+"""Multiply-adds of a block's forward pass, a few milliseconds, from which training is worth compiling kernels for."""
 
 WIDTHS = (16, 32, 48, 64, 96, 128)
 MAX_GROWTH = 32
@@ -127,14 +127,10 @@ class Passes(NamedTuple):
     return call(*operands, **{key: np.int64(value) for key, value in attributes.items()})
 
 
-def passes(macs: int, width: int, growth: int, dtype: Any) -> Passes | None:
-  """The kernels for a block with this bottleneck width, growth rate and type; None: XLA does it.
-
-  Args:
-    macs: multiply-adds of the block's forward pass on its batch.
-  """
+def passes(width: int, growth: int, dtype: Any) -> Passes | None:
+  """The kernels for a block with this bottleneck width, growth rate and type; None: XLA does it."""
   element = jnp.dtype(dtype).name
-  if macs < MIN_MACS or width not in WIDTHS or not 0 < growth <= MAX_GROWTH or element not in ELEMENTS:
+  if width not in WIDTHS or not 0 < growth <= MAX_GROWTH or element not in ELEMENTS:
     return None
   if asked(missing, FEATURES):
     return None
@@ -142,8 +138,14 @@ def passes(macs: int, width: int, growth: int, dtype: Any) -> Passes | None:
 
 
 def version() -> str:
-  """Of the kernels, by their source; or why there are none."""
-  return missing(FEATURES) or hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+  """Of all kernels, by their source; or why there are none."""
+  return missing(FEATURES) or _digest()
+
+
+@functools.cache
+def _digest() -> str:
+  files = sorted(path for path in SOURCE.parent.iterdir() if path.suffix in ('.cc', '.h'))
+  return hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def _library(width: int, growth: int, element: str) -> Passes | None:

@@ -12,7 +12,7 @@ import pytest
 
 from paranet_jax.host import kept_programs
 from paranet_jax.host.native import missing
-from paranet_jax.models.layers import dense_block, native_dense
+from paranet_jax.models.layers import dense_block, native_dense, native_inference
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.models.layers.dense import DenseBlock, as_features
 from paranet_jax.models.layers.dense_block import conv3x3, image_conv3x3
@@ -29,6 +29,11 @@ SHAPES = {
   'many pixels': (64, 8, 6, 2, 3, 2),
   # A growth rate and a width that have kernels in C++, those of pretrained/, and channels that fill no vector.
   'kernels': (18, 8, 21, 3, 12, 4),
+  # Batches that fill vectors with images: tiles of every size, more than a panel of channels, and 16 images for which
+  # the threads share the rows of pixels.
+  'images in vectors': (48, 4, 90, 3, 12, 4),
+  'images in vectors, other widths': (32, 8, 5, 2, 5, 8),
+  'images in vectors, few': (16, 8, 21, 2, 16, 2),
 }
 
 
@@ -46,6 +51,7 @@ def plain_block(variables, x, train):
 def small_kernels(monkeypatch):
   """Kernels are used for the small blocks here too."""
   monkeypatch.setattr(native_dense, 'MIN_MACS', 0)
+  monkeypatch.setattr(native_inference, 'MIN_MACS', 0)
 
 
 class PlainBlock(nn.Module):
@@ -199,8 +205,9 @@ def test_devices_share_their_statistics(shape, devices):
 
 
 @kernels_only
-def test_inference_by_kernels_has_a_gradient(monkeypatch):
-  module, variables, x, weights = problem('kernels')
+@pytest.mark.parametrize('shape', ['kernels', 'images in vectors'])
+def test_inference_by_kernels_has_a_gradient(shape, monkeypatch):
+  module, variables, x, weights = problem(shape)
 
   def loss(x):
     return jnp.sum(block_of(module, None).apply(variables, as_features(x, False, None), False).values * weights)
@@ -208,6 +215,35 @@ def test_inference_by_kernels_has_a_gradient(monkeypatch):
   found = jax.jit(jax.grad(loss))(x)
   monkeypatch.setenv('PARANET_NATIVE', 'off')
   close(found, jax.jit(jax.grad(lambda x: loss(x)))(x))
+
+
+@kernels_only
+def test_an_image_has_the_same_bits_in_every_batch():
+  """Also where threads share the rows of 16 images, instead of taking 16 images each."""
+  module, variables, x, _ = problem('images in vectors')
+  run = jax.jit(lambda x: block_of(module, None).apply(variables, as_features(x, False, None), False).values)
+  np.testing.assert_array_equal(run(x)[16:32], run(x[16:32]))
+
+
+@kernels_only
+@pytest.mark.parametrize(
+  'shape, used',
+  [((48, 4, 4, 90), True), ((50, 4, 4, 90), False), ((48, 4, 6, 90), False), ((48, 64, 64, 90), False)],
+  ids=['as they are', 'vectors not full', 'odd width', 'too large for the caches'],
+)
+def test_kernels_with_images_in_vectors_are_used_where_they_fit(shape, used):
+  chosen = dense_block.inference_kernels(shape, 3, 48, 12, np.float32)
+  assert isinstance(chosen, native_inference.Kernels) == used
+
+
+@kernels_only
+def test_all_batches_of_a_network_use_kernels_in_inference(monkeypatch):
+  layer = 16 * (48 * (24 + 9 * 12))  # Multiply-adds for one image.
+  monkeypatch.setattr(native_inference, 'MIN_MACS', 64 * layer)
+  for batch in (1, 16, 64):
+    assert dense_block.inference_kernels((batch, 4, 4, 24), 1, 48, 12, np.float32)
+  monkeypatch.setattr(native_inference, 'MIN_MACS', 64 * layer + 1)
+  assert dense_block.inference_kernels((64, 4, 4, 24), 1, 48, 12, np.float32) is None
 
 
 @kernels_only

@@ -1,0 +1,128 @@
+// Vectors of 16 floats, scratch memory and threads of the kernels in native_*.cc.
+//
+// Arrays are float32, or bfloat16 in memory only.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Vector = __m512;
+using Mask = __mmask16;
+constexpr int64_t kLanes = 16;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : Mask((1u << std::max<int64_t>(n, 0)) - 1); }
+
+Vector load(const float* from, Mask mask) { return _mm512_maskz_loadu_ps(mask, from); }
+Vector load(const float* from) { return _mm512_loadu_ps(from); }
+Vector load(const BFloat16* from, Mask mask) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+Vector load(const BFloat16* from) { return load(from, Mask(0xffff)); }
+
+void store(float* to, Vector v, Mask mask) { _mm512_mask_storeu_ps(to, mask, v); }
+void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+void store(BFloat16* to, Vector v, Mask mask) {  // Rounds to nearest, ties to even.
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+void store(BFloat16* to, Vector v) { store(to, v, Mask(0xffff)); }
+
+void add_to(float* to, Vector v) { store(to, _mm512_add_ps(load(to), v)); }
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// A thread's scratch memory, one array per use, kept between calls.
+float* scratch(int use, int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<float, Free> arrays[8];
+  static thread_local int64_t sizes[8] = {};
+  if (sizes[use] < floats) {
+    arrays[use].reset(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4, 64))));
+    sizes[use] = floats;
+  }
+  return arrays[use].get();
+}
+
+struct Floats {  // 64-byte aligned, not initialized.
+  explicit Floats(int64_t size) : data(static_cast<float*>(std::aligned_alloc(64, round_up(size * 4 + 1, 64)))) {}
+  ~Floats() { std::free(data); }
+  Floats(const Floats&) = delete;
+  float* const data;
+};
+
+// Runs task(phase, 0) ... task(phase, n - 1) for each phase on XLA's threads and this one; a phase begins when the one
+// before has ended. A thread waits only for tasks that another has begun, so a pool that is busy with other callers
+// cannot block it.
+template <class Task>
+void parallel(ffi::ThreadPool& pool, int64_t phases, int64_t n, const Task& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t n, total;
+    const Task* task;
+    void wait(int64_t tasks) {
+      for (int spin = 0; done.load() < tasks; ++spin) spin < 2000 ? _mm_pause() : std::this_thread::yield();
+    }
+    void work() {
+      for (int64_t i; (i = next.fetch_add(1)) < total;) {
+        wait(i / n * n);
+        (*task)(i / n, i % n);
+        done.fetch_add(1);
+      }
+    }
+  };
+  auto state = std::make_shared<State>();
+  state->n = n;
+  state->total = phases * n;
+  state->task = &task;
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->work(); });
+  state->work();
+  state->wait(state->total);
+}
+
+template <class Task>
+void parallel(ffi::ThreadPool& pool, int64_t n, const Task& task) {
+  parallel(pool, 1, n, [&](int64_t, int64_t i) { task(i); });
+}
+
+using In = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+const float* floats(const In& buffer) { return static_cast<const float*>(buffer.untyped_data()); }
+float* floats(Out& buffer) { return static_cast<float*>(buffer->untyped_data()); }
+template <class T>
+T* as(const In& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+template <class T>
+T* as(Out& buffer) {
+  return static_cast<T*>(buffer->untyped_data());
+}
+
+}  // namespace

@@ -1,0 +1,367 @@
+// The forward pass in inference on CPUs with AVX-512, called by native_inference.py, which says what each computes.
+//
+// A vector holds the same number of 16 images. So no lane is lost to channels that fill no vector, a convolution does
+// not compute with the zeros around an image, and pooling needs no shuffles. Images are rearranged when they enter a
+// kernel and when they leave it, 16 x 16 numbers at a time.
+//
+// Each number is computed in the same way by any number of threads.
+
+#include "native.h"
+
+namespace {
+
+constexpr int64_t kImages = kLanes;
+constexpr int kPixels = 4;       // Of a register tile, side by side.
+constexpr int64_t kDepth = 96;   // Channels of a panel: its activations and weights fit the first cache.
+using Element = PARANET_ELEMENT;
+
+// 16 x 16 numbers: row i, lane j to row j, lane i.
+void transpose(Vector (&v)[kLanes]) {
+  Vector t[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// `count` numbers of each of 16 images, `stride` apart, to vectors of 16 images.
+template <class T>
+void gather(const T* from, int64_t stride, int64_t count, float* to) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    Mask mask = first_lanes(count - c);
+    Vector v[kLanes];
+    for (int64_t image = 0; image < kImages; ++image) v[image] = load(from + image * stride + c, mask);
+    transpose(v);
+    for (int64_t i = 0; i < std::min(kLanes, count - c); ++i) store(to + (c + i) * kImages, v[i]);
+  }
+}
+
+template <class T>
+void scatter(const float* from, int64_t count, T* to, int64_t stride) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    Mask mask = first_lanes(count - c);
+    Vector v[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i)
+      v[i] = i < count - c ? load(from + (c + i) * kImages) : _mm512_setzero_ps();
+    transpose(v);
+    for (int64_t image = 0; image < kImages; ++image) store(to + image * stride + c, v[image], mask);
+  }
+}
+
+// out[i][j] += sum over k of a[i * pixel + k * step ...] b[k * ldb + j], LO <= i < HI.
+template <int LO, int HI, int P, int K>
+__attribute__((always_inline)) inline void product(const float* a, int64_t pixel, int64_t step, const float* b,
+                                                   int64_t ldb, int64_t depth, Vector (&out)[P][K]) {
+  for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) {
+    Vector left[P];
+#pragma GCC unroll 4
+    for (int i = LO; i < HI; ++i) left[i] = load(a + i * pixel);
+#pragma GCC unroll 12
+    for (int j = 0; j < K; ++j) {
+      Vector right = _mm512_set1_ps(b[j]);
+#pragma GCC unroll 4
+      for (int i = LO; i < HI; ++i) out[i][j] = _mm512_fmadd_ps(left[i], right, out[i][j]);
+    }
+  }
+}
+
+struct Layer {
+  const float *scale, *shift, *kernel, *shift2, *kernel2;
+  int64_t channels;
+};
+
+// A block's sizes. Features are [H W, total channels, 16 images], z is [H W, bottleneck width, 16 images].
+struct Block {
+  int64_t height, width, total, bottleneck, growth, padded;
+};
+
+// z = relu(relu(scale x + shift) kernel + shift2) of a row of pixels.
+template <int K>
+void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const float* features, float* z) {
+  float* panel = scratch(0, kDepth * kPixels * kImages);
+  for (int64_t p = row * block.width; p < (row + 1) * block.width; p += kPixels) {
+    float* to = z + p * block.bottleneck * kImages;
+    for (int64_t first = 0; first < layer.channels; first += kDepth) {
+      int64_t depth = std::min(kDepth, layer.channels - first);
+      const float* x = features + (p * block.total + first) * kImages;
+      for (int64_t c = 0; c < depth; ++c) {
+        Vector scale = _mm512_set1_ps(layer.scale[first + c]), shift = _mm512_set1_ps(layer.shift[first + c]);
+#pragma GCC unroll 4
+        for (int i = 0; i < kPixels; ++i) {
+          Vector a = _mm512_fmadd_ps(load(x + (i * block.total + c) * kImages), scale, shift);
+          store(panel + (c * kPixels + i) * kImages, _mm512_max_ps(a, _mm512_setzero_ps()));
+        }
+      }
+      for (int64_t n = 0; n < block.bottleneck; n += K) {
+        Vector out[kPixels][K];
+#pragma GCC unroll 4
+        for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < K; ++j)
+            out[i][j] = first ? load(to + (i * block.bottleneck + n + j) * kImages)
+                              : _mm512_set1_ps(layer.shift2[n + j]);
+        product<0, kPixels>(panel, kImages, kPixels * kImages, layer.kernel + first * block.bottleneck + n,
+                            block.bottleneck, depth, out);
+        if (first + depth == layer.channels)
+#pragma GCC unroll 4
+          for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < K; ++j) out[i][j] = _mm512_max_ps(out[i][j], _mm512_setzero_ps());
+#pragma GCC unroll 4
+        for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < K; ++j) store(to + (i * block.bottleneck + n + j) * kImages, out[i][j]);
+      }
+    }
+  }
+}
+
+// The layer's new channels of a row of pixels, by a kernel [3, 3, bottleneck width, padded].
+template <int K>
+void convolve_row(const Block& block, const Layer& layer, int64_t row, const float* z, const float* kernel,
+                  float* features) {
+  int64_t pixel = block.bottleneck * kImages;
+  for (int64_t p = 0; p < block.width; p += kPixels)
+    for (int64_t n = 0; n < block.growth; n += K) {
+      Vector out[kPixels][K];
+#pragma GCC unroll 4
+      for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j) out[i][j] = _mm512_setzero_ps();
+      for (int64_t dr = -1; dr <= 1; ++dr) {
+        if (row + dr < 0 || row + dr >= block.height) continue;
+        const float* from = z + ((row + dr) * block.width + p) * pixel;
+        const float* weights = kernel + (dr + 1) * 3 * block.bottleneck * block.padded + n;
+        int64_t tap = block.bottleneck * block.padded;
+        if (p == 0) {
+          product<1, kPixels>(from - pixel, pixel, kImages, weights, block.padded, block.bottleneck, out);
+        } else {
+          product<0, kPixels>(from - pixel, pixel, kImages, weights, block.padded, block.bottleneck, out);
+        }
+        product<0, kPixels>(from, pixel, kImages, weights + tap, block.padded, block.bottleneck, out);
+        if (p + kPixels == block.width) {
+          product<0, kPixels - 1>(from + pixel, pixel, kImages, weights + 2 * tap, block.padded, block.bottleneck, out);
+        } else {
+          product<0, kPixels>(from + pixel, pixel, kImages, weights + 2 * tap, block.padded, block.bottleneck, out);
+        }
+      }
+      float* to = features + ((row * block.width + p) * block.total + layer.channels + n) * kImages;
+#pragma GCC unroll 4
+      for (int i = 0; i < kPixels; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j)
+          if (n + j < block.growth) store(to + (i * block.total + j) * kImages, out[i][j]);
+    }
+}
+
+// A thread takes 16 images through all layers, each row of pixels behind its bottleneck. Where there are more threads
+// than that, all of them share the rows.
+template <class T, int W, int K>
+void dense_block(ffi::ThreadPool& pool, const Block& block, const T* x, int64_t batch, int64_t channels,
+                 const std::vector<Layer>& layers, T* out) {
+  int64_t groups = batch / kImages, pixels = block.height * block.width;
+  int64_t size = pixels * block.total * kImages, z_size = pixels * block.bottleneck * kImages;
+  int64_t taps = 9 * block.bottleneck, padded = taps * block.padded;
+  float* kernels = scratch(1, int64_t(layers.size()) * padded);
+  for (size_t i = 0; i < layers.size(); ++i)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      float* to = kernels + int64_t(i) * padded + tap * block.padded;
+      std::memset(to, 0, block.padded * 4);
+      std::memcpy(to, layers[i].kernel2 + tap * block.growth, block.growth * 4);
+    }
+  auto enter = [&](int64_t group, int64_t row, float* features) {
+    for (int64_t p = row * block.width; p < (row + 1) * block.width; ++p)
+      gather(x + (group * kImages * pixels + p) * channels, pixels * channels, channels,
+             features + p * block.total * kImages);
+  };
+  auto leave = [&](int64_t group, int64_t row, const float* features) {
+    for (int64_t p = row * block.width; p < (row + 1) * block.width; ++p)
+      scatter(features + p * block.total * kImages, block.total,
+              out + (group * kImages * pixels + p) * block.total, pixels * block.total);
+  };
+  if (groups >= pool.num_threads()) {
+    parallel(pool, groups, [&](int64_t group) {
+      float *features = scratch(2, size), *z = scratch(3, z_size);
+      for (int64_t row = 0; row < block.height; ++row) enter(group, row, features);
+      for (size_t i = 0; i < layers.size(); ++i)
+        for (int64_t row = 0; row <= block.height; ++row) {
+          if (row < block.height) bottleneck_row<W>(block, layers[i], row, features, z);
+          if (row) convolve_row<K>(block, layers[i], row - 1, z, kernels + int64_t(i) * padded, features);
+        }
+      for (int64_t row = 0; row < block.height; ++row) leave(group, row, features);
+    });
+    return;
+  }
+  float *features = scratch(2, groups * size), *z = scratch(3, groups * z_size);
+  int64_t last = 2 * int64_t(layers.size()) + 1;
+  parallel(pool, last + 1, groups * block.height, [&](int64_t phase, int64_t i) {
+    int64_t group = i / block.height, row = i % block.height;
+    float *own = features + group * size, *own_z = z + group * z_size;
+    if (phase == 0) {
+      enter(group, row, own);
+    } else if (phase == last) {
+      leave(group, row, own);
+    } else if (phase % 2) {
+      bottleneck_row<W>(block, layers[phase / 2], row, own, own_z);
+    } else {
+      convolve_row<K>(block, layers[phase / 2 - 1], row, own_z, kernels + (phase / 2 - 1) * padded, own);
+    }
+  });
+}
+
+// The largest of a window's 3x3 convolutions: 2^halvings x 2^halvings pixels, P of them side by side at once.
+template <class T, int P, int K>
+void entry(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+           const float* kernel, int64_t features, int64_t window, T* out) {
+  int64_t groups = batch / kImages, out_height = height / window, out_width = width / window;
+  int64_t together = std::max<int64_t>(1, 8 / window);  // Rows of the result that share the rows of images they read.
+  int64_t bands = (out_height + together - 1) / together;
+  int64_t row_size = (width + 2) * channels * kImages, row_channels = 3 * channels;
+  parallel(pool, groups * bands, [&](int64_t task) {
+    int64_t group = task / bands, first = task % bands * together, last = std::min(first + together, out_height);
+    float* image = scratch(0, (together * window + 2) * row_size);  // With zeros around it.
+    float* largest = scratch(1, features * kImages);
+    for (int64_t row = first * window - 1; row <= last * window; ++row) {
+      float* to = image + (row - first * window + 1) * row_size;
+      if (row < 0 || row >= height) {
+        std::memset(to, 0, row_size * 4);
+        continue;
+      }
+      std::memset(to, 0, channels * kImages * 4);
+      std::memset(to + row_size - channels * kImages, 0, channels * kImages * 4);
+      gather(x + (group * kImages * height + row) * width * channels, height * width * channels, width * channels,
+             to + channels * kImages);
+    }
+    for (int64_t row = first; row < last; ++row)
+      for (int64_t column = 0; column < out_width; ++column) {
+        for (int64_t n = 0; n < features; n += K) {
+          Vector most[K];
+#pragma GCC unroll 12
+          for (int j = 0; j < K; ++j) most[j] = _mm512_set1_ps(-INFINITY);
+          for (int64_t r = (row - first) * window; r < (row - first + 1) * window; ++r)
+            for (int64_t c = column * window; c < (column + 1) * window; c += P) {
+              Vector values[P][K];
+#pragma GCC unroll 4
+              for (int i = 0; i < P; ++i)
+#pragma GCC unroll 12
+                for (int j = 0; j < K; ++j) values[i][j] = _mm512_setzero_ps();
+              for (int64_t dr = 0; dr < 3; ++dr)
+                product<0, P>(image + (r + dr) * row_size + c * channels * kImages, channels * kImages, kImages,
+                              kernel + dr * row_channels * features + n, features, row_channels, values);
+#pragma GCC unroll 4
+              for (int i = 0; i < P; ++i)
+#pragma GCC unroll 12
+                for (int j = 0; j < K; ++j) most[j] = _mm512_max_ps(most[j], values[i][j]);
+            }
+#pragma GCC unroll 12
+          for (int j = 0; j < K; ++j) store(largest + (n + j) * kImages, most[j]);
+        }
+        scatter(largest, features, out + ((group * kImages * out_height + row) * out_width + column) * features,
+                out_height * out_width * features);
+      }
+  });
+}
+
+// Means of relu(scale x + shift) over windows of rows x columns pixels.
+template <class T, class U>
+void pooled(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
+            const float* scale, const float* shift, int64_t rows, int64_t columns, U* out) {
+  int64_t out_height = height / rows, out_width = width / columns;
+  Vector share = _mm512_set1_ps(1.f / float(rows * columns));
+  parallel(pool, batch * out_height, [&](int64_t task) {
+    const T* from = x + task * rows * width * channels;
+    U* to = out + task * out_width * channels;
+    for (int64_t column = 0; column < out_width; ++column, from += columns * channels, to += channels)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        Mask mask = first_lanes(channels - c);
+        Vector factor = load(scale + c, mask), add = load(shift + c, mask), sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < columns; ++j) {
+            Vector value = _mm512_fmadd_ps(load(from + (i * width + j) * channels + c, mask), factor, add);
+            sum = _mm512_add_ps(sum, _mm512_max_ps(value, _mm512_setzero_ps()));
+          }
+        store(to + c, _mm512_mul_ps(sum, share), mask);
+      }
+  });
+}
+
+ffi::Error DenseBlock(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {
+  auto in = x.dimensions();
+  std::vector<Layer> layers;
+  int64_t bottleneck = 0, growth = 0;
+  for (size_t i = 0; i + 4 < parameters.size(); i += 5) {
+    const float* data[5];
+    int64_t channels = 0;
+    for (size_t j = 0; j < 5; ++j) {
+      In parameter = *parameters.get<ffi::AnyBuffer>(i + j);
+      data[j] = floats(parameter);
+      if (j == 0) channels = parameter.dimensions()[0];
+      if (j == 4) bottleneck = parameter.dimensions()[2], growth = parameter.dimensions()[3];
+    }
+    layers.push_back({data[0], data[1], data[2], data[3], data[4], channels});
+  }
+  int64_t padded = growth % 6 ? round_up(growth, 4) : growth;
+  Block block{in[1], in[2], int64_t(out->dimensions()[3]), bottleneck, growth, padded};
+  auto run = [&](auto function) { function(pool, block, as<Element>(x), in[0], in[3], layers, as<Element>(out)); };
+  if (bottleneck % 6) {
+    growth % 6 ? run(dense_block<Element, 4, 4>) : run(dense_block<Element, 4, 6>);
+  } else {
+    growth % 6 ? run(dense_block<Element, 6, 4>) : run(dense_block<Element, 6, 6>);
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error Entry(ffi::ThreadPool pool, In x, In kernel, Out out) {
+  auto in = x.dimensions(), to = out->dimensions();
+  int64_t window = in[1] / to[1];
+  auto run = [&](auto function) {
+    function(pool, as<Element>(x), in[0], in[1], in[2], in[3], floats(kernel), to[3], window, as<Element>(out));
+  };
+  if (to[3] % 12 == 0) {
+    window % 4 ? run(entry<Element, 2, 12>) : run(entry<Element, 4, 6>);
+  } else {
+    window % 4 ? run(entry<Element, 2, 4>) : run(entry<Element, 4, 4>);
+  }
+  return ffi::Error::Success();
+}
+
+template <class U>
+ffi::Error Pooled(ffi::ThreadPool pool, In x, In scale, In shift, Out out, int64_t rows, int64_t columns) {
+  auto in = x.dimensions();
+  pooled(pool, as<Element>(x), in[0], in[1], in[2], in[3], floats(scale), floats(shift), rows, columns, as<U>(out));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define ARG .Arg<ffi::AnyBuffer>()
+#define RET .Ret<ffi::AnyBuffer>()
+#define WINDOW .Attr<int64_t>("rows").Attr<int64_t>("columns")
+#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_dense_block, DenseBlock, BIND ARG.RemainingArgs() RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_entry, Entry, BIND ARG ARG RET);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_pooled, Pooled<Element>, BIND ARG ARG ARG RET WINDOW);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_averaged, Pooled<float>, BIND ARG ARG ARG RET WINDOW);
