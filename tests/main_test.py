@@ -238,3 +238,21 @@ def test_a_process_of_its_own(argument, message):
   )
   assert (result.returncode, result.stdout) == (2, '')
   assert result.stderr.startswith(f'error: {message}') and result.stderr.count('\n') == 1
+
+
+PACKAGE = CONFIGS.parent / 'paranet_jax'
+COMMANDS = ['main', 'pack', *sorted(path.parent.name for path in PACKAGE.glob('*/__main__.py'))]
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_the_help_of_a_command_needs_no_jax(tmp_path, name):
+  (tmp_path / 'jax.py').write_text('raise ImportError("not needed")')
+  result = subprocess.run(
+    [sys.executable, '-m', f'paranet_jax.{name}', '--help'],
+    cwd=CONFIGS.parent,
+    env=os.environ | {'PYTHONPATH': str(tmp_path)},
+    capture_output=True,
+    text=True,
+  )
+  assert (result.returncode, result.stderr) == (0, '')
+  assert result.stdout.lstrip().startswith(f'usage: python -m paranet_jax.{name} ')
