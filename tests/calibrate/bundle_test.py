@@ -143,6 +143,29 @@ def test_promises_of_a_bundle(whole, folder):
   assert f'sets that hold the right class: {covered}, with {plan.test["set_size"]:.2f} classes on average\n' in out
 
 
+@pytest.mark.parametrize(('flag', 'measured'), [('--reject=0.5', 'answered'), ('--coverage=0.8', 'covered')])
+def test_one_promise_alone(whole, folder, flag, measured):
+  out = calibrate(folder, whole / 'labeled', '--threshold=0.99', flag)
+  plan = read_plan(folder / 'tiny-2')
+  assert (plan.reject is None, plan.sets is None) == (measured != 'answered', measured != 'covered')
+  assert measured in plan.test and not {'answered', 'covered'} - {measured} & plan.test.keys()
+  assert ('wrong among them' in out) == (measured == 'answered') and ('sets that hold' in out) == (
+    measured != 'answered'
+  )
+
+
+def test_answers_that_are_wrong_however_sure(whole, folder):
+  for number in range(tiny_bundle.CLASSES):  # Each class has the images of the one before.
+    before = whole / f'labeled/class {(number - 1) % tiny_bundle.CLASSES}'
+    shutil.copytree(before, folder / f'images/class {number}')
+  flags = f'--bundle={folder / "tiny"}', f'--images={folder / "images"}', '--threshold=1', '--reject=0.1'
+  found, _ = refusal(folder, *flags)
+  assert found == (
+    'an error of 0.1 among the answers cannot be promised from 40 held-out images: the surest answers are wrong too '
+    'often; no bundle was written; raise --reject, let fewer images leave early, or set --images to more of them'
+  )
+
+
 def test_an_older_run_file_is_replaced_and_a_card_that_was_removed_is_not(whole, folder):
   (folder / 'tiny/README.md').unlink()
   (folder / 'tiny/run.py').write_text('# Knows no promises.\n')

@@ -32,6 +32,7 @@ FOUND = {
     row('net-dfs', 2, (61.5,), (1,), reduced=(EPOCHS, 'loss.own_channels: 0.0 -> 0.5')),
     row('net-dfs', 1, (40,), (0,), True, epoch=5.0),
     row('net-dfs', 2, (45,), (0,), True, epoch=5.0),
+    row('net-last', 2, (63,), (0,)),  # It trains no other exit.
     row('other-mixed', 1, (70,), (0,)),
     row('unrelated', 1, (99,)),
   ],
@@ -56,6 +57,7 @@ def test_one_table_for_each_network():
     ['plain', '0, 1', '30', '51.00 +- 1.50', '61.00 +- 1.50', ''],
     ['dfs', '1', '30', '53.00 (+1.00)', '61.50 (-0.50)', 'loss.own_channels: 0.0 -> 0.5'],
     ['dfs', '0', '**partial: 5 of 30**', '40.00', '45.00', ''],
+    ['last', '0', '30', '—', '63.00 (+3.00)', ''],
     ['method', 'seeds', 'epochs', 'exit 1', 'fields (default -> here)'],
     ['---'] * 5,
     ['multiply-adds, M', '', '', '12.3', ''],
