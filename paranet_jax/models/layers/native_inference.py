@@ -79,6 +79,8 @@ def block_kernels(shape: Sequence[int], channels: int, width: int, dtype: Any) -
     width: of the bottlenecks.
   """
   batch, *side, _ = shape
+  if not is_concrete(shape):
+    return None
   bytes_used = 4 * IMAGES * math.prod(side) * channels
   if batch % IMAGES or side[1] % 4 or width % 4 or bytes_used > MAX_BYTES:
     return None
@@ -88,6 +90,8 @@ def block_kernels(shape: Sequence[int], channels: int, width: int, dtype: Any) -
 def entry_kernels(shape: Sequence[int], features: int, halvings: int, dtype: Any) -> Kernels | None:
   """The kernels for `Kernels.entry` of images of this shape [B, H, W, C]; None: there are none for them."""
   batch, height, width, channels = shape
+  if not is_concrete(shape):
+    return None
   macs = max(batch, LARGE_BATCH) * math.prod(shape[1:]) * 9 * features
   strip = 4 * IMAGES * (width + 2) * channels * (max(8, 1 << halvings) + 2)
   if batch % IMAGES or not halvings or features % 4 or macs < MIN_MACS or strip > MAX_BYTES:
@@ -97,7 +101,12 @@ def entry_kernels(shape: Sequence[int], features: int, halvings: int, dtype: Any
 
 def pooling_kernels(shape: Sequence[int], dtype: Any) -> Kernels | None:
   """The kernels for `Kernels.pooled` and `Kernels.averaged` of features of this shape; None: there are none."""
-  return _kernels(dtype) if math.prod(shape) >= MIN_VALUES else None
+  return _kernels(dtype) if is_concrete(shape) and math.prod(shape) >= MIN_VALUES else None
+
+
+def is_concrete(shape: Sequence[int]) -> bool:
+  """Whether the batch has a size: what is exported for batches of any size runs where there are no kernels."""
+  return all(isinstance(size, int) for size in shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

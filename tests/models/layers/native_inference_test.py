@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def test_stem_equals_a_convolution_and_pools(batch, side, channels, features, ha
 )
 def test_other_stems_have_no_kernel(shape, features, halvings):
   assert native_inference.entry_kernels(shape, features, halvings, np.float32) is None
+
+
+def test_a_batch_of_any_size_has_no_kernel():
+  """What is exported runs where there are none."""
+  (batch,) = jax.export.symbolic_shape('batch')
+  shape = (16 * batch, 8, 8, 16)
+  assert native_inference.entry_kernels(shape, 24, 1, np.float32) is None
+  assert native_inference.pooling_kernels(shape, np.float32) is None
+  assert native_inference.block_kernels(shape, 40, 48, np.float32) is None
+  assert native_inference.block_kernels((16, *shape[1:]), 40, 48, np.float32)
 
 
 def activation(x, scale, shift):
