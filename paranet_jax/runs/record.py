@@ -159,9 +159,7 @@ class RunRecord:
     return self._retention.saves_after(step)
 
   def save(self, step: int, state: TrainState) -> None:
-    """Saves a checkpoint in the background, unless the latest one has this step."""
-    if step == self.saved_step:
-      return
+    """Saves a checkpoint in the background."""
     if self._checkpoints:
       self._checkpoints.save(step, state, {'seed': self.task.config.seed, 'wall_time_s': self._wall_time()})
     self.saved_step = step

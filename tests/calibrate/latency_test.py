@@ -56,12 +56,13 @@ def test_a_batch_takes_the_sizes_that_the_runtime_computes(timed, batch_size):
   assert timed == [(size, score, 7) for score in ('max_prob', None) for size in distinct]
 
 
-def test_a_stage_is_measured_with_the_ranking_after_it(monkeypatch):
+@pytest.mark.parametrize(('score', 'times'), [('entropy', 4), ('patience', 0)])  # Patience compares answers.
+def test_a_stage_is_measured_with_the_ranking_after_it(monkeypatch, score, times):
   ranked = []
   monkeypatch.setattr(latency, 'confidence', lambda logits, score: ranked.append((type(logits), score)))
-  costs = LatencyCosts(MODEL, VARIABLES, IMAGE, (1, 3), 1, score='entropy', runs=1)
+  costs = LatencyCosts(MODEL, VARIABLES, IMAGE, (1, 3), 1, score=score, runs=1)
   costs.cumulative((0, 1))
-  assert ranked == [(np.ndarray, 'entropy')] * 4  # Three warm-up runs and one; the last exit ranks nothing.
+  assert ranked == [(np.ndarray, score)] * times  # Three warm-up runs and one; the last exit ranks nothing.
 
 
 def test_the_measured_stage_is_the_stage():

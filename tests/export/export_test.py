@@ -243,6 +243,8 @@ def test_model_card_follows_the_formats(out, run, costs, formats, library, tags)
   assert metadata['library_name'] == library
   assert metadata['tags'] == [*tags, 'early-exit', 'image-classification']
   assert ('python run.py' in text) == ('onnx' in formats)
+  assert 'shows it in a browser' not in text
+  assert 'shows it in a browser' in model_card(run, run.exits, costs, bundle | {'web': ['index.html']})
   assert ("export.deserialize(Path('stage_1.stablehlo').read_bytes())" in text) == ('onnx' not in formats)
 
 
