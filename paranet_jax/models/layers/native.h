@@ -51,6 +51,9 @@ void store(BFloat16* to, Vector v, Mask mask) {  // Rounds to nearest, ties to e
 }
 void store(BFloat16* to, Vector v) { store(to, v, Mask(0xffff)); }
 
+// A NaN stays one: where an operand is NaN, the second is taken.
+Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
+
 void add_to(float* to, Vector v) { store(to, _mm512_add_ps(load(to), v)); }
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

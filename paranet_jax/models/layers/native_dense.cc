@@ -127,7 +127,7 @@ void bottleneck_tile(const T* x, int64_t count, int64_t stride, const float* sca
           Mask mask = first_lanes(depth - c);
           _mm_prefetch(reinterpret_cast<const char*>(row + kRows * stride + c), _MM_HINT_T1);
           Vector a = _mm512_fmadd_ps(load(row + c, mask), load(scale + first + c, mask), load(shift + first + c, mask));
-          store(panel + i * kDepth + c, _mm512_max_ps(a, _mm512_setzero_ps()));
+          store(panel + i * kDepth + c, relu(a));
         }
       }
       Vector out[M][N];
@@ -207,7 +207,7 @@ void activate(const Images& images, const T* z, int64_t count, const Normalizer&
 #pragma GCC unroll 8
         for (int v = 0; v < N; ++v) {
           Vector value = _mm512_fmadd_ps(_mm512_sub_ps(load(z + v * kLanes), mean[v]), factor[v], add[v]);
-          store(to + v * kLanes, _mm512_max_ps(value, _mm512_setzero_ps()));
+          store(to + v * kLanes, relu(value));
         }
     }
 }
@@ -575,7 +575,7 @@ void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, 
 #pragma GCC unroll 8
           for (int v = 0; v < N; ++v) {
             Vector value = _mm512_add_ps(load(tile + r * kWidth + v * kLanes), shift[v]);
-            store(to + v * kLanes, _mm512_max_ps(value, _mm512_setzero_ps()));
+            store(to + v * kLanes, relu(value));
           }
         }
       }

@@ -46,6 +46,11 @@ void transpose(Vector (&v)[kLanes]) {
   }
 }
 
+// A NaN of either stays one.
+Vector larger(Vector a, Vector b) {
+  return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+
 // `count` numbers of each of 16 images, `stride` apart, to vectors of 16 images.
 template <class T>
 void gather(const T* from, int64_t stride, int64_t count, float* to) {
@@ -111,7 +116,7 @@ void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const f
 #pragma GCC unroll 4
         for (int i = 0; i < kPixels; ++i) {
           Vector a = _mm512_fmadd_ps(load(x + (i * block.total + c) * kImages), scale, shift);
-          store(panel + (c * kPixels + i) * kImages, _mm512_max_ps(a, _mm512_setzero_ps()));
+          store(panel + (c * kPixels + i) * kImages, relu(a));
         }
       }
       for (int64_t n = 0; n < block.bottleneck; n += K) {
@@ -128,7 +133,7 @@ void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const f
 #pragma GCC unroll 4
           for (int i = 0; i < kPixels; ++i)
 #pragma GCC unroll 8
-            for (int j = 0; j < K; ++j) out[i][j] = _mm512_max_ps(out[i][j], _mm512_setzero_ps());
+            for (int j = 0; j < K; ++j) out[i][j] = relu(out[i][j]);
 #pragma GCC unroll 4
         for (int i = 0; i < kPixels; ++i)
 #pragma GCC unroll 8
@@ -273,7 +278,7 @@ void entry(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, int
 #pragma GCC unroll 4
               for (int i = 0; i < P; ++i)
 #pragma GCC unroll 12
-                for (int j = 0; j < K; ++j) most[j] = _mm512_max_ps(most[j], values[i][j]);
+                for (int j = 0; j < K; ++j) most[j] = larger(most[j], values[i][j]);
             }
 #pragma GCC unroll 12
           for (int j = 0; j < K; ++j) store(largest + (n + j) * kImages, most[j]);
@@ -300,7 +305,7 @@ void pooled(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, in
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < columns; ++j) {
             Vector value = _mm512_fmadd_ps(load(from + (i * width + j) * channels + c, mask), factor, add);
-            sum = _mm512_add_ps(sum, _mm512_max_ps(value, _mm512_setzero_ps()));
+            sum = _mm512_add_ps(sum, relu(value));
           }
         store(to + c, _mm512_mul_ps(sum, share), mask);
       }

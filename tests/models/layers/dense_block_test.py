@@ -218,6 +218,26 @@ def test_inference_by_kernels_has_a_gradient(shape, monkeypatch):
 
 
 @kernels_only
+@pytest.mark.parametrize('shape', ['kernels', 'images in vectors'])
+@pytest.mark.parametrize('train', [False, True])
+def test_kernels_hide_no_nan(shape, train):
+  """A ReLU that made them 0 would let a diverged network train on, and answer."""
+  module, variables, x, _ = problem(shape)
+  x = np.array(x)
+  x[3, 1, 2, 0] = np.nan
+
+  @jax.jit
+  def run(x):
+    features = as_features(x, train, None)
+    return block_of(module, None).apply(variables, features, train, mutable=['batch_stats'])[0].values
+
+  new = np.s_[..., x.shape[-1] :]
+  found = np.isnan(run(x))[new]
+  assert found[3, 1, 2].all()
+  np.testing.assert_array_equal(found, np.isnan(plain_block(variables, x, train)[0])[new])
+
+
+@kernels_only
 def test_an_image_has_the_same_bits_in_every_batch():
   """Also where threads share the rows of 16 images, instead of taking 16 images each."""
   module, variables, x, _ = problem('images in vectors')

@@ -78,6 +78,20 @@ def test_pools_equal_means_of_activations(batch, side, channels):
   close(jax.jit(functools.partial(averaged_activation, train=False))(x, scale, shift), expected)
 
 
+@pytest.mark.parametrize('place', [(3, 0, 0), (5, 2, 3), (5, 7, 7)])
+def test_a_nan_stays_one(place):
+  images, kernel, scale = drawn(16, 8, 8, 3), drawn(3, 3, 3, 24), drawn(3)
+  images[(*place, 1)] = np.nan
+  for halvings in (1, 2, 3):
+    found = np.isnan(stem(images, kernel, halvings))
+    np.testing.assert_array_equal(found, np.isnan(max_pooled_stem(images, kernel, halvings, train=True)))
+    assert found[place[0]].any()
+  for pooled in (pooled_activation, averaged_activation):
+    found = np.isnan(pooled(images, scale, scale, train=False))
+    np.testing.assert_array_equal(found, np.isnan(pooled(images, scale, scale, train=True)))
+    assert found.sum() == 1
+
+
 def test_bfloat16():
   images, kernel, scale = drawn(16, 8, 8, 3), drawn(3, 3, 3, 24), drawn(3)
   half = jnp.asarray(images, jnp.bfloat16)
