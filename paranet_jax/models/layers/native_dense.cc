@@ -220,21 +220,28 @@ void pad_kernel(const float* kernel, int64_t rows, int64_t growth, float* padded
       store(padded + (i * G + v) * kLanes, load(kernel + i * growth + v * kLanes, first_lanes(growth - v * kLanes)));
 }
 
-// The 3x3 convolution of h, a group of images with borders, by a kernel of `pad_kernel`.
+// The 3x3 convolution of h, images with borders, at tile_rows(G) positions, by a kernel of `pad_kernel`.
+template <int N, int G>
+void convolve_positions(const Images& images, const float* h, const float* kernel, int64_t first, float* values) {
+  constexpr int M = tile_rows(G);
+  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
+  Vector out[M][G];
+  clear(out);
+  for (int64_t dr = -1; dr <= 1; ++dr)
+    for (int64_t dc = -1; dc <= 1; ++dc)
+      product<M, G>(h + (first + dr * images.row + dc) * kWidth, kWidth, 1,
+                    kernel + ((dr + 1) * 3 + dc + 1) * kWidth * kOut, kOut, kWidth, out);
+  store_tile(values, kOut, out);
+}
+
+// The same at all positions of a group of images.
 template <int N, int G>
 void convolve_group(const Images& images, float* h, const float* kernel, float* values) {
   constexpr int M = tile_rows(G);
   constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
   std::memset(h + images.positions * kWidth, 0, M * kWidth * 4);
-  for (int64_t p = images.first; p < images.end; p += M) {
-    Vector out[M][G];
-    clear(out);
-    for (int64_t dr = -1; dr <= 1; ++dr)
-      for (int64_t dc = -1; dc <= 1; ++dc)
-        product<M, G>(h + (p + dr * images.row + dc) * kWidth, kWidth, 1,
-                      kernel + ((dr + 1) * 3 + dc + 1) * kWidth * kOut, kOut, kWidth, out);
-    store_tile(values + p * kOut, kOut, out);
-  }
+  for (int64_t p = images.first; p < images.end; p += M)
+    convolve_positions<N, G>(images, h, kernel, p, values + p * kOut);
 }
 
 template <class T, int N, int G>
@@ -540,53 +547,86 @@ struct InferenceLayer {
   int64_t channels;
 };
 
-// All layers of a few images after each other, whose features stay in the second cache.
+// All layers of a few images after each other, whose features stay in the second cache. Where that leaves threads
+// without images, all of them share the tiles of each pass.
 template <class T, int N, int G>
 void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
                int64_t growth, const std::vector<InferenceLayer>& layers, T* out, int64_t stride) {
   constexpr int M = tile_rows(G);
   constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
-  int64_t fair = (batch + pool.num_threads() - 1) / pool.num_threads() * height * width;  // Every thread has images.
+  int64_t threads = pool.num_threads(), count = layers.size();
+  int64_t fair = (batch + threads - 1) / threads * height * width;  // Every thread has images.
   Images images(batch, height, width, std::min({int64_t(256), std::max<int64_t>(64, (1 << 18) / stride), fair}));
-  Floats padded(int64_t(layers.size()) * 9 * kWidth * kOut);
-  parallel(pool, int64_t(layers.size()), [&](int64_t i) {
-    pad_kernel<G>(layers[i].kernel2, 9 * kWidth, growth, padded.data + i * 9 * kWidth * kOut);
+  bool shared = images.groups < threads;
+  int64_t group_pixels = images.together * height * width, chunks = (images.end - images.first + M - 1) / M;
+  int64_t tile_size = shared ? std::min(kRows, round_up((group_pixels + 2 * threads - 1) / (2 * threads), 8)) : kRows;
+  int64_t tiles = (group_pixels + tile_size - 1) / tile_size, h_size = (images.positions + M) * kWidth;
+  float* padded = scratch(5, count * 9 * kWidth * kOut);
+  parallel(pool, count, [&](int64_t i) {
+    pad_kernel<G>(layers[i].kernel2, 9 * kWidth, growth, padded + i * 9 * kWidth * kOut);
   });
-  parallel(pool, images.groups, [&](int64_t group) {
-    int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
-    int64_t pixel = begin * height * width, pixels = count * height * width;
-    float* tile = scratch(1, (kRows + 24) * kWidth);
-    float* h = scratch(2, (images.positions + M) * kWidth);
-    float* values = scratch(3, (images.positions + M) * kOut);
-    std::memset(h, 0, images.positions * kWidth * 4);  // The borders stay zero.
-    for (int64_t n = pixel; n < pixel + pixels; ++n)
+  auto pixels_of = [&](int64_t group) {
+    return std::min(images.together, batch - group * images.together) * height * width;
+  };
+  auto enter = [&](int64_t group, float* h) {
+    std::memset(h, 0, h_size * 4);  // The borders stay zero.
+    int64_t pixel = group * group_pixels;
+    for (int64_t n = pixel; n < pixel + pixels_of(group); ++n)
       std::memcpy(out + n * stride, x + n * channels, channels * sizeof(T));
-    for (size_t i = 0; i < layers.size(); ++i) {
-      const InferenceLayer& layer = layers[i];
-      Vector shift[N];
-      for (int v = 0; v < N; ++v) shift[v] = load(layer.shift2 + v * kLanes);
-      for (int64_t first = 0; first < pixels; first += kRows) {
-        int64_t rows = std::min(kRows, pixels - first);
-        bottleneck_tile<T, N>(out + (pixel + first) * stride, rows, stride, layer.scale, layer.shift, layer.channels,
-                              layer.kernel, tile);
-        for (int64_t r = 0; r < rows; ++r) {
-          int64_t n = first + r, row = n / width;
-          float* to = h + (images.place(row / height, row % height) + n % width) * kWidth;
+  };
+  auto bottleneck = [&](int64_t group, int64_t i, int64_t task, float* h) {
+    const InferenceLayer& layer = layers[i];
+    int64_t first = task * tile_size, rows = std::min(tile_size, pixels_of(group) - first);
+    float* tile = scratch(1, (kRows + 24) * kWidth);
+    Vector shift[N];
+    for (int v = 0; v < N; ++v) shift[v] = load(layer.shift2 + v * kLanes);
+    bottleneck_tile<T, N>(out + (group * group_pixels + first) * stride, rows, stride, layer.scale, layer.shift,
+                          layer.channels, layer.kernel, tile);
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t n = first + r, row = n / width;
+      float* to = h + (images.place(row / height, row % height) + n % width) * kWidth;
 #pragma GCC unroll 8
-          for (int v = 0; v < N; ++v) {
-            Vector value = _mm512_add_ps(load(tile + r * kWidth + v * kLanes), shift[v]);
-            store(to + v * kLanes, relu(value));
-          }
-        }
+      for (int v = 0; v < N; ++v) {
+        Vector value = _mm512_add_ps(load(tile + r * kWidth + v * kLanes), shift[v]);
+        store(to + v * kLanes, relu(value));
       }
-      convolve_group<N, G>(images, h, padded.data + int64_t(i) * 9 * kWidth * kOut, values);
-      for (int64_t n = 0; n < pixels; ++n) {
-        int64_t row = n / width;
-        const float* from = values + (images.place(row / height, row % height) + n % width) * kOut;
-        for (int v = 0; v < G; ++v)
-          store(out + (pixel + n) * stride + layer.channels + v * kLanes, load(from + v * kLanes),
-                first_lanes(growth - v * kLanes));
+    }
+  };
+  auto convolve = [&](int64_t group, int64_t i, int64_t chunk, const float* h) {
+    float* values = scratch(2, M * kOut);
+    int64_t first = images.first + chunk * M, last = std::min(first + M, images.end);
+    convolve_positions<N, G>(images, h, padded + i * 9 * kWidth * kOut, first, values);
+    for (int64_t p = first; p < last; ++p) {
+      int64_t column = p % images.row - 1, line = p / images.row - 1, row = line % (height + 1);
+      int64_t n = (line / (height + 1) * height + row) * width + column;
+      if (column < 0 || row == height || n >= pixels_of(group)) continue;
+      T* to = out + (group * group_pixels + n) * stride + layers[i].channels;
+      for (int v = 0; v < G; ++v)
+        store(to + v * kLanes, load(values + (p - first) * kOut + v * kLanes), first_lanes(growth - v * kLanes));
+    }
+  };
+  if (!shared) {
+    parallel(pool, images.groups, [&](int64_t group) {
+      float* h = scratch(3, h_size);
+      enter(group, h);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t task = 0; task * tile_size < pixels_of(group); ++task) bottleneck(group, i, task, h);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) convolve(group, i, chunk, h);
       }
+    });
+    return;
+  }
+  float* all = scratch(4, images.groups * h_size);
+  int64_t most = std::max(tiles, chunks);
+  parallel(pool, 2 * count + 1, images.groups * most, [&](int64_t phase, int64_t task) {
+    int64_t group = task / most, part = task % most, i = (phase - 1) / 2;
+    float* h = all + group * h_size;
+    if (phase == 0) {
+      if (part == 0) enter(group, h);
+    } else if (phase % 2) {
+      if (part * tile_size < pixels_of(group)) bottleneck(group, i, part, h);
+    } else if (part < chunks) {
+      convolve(group, i, part, h);
     }
   });
 }

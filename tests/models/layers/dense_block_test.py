@@ -29,6 +29,8 @@ SHAPES = {
   'many pixels': (64, 8, 6, 2, 3, 2),
   # A growth rate and a width that have kernels in C++, those of pretrained/, and channels that fill no vector.
   'kernels': (18, 8, 21, 3, 12, 4),
+  'kernels, one image': (1, 8, 21, 3, 12, 4),
+  'kernels, threads without images': (3, 4, 21, 3, 12, 4),
   # Batches that fill vectors with images: tiles of every size, more than a panel of channels, and 16 images for which
   # the threads share the rows of pixels.
   'images in vectors': (48, 4, 90, 3, 12, 4),
@@ -239,10 +241,11 @@ def test_kernels_hide_no_nan(shape, train):
 
 @kernels_only
 def test_an_image_has_the_same_bits_in_every_batch():
-  """Also where threads share the rows of 16 images, instead of taking 16 images each."""
+  """Also where threads share images, instead of taking some each; only whole vectors of images differ in their bits."""
   module, variables, x, _ = problem('images in vectors')
   run = jax.jit(lambda x: block_of(module, None).apply(variables, as_features(x, False, None), False).values)
   np.testing.assert_array_equal(run(x)[16:32], run(x[16:32]))
+  np.testing.assert_array_equal(run(x[:7])[4:5], run(x[4:5]))
 
 
 @kernels_only
