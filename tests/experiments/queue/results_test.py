@@ -152,20 +152,26 @@ def test_estimated_times(queue):
 def test_a_run_that_trains_now(queue, monkeypatch):
   monkeypatch.setattr(state, 'lock_holder', lambda folder: 'process 7 on here' if folder.name == 'plain-s2' else '')
   lines = status_table(read_queue(queue.path), queue.workdir, {}).splitlines()
-  assert re.split('  +', lines[3])[2:4] == ['running (process 7)', '2.0 of 4']
+  (line,) = (line for line in lines if line.startswith('plain-s2 '))
+  assert re.split('  +', line)[2:4] == ['running (process 7)', '2.0 of 4']
 
 
 def test_status_table(queue):
   read = read_queue(queue.path)
   queue.work(start=lambda *_: pytest.fail('trained'), cores=[])
   lines = status_table(read, queue.workdir, {'larger-s0': RunRecord([], '', None, failed='no data')}).splitlines()
-  assert [re.split('  +', line)[:5] for line in lines[:4]] == [
+  # All first seeds come first, then the second ones.
+  assert [line.split()[0] for line in lines[1:9]] == [
+    *('plain-s0', 'better-s3', 'larger-s0', 'plain-s1', 'better-s1', 'plain-s2', 'better-s2', 'better-s0')
+  ]
+  rows = [re.split('  +', line) for line in lines]
+  assert [rows[place][:5] for place in (0, 1, 4, 6)] == [
     ['run', 'priority', 'state', 'epoch', 'test accuracy (%)'],
     ['plain-s0', '100', 'finished', '4.0 of 4', '1: 14.00'],
     ['plain-s1', '100', 'finished', '4.0 of 4', '1: 15.00'],
     ['plain-s2', '100', 'stopped at step 20', '2.0 of 4', '1: 14.00'],
   ]
-  assert lines[3].endswith('1 min 04 s') and lines[4].split()[2] == 'waiting'
+  assert rows[6][5] == '1 min 04 s' and rows[2][2] == 'waiting'
   assert lines[-2] == 'larger-s0 failed: no data' and lines[-1].startswith('left: ')
 
 
