@@ -77,6 +77,8 @@ FIELDS: Fields = {
   # Squared error of matching: 'mean' over the classes, or 'half_sum', half their sum (Ba and Caruana 2014).
   'loss.match_scale': Field('mean', one_of('mean', 'half_sum')),
   'loss.match_centered': Field(False),  # Subtract from the logits of an image their mean before the squared error.
+  # Exits of a frozen backbone match the mean of the last exit's logits for an image and for its mirror image.
+  'loss.match_mirrored': Field(False),
   'loss.match_from_epoch': Field(0.0, at_least(0)),  # Epoch from which exits match others; 0: from the start.
   # What exits that match later learn from before: 'labels' or 'nothing'.
   'loss.match_before': Field('labels', one_of('labels', 'nothing')),

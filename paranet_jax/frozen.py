@@ -85,6 +85,7 @@ def make_exits_step(
   kept: bool,
   labeled: bool = True,
   shift: float = 0.0,
+  match_mirrored: bool = False,
 ) -> Callable:
   """Makes the body of a training step of the exits alone (see `steps.make_train_step`).
 
@@ -95,6 +96,7 @@ def make_exits_step(
       the mirrored images, if images are mirrored.
     labeled: whether images have labels; otherwise the metrics have each exit's agreement with the last one.
     shift: of kept features, as a share of their side.
+    match_mirrored: exits learn from the mean of the last exit's logits for an image and for its mirror image.
   """
   model = model.clone(axis_name=axis_name)
   last = model.num_exits
@@ -137,11 +139,15 @@ def make_exits_step(
     first = jax.lax.axis_index(axis_name) * local_size if axis_name else 0
     keys = image_keys(state.seed, epoch, step, first + jnp.arange(local_size))
     if kept:
-      features = vary(keys, features, preprocessing.flip, shift)
+      features = vary(keys, features, preprocessing.flip, shift, match_mirrored)
     else:
       features, labels = augmented(keys, features, labels, preprocessing, model.num_classes, axis_name)
       variables = {'params': state.params, 'batch_stats': state.batch_stats}
-      features = jax.lax.stop_gradient(features_of(model, variables, features, trained))
+      batch, features = features, features_of(model, variables, features, trained)
+      if match_mirrored:
+        mirrored = features_of(model, variables, batch[:, :, ::-1], ())
+        features[LOGITS] = (features[LOGITS] + mirrored[LOGITS]) / 2
+      features = jax.lax.stop_gradient(features)
     own = learning(state.params, frozen)
     rngs = model_rngs(model, state.seed, state.step)
     gradients, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(own, state, features, labels, rngs)
@@ -155,7 +161,9 @@ def make_exits_step(
   return exits_step
 
 
-def vary(keys: Key[Array, ' B'], features: Features, mirrored: bool, shift: float) -> Features:
+def vary(
+  keys: Key[Array, ' B'], features: Features, mirrored: bool, shift: float, match_mirrored: bool = False
+) -> Features:
   """Draws which of an image's features a step reads, the mirrored ones or not, and shifts them.
 
   A shifted image has shifted features, except at its border, and nearly the same logits.
@@ -164,7 +172,10 @@ def vary(keys: Key[Array, ' B'], features: Features, mirrored: bool, shift: floa
     keys: one per image.
     features: [B, 2, ...] if `mirrored`, else [B, ...].
     shift: at most, as a share of the side; the border that it uncovers is 0.
+    match_mirrored: both images of a mirrored pair have the mean of their logits.
   """
+  if match_mirrored:
+    features = features | {LOGITS: jnp.broadcast_to(features[LOGITS].mean(1, keepdims=True), features[LOGITS].shape)}
 
   def one(key: jax.Array, own: Features) -> Features:
     flip_key, shift_key = jax.random.split(key)

@@ -176,6 +176,7 @@ class Task:
         kept=self.keeps_features,
         labeled=self.labeled,
         shift=self.config.train.feature_shift,
+        match_mirrored=self.config.loss.match_mirrored,
       )
     whole, loss = phase.targets == self.targets, self.config.loss
     return make_train_step(
@@ -321,6 +322,12 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     raise UserError(
       f"train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
       f"'adopted' or 'resnet'), found {config.model.family!r}; set --config.train.regime, or another --config"
+    )
+  if config.loss.match_mirrored and not (task.frozen and targets[-1] == GIVEN and dataset.flip):
+    raise UserError(
+      f"loss.match_mirrored needs train.regime 'exits', a last exit that came trained and mirrored images, found "
+      f'{config.train.regime!r} and data.flip {dataset.flip}; set --config.loss.match_mirrored=False, or '
+      '--config.data.flip=True'
     )
   if config.loss.own_channels and not hands_on_features(model):
     raise UserError(

@@ -57,6 +57,7 @@ BOUNDS = {
   'model.local_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.global_drop_path': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'model.head': (('mlp', ''), ('linear', 'bn_relu', 'conv', 'class_token', 'blocks')),
+  'model.copies': ((0, -1, 1001), (1, 3)),
   'model.last': (('', 'none'), ('own', 'new')),
   'model.num_classes': ((1, 0, -3), (2,)),
   'model.image_side': ((0, -8, 10_001), (1, 10_000)),
@@ -213,7 +214,7 @@ def test_the_bound_on_parameters_is_below_them(family):
 
 DERIVED = {
   *('model.blocks', 'model.halvings', 'model.cascade', 'model.num_classes', 'model.scan_layers', 'model.stem_channels'),
-  'model.head',
+  *('model.head', 'model.copies'),
   *('data.streaming', 'data.workers', 'data.short_side'),
   *('data.crop_padding', 'data.flip', 'loss.exit_weights', 'train.drop_epochs', 'train.backbone_epochs'),
 }

@@ -274,6 +274,7 @@ FIELDS = {
   'loss.matching': (objective, 'kl', MATCHING),
   'loss.match_scale': (objective, 'half_sum', MATCHING),
   'loss.match_centered': (objective, True, MATCHING),
+  'loss.match_mirrored': (kept, True, EXITS | {'data.flip': True}),
   'loss.match_from_epoch': (phases, 1.0, MATCHING),
   'loss.match_before': (phases, 'nothing', MATCHING | {'loss.match_from_epoch': 1.0}),
   'loss.teacher': (beside, 'average', MATCHING | {'train.average': 0.9}),

@@ -44,9 +44,11 @@ def kept(kind='float32'):
   return keep_features(MODEL, VARIABLES, tiny.PLAIN, Split(IMAGES, NAMES), KEPT[kind], 3, 'training')
 
 
-def trained(targets, images, steps=3, labeled=True, preprocessing=tiny.PLAIN, **options):
+def trained(targets, images, steps=3, labeled=True, preprocessing=tiny.PLAIN, match_mirrored=False, **options):
   objective = Objective((*targets, None), (1.0, 2.0, 1.0), **options)
-  make = functools.partial(make_exits_step, frozen=FROZEN, kept=isinstance(images, dict), labeled=labeled)
+  make = functools.partial(
+    make_exits_step, frozen=FROZEN, kept=isinstance(images, dict), labeled=labeled, match_mirrored=match_mirrored
+  )
   step = jax.jit(make(MODEL, OPTIMIZER, objective, preprocessing))
   found, totals = state(lambda params: learning(params, FROZEN)), zero_totals((*targets, None), labeled)
   for _ in range(steps):
@@ -108,6 +110,26 @@ def test_mirrored_images_are_kept_too():
     taken = [np.array_equal(own, each[1]) for own, each in zip(drawn[number], both[number], strict=True)]
     assert taken == [not np.array_equal(own, each[0]) for own, each in zip(drawn[number], both[number], strict=True)]
     assert 0 < sum(taken) < 8
+
+
+def test_exits_match_the_mean_of_both_mirror_images(monkeypatch):
+  pairs = {1: np.zeros((8, 2, 4)), LOGITS: np.random.default_rng(0).normal(size=(8, 2, 3))}
+  drawn = vary(jax.random.split(jax.random.key(0), 8), pairs, mirrored=True, shift=0.0, match_mirrored=True)
+  np.testing.assert_allclose(drawn[LOGITS], pairs[LOGITS].mean(1), rtol=1e-6)
+
+  # The same where features are computed in the step, with a last exit that tells images from their mirror images.
+  plain = frozen_lib.features_of
+
+  def features_of(model, variables, images, exits):
+    found = plain(model, variables, images, exits)
+    return found | {LOGITS: found[LOGITS] + images[:, 0, 0]}
+
+  features, pixels = kept(), (IMAGES / np.float32(255) - tiny.PLAIN.mean) / tiny.PLAIN.std
+  features[LOGITS] = features[LOGITS] + (pixels[:, 0, 0] + pixels[:, 0, -1]) / 2
+  expected, _ = trained((3, 3), features)
+  monkeypatch.setattr(frozen_lib, 'features_of', features_of)
+  found, _ = trained((3, 3), IMAGES, match_mirrored=True)
+  chex.assert_trees_all_close(found.params, expected.params, rtol=1e-4, atol=1e-6)
 
 
 def test_features_are_shifted_as_their_images_would_be():

@@ -126,6 +126,21 @@ def test_images_that_are_mirrored_in_turn_must_be_in_memory():
   )
 
 
+def test_mirror_images_are_matched_where_images_are_mirrored():
+  given = config()
+  given.loss.match_mirrored = given.data.flip = True
+  for regime, flip in (('joint', True), ('exits', False)):
+    if regime == 'exits':
+      given = config('net', 'resnet', regime=regime)
+      given.init_from, given.model.exits, given.loss.match_mirrored = 'weights.th', 'stages', True
+    with pytest.raises(UserError) as error:
+      build_task(given)
+    assert str(error.value) == (
+      "loss.match_mirrored needs train.regime 'exits', a last exit that came trained and mirrored images, found "
+      f"'{regime}' and data.flip {flip}; set --config.loss.match_mirrored=False, or --config.data.flip=True"
+    )
+
+
 def test_phases_follow_the_epochs():
   ends = {
     (regime, epochs): [phase.end for phase in build_task(config(regime=regime, backbone_epochs=epochs)).phases]

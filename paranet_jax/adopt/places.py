@@ -12,11 +12,12 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.network import AdoptedNetwork
 
-SHARES: dict[str, tuple[float, ...]] = {'blocks': (0.22, 0.64, 0.81)}
+SHARES: dict[str, tuple[float, ...]] = {'blocks': (0.32, 0.62, 0.81)}
 OTHER_SHARES = (0.25, 0.45, 0.7)
 """Shares of the multiply-adds near which exits are suggested, by kind of head and for the other kinds.
 
-Copied blocks make good exits early, but a path to the last exit pays for all of them."""
+Copied blocks make good exits early, but a path to the last exit pays for all of them: the first exit should be one at
+which most images can leave."""
 
 
 class Place(NamedTuple):
@@ -44,7 +45,9 @@ def find_places(architecture: Architecture, num_classes: int, head: str) -> list
     UserError: this kind cannot read the features.
   """
   names, side = architecture.places[:-1], architecture.preprocessing.side
-  model = AdoptedNetwork(num_classes, side, arch=architecture.name, exits=names, head=head)
+  model = AdoptedNetwork(
+    num_classes, side, arch=architecture.name, exits=names, head=head, copies=architecture.adopt_copies
+  )
 
   def features(variables, image):
     carry: Any = {}

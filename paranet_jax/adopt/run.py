@@ -35,16 +35,21 @@ class Recipe(NamedTuple):
     epochs: passes over the images.
     steps: at least this many are made, because a small folder needs more passes.
     learning_rate: peak of the schedule.
-    mirrored: whether they also learn from the mirrored images.
+    mirrored: whether they also learn from the mirrored images, and match the mean of what both give.
+    shift: of kept features, as a share of their side.
+    matching, temperature: how they match the last exit.
   """
 
   epochs: float
   steps: int
   learning_rate: float
   mirrored: bool
+  shift: float = 0.0
+  matching: str = 'squared_error'
+  temperature: float = 4.0
 
 
-RECIPES = {'blocks': Recipe(9.0, 500, 0.05, True)}
+RECIPES = {'blocks': Recipe(7.0, 430, 0.05, mirrored=True, shift=1 / 16, matching='kl', temperature=2.0)}
 """By kind of head. Copied blocks start near a solution, so they need few passes, each of which takes longer."""
 OTHER_RECIPE = Recipe(30.0, 2000, 0.1, False)
 """Of the other kinds."""
@@ -120,12 +125,18 @@ def configure(given: argparse.Namespace, architecture: Architecture, weights: Pa
     arch=given.arch,
     exits=given.exits,
     head=given.head,
+    copies=architecture.adopt_copies if given.head == 'blocks' else None,
     last='new' if given.classes else 'own',
     num_classes=num_classes,
     image_side=prepared.side,
   )
   config.data.update(short_side=prepared.resize, interpolation=prepared.interpolation)
-  config.train.update(regime='exits', exit_targets=given.targets or 'last')
+  config.train.update(regime='exits', exit_targets=given.targets or 'last', feature_shift=recipe.shift)
+  config.loss.update(
+    matching=recipe.matching,
+    temperature=recipe.temperature,
+    match_mirrored=recipe.mirrored and not given.classes and given.targets != 'labels',
+  )
   _learn(config, given, recipe)
   config.checkpoint.every_steps = 10_000  # A run of a few minutes; one that is stopped saves itself.
   return config

@@ -187,6 +187,8 @@ _ADOPTED: Fields = {
   # 'class_token' (norm-linear of the first token) or 'blocks' (copies of later blocks of the network), for the exits
   # before the last one; None: the architecture's own.
   'head': derived(str, one_of(*ADOPTED_HEADS)),
+  # Blocks of each shape that a head 'blocks' copies, if the network has as many; None: one, but three in all.
+  'copies': derived(int, at_least(1, 1000)),
   # The last exit: the network's 'own' classifier, or a 'new' one, for other classes.
   'last': Field('own', one_of('own', 'new')),
 }

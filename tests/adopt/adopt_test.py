@@ -1,5 +1,6 @@
 """The command `adopt`: from a PyTorch file and images to a run, and what it refuses."""
 
+import argparse
 import json
 import signal
 
@@ -11,8 +12,10 @@ from PIL import Image
 from running import run_command
 from tensor_files import safetensors_bytes
 
+from paranet_jax import config as config_lib
 from paranet_jax import task, train
 from paranet_jax.adopt.__main__ import main
+from paranet_jax.adopt.run import configure
 from paranet_jax.early.loaded_run import load
 from paranet_jax.frozen import keep_features
 from paranet_jax.host.files import write_json
@@ -77,6 +80,26 @@ def test_from_weights_and_images_to_a_run(tiny, outputs):
     np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
   lines = [json.loads(line) for line in (tiny / 'run' / 'metrics.jsonl').read_text().splitlines()]
   assert {line['split'] for line in lines} == {'train', 'held_out', 'test'}
+
+
+@pytest.mark.parametrize(
+  ('head', 'targets', 'expected'),
+  [
+    ('blocks', None, (3, 'kl', True, True)),
+    ('blocks', 'labels', (3, 'kl', True, False)),
+    ('conv', None, (None, 'squared_error', False, False)),
+  ],
+)
+def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
+  images, data = (None, 'sorted') if targets else ('images', None)
+  given = argparse.Namespace(
+    arch='cifar_resnet8', exits='layer1', head=head, targets=targets, classes=False, images=images, data=data
+  )
+  config = configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10)
+  config_lib.validate(config)
+  found = config.model.copies, config.loss.matching, config.data.flip, config.loss.match_mirrored
+  assert found == expected
+  assert bool(config.train.feature_shift) == (head == 'blocks')
 
 
 def test_nothing_is_left_to_do(tiny, outputs):

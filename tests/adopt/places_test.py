@@ -37,7 +37,7 @@ def test_places_have_shapes_and_shares(tiny):
     ((0.1, 0.26, 0.3, 0.46, 0.69, 0.9), 'conv', 'bde'),
     ((0.1, 0.2, 0.3), 'linear', 'bc'),
     ((0.9,), 'conv', 'a'),
-    ((0.1, 0.21, 0.3, 0.62, 0.69, 0.81), 'blocks', 'bdf'),
+    ((0.1, 0.21, 0.33, 0.62, 0.69, 0.81), 'blocks', 'cdf'),
   ],
 )
 def test_the_suggestion_is_nearest_to_three_shares(shares, head, chosen):

@@ -76,6 +76,7 @@ FIELDS = {
     'arch': ('cifar_resnet26', {}),
     'exits': ('layer1', {}),
     'head': ('linear', {'exits': 'layer1'}),
+    'copies': (2, {'exits': 'layer1', 'head': 'blocks'}),
     'last': ('new', {}),
   },
 }

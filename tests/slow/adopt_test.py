@@ -25,7 +25,7 @@ DATA = Path(os.environ.get('PARANET_DATA_DIR', '')).parent
 IMAGES, WEIGHTS = DATA / 'cifar10_jpeg.tar.gz', DATA / 'cifar_resnets' / 'resnet56.th'
 FIXTURES = Path(__file__).resolve().parents[1] / 'fixtures' / 'pytorch'
 SECONDS = 900
-"""On 2 shared cores of an Intel Xeon, where it took 12 minutes of processor time."""
+"""For 2 shared cores. With both cores of an AMD EPYC it takes between 5 and 6 minutes."""
 
 
 @pytest.mark.skipif(
@@ -68,9 +68,9 @@ def test_exits_are_learned_without_labels(tmp_path):
     assert run_command(calibrate, f'--workdir={run}', f'--budget={round(whole * share)}').code == 0
     answers = EarlyExit.load(run).predict(images)
     measured[share] = (answers.labels == labels).mean(), answers.macs.mean() / whole
-  # Measured: 79.42 % and 82.32 %, of 83.20 %.
-  assert measured[0.5][0] >= of_last - 0.045 and measured[0.5][1] < 0.53, measured
-  assert measured[0.7][0] >= of_last - 0.015 and measured[0.7][1] < 0.73, measured
+  # Measured: 81.98 % at 51.0 % and 83.55 % at 70.9 %, of 83.20 %.
+  assert measured[0.5][0] >= of_last - 0.02 and measured[0.5][1] < 0.53, measured
+  assert measured[0.7][0] >= of_last - 0.005 and measured[0.7][1] < 0.73, measured
 
 
 def early_logits(run, images):

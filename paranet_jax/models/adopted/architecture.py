@@ -65,6 +65,7 @@ class Architecture:
     class_names: whose classes these are: 'imagenet', 'cifar10', or None.
     head: the kind of head that its exits have by default (see `heads.py`).
     adopt_head: the kind that the command `adopt` gives them by default; None: `head`.
+    adopt_copies: blocks of each shape that a head 'blocks' then has; None: as few as possible.
     patch: pixels of which the side of images is a multiple.
     renames: regular expressions and replacements, each applied to the names of a file's tensors, in order.
   """
@@ -76,6 +77,7 @@ class Architecture:
   class_names: str | None = 'imagenet'
   head: str = 'conv'
   adopt_head: str | None = None
+  adopt_copies: int | None = None
   patch: int = 1
   renames: tuple[tuple[str, str], ...] = ()
 

@@ -20,7 +20,7 @@ CONV_WIDTH = 128
 """Channels of the convolution of a head 'conv'."""
 CONV_SIDE = 16
 """The largest side, in pixels, of the features that a head 'conv' reads; larger ones are averaged to it."""
-COPIES = 3
+LEAST_COPIES = 3
 """Blocks that a head 'blocks' has at least, if one of them changes the shape and as many follow."""
 COPIED = 'blocks'
 """The module of a head whose parameters start as those of the network that have the same names."""
@@ -106,7 +106,7 @@ class ClassTokenHead(Head):
 class BlocksHead(Head):
   """Later blocks of the network itself, those that change the features' shape and the last one, and its classifier.
 
-  If there are fewer than COPIES, those that follow the last change of the shape are added.
+  Without `copies`, those that follow the last change of the shape are added if there are fewer than LEAST_COPIES.
 
   They start as copies of the network's own (see `runs.init_from`), and then learn. The blocks that are left out keep
   the shape: in a residual network they refine what they read, and so the copies start near a solution.
@@ -114,14 +114,16 @@ class BlocksHead(Head):
   Attributes:
     arch: name of the architecture.
     after: number of the stage that the exit follows.
+    copies: blocks of each later shape, if there are as many.
   """
 
   arch: str
   after: int
+  copies: int | None = None
 
   @nn.compact
   def __call__(self, x: Any, mode: Mode) -> Logits:
-    return OwnBlocks(self.num_classes, self.arch, self.after, name=COPIED)(x, mode)
+    return OwnBlocks(self.num_classes, self.arch, self.after, self.copies, name=COPIED)(x, mode)
 
 
 class OwnBlocks(nn.Module):
@@ -130,11 +132,12 @@ class OwnBlocks(nn.Module):
   num_classes: int
   arch: str
   after: int
+  copies: int | None
 
   @nn.compact
   def __call__(self, x: Any, mode: Mode) -> Logits:
     parts = find_architecture(self.arch).build(self.num_classes)
-    for number in _needed_stages(self.arch, self.after, tuple(x.shape[1:])):
+    for number in _needed_stages(self.arch, self.after, tuple(x.shape[1:]), self.copies):
       x = parts.stages[number][1](x, mode)
     return parts.classifier(x, mode).astype(jnp.float32)
 
@@ -151,16 +154,24 @@ class _Stage(nn.Module):
 
 
 @functools.lru_cache(maxsize=256)
-def _needed_stages(arch: str, after: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _needed_stages(arch: str, after: int, shape: tuple[int, ...], copies: int | None) -> tuple[int, ...]:
   """Numbers, from 0, of the later stages that a head after stage `after` has copies of (see `BlocksHead`)."""
-  last, needed = len(find_architecture(arch).places) - 1, []
+  last, changes = len(find_architecture(arch).places) - 1, []
   for number in range(after, last + 1):
     before, shape = shape, _shape_after(arch, number, shape)
     if shape != before:
-      needed.append(number)
-  if needed:  # Else what the exit reads is nearly what the classifier does, and one is enough.
-    needed += range(needed[-1] + 1, min(needed[-1] + COPIES - len(needed), last))
-  return tuple(sorted({*needed, last}))
+      changes.append(number)
+  needed = {*changes, last}
+  if not changes:  # What the exit reads is nearly what the classifier does, and one is enough.
+    return (last,)
+  if copies is None:
+    needed |= set(range(changes[-1] + 1, min(changes[-1] + LEAST_COPIES - len(changes), last)))
+    return tuple(sorted(needed))
+  ends = (*changes[1:], last + 1)
+  for first, end in zip(changes, ends, strict=True):
+    own = copies - (end == last + 1)  # The last block is one of those of the last shape.
+    needed |= set(range(first, min(first + own, end)))
+  return tuple(sorted(needed))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -22,6 +22,7 @@ class AdoptedNetwork(Chain):
     arch: name of the architecture.
     exits: ascending places of the exits before the last one.
     head: kind of head of these exits (see `heads.py`); None: the architecture's default.
+    copies: blocks of each shape in a head 'blocks'; None: as few as possible.
     last: 'own': the last exit is the network's own classifier; 'new': it is replaced by pool-linear.
 
   Raises:
@@ -37,6 +38,7 @@ class AdoptedNetwork(Chain):
   arch: str = 'cifar_resnet20'
   exits: tuple[str, ...] = ()
   head: str | None = None
+  copies: int | None = None
   last: str = 'own'
 
   exits_apart = True
@@ -92,7 +94,8 @@ class AdoptedNetwork(Chain):
     """An added head, or the network's own classifier."""
     mode, name = Mode(train, self.axis_name), f'exit_{number}'
     if (head := self._head(number)) is BlocksHead:
-      return BlocksHead(self.num_classes, self.arch, self.exit_positions[number - 1], name=name)(x, mode)
+      after = self.exit_positions[number - 1]
+      return BlocksHead(self.num_classes, self.arch, after, self.copies, name=name)(x, mode)
     if head:
       return head(self.num_classes, name=name)(x, mode)
     return self.parts.classifier(x, mode).astype(jnp.float32)

@@ -42,6 +42,18 @@ def test_what_changes_the_shape_and_the_last_block_are_copied(tiny):
   assert modules_of(3, **longer) == {'layer3.3', 'linear'}
 
 
+def test_more_blocks_of_each_shape_are_copied(tiny):
+  fields = {'arch': 'cifar_resnet26', 'exits': ('layer1.0', 'layer2.2', 'layer3.0')}
+  assert modules_of(1, copies=1, **fields) == {'layer2.0', 'layer3.0', 'layer3.3', 'linear'}
+  assert modules_of(2, copies=1, **fields) == {'layer3.0', 'layer3.3', 'linear'}
+  three = {'layer3.0', 'layer3.1', 'layer3.3', 'linear'}
+  assert modules_of(1, copies=3, **fields) == three | {f'layer2.{number}' for number in range(3)}
+  assert modules_of(2, copies=3, **fields) == three
+  every = {f'layer{group}.{number}' for group in (2, 3) for number in range(4)}
+  assert modules_of(1, copies=9, **fields) == every | {'linear'}
+  assert modules_of(3, copies=9, **fields) == {'layer3.3', 'linear'}
+
+
 def test_tokens_keep_their_shape_and_so_only_the_last_block_is_copied(monkeypatch):
   small = small_architectures.register(monkeypatch, 'vit')
   fields = {'arch': small.name, 'exits': small.places[:1], 'image_side': 32}
