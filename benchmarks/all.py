@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import tables
 from benchmarks.peers import EAGER, PACKAGES, TORCH_PEERS
+from paranet_jax.display.tables import ABSENT
 from paranet_jax.experiments import markdown
 from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError, exit_code, say
@@ -210,20 +211,23 @@ def deploy(result: Result) -> str:
 
 def service(result: Result) -> str:
   """The service at saturation beside run.py, then its latency at each rate, in times of a batch."""
-  lines = [
-    ['single images at saturation, images/s', _number(result['service_per_s'])],
-    ['run.py, decoding and predicting the same files in batches, images/s', _number(result['run_per_s'])],
-    ['share', _number(result['share_of_run'])],
-    ['a batch of 64 by run.py, without decoding, ms', _number(result['batch_ms'])],
-    ['its watch (`--watch`), % of that', _number(result['watch_percent'])],
-    ['one image by run.py, ms', _number(result['image_ms'])],
-    ['its watch, % of that', _number(result['watch_image_percent'])],
-  ]
-  for row in result['rows']:
-    p99 = row['answered_p99_ms']
-    latency = f'{_number(p99)}, {_number(p99 / result["batch_ms"])}'
-    lines.append([f'99th percentile at {row["offered_per_s"]:.0f} images/s, ms and batches', latency])
-  return markdown.table(('what', 'PN3-ddd of pretrained/'), lines)
+  named = {
+    'single images at saturation, images/s': 'service_per_s',
+    'run.py, decoding and predicting the same files in batches, images/s': 'run_per_s',
+    'share': 'share_of_run',
+    'a batch of 64 by run.py, without decoding, ms': 'batch_ms',
+    'its watch (`--watch`), % of that': 'watch_percent',
+    'one image by run.py, ms': 'image_ms',
+    'its watch, % of that': 'watch_image_percent',
+  }
+  rows = result['rows']
+  lines = [[what, *(_number(row.get(field)) for row in rows)] for what, field in named.items()]
+  for rates in zip(*(row['rates'] for row in rows), strict=True):
+    offered = ' and '.join(f'{rate["offered_per_s"]:,.0f}' for rate in rates)
+    latencies = [(rate['answered_p99_ms'], row['batch_ms']) for rate, row in zip(rates, rows, strict=True)]
+    told = [f'{_number(p99)}, {_number(p99 / batch)}' for p99, batch in latencies]
+    lines.append([f'99th percentile at {offered} images/s, ms and batches', *told])
+  return markdown.table(('what', *(row['what'] for row in rows)), lines)
 
 
 def first_step(result: Result) -> str:
@@ -297,7 +301,9 @@ def _faster(ours: float, theirs: float, unit: str) -> float:
   return theirs / ours if unit == 'ms' else ours / theirs
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+  if value is None:
+    return ABSENT
   return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
 
 

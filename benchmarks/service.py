@@ -1,11 +1,14 @@
-"""The service beside the bundle's own `run.py`, on requests of single images: of `--bundle=DIR` or else `pretrained/`.
+"""The service beside the bundle's own `run.py`, on requests of single images.
+
+Of `--bundle=DIR`, or else of two: `pretrained/`, so small that HTTP and decoding take longer than the network, and the
+paper's PN3-ddd with random weights and a budget of 50 %. For each a row.
 
 First at saturation: so many `--connections` send their next image as soon as they have an answer. Then run.py in a
 process of its own decodes the same files and predicts them in batches of 64; `share_of_run` compares both, `batch_ms`
 and `image_ms` are what run.py takes to predict a batch and one image, `watch_percent` and `watch_image_percent` what
-its watch takes for the answers, of that. The two alternate `--rounds` times; medians. Then each `--rate`, by default
-half of what was answered: requests start at fixed times, whether or not it keeps up, each on an idle connection or a
-new one. What sends is a process of its own, on the same cores.
+the watch of a calibrated bundle takes for the answers, of that. The two alternate `--rounds` times; medians. Then each
+`--rate`, by default half of what was answered: requests start at fixed times, whether or not it keeps up, each on an
+idle connection or a new one. What sends is a process of its own, on the same cores.
 
 Latencies are from the start of a request to its answer: for those answered (200) and those refused (503).
 `sent_late_p99_ms` says how late requests started: if it is large, this machine is too slow to offer that rate.
@@ -54,27 +57,33 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   parser = cli.Parser(__doc__)
   parser.add_seconds()
-  parser.add_argument('--bundle', type=Path, help='an exported bundle (default: exports pretrained/)')
+  parser.add_argument('--bundle', type=Path, help='an exported bundle (default: two, see above)')
   parser.add_rounds(3)
-  parser.add_argument('--connections', type=positive, default=192, help='at saturation (default: 192)')
+  parser.add_argument('--connections', type=positive, default=128, help='at saturation (default: 128)')
   parser.add_argument('--rate', type=float, action='append', default=[], help='requests per second; may be repeated')
   parser.add_argument('--serve', default='', help='more flags of serve.py')
   return cli.run(parser, measure, argv)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-  """Images/s at saturation and by run.py, `share_of_run`, `batch_ms`, and a row for each rate."""
+  """`rows`: for each bundle images/s at saturation and by run.py, `share_of_run`, `batch_ms`, and `rates`."""
   if options.bundle:
-    return _measure(options, options.bundle)
+    return {'rows': [_measure(options, options.bundle, str(options.bundle))]}
   with tempfile.TemporaryDirectory() as folder:
-    bundle = Path(folder) / 'bundle'
+    pretrained = Path(folder) / 'pretrained'
     cli.progress('export ...')
-    command = [sys.executable, '-m', 'paranet_jax.export', '--workdir=pretrained', f'--out={bundle}']
+    command = [sys.executable, '-m', 'paranet_jax.export', '--workdir=pretrained', f'--out={pretrained}']
     subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
-    return _measure(options, bundle)
+    full = Path(_in_process('write', Path(folder) / 'full')['bundle'])
+    return {
+      'rows': [
+        _measure(options, pretrained, 'PN3-ddd of pretrained/'),
+        _measure(options, full, 'PN3-ddd, random weights, budget 50 %'),
+      ]
+    }
 
 
-def _measure(options: argparse.Namespace, bundle: Path) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, bundle: Path, what: str) -> dict[str, Any]:
   command = [sys.executable, str(ROOT / 'examples/serve.py'), f'--bundle={bundle}', '--port=0']
   server = subprocess.Popen([*command, *options.serve.split()], stdout=subprocess.PIPE, text=True)
   line = server.stdout.readline()
@@ -96,13 +105,23 @@ def _measure(options: argparse.Namespace, bundle: Path) -> dict[str, Any]:
   finally:
     server.send_signal(signal.SIGTERM)
     server.wait()
-  return found | {'rows': rows}
+  return {'what': what} | found | {'rates': rows}
 
 
 def _in_process(program: str, *arguments: Any) -> dict[str, Any]:
   """What one of `PROGRAMS` prints."""
   command = [sys.executable, __file__, program, *map(str, arguments)]
   return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def write(folder: str) -> dict[str, Any]:
+  """Writes PN3-ddd with random weights into a new folder; returns its `bundle`."""
+  from benchmarks import deploy, early_exit, network  # They import JAX, which no other process here needs.
+
+  Path(folder).mkdir()
+  subject = early_exit.untrained(network.Size(), deploy.IN_BATCHES)
+  deploy.write(Path(folder), subject, argparse.Namespace(workdir=None, dtype='float32'))
+  return {'bundle': str(Path(folder) / deploy.BUNDLE)}
 
 
 def saturate(port: str, connections: str, seconds: str, bundle: str) -> dict[str, float]:
@@ -159,31 +178,32 @@ def run_file(bundle: str, seconds: str) -> dict[str, float]:
   def both() -> None:
     loaded.predict(decoded())
 
-  images, usual, watch = decoded(), usual_answers(module, Path(bundle)), module.Watch(loaded)
-  one_by_one = [tuple(each[place : place + 1] for each in batch) for batch in usual for place in range(IMAGES)]
-  batches, singles = itertools.cycle(usual), itertools.cycle([module.Predictions(*each) for each in one_by_one])
+  images = decoded()
   functions = {
     'both': both,
     'batch': partial(loaded.predict, images),
-    'watch': lambda: watch.see(next(batches)),
     'image': partial(loaded.predict, images[:1]),
-    'watch_image': lambda: watch.see(next(singles)),
   }
+  if usual := usual_answers(module, Path(bundle)):
+    watch = module.Watch(loaded)
+    one_by_one = [tuple(each[place : place + 1] for each in batch) for batch in usual for place in range(IMAGES)]
+    batches, singles = itertools.cycle(usual), itertools.cycle([module.Predictions(*each) for each in one_by_one])
+    functions |= {'watch': lambda: watch.see(next(batches)), 'watch_image': lambda: watch.see(next(singles))}
   found = in_turn(functions, 1, float(seconds) / 2)
-  if watch.alarm:
+  if usual and watch.alarm:
     raise UserError(f'expected no drift in usual answers, found {watch.line()}; measure again')
-  return {
-    'run_per_s': IMAGES / found['both'],
-    'batch_ms': 1e3 * found['batch'],
-    'watch_percent': 100 * found['watch'] / found['batch'],
-    'image_ms': 1e3 * found['image'],
-    'watch_image_percent': 100 * found['watch_image'] / found['image'],
-  }
+  told = {'run_per_s': IMAGES / found['both'], 'batch_ms': 1e3 * found['batch'], 'image_ms': 1e3 * found['image']}
+  if usual:
+    told['watch_percent'] = 100 * found['watch'] / found['batch']
+    told['watch_image_percent'] = 100 * found['watch_image'] / found['image']
+  return told
 
 
 def usual_answers(module: ModuleType, bundle: Path) -> list[Any]:
-  """1,000 batches of answers such as calibration saw."""
-  seen, rng = json.loads((bundle / 'exits.json').read_text())['seen'], np.random.default_rng(0)
+  """1,000 batches of answers such as calibration saw; none of a bundle that was not calibrated."""
+  seen, rng = json.loads((bundle / 'exits.json').read_text()).get('seen'), np.random.default_rng(0)
+  if not seen:
+    return []
   cells = [
     (exit_number, (low + high) / 2)
     for exit_number, edges in enumerate(seen['edges'], 1)
@@ -274,7 +294,7 @@ def offer(port: str, rate: str, seconds: str, bundle: str) -> dict[str, Any]:
   return summary(float(rate), float(seconds), load.outcomes)
 
 
-PROGRAMS = {'saturate': saturate, 'run': run_file, 'offer': offer}
+PROGRAMS = {'saturate': saturate, 'run': run_file, 'offer': offer, 'write': write}
 """What runs in processes of their own."""
 
 

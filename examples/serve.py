@@ -67,8 +67,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--max-wait-ms', type=_count, help='Longest expected wait (default: 500, or two full batches).')
   add('--cors', metavar='ORIGIN', type=_origin, action='append', default=[], help='Site whose pages may call it.')
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
-  spare = max((os.cpu_count() or 1) - 1, 1)
-  add('--threads', type=int, default=spare, help='Per stage (default: one per core but one, for HTTP and decoding).')
+  add('--threads', type=int, help='Per stage (default: one per core; but one less, for HTTP, if stages are fast).')
   add('--watch', type=Path, metavar='STATE.json', help='Test whether answers still look as in calibration.')
   add('--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch (default: 0.01).')
   add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
@@ -92,6 +91,8 @@ def _origin(text: str) -> str:
   return f'{scheme}://{host}' + (f':{int(port)}' if port and int(port) != _PORTS[scheme] else '')
 
 
+_FAST = 0.0005
+"""Seconds an image of a full batch, through all stages: below it HTTP and decoding keep much of a core busy."""
 _SWITCH = 0.001
 """Seconds for which a thread may keep the interpreter while another waits; by default 5 ms, as long as some stages."""
 _PORTS = {'http': 80, 'https': 443}
@@ -110,7 +111,7 @@ def _serve(given: argparse.Namespace) -> None:
     import onnxruntime  # noqa: F401
     import python_multipart  # noqa: F401
     import uvicorn
-    from batching import Scheduler, measure
+    from batching import Scheduler
     from connections import KEEP_ALIVE, LONGEST_STOP, Protocol, Server
     from decoding import Decoders
     from PIL import Image
@@ -129,19 +130,10 @@ def _serve(given: argparse.Namespace) -> None:
   if not hasattr(runtime, 'TooManyPixels'):  # Version 0.1.0, whose run.py has no limits of its own.
     Image.MAX_IMAGE_PIXELS //= 2
     Image.ID[:] = ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF']
-  try:
-    bundle = runtime.load(given.bundle, given.provider, given.threads)
-  except runtime.BundleError as error:
-    raise UserError(str(error)) from error
+  batch = min(given.batch, given.queue)
+  bundle, timings = _loaded(runtime, given, batch)
   watch = _watch(runtime, bundle, given)
   listening = _listen(given.host, given.port)
-  batch = min(given.batch, given.queue)
-  try:
-    timings = measure(bundle, batch)
-  except Exception as error:  # Each runtime raises its own exception when memory is short.
-    listening.close()
-    reason = str(error) or type(error).__name__
-    raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch, watch=watch, safe=given.on_drift == 'safe')
   if watch and watch.alarm:
     scheduler.on_alarm()
@@ -167,6 +159,30 @@ def _serve(given: argparse.Namespace) -> None:
   for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again once it has stopped.
     signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
   server.run(sockets=[listening])
+
+
+def _loaded(runtime: ModuleType, given: argparse.Namespace, batch: int) -> tuple[Any, Any]:
+  """The bundle, with the threads that were asked for or else suit its speed, and its measured `Timings`."""
+  cores = os.cpu_count() or 1
+  bundle, timings = _measured(runtime, given, batch, max(cores - 1, 1) if given.threads is None else given.threads)
+  if given.threads is None and cores > 1 and timings.all_stages(batch) > _FAST * batch:
+    del bundle  # Its weights: memory for two may be missing.
+    bundle, timings = _measured(runtime, given, batch, cores)
+  return bundle, timings
+
+
+def _measured(runtime: ModuleType, given: argparse.Namespace, batch: int, threads: int) -> tuple[Any, Any]:
+  from batching import measure
+
+  try:
+    bundle = runtime.load(given.bundle, given.provider, threads)
+  except runtime.BundleError as error:
+    raise UserError(str(error)) from error
+  try:
+    return bundle, measure(bundle, batch)
+  except Exception as error:  # Each runtime raises its own exception when memory is short.
+    reason = str(error) or type(error).__name__
+    raise UserError(f'stages cannot be run on {batch:,} images at once ({reason}); set --batch') from error
 
 
 def _watch(runtime: ModuleType, bundle: Any, given: argparse.Namespace) -> Any:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import batching
 import connections
@@ -116,6 +117,30 @@ def test_a_port_that_is_taken(folder, capsys):
     assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}') == (
       f'cannot listen on 127.0.0.1 port {port} (Address already in use); set --host or --port'
     )
+
+
+@pytest.mark.parametrize(
+  ('cores', 'flags', 'milliseconds', 'loaded'),
+  [
+    (4, [], 31, [3]),  # Of a batch of 64: HTTP and decoding take as long.
+    (4, [], 33, [3, 4]),
+    (1, [], 33, [1]),
+    (None, [], 33, [1]),
+    (4, ['--threads=1'], 33, [1]),
+    (4, ['--threads=0'], 33, [0]),
+  ],
+)
+def test_fast_stages_leave_a_core_to_http(monkeypatch, cores, flags, milliseconds, loaded):
+  found = []
+  runtime = SimpleNamespace(
+    load=lambda folder, provider, threads: found.append(threads) or threads, BundleError=OSError
+  )
+  monkeypatch.setattr(serve.os, 'cpu_count', lambda: cores)
+  one, full = {1: 0.0001, 2: 0.0002}, {1: 0.010, 2: milliseconds / 1e3 - 0.010}
+  monkeypatch.setattr(batching, 'measure', lambda bundle, batch: batching.Timings(one, full, batch))
+  bundle, timings = serve._loaded(runtime, serve._parse([WHOLE, *flags]), 64)
+  assert (found, bundle) == (loaded, loaded[-1])
+  assert timings.all_stages(64) == pytest.approx(milliseconds / 1e3)
 
 
 @pytest.mark.parametrize(
