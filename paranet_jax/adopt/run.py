@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
   temperature: float = 4.0
 
 
-RECIPES = {'blocks': Recipe(7.0, 430, 0.05, mirrored=True, shift=1 / 16, matching='kl', temperature=2.0)}
+RECIPES = {'blocks': Recipe(6.0, 370, 0.05, mirrored=True, shift=1 / 16, matching='kl', temperature=2.0)}
 """By kind of head. Copied blocks start near a solution, so they need few passes, each of which takes longer."""
 OTHER_RECIPE = Recipe(30.0, 2000, 0.1, False)
 """Of the other kinds."""
