@@ -65,7 +65,7 @@ def _describe(state: RunState, record: RunRecord | None) -> str:
     return f'running ({state.holder.split(" on ")[0]})'
   if record and record.failed:
     return 'failed'
-  return f'stopped at step {max(state.checkpoint, 0):,}' if state.begun else 'waiting'
+  return f'stopped at step {state.saved_step:,}' if state.begun else 'waiting'
 
 
 def seconds_left(runs: Sequence[QueuedRun], states: Mapping[str, RunState]) -> dict[str, float | None]:

@@ -208,10 +208,10 @@ class Queue:
       say(f'{name} finished: {state.accuracies()}')
     elif code == 0:  # By a signal that was not ours.
       self._left[name] = 'stopped'
-      say(f'{name} was stopped after step {max(state.checkpoint, 0):,}; the next start of the queue resumes it')
+      say(f'{name} was stopped after step {state.saved_step:,}; the next start of the queue resumes it')
     elif code < 0 and self._killed.get(name) != state.checkpoint:
       self._killed[name] = state.checkpoint
-      say(f'{name} was killed by signal {-code} after step {max(state.checkpoint, 0):,}; it is started again')
+      say(f'{name} was killed by signal {-code} after step {state.saved_step:,}; it is started again')
     else:
       why = f'killed by signal {-code} twice after the same step' if code < 0 else running.process.reason()
       self._fail(name, why)

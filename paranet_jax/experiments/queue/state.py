@@ -47,6 +47,11 @@ class RunState:
     return self.summary is not None
 
   @property
+  def saved_step(self) -> int:
+    """The step from which it goes on."""
+    return max(self.checkpoint, 0)
+
+  @property
   def epoch(self) -> float:
     """Epochs trained, up to the latest line."""
     return max((line['epoch'] for line in self.metrics), default=0.0)

@@ -32,7 +32,7 @@ from paranet_jax.models.layers.dense_block import (
 )
 from paranet_jax.models.layers.drop import dropout
 from paranet_jax.models.layers.initial import kernel_init
-from paranet_jax.models.layers.native_inference import differentiable, entry_kernels, pooling_kernels
+from paranet_jax.models.layers.native_inference import Kernels, differentiable, entry_kernels, pooling_kernels
 
 MOMENTUM = 0.9  # 0.1 in PyTorch's convention, as in DenseNet's original training.
 
@@ -142,24 +142,24 @@ def pooled_activation(
   x: Float[Array, 'B H W C'], scale: Float[Array, ' C'], shift: Float[Array, ' C'], train: bool
 ) -> Float[Array, 'B H/2 W/2 C']:
   """The 2x2 averages of relu(scale x + shift)."""
-
-  def plain(x, scale, shift):
-    return average_pool(affine_relu(x, scale, shift))
-
-  kernels = None if train else pooling_kernels(x.shape, x.dtype)
-  return plain(x, scale, shift) if kernels is None else differentiable(kernels.pooled, plain, x, scale, shift)
+  return _reduced_activation(average_pool, Kernels.pooled, train, x, scale, shift)
 
 
 def averaged_activation(
   x: Float[Array, 'B H W C'], scale: Float[Array, ' C'], shift: Float[Array, ' C'], train: bool
 ) -> Float[Array, 'B C']:
   """The mean of relu(scale x + shift) over height and width, in float32."""
+  return _reduced_activation(global_average, Kernels.averaged, train, x, scale, shift)
 
+
+def _reduced_activation(reduce, kernel, train, x, scale, shift):
   def plain(x, scale, shift):
-    return global_average(affine_relu(x, scale, shift))
+    return reduce(affine_relu(x, scale, shift))
 
   kernels = None if train else pooling_kernels(x.shape, x.dtype)
-  return plain(x, scale, shift) if kernels is None else differentiable(kernels.averaged, plain, x, scale, shift)
+  if kernels is None:
+    return plain(x, scale, shift)
+  return differentiable(functools.partial(kernel, kernels), plain, x, scale, shift)
 
 
 def max_pooled_stem(

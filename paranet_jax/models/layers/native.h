@@ -129,3 +129,8 @@ T* as(Out& buffer) {
 }
 
 }  // namespace
+
+// What a handler takes from XLA: threads, arrays and results.
+#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+#define ARG .Arg<ffi::AnyBuffer>()
+#define RET .Ret<ffi::AnyBuffer>()

@@ -708,10 +708,7 @@ ffi::Error Inference(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, 
 
 }  // namespace
 
-#define ARGS3 .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>()
-#define RET .Ret<ffi::AnyBuffer>()
-#define ARG .Arg<ffi::AnyBuffer>()
-#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+#define ARGS3 ARG ARG ARG
 
 // Two parts, which may be compiled side by side.
 #if !defined(PARANET_PART) || PARANET_PART == 0

@@ -361,10 +361,7 @@ ffi::Error Pooled(ffi::ThreadPool pool, In x, In scale, In shift, Out out, int64
 
 }  // namespace
 
-#define ARG .Arg<ffi::AnyBuffer>()
-#define RET .Ret<ffi::AnyBuffer>()
 #define WINDOW .Attr<int64_t>("rows").Attr<int64_t>("columns")
-#define BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_dense_block, DenseBlock, BIND ARG.RemainingArgs() RET);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paranet_entry, Entry, BIND ARG ARG RET);
