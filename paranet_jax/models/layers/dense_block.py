@@ -227,8 +227,7 @@ def inference_kernels(
   large = (max(shape[0], LARGE_BATCH), *shape[1:])
   if backend() != 'cpu' or _macs(large, num_layers, width, growth) < native_inference.MIN_MACS:
     return None
-  channels = shape[-1] + num_layers * growth
-  whole = native_inference.block_kernels(shape, channels, width, dtype)
+  whole = native_inference.block_kernels(shape, num_layers, width, growth, dtype)
   return whole or native_dense.passes(width, growth, dtype)
 
 

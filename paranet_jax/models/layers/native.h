@@ -24,6 +24,7 @@ namespace {
 using Vector = __m512;
 using Mask = __mmask16;
 constexpr int64_t kLanes = 16;
+constexpr int64_t kImages = kLanes;  // Of a vector, where it holds the same number of several images.
 
 struct BFloat16 {
   uint16_t bits;
@@ -55,6 +56,61 @@ void store(BFloat16* to, Vector v) { store(to, v, Mask(0xffff)); }
 Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 
 void add_to(float* to, Vector v) { store(to, _mm512_add_ps(load(to), v)); }
+
+// 16 x 16 numbers: row i, lane j to row j, lane i.
+void transpose(Vector (&v)[kLanes]) {
+  Vector t[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// `count` numbers of each of 16 images, `stride` apart, to vectors of 16 images.
+template <class T>
+void gather(const T* from, int64_t stride, int64_t count, float* to) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    Mask mask = first_lanes(count - c);
+    Vector v[kLanes];
+    for (int64_t image = 0; image < kImages; ++image) v[image] = load(from + image * stride + c, mask);
+    transpose(v);
+    for (int64_t i = 0; i < std::min(kLanes, count - c); ++i) store(to + (c + i) * kImages, v[i]);
+  }
+}
+
+template <class T>
+void scatter(const float* from, int64_t count, T* to, int64_t stride) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    Mask mask = first_lanes(count - c);
+    Vector v[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i)
+      v[i] = i < count - c ? load(from + (c + i) * kImages) : _mm512_setzero_ps();
+    transpose(v);
+    for (int64_t image = 0; image < kImages; ++image) store(to + image * stride + c, v[image], mask);
+  }
+}
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

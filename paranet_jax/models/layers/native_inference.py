@@ -1,7 +1,8 @@
 """The forward pass in inference as C++ kernels, for batches that fill vectors with images (`native_inference.cc`).
 
 They are optional, as those of `native_dense.py`: without a compiler, on other processors and for other batches XLA or
-those compute the same. One library serves all widths, and is compiled when it is first needed.
+those compute the same. One library serves all widths, and is compiled when it is first needed. In bfloat16, blocks
+have a library of their own where the processor has AMX (`native_amx.cc`).
 """
 
 import ctypes
@@ -23,6 +24,8 @@ from paranet_jax.models.layers.backend import backend
 from paranet_jax.models.layers.native_dense import ELEMENTS, FEATURES, version
 
 SOURCE = Path(__file__).with_suffix('.cc')
+AMX_SOURCE = SOURCE.with_name('native_amx.cc')
+AMX_FEATURES = (*FEATURES, 'avx512_bf16', 'amx_tile', 'amx_bf16')
 IMAGES = 16
 """A vector's images; batches are multiples of it."""
 LARGE_BATCH = 64
@@ -70,20 +73,16 @@ class Kernels(NamedTuple):
     return call(*operands, **{key: np.int64(value) for key, value in attributes.items()})
 
 
-def block_kernels(shape: Sequence[int], channels: int, width: int, dtype: Any) -> Kernels | None:
-  """The kernels for a dense block; None: there are none for it.
-
-  Args:
-    shape: of its input, [B, H, W, C].
-    channels: of its output.
-    width: of the bottlenecks.
-  """
-  batch, *side, _ = shape
+def block_kernels(shape: Sequence[int], num_layers: int, width: int, growth: int, dtype: Any) -> Kernels | None:
+  """The kernels for a dense block; None: there are none for it. Arguments as for `dense_block.kernels`."""
+  batch, *side, channels = shape
   if not is_concrete(shape):
     return None
-  bytes_used = 4 * IMAGES * math.prod(side) * channels
+  bytes_used = 4 * IMAGES * math.prod(side) * (channels + num_layers * growth)
   if batch % IMAGES or side[1] % 4 or width % 4 or bytes_used > MAX_BYTES:
     return None
+  if dtype == jnp.bfloat16 and not (width % 16 or channels % 2 or growth % 2):
+    return _amx_kernels() or _kernels(dtype)
   return _kernels(dtype)
 
 
@@ -133,18 +132,37 @@ def _kernels(dtype: Any) -> Kernels | None:
   return asked(_library, element)
 
 
+def _amx_kernels() -> Kernels | None:
+  if backend() != 'cpu' or asked(missing, AMX_FEATURES):
+    return None
+  return asked(_amx_library)
+
+
 def _library(element: str) -> Kernels | None:
   with _compiling:  # A second thread that needs it waits for the first.
-    return _compiled(element)
+    return _registered(SOURCE, element, KERNELS, PARANET_ELEMENT=ELEMENTS[element])
+
+
+def _amx_library() -> Kernels | None:
+  with _compiling:
+    return _registered(AMX_SOURCE, 'amx', ('dense_block',))
 
 
 @functools.cache
-def _compiled(element: str) -> Kernels | None:
-  file = shared_library(SOURCE, {'PARANET_ELEMENT': ELEMENTS[element]}, jax.ffi.include_dir())
+def _registered(source: Path, name: str, kernels: tuple[str, ...], **definitions: str) -> Kernels | None:
+  file = shared_library(source, definitions, jax.ffi.include_dir())
   if file is None:
     return None
-  prefix, functions = f'paranet_{version()}_{element}', ctypes.CDLL(str(file))
-  for name in KERNELS:
-    target = jax.ffi.pycapsule(getattr(functions, f'paranet_{name}'))
-    jax.ffi.register_ffi_target(f'{prefix}_{name}', target, platform='cpu')
+  functions = ctypes.CDLL(str(file))
+  if source == AMX_SOURCE and not _granted(functions):
+    return None
+  prefix = f'paranet_{version()}_{name}'
+  for kernel in kernels:
+    target = jax.ffi.pycapsule(getattr(functions, f'paranet_{kernel}'))
+    jax.ffi.register_ffi_target(f'{prefix}_{kernel}', target, platform='cpu')
   return Kernels(prefix)
+
+
+def _granted(library: ctypes.CDLL) -> bool:
+  """Whether the system lets this process use AMX, for which it has to be asked."""
+  return bool(library.paranet_amx())

@@ -60,8 +60,8 @@ def test_a_batch_of_any_size_has_no_kernel():
   shape = (16 * batch, 8, 8, 16)
   assert native_inference.entry_kernels(shape, 24, 1, np.float32) is None
   assert native_inference.pooling_kernels(shape, np.float32) is None
-  assert native_inference.block_kernels(shape, 40, 48, np.float32) is None
-  assert native_inference.block_kernels((16, *shape[1:]), 40, 48, np.float32)
+  assert native_inference.block_kernels(shape, 2, 48, 12, np.float32) is None
+  assert native_inference.block_kernels((16, *shape[1:]), 2, 48, 12, np.float32)
 
 
 def activation(x, scale, shift):
