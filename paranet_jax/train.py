@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from paranet_jax import devices as devices_lib
 from paranet_jax.config import build_model, image_shape
 from paranet_jax.costs import describe
-from paranet_jax.data.batches import epoch_order
+from paranet_jax.data.batches import jitted_order
 from paranet_jax.devices import Layout
 from paranet_jax.display.pictures import drawn
 from paranet_jax.display.progress import Clock, Progress, human_duration
@@ -193,7 +193,7 @@ def train_loop(
   first_step = int(next(iter(layout.split(state.step))))
 
   sizes = len(task.dataset.train), task.config.train.batch_size
-  shuffle = Kept('epoch_order', lambda: _order_of(*sizes), lambda: sizes)
+  shuffle = Kept('epoch_order', lambda: jitted_order(*sizes), lambda: sizes)
 
   def order(epoch: int) -> jax.Array:
     return layout.order([shuffle(np.int32(record.task.config.seed), np.int32(epoch)) for record in records])
@@ -214,11 +214,6 @@ def train_loop(
   for record in records:
     record.wait()
   return state, evaluations
-
-
-@functools.lru_cache(maxsize=32)  # Runs of the same sizes compile one.
-def _order_of(num_examples: int, batch_size: int) -> jax.stages.Wrapped:
-  return jax.jit(functools.partial(epoch_order, num_examples=num_examples, batch_size=batch_size))
 
 
 def evaluate_state(evaluator: Evaluator, state: TrainState, confusion: bool) -> dict[str, list[dict]]:

@@ -25,7 +25,6 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
   return num_examples // batch_size
 
 
-@functools.partial(jax.jit, static_argnames=('num_examples', 'batch_size'))
 def epoch_order(
   seed: Int[Array, ''] | int, epoch: Int[Array, ''] | int, num_examples: int, batch_size: int
 ) -> Int32[Array, 'steps batch_size']:
@@ -37,6 +36,12 @@ def epoch_order(
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _SHUFFLE_STREAM), epoch)
   order = jax.random.permutation(key, np.arange(num_examples, dtype=np.int32))
   return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=32)  # Runs of the same sizes compile one.
+def jitted_order(num_examples: int, batch_size: int) -> jax.stages.Wrapped:
+  """`epoch_order` as a function of seed and epoch."""
+  return jax.jit(functools.partial(epoch_order, num_examples=num_examples, batch_size=batch_size))
 
 
 def eval_batches(

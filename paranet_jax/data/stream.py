@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from paranet_jax.data.batches import epoch_order, eval_batches, steps_per_epoch
+from paranet_jax.data.batches import eval_batches, jitted_order, steps_per_epoch
 from paranet_jax.data.dataset import Split, StoredImages
 from paranet_jax.host.errors import LostWorkersError, UserError, prepare_output
 from paranet_jax.host.signals import seconds_since_request
@@ -83,7 +83,7 @@ class TrainBatches:
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_examples: int, batch_size: int) -> np.ndarray:
   with jax.default_device(jax.local_devices(backend='cpu')[0]):
-    return np.asarray(epoch_order(seed, epoch, num_examples, batch_size))
+    return np.asarray(jitted_order(num_examples, batch_size)(seed, epoch))
 
 
 class EvalBatches:
