@@ -270,7 +270,7 @@ class _Loop:
       clock.step()
       last = step == task.total_steps
       if last or step == phase.end or step % config.log.every_steps == 0:
-        self._log(step, totals, step - logged, clock.images_per_second(), phase)
+        self._log(step, totals, step - logged, clock, phase)
         totals, logged = self._zeros(phase), step
       if last or step % evaluation_steps == 0:
         evaluations = self._evaluate(step, state)
@@ -294,7 +294,9 @@ class _Loop:
     """Totals of 0. A step is given their buffers, so each interval has its own."""
     return self._layout.join([zero_totals(phase.targets, self._task.labeled)] * len(self._records))
 
-  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, speed: float, phase: Phase) -> None:
+  def _log(self, step: int, totals: dict[str, jax.Array], steps: int, clock: Clock, phase: Phase) -> None:
+    jax.block_until_ready(totals)  # Steps that are still computed took no time by the clock.
+    speed = clock.images_per_second()
     rates = {'learning_rate': self._task.learning_rate(step - 1), 'images_per_second': speed}
     for record, own in zip(self._records, self._layout.split(totals), strict=True):
       means = {name: float(total) / steps for name, total in jax.device_get(own).items()}

@@ -8,11 +8,14 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_main, saved_state
 
+from paranet_jax import devices
 from paranet_jax.display.metrics import read_metrics
+from paranet_jax.display.progress import Clock
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.task import build_task
 
@@ -231,6 +234,33 @@ def test_a_run_that_is_further_than_its_end_is_refused(finished):
     'raise --config.train.epochs or --config.train.max_steps, or set --workdir for a new run'
   )
   assert contents(workdir) == before
+
+
+def test_a_speed_counts_steps_that_are_computed(tmp_path, monkeypatch):
+  run_on, rate, given, ready = devices.run_on, Clock.images_per_second, [], []
+
+  @jax.jit
+  def slowly(totals):
+    product = jax.lax.fori_loop(0, 100, lambda _, product: product @ product, jnp.full((200, 200), 1 / 200))
+    return jax.tree.map(lambda total: total + 0 * product[0, 0], totals)
+
+  def slow_run_on(*arguments):
+    def step(*operands):
+      state, totals = train_step(*operands)
+      given[:] = [slowly(totals)]
+      return state, given[0]
+
+    train_step = run_on(*arguments)
+    return step
+
+  def noted(clock):
+    ready.append(all(total.is_ready() for total in given[0].values()))
+    return rate(clock)
+
+  monkeypatch.setattr(devices, 'run_on', slow_run_on)
+  monkeypatch.setattr(Clock, 'images_per_second', noted)
+  assert run_main(*RUN, f'--workdir={tmp_path}').code == 0
+  assert ready == [True] * 5
 
 
 def poison(step, state):
