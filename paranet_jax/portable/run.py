@@ -1,16 +1,17 @@
 """Runs an exported early-exit image classifier. Needs Python 3.10, NumPy and onnxruntime; Pillow for image files.
 
     python run.py photo.png photos/            # one line per image: path, label, probability, exit
-    python run.py --threshold=0.8 photo.png    # exit where the probability reaches 0.8, not where calibration chose
+    python run.py --threshold=0.8 photo.png    # exit where the probability reaches 0.8
 
 In Python, next to the bundle's files:
 
     import run
 
     bundle = run.load('.')
-    labels, probabilities, exits, macs = bundle.predict(images)  # uint8 [N, H, W, C], or normalized floats; any N
+    # images: uint8 [N, H, W, C], or normalized floats; any N
+    labels, probabilities, exits, macs = bundle.predict(images)
     answer = bundle.predict_one(images[0])
-    for answer in bundle.anytime(images[0], deadline_ms=5):  # a better answer after each stage, until time is up
+    for answer in bundle.anytime(images[0], deadline_ms=5):  # better ones, until time is up
       ...
 
 Stage by stage, for a service that does its own batching (a stage's features are arrays whose first axis is the batch,
@@ -776,16 +777,22 @@ class Watch:
       state = json.loads(content)
       if state['identity'] != self._identity:
         raise BundleError(f'{path} is the state of another bundle, calibration or --alpha; {again}')
-      self.images, self.labeled = int(state['images']), int(state['labeled'])
-      self._recent = np.array(state['recent'], np.float64).reshape(len(self._exits))
+      self.images, self.labeled = _saved_count(state['images']), _saved_count(state['labeled'])
+      self._recent = _saved_numbers(state['recent'], len(self._exits))
       self._answers.restore(state['answers'])
       if self._errors:
         self._errors.restore(state['errors'])
       if state['alarm']:
-        shares = {int(number): float(share) for number, share in state['alarm']['shares'].items()}
-        self.alarm = Drift(**state['alarm'] | {'shares': shares})
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        self.alarm = self._saved_alarm(**state['alarm'])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
       raise BundleError(f'{path} is not the state of a watch; {again}') from error
+
+  def _saved_alarm(self, images: Any, test: Any, shares: Any, macs: Any) -> Drift:
+    numbers = _saved_numbers(list(shares.values()), len(self._exits)).tolist()
+    if tuple(shares) != tuple(map(str, self._exits)) or test not in ('answers', 'errors'):
+      raise ValueError('no alarm of this bundle')
+    by_exit = dict(zip(self._exits, numbers, strict=True))
+    return Drift(_saved_count(images), test, by_exit, float(_saved_numbers(macs, ())))
 
   def _test(self, count: int) -> None:
     block, self._pending = self._pending[:count], self._pending[count:]
@@ -818,6 +825,19 @@ _BEFORE, _ONES = np.tri(_PART, k=-1, dtype=bool), np.ones(_PART, np.float32)
 _P_BINS, _PRIOR, _MEMORIES = 8, 3.0, (100.0, 800.0, 6400.0)
 
 
+def _saved_count(value: Any) -> int:
+  if not _is_count(value):
+    raise ValueError('no count')
+  return value
+
+
+def _saved_numbers(values: Any, shape: Any, least: float = 0) -> np.ndarray:
+  numbers = np.array(values, np.float64).reshape(shape)
+  if not (np.isfinite(numbers).all() and (numbers >= least).all()):
+    raise ValueError('no numbers')
+  return numbers
+
+
 def _reordered(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
   found = np.empty_like(counts)
   found[order] = counts
@@ -846,7 +866,7 @@ class _Gambler:
     """Counts of each order, [orders, categories]; an order of fewer categories ends with zeros."""
     stacked = np.zeros((len(self._sizes), max(self._sizes)))
     for row, size, each in zip(stacked, self._sizes, counts, strict=True):
-      row[:size] = np.array(each, np.float64).reshape(size)
+      row[:size] = _saved_numbers(each, size)
     return stacked
 
   @property
@@ -914,17 +934,11 @@ class _Gambler:
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Continues from a state. Raises KeyError, TypeError or ValueError if it is none."""
-    counts = self._stacked(state['counts'])
-    bins, active = (
-      np.array(state[name], np.float64).reshape(old.shape)
-      for name, old in (('bins', self._bins), ('active', self._active))
-    )
-    if (
-      not all(np.isfinite(each).all() and (each >= 0).all() for each in (counts, bins)) or not np.isfinite(active).all()
-    ):
-      raise ValueError('not finite')
-    self._counts, self._bins, self._active = counts, bins, active
-    self._reserve, self._blocks = float(state['reserve']), int(state['blocks'])
+    self._counts = self._stacked(state['counts'])
+    self._bins = _saved_numbers(state['bins'], self._bins.shape)
+    self._active = _saved_numbers(state['active'], self._active.shape, -np.inf)
+    self._reserve = float(_saved_numbers(state['reserve'], (), -np.inf))
+    self._blocks = _saved_count(state['blocks'])
 
 
 def _integers(values: np.ndarray, tolerance: float) -> bool:

@@ -195,15 +195,31 @@ def test_states_that_are_refused(tmp_path, content, message):
   assert str(error.value).startswith(message.format(path=path)) and path.read_text() == written
 
 
-@pytest.mark.parametrize(('part', 'value'), [('counts', -1), ('counts', np.nan), ('bins', -1), ('active', np.inf)])
-def test_counts_that_nothing_counts(tmp_path, part, value):
-  path = tmp_path / 'state.json'
-  watch(np.random.default_rng(7), path)
-  state = json.loads(path.read_text())
-  numbers = state['answers'][part]
-  while isinstance(numbers[0], list):
-    numbers = numbers[0]
-  numbers[0] = value
+@pytest.mark.parametrize(
+  ('place', 'value'),
+  [
+    *((('answers', part, 0, 0), value) for part in ('counts', 'active') for value in (np.nan, np.inf, 10**400)),
+    *((('answers', part, 0, 0), -1) for part in ('counts', 'bins')),
+    *((('answers', 'reserve'), value) for value in (np.nan, -np.inf, 'many')),
+    *(((*parents, name), -1) for parents, name in ((('errors',), 'blocks'), ((), 'images'), ((), 'labeled'))),
+    *(((name,), value) for name in ('images', 'labeled') for value in (np.nan, np.inf, 0.5)),
+    *((('recent', 0), value) for value in (np.nan, np.inf, -1)),
+    *((('alarm', 'images'), value) for value in (np.nan, -1)),
+    (('alarm', 'test'), 'else'),
+    *((('alarm', 'macs'), value) for value in (np.nan, 'many')),
+    (('alarm', 'shares', '1'), np.nan),
+    (('alarm', 'shares', '4'), 0.5),
+  ],
+)
+def test_numbers_that_no_watch_has(tmp_path, place, value):
+  rng, path = np.random.default_rng(7), tmp_path / 'state.json'
+  fed(watch(rng, path), rng, 1280, exits=(0.0, 0.0, 1.0))
+  state = parent = json.loads(path.read_text())
+  for part in place[:-1]:
+    parent = parent[part]
+  while isinstance(parent, list) and isinstance(parent[0], list):
+    parent = parent[0]
+  parent[place[-1]] = value
   path.write_text(json.dumps(state))
   with pytest.raises(BundleError, match='state.json is not the state of a watch; remove it to start again'):
     watch(np.random.default_rng(7), path)
