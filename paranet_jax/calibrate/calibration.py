@@ -274,7 +274,7 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
       f'expected finite logits, found others at exits {np.array(subject.exits)[~finite].tolist()} at step '
       f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
     )
-  return Outputs(logits, np.asarray(split.labels) if task.dataset.labeled else logits[-1].argmax(-1))
+  return Outputs.of(logits, split.labels if task.dataset.labeled else None)
 
 
 def _too_few(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:

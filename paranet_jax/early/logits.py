@@ -19,6 +19,11 @@ class Outputs(NamedTuple):
   logits: Float[np.ndarray, 'K N C']
   labels: Int[np.ndarray, ' N']
 
+  @classmethod
+  def of(cls, logits: Float[np.ndarray, 'K N C'], labels: Any | None) -> Outputs:
+    """labels: None: there are none, and the predictions of the last exit take their place."""
+    return cls(logits, logits[-1].argmax(-1) if labels is None else np.asarray(labels))
+
   def take(self, chosen: Int[np.ndarray, ' n']) -> Outputs:
     """The outputs of some samples."""
     return Outputs(self.logits[:, chosen], self.labels[chosen])

@@ -132,7 +132,7 @@ def _outputs(run: LoadedRun, dataset: Dataset, split: Split) -> Outputs:
   preprocessing = Preprocessing(run.dataset.mean, run.dataset.std, crop_padding=0, flip=False)
   batch_size = run.config.eval.batch_size
   logits = split_logits(run.model, run.variables, run.plan.exits, preprocessing, split, batch_size)
-  return Outputs(logits, np.asarray(split.labels) if dataset.labeled else logits[-1].argmax(-1))
+  return Outputs.of(logits, split.labels if dataset.labeled else None)
 
 
 def exit_images(
