@@ -92,7 +92,7 @@ def _origin(text: str) -> str:
 
 
 _FAST = 0.0005
-"""Seconds an image of a full batch, through all stages: below it HTTP and decoding keep much of a core busy."""
+"""Seconds of all cores for an image of a full batch: below it HTTP and decoding keep much of a core busy."""
 _SWITCH = 0.001
 """Seconds for which a thread may keep the interpreter while another waits; by default 5 ms, as long as some stages."""
 _PORTS = {'http': 80, 'https': 443}
@@ -164,10 +164,10 @@ def _serve(given: argparse.Namespace) -> None:
 def _loaded(runtime: ModuleType, given: argparse.Namespace, batch: int) -> tuple[Any, Any]:
   """The bundle, with the threads that were asked for or else suit its speed, and its measured `Timings`."""
   cores = os.cpu_count() or 1
-  bundle, timings = _measured(runtime, given, batch, max(cores - 1, 1) if given.threads is None else given.threads)
-  if given.threads is None and cores > 1 and timings.all_stages(batch) > _FAST * batch:
+  bundle, timings = _measured(runtime, given, batch, cores if given.threads is None else given.threads)
+  if given.threads is None and cores > 1 and timings.all_stages(batch) < _FAST * batch:
     del bundle  # Its weights: memory for two may be missing.
-    bundle, timings = _measured(runtime, given, batch, cores)
+    bundle, timings = _measured(runtime, given, batch, cores - 1)
   return bundle, timings
 
 
