@@ -77,6 +77,12 @@ def absolute(path: str | Path) -> Path:
   return Path(expanded).absolute()
 
 
+def from_here(path: Path) -> Path:
+  """An absolute path as it is printed in commands: from the current folder if it is below."""
+  here = Path.cwd()
+  return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def check_utf8(folder: Path, flag: str) -> None:
   """Raises a `UserError` naming the flag for a folder whose path is not UTF-8: libraries in C++ do not take it."""
   try:

@@ -11,6 +11,7 @@ from paranet_jax.display.pictures import drawn
 from paranet_jax.display.tables import ABSENT, human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.sentences import promises, watch_sentence
+from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import printable
 from paranet_jax.host.files import write_text
 from paranet_jax.report.facts import Facts
@@ -206,6 +207,5 @@ def _commands(facts: Facts, command: str) -> list[tuple[str, str]]:
 
 
 def _shown(path: Path) -> str:
-  """A path for a shell, from the current folder if it is below."""
-  here = Path.cwd()
-  return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+  """A path for a shell."""
+  return shlex.quote(str(from_here(path)))

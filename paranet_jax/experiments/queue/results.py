@@ -17,7 +17,8 @@ from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
 from paranet_jax.experiments.queue.loop import check_same
 from paranet_jax.experiments.queue.record import RunRecord, today
-from paranet_jax.experiments.queue.state import RunState, run_state
+from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
+from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import replacing, to_json
 
@@ -179,11 +180,10 @@ def _comparison(compared: Comparison, treated: str, runs: Sequence[QueuedRun], s
 
 def _run(run: QueuedRun, state: RunState, record: RunRecord | None, workdir: Path) -> dict[str, Any]:
   summary = state.summary or {}
+  folder = from_here(workdir / RUNS / run.name)
   return {
     'run': run.name,
-    'command': shlex.join(
-      ['python', '-m', 'paranet_jax.main', *run.arguments, f'--workdir={workdir.name}/runs/{run.name}']
-    ),
+    'command': shlex.join(['python', '-m', 'paranet_jax.main', *run.arguments, f'--workdir={folder}']),
     'epoch': state.epoch,
     'finished': record.finished if record else '',
     'code': record.code if record else '',
