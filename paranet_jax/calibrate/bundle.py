@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.calibrate.flags import BundleRequest
+from paranet_jax.calibrate.flags import MEASURED, BundleRequest
 from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.display.tables import align, human_count
@@ -183,12 +183,11 @@ def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], A
       'set --budget, --risk or --threshold'
     )
   target = {key: value for key, value in before.target.items() if key not in ('too_few', 'needed')}
-  measured = target.get('unit') in ('ms', 'joules')
-  if measured or 'max_ms' in target:
-    what = 'budget' if measured else 'limit'
-    unit = 'joules' if target.get('unit') == 'joules' else 'milliseconds'
+  words = MEASURED.get(target.get('unit', 'macs'))
+  if words or 'max_ms' in target:
+    what = f'budget in {words}' if words else f'limit in {MEASURED["ms"]}'
     raise UserError(
-      f'expected a target that can be met without the run, found a {what} in {unit}; '
+      f'expected a target that can be met without the run, found a {what}; '
       'set --budget to multiply-adds, --risk or --threshold'
     )
   return target, policy
@@ -257,8 +256,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
     )
   if not logits:
     raise UserError(f'expected images in {folder}, found none that can be read; set --images')
-  together = np.concatenate(logits, axis=1)
-  return Outputs(together, np.array(labels) if all(known) else together[-1].argmax(-1)), all(known)
+  return Outputs.of(np.concatenate(logits, axis=1), labels if all(known) else None), all(known)
 
 
 def _next_version(bundle: Path) -> Path:

@@ -19,7 +19,10 @@ TEMPERATURES = ('nll', 'ece', 'none')
 
 _BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms|mj|j)?', re.IGNORECASE)
 _POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9, 'mj': -3, 'j': 0}
-_MEASURED = {'ms': 'ms', 'mj': 'joules', 'j': 'joules'}
+_UNITS = {'ms': 'ms', 'mj': 'joules', 'j': 'joules'}
+
+MEASURED = {'ms': 'milliseconds', 'joules': 'joules'}
+"""Units of a target's budget that a run is measured in, and their words."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class Request(_Request):
   def measured_unit(self) -> str | None:
     """'ms' or 'joules', if the target is a budget of them."""
     unit = self.target.get('unit')
-    return None if unit == 'macs' else unit
+    return unit if unit in MEASURED else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
   most = _most(given, kind)
   if most:
     target[f'max_{most[1]}'] = most[0]
-  measured = target.get('unit') in ('ms', 'joules')
+  measured = target.get('unit') in MEASURED
   if measured or (most and most[1] == 'ms'):
     batch_size = batch_size or 1
   if measured:
@@ -234,9 +237,8 @@ def _of_bundle(given: argparse.Namespace) -> BundleRequest:
   target = policy = None
   if kind := _kind(given):
     policy, target = _aim(given, kind)
-    if target.get('unit', 'macs') != 'macs' and 'budget' in target:
-      unit = {'ms': 'milliseconds', 'joules': 'joules'}[target['unit']]
-      raise UserError(f'--budget in {unit} needs the run, found --bundle; set multiply-adds, or --workdir')
+    if words := MEASURED.get(target.get('unit', 'macs')):
+      raise UserError(f'--budget in {words} needs the run, found --bundle; set multiply-adds, or --workdir')
     target = target | _options(given, policy)
   elif (given.policy, given.guarantee) != (None, None):
     raise UserError('--policy and --guarantee need a target; set --budget, --risk or --threshold, or leave them out')
@@ -281,7 +283,7 @@ def parse_budget(text: str) -> dict[str, Any]:
     raise argparse.ArgumentTypeError(
       f"expected multiply-adds such as 30M, a time such as 2.5ms or an energy such as 0.5J, found '{text}'"
     )
-  return {'budget': value, 'unit': _MEASURED.get(suffix, 'macs')}
+  return {'budget': value, 'unit': _UNITS.get(suffix, 'macs')}
 
 
 def _find_plugin(argv: Sequence[str] | None) -> None:

@@ -248,7 +248,7 @@ def wrapped_title(data: FigureData, what: str, width: float) -> str:
 
 def cost_scale(unit: str, costs: np.ndarray) -> tuple[float, str]:
   """Returns a divisor for the costs and the unit of the result."""
-  if unit in ('ms', 'joules'):
+  if unit != 'macs':
     return 1.0, f'{unit} per image'
   for least, size, letter in ((1e10, 1e9, 'G'), (1e5, 1e6, 'M')):
     if np.max(costs) >= least:
