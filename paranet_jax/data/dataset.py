@@ -141,7 +141,8 @@ class Dataset:
   """A decoded image classification data set.
 
   Attributes:
-    mean, std: one value per channel, for pixel values in 0..1, over the whole training split (including `held_out`).
+    mean: one value per channel, for pixel values in 0..1, over the whole training split (including `held_out`).
+    std: the standard deviations over the same.
     crop_padding: pixels of padding on each side before the random crop; 0: no crop.
     flip: whether training images are mirrored at random.
     skipped: corrupt files left out of both splits.

@@ -53,7 +53,7 @@ class ExitPlan:
   """Which exits are run, when a sample exits, and what that costs. K usable exits: those that were trained.
 
   Attributes:
-    name, dataset, step, fingerprint: of the checkpoint, see `CheckpointId`.
+    name: of the network; it, dataset, step and fingerprint tell the checkpoint, see `CheckpointId`.
     score: what samples are ranked by.
     policy: how the thresholds were chosen; 'full': no sample exits early.
     target: the target of calibration, such as {'budget': 3e7, 'unit': 'macs'}; {} for 'full'.
@@ -63,10 +63,11 @@ class ExitPlan:
     confidence_thresholds: [K], the same on the scale of `scores.confidence`, which prediction compares with.
     visited: numbers of the exits that are run, the last one included.
     macs: [K], multiply-adds to each exit along the visited path; None where not visited.
-    ms, joules: [K], the same in milliseconds and joules per image; None: not measured.
+    ms: [K], the same in milliseconds per image; None: not measured.
+    joules: [K], the same in joules.
     macs_alone: [K], multiply-adds of each exit alone.
-    expected, test: {cost_macs, cost_ms, accuracy, shares, ...} on the held-out and on the test split, and cost_joules
-      if they were measured.
+    expected: {cost_macs, cost_ms, accuracy, shares, ...} on the held-out split, and cost_joules if they were measured.
+    test: the same on the test split.
     splits: the number of images that temperatures, thresholds and test results come from.
     latency: the measurements and their device; None: nothing was measured.
     provenance: command line, versions, device, date.

@@ -43,7 +43,8 @@ class Preprocessing:
     side: of the network's input, in pixels.
     resize: the short side to which images are scaled before the center crop of `side`, in pixels; None: `side`.
     interpolation: 'bilinear' or 'bicubic', with antialiasing.
-    mean, deviation: one per channel, for pixel values in 0..1.
+    mean: one per channel, for pixel values in 0..1.
+    deviation: the standard deviations.
   """
 
   side: int = 224
