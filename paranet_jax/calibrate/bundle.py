@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from paranet_jax.early.policies.cap import choose_within
 from paranet_jax.early.sentences import promises, watch_sentence
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_object, write_json
+from paranet_jax.host.new_folder import check_absent, new_folder
 from paranet_jax.portable import run as runtime
 
 _CARD = """
@@ -68,8 +68,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
     raise UserError(str(error)) from error
   before = read_plan(request.bundle)
   out = request.out or _next_version(request.bundle)
-  if os.path.lexists(out):
-    raise UserError(f'expected no {out}, found something there; set --out to another folder')
+  check_absent(out)
   if request.reject is not None and before.score == 'patience':
     raise UserError('--reject needs a score that ranks images, found a bundle that exits by patience; leave it out')
   target, policy = _target(request, before)
@@ -268,26 +267,19 @@ def _next_version(bundle: Path) -> Path:
 
 def _write(bundle: Path, out: Path, plan: ExitPlan) -> None:
   """A copy of the bundle with another exits.json, which appears at once or not at all."""
-  try:
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent, ignore_cleanup_errors=True) as holder:
-      folder = Path(holder) / out.name
-      shutil.copytree(bundle, folder, symlinks=False)
-      save_plan(folder, plan)
-      shutil.copyfile(runtime.__file__, folder / 'run.py')  # An older one would not know what is promised.
-      known = read_object(folder / runtime.BUNDLE, 'copy or export the bundle again') or {}
-      known['visited_stages'] = known['all_stages']
-      for name in (EXITS, 'run.py'):
-        known['checksums'][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-      known.pop('agreement', None)
-      if (folder / 'README.md').is_file():  # The model card, which no checksum covers.
-        with (folder / 'README.md').open('a', encoding='utf-8') as card:
-          lines = [*promises(plan), *filter(None, [watch_sentence(plan)])]
-          made = (plan.provenance or {})['recalibrated']
-          card.write(_CARD.format_map(made | {'promises': '\n'.join(f'- {line}' for line in lines)}))
-      write_json(folder / runtime.BUNDLE, known)
-      runtime.load(folder)  # What is written can be read.
-      if os.path.lexists(out):
-        raise UserError(f'expected no {out}, found something there; set --out to another folder')
-      folder.rename(out)
-  except OSError as error:
-    raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error
+  with new_folder(out) as folder:
+    shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    save_plan(folder, plan)
+    shutil.copyfile(runtime.__file__, folder / 'run.py')  # An older one would not know what is promised.
+    known = read_object(folder / runtime.BUNDLE, 'copy or export the bundle again') or {}
+    known['visited_stages'] = known['all_stages']
+    for name in (EXITS, 'run.py'):
+      known['checksums'][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    known.pop('agreement', None)
+    if (folder / 'README.md').is_file():  # The model card, which no checksum covers.
+      with (folder / 'README.md').open('a', encoding='utf-8') as card:
+        lines = [*promises(plan), *filter(None, [watch_sentence(plan)])]
+        made = (plan.provenance or {})['recalibrated']
+        card.write(_CARD.format_map(made | {'promises': '\n'.join(f'- {line}' for line in lines)}))
+    write_json(folder / runtime.BUNDLE, known)
+    runtime.load(folder)  # What is written can be read.

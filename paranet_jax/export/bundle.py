@@ -1,12 +1,9 @@
 """Writes a bundle, file by file, into a temporary folder that takes the requested name once it is complete."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +24,7 @@ from paranet_jax.export.stages import Stages, cut
 from paranet_jax.export.web import page_library, write_page
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json, write_text
+from paranet_jax.host.new_folder import check_absent, new_folder
 from paranet_jax.portable import run as runtime
 
 COMPARED_IMAGES = 1000
@@ -56,8 +54,7 @@ def check_request(request: Request) -> None:
   Raises:
     UserError: `out` exists, a package is missing, or the format does not support the precision or the page.
   """
-  if os.path.lexists(request.out):
-    raise UserError(f'expected no {request.out}, found something there; set --out to another folder')
+  check_absent(request.out)
   if not os.path.isdir(request.out.parent):  # Unlike Path.is_dir, also False where the name is too long.
     raise UserError(f'expected a folder {request.out.parent} to write in, found none; create it, or set --out')
   if not os.access(request.out.parent, os.W_OK | os.X_OK):
@@ -108,7 +105,7 @@ def write_bundle(
   if hasattr(run.model, 'dtype'):
     run = dataclasses.replace(run, model=run.model.clone(dtype=jnp.float32))
   stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
-  with _atomic_folder(request.out) as folder:
+  with new_folder(request.out) as folder:
     bundle = describe_bundle(run, plan, stages, request.formats, request.dtype, _packages(request))
     write_contents(folder, run, plan)
     if 'onnx' in request.formats:
@@ -191,22 +188,3 @@ def _checksums(folder: Path) -> dict[str, str]:
   files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob('*')) if path.is_file()}
   digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
   return {name: digest for name, digest in digests.items() if name not in ('README.md', runtime.BUNDLE)}
-
-
-@contextlib.contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-  """A new folder beside `out` that moves there if the context ends without an error, else is removed.
-
-  Raises:
-    UserError: it cannot be written, or `out` exists by then.
-  """
-  try:
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent, ignore_cleanup_errors=True) as holder:
-      folder = Path(holder) / out.name  # The holder itself is readable by its owner only.
-      folder.mkdir()
-      yield folder
-      if os.path.lexists(out):
-        raise UserError(f'expected no {out}, found something there; set --out to another folder')
-      folder.rename(out)
-  except OSError as error:
-    raise UserError(f'{out} cannot be written: {error.strerror or error}; set --out to another folder') from error
