@@ -5,7 +5,6 @@ huge pages above all, so a peer runs as PyTorch comes. One peer has them too, to
 """
 
 import importlib.util
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -92,8 +91,3 @@ def torch_step(
 
 def _torch_network(peer: TorchPeer, variables: dict[str, Any]) -> Any:
   return torch_paranet().torch_network(variables, pool_first=peer.pool_first)
-
-
-def available_cores() -> int:
-  """CPU cores that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.peers import PACKAGES, available_cores
+from benchmarks.peers import PACKAGES
 from paranet_jax.doctor import report as doctor
-from paranet_jax.host.machine import cpu_features, cpu_name, environment
+from paranet_jax.host.machine import cpu_features, cpu_name, environment, usable_cores
 
 EXTRAS = (*PACKAGES, 'libtpu')
 FEATURES = frozenset({*doctor.FEATURES, 'avx512_vnni'})
@@ -60,7 +60,7 @@ def surroundings() -> dict[str, Any]:
   extras = {name: importlib.metadata.version(name) for name in EXTRAS if importlib.util.find_spec(name)}
   machine = {
     'cpu': cpu_name(),
-    'cores': available_cores(),
+    'cores': usable_cores(),
     'features': ' '.join(sorted(FEATURES & cpu_features())),
     'system': platform.platform(),
     'device': facts['device'],

@@ -24,6 +24,7 @@ from absl import flags
 from paranet_jax.data.batches import eval_batches, jitted_order, steps_per_epoch
 from paranet_jax.data.dataset import Split, StoredImages
 from paranet_jax.host.errors import LostWorkersError, UserError, prepare_output
+from paranet_jax.host.machine import usable_cores
 from paranet_jax.host.signals import seconds_since_request
 
 _MAX_WORKERS = 16  # Unless the configuration says otherwise: each takes about 300 MB.
@@ -264,8 +265,7 @@ def _is_guard(node: ast.AST) -> TypeGuard[ast.stmt | ast.expr]:
 
 def num_workers(workers: int | None) -> int:
   """The number of workers of a stream: as configured, or one per core that this process may use, at most 16."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return min(cores, _MAX_WORKERS) if workers is None else workers
+  return min(usable_cores(), _MAX_WORKERS) if workers is None else workers
 
 
 def _prepare_worker(_: int, __: int) -> None:

@@ -16,7 +16,7 @@ from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.huge_pages import VARIABLE as GLIBC_TUNABLES
 from paranet_jax.host.known_faults import KNOWN_FAULTS, VARIABLE, faults_of, jaxlib_version
-from paranet_jax.host.machine import container_memory, cpu_features, cpu_name, environment
+from paranet_jax.host.machine import container_memory, cpu_features, cpu_name, environment, usable_cores
 from paranet_jax.models import numerics
 from paranet_jax.models.layers import native_dense
 
@@ -45,7 +45,7 @@ def examine(config: str | None = None) -> dict[str, Any]:
     'processor': {
       'name': cpu_name(),
       'features': [name for name in FEATURES if name in cpu_features()],
-      'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+      'cores': usable_cores(),
       'load': round(os.getloadavg()[0], 2),
     },
     'kernels': native_dense.missing(native_dense.FEATURES) or 'used',

@@ -30,7 +30,7 @@ from jax.experimental import serialize_executable
 
 from paranet_jax.host.files import replacing
 from paranet_jax.host.known_faults import VARIABLE
-from paranet_jax.host.machine import keeps_whole, machine_key
+from paranet_jax.host.machine import keeps_whole, machine_key, usable_cores
 from paranet_jax.host.starting import BEGAN
 
 T = TypeVar('T')
@@ -289,8 +289,8 @@ def _surroundings() -> tuple:
   now = {name: getattr(jax.config, name, value) for name, value in settings.items()}
   matter = {name: repr(value) for name, value in now.items() if not any(part in name for part in _NO_MATTER)}
   own = {name: value for name, value in os.environ.items() if name.startswith('PARANET_') and not name.endswith('_DIR')}
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  return machine_key(), cores, len(jax.devices()), os.environ.get(VARIABLE), sorted(own.items()), sorted(matter.items())
+  machine = machine_key(), usable_cores(), len(jax.devices())
+  return *machine, os.environ.get(VARIABLE), sorted(own.items()), sorted(matter.items())
 
 
 def described(value: Any) -> Any:

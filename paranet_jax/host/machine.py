@@ -93,11 +93,20 @@ def machine_key(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
   return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
+def usable_cores() -> int:
+  """The CPU cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def library_versions() -> dict[str, str]:
+  """The versions of the libraries that results depend on, by name."""
+  return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
 def environment(devices: list[Device]) -> dict[str, Any]:
   """Versions and device by which a measured number can be reproduced."""
-  versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
   return {
-    'versions': {'paranet_jax': __version__, 'python': platform.python_version(), **versions},
+    'versions': {'paranet_jax': __version__, 'python': platform.python_version(), **library_versions()},
     'device': {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices)},
   }
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
-from paranet_jax.host.machine import LIBRARIES, cpu_name
+from paranet_jax.host.machine import cpu_name, library_versions
 
 FILE = 'queue.json'
 
@@ -39,7 +38,7 @@ class RunRecord:
 def environment(cores: tuple[int, ...] = ()) -> dict[str, Any]:
   """What determines results besides code, configuration and data: libraries, flags, processor and number of cores."""
   return {
-    'versions': {name: importlib.metadata.version(name) for name in LIBRARIES},
+    'versions': library_versions(),
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'platforms': os.environ.get('JAX_PLATFORMS', ''),
     'processor': cpu_name(),

@@ -154,7 +154,7 @@ def test_another_environment_is_reported(tmp_path, capsys, monkeypatch):
   queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)]})
   queue.work()
   monkeypatch.setattr(record, 'cpu_name', lambda: 'another one')
-  monkeypatch.setattr(record.importlib.metadata, 'version', lambda name: '99')
+  monkeypatch.setattr(record, 'library_versions', lambda: {'jax': '99'})
   before = queue.record('early-s0')['starts'][0]
   queue.work()
   line = next(line for line in capsys.readouterr().out.splitlines() if 'although' in line)
