@@ -78,7 +78,7 @@ class Progress:
     }
     if math.isfinite(images_per_second) and images_per_second > 0:
       seconds = (self._total_steps - step) * self._batch_size / images_per_second
-      fields['speed'] = f'{images_per_second:.{0 if images_per_second >= 100 else 1}f} images/s'
+      fields['speed'] = human_speed(images_per_second)
       fields['left'] = f'{human_duration(seconds)} left'
     return fields
 
@@ -123,6 +123,11 @@ def human_duration(seconds: float) -> str:
   if hours:
     return f'{hours} h {minutes:02} min'
   return f'{minutes} min {seconds:02} s' if minutes else f'{seconds} s'
+
+
+def human_speed(images_per_second: float) -> str:
+  """Formats a speed: `1,234 images/s`, `12.3 images/s`."""
+  return f'{images_per_second:,.{0 if images_per_second >= 100 else 1}f} images/s'
 
 
 def _fit(fields: dict[str, str], columns: int) -> str:

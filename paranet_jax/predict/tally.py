@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from paranet_jax.display.progress import human_duration
+from paranet_jax.display.progress import human_duration, human_speed
 from paranet_jax.display.tables import human_count
 from paranet_jax.host.errors import discard_output, printable_lines
 
@@ -63,7 +63,7 @@ class Tally:
       parts += [f'exit {number}: {100 * count / self.images:.1f} %' for number, count in self._exited.items()]
       parts.append(self._cost())
     if self.images_per_second:
-      parts.append(f'{_speed(self.images_per_second)} images/s')
+      parts.append(human_speed(self.images_per_second))
     return '; '.join(parts)
 
   def _cost(self) -> str:
@@ -93,7 +93,7 @@ class LiveLine:
     line = f'{done:,}/{self._total:,} images'
     if images_per_second:
       left = (self._total - done) / images_per_second
-      line += f'  {_speed(images_per_second)} images/s  {human_duration(left)} left'
+      line += f'  {human_speed(images_per_second)}  {human_duration(left)} left'
     # One column stays free: a full line wraps on some terminals.
     self._write(f'\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K')
 
@@ -113,7 +113,3 @@ class LiveLine:
       self._stream.flush()
     except OSError:  # Predicting continues without it.
       discard_output(self._stream.fileno())
-
-
-def _speed(images_per_second: float) -> str:
-  return f'{images_per_second:,.{0 if images_per_second >= 100 else 1}f}'
