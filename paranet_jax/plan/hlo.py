@@ -201,12 +201,12 @@ def _fusion(body: dict[str, Instruction], results: tuple[Array, ...], operands: 
     for name in instruction.operands:
       users.setdefault(name, []).append(instruction)
   parameters = {int(one.literal): one for one in body.values() if one.opcode == 'parameter'}
-  read = sum(_read(body, users, parameters[number], arrays) for number, arrays in enumerate(operands))
+  read = sum(_read(users, parameters[number], arrays) for number, arrays in enumerate(operands))
   (root,) = (one for one in body.values() if one.is_root)
   return read + _written(body, root, results)
 
 
-def _read(body: dict, users: dict, parameter: Instruction, arrays: tuple[Array, ...]) -> int:
+def _read(users: dict, parameter: Instruction, arrays: tuple[Array, ...]) -> int:
   if all(array.on_chip for array in arrays):
     return 0
   taken, waiting = 0, [parameter]
