@@ -15,12 +15,6 @@ from paranet_jax.host.files import replacing
 SIDE, CHANNELS = 4, 3
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
-  return tmp_path / 'cache'
-
-
 def random_split(split):
   """Images and labels."""
   count = {'train': 10, 'test': 6}[split]

@@ -21,8 +21,7 @@ HELD_OUT = 6
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-  """20 different images of each of two classes, 4 x 4, and a cache of its own."""
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
+  """20 different images of each of two classes, 4 x 4."""
   monkeypatch.delenv('PARANET_DATA_DIR', raising=False)
   for label, name in enumerate(('cat', 'dog')):
     for number in range(20):

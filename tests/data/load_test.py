@@ -6,11 +6,6 @@ from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
-
-
 def load(image_side=8, channels=1, num_classes=None, **changes):
   config = {'name': 'digits', 'data_dir': '', 'held_out': 0, 'crop_padding': None, 'flip': None}
   config |= {'streaming': None, 'workers': 0, **changes}

@@ -12,10 +12,8 @@ from paranet_jax.host.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
+def _in_chunks(monkeypatch):
   monkeypatch.setattr(scan, '_CHUNK', 3)
-  return tmp_path / 'cache'
 
 
 @pytest.fixture

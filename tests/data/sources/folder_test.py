@@ -14,11 +14,6 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import TO_SIDE
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
-
-
 @pytest.fixture
 def root(tmp_path):
   folder = tmp_path / 'images'

@@ -11,11 +11,6 @@ from paranet_jax.host.errors import UserError
 NAMES = ['a.png', 'b.JPG', 'cats/c.png', 'cats/more/d.webp', 'train/e.png', 'test/f.png', 'cats/g.png', 'h.gif']
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
-
-
 @pytest.fixture
 def root(tmp_path):
   for number, name in enumerate(NAMES):

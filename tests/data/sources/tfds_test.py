@@ -26,11 +26,6 @@ from paranet_jax.host.errors import UserError
 CLOSED = 'http://127.0.0.1:9'  # Nothing listens on the discard port.
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-  monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path / 'cache'))
-
-
 def load(name, data_dir, image_side=32, channels=3, **changes):
   config = {'name': name, 'data_dir': str(data_dir), 'held_out': 0, 'crop_padding': None, 'flip': None}
   config |= {'streaming': None, 'workers': 0, **changes}
