@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import tables
-from benchmarks.peers import EAGER, PACKAGES, TORCH_PEERS
+from benchmarks.peers import EAGER, OURS_BFLOAT16, PACKAGES, TORCH_PEERS
 from paranet_jax.display.tables import ABSENT
 from paranet_jax.experiments import markdown
 from paranet_jax.host.arguments import positive
@@ -156,13 +156,19 @@ def provenance(result: Result) -> str:
 
 
 def compared(result: Result) -> str:
-  """Ours, PyTorch as it is first written, and the fastest PyTorch; ratios above 1 mean that ours is faster."""
+  """Ours, PyTorch as it is first written, and the fastest PyTorch; ratios above 1 mean that ours is faster.
+
+  Where ours was measured in bfloat16 too, the fastest PyTorch is compared with both.
+  """
   groups: dict[tuple, dict[str, dict[str, Any]]] = {}
   for row in result['rows']:
-    if row['peer'] in TORCH_PEERS:
+    if row['peer'] in (*TORCH_PEERS, OURS_BFLOAT16):
       groups.setdefault((row['what'], row['batch'], row['exit'], row['unit']), {})[row['peer']] = row
   lines = []
+  columns = ['what', 'ours', 'PyTorch, eager', 'speed ratio', 'fastest PyTorch', 'speed ratio']
+  halves = any(OURS_BFLOAT16 in peers for peers in groups.values())
   for (what, batch, exit, unit), peers in groups.items():
+    half = peers.pop(OURS_BFLOAT16, None)
     speeds = {name: _faster(row['ours'], row['theirs'], unit) for name, row in peers.items()}
     best = min(speeds, key=lambda name: speeds[name])
     eager = peers[EAGER]
@@ -174,7 +180,10 @@ def compared(result: Result) -> str:
         *(fastest if len(peers) > 1 else ('', '')),
       ]
     )
-  return markdown.table(('what', 'ours', 'PyTorch, eager', 'speed ratio', 'fastest PyTorch', 'speed ratio'), lines)
+    if half:
+      ratio = _faster(half['theirs'], peers[best]['theirs'], unit)
+      lines[-1] += [_number(half['theirs']), _number(ratio)]
+  return markdown.table([*columns, *(('ours in bfloat16', 'speed ratio') if halves else ())], lines)
 
 
 def early_exit(result: Result) -> str:

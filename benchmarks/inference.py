@@ -1,8 +1,9 @@
 """Images a second of the forward pass in inference mode, and milliseconds for one image, ours and PyTorch's in turn.
 
 Both are given normalized images, and the same random weights and running statistics; that their logits agree is
-checked first. Every exit is computed alone, with what it needs and nothing else, and all of them together. Ours and
-each PyTorch peer run in a process of their own, with the defaults of either, and only while they have their turn.
+checked first. Every exit is computed alone, with what it needs and nothing else, and all of them together. Ours, in
+float32 and in bfloat16, and each PyTorch peer run in a process of their own, with the defaults of either, and only
+while they have their turn.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from benchmarks.network import Size
 from benchmarks.own_process import own_process
 from benchmarks.timing import in_turn
 from paranet_jax.host.machine import use_compilation_cache
+from paranet_jax.models.registry import INSISTED
 
 EXITS = (1, 2, 3)
 TOLERANCE = 1e-4
 BFLOAT16_TOLERANCE = 0.1
-"""Of peers that compute in bfloat16, relative to the largest logit."""
+"""Of those that compute in bfloat16, relative to the largest logit."""
 
 Forward = Callable[[np.ndarray], list]
 
@@ -57,10 +59,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def make_forwards(size: Size, exits: tuple[int, ...], options: argparse.Namespace) -> Iterator[dict[str, Forward]]:
-  """'ours' and every peer; the linen baseline for all exits only, since it is slow to compile."""
+  """'ours', in both types, and every peer; the linen baseline for all exits only, since it is slow to compile."""
   variables, forwards = network.random_variables(size), {}
   with contextlib.ExitStack() as processes:
-    forwards['ours'] = processes.enter_context(own_process('ours', our_forward, size, variables, exits))
+    for name, dtype in (('ours', 'float32'), (peers.OURS_BFLOAT16, INSISTED)):
+      forwards[name] = processes.enter_context(own_process(name, our_forward, size, variables, exits, dtype))
     for name, peer in peers.torch_peers(options.peer).items():
       process = own_process(name, peers.torch_forward, peer, variables, exits, huge_pages=peer.huge_pages)
       forwards[name] = processes.enter_context(process)
@@ -69,10 +72,10 @@ def make_forwards(size: Size, exits: tuple[int, ...], options: argparse.Namespac
     yield forwards
 
 
-def our_forward(size: Size, variables: dict[str, Any], exits: tuple[int, ...]) -> Forward:
+def our_forward(size: Size, variables: dict[str, Any], exits: tuple[int, ...], dtype: str) -> Forward:
   """Ours as the commands run it, compiled programs kept: images to the logits of these exits, as NumPy arrays."""
   use_compilation_cache(None)
-  forward = network.our_forward(network.our_network(size), variables, exits)
+  forward = network.our_forward(network.our_network(size, dtype), variables, exits)
   return lambda images: [np.asarray(logits) for logits in forward(images)]
 
 
@@ -85,7 +88,7 @@ def check_logits(forwards: Mapping[str, Forward], images: np.ndarray) -> float:
   found = {name: np.concatenate(forward(images), axis=-1) for name, forward in forwards.items()}
   ours = found.pop('ours')
   differences = {name: float(np.abs(ours - theirs).max()) for name, theirs in found.items()}
-  rough = {name for name, peer in peers.TORCH_PEERS.items() if peer.bfloat16}
+  rough = {peers.OURS_BFLOAT16, *(name for name, peer in peers.TORCH_PEERS.items() if peer.bfloat16)}
   for name, difference in differences.items():
     most = BFLOAT16_TOLERANCE * float(np.abs(ours).max()) if name in rough else TOLERANCE
     if not difference <= most:

@@ -56,9 +56,10 @@ class Size:
     return (self.side, self.side, 3)
 
 
-def our_network(size: Size) -> ParaNet:
-  """The package's PN3."""
+def our_network(size: Size, dtype: str = 'float32') -> ParaNet:
+  """The package's PN3; `dtype` is a value of `model.dtype`."""
   config = base_config(NAME)
+  config.model.dtype = dtype
   config.model.layers_per_block = size.layers
   config.model.growth_rate = size.growth_rate
   config.model.image_side = size.side

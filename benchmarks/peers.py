@@ -35,6 +35,8 @@ PACKAGES = ('torch', 'onnxruntime', 'openvino', 'earlyon')
 EAGER = 'eager'
 """Of the headlines: channels_last, transitions that convolve and then pool, as DenseNet's code does."""
 COMPILED = 'compile'
+OURS_BFLOAT16 = 'ours_bfloat16'
+"""Ours with `model.dtype=bfloat16!`, beside ours in float32."""
 LINEN = 'linen'
 TORCH_PEERS = {
   EAGER: TorchPeer(),

@@ -43,6 +43,23 @@ def test_the_fastest_peer_is_named():
   ]
 
 
+def test_bfloat16_is_compared_with_the_fastest_peer():
+  rows = [
+    row('forward', 'ours_bfloat16', 80.0, 300.0, 'images/s'),
+    row('forward', 'eager', 80.0, 40.0, 'images/s'),
+    row('forward', 'eager_bfloat16', 80.0, 100.0, 'images/s'),
+    row('one image', 'ours_bfloat16', 5.0, 4.0, 'ms'),
+    row('one image', 'eager', 5.0, 20.0, 'ms'),
+    row('one image', 'eager_bfloat16', 5.0, 10.0, 'ms'),
+  ]
+  header, _, *lines = all_benchmarks.compared({'rows': rows}).splitlines()
+  assert header.endswith('| fastest PyTorch | speed ratio | ours in bfloat16 | speed ratio |')
+  assert lines == [
+    '| forward, all exits, batch 64, images/s | 80 | 40 | 2 | 100 (eager bfloat16) | 0.8 | 300 | 3 |',
+    '| one image, all exits, batch 64, ms | 5 | 20 | 4 | 10 (eager bfloat16) | 2 | 4 | 2.5 |',
+  ]
+
+
 def test_only_what_is_between_the_marks_is_replaced():
   result = RESULT | {'rows': [row('step', 'eager', 80.0, 40.0, 'images/s')]}
   page = 'before\n<!-- table train_step -->\nold\n<!-- end -->\nafter\n<!-- table deploy -->\n<!-- end -->\n'

@@ -234,8 +234,8 @@ def test_inference(fake_torch, monkeypatch, capsys):
     row
     for exit in (None, 1, 2, 3)
     for row in (
-      *(('forward pass', peer, 4, exit, 'images/s') for peer in EAGER_PEERS),
-      *(('one image', peer, 1, exit, 'ms') for peer in EAGER_PEERS),
+      *(('forward pass', peer, 4, exit, 'images/s') for peer in (peers.OURS_BFLOAT16, *EAGER_PEERS)),
+      *(('one image', peer, 1, exit, 'ms') for peer in (peers.OURS_BFLOAT16, *EAGER_PEERS)),
     )
   ]
 
