@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from paranet_jax.early.exit_plan import DTYPES
 from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, fraction, positive
@@ -63,6 +64,7 @@ class Request(_Request):
     accept_data_changes: the data may have other classes or labels than the run learned.
     explicit: keys of the target that flags of the policy gave, and not their defaults.
     most: what each image may cost, and its unit, 'macs' or 'ms'; None: as much as the last exit.
+    dtype: in which the network computes from now on, one of DTYPES; None: that of its run.
   """
 
   workdir: Path
@@ -79,6 +81,7 @@ class Request(_Request):
   accept_wrong_numbers: bool = False
   explicit: frozenset[str] = frozenset()
   most: tuple[float, str] | None = None
+  dtype: str | None = None
 
   @property
   def measured_unit(self) -> str | None:
@@ -148,6 +151,7 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     accept_wrong_numbers=given.accept_wrong_numbers,
     explicit=frozenset(flag.key for flag in _policy_flags() if _value(given, flag) is not None),
     most=most,
+    dtype=given.dtype,
     **_promised(given),
   )
 
@@ -220,6 +224,7 @@ _OF_RUNS = (
   'max_ms',
   'curves',
   'audit',
+  'dtype',
   'compilation_cache',
   'data_dir',
   'accept_data_changes',
@@ -349,6 +354,11 @@ def _parser() -> argparse.ArgumentParser:
     '--audit',
     action='store_true',
     help='measure how far corrupted images and an adversary raise the mean cost, on 1,000 test images',
+  )
+  add(
+    '--dtype',
+    choices=DTYPES,
+    help='in which the network predicts from now on, with the same parameters (default: as it was trained)',
   )
   add_jax_flags(parser)
   add_data_flags(parser)

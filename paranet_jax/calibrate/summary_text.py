@@ -41,9 +41,8 @@ def _kind(split: dict[str, Any]) -> str:
 
 
 def _title(plan: ExitPlan, splits: dict[str, int]) -> str:
-  return (
-    f'{plan.name} on {plan.dataset}, step {plan.step}: {_target(plan)}\nscore: {plan.score}; {_sources(plan, splits)}'
-  )
+  of = f'{plan.name} on {plan.dataset}, step {plan.step}{f", in {plan.dtype}" if plan.dtype else ""}'
+  return f'{of}: {_target(plan)}\nscore: {plan.score}; {_sources(plan, splits)}'
 
 
 def _sources(plan: ExitPlan, splits: dict[str, int]) -> str:

@@ -23,6 +23,9 @@ SCHEMA_VERSION = 1
 FULL = 'full'
 """The policy of a plan that nothing was calibrated for."""
 
+DTYPES = ('float32', 'bfloat16')
+"""In which `calibrate --dtype` lets a network predict."""
+
 PerExit = tuple[float | None, ...]
 
 
@@ -78,6 +81,7 @@ class ExitPlan:
       bins of the largest probability at each exit; `counts` [K] of the images that leave there in each bin; `classes`,
       how many got each class; `wrong`, how many got a wrong one, None without labels.
     audit: what hard images and an adversary do to the mean cost, see `calibrate.audit`; None: not measured.
+    dtype: 'float32' or 'bfloat16', in which the network was calibrated and predicts; None: that of its run.
   """
 
   name: str
@@ -105,6 +109,7 @@ class ExitPlan:
   seen: dict[str, Any] | None = None
   joules: PerExit | None = None
   audit: dict[str, Any] | None = None
+  dtype: str | None = None
 
   @property
   def checkpoint(self) -> CheckpointId:
@@ -321,8 +326,9 @@ _RULES: dict[str, Rule] = {
 _LATER: dict[str, Rule] = {
   'joules': _optional(_COSTS),
   'audit': _optional((_audited, 'an object with images, within and most_macs, and costs of clean, hardest and attack')),
+  'dtype': (lambda value, k: value in (None, *DTYPES), f'one of {", ".join(DTYPES)}'),
 }
-"""Fields that plans lack where they were not measured."""
+"""Fields that plans lack where they were not measured or chosen."""
 
 
 def _check(plan: ExitPlan, workdir: Path) -> None:

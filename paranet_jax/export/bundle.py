@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
@@ -26,6 +25,7 @@ from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.host.new_folder import check_absent, new_folder
 from paranet_jax.portable import run as runtime
+from paranet_jax.runs.dtype import in_dtype
 
 COMPARED_IMAGES = 1000
 NOISE_IMAGES = 16
@@ -103,7 +103,8 @@ def write_bundle(
   """
   library = page_library(request.web_runtime) if request.web else None
   if hasattr(run.model, 'dtype'):
-    run = dataclasses.replace(run, model=run.model.clone(dtype=jnp.float32))
+    run = dataclasses.replace(run, model=in_dtype(run.model, 'float32'))
+  calibrated, plan = plan, dataclasses.replace(plan, dtype=None)
   stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
   with new_folder(request.out) as folder:
     bundle = describe_bundle(run, plan, stages, request.formats, request.dtype, _packages(request))
@@ -117,7 +118,7 @@ def write_bundle(
       bundle['stablehlo'] = write_stablehlo(folder, stages)
     if library:
       bundle['web'] = write_page(folder, library)
-    write_text(folder / 'README.md', model_card(run, plan, exit_costs(run.model, run.image_shape), bundle))
+    write_text(folder / 'README.md', model_card(run, calibrated, exit_costs(run.model, run.image_shape), bundle))
     bundle['checksums'] = _checksums(folder)
     write_json(folder / runtime.BUNDLE, bundle)
   return bundle

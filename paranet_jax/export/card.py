@@ -94,9 +94,10 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
     rows.append(f'| as calibrated | {_percent(test[kind])} | | {human_count(round(test["cost_macs"]))} | |')
   words = 'test accuracy (%)' if kind == 'accuracy' else f'same answer as exit {plan.exits[-1]} on test images (%)'
   header = f'| exit | {words} | share of images (%) | multiply-adds per image | parameters up to it |'
+  dtype = f'in {plan.dtype}' if plan.dtype else 'at its training precision'
   how = [
     f'Calibrated for {json.dumps(plan.target)}, with policy `{plan.policy}` and score `{plan.score}`. Accuracies were',
-    'measured during calibration, with the network in JAX at its training precision.',
+    f'measured during calibration, with the network in JAX {dtype}.',
   ]
   if kind == 'agreement':
     how[0] = how[0].replace('Accuracies were', 'The images have no labels; agreements were')

@@ -1,13 +1,18 @@
-"""The dtype in which a run computes: the one it started with, or, at its start, the faster one on this machine."""
+"""The dtype in which a run computes: the one it started with, or, at its start, the faster one on this machine.
+
+`calibrate --dtype` chooses another one for what has been trained.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from paranet_jax.config import build_model, image_shape
 from paranet_jax.dtype_timing import dtype_timing
-from paranet_jax.host.errors import say
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.registry import BFLOAT16, INSISTED
@@ -44,6 +49,19 @@ def with_saved_dtype(config: ConfigDict, workdir: Path) -> ConfigDict:
     return config
   processes = Coordinator()
   return _with(config, processes.from_first(processes.once(saved_dtype, workdir)) or BFLOAT16)
+
+
+def in_dtype(model: Any, dtype: str | None) -> Any:
+  """The network with the same parameters, computing in 'float32' or 'bfloat16'; None: as it is.
+
+  Raises:
+    UserError: it has no field `dtype`.
+  """
+  if dtype is None:
+    return model
+  if not hasattr(model, 'dtype'):
+    raise UserError(f'expected a network with a field dtype for --dtype={dtype}, found {model.name}; leave it out')
+  return model.clone(dtype=jnp.dtype(dtype))
 
 
 def _with(config: ConfigDict, dtype: str) -> ConfigDict:

@@ -21,7 +21,7 @@ from paranet_jax.early.exit_plan import (
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import PROMISES
 
-OPTIONAL = {*PROMISES, 'joules', 'audit'}
+OPTIONAL = {*PROMISES, 'joules', 'audit', 'dtype'}
 
 CHECKPOINT = CheckpointId('PN3-ddd', 'digits', 420, '0123456789abcdef')
 FULL = full_network_plan(CHECKPOINT, (1, 2, 3), (10, 20, 30))
@@ -85,6 +85,7 @@ WITHOUT_LABELS = {'accuracy': None, 'agreement': 0.75, 'exit_agreement': [0.5, 0
     dataclasses.replace(PLAN, test=WITHOUT_LABELS),
     dataclasses.replace(PLAN, reject=REJECT, sets=SETS, seen=SEEN),
     dataclasses.replace(PLAN, joules=(0.5, None, 1.5), audit=AUDIT),
+    dataclasses.replace(PLAN, dtype='bfloat16'),
   ],
 )
 def test_what_is_saved_is_loaded(tmp_path, plan):
@@ -147,6 +148,7 @@ def test_the_most_that_an_image_costs():
     ({'sets': {}}, f': sets must be {PROMISES["sets"][1]}, found {{}}'),
     ({'seen': {'images': 3}}, f': seen must be {PROMISES["seen"][1]}, found {{"images": 3}}'),
     ({'joules': [0.5]}, f': joules {COSTS} or null, found [0.5]'),
+    ({'dtype': 'int8'}, ': dtype must be one of float32, bfloat16, found "int8"'),
     ({'audit': {}}, f': audit {AUDITED}, found {{}}'),
     ({'audit': {'clean': 1}}, f': audit {AUDITED}, found {{"clean": 1}}'),
     (
