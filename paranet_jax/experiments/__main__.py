@@ -1,4 +1,4 @@
-"""`python -m paranet_jax.experiments`: the paper's tables and figure, a queue of runs, or a table of methods."""
+"""`python -m paranet_jax.experiments`: the paper's tables and figure, a queue of runs, or pages of their results."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from paranet_jax.host.starting import begin
 ALL = 'all'
 QUEUE = 'run'
 METHODS = 'methods'
+PAGE = 'results'
 STOPPED = 130  # As the shell reports an interrupted command.
 
 
@@ -36,6 +37,10 @@ def _reworded(argv: Sequence[str] | None) -> int:
     from paranet_jax.experiments.methods import run
 
     return run(argv[1:])
+  if argv[:1] == [PAGE]:
+    from paranet_jax.experiments.page import run
+
+    return run(argv[1:])
   try:
     return _run(_parse(argv))
   except UserError as error:  # This command sets fields with --set.
@@ -46,8 +51,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = Parser(
     prog='python -m paranet_jax.experiments',
     description="Trains the missing runs behind the paper's tables and figure, and compares them with the paper.",
-    epilog='`run QUEUE.toml` trains the runs of a queue file instead, and `methods` makes one table of the results of '
-    'configs/queues/methods.toml. See `run --help` and `methods --help`.',
+    epilog='`run QUEUE.toml` trains the runs of a queue file instead, `methods` makes one table of the results of '
+    'configs/queues/methods.toml, and `results` a page of all results. See `run --help`, `methods --help` and '
+    '`results --help`.',
   )
   add = parser.add_argument
   add('experiment', choices=(*EXPERIMENTS, ALL), help='The table or figure to reproduce.')

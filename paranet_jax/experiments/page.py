@@ -1,0 +1,70 @@
+"""`python -m paranet_jax.experiments results`: docs/results.md, all that has been measured, from every results.json."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from paranet_jax.experiments.markdown import table_markdown
+from paranet_jax.experiments.published import TABLES
+from paranet_jax.experiments.queue.results import RESULTS, markdown
+from paranet_jax.host.arguments import Parser, absolute
+from paranet_jax.host.errors import UserError, report_no_room, say
+from paranet_jax.host.files import read_object, write_text
+
+_FOLDER, _PAGE = 'results', 'docs/results.md'
+_BEGINNING = """# Results
+
+What has been measured of the paper and around it, made from `results/**/results.json` by
+`python -m paranet_jax.experiments results`; nothing is typed by hand. Every row has its seeds, deviation, epochs and
+costs, and says what is reduced; below stand the runs with their hardware, date and command. What it means is told in
+[The paper](paper.md#results)."""
+
+
+def run(argv: Sequence[str]) -> int:
+  """Runs the command with the arguments after `results`; returns its exit code."""
+  parser = Parser(
+    prog='python -m paranet_jax.experiments results',
+    description=f'Writes one page of all results that the tables and queues below a folder have in their {RESULTS}.',
+  )
+  parser.add_argument('--folder', default=_FOLDER, help=f'Where the results are (default: {_FOLDER}).')
+  parser.add_argument('--out', default=_PAGE, help=f'The page (default: {_PAGE}).')
+  arguments = parser.parse_args(argv)
+  folder, out = absolute(arguments.folder), absolute(arguments.out)
+  text = results_page(folder)
+  if not out.parent.is_dir():
+    raise UserError(f'expected the folder {out.parent}, found none; set --out')
+  with report_no_room(out.parent):
+    write_text(out, text)
+  say(f'written: {out}')
+  return 0
+
+
+def results_page(folder: Path) -> str:
+  """The page in Markdown.
+
+  Args:
+    folder: absolute; results.json of tables and of queues lie anywhere below it.
+
+  Raises:
+    UserError: there is none, or one is damaged or of another command.
+  """
+  files = sorted(folder.rglob(RESULTS))
+  if not files:
+    raise UserError(f'expected {RESULTS} of tables or queues below {folder}, found none; set --folder')
+  return '\n\n'.join([_BEGINNING, *(_part(file, file.parent.relative_to(folder)) for file in files)]) + '\n'
+
+
+def _part(file: Path, place: Path) -> str:
+  fix = 'write it again, or set --folder'
+  found = read_object(file, fix) or {}
+  try:
+    if 'queue' in found:
+      texts = [markdown(found)]
+    else:
+      sections = found['experiments']
+      texts = [table_markdown(sections[name], found['protocol']) for name in TABLES if name in sections]
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{file} is not of `experiments` ({error!r:.60}); {fix}') from error
+  # Titles of files become sections of the page.
+  sections = [re.sub('^#', '##', text.strip(), flags=re.MULTILINE) for text in texts]
+  return '\n\n'.join([sections[0], *sections[1:]]).replace('\n', f'\n\nIn `{_FOLDER}/{place.as_posix()}`.\n', 1)

@@ -1,0 +1,67 @@
+"""docs/results.md: made from results/, complete, and never older than it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from running import run_command
+
+from paranet_jax.experiments.__main__ import main
+from paranet_jax.experiments.page import results_page
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_the_page_is_what_the_command_makes():
+  made = results_page(REPO / 'results')
+  assert (REPO / 'docs/results.md').read_text() == made, 'run python -m paranet_jax.experiments results'
+  for file in (REPO / 'results').rglob('results.json'):
+    found = json.loads(file.read_text())
+    rows = found.get('rows') or found['experiments']['table1']['rows']
+    assert all(f'{row["ours"]:.2f}' in made for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for name in ('queue-paper', 'tenth-model.layers_per_block=2'):
+    target = tmp_path / 'results/deeper' / name
+    target.mkdir(parents=True)
+    shutil.copy(REPO / 'results' / name / 'results.json', target)
+  return tmp_path / 'results'
+
+
+def test_tables_and_queues_become_sections(folder, tmp_path):
+  out = tmp_path / 'page.md'
+  result = run_command(main, 'results', f'--folder={folder}', f'--out={out}')
+  assert (result.code, result.out, result.err) == (0, f'written: {out}\n', '')
+  lines = out.read_text().splitlines()
+  assert [line for line in lines if line.startswith('#')] == [
+    '# Results',
+    '## Results of paper.toml, 2026-11-29',
+    '## Table 1: cascading',
+    '## Table 2: logit matching',
+  ]
+  assert 'In `results/deeper/queue-paper`.' in lines
+  assert '| PN3cut-dxx | 1 | 50.39 +- 0.248 | 54.48 | 0 | 130 | 3,413,088 | 198,460 | nothing |' in lines
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda folder: shutil.rmtree(folder), 'expected results.json of tables or queues below {folder}, found none; set'),
+    (lambda folder: (folder / 'deeper/queue-paper/results.json').write_text('{}'), 'is not of `experiments` (KeyError'),
+    (lambda folder: (folder / 'deeper/queue-paper/results.json').write_text('{'), 'write it again, or set --folder'),
+    (
+      lambda folder: (folder.parent / 'docs').rmdir(),
+      'expected the folder {folder.parent}/docs, found none; set --out',
+    ),
+  ],
+  ids=['none', 'another command', 'damaged', 'no place'],
+)
+def test_what_is_refused(folder, change, message):
+  (folder.parent / 'docs').mkdir()
+  change(folder)
+  result = run_command(main, 'results', f'--folder={folder}', f'--out={folder.parent}/docs/page.md')
+  assert result.code == 2 and message.format(folder=folder) in result.err, result
+  assert result.err.count('\n') == 1 and not (folder.parent / 'docs/page.md').exists()
