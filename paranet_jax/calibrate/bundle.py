@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from paranet_jax.calibrate.flags import MEASURED, BundleRequest
+from paranet_jax.calibrate.flags import BundleRequest
 from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.display.tables import align, human_count
@@ -26,6 +26,7 @@ from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.cap import choose_within
 from paranet_jax.early.sentences import promises, watch_sentence
+from paranet_jax.early.units import MEASURED
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_object, write_json
 from paranet_jax.host.new_folder import check_absent, new_folder

@@ -12,6 +12,7 @@ from typing import Any
 from paranet_jax.early.exit_plan import DTYPES
 from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
+from paranet_jax.early.units import MEASURED
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, fraction, positive
 from paranet_jax.host.errors import UserError
 
@@ -21,9 +22,6 @@ TEMPERATURES = ('nll', 'ece', 'none')
 _BUDGET = re.compile(r'(\d+\.?\d*|\.\d+)(?:e([+-]?\d{1,4}))?\s*(k|m|g|ms|mj|j)?', re.IGNORECASE)
 _POWERS = {'': 0, 'ms': 0, 'k': 3, 'm': 6, 'g': 9, 'mj': -3, 'j': 0}
 _UNITS = {'ms': 'ms', 'mj': 'joules', 'j': 'joules'}
-
-MEASURED = {'ms': 'milliseconds', 'joules': 'joules'}
-"""Units of a target's budget that a run is measured in, and their words."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

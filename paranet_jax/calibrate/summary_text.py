@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from paranet_jax.display.tables import ABSENT, align, human_count
+from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.risk import LOSSES
-
-_UNITS = {'macs': 'multiply-adds', 'ms': 'ms', 'joules': 'joules'}
+from paranet_jax.early.units import UNITS, measured_units, shown_cost
 
 _OF = {'marginal': '', 'selective': ' at each early exit', 'class': ' of each class'}
 
@@ -60,9 +59,9 @@ def _sources(plan: ExitPlan, splits: dict[str, int]) -> str:
 
 def _target(plan: ExitPlan) -> str:
   text = _aim(plan)
-  for unit, words in _UNITS.items():
+  for unit, words in UNITS.items():
     if most := plan.target.get(f'max_{unit}'):
-      text += f', at most {_cost(most, unit)} {words} for any image'
+      text += f', at most {shown_cost(most, unit)} {words} for any image'
   return text
 
 
@@ -71,7 +70,7 @@ def _aim(plan: ExitPlan) -> str:
   what = policy.description if policy else f'thresholds by {plan.policy}'
   if 'budget' in target:
     at = f' at batch size {target["batch_size"]}' if 'batch_size' in target else ''
-    return f'{what}, for a mean of {_cost(target["budget"], target["unit"])} {_UNITS[target["unit"]]}{at}'
+    return f'{what}, for a mean of {shown_cost(target["budget"], target["unit"])} {UNITS[target["unit"]]}{at}'
   if 'risk' in target:
     often = f'with probability {1 - target["delta"]:g}' if 'delta' in target else 'on average'
     kind = target.get('of', 'marginal')
@@ -81,16 +80,16 @@ def _aim(plan: ExitPlan) -> str:
 
 
 def _exit_table(plan: ExitPlan, test: dict[str, Any]) -> str:
-  units = _units(plan)
+  units = ('macs', *measured_units(plan))
   kind = _kind(test)
   words = 'accuracy (%)' if kind == 'accuracy' else f'as exit {plan.exits[-1]} (%)'
-  header = ('exit', 'threshold', 'images', 'share (%)', words, 'confidence', *(_UNITS[u] for u in units))
+  header = ('exit', 'threshold', 'images', 'share (%)', words, 'confidence', *(UNITS[u] for u in units))
   rows = []
   for k, row in enumerate(test['exits']):
-    costs = (_cost(getattr(plan, unit)[k], unit) for unit in units)
+    costs = (shown_cost(getattr(plan, unit)[k], unit) for unit in units)
     shown = (str(row['images']), _percent(test['shares'][k], 1), _percent(row[kind]))
     rows.append((str(plan.exits[k]), _threshold(plan, k), *shown, _number(row['confidence'], 3), *costs))
-  means = (_cost(test[f'cost_{unit}'], unit) for unit in units)
+  means = (shown_cost(test[f'cost_{unit}'], unit) for unit in units)
   rows.append(('all', '', str(test['images']), '100.0', _percent(test[kind]), '', *means))
   title = 'where the test images exit (costs per image; confidence: mean calibrated probability)'
   return '\n'.join([title, *align(header, rows, ())])
@@ -119,7 +118,7 @@ def _gains(plan: ExitPlan, *splits: dict[str, Any]) -> str:
       _row('accuracy (%)', (_percent(split['accuracy']) for split in splits)),
       _row(f'accuracy of exit {last} on all images (%)', (_percent(split['exit_accuracy'][-1]) for split in splits)),
     ]
-  for unit in _units(plan):
+  for unit in ('macs', *measured_units(plan)):
     rows += _gains_in(plan, unit, *splits)
   if 'loss' in plan.target:
     loss, target = plan.target['loss'], plan.target['risk']
@@ -154,22 +153,22 @@ def _largest(risks: list[float | None]) -> str:
 
 def _gains_in(plan: ExitPlan, unit: str, expected: dict[str, Any], test: dict[str, Any]) -> Iterator[Row]:
   means = [split[f'cost_{unit}'] for split in (expected, test)]
-  yield _row(f'mean {_UNITS[unit]}', (_cost(mean, unit) for mean in means))
+  yield _row(f'mean {UNITS[unit]}', (shown_cost(mean, unit) for mean in means))
   if plan.target.get('unit') == unit:
     budget = plan.target['budget']
     yield _row('  difference from the budget', (f'{100 * (mean / budget - 1):+.2f} %' for mean in means))
     if f'measured_{unit}' in expected:
-      yield '  measured in the runtime', _cost(expected[f'measured_{unit}'], unit), ABSENT
+      yield '  measured in the runtime', shown_cost(expected[f'measured_{unit}'], unit), ABSENT
   costs = plan.macs_alone if unit == 'macs' or not plan.latency else plan.latency['batch_sizes'][0][f'{unit}_alone']
   alone = dict(zip(plan.exits, costs, strict=True))
   last, best = plan.exits[-1], expected['single_best']
-  times = f'  speed-up over exit {last} alone ({_cost(alone[last], unit)})'
+  times = f'  speed-up over exit {last} alone ({shown_cost(alone[last], unit)})'
   yield _row(times, (f'{alone[last] / mean:.2f} x' for mean in means))
   if best is None:
     yield '  no single exit is as accurate on the held-out images', '', ''
   elif best != last:
     is_as_good = 'is as accurate' if _kind(expected) == 'accuracy' else 'agrees as often'
-    words = f'  over exit {best} alone ({_cost(alone[best], unit)}), the cheapest that {is_as_good}'
+    words = f'  over exit {best} alone ({shown_cost(alone[best], unit)}), the cheapest that {is_as_good}'
     yield _row(words, (f'{alone[best] / mean:.2f} x' for mean in means))
 
 
@@ -187,7 +186,7 @@ def _audit(plan: ExitPlan) -> Iterator[str]:
     ('the most expensive exit for all', {'cost_macs': found['most_macs']}),
   ):
     cost = row['cost_macs']
-    numbers = _cost(cost, 'macs'), f'{cost / clean:.2f}', f'{plan.macs_alone[-1] / cost:.2f} x'
+    numbers = shown_cost(cost, 'macs'), f'{cost / clean:.2f}', f'{plan.macs_alone[-1] / cost:.2f} x'
     rows.append((words, *numbers, _percent(row.get(kind))))
   promised = plan.macs_alone[-1] / plan.expected['cost_macs']
   over = f'a speed-up of {promised:.2f} x over exit {last}'
@@ -241,16 +240,6 @@ def _raised(plan: ExitPlan, expected: dict[str, Any], test: dict[str, Any]) -> I
 def _row(label: str, values: Iterator[str]) -> Row:
   held_out, test = values
   return label, held_out, test
-
-
-def _units(plan: ExitPlan) -> tuple[str, ...]:
-  return tuple(unit for unit in _UNITS if getattr(plan, unit) is not None)
-
-
-def _cost(cost: float | None, unit: str) -> str:
-  if cost is None:
-    return ABSENT
-  return human_count(round(cost)) if unit == 'macs' else f'{cost:.3f}' if unit == 'ms' else f'{cost:.3g}'
 
 
 def _percent(share: float | None, digits: int = 2) -> str:

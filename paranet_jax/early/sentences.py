@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from paranet_jax.display.tables import human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.policies.risk import LOSSES
+from paranet_jax.early.units import UNITS
 
 _ALIKE = 'This assumes that new images are drawn like the held-out ones: not from another camera, place or season.'
 _OF = {
@@ -45,10 +46,11 @@ def _target(plan: ExitPlan) -> Iterator[str]:
     yield from _measured(plan, loss, lambda value: f'of all it was {_percent(value)}')
     return
   if 'budget' in target:
-    unit = {'macs': 'multiply-adds'}.get(target.get('unit', 'macs'), target.get('unit'))
-    cost = human_count(round(target['budget'])) if unit == 'multiply-adds' else f'{target["budget"]:g}'
+    unit = target.get('unit', 'macs')
+    cost = human_count(round(target['budget'])) if unit == 'macs' else f'{target["budget"]:g}'
+    cost = f'{cost} {UNITS.get(unit, unit)}'
     yield (
-      f'Thresholds were chosen so that the {count:,} held-out images cost a mean of {cost} {unit} at most. New ones '
+      f'Thresholds were chosen so that the {count:,} held-out images cost a mean of {cost} at most. New ones '
       'should cost about as much; no bound is promised.'
     )
   else:

@@ -11,6 +11,7 @@ from paranet_jax.display.pictures import drawn
 from paranet_jax.display.tables import ABSENT, human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.sentences import promises, watch_sentence
+from paranet_jax.early.units import measured_units, shown_cost
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import printable
 from paranet_jax.host.files import write_text
@@ -82,11 +83,7 @@ def _kind(facts: Facts) -> str:
 def _headers(facts: Facts) -> tuple[str, ...]:
   kind = _kind(facts)
   headers = 'exit', 'multiply-adds', f'{kind} on all images', 'exits from', 'images that exit', f'{kind} there'
-  return *headers, *_measured_units(facts.plan)
-
-
-def _measured_units(plan: ExitPlan) -> tuple[str, ...]:
-  return tuple(unit for unit in ('ms', 'joules') if getattr(plan, unit) is not None)
+  return *headers, *measured_units(facts.plan)
 
 
 def exit_rows(facts: Facts) -> list[tuple[str, ...]]:
@@ -105,12 +102,8 @@ def exit_rows(facts: Facts) -> list[tuple[str, ...]]:
   for k, number in enumerate(plan.exits):
     row = str(number), human_count(plan.macs_alone[k]), _percent(alone[k]), _from(plan, k), _percent(shares[k])
     row = (*row, _percent(there[k]))
-    rows.append((*row, *(_cost(getattr(plan, unit)[k], unit) for unit in _measured_units(plan))))
+    rows.append((*row, *(shown_cost(getattr(plan, unit)[k], unit) for unit in measured_units(plan))))
   return rows
-
-
-def _cost(value: float | None, unit: str) -> str:
-  return ABSENT if value is None else f'{value:.3f}' if unit == 'ms' else f'{value:.3g}'
 
 
 def _from(plan: ExitPlan, k: int) -> str:
@@ -172,9 +165,9 @@ def _measures(plan: ExitPlan) -> list[tuple[str, str]]:
       cost = split['cost_macs']
       share = f'{100 * cost / plan.macs_alone[-1]:.1f} % of it'
       found.append((f'mean of {words}', f'{human_count(round(cost))} multiply-adds, {share}'))
-    for unit in _measured_units(plan):
+    for unit in measured_units(plan):
       if split and split.get(f'cost_{unit}'):
-        found.append((f'mean of {words}', f'{_cost(split[f"cost_{unit}"], unit)} {unit}'))
+        found.append((f'mean of {words}', f'{shown_cost(split[f"cost_{unit}"], unit)} {unit}'))
   if audit := plan.audit:
     for words, name in (
       (f'mean with {audit["hardest"]["name"]}', 'hardest'),
@@ -187,7 +180,7 @@ def _measures(plan: ExitPlan) -> list[tuple[str, str]]:
     where = (plan.provenance or {}).get('cpu', plan.latency.get('device'))
     found.append(('milliseconds were measured on', f'{where}'))
     if energy := plan.latency.get('energy'):
-      found.append(('joules were told by', f'{", ".join(map(str, energy))}; all programs and idle power count'))
+      found.append(('joules were measured by', f'{", ".join(map(str, energy))}; all programs and idle power count'))
   return found
 
 

@@ -182,7 +182,7 @@ def test_costs_that_were_measured(tmp_path):
     ('mean with blur', '24 multiply-adds, 1.50 times that of 50 test images'),
     ('mean under a slowdown attack', '32 multiply-adds, 2.00 times that of 50 test images'),
     ('milliseconds were measured on', 'cpu'),
-    ('joules were told by', 'package-0, package-1; all programs and idle power count'),
+    ('joules were measured by', 'package-0, package-1; all programs and idle power count'),
   ]
   assert values['promises'][-1] == (
     'Harder images cost more. Of 2 corruptions of 50 test images, the worst (blur) makes the mean 1.50 times as high, '
