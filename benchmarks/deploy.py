@@ -1,7 +1,7 @@
 """A bundle on this machine, by ONNX Runtime and OpenVINO, beside our JAX runtime, PyTorch and earlyon, same weights.
 
 `openvino_auto` is OpenVINO at its own precision. Each runs in a process of its own, with its defaults, and in turn:
-every exit (with those before it, and nobody leaving), then early exit at three budgets, mean multiply-adds as a share
+every exit (with those before it, and no image leaving), then early exit at three budgets, mean multiply-adds as a share
 of the last exit's. With `--workdir`, a run with held-out images, on which thresholds are chosen, and its test images
 are what is timed; without, random weights and noise. `one_image_ms` is the mean over images answered one by one;
 `speedup` is that of the same runtime's last exit by it. `one_image_joules` is what the machine uses for one, where it
@@ -88,7 +88,7 @@ def _points(text: str) -> tuple[str, ...]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """`rows`, one for each point and runtime; `runtimes`: size, start and memory of each; `agreement` of the bundle.
 
-  `energy`: what told the joules, or why there are none.
+  `energy`: what measured the joules, or why there are none.
   """
   energy = find_energy(gpu=False)  # The runtimes compute on the processor.
   if isinstance(energy, str):

@@ -31,7 +31,7 @@ Answer = Callable[['Point', np.ndarray, int], np.ndarray]
 class Point(NamedTuple):
   """When images leave.
 
-  thresholds: on the confidence scale, one for each exit; None: nobody leaves there. last: the index of the exit at
+  thresholds: on the confidence scale, one for each exit; None: no image leaves there. last: the index of the exit at
   which all leave who have not before.
   """
 

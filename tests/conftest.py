@@ -41,7 +41,7 @@ ENOUGH = 1_500_000_000
 """Bytes of memory from which a process gives back what jax keeps."""
 
 FULL = 500_000_000
-"""Bytes of compiled programs after which they are compiled anew."""
+"""Bytes of compiled programs after which they are compiled again."""
 
 if jax.__version_info__ < (0, 11):  # XLA aborts if a later version does not know a flag; it compiles four times faster.
   quick = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'

@@ -124,7 +124,7 @@ def latency_record(costs: LatencyCosts, joules: EnergyCosts | None = None) -> di
   Returns:
     `device`, `cpu`, `date`, `runs` and `batch_sizes`, a list of one: `batch_size`, `ms_stages` (each stage in turn) and
     `ms_alone` (each exit alone), in milliseconds per image. With energy, there are also `joules_stages` and
-    `joules_alone`, and `energy`, the names of what told it.
+    `joules_alone`, and `energy`, the names of what measured it.
   """
   measured = {'ms': costs} | ({} if joules is None else {'joules': joules})
   found: dict[str, Any] = {'batch_size': costs.batch_size}

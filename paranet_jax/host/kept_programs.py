@@ -58,7 +58,7 @@ _guesses: contextvars.ContextVar[dict[tuple[Callable, tuple], Any] | None] = con
 
 
 class UnknownError(Exception):
-  """What determines a program cannot be told, such as a module from outside this package."""
+  """What determines a program is not known, such as a module from outside this package."""
 
 
 def keeps() -> Path | None:

@@ -1778,7 +1778,7 @@ def _check_tiles(file: Any) -> None:
     )
     for tag, _, count in struct.iter_unpack(entry, entries[: len(entries) // size * size]):
       if tag in (273, 324) and count > _MOST_TILES:
-        raise _Refused(f'expected a TIFF of at most {_MOST_TILES:,} strips or tiles, found {count:,}; save it anew')
+        raise _Refused(f'expected a TIFF of at most {_MOST_TILES:,} strips or tiles, found {count:,}; save it again')
   file.seek(0)
 
 

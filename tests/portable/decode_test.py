@@ -430,7 +430,7 @@ def test_a_tiff_of_many_tiles(monkeypatch, kind):
   monkeypatch.setattr(Image, 'open', None)  # It would list them.
   for order in '<>':
     file = (b'II*\0' if order == '<' else b'MM\0*') + struct.pack(order + 'IHHHII', 8, 1, kind, 3, 4, 8) + bytes(8)
-    with pytest.raises(ValueError, match='^expected a TIFF of at most 3 strips or tiles, found 4; save it anew$'):
+    with pytest.raises(ValueError, match='^expected a TIFF of at most 3 strips or tiles, found 4; save it again$'):
       decode_image(file, 1, 1)
 
 

@@ -37,7 +37,7 @@ KINDS = ('marginal', 'selective', 'class')
 LOSSES = {'gap': 'wrong where the last exit is right', 'disagreement': 'answer differs from the last exit'}
 """What is lost where a sample exits early."""
 MANY = 10**12
-"""More images than anybody has: larger numbers are not told apart."""
+"""More images than anybody has: larger numbers are not distinguished."""
 
 
 def losses_of(samples: Samples, loss: str) -> Float[np.ndarray, 'K N']:
