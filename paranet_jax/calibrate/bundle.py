@@ -21,7 +21,7 @@ from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.display.tables import align, human_count
 from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds
-from paranet_jax.early.logits import Outputs
+from paranet_jax.early.logits import Outputs, bundle_logits
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.cap import choose_within
@@ -230,9 +230,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
     raise UserError(
       f'expected all images in folders named after classes, or none, found {odd}; move it, or set --images'
     )
-  logits, labels = [], []
-  every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
-  unreadable = []
+  logits, labels, unreadable = [], [], []
   side, _, channels = bundle.image_shape
   for first in range(0, len(files), runtime.WAVE):
     images, here = [], []
@@ -244,11 +242,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
         images.append(image)
         here.append(-1 if name is None else places.get(name, -1))
     if images:
-      carried, found = every.begin(np.stack(images)), []
-      for number in every.visited:
-        carried, given = every.stage(number)(carried)
-        found.append(given)
-      logits.append(np.stack(found))
+      logits.append(bundle_logits(bundle, np.stack(images)))
       labels += here
   if unreadable:
     say(

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+
+from paranet_jax.portable import run as runtime
 
 if TYPE_CHECKING:
   from paranet_jax.data.dataset import Split
@@ -57,3 +59,16 @@ def split_logits(
   indices, _ = eval_batches(len(split), min(batch_size, len(split)))
   batches = [np.asarray(forward(variables, np.asarray(split.images[chosen]))) for chosen in indices]
   return np.concatenate(batches, axis=1)[:, : len(split)]
+
+
+def bundle_logits(bundle: runtime.Adaptive, images: UInt8[np.ndarray, 'N H W C']) -> Float[np.ndarray, 'K N C']:
+  """Logits of the exits of a bundle, which stages compute in turn."""
+  every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
+  waves = []
+  for first in range(0, len(images), runtime.WAVE):
+    carried, found = every.begin(images[first : first + runtime.WAVE]), []
+    for number in every.visited:
+      carried, logits = every.stage(number)(carried)
+      found.append(logits)
+    waves.append(np.stack(found))
+  return np.concatenate(waves, axis=1)

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from paranet_jax.data.dataset import Split
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.loaded_run import LoadedRun
-from paranet_jax.early.logits import split_logits
+from paranet_jax.early.logits import bundle_logits, split_logits
 from paranet_jax.early.scores import confidences
 from paranet_jax.early.thresholds import exits_taken
 from paranet_jax.portable import run as runtime
@@ -41,7 +41,7 @@ def agreement(
     share with the same label at each usable exit, if all images went there; `logits`: the largest difference between
     logits at any exit, relative to the largest logit where that is above 1.
   """
-  found, theirs = bundle.predict(images), all_logits(bundle, images)
+  found, theirs = bundle.predict(images), bundle_logits(bundle, images)
   taken = exits_taken(confidences(logits, plan.score, plan.temperatures), plan.confidence_floors)
   labels = logits[taken, np.arange(len(images))].argmax(-1)
   return {
@@ -52,16 +52,3 @@ def agreement(
     'exit_labels': np.mean(theirs.argmax(-1) == logits.argmax(-1), axis=-1).tolist(),
     'logits': float(np.abs(theirs - logits).max() / max(np.abs(logits).max(), 1)),
   }
-
-
-def all_logits(bundle: runtime.Adaptive, images: UInt8[np.ndarray, 'N H W C']) -> Float[np.ndarray, 'K N classes']:
-  """The bundle's logits at every usable exit."""
-  every = bundle.with_thresholds([None] * (len(bundle.exits) - 1) + [0.0])
-  waves = []
-  for first in range(0, len(images), runtime.WAVE):
-    carry, found = every.begin(images[first : first + runtime.WAVE]), []
-    for number in every.visited:
-      carry, logits = every.stage(number)(carry)
-      found.append(logits)
-    waves.append(np.stack(found))
-  return np.concatenate(waves, axis=1)

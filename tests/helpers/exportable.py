@@ -17,12 +17,12 @@ from paranet_jax.base_config import base_config
 from paranet_jax.early.chunks import Sizes
 from paranet_jax.early.exit_plan import CheckpointId, full_network_plan, with_thresholds
 from paranet_jax.early.loaded_run import LoadedRun
+from paranet_jax.early.logits import bundle_logits
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.early.scores import confidences
 from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.export import contents as contents_lib
-from paranet_jax.export.compare import all_logits
 from paranet_jax.export.onnx import onnx_stage
 from paranet_jax.models.ensemble import Ensemble
 from paranet_jax.models.staged import StagedModel
@@ -172,7 +172,7 @@ def assert_bundle_answers_as_the_jax_runtime(name, folder):
       patch.setattr(bundle_lib, name, lambda *_: '')
     bundle_lib.write_bundle(bundle_lib.Request(folder, folder / 'out', ('onnx',), 'float32'), run, plan, IMAGES)
   bundle = runtime.load(folder / 'out', threads=1)
-  np.testing.assert_allclose(all_logits(bundle, IMAGES), logits, rtol=1e-4, atol=1e-4 * max(np.abs(logits).max(), 1))
+  np.testing.assert_allclose(bundle_logits(bundle, IMAGES), logits, rtol=1e-4, atol=1e-4 * max(np.abs(logits).max(), 1))
   early = early_exit(run, plan)
   ours, theirs = early.predict(IMAGES), bundle.predict(IMAGES)
   for field in ('labels', 'exits', 'macs'):
