@@ -63,14 +63,18 @@ struct Normalizer {
   std::vector<float> mean, rstd;
 };
 
-// out[i][v] += sum over k of a[i * row + k * column] b[k * ldb + 16 v ...], i < M, v < N.
-template <int M, int N>
+// out[i][v] += sum over k of a[i * row + k * column] b[k * ldb + 16 v ...], i < M, v < N. Where b's rows are not whole
+// vectors (PART), `last` has the lanes of the last one.
+template <int M, int N, bool PART = false>
 __attribute__((always_inline)) inline void product(const float* a, int64_t row, int64_t column, const float* b,
-                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N]) {
+                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N], Mask last = 0) {
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) right[v] = load(b + k * ldb + v * kLanes);
+    for (int v = 0; v < N; ++v) {
+      const float* from = b + k * ldb + v * kLanes;
+      right[v] = PART && v == N - 1 ? load(from, last) : load(from);
+    }
 #pragma GCC unroll 24
     for (int i = 0; i < M; ++i) {
       Vector left = _mm512_set1_ps(a[i * row + k * column]);
@@ -212,36 +216,30 @@ void activate(const Images& images, const T* z, int64_t count, const Normalizer&
     }
 }
 
-// [3, 3, W, K] -> [9 W, 16 G], zero-padded.
-template <int G>
-void pad_kernel(const float* kernel, int64_t rows, int64_t growth, float* padded) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int v = 0; v < G; ++v)
-      store(padded + (i * G + v) * kLanes, load(kernel + i * growth + v * kLanes, first_lanes(growth - v * kLanes)));
-}
-
-// The 3x3 convolution of h, images with borders, at tile_rows(G) positions, by a kernel of `pad_kernel`.
+// The 3x3 convolution of h, images with borders, at tile_rows(G) positions, by a kernel [3, 3, W, K].
 template <int N, int G>
-void convolve_positions(const Images& images, const float* h, const float* kernel, int64_t first, float* values) {
+void convolve_positions(const Images& images, const float* h, const float* kernel, int64_t growth, int64_t first,
+                        float* values) {
   constexpr int M = tile_rows(G);
   constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
   Vector out[M][G];
   clear(out);
   for (int64_t dr = -1; dr <= 1; ++dr)
     for (int64_t dc = -1; dc <= 1; ++dc)
-      product<M, G>(h + (first + dr * images.row + dc) * kWidth, kWidth, 1,
-                    kernel + ((dr + 1) * 3 + dc + 1) * kWidth * kOut, kOut, kWidth, out);
+      product<M, G, true>(h + (first + dr * images.row + dc) * kWidth, kWidth, 1,
+                          kernel + ((dr + 1) * 3 + dc + 1) * kWidth * growth, growth, kWidth, out,
+                          first_lanes(growth - (G - 1) * kLanes));
   store_tile(values, kOut, out);
 }
 
 // The same at all positions of a group of images.
 template <int N, int G>
-void convolve_group(const Images& images, float* h, const float* kernel, float* values) {
+void convolve_group(const Images& images, float* h, const float* kernel, int64_t growth, float* values) {
   constexpr int M = tile_rows(G);
   constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
   std::memset(h + images.positions * kWidth, 0, M * kWidth * 4);
   for (int64_t p = images.first; p < images.end; p += M)
-    convolve_positions<N, G>(images, h, kernel, p, values + p * kOut);
+    convolve_positions<N, G>(images, h, kernel, growth, p, values + p * kOut);
 }
 
 template <class T, int N, int G>
@@ -251,15 +249,14 @@ void convolve(ffi::ThreadPool pool, const T* z, const float* z_means, const floa
   constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
   Images images(batch, height, width);
   Normalizer norm(z_means, kWidth);
-  Floats padded(9 * kWidth * kOut), partial(images.groups * 2 * kOut);
-  pad_kernel<G>(kernel, 9 * kWidth, growth, padded.data);
+  Floats partial(images.groups * 2 * kOut);
   parallel(pool, images.groups, [&](int64_t group) {
     int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
     float* h = scratch(0, (images.positions + M) * kWidth);
     float* values = scratch(1, (images.positions + M) * kOut);
     const T* from = z + begin * height * width * kWidth;
     activate<T, N>(images, from, count, norm, scale, shift, h);
-    convolve_group<N, G>(images, h, padded.data, values);
+    convolve_group<N, G>(images, h, kernel, growth, values);
     Vector sums[2][G];
     clear(sums);
     T* to = y + begin * height * width * growth;
@@ -561,10 +558,6 @@ void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, 
   int64_t group_pixels = images.together * height * width, chunks = (images.end - images.first + M - 1) / M;
   int64_t tile_size = shared ? std::min(kRows, round_up((group_pixels + 2 * threads - 1) / (2 * threads), 8)) : kRows;
   int64_t tiles = (group_pixels + tile_size - 1) / tile_size, h_size = (images.positions + M) * kWidth;
-  float* padded = scratch(5, count * 9 * kWidth * kOut);
-  parallel(pool, count, [&](int64_t i) {
-    pad_kernel<G>(layers[i].kernel2, 9 * kWidth, growth, padded + i * 9 * kWidth * kOut);
-  });
   auto pixels_of = [&](int64_t group) {
     return std::min(images.together, batch - group * images.together) * height * width;
   };
@@ -595,7 +588,7 @@ void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, 
   auto convolve = [&](int64_t group, int64_t i, int64_t chunk, const float* h) {
     float* values = scratch(2, M * kOut);
     int64_t first = images.first + chunk * M, last = std::min(first + M, images.end);
-    convolve_positions<N, G>(images, h, padded + i * 9 * kWidth * kOut, first, values);
+    convolve_positions<N, G>(images, h, layers[i].kernel2, growth, first, values);
     for (int64_t p = first; p < last; ++p) {
       int64_t column = p % images.row - 1, line = p / images.row - 1, row = line % (height + 1);
       int64_t n = (line / (height + 1) * height + row) * width + column;
