@@ -1,5 +1,6 @@
 """table1.md and table2.md: the paper's numbers, ours, their difference, and the runs behind them."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from paranet_jax.display.progress import human_duration
 _ROWS = ('network', 'pipeline', 'paper (%)', 'ours (%)', 'difference', 'multiply-adds', 'parameters')
 _EFFECTS = ('difference', 'pipeline', 'paper', 'ours', 'each seed')
 _RUNS = ('run', 'steps', 'wall time', 'device')
+_WIDTH = 98  # Characters of a command's line, without the backslash.
 
 
 def table_markdown(section: dict[str, Any], protocol: str) -> str:
@@ -17,7 +19,6 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
     section: as `results.section` returns it.
     protocol: its name.
   """
-  commands = [run['command'] for run in section['runs']]
   parts = [
     f'# {section["title"]}',
     section['question'],
@@ -27,7 +28,7 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
     'before it, tried in turn. Difference: ours - paper.',
     table(_EFFECTS, [_effect(effect) for effect in section['effects']]),
     table(_RUNS, [_run(run) for run in section['runs']]),
-    '\n'.join(['```bash', *commands, '```']),
+    commands_block([run['command'] for run in section['runs']]),
   ]
   return '\n\n'.join(parts) + '\n'
 
@@ -74,3 +75,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """A table in Markdown."""
   lines = [header, ['---'] * len(header), *rows]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def commands_block(commands: Sequence[str]) -> str:
+  """Commands for a shell in Markdown, in lines that fit a page."""
+  lines = []
+  for command in commands:
+    line = ''
+    for part in map(shlex.quote, shlex.split(command)):
+      if line and len(f'{line} {part}') > _WIDTH:
+        lines.append(f'{line} \\')
+        line = f'  {part}'
+      else:
+        line = f'{line} {part}' if line else part
+    lines.append(line)
+  return '\n'.join(['```bash', *lines, '```'])

@@ -16,8 +16,8 @@ _BEGINNING = """# Results
 
 What has been measured of the paper and around it, made from `results/**/results.json` by
 `python -m paranet_jax.experiments results`; nothing is typed by hand. Every row has its seeds, deviation, epochs and
-costs, and says what is reduced; below stand the runs with their hardware, date and command. What it means is told in
-[The paper](paper.md#results)."""
+costs, and says what is reduced; below stand the runs with their hardware, date and command.
+[The paper](paper.md#results) explains what it means."""
 
 
 def run(argv: Sequence[str]) -> int:

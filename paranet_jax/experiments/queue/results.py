@@ -11,7 +11,7 @@ from typing import Any
 
 from paranet_jax.costs import describe
 from paranet_jax.display.tables import ABSENT
-from paranet_jax.experiments.markdown import published, table, with_std
+from paranet_jax.experiments.markdown import commands_block, published, table, with_std
 from paranet_jax.experiments.protocols import reductions
 from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
@@ -209,8 +209,8 @@ def markdown(found: dict[str, Any]) -> str:
   if found['left_out']:
     lines.append('Left out: ' + '; '.join(found['left_out']))
   if found['runs']:
-    commands = [run['command'] for run in found['runs']]
-    lines += [table(_RUNS, [_run_row(run) for run in found['runs']]), '\n'.join(['```bash', *commands, '```'])]
+    lines += [table(_RUNS, [_run_row(run) for run in found['runs']])]
+    lines += [commands_block([run['command'] for run in found['runs']])]
   return '\n\n'.join(filter(None, lines)) + '\n'
 
 
