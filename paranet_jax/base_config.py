@@ -79,6 +79,9 @@ FIELDS: Fields = {
   'loss.match_centered': Field(False),  # Subtract from the logits of an image their mean before the squared error.
   # Exits of a frozen backbone match the mean of the last exit's logits for an image and for its mirror image.
   'loss.match_mirrored': Field(False),
+  # Weight of the squared error, as a share of the square, by which exits of copied blocks also match what the last exit
+  # of a frozen backbone reads, averaged over height and width; 0: they match its logits alone.
+  'loss.match_features': Field(0.0, at_least(0)),
   'loss.match_from_epoch': Field(0.0, at_least(0)),  # Epoch from which exits match others; 0: from the start.
   # What exits that match later learn from before: 'labels' or 'nothing'.
   'loss.match_before': Field('labels', one_of('labels', 'nothing')),

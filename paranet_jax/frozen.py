@@ -23,7 +23,9 @@ from paranet_jax.data.augment import image_keys, normalize
 from paranet_jax.data.dataset import Split
 from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import NO_ROOM, UserError, say
-from paranet_jax.losses import exit_losses, total_loss
+from paranet_jax.losses import exit_losses, feature_error, total_loss
+from paranet_jax.models.adopted.heads import INTERMEDIATES
+from paranet_jax.models.adopted.layers import pooled
 from paranet_jax.models.layers.backend import SHAPES, compiling_for
 from paranet_jax.steps import (
   Objective,
@@ -37,8 +39,9 @@ from paranet_jax.targets import trained_exits
 
 VariablePath = tuple[str, ...]
 Features = dict[int, Any]
-"""By number, what an exit that learns reads (see `Chain.exit_features`); by LOGITS, those of the given last one."""
-LOGITS = 0
+"""By number, what an exit that learns reads (see `Chain.exit_features`); by LOGITS, those of the given last one;
+by POOLED, the means over height and width of what that one reads, if exits match them."""
+LOGITS, POOLED = 0, -1
 
 IN_MEMORY = 2 * 10**9
 """Bytes of kept features of a split above which they are kept on disk."""
@@ -48,7 +51,7 @@ def features_of(model: Any, variables: Any, images: jax.Array, exits: Collection
   """Runs the frozen backbone on normalized images.
 
   Args:
-    exits: that learn.
+    exits: that learn, and POOLED if that is wanted.
   """
   features, carry = {}, {}
   for number in range(1, model.num_exits + 1):
@@ -57,6 +60,8 @@ def features_of(model: Any, variables: Any, images: jax.Array, exits: Collection
       features[number] = model.exit_features(carry[number], number)
     elif number == model.num_exits:
       features[LOGITS] = logits[number]
+      if POOLED in exits:
+        features[POOLED] = pooled(carry[number])
   return features
 
 
@@ -86,6 +91,7 @@ def make_exits_step(
   labeled: bool = True,
   shift: float = 0.0,
   match_mirrored: bool = False,
+  match_features: float = 0.0,
 ) -> Callable:
   """Makes the body of a training step of the exits alone (see `steps.make_train_step`).
 
@@ -97,6 +103,7 @@ def make_exits_step(
     labeled: whether images have labels; otherwise the metrics have each exit's agreement with the last one.
     shift: of kept features, as a share of their side.
     match_mirrored: exits learn from the mean of the last exit's logits for an image and for its mirror image.
+    match_features: weight of `feature_error` between the last features of an exit of copied blocks and the backbone's.
   """
   model = model.clone(axis_name=axis_name)
   last = model.num_exits
@@ -104,10 +111,11 @@ def make_exits_step(
   options = objective._asdict()
   exit_weights = options.pop('exit_weights')
   del options['teacher']  # The given exit of the network itself.
+  mutable = ['batch_stats', *([INTERMEDIATES] if match_features else [])]
 
   def loss_fn(own, state, features, labels, rngs):
     params = _updated(state.params, own)
-    batch_stats, logits = state.batch_stats, [None] * last
+    batch_stats, logits, own_features = state.batch_stats, [None] * last, {}
     if LOGITS in features:
       logits[last - 1] = features[LOGITS]
     for number in trained:
@@ -117,11 +125,16 @@ def make_exits_step(
         features,
         number,
         train=True,
-        mutable=['batch_stats'],
+        mutable=mutable,
         rngs=rngs,
       )
       batch_stats = updated.get('batch_stats', batch_stats)
+      own_features[number] = updated.get(INTERMEDIATES)
     losses = exit_losses(logits, labels, axis_name=axis_name, **options)
+    if match_features:
+      for number in trained:
+        (found,) = jax.tree.leaves(own_features[number])
+        losses[number] += match_features * jnp.mean(feature_error(found, features[POOLED]))
     loss = total_loss(losses, exit_weights)
     return loss, (batch_stats, metrics_of(logits, features, labels, losses, loss))
 
@@ -143,10 +156,11 @@ def make_exits_step(
     else:
       features, labels = augmented(keys, features, labels, preprocessing, model.num_classes, axis_name)
       variables = {'params': state.params, 'batch_stats': state.batch_stats}
-      batch, features = features, features_of(model, variables, features, trained)
+      wanted = (POOLED,) if match_features else ()
+      batch, features = features, features_of(model, variables, features, (*trained, *wanted))
       if match_mirrored:
-        mirrored = features_of(model, variables, batch[:, :, ::-1], ())
-        features[LOGITS] = (features[LOGITS] + mirrored[LOGITS]) / 2
+        mirrored = features_of(model, variables, batch[:, :, ::-1], wanted)
+        features |= {number: (features[number] + mirrored[number]) / 2 for number in (LOGITS, *wanted)}
       features = jax.lax.stop_gradient(features)
     own = learning(state.params, frozen)
     rngs = model_rngs(model, state.seed, state.step)
@@ -172,10 +186,13 @@ def vary(
     keys: one per image.
     features: [B, 2, ...] if `mirrored`, else [B, ...].
     shift: at most, as a share of the side; the border that it uncovers is 0.
-    match_mirrored: both images of a mirrored pair have the mean of their logits.
+    match_mirrored: both images of a mirrored pair have the mean of their LOGITS and POOLED.
   """
   if match_mirrored:
-    features = features | {LOGITS: jnp.broadcast_to(features[LOGITS].mean(1, keepdims=True), features[LOGITS].shape)}
+    pairs = {number: features[number] for number in (LOGITS, POOLED) if number in features}
+    features = features | {
+      number: jnp.broadcast_to(pair.mean(1, keepdims=True), pair.shape) for number, pair in pairs.items()
+    }
 
   def one(key: jax.Array, own: Features) -> Features:
     flip_key, shift_key = jax.random.split(key)

@@ -59,6 +59,13 @@ def squared_error(student: Logits, teacher: Logits, scale: str = 'mean', centere
   return jnp.mean(squares, axis=-1) if scale == 'mean' else jnp.sum(squares, axis=-1) / 2
 
 
+def feature_error(student: Float[Array, 'B C'], teacher: Float[Array, 'B C']) -> Losses:
+  """|student - stop_gradient(teacher)|^2 / |teacher|^2, float32: 1 for features that are all 0."""
+  student, teacher = student.astype(jnp.float32), jax.lax.stop_gradient(teacher.astype(jnp.float32))
+  squares = jnp.sum(jnp.square(teacher), axis=-1)
+  return jnp.sum(jnp.square(student - teacher), axis=-1) / jnp.maximum(squares, jnp.finfo(jnp.float32).tiny)
+
+
 def distillation(student: Logits, teacher: Logits, temperature: float) -> Losses:
   """T^2 KL(softmax(teacher / T) || softmax(student / T)), float32, in nats (Hinton et al. 2015).
 

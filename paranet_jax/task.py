@@ -20,7 +20,7 @@ from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.data.identity import Learned
 from paranet_jax.data.load import load_dataset
-from paranet_jax.frozen import Features, feature_shapes, keep_features, make_exits_step, on_disk
+from paranet_jax.frozen import POOLED, Features, feature_shapes, keep_features, make_exits_step, on_disk
 from paranet_jax.host.errors import UserError, printable
 from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import Device
@@ -133,6 +133,8 @@ class Task:
     learning = trained_exits(self.phases[-1].targets)
     mirrored = self.preprocessing.flip and split is self.dataset.train
     dtype = self.config.train.features
+    if self.config.loss.match_features and split is self.dataset.train:
+      learning = (*learning, POOLED)
     return feature_shapes(self.model, variables, self.image_shape, learning, dtype, len(split), mirrored)
 
   @property
@@ -177,6 +179,7 @@ class Task:
         labeled=self.labeled,
         shift=self.config.train.feature_shift,
         match_mirrored=self.config.loss.match_mirrored,
+        match_features=self.config.loss.match_features,
       )
     whole, loss = phase.targets == self.targets, self.config.loss
     return make_train_step(
@@ -328,6 +331,11 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       f"loss.match_mirrored needs train.regime 'exits', a last exit that came trained and mirrored images, found "
       f'{config.train.regime!r} and data.flip {dataset.flip}; set --config.loss.match_mirrored=False, or '
       '--config.data.flip=True'
+    )
+  if config.loss.match_features and not (task.frozen and targets[-1] == GIVEN and config.model.get('head') == 'blocks'):
+    raise UserError(
+      "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
+      f'{config.train.regime!r} and model.head {config.model.get("head")!r}; set --config.loss.match_features=0'
     )
   if config.loss.own_channels and not hands_on_features(model):
     raise UserError(

@@ -79,6 +79,7 @@ BOUNDS = {
   'loss.temperature': ((0.0, -1.0, math.nan, math.inf), (0.1, 20.0)),
   'loss.hard_label_weight': ((-0.1, 1.1, math.nan), (0.0, 1.0)),
   'loss.distill': (('first', ''), ('none', 'last', 'next', 'later', 'all')),
+  'loss.match_features': ((-0.1, math.nan), (0.0, 1.0)),
   'loss.match_from_epoch': ((-1.0, math.nan, math.inf), (0.0, 5.0)),
   'loss.teacher': (('exit', ''), ('network', 'average', 'run')),
   'loss.exit_weights': (((-1.0, 1), (math.nan, 1), (math.inf, 1), ('a', 'b')), ((0,), (0.5, 2))),

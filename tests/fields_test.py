@@ -275,6 +275,12 @@ FIELDS = {
   'loss.match_scale': (objective, 'half_sum', MATCHING),
   'loss.match_centered': (objective, True, MATCHING),
   'loss.match_mirrored': (kept, True, EXITS | {'data.flip': True}),
+  'loss.match_features': (
+    kept,
+    1.0,
+    EXITS
+    | {'model.family': 'adopted', 'model.arch': 'cifar_resnet20', 'model.exits': 'layer2', 'model.head': 'blocks'},
+  ),
   'loss.match_from_epoch': (phases, 1.0, MATCHING),
   'loss.match_before': (phases, 'nothing', MATCHING | {'loss.match_from_epoch': 1.0}),
   'loss.teacher': (beside, 'average', MATCHING | {'train.average': 0.9}),

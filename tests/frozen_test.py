@@ -15,11 +15,21 @@ import tiny
 from paranet_jax import frozen as frozen_lib
 from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables, variable_paths
+from paranet_jax.data.augment import image_keys
 from paranet_jax.data.dataset import Split
 from paranet_jax.devices import place_order
 from paranet_jax.feed import open_feed, step_data
-from paranet_jax.frozen import LOGITS, feature_shapes, keep_features, logits_from_features, make_exits_step, vary
+from paranet_jax.frozen import (
+  LOGITS,
+  POOLED,
+  feature_shapes,
+  keep_features,
+  logits_from_features,
+  make_exits_step,
+  vary,
+)
 from paranet_jax.host.errors import UserError
+from paranet_jax.models.adopted.network import AdoptedNetwork
 from paranet_jax.steps import Objective, TrainState, learning, make_train_step, zero_totals
 from paranet_jax.targets import LABELS
 
@@ -130,6 +140,49 @@ def test_exits_match_the_mean_of_both_mirror_images(monkeypatch):
   monkeypatch.setattr(frozen_lib, 'features_of', features_of)
   found, _ = trained((3, 3), IMAGES, match_mirrored=True)
   chex.assert_trees_all_close(found.params, expected.params, rtol=1e-4, atol=1e-6)
+
+
+def test_exits_match_the_features_of_the_last_one():
+  model = AdoptedNetwork(image_side=8, arch='cifar_resnet20', exits=('layer3.1',), head='blocks')
+  variables = model.initial_variables(abstract_variables(model, SHAPE), seed=0)
+  # The copied block returns what it reads: it adds 0 to it.
+  copy = variables['params']['exit_1']['blocks']['layer3.2']['bn2']
+  copy.update(jax.tree.map(np.zeros_like, dict(copy)))
+  shapes = feature_shapes(model, variables, SHAPE, (1, POOLED), 'float32', 8, mirrored=True)
+  both = keep_features(model, variables, tiny.PLAIN, Split(IMAGES, NAMES), shapes, 8, 'training', mirrored=True)
+  # The classifier makes the logits of them.
+  classifier = variables['params']['linear']
+  np.testing.assert_allclose(both[POOLED] @ classifier['kernel'] + classifier['bias'], both[LOGITS], rtol=1e-3)
+
+  frozen, order = variable_paths(model, SHAPE, 2), jnp.arange(8, dtype=jnp.int32)[None]
+  losses = {}
+  for flip, images in ((True, both), (False, IMAGES)):
+    for weight in (0.0, 3.0):
+      step = make_exits_step(
+        model,
+        optax.sgd(0.0),
+        Objective((2, None), (1.0, 1.0)),
+        tiny.PLAIN._replace(flip=flip),
+        frozen=frozen,
+        kept=flip,
+        match_mirrored=True,
+        match_features=weight,
+      )
+      begun = TrainState(jnp.int32(0), jnp.int32(0), *(variables[name] for name in ('params', 'batch_stats')), None)
+      begun = begun.replace(opt_state=optax.sgd(0.0).init(learning(begun.params, frozen)))
+      _, totals = jax.jit(step)(begun, zero_totals((2, None)), images, NAMES, order)
+      losses[flip, weight] = float(totals['exit_1/loss'])
+
+  def error(read):
+    wanted = both[POOLED].mean(1)
+    return np.mean(np.square(read.mean((1, 2)) - wanted).sum(1) / np.square(wanted).sum(1))
+
+  mirrored = np.array(
+    [np.array(jax.random.bernoulli(jax.random.split(key)[0])) for key in image_keys(0, 0, 0, order[0])]
+  )
+  for flip, chosen in ((True, mirrored.astype(int)), (False, np.zeros(8, int))):
+    found = (losses[flip, 3.0] - losses[flip, 0.0]) / 3
+    np.testing.assert_allclose(found, error(both[1][np.arange(8), chosen]), rtol=1e-4)
 
 
 def test_features_are_shifted_as_their_images_would_be():

@@ -141,6 +141,19 @@ def test_mirror_images_are_matched_where_images_are_mirrored():
     )
 
 
+@pytest.mark.parametrize(('regime', 'head'), [('joint', 'blocks'), ('exits', 'conv')])
+def test_features_are_matched_by_exits_of_copied_blocks(regime, head):
+  given = config('net', 'adopted', regime=regime)
+  given.model.update(arch='cifar_resnet20', exits='layer2', head=head)
+  given.init_from, given.loss.match_features = 'weights.th', 1.0
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  assert str(error.value) == (
+    "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
+    f"'{regime}' and model.head '{head}'; set --config.loss.match_features=0"
+  )
+
+
 def test_phases_follow_the_epochs():
   ends = {
     (regime, epochs): [phase.end for phase in build_task(config(regime=regime, backbone_epochs=epochs)).phases]

@@ -38,6 +38,8 @@ class Recipe(NamedTuple):
     mirrored: whether they also learn from the mirrored images, and match the mean of what both give.
     shift: of kept features, as a share of their side.
     matching, temperature: how they match the last exit.
+    optimizer: of their parameters.
+    features: weight with which they also match the last features of the backbone.
   """
 
   epochs: float
@@ -47,9 +49,23 @@ class Recipe(NamedTuple):
   shift: float = 0.0
   matching: str = 'squared_error'
   temperature: float = 4.0
+  optimizer: str = 'sgd'
+  features: float = 0.0
 
 
-RECIPES = {'blocks': Recipe(6.0, 370, 0.05, mirrored=True, shift=1 / 16, matching='kl', temperature=2.0)}
+RECIPES = {
+  'blocks': Recipe(
+    epochs=7.0,
+    steps=370,
+    learning_rate=0.02,
+    mirrored=True,
+    shift=1 / 16,
+    matching='kl',
+    temperature=2.0,
+    optimizer='muon',
+    features=50.0,
+  )
+}
 """By kind of head. Copied blocks start near a solution, so they need few passes, each of which takes longer."""
 OTHER_RECIPE = Recipe(30.0, 2000, 0.1, False)
 """Of the other kinds."""
@@ -132,10 +148,12 @@ def configure(given: argparse.Namespace, architecture: Architecture, weights: Pa
   )
   config.data.update(short_side=prepared.resize, interpolation=prepared.interpolation)
   config.train.update(regime='exits', exit_targets=given.targets or 'last', feature_shift=recipe.shift)
+  matches = not given.classes and given.targets != 'labels'
   config.loss.update(
     matching=recipe.matching,
     temperature=recipe.temperature,
-    match_mirrored=recipe.mirrored and not given.classes and given.targets != 'labels',
+    match_mirrored=recipe.mirrored and matches,
+    match_features=recipe.features if matches else 0.0,
   )
   _learn(config, given, recipe)
   config.checkpoint.every_steps = 10_000  # A run of a few minutes; one that is stopped saves itself.
@@ -196,7 +214,9 @@ def _learn(config: ConfigDict, given: argparse.Namespace, recipe: Recipe) -> Non
     learned = max(count - 2 * (count // 10), 1)
     config.train.batch_size = min(BATCH, learned)
     config.train.epochs = max(recipe.epochs, -(-recipe.steps // max(learned // config.train.batch_size, 1)))
-  config.train.update(learning_rate=recipe.learning_rate, schedule='cosine', decay='kernels')
+  config.train.update(
+    optimizer=recipe.optimizer, learning_rate=recipe.learning_rate, schedule='cosine', decay='kernels'
+  )
   config.eval.update(every_epochs=config.train.epochs / 5, batch_size=250)
 
 

@@ -85,9 +85,9 @@ def test_from_weights_and_images_to_a_run(tiny, outputs):
 @pytest.mark.parametrize(
   ('head', 'targets', 'expected'),
   [
-    ('blocks', None, (3, 'kl', True, True)),
-    ('blocks', 'labels', (3, 'kl', True, False)),
-    ('conv', None, (None, 'squared_error', False, False)),
+    ('blocks', None, (3, 'kl', 'muon', True, True, True)),
+    ('blocks', 'labels', (3, 'kl', 'muon', True, False, False)),
+    ('conv', None, (None, 'squared_error', 'sgd', False, False, False)),
   ],
 )
 def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
@@ -97,8 +97,8 @@ def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
   )
   config = configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10)
   config_lib.validate(config)
-  found = config.model.copies, config.loss.matching, config.data.flip, config.loss.match_mirrored
-  assert found == expected
+  found = config.model.copies, config.loss.matching, config.train.optimizer, config.data.flip
+  assert (*found, config.loss.match_mirrored, config.loss.match_features > 0) == expected
   assert bool(config.train.feature_shift) == (head == 'blocks')
 
 

@@ -24,6 +24,8 @@ LEAST_COPIES = 3
 """Blocks that a head 'blocks' has at least, if one of them changes the shape and as many follow."""
 COPIED = 'blocks'
 """The module of a head whose parameters start as those of the network that have the same names."""
+INTERMEDIATES = 'intermediates'
+"""The collection in which a head 'blocks' leaves its last features, pooled, if that is mutable."""
 
 _FIX = 'set --config.model.head'
 
@@ -139,6 +141,8 @@ class OwnBlocks(nn.Module):
     parts = find_architecture(self.arch).build(self.num_classes)
     for number in _needed_stages(self.arch, self.after, tuple(x.shape[1:]), self.copies):
       x = parts.stages[number][1](x, mode)
+    if self.is_mutable_collection(INTERMEDIATES):
+      self.sow(INTERMEDIATES, 'features', pooled(x))
     return parts.classifier(x, mode).astype(jnp.float32)
 
 
