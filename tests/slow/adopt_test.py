@@ -36,7 +36,7 @@ def command(name, *arguments):
 
 
 def predicted(run, folder):
-  """The share of images that are right, with the class as the name of their folder, and their mean multiply-adds."""
+  """The number of images, the share that get the class that their folder is named after, and mean multiply-adds."""
   answers = json.loads(command('predict', f'--workdir={run}', '--format=json', folder))
   names = json.loads((run / 'dataset.json').read_text())['class_names']
   classes = sorted(path.name for path in folder.iterdir())
