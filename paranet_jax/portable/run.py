@@ -1001,9 +1001,12 @@ def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
     float64 [...], >= 0 and finite; higher is more confident.
   """
   logits = np.asarray(logits, np.float64) / temperature
-  largest = np.argmax(logits, axis=-1, keepdims=True)
-  others = logits - np.take_along_axis(logits, largest, axis=-1)
-  np.put_along_axis(others, largest, -np.inf, axis=-1)
+  # After a stage, NumPy's calls take longer than what they compute for one image: np.take_along_axis makes many.
+  rows = logits.reshape(-1, logits.shape[-1])
+  largest = np.arange(len(rows)), rows.argmax(-1)
+  others = rows - rows[largest][:, None]
+  others[largest] = -np.inf
+  others = others.reshape(logits.shape)
   log_odds = _log_sum_exp(others)  # log((1 - p1) / p1)
   log_total = np.logaddexp(0.0, log_odds)  # -log p1
   if score == 'max_prob':
@@ -1011,7 +1014,7 @@ def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
   elif score == 'entropy':
     log_unsure = _log_entropy(others, log_odds, log_total) - np.log(np.log(logits.shape[-1]))
   elif score == 'margin':
-    log_unsure = np.logaddexp(log_odds, np.max(others, axis=-1)) - log_total
+    log_unsure = np.logaddexp(log_odds, others.max(-1)) - log_total
   else:
     raise ValueError(f'not a probability score: {score}')
   return np.maximum(-log_unsure, 0.0)
@@ -1027,8 +1030,8 @@ def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray
 
 def _log_sum_exp(x: np.ndarray) -> np.ndarray:
   # Called after each stage, even for one image: SciPy's takes longer than the rest of a confidence.
-  largest = np.max(x, axis=-1, keepdims=True)
-  return np.log(np.sum(np.exp(x - largest), axis=-1)) + largest[..., 0]
+  largest = x.max(-1, keepdims=True)
+  return np.log(np.exp(x - largest).sum(-1)) + largest[..., 0]
 
 
 def to_confidence(score_value: Any, score: str) -> np.ndarray:
