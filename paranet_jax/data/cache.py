@@ -155,10 +155,10 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
   write_arrays(entry / 'index.npz', index)
 
 
-def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+def write_arrays(path: Path, arrays: dict[str, Any], compressed: bool = False) -> None:
   """Writes named arrays atomically."""
   with replacing(path, 'wb', shared=True) as file:
-    np.savez(file, **arrays)
+    (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
