@@ -1,4 +1,4 @@
-"""Where a network can have exits: every place with its shape and cost, and a suggestion."""
+"""Where a network can have exits: every place with its shape and cost, and a suggestion of three."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.network import AdoptedNetwork
 
-SHARES: dict[str, tuple[float, ...]] = {'blocks': (0.32,)}
+SHARES: dict[str, tuple[float, ...]] = {'blocks': (0.32, 0.62, 0.81)}
 OTHER_SHARES = (0.25, 0.45, 0.7)
 """Shares of the multiply-adds near which exits are suggested, by kind of head and for the other kinds.
 
-Copied blocks make good exits early, but a path to the last exit pays for all of them: there is one, at which most
-images can leave, and it gets the whole time of the training."""
+Copied blocks make good exits early, but a path to the last exit pays for all of them: the first exit should be one at
+which most images can leave."""
 
 
 class Place(NamedTuple):

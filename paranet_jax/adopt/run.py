@@ -55,8 +55,8 @@ class Recipe(NamedTuple):
 
 RECIPES = {
   'blocks': Recipe(
-    epochs=7.0,
-    steps=370,
+    epochs=5.0,
+    steps=310,
     learning_rate=0.02,
     mirrored=True,
     shift=1 / 16,

@@ -37,10 +37,10 @@ def test_places_have_shapes_and_shares(tiny):
     ((0.1, 0.26, 0.3, 0.46, 0.69, 0.9), 'conv', 'bde'),
     ((0.1, 0.2, 0.3), 'linear', 'bc'),
     ((0.9,), 'conv', 'a'),
-    ((0.1, 0.21, 0.33, 0.62, 0.69, 0.81), 'blocks', 'c'),
+    ((0.1, 0.21, 0.33, 0.62, 0.69, 0.81), 'blocks', 'cdf'),
   ],
 )
-def test_the_suggestion_is_nearest_to_the_shares_of_a_head(shares, head, chosen):
+def test_the_suggestion_is_nearest_to_three_shares(shares, head, chosen):
   places = [Place(name, (1,), 1, share) for name, share in zip('abcdef', shares, strict=False)]
   assert suggested(places, head) == tuple(chosen)
 
