@@ -184,6 +184,23 @@ T* as(Out& buffer) {
   return static_cast<T*>(buffer->untyped_data());
 }
 
+// A layer of a dense block in inference, and how many channels it reads, has between its products, and adds.
+struct InferenceLayer {
+  const float *scale, *shift, *kernel, *shift2, *kernel2;
+  int64_t channels, bottleneck, growth;
+};
+
+// From the five parameters of each layer, in order.
+std::vector<InferenceLayer> layers_of(const ffi::RemainingArgs& parameters) {
+  std::vector<InferenceLayer> layers;
+  for (size_t i = 0; i + 4 < parameters.size(); i += 5) {
+    auto at = [&](size_t j) { return *parameters.get<ffi::AnyBuffer>(i + j); };
+    layers.push_back({floats(at(0)), floats(at(1)), floats(at(2)), floats(at(3)), floats(at(4)), at(0).dimensions()[0],
+                      at(4).dimensions()[2], at(4).dimensions()[3]});
+  }
+  return layers;
+}
+
 }  // namespace
 
 // What a handler takes from XLA: threads, arrays and results.

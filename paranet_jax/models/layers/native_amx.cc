@@ -69,9 +69,7 @@ void store_pair(BFloat16* to, Vector even, Vector odd) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
 }
 
-struct Layer {
-  const float *scale, *shift, *kernel, *shift2, *kernel2;
-  int64_t channels;
+struct Layer : InferenceLayer {
   BFloat16 *products, *convolutions;  // Both kernels as tiles.
   float* sums;                        // shift2 as tiles, with which the sums begin.
 };
@@ -353,19 +351,8 @@ void dense_block(ffi::ThreadPool& pool, const Block& block, const BFloat16* x, i
 ffi::Error DenseBlock(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {
   auto in = x.dimensions();
   std::vector<Layer> layers;
-  int64_t bottleneck = 0, growth = 0;
-  for (size_t i = 0; i + 4 < parameters.size(); i += 5) {
-    const float* data[5];
-    int64_t channels = 0;
-    for (size_t j = 0; j < 5; ++j) {
-      In parameter = *parameters.get<ffi::AnyBuffer>(i + j);
-      data[j] = floats(parameter);
-      if (j == 0) channels = parameter.dimensions()[0];
-      if (j == 4) bottleneck = parameter.dimensions()[2], growth = parameter.dimensions()[3];
-    }
-    layers.push_back({data[0], data[1], data[2], data[3], data[4], channels});
-  }
-  Block block{in[1], in[2], int64_t(out->dimensions()[3]), bottleneck, growth};
+  for (const InferenceLayer& layer : layers_of(parameters)) layers.push_back({layer, nullptr, nullptr, nullptr});
+  Block block{in[1], in[2], int64_t(out->dimensions()[3]), layers[0].bottleneck, layers[0].growth};
   auto run = [&](auto function) { function(pool, block, as<BFloat16>(x), in[0], in[3], layers, as<BFloat16>(out)); };
   int64_t tiles = block.tiles();
   if (tiles % 3 == 0) {

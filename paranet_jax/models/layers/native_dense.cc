@@ -539,11 +539,6 @@ void bottleneck_backward(ffi::ThreadPool pool, T* g, int64_t rows, int64_t g_str
 
 // ---------------------------------------------------------------------------------------------------- inference
 
-struct InferenceLayer {
-  const float *scale, *shift, *kernel, *shift2, *kernel2;
-  int64_t channels;
-};
-
 // All layers of a few images after each other, whose features stay in the second cache. Where that leaves threads
 // without images, all of them share the tiles of each pass.
 template <class T, int N, int G>
@@ -683,19 +678,8 @@ ffi::Error BottleneckBackward(ffi::ThreadPool pool, In g, In x, In z, In z_means
 
 ffi::Error Inference(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {
   auto in = x.dimensions();
-  std::vector<InferenceLayer> layers;
-  for (size_t i = 0; i + 4 < parameters.size(); i += 5) {
-    const float* data[5];
-    int64_t channels = 0;
-    for (size_t j = 0; j < 5; ++j) {
-      In parameter = *parameters.get<ffi::AnyBuffer>(i + j);
-      data[j] = floats(parameter);
-      if (j == 0) channels = parameter.dimensions()[0];
-    }
-    layers.push_back({data[0], data[1], data[2], data[3], data[4], channels});
-  }
-  inference<Element, kWidths, kGrowths>(pool, as<Element>(x), in[0], in[1], in[2], in[3], PARANET_GROWTH, layers,
-                                        as<Element>(out), out->dimensions()[3]);
+  inference<Element, kWidths, kGrowths>(pool, as<Element>(x), in[0], in[1], in[2], in[3], PARANET_GROWTH,
+                                        layers_of(parameters), as<Element>(out), out->dimensions()[3]);
   return ffi::Error::Success();
 }
 

@@ -36,10 +36,7 @@ __attribute__((always_inline)) inline void product(const float* a, int64_t pixel
   }
 }
 
-struct Layer {
-  const float *scale, *shift, *kernel, *shift2, *kernel2;
-  int64_t channels;
-};
+using Layer = InferenceLayer;
 
 // A block's sizes. Features are [H W, total channels, 16 images], z is [H W, bottleneck width, 16 images].
 struct Block {
@@ -258,19 +255,8 @@ void pooled(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, in
 
 ffi::Error DenseBlock(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {
   auto in = x.dimensions();
-  std::vector<Layer> layers;
-  int64_t bottleneck = 0, growth = 0;
-  for (size_t i = 0; i + 4 < parameters.size(); i += 5) {
-    const float* data[5];
-    int64_t channels = 0;
-    for (size_t j = 0; j < 5; ++j) {
-      In parameter = *parameters.get<ffi::AnyBuffer>(i + j);
-      data[j] = floats(parameter);
-      if (j == 0) channels = parameter.dimensions()[0];
-      if (j == 4) bottleneck = parameter.dimensions()[2], growth = parameter.dimensions()[3];
-    }
-    layers.push_back({data[0], data[1], data[2], data[3], data[4], channels});
-  }
+  std::vector<Layer> layers = layers_of(parameters);
+  int64_t bottleneck = layers[0].bottleneck, growth = layers[0].growth;
   int64_t padded = growth % 6 ? round_up(growth, 4) : growth;
   Block block{in[1], in[2], int64_t(out->dimensions()[3]), bottleneck, growth, padded};
   auto run = [&](auto function) { function(pool, block, as<Element>(x), in[0], in[3], layers, as<Element>(out)); };
