@@ -13,10 +13,12 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from typing import NamedTuple, NoReturn
 
 from paranet_jax.host.errors import say
 
+_ANSWER = 10.0  # Seconds in which process 0 must answer.
 _GRACE = 1.0  # Seconds for this process to report its own error first: often all processes fail alike.
 
 
@@ -70,13 +72,17 @@ class Watch:
     return server.getsockname()[1]
 
   def connect(self, hosts: list[str], port: int) -> bool:
-    """Connects to process 0 at the first of its names that answers; False if none does."""
+    """Connects to process 0 at the first of its names that answers; False if none does.
+
+    It has answered when it has told who it is: from then on its death is noticed, and named.
+    """
     for host in hosts:
-      with contextlib.suppress(OSError):
-        connection = socket.create_connection((host, port), timeout=10)
-        self._add(connection)
-        self._start(self._beat)
-        return True
+      with contextlib.suppress(OSError):  # A TimeoutError is one, too.
+        connection = socket.create_connection((host, port), timeout=_ANSWER)
+        if self._add(connection).result(_ANSWER):
+          self._start(self._beat)
+          return True
+        self._connections.remove(connection)
     return False
 
   def wait(self) -> None:
@@ -101,11 +107,14 @@ class Watch:
       with contextlib.suppress(OSError):
         self._add(connection)
 
-  def _add(self, connection: socket.socket) -> None:
+  def _add(self, connection: socket.socket) -> Future[bool]:
+    """Whether the other end tells who it is, as soon as that is known."""
     connection.settimeout(self._timeout)
     connection.sendall(f'{self._me.index} {self._me.host} {self._me.pid}\n'.encode())
     self._connections.append(connection)
-    self._start(self._read, connection)
+    told: Future[bool] = Future()
+    self._start(self._read, connection, told)
+    return told
 
   def _start(self, act, *arguments) -> None:
     threading.Thread(target=act, args=arguments, daemon=True).start()
@@ -120,12 +129,13 @@ class Watch:
       with contextlib.suppress(OSError):
         connection.sendall(f'{line}\n'.encode())
 
-  def _read(self, connection: socket.socket) -> None:
+  def _read(self, connection: socket.socket, told: Future[bool]) -> None:
     member, failed = None, False
     # ValueError: a stranger, not one of our processes.
     with contextlib.suppress(OSError, ValueError), connection.makefile(encoding='utf-8') as lines:
       index, host, pid = lines.readline().split()
       member = Member(int(index), host, int(pid))
+      told.set_result(True)
       for line in lines:
         what, _, rest = line.strip().partition(' ')
         if what == 'done':
@@ -135,7 +145,9 @@ class Watch:
         if what == 'failed':
           failed = True
           break
-    if member is not None:
+    if member is None:
+      told.set_result(False)
+    else:
       time.sleep(_GRACE)
       self._end(member.ended(self._count, failed))
 

@@ -299,6 +299,19 @@ print(Watch(1, 2, 5).connect(['nowhere.invalid', 'localhost'], {free_port()}))
   assert python(program).communicate(timeout=60) == ('False\n', '')
 
 
+def test_process_0_that_dies_before_it_answers_is_not_reached():
+  """It would be known neither that nor who died."""
+  program = """
+import sys
+from paranet_jax.host.watch import Watch
+print(Watch(1, 2, 5).connect(['localhost'], int(sys.argv[1])), flush=True)
+"""
+  with socket.create_server(('localhost', 0)) as server:
+    process = python(program, server.getsockname()[1])
+    server.accept()[0].close()
+    assert process.communicate(timeout=60) == ('False\n', '')
+
+
 def send(process, how):
   process.stdin.write(f'{how}\n')
   process.stdin.flush()
