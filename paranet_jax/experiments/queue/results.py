@@ -103,7 +103,8 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
   finished = [run for run in own if states[run.name].finished]
   groups = [finished] * bool(finished) + [[run] for run in own if run not in finished]
   costs = {row['exit']: row for row in describe(own[0].config, states[own[0].name].num_classes)['exits']}
-  reduced = reductions(own[0].config, _NO_REDUCTION)
+  here = f'{Path.cwd()}/'  # Paths are absolute in a configuration.
+  reduced = [change.replace(here, '') for change in reductions(own[0].config, _NO_REDUCTION)]
   rows = []
   for group in groups:
     latest = [_latest(states[run.name]) for run in group]

@@ -65,6 +65,14 @@ def test_commands_are_for_a_shell(tmp_path, monkeypatch, below):
     assert shlex.split(told['command']) == command
 
 
+def test_paths_in_rows_are_from_here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  fake = FakeQueue(tmp_path, QUEUE.replace("data.name = 'digits'", "data.name = 'digits', init_from = 'runs/other'"))
+  fake.write('plain-s0', 4)
+  found = results(read_queue(fake.path), fake.workdir, {})
+  assert 'init_from:  -> runs/other' in found['rows'][0]['reduced']
+
+
 def test_results(queue):
   found = results(read_queue(queue.path), queue.workdir, {})
   rows = [{key: row[key] for key in ('run', 'seeds', 'epoch', 'partial')} for row in found['rows']]
