@@ -37,8 +37,6 @@ from paranet_jax.early.thresholds import visited
 from paranet_jax.host.energy import Energy, find_energy
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import cpu_name, environment
-from paranet_jax.models.numerics import check_inference
-from paranet_jax.runs.dtype import in_dtype
 from paranet_jax.runs.learned import repair_dataset_facts
 from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import prepare_folder, restore_config
@@ -243,11 +241,8 @@ def _restore(request: Request, energy: Energy | None = None) -> Subject:
     )
   config = with_data_dir(config, request.data_dir)
   task, step, variables = read_task(
-    config, request.workdir, request.step, jax.local_devices()[:1], request.accept_data_changes
+    config, request.workdir, request.step, jax.local_devices()[:1], request.accept_data_changes, request.dtype
   )
-  if request.dtype:
-    task = dataclasses.replace(task, model=in_dtype(task.model, request.dtype))
-    check_inference(task.model, task.image_shape, config.eval.batch_size)
   if task.dataset.lost:
     raise UserError(
       f'expected images of class {task.dataset.lost[0]!r} that the run in {request.workdir} was not trained on, found '

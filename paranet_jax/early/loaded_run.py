@@ -20,10 +20,8 @@ from paranet_jax.early.exit_plan import (
 from paranet_jax.early.path_costs import mac_costs
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
-from paranet_jax.models.numerics import check_inference
 from paranet_jax.runs.checkpoints import FOLDER, Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET
-from paranet_jax.runs.dtype import in_dtype
 from paranet_jax.runs.trained import TrainedRun, read_run
 from paranet_jax.targets import trained_exits
 from paranet_jax.weights.hub import download_files, hub_place, is_hub
@@ -81,14 +79,8 @@ def load(workdir: str | Path, step: int | None = None) -> LoadedRun:
   def choose(checkpoints: Checkpoints) -> int:
     return _calibrated_step(workdir, checkpoints) if step is None and calibrated else checkpoints.choose(step)
 
-  run = LoadedRun(**vars(read_run(workdir, choose)))
-  if not calibrated:
-    return run
-  plan = load_plan(workdir, run.checkpoint, run.trained)
-  if plan.dtype:
-    run = dataclasses.replace(run, model=in_dtype(run.model, plan.dtype))
-    check_inference(run.model, run.image_shape, run.config.eval.batch_size)
-  return dataclasses.replace(run, exits=plan)
+  run = LoadedRun(**vars(read_run(workdir, choose, read_plan(workdir).dtype if calibrated else None)))
+  return dataclasses.replace(run, exits=load_plan(workdir, run.checkpoint, run.trained)) if calibrated else run
 
 
 def _calibrated_step(workdir: Path, checkpoints: Checkpoints) -> int:

@@ -51,7 +51,8 @@ def results_page(folder: Path) -> str:
   files = sorted(folder.rglob(RESULTS))
   if not files:
     raise UserError(f'expected {RESULTS} of tables or queues below {folder}, found none; set --folder')
-  return '\n\n'.join([_BEGINNING, *(_part(file, file.parent.relative_to(folder)) for file in files)]) + '\n'
+  parts = (_part(file, file.parent.relative_to(folder)) for file in files)
+  return '\n\n'.join(filter(None, [_BEGINNING, *parts])) + '\n'
 
 
 def _part(file: Path, place: Path) -> str:
@@ -67,4 +68,4 @@ def _part(file: Path, place: Path) -> str:
     raise UserError(f'{file} is not of `experiments` ({error!r:.60}); {fix}') from error
   # Titles of files become sections of the page.
   sections = [re.sub('^#', '##', text.strip(), flags=re.MULTILINE) for text in texts]
-  return '\n\n'.join([sections[0], *sections[1:]]).replace('\n', f'\n\nIn `{_FOLDER}/{place.as_posix()}`.\n', 1)
+  return '\n\n'.join(sections).replace('\n', f'\n\nIn `{_FOLDER}/{place.as_posix()}`.\n', 1)

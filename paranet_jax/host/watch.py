@@ -18,7 +18,6 @@ from typing import NamedTuple, NoReturn
 
 from paranet_jax.host.errors import say
 
-_ANSWER = 10.0  # Seconds in which process 0 must answer.
 _GRACE = 1.0  # Seconds for this process to report its own error first: often all processes fail alike.
 
 
@@ -77,9 +76,9 @@ class Watch:
     It has answered when it has told who it is: from then on its death is noticed, and named.
     """
     for host in hosts:
-      with contextlib.suppress(OSError):  # A TimeoutError is one, too.
-        connection = socket.create_connection((host, port), timeout=_ANSWER)
-        if self._add(connection).result(_ANSWER):
+      with contextlib.suppress(OSError):
+        connection = socket.create_connection((host, port), timeout=10)
+        if self._add(connection).result():
           self._start(self._beat)
           return True
         self._connections.remove(connection)
@@ -108,7 +107,7 @@ class Watch:
         self._add(connection)
 
   def _add(self, connection: socket.socket) -> Future[bool]:
-    """Whether the other end tells who it is, as soon as that is known."""
+    """Whether the other end tells who it is, which it must before the timeout of heartbeats."""
     connection.settimeout(self._timeout)
     connection.sendall(f'{self._me.index} {self._me.host} {self._me.pid}\n'.encode())
     self._connections.append(connection)

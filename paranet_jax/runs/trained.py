@@ -19,7 +19,7 @@ from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.numerics import check_inference
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import DatasetFacts, output_names, restore_dataset_facts
-from paranet_jax.runs.dtype import with_saved_dtype
+from paranet_jax.runs.dtype import in_dtype, with_saved_dtype
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.task import Task, agreed_task
@@ -71,12 +71,15 @@ class TrainedRun:
     )
 
 
-def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.choose) -> TrainedRun:
+def read_run(
+  workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.choose, dtype: str | None = None
+) -> TrainedRun:
   """Reads a run.
 
   Args:
     workdir: absolute.
     choose: the checkpoint's step.
+    dtype: in which the model computes, see `in_dtype`.
 
   Raises:
     UserError: there is no run or no such checkpoint, or it does not fit the configuration.
@@ -89,7 +92,7 @@ def read_run(workdir: Path, choose: Callable[[Checkpoints], int] = Checkpoints.c
   image_shape = config_lib.image_shape(config)
   dataset = restore_dataset_facts(workdir, channels=image_shape[-1])
   num_classes = len(dataset.class_names)
-  model = config_lib.build_model(config, num_classes)
+  model = in_dtype(config_lib.build_model(config, num_classes), dtype)
   with Checkpoints(workdir) as checkpoints:
     like = abstract_variables(model, image_shape)
     step, variables = checkpoints.read_chosen(choose, lambda step: checkpoints.restore_variables(step, like))
@@ -108,7 +111,12 @@ class TrainedTask(NamedTuple):
 
 
 def read_task(
-  config: ConfigDict, workdir: Path, step: int | None, devices: list[Device], accept_data_changes: bool = False
+  config: ConfigDict,
+  workdir: Path,
+  step: int | None,
+  devices: list[Device],
+  accept_data_changes: bool = False,
+  dtype: str | None = None,
 ) -> TrainedTask:
   """Builds a task, reading its data set, and restores the variables of a checkpoint.
 
@@ -117,6 +125,7 @@ def read_task(
     step: the checkpoint's; None: the latest.
     devices: where the variables are replicated.
     accept_data_changes: the data may have other classes or labels than the run learned.
+    dtype: in which the model computes, see `in_dtype`.
 
   Raises:
     UserError: there is no such checkpoint, or it or the data does not fit the configuration.
@@ -128,6 +137,8 @@ def read_task(
     processes.once(lambda: checkpoints.choose(step))  # Before the data is read.
     learned = processes.once(restore_learned, workdir, config.model.channels, accept_data_changes)
     task = agreed_task(config, processes, learned)
+    if dtype:  # A new task computes again what it has kept.
+      task = dataclasses.replace(task, model=in_dtype(task.model, dtype))
     like = abstract_variables(task.model, task.image_shape)
     chosen, variables = processes.once(
       lambda: checkpoints.read_chosen(

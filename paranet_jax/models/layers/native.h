@@ -201,6 +201,41 @@ std::vector<InferenceLayer> layers_of(const ffi::RemainingArgs& parameters) {
   return layers;
 }
 
+// Takes groups of 16 images through a dense block. A thread takes a group through all layers, each row of pixels behind
+// its bottleneck; where there are more threads than groups, all of them share the rows.
+//
+// enter(group, row, features, z), bottleneck(layer, row, features, z), convolve(layer, row, features, z) and leave(group,
+// row, features) each do a row, and rest() follows what a thread has computed. The sizes are those of a group, in floats.
+template <class Enter, class Bottleneck, class Convolve, class Leave, class Rest>
+void each_row(ffi::ThreadPool& pool, int64_t groups, int64_t height, int64_t layers, int64_t size, int64_t z_size,
+              const Enter& enter, const Bottleneck& bottleneck, const Convolve& convolve, const Leave& leave,
+              const Rest& rest) {
+  if (groups >= pool.num_threads()) {
+    parallel(pool, groups, [&](int64_t group) {
+      float *features = scratch(2, size), *z = scratch(3, z_size);
+      for (int64_t row = 0; row < height; ++row) enter(group, row, features, z);
+      for (int64_t layer = 0; layer < layers; ++layer)
+        for (int64_t row = 0; row <= height; ++row) {
+          if (row < height) bottleneck(layer, row, features, z);
+          if (row) convolve(layer, row - 1, features, z);
+        }
+      rest();
+      for (int64_t row = 0; row < height; ++row) leave(group, row, features);
+    });
+    return;
+  }
+  float *features = scratch(2, groups * size), *z = scratch(3, groups * z_size);
+  int64_t last = 2 * layers + 1;
+  parallel(pool, last + 1, groups * height, [&](int64_t phase, int64_t i) {
+    int64_t group = i / height, row = i % height;
+    float *own = features + group * size, *own_z = z + group * z_size;
+    if (phase == 0) return enter(group, row, own, own_z);
+    if (phase == last) return leave(group, row, own);
+    phase % 2 ? bottleneck(phase / 2, row, own, own_z) : convolve(phase / 2 - 1, row, own, own_z);
+    rest();
+  });
+}
+
 }  // namespace
 
 // What a handler takes from XLA: threads, arrays and results.

@@ -22,7 +22,8 @@ constexpr int64_t kSums = 16 * 16;
 constexpr int64_t kRing = 4;            // Panels in flight: a product reads what was written two panels before.
 constexpr int64_t kLead = 2;
 
-// The compiler must not move what is written to memory behind the loads of tiles.
+// Numbers of tiles are part of the instructions, so these are macros. The compiler must not move what is written to memory
+// behind the loads of tiles.
 #define TILE_LOAD(tile, from) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t(64)) : "memory")
 #define TILE_STORE(tile, to) \
@@ -196,7 +197,7 @@ void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const B
         if (!n && k < panels) {
           int64_t c = k * kDepth, pairs = std::min(kDepth, layer.channels - c) / 2;
           BFloat16* at = panel + k % ring * 2 * kTile;
-          if (pairs == 16) {
+          if (pairs == 16) {  // A constant: its loop is unrolled.
             activate(layer.scale + c, layer.shift + c, x + c * kImages, pixel, 16, at);
           } else {
             activate(layer.scale + c, layer.shift + c, x + c * kImages, pixel, pairs, at);
@@ -221,6 +222,18 @@ void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const B
   }
 }
 
+// Adds a panel's products for four pixels.
+#define FOUR_PIXELS(weights_tile, values_tile)  \
+  TILE_LOAD(weights_tile, weights);             \
+  TILE_LOAD(values_tile, from);                 \
+  TILE_PRODUCT(0, weights_tile, values_tile);   \
+  TILE_LOAD(values_tile, from + pixel);         \
+  TILE_PRODUCT(1, weights_tile, values_tile);   \
+  TILE_LOAD(values_tile, from + 2 * pixel);     \
+  TILE_PRODUCT(2, weights_tile, values_tile);   \
+  TILE_LOAD(values_tile, from + 3 * pixel);     \
+  TILE_PRODUCT(3, weights_tile, values_tile)
+
 // The layer's new channels of a row of pixels.
 void convolve_row(const Block& block, const Layer& layer, int64_t row, const BFloat16* z, BFloat16* features) {
   Unit::of_convolutions(std::min<int64_t>(block.growth, 16)).load();
@@ -238,26 +251,11 @@ void convolve_row(const Block& block, const Layer& layer, int64_t row, const BFl
         const BFloat16* from = z + (row + dr) * z_row + p * pixel;
         const BFloat16* weights = layer.convolutions + (n * 3 + dr + 1) * panels * kTile;
         for (int64_t k = 0; k < whole; ++k, from += kTile, weights += kTile) {
-          TILE_LOAD(4, weights);
-          TILE_LOAD(5, from);
-          TILE_PRODUCT(0, 4, 5);
-          TILE_LOAD(5, from + pixel);
-          TILE_PRODUCT(1, 4, 5);
-          TILE_LOAD(5, from + 2 * pixel);
-          TILE_PRODUCT(2, 4, 5);
-          TILE_LOAD(5, from + 3 * pixel);
-          TILE_PRODUCT(3, 4, 5);
+          FOUR_PIXELS(4, 5);
         }
-        if (whole == panels) continue;
-        TILE_LOAD(6, weights);
-        TILE_LOAD(7, from);
-        TILE_PRODUCT(0, 6, 7);
-        TILE_LOAD(7, from + pixel);
-        TILE_PRODUCT(1, 6, 7);
-        TILE_LOAD(7, from + 2 * pixel);
-        TILE_PRODUCT(2, 6, 7);
-        TILE_LOAD(7, from + 3 * pixel);
-        TILE_PRODUCT(3, 6, 7);
+        if (whole < panels) {
+          FOUR_PIXELS(6, 7);
+        }
       }
       TILE_STORE(0, sums);
       TILE_STORE(1, sums + kSums);
@@ -273,8 +271,6 @@ void convolve_row(const Block& block, const Layer& layer, int64_t row, const BFl
     }
 }
 
-// A thread takes 16 images through all layers, each row of pixels behind its bottleneck. Where there are more threads
-// than that, all of them share the rows.
 template <int G>
 void dense_block(ffi::ThreadPool& pool, const Block& block, const BFloat16* x, int64_t batch, int64_t channels,
                  std::vector<Layer>& layers, BFloat16* out) {
@@ -292,60 +288,29 @@ void dense_block(ffi::ThreadPool& pool, const Block& block, const BFloat16* x, i
   }
   parallel(pool, int64_t(layers.size()), [&](int64_t i) { pack(block, layers[i]); });
 
-  // Pairs of channels are moved as one number.
-  auto enter = [&](int64_t group, int64_t row, BFloat16* features) {
+  auto halves = [](auto* floats) { return reinterpret_cast<BFloat16*>(floats); };
+  // Pairs of channels are moved as one number, as large as a float.
+  auto enter = [&](int64_t group, int64_t row, float* features, float* z) {
     for (int64_t p = row * block.width; p < (row + 1) * block.width; ++p)
       gather(reinterpret_cast<const float*>(x + (group * kImages * pixels + p) * channels), pixels * channels / 2,
-             channels / 2, reinterpret_cast<float*>(features + p * block.total * kImages));
-  };
-  auto surround = [&](int64_t row, BFloat16* z) {
+             channels / 2, features + p * block.total * kImages / 2);
     int64_t bytes = block.bottleneck * kPair;
-    std::memset(z + row * z_row, 0, bytes);
-    std::memset(z + row * z_row + (block.width + 1) * block.bottleneck * kImages, 0, bytes);
+    std::memset(halves(z) + row * z_row, 0, bytes);
+    std::memset(halves(z) + row * z_row + (block.width + 1) * block.bottleneck * kImages, 0, bytes);
   };
-  auto leave = [&](int64_t group, int64_t row, const BFloat16* features) {
+  auto bottleneck = [&](int64_t layer, int64_t row, float* features, float* z) {
+    bottleneck_row<G>(block, layers[layer], row, halves(features), halves(z));
+  };
+  auto convolve = [&](int64_t layer, int64_t row, float* features, float* z) {
+    convolve_row(block, layers[layer], row, halves(z), halves(features));
+  };
+  auto leave = [&](int64_t group, int64_t row, const float* features) {
     for (int64_t p = row * block.width; p < (row + 1) * block.width; ++p)
-      scatter(reinterpret_cast<const float*>(features + p * block.total * kImages), block.total / 2,
+      scatter(features + p * block.total * kImages / 2, block.total / 2,
               reinterpret_cast<float*>(out + (group * kImages * pixels + p) * block.total), pixels * block.total / 2);
   };
-  if (groups >= pool.num_threads()) {
-    parallel(pool, groups, [&](int64_t group) {
-      auto* features = reinterpret_cast<BFloat16*>(scratch(2, size / 2));
-      auto* z = reinterpret_cast<BFloat16*>(scratch(3, block.height * z_row / 2));
-      for (int64_t row = 0; row < block.height; ++row) {
-        enter(group, row, features);
-        surround(row, z);
-      }
-      for (const Layer& layer : layers)
-        for (int64_t row = 0; row <= block.height; ++row) {
-          if (row < block.height) bottleneck_row<G>(block, layer, row, features, z);
-          if (row) convolve_row(block, layer, row - 1, z, features);
-        }
-      Unit::release();
-      for (int64_t row = 0; row < block.height; ++row) leave(group, row, features);
-    });
-    return;
-  }
-  auto* features = reinterpret_cast<BFloat16*>(scratch(2, groups * size / 2));
-  auto* z = reinterpret_cast<BFloat16*>(scratch(3, groups * block.height * z_row / 2));
-  int64_t last = 2 * int64_t(layers.size()) + 1;
-  parallel(pool, last + 1, groups * block.height, [&](int64_t phase, int64_t i) {
-    int64_t group = i / block.height, row = i % block.height;
-    BFloat16 *own = features + group * size, *own_z = z + group * block.height * z_row;
-    if (phase == 0) {
-      enter(group, row, own);
-      surround(row, own_z);
-    } else if (phase == last) {
-      leave(group, row, own);
-    } else {
-      if (phase % 2) {
-        bottleneck_row<G>(block, layers[phase / 2], row, own, own_z);
-      } else {
-        convolve_row(block, layers[phase / 2 - 1], row, own_z, own);
-      }
-      Unit::release();
-    }
-  });
+  each_row(pool, groups, block.height, layers.size(), size / 2, block.height * z_row / 2, enter, bottleneck, convolve,
+           leave, Unit::release);
 }
 
 ffi::Error DenseBlock(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {

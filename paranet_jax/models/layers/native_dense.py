@@ -160,11 +160,15 @@ def _compiled(width: int, growth: int, element: str) -> Passes | None:
   if file is None:
     return None
   prefix = _prefix(width, growth, element)
-  functions = ctypes.CDLL(str(file))
-  for name in _PASSES:
-    target = jax.ffi.pycapsule(getattr(functions, f'paranet_{name}'))
-    jax.ffi.register_ffi_target(f'{prefix}_{name}', target, platform='cpu')
+  register(ctypes.CDLL(str(file)), prefix, _PASSES)
   return Passes(prefix)
+
+
+def register(library: ctypes.CDLL, prefix: str, kernels: Sequence[str]) -> None:
+  """Makes the functions of a library known to XLA, by names with this prefix."""
+  for name in kernels:
+    target = jax.ffi.pycapsule(getattr(library, f'paranet_{name}'))
+    jax.ffi.register_ffi_target(f'{prefix}_{name}', target, platform='cpu')
 
 
 def _prefix(width: int, growth: int, element: str) -> str:

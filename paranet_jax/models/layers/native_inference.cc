@@ -122,8 +122,6 @@ void convolve_row(const Block& block, const Layer& layer, int64_t row, const flo
     }
 }
 
-// A thread takes 16 images through all layers, each row of pixels behind its bottleneck. Where there are more threads
-// than that, all of them share the rows.
 template <class T, int W, int K>
 void dense_block(ffi::ThreadPool& pool, const Block& block, const T* x, int64_t batch, int64_t channels,
                  const std::vector<Layer>& layers, T* out) {
@@ -137,44 +135,23 @@ void dense_block(ffi::ThreadPool& pool, const Block& block, const T* x, int64_t 
       std::memset(to, 0, block.padded * 4);
       std::memcpy(to, layers[i].kernel2 + tap * block.growth, block.growth * 4);
     }
-  auto enter = [&](int64_t group, int64_t row, float* features) {
+  auto enter = [&](int64_t group, int64_t row, float* features, float*) {
     for (int64_t p = row * block.width; p < (row + 1) * block.width; ++p)
       gather(x + (group * kImages * pixels + p) * channels, pixels * channels, channels,
              features + p * block.total * kImages);
+  };
+  auto bottleneck = [&](int64_t layer, int64_t row, const float* features, float* z) {
+    bottleneck_row<W>(block, layers[layer], row, features, z);
+  };
+  auto convolve = [&](int64_t layer, int64_t row, float* features, const float* z) {
+    convolve_row<K>(block, layers[layer], row, z, kernels + layer * padded, features);
   };
   auto leave = [&](int64_t group, int64_t row, const float* features) {
     for (int64_t p = row * block.width; p < (row + 1) * block.width; ++p)
       scatter(features + p * block.total * kImages, block.total,
               out + (group * kImages * pixels + p) * block.total, pixels * block.total);
   };
-  if (groups >= pool.num_threads()) {
-    parallel(pool, groups, [&](int64_t group) {
-      float *features = scratch(2, size), *z = scratch(3, z_size);
-      for (int64_t row = 0; row < block.height; ++row) enter(group, row, features);
-      for (size_t i = 0; i < layers.size(); ++i)
-        for (int64_t row = 0; row <= block.height; ++row) {
-          if (row < block.height) bottleneck_row<W>(block, layers[i], row, features, z);
-          if (row) convolve_row<K>(block, layers[i], row - 1, z, kernels + int64_t(i) * padded, features);
-        }
-      for (int64_t row = 0; row < block.height; ++row) leave(group, row, features);
-    });
-    return;
-  }
-  float *features = scratch(2, groups * size), *z = scratch(3, groups * z_size);
-  int64_t last = 2 * int64_t(layers.size()) + 1;
-  parallel(pool, last + 1, groups * block.height, [&](int64_t phase, int64_t i) {
-    int64_t group = i / block.height, row = i % block.height;
-    float *own = features + group * size, *own_z = z + group * z_size;
-    if (phase == 0) {
-      enter(group, row, own);
-    } else if (phase == last) {
-      leave(group, row, own);
-    } else if (phase % 2) {
-      bottleneck_row<W>(block, layers[phase / 2], row, own, own_z);
-    } else {
-      convolve_row<K>(block, layers[phase / 2 - 1], row, own_z, kernels + (phase / 2 - 1) * padded, own);
-    }
-  });
+  each_row(pool, groups, block.height, layers.size(), size, z_size, enter, bottleneck, convolve, leave, [] {});
 }
 
 // The largest of a window's 3x3 convolutions: 2^halvings x 2^halvings pixels, P of them side by side at once.

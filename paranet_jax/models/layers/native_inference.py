@@ -21,7 +21,7 @@ from jax import Array
 from paranet_jax.host.kept_programs import asked
 from paranet_jax.host.native import missing, shared_library
 from paranet_jax.models.layers.backend import backend
-from paranet_jax.models.layers.native_dense import ELEMENTS, FEATURES, version
+from paranet_jax.models.layers.native_dense import ELEMENTS, FEATURES, register, version
 
 SOURCE = Path(__file__).with_suffix('.cc')
 AMX_SOURCE = SOURCE.with_name('native_amx.cc')
@@ -153,13 +153,11 @@ def _registered(source: Path, name: str, kernels: tuple[str, ...], **definitions
   file = shared_library(source, definitions, jax.ffi.include_dir())
   if file is None:
     return None
-  functions = ctypes.CDLL(str(file))
-  if source == AMX_SOURCE and not _granted(functions):
+  library = ctypes.CDLL(str(file))
+  if source == AMX_SOURCE and not _granted(library):
     return None
   prefix = f'paranet_{version()}_{name}'
-  for kernel in kernels:
-    target = jax.ffi.pycapsule(getattr(functions, f'paranet_{kernel}'))
-    jax.ffi.register_ffi_target(f'{prefix}_{kernel}', target, platform='cpu')
+  register(library, prefix, kernels)
   return Kernels(prefix)
 
 
