@@ -74,7 +74,10 @@ class FixedSizes(Packing):
   def split(self, carried: Carried) -> list[Batch]:
     """The batches of a wave of one image or more, padded with zeros."""
     wave = Batch(np.arange(len(carried['images'])), carried)
-    return self._regroup([wave], wave.rows, cover(len(wave.rows), self._sizes), self._on_host)
+    parts = cover(len(wave.rows), self._sizes)
+    if parts == (len(wave.rows),):  # Copying the images would take as long as reading the answers.
+      return [wave]
+    return self._regroup([wave], wave.rows, parts, self._on_host)
 
   def pack(self, batches: Sequence[Batch]) -> list[Batch]:
     """The batches without the rows that are GONE, unless that would not save any cost."""

@@ -293,7 +293,9 @@ class Adaptive:
     images = self._checked(np.asarray(images), 4)
     wave = self._packing.wave
     parts = [self._predict_wave(images[first : first + wave]) for first in range(0, len(images), wave)]
-    return Predictions(*map(np.concatenate, zip(*parts, strict=True))) if parts else self._empty(0)
+    if len(parts) <= 1:
+      return parts[0] if parts else self._empty(0)
+    return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
   def predict_one(self, image: Any) -> Prediction:
     """Predicts one image at the lowest latency.
@@ -304,12 +306,15 @@ class Adaptive:
     Raises:
       ValueError: the image has a different shape or type.
     """
-    carried, number, logits = self._begin(self._checked(np.asarray(image), 3)[None]), 0, np.zeros(0)
-    for number in self.visited:
+    carried = self._begin(self._checked(np.asarray(image), 3)[None])
+    for number in self.visited[:-1]:
       carried, logits = self._run(self._stages[number], carried)
-      if self.leaves(number, logits, carried)[0]:
-        break
-    return self._prediction(number, logits, self.macs[number])
+      odds = self._odds(number, logits)
+      if self._leaves(number, odds, carried)[0]:
+        return self._prediction(number, odds, self.macs[number])
+    number = self.visited[-1]
+    _, logits = self._run(self._stages[number], carried)
+    return self._prediction(number, self._odds(number, logits), self.macs[number])
 
   def anytime(self, image: Any, deadline_ms: float | None = None) -> Iterator[Prediction]:
     """Yields the answer of every usable exit in turn, whatever the thresholds.
@@ -395,17 +400,12 @@ class Adaptive:
 
   def leaves(self, number: int, logits: np.ndarray, carried: Carried) -> np.ndarray:
     """Which images exit at exit `number`: bool [n], from what its stage returned for them."""
-    threshold = self.thresholds[number]
-    if number == self.visited[-1] or threshold is None:
-      return np.full(len(logits), number == self.visited[-1])
-    if self.score == 'patience':
-      return carried['_streak'] >= threshold
-    return confidence(logits, self.score, self._temperatures[number]) >= threshold
+    return self._leaves(number, self._odds(number, logits), carried)
 
   def answers(self, number: int, logits: np.ndarray) -> Predictions:
     """The answers of exit `number` from its logits [n, classes]."""
-    filled = np.full(len(logits), number), np.full(len(logits), self.macs[number])
-    return Predictions(self._labels(number, logits), softmax(logits, self._temperatures[number]), *filled)
+    odds, filled = self._odds(number, logits), (np.full(len(logits), number), np.full(len(logits), self.macs[number]))
+    return Predictions(self._labels(number, odds), odds.probabilities, *filled)
 
   def stage_ms(self, dtype: Any = np.uint8) -> tuple[float, ...]:
     """Milliseconds of each usable exit's stage for one image on this machine, run in turn; measured once.
@@ -457,14 +457,23 @@ class Adaptive:
       raise BundleError('expected sets of classes in exits.json, found none; calibrate the run with --coverage')
     return self._sets
 
-  def _labels(self, number: int, logits: np.ndarray) -> np.ndarray:
+  def _odds(self, number: int, logits: np.ndarray) -> Odds:
+    return Odds(logits, self._temperatures[number])
+
+  def _leaves(self, number: int, odds: Odds, carried: Carried) -> np.ndarray:
+    threshold = self.thresholds[number]
+    if number == self.visited[-1] or threshold is None:
+      return np.full(len(odds.logits), number == self.visited[-1])
+    if self.score == 'patience':
+      return carried['_streak'] >= threshold
+    return odds.confidence(self.score) >= threshold
+
+  def _labels(self, number: int, odds: Odds) -> np.ndarray:
     """The most probable classes, or the number of classes where the image is unknown."""
-    labels = logits.argmax(-1)
     if self._reject is None:
-      return labels
+      return odds.labels
     at = self._reject['confidence_threshold'] if number == self.exits[-1] else self.thresholds[number]
-    sure = confidence(logits, self.score, self._temperatures[number]) >= _limit(at)
-    return np.where(sure, labels, logits.shape[-1])
+    return np.where(odds.confidence(self.score) >= _limit(at), odds.labels, odds.logits.shape[-1])
 
   @functools.cached_property
   def _all_macs(self) -> dict[int, int]:
@@ -539,7 +548,7 @@ class Adaptive:
       if index and expected and deadline_ms and spent + expected[index] > deadline_ms:
         return
       carried, logits = self._run(self._all_stages[number], carried)
-      yield self._prediction(number, logits, all_macs[number])
+      yield self._prediction(number, self._odds(number, logits), all_macs[number])
 
   def _predict_wave(self, images: np.ndarray) -> Predictions:
     out, batches = self._empty(len(images)), self._packing.split(self._begin(images))
@@ -551,21 +560,20 @@ class Adaptive:
 
   def _advance(self, number: int, batch: Batch, out: Predictions) -> Batch:
     """Runs a stage, writes the answers of the images that exit to `out`, and marks their rows as GONE."""
+    there = batch.rows != GONE
     carried, logits = self._run(self._stages[number], batch.carried)
-    here = np.flatnonzero(batch.rows != GONE)
-    own = {name: values[here] for name, values in carried.items() if name.startswith('_')}
-    leaving = here[self.leaves(number, logits[here], own)]
-    if not len(leaving):
+    odds = self._odds(number, logits)
+    leaving = self._leaves(number, odds, carried) & there
+    places = batch.rows[leaving]
+    if not len(places):
       return Batch(batch.rows, carried)
-    for whole, part in zip(out, self.answers(number, logits[leaving]), strict=True):
-      whole[batch.rows[leaving]] = part
-    rows = batch.rows.copy()
-    rows[leaving] = GONE
-    return Batch(rows, carried)
+    out.labels[places] = self._labels(number, odds)[leaving]
+    out.probabilities[places] = odds.probabilities[leaving]
+    out.exits[places], out.macs[places] = number, self.macs[number]
+    return Batch(np.where(leaving, GONE, batch.rows), carried)
 
-  def _prediction(self, number: int, logits: np.ndarray, macs: int) -> Prediction:
-    label, temperature = int(self._labels(number, logits)[0]), self._temperatures[number]
-    return Prediction(label, softmax(logits, temperature)[0], number, int(macs))
+  def _prediction(self, number: int, odds: Odds, macs: int) -> Prediction:
+    return Prediction(int(self._labels(number, odds)[0]), odds.probabilities[0], number, int(macs))
 
   def _empty(self, count: int) -> Predictions:
     ints = [np.zeros(count, np.int64) for _ in range(3)]
@@ -955,11 +963,79 @@ def join(parts: Sequence[Carried]) -> Carried:
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+class Odds:
+  """What the logits of an exit say of each image, with their exponentials computed once for all of it.
+
+  After a stage, NumPy's calls take longer than what they compute, so there are few.
+
+  Attributes:
+    logits: float [n, classes], finite.
+    labels: int [n], the most probable classes.
+  """
+
+  def __init__(self, logits: np.ndarray, temperature: float):
+    """
+    Args:
+      logits: float [n, classes], 2 classes or more, finite.
+      temperature: T > 0 that divides the logits.
+    """
+    self.logits, self.labels = logits, logits.argmax(-1)
+    self._temperature = temperature
+
+  @functools.cached_property
+  def probabilities(self) -> np.ndarray:
+    """The softmax of the logits divided by the temperature: float32, computed in float64."""
+    powers = self._powers / (1 + self._rest)[:, None]
+    powers[self._largest] = 1 / (1 + self._rest)
+    return powers.astype(np.float32)
+
+  def confidence(self, score: str) -> np.ndarray:
+    """-log(1 - s) of a probability score s: float64 [n], see the function `confidence`."""
+    rest = self._rest
+    log_odds = np.log(np.maximum(rest, _LEAST_REST))  # log((1 - p1) / p1)
+    if rest.min(initial=1) < _LEAST_REST:
+      log_odds = np.where(rest < _LEAST_REST, _log_sum_exp(self._others), log_odds)
+    log_total = np.log1p(rest)  # -log p1
+    if score == 'max_prob':
+      log_unsure = log_odds - log_total
+    elif score == 'entropy':
+      log_unsure = _log_entropy(self._others, log_odds, log_total) - np.log(np.log(self.logits.shape[-1]))
+    elif score == 'margin':
+      log_unsure = np.logaddexp(log_odds, self._others.max(-1)) - log_total
+    else:
+      raise ValueError(f'not a probability score: {score}')
+    return np.maximum(-log_unsure, 0.0)
+
+  @functools.cached_property
+  def _largest(self) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(self.labels)), self.labels
+
+  @functools.cached_property
+  def _others(self) -> np.ndarray:
+    """The scaled logits of the other classes, less the largest one's; of the most probable class -infinity."""
+    scaled = self.logits.astype(np.float64)
+    scaled /= self._temperature
+    scaled -= scaled[self._largest][:, None]
+    scaled[self._largest] = -np.inf
+    return scaled
+
+  @functools.cached_property
+  def _powers(self) -> np.ndarray:
+    return np.exp(self._others)
+
+  @functools.cached_property
+  def _rest(self) -> np.ndarray:
+    """What the other classes' powers add up to, where that of the most probable class is 1."""
+    return self._powers.sum(-1)
+
+
+_LEAST_REST = 1e-290
+"""Numbers near the smallest ones of float64 lose digits."""
+
+
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
   """The softmax of logits [n, classes] divided by the temperature: float32, computed in float64."""
-  scaled = logits.astype(np.float64) / temperature
-  powers = np.exp(scaled - scaled.max(-1, keepdims=True))
-  return (powers / powers.sum(-1, keepdims=True)).astype(np.float32)
+  return Odds(logits, temperature).probabilities
 
 
 def set_scores(probabilities: np.ndarray, penalty: float, free: int) -> np.ndarray:
@@ -1000,24 +1076,9 @@ def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
   Returns:
     float64 [...], >= 0 and finite; higher is more confident.
   """
-  logits = np.asarray(logits, np.float64) / temperature
-  # After a stage, NumPy's calls take longer than what they compute for one image: np.take_along_axis makes many.
+  logits = np.asarray(logits)
   rows = logits.reshape(-1, logits.shape[-1])
-  largest = np.arange(len(rows)), rows.argmax(-1)
-  others = rows - rows[largest][:, None]
-  others[largest] = -np.inf
-  others = others.reshape(logits.shape)
-  log_odds = _log_sum_exp(others)  # log((1 - p1) / p1)
-  log_total = np.logaddexp(0.0, log_odds)  # -log p1
-  if score == 'max_prob':
-    log_unsure = log_odds - log_total
-  elif score == 'entropy':
-    log_unsure = _log_entropy(others, log_odds, log_total) - np.log(np.log(logits.shape[-1]))
-  elif score == 'margin':
-    log_unsure = np.logaddexp(log_odds, others.max(-1)) - log_total
-  else:
-    raise ValueError(f'not a probability score: {score}')
-  return np.maximum(-log_unsure, 0.0)
+  return Odds(rows, temperature).confidence(score).reshape(logits.shape[:-1])
 
 
 def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray) -> np.ndarray:
@@ -1029,7 +1090,7 @@ def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray
 
 
 def _log_sum_exp(x: np.ndarray) -> np.ndarray:
-  # Called after each stage, even for one image: SciPy's takes longer than the rest of a confidence.
+  # SciPy's takes longer than the rest of a confidence.
   largest = x.max(-1, keepdims=True)
   return np.log(np.exp(x - largest).sum(-1)) + largest[..., 0]
 

@@ -56,6 +56,13 @@ def test_split(sizes, count):
   assert all(part.carried['carry'] == {} and part.carried['_streak'].sum() == len(_rows(part)) for part in parts)
 
 
+def test_a_wave_of_a_fixed_size_is_not_copied():
+  carried = {'images': np.zeros((16, 1, 1, 1), np.uint8), 'carry': {}}
+  (part,) = FixedSizes(SPLIT, None).split(carried)
+  assert part.carried is carried
+  np.testing.assert_array_equal(part.rows, np.arange(16))
+
+
 def _batch(places, first):
   """A batch whose arrays say which row of the wave each row is."""
   values = np.arange(first, first + len(places), dtype=np.float32)

@@ -40,9 +40,13 @@ def test_equals_the_plain_formula(score):
 )
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 def test_does_not_saturate(score, of_gap, dtype):
-  for gap in (38.0, 39.9, 40.5, 100.0, 1e4, 1e30):
-    logits = np.array([0, gap, 0], dtype)
-    np.testing.assert_allclose(confidence(logits, score), of_gap(float(logits[1])), rtol=1e-13)
+  # Up to the smallest powers that float64 holds (about 667 to 745), and beyond.
+  gaps = np.array([38.0, 39.9, 40.5, 100.0, 667.0, 668.0, 700.0, 744.0, 746.0, 1e4, 1e30], dtype)
+  logits = np.stack([np.zeros_like(gaps), gaps, np.zeros_like(gaps)], axis=-1)
+  expected = [of_gap(float(gap)) for gap in gaps]
+  np.testing.assert_allclose(confidence(logits, score), expected, rtol=1e-13)
+  for row, value in zip(logits, expected, strict=True):
+    np.testing.assert_allclose(confidence(row, score), value, rtol=1e-13)
 
 
 @pytest.mark.parametrize(('score', 'expected'), [('max_prob', -log(0.75)), ('entropy', 0.0), ('margin', 0.0)])
