@@ -39,10 +39,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--deviation', type=_deviation, help='Their standard deviation, such as 0.5,0.5,0.5 (default: as --arch).')
   add('--workdir', type=absolute, help='Folder of the new run.')
   add_jax_flags(parser)
-  given, rest = parser.parse_known_args(argv)
-  unknown = [argument for argument in rest if not argument.startswith('--config.')]
-  if unknown:
-    parser.error(f'unrecognized arguments: {" ".join(unknown)}')
+  given, rest = parser.parse_with_overrides(argv)
   if not given.what:
     for flag in ('weights', 'workdir'):
       if getattr(given, flag) is None:

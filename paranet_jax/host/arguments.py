@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,17 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message}; see --help')
+
+  def parse_with_overrides(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the arguments `--config.section.field=value`.
+
+    Raises:
+      UserError: a flag is unknown or missing, or its value does not fit.
+    """
+    given, rest = self.parse_known_args(argv)
+    if unknown := [argument for argument in rest if not argument.startswith('--config.')]:
+      self.error(f'unrecognized arguments: {" ".join(unknown)}')
+    return given, rest
 
 
 def add_data_flags(parser: argparse.ArgumentParser, accept: bool = True) -> None:

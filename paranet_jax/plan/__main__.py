@@ -33,11 +33,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   )
   add('--json', action='store_true', help='Print one JSON object.')
   add_data_flags(parser, accept=False)
-  arguments, rest = parser.parse_known_args(argv)
-  unknown = [argument for argument in rest if not argument.startswith('--config.')]
-  if unknown:
-    parser.error(f'unrecognized arguments: {" ".join(unknown)}')
-  return arguments, rest
+  return parser.parse_with_overrides(argv)
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
