@@ -34,6 +34,7 @@ COMMANDS = {
   'dense_block': ('dense_block.py', '--rounds=3', '--seconds=0.3'),
   'early_exit': ('early_exit.py', '--rounds=2', '--seconds=0.2'),
   'deploy': ('deploy.py', '--rounds=2', '--seconds=0.2'),
+  'deploy_pretrained': ('deploy.py', '--workdir=pretrained', '--rounds=2', '--seconds=0.2'),
   'service': ('service.py', '--seconds=3'),
   'first_step': ('first_step.py',),
   'compile_time': ('compile_time.py', '--rounds=2', '--no-linen'),
@@ -50,7 +51,10 @@ PARTS = {
     *(('--no-programs', f'--batches={batch}') for batch in (1, 32, 256)),
     ('--programs', '--batches=none'),
   ),
-  'deploy': tuple(('--folder=build/deploy', f'--points={point}') for point in POINTS),
+  **{
+    name: tuple((f'--folder=build/{name}', f'--points={point}') for point in POINTS)
+    for name in ('deploy', 'deploy_pretrained')
+  },
 }
 """More flags for each part of the benchmarks that are measured in parts."""
 
@@ -200,16 +204,21 @@ def early_exit(result: Result) -> str:
 
 
 def deploy(result: Result) -> str:
-  """Images a second in batches of 64, milliseconds and joules for one image by runtime; then start, memory and size."""
+  """Images a second in batches of 64, milliseconds and joules for one image by runtime; then start, memory and size.
+
+  First the accuracy on the images that were timed, if they have labels.
+  """
   runtimes = list(result['runtimes'] or dict.fromkeys(row['peer'] for row in result['rows']))
   cells = {(row['what'], row['peer']): row for row in result['rows']}
   points = sorted(dict.fromkeys(row['what'] for row in result['rows']), key=POINTS.index)
-  measured = [('images_per_s', 'images/s'), ('one_image_ms', 'ms for one image')]
+  measured = [('images_per_s', 'images/s', 1), ('one_image_ms', 'ms for one image', 1)]
+  if all(row.get('accuracy') is not None for row in result['rows']):
+    measured.insert(0, ('accuracy', '% of the images right', 100))
   if all(row.get('one_image_joules') is not None for row in result['rows']):
-    measured.append(('one_image_joules', 'J for one image'))
+    measured.append(('one_image_joules', 'J for one image', 1))
   lines = [
-    [f'{point}, {unit}', *(_number(cells[point, runtime][value]) for runtime in runtimes)]
-    for value, unit in measured
+    [f'{point}, {unit}', *(_number(factor * cells[point, runtime][value]) for runtime in runtimes)]
+    for value, unit, factor in measured
     for point in points
   ]
   for value, what in (('start_s', 'start, s'), ('peak_mb', 'peak memory, MB'), ('size_mb', 'size, MB')):
@@ -298,6 +307,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
   'dense_block': dense_block,
   'early_exit': early_exit,
   'deploy': deploy,
+  'deploy_pretrained': deploy,
   'service': service,
   'first_step': first_step,
   'compile_time': compile_time,

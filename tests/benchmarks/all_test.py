@@ -90,6 +90,8 @@ def test_other_tables():
     '| peak memory, MB | 300 |',
     '| size, MB | 9.5 |',
   ]
+  deployed['rows'][0]['accuracy'] = 0.664
+  assert all_benchmarks.deploy(deployed).splitlines()[2] == '| exit 1, % of the images right | 66.4 |'
   served = {'what': 'small', 'service_per_s': 2000.0, 'run_per_s': 2500.0, 'share_of_run': 0.8, 'batch_ms': 8.0}
   served |= {'image_ms': 0.75, 'rates': [{'offered_per_s': 1000.0, 'answered_p99_ms': 20.0}]}
   calibrated = served | {'what': 'own', 'batch_ms': 10.0, 'watch_percent': 2.5, 'watch_image_percent': 0.5}
