@@ -309,12 +309,12 @@ class Adaptive:
     carried = self._begin(self._checked(np.asarray(image), 3)[None])
     for number in self.visited[:-1]:
       carried, logits = self._run(self._stages[number], carried)
-      odds = self._odds(number, logits)
-      if self._leaves(number, odds, carried)[0]:
-        return self._prediction(number, odds, self.macs[number])
+      found = self._softmax(number, logits)
+      if self._leaves(number, found, carried)[0]:
+        return self._prediction(number, found, self.macs[number])
     number = self.visited[-1]
     _, logits = self._run(self._stages[number], carried)
-    return self._prediction(number, self._odds(number, logits), self.macs[number])
+    return self._prediction(number, self._softmax(number, logits), self.macs[number])
 
   def anytime(self, image: Any, deadline_ms: float | None = None) -> Iterator[Prediction]:
     """Yields the answer of every usable exit in turn, whatever the thresholds.
@@ -400,12 +400,13 @@ class Adaptive:
 
   def leaves(self, number: int, logits: np.ndarray, carried: Carried) -> np.ndarray:
     """Which images exit at exit `number`: bool [n], from what its stage returned for them."""
-    return self._leaves(number, self._odds(number, logits), carried)
+    return self._leaves(number, self._softmax(number, logits), carried)
 
   def answers(self, number: int, logits: np.ndarray) -> Predictions:
     """The answers of exit `number` from its logits [n, classes]."""
-    odds, filled = self._odds(number, logits), (np.full(len(logits), number), np.full(len(logits), self.macs[number]))
-    return Predictions(self._labels(number, odds), odds.probabilities, *filled)
+    found, count = self._softmax(number, logits), len(logits)
+    filled = np.full(count, number), np.full(count, self.macs[number])
+    return Predictions(self._labels(number, found), found.probabilities(), *filled)
 
   def stage_ms(self, dtype: Any = np.uint8) -> tuple[float, ...]:
     """Milliseconds of each usable exit's stage for one image on this machine, run in turn; measured once.
@@ -457,23 +458,23 @@ class Adaptive:
       raise BundleError('expected sets of classes in exits.json, found none; calibrate the run with --coverage')
     return self._sets
 
-  def _odds(self, number: int, logits: np.ndarray) -> Odds:
-    return Odds(logits, self._temperatures[number])
+  def _softmax(self, number: int, logits: np.ndarray) -> Softmax:
+    return Softmax(logits, self._temperatures[number])
 
-  def _leaves(self, number: int, odds: Odds, carried: Carried) -> np.ndarray:
+  def _leaves(self, number: int, found: Softmax, carried: Carried) -> np.ndarray:
     threshold = self.thresholds[number]
     if number == self.visited[-1] or threshold is None:
-      return np.full(len(odds.logits), number == self.visited[-1])
+      return np.full(len(found.logits), number == self.visited[-1])
     if self.score == 'patience':
       return carried['_streak'] >= threshold
-    return odds.confidence(self.score) >= threshold
+    return found.confidence(self.score) >= threshold
 
-  def _labels(self, number: int, odds: Odds) -> np.ndarray:
+  def _labels(self, number: int, found: Softmax) -> np.ndarray:
     """The most probable classes, or the number of classes where the image is unknown."""
     if self._reject is None:
-      return odds.labels
+      return found.labels
     at = self._reject['confidence_threshold'] if number == self.exits[-1] else self.thresholds[number]
-    return np.where(odds.confidence(self.score) >= _limit(at), odds.labels, odds.logits.shape[-1])
+    return np.where(found.confidence(self.score) >= _limit(at), found.labels, found.logits.shape[-1])
 
   @functools.cached_property
   def _all_macs(self) -> dict[int, int]:
@@ -548,7 +549,7 @@ class Adaptive:
       if index and expected and deadline_ms and spent + expected[index] > deadline_ms:
         return
       carried, logits = self._run(self._all_stages[number], carried)
-      yield self._prediction(number, self._odds(number, logits), all_macs[number])
+      yield self._prediction(number, self._softmax(number, logits), all_macs[number])
 
   def _predict_wave(self, images: np.ndarray) -> Predictions:
     out, batches = self._empty(len(images)), self._packing.split(self._begin(images))
@@ -562,18 +563,18 @@ class Adaptive:
     """Runs a stage, writes the answers of the images that exit to `out`, and marks their rows as GONE."""
     there = batch.rows != GONE
     carried, logits = self._run(self._stages[number], batch.carried)
-    odds = self._odds(number, logits)
-    leaving = self._leaves(number, odds, carried) & there
+    found = self._softmax(number, logits)
+    leaving = self._leaves(number, found, carried) & there
     places = batch.rows[leaving]
     if not len(places):
       return Batch(batch.rows, carried)
-    out.labels[places] = self._labels(number, odds)[leaving]
-    out.probabilities[places] = odds.probabilities[leaving]
+    found = found.take(leaving)
+    out.labels[places], out.probabilities[places] = self._labels(number, found), found.probabilities()
     out.exits[places], out.macs[places] = number, self.macs[number]
     return Batch(np.where(leaving, GONE, batch.rows), carried)
 
-  def _prediction(self, number: int, odds: Odds, macs: int) -> Prediction:
-    return Prediction(int(self._labels(number, odds)[0]), odds.probabilities[0], number, int(macs))
+  def _prediction(self, number: int, found: Softmax, macs: int) -> Prediction:
+    return Prediction(int(self._labels(number, found)[0]), found.probabilities()[0], number, int(macs))
 
   def _empty(self, count: int) -> Predictions:
     ints = [np.zeros(count, np.int64) for _ in range(3)]
@@ -963,79 +964,91 @@ def join(parts: Sequence[Carried]) -> Carried:
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-class Odds:
-  """What the logits of an exit say of each image, with their exponentials computed once for all of it.
+class Softmax:
+  """The softmax of an exit's logits, with exponentials computed once for confidences and probabilities.
 
-  After a stage, NumPy's calls take longer than what they compute, so there are few.
+  After a stage, NumPy's calls take longer than what they compute for a batch, so there are few.
 
   Attributes:
-    logits: float [n, classes], finite.
+    logits: float [n, classes].
     labels: int [n], the most probable classes.
   """
 
-  def __init__(self, logits: np.ndarray, temperature: float):
+  def __init__(self, logits: Any, temperature: float):
     """
     Args:
-      logits: float [n, classes], 2 classes or more, finite.
+      logits: float [n, classes], 2 classes or more. Images whose logits are not finite have probabilities of NaN.
       temperature: T > 0 that divides the logits.
     """
-    self.logits, self.labels = logits, logits.argmax(-1)
+    self.logits = np.asarray(logits)
+    self.labels = self.logits.argmax(-1)
     self._temperature = temperature
+    self._computed: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
-  @functools.cached_property
+  def take(self, rows: np.ndarray) -> Softmax:
+    """Of some of the images. rows: bool [n]."""
+    part = copy.copy(self)
+    part.logits, part.labels = self.logits[rows], self.labels[rows]
+    if self._computed:
+      others, powers, rest = self._computed
+      part._computed = others[rows], powers[rows], rest[rows]
+    return part
+
   def probabilities(self) -> np.ndarray:
-    """The softmax of the logits divided by the temperature: float32, computed in float64."""
-    powers = self._powers / (1 + self._rest)[:, None]
-    powers[self._largest] = 1 / (1 + self._rest)
-    return powers.astype(np.float32)
+    """float32 [n, classes], computed in float64."""
+    _, powers, rest = self._exponentials()
+    total = 1 + rest
+    shares = powers / total[:, None]
+    shares[self._at_largest()] = 1 / total
+    return shares.astype(np.float32)
 
   def confidence(self, score: str) -> np.ndarray:
     """-log(1 - s) of a probability score s: float64 [n], see the function `confidence`."""
-    rest = self._rest
+    others, _, rest = self._exponentials()
     log_odds = np.log(np.maximum(rest, _LEAST_REST))  # log((1 - p1) / p1)
-    if rest.min(initial=1) < _LEAST_REST:
-      log_odds = np.where(rest < _LEAST_REST, _log_sum_exp(self._others), log_odds)
+    if (rest < _LEAST_REST).any():
+      log_odds = np.where(rest < _LEAST_REST, _log_sum_exp(others), log_odds)
     log_total = np.log1p(rest)  # -log p1
     if score == 'max_prob':
       log_unsure = log_odds - log_total
     elif score == 'entropy':
-      log_unsure = _log_entropy(self._others, log_odds, log_total) - np.log(np.log(self.logits.shape[-1]))
+      log_unsure = _log_entropy(others, log_odds, log_total) - np.log(np.log(self.logits.shape[-1]))
     elif score == 'margin':
-      log_unsure = np.logaddexp(log_odds, self._others.max(-1)) - log_total
+      log_unsure = np.logaddexp(log_odds, others.max(-1)) - log_total
     else:
       raise ValueError(f'not a probability score: {score}')
     return np.maximum(-log_unsure, 0.0)
 
-  @functools.cached_property
-  def _largest(self) -> tuple[np.ndarray, np.ndarray]:
+  def _at_largest(self) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(self.labels)), self.labels
 
-  @functools.cached_property
-  def _others(self) -> np.ndarray:
-    """The scaled logits of the other classes, less the largest one's; of the most probable class -infinity."""
-    scaled = self.logits.astype(np.float64)
-    scaled /= self._temperature
-    scaled -= scaled[self._largest][:, None]
-    scaled[self._largest] = -np.inf
-    return scaled
+  def _exponentials(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Float64, when they are first asked for.
 
-  @functools.cached_property
-  def _powers(self) -> np.ndarray:
-    return np.exp(self._others)
-
-  @functools.cached_property
-  def _rest(self) -> np.ndarray:
-    """What the other classes' powers add up to, where that of the most probable class is 1."""
-    return self._powers.sum(-1)
+    Returns:
+      others: [n, classes], the scaled logits less the largest one's; of the most probable class -infinity.
+      powers: their exponentials.
+      rest: [n], what these add up to, where that of the most probable class is 1; NaN where a logit is.
+    """
+    if self._computed is None:
+      largest = self._at_largest()
+      others = self.logits.astype(np.float64)
+      others /= self._temperature
+      others -= others[largest][:, None]
+      zero = others[largest]  # Or NaN, if the largest is infinite.
+      others[largest] = -np.inf
+      powers = np.exp(others)
+      self._computed = others, powers, powers.sum(-1) + zero
+    return self._computed
 
 
 _LEAST_REST = 1e-290
-"""Numbers near the smallest ones of float64 lose digits."""
+"""Below it, numbers near the smallest ones of float64 lose digits, and a log-sum-exp takes their place."""
 
 
 def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
   """The softmax of logits [n, classes] divided by the temperature: float32, computed in float64."""
-  return Odds(logits, temperature).probabilities
+  return Softmax(logits, temperature).probabilities()
 
 
 def set_scores(probabilities: np.ndarray, penalty: float, free: int) -> np.ndarray:
@@ -1063,7 +1076,7 @@ def _limit(value: float | None) -> float:
 
 
 def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
-  """-log(1 - s) of a probability score s, from log-sum-exps in float64.
+  """-log(1 - s) of a probability score s, computed in float64.
 
   A softmax in float32 is exactly 1 from a logit gap of about 17, and 1 - p in float64 is 0 from about 37. These keep
   their order to any finite gap.
@@ -1078,7 +1091,7 @@ def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
   """
   logits = np.asarray(logits)
   rows = logits.reshape(-1, logits.shape[-1])
-  return Odds(rows, temperature).confidence(score).reshape(logits.shape[:-1])
+  return Softmax(rows, temperature).confidence(score).reshape(logits.shape[:-1])[()]
 
 
 def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray) -> np.ndarray:
@@ -1090,7 +1103,6 @@ def _log_entropy(others: np.ndarray, log_odds: np.ndarray, log_total: np.ndarray
 
 
 def _log_sum_exp(x: np.ndarray) -> np.ndarray:
-  # SciPy's takes longer than the rest of a confidence.
   largest = x.max(-1, keepdims=True)
   return np.log(np.exp(x - largest).sum(-1)) + largest[..., 0]
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
@@ -88,6 +89,36 @@ def test_each_image_exits_by_the_definition(score, thresholds, visited):
     one = bundle.predict_one(IMAGES[row])
     assert (one.label, one.exit, one.macs) == (found.labels[row], found.exits[row], found.macs[row])
     np.testing.assert_array_equal(one.probabilities, found.probabilities[row])
+
+
+@pytest.mark.parametrize('score', ['max_prob', 'entropy', 'margin'])
+@pytest.mark.filterwarnings('ignore:invalid value')
+def test_images_without_finite_logits_are_not_sure_and_do_not_change_others(score):
+  logits = np.array([[np.nan, 0, 1], [0, 1e4, 0], [0, np.inf, 1], [-np.inf, np.nan, 0], [0, 1, 2]], np.float32)
+  confidences, probabilities = runtime.confidence(logits, score), runtime.softmax(logits, 1.0)
+  assert np.isnan(confidences).tolist() == np.isnan(probabilities).all(1).tolist() == [True, False, True, True, False]
+  for row in (1, 4):
+    assert confidences[row] == runtime.confidence(logits[row], score)
+    np.testing.assert_array_equal(probabilities[row : row + 1], runtime.softmax(logits[row : row + 1], 1.0))
+
+
+@pytest.mark.filterwarnings('ignore:invalid value')
+def test_images_that_diverge_leave_at_the_last_exit(monkeypatch):
+  logits = LOGITS.copy()
+  logits[0, 3], logits[0, 4], logits[0, 5] = np.nan, [np.inf, *[0] * (CLASSES - 1)], 1e4 * np.arange(CLASSES)
+  monkeypatch.setattr(sys.modules[__name__], 'LOGITS', logits)
+  bundle = adaptive((500.0, None, 0.0))
+  assert bundle.predict(IMAGES).exits[:6].tolist() == [EXITS[-1]] * 5 + [EXITS[0]]
+  assert [bundle.predict_one(IMAGES[row]).exit for row in (3, 4, 5)] == [EXITS[-1], EXITS[-1], EXITS[0]]
+
+
+def test_logits_of_other_kinds():
+  bundle = adaptive((0.7, 0.7, 0.0))
+  expected = bundle.answers(EXITS[0], LOGITS[0])
+  for logits in (LOGITS[0].tolist(), jnp.asarray(LOGITS[0])):
+    assert bundle.leaves(EXITS[0], logits, {}).tolist() == bundle.leaves(EXITS[0], LOGITS[0], {}).tolist()
+    np.testing.assert_allclose(bundle.answers(EXITS[0], logits).probabilities, expected.probabilities, rtol=1e-6)
+  assert isinstance(runtime.confidence(LOGITS[0, 0], 'max_prob'), float)
 
 
 REJECT = {'risk': 0.1, 'delta': 0.1, 'confidence_threshold': 0.9}
