@@ -211,7 +211,7 @@ def _learn(config: ConfigDict, given: argparse.Namespace, recipe: Recipe) -> Non
     config.data.update(name='images' if given.images else 'folder', data_dir=str(folder), test_fraction=0.1)
     count = len(find_images(str(folder)).images)
     config.data.held_out = max(count // 10, 1)
-    learned = max(count - 2 * (count // 10), 1)
+    learned = max(count - config.data.held_out - round(config.data.test_fraction * count), 1)
     config.train.batch_size = min(BATCH, learned)
     config.train.epochs = max(recipe.epochs, -(-recipe.steps // max(learned // config.train.batch_size, 1)))
   config.train.update(

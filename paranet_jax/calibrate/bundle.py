@@ -70,6 +70,8 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   before = read_plan(request.bundle)
   out = request.out or _next_version(request.bundle)
   check_absent(out)
+  if out.resolve().is_relative_to(request.bundle.resolve()):
+    raise UserError(f'expected a folder outside of {request.bundle}, found {out}; set --out to another folder')
   if request.reject is not None and before.score == 'patience':
     raise UserError('--reject needs a score that ranks images, found a bundle that exits by patience; leave it out')
   target, policy = _target(request, before)

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     )
   try:
     text = methods_markdown(found)
-  except (KeyError, TypeError, AttributeError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f'{folder / RESULTS} is not of a queue ({error!r:.60}); set --workdir') from error
   with report_no_room(folder):
     write_text(folder / MARKDOWN, text)

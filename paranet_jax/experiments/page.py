@@ -51,8 +51,13 @@ def results_page(folder: Path) -> str:
   files = sorted(folder.rglob(RESULTS))
   if not files:
     raise UserError(f'expected {RESULTS} of tables or queues below {folder}, found none; set --folder')
-  parts = (_part(file, file.parent.relative_to(folder)) for file in files)
+  parts = (_part(file, _named(file.parent, folder)) for file in files)
   return '\n\n'.join(filter(None, [_BEGINNING, *parts])) + '\n'
+
+
+def _named(place: Path, folder: Path) -> Path:
+  """A folder without what lies above: pages name no machine's folders."""
+  return place.relative_to(Path.cwd() if place.is_relative_to(Path.cwd()) else folder.parent)
 
 
 def _part(file: Path, place: Path) -> str:
@@ -64,8 +69,8 @@ def _part(file: Path, place: Path) -> str:
     else:
       sections = found['experiments']
       texts = [table_markdown(sections[name], found['protocol']) for name in TABLES if name in sections]
-  except (KeyError, TypeError, AttributeError) as error:
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
     raise UserError(f'{file} is not of `experiments` ({error!r:.60}); {fix}') from error
   # Titles of files become sections of the page.
   sections = [re.sub('^#', '##', text.strip(), flags=re.MULTILINE) for text in texts]
-  return '\n\n'.join(sections).replace('\n', f'\n\nIn `{_FOLDER}/{place.as_posix()}`.\n', 1)
+  return '\n\n'.join(sections).replace('\n', f'\n\nIn `{place.as_posix()}`.\n', 1)

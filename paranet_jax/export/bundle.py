@@ -25,7 +25,7 @@ from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json, write_text
 from paranet_jax.host.new_folder import check_absent, new_folder
 from paranet_jax.portable import run as runtime
-from paranet_jax.runs.dtype import in_dtype
+from paranet_jax.runs.dtype import has_dtype
 
 COMPARED_IMAGES = 1000
 NOISE_IMAGES = 16
@@ -102,8 +102,8 @@ def write_bundle(
       does not reproduce the network's logits.
   """
   library = page_library(request.web_runtime) if request.web else None
-  if hasattr(run.model, 'dtype'):
-    run = dataclasses.replace(run, model=in_dtype(run.model, 'float32'))
+  if has_dtype(run.model):
+    run = dataclasses.replace(run, model=run.model.clone(dtype=np.float32))
   calibrated, plan = plan, dataclasses.replace(plan, dtype=None)
   stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
   with new_folder(request.out) as folder:

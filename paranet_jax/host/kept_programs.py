@@ -214,7 +214,7 @@ def _content(file: Path) -> bytes | None:
     with file.open('rb') as kept:
       status = os.fstat(kept.fileno())
       # What is read may do anything in our name: no other user may have written it.
-      if status.st_uid not in (0, os.geteuid()) or status.st_mode & stat.S_IWOTH:
+      if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return None
       whole = kept.read()
     found, content = whole[:32], whole[32:]
@@ -236,6 +236,7 @@ def _write(file: Path, content: bytes) -> None:
       return
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file, 'wb', shared=True) as kept:
+      os.fchmod(kept.fileno(), stat.S_IMODE(os.fstat(kept.fileno()).st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
       kept.write(_seal(file, content) + content)
     files = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     for old in files[:-MOST]:

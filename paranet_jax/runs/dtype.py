@@ -3,6 +3,7 @@
 `calibrate --dtype` chooses another one for what has been trained.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.registry import BFLOAT16, INSISTED
+from paranet_jax.models.staged import StagedModel
 from paranet_jax.runs.workdir import saved_dtype
 
 
@@ -51,16 +53,25 @@ def with_saved_dtype(config: ConfigDict, workdir: Path) -> ConfigDict:
   return _with(config, processes.from_first(processes.once(saved_dtype, workdir)) or BFLOAT16)
 
 
+def has_dtype(model: Any) -> bool:
+  """Whether a network has a field `dtype`, and not only the attribute of its base."""
+  fields = dataclasses.fields(model) if dataclasses.is_dataclass(model) else ()
+  return any(field.name == 'dtype' for field in fields)
+
+
 def in_dtype(model: Any, dtype: str | None) -> Any:
   """The network with the same parameters, computing in 'float32' or 'bfloat16'; None: as it is.
 
   Raises:
-    UserError: it has no field `dtype`.
+    UserError: it has no field `dtype`, or its layers do not follow it: the stages of a `StagedModel` choose their own.
   """
   if dtype is None:
     return model
-  if not hasattr(model, 'dtype'):
-    raise UserError(f'expected a network with a field dtype for --dtype={dtype}, found {model.name}; leave it out')
+  if not has_dtype(model) or isinstance(model, StagedModel):
+    raise UserError(
+      f'expected a network whose layers follow its field dtype for --dtype={dtype}, found a {type(model).__name__}; '
+      'leave it out'
+    )
   return model.clone(dtype=jnp.dtype(dtype))
 
 
@@ -72,7 +83,7 @@ def _with(config: ConfigDict, dtype: str) -> ConfigDict:
 
 def _faster(config: ConfigDict, devices: list[Device], report: Callable[[str], None]) -> str:
   model = build_model(config, num_classes=config.model.num_classes or 2)
-  if devices[0].platform != 'cpu' or not hasattr(model, 'dtype'):
+  if devices[0].platform != 'cpu' or not has_dtype(model):
     return INSISTED
   timing = dtype_timing(model, image_shape(config), config.train.batch_size // len(devices))
   if timing is None or not timing.slower:

@@ -102,6 +102,15 @@ def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
   assert bool(config.train.feature_shift) == (head == 'blocks')
 
 
+@pytest.mark.parametrize(('count', 'learned'), [(4, 3), (8, 6), (19, 16), (46, 37), (1000, 128)])
+def test_batches_are_no_larger_than_the_images_left_to_learn_from(tiny, tmp_path, monkeypatch, count, learned):
+  monkeypatch.setattr('paranet_jax.adopt.run.find_images', lambda _: argparse.Namespace(images=[''] * count))
+  given = argparse.Namespace(
+    arch='cifar_resnet8', exits='layer1', head='conv', targets=None, classes=False, images=tmp_path, data=None
+  )
+  assert configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10).train.batch_size == learned
+
+
 def test_nothing_is_left_to_do(tiny, outputs):
   again = run_command(main, *GIVEN, *FLAGS)
   assert again.code == 0 and 'resuming from the checkpoint' in again.out and 'training images: ' not in again.out

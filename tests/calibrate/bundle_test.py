@@ -239,6 +239,10 @@ def refusal(folder, *flags):
     ),
     (['--images=none'], 'expected a folder of images in {cwd}/none, found none; set --images'),
     (['--images=HERE/tiny'], 'expected images ('),
+    (
+      ['--images=LABELED', '--out=HERE/tiny/new'],
+      'expected a folder outside of HERE/tiny, found HERE/tiny/new; set --out',
+    ),
     (['--images=LABELED', '--out=HERE/tiny'], 'expected no HERE/tiny, found something there; set --out to another'),
     (
       ['--images=LABELED', '--budget=9M'],

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from paranet_jax.early.loaded_run import load
 from paranet_jax.early.runtime import EarlyExit
 from paranet_jax.export.__main__ import main as export
 from paranet_jax.host.errors import UserError
-from paranet_jax.runs.dtype import in_dtype
+from paranet_jax.models.multi_exit import Chain
+from paranet_jax.models.staged import StagedModel
+from paranet_jax.runs.dtype import has_dtype, in_dtype
 
 
 @pytest.fixture(scope='module')
@@ -63,10 +66,16 @@ def test_what_is_refused():
   with pytest.raises(UserError, match='argument --dtype: '):
     parse(['--workdir=a', '--threshold=0.9', '--dtype=int8'])
 
-  class Fixed:
-    name = 'fixed'
+  class Fixed(Chain):
+    """Its dtype is that of the base class."""
 
-  assert in_dtype(Fixed, None) is Fixed
-  message = 'expected a network with a field dtype for --dtype=bfloat16, found fixed; leave it out'
-  with pytest.raises(UserError, match=f'^{message}$'):
-    in_dtype(Fixed, 'bfloat16')
+  staged = StagedModel([nn.Dense(2)], [1], 2, dtype=jnp.bfloat16)
+  for model in (Fixed(), staged):
+    assert in_dtype(model, None) is model
+    message = (
+      f'expected a network whose layers follow its field dtype for --dtype=bfloat16, found a {type(model).__name__}; '
+      'leave it out'
+    )
+    with pytest.raises(UserError, match=f'^{message}$'):
+      in_dtype(model, 'bfloat16')
+  assert has_dtype(staged) and not has_dtype(Fixed()) and not has_dtype(object())

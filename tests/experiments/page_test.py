@@ -46,18 +46,26 @@ def test_tables_and_queues_become_sections(folder, tmp_path):
   assert '| PN3cut-dxx | 1 | 50.39 +- 0.248 | 54.48 | 0 | 130 | 3,413,088 | 198,460 | nothing |' in lines
 
 
+def text_for_a_number(folder):
+  file = folder / 'deeper/queue-paper/results.json'
+  found = json.loads(file.read_text())
+  found['rows'][0]['ours'] = 'many'
+  file.write_text(json.dumps(found))
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
     (lambda folder: shutil.rmtree(folder), 'expected results.json of tables or queues below {folder}, found none; set'),
     (lambda folder: (folder / 'deeper/queue-paper/results.json').write_text('{}'), 'is not of `experiments` (KeyError'),
+    (text_for_a_number, 'is not of `experiments` (ValueError'),
     (lambda folder: (folder / 'deeper/queue-paper/results.json').write_text('{'), 'write it again, or set --folder'),
     (
       lambda folder: (folder.parent / 'docs').rmdir(),
       'expected the folder {folder.parent}/docs, found none; set --out',
     ),
   ],
-  ids=['none', 'another command', 'damaged', 'no place'],
+  ids=['none', 'another command', 'a text', 'damaged', 'no place'],
 )
 def test_what_is_refused(folder, change, message):
   (folder.parent / 'docs').mkdir()

@@ -164,14 +164,27 @@ def test_a_program_is_not_found_under_the_name_of_another(folder):
   assert traces == [2.0, 3.0, 3.0]
 
 
-@pytest.mark.parametrize('who', ['every user', 'another user'])
+def test_only_the_user_can_write_a_kept_program(folder):
+  before = os.umask(0)
+  try:
+    scaled([])(X)
+    written()
+  finally:
+    os.umask(before)
+  (file,) = folder.iterdir()
+  assert file.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize('who', ['every user', 'the group', 'another user'])
 def test_what_another_user_may_have_written_is_not_read(folder, monkeypatch, who):
   traces = []
   scaled(traces)(X)
   written()
   (file,) = folder.iterdir()
   if who == 'every user':
-    file.chmod(0o666)
+    file.chmod(0o646)
+  elif who == 'the group':
+    file.chmod(0o664)
   elif os.geteuid() == 0:
     os.chown(file, 12345, -1)
   else:

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import NO_ROOM, UserError
 
 PACKAGE = Path(__file__).resolve().parents[2]
 FOLDER = 'code'
@@ -30,17 +30,19 @@ def _files(package: Path) -> Iterator[Path]:
   for folder, folders, names in os.walk(package, followlinks=True):
     ignored = _ignored(folder, [*folders, *names])
     folders[:] = [name for name in folders if name not in ignored]
-    yield from (Path(folder, name) for name in names if name not in ignored)
+    files = (Path(folder, name) for name in names if name not in ignored)
+    yield from (path for path in files if path.exists())  # Not links to nothing, such as an editor's locks.
 
 
 def commit(package: Path = PACKAGE) -> str | None:
-  """The git commit of a package, with `+changes` if files of it differ; None: it is in no repository."""
+  """The git commit of a package, with `+changes` if files of it differ; None: no repository has its files."""
 
   def git(*arguments: str) -> str:
     command = ['git', '-C', str(package), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
   try:
+    git('ls-files', '--error-unmatch', '__init__.py')  # A repository that the package is only installed in has not.
     return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if git('status', '--porcelain', '--', '.') else '')
   except (OSError, subprocess.SubprocessError):
     return None
@@ -52,18 +54,25 @@ def keep_code(workdir: Path, package: Path = PACKAGE) -> str:
   Raises:
     UserError: the package changed while it was copied.
   """
-  found = fingerprint(package)
-  folder = workdir / FOLDER / found
-  if folder.exists():
-    return found
-  temporary = folder.with_name(f'{found}.tmp')
-  shutil.rmtree(temporary, ignore_errors=True)
-  shutil.copytree(package, temporary / package.name, ignore=_ignored)
-  if fingerprint(temporary / package.name) != found:
+  try:
+    found = fingerprint(package)
+    folder = workdir / FOLDER / found
+    if folder.exists():
+      return found
+    temporary = folder.with_name(f'{found}.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(package, temporary / package.name, ignore=_ignored, ignore_dangling_symlinks=True)
+    if fingerprint(temporary / package.name) == found:
+      temporary.rename(folder)
+      return found
     shutil.rmtree(temporary)
-    raise UserError(f'{package} changed while it was copied; the same command tries again')
-  temporary.rename(folder)
-  return found
+  except FileNotFoundError:  # A file is gone since its folder was listed.
+    pass
+  except shutil.Error as error:  # Of several files, as texts.
+    for code in NO_ROOM:
+      if os.strerror(code) in str(error):
+        raise OSError(code, os.strerror(code)) from error
+  raise UserError(f'{package} changed while it was copied; the same command tries again')
 
 
 def kept_code(workdir: Path, found: str, run: str, package: Path = PACKAGE) -> Path:

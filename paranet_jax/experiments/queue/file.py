@@ -162,7 +162,7 @@ def _comparison(entry: dict[str, Any], rows: Collection[str]) -> Comparison:
   treated = entry.get('treated', [])
   treated = [treated] if isinstance(treated, str) else treated
   control, number = _get(entry, 'control', str, ''), _get(entry, 'exit', int, 0)
-  if not isinstance(treated, list) or not treated or number < 1:
+  if not isinstance(treated, list) or not all(isinstance(name, str) for name in treated) or not treated or number < 1:
     raise UserError(f'{where} needs control, treated (a list of names) and exit (from 1)')
   for name in (control, *treated):
     if name not in rows:

@@ -26,6 +26,7 @@ LOGS = 'logs'
 ROOM = 200 * 10**6
 """Bytes of free disk without which no run is started: a few checkpoints of the paper's networks."""
 
+_STOPPED = 'stopped'
 _LOOK = 0.5  # Seconds between two looks at the runs.
 
 
@@ -93,14 +94,16 @@ class Queue:
     """Trains until no run is left, or until a signal stops it.
 
     Returns:
-      The runs that failed, and why.
+      The runs that failed or were stopped by others, and why.
 
     Raises:
-      UserError: there is no room on the disk. Runs that train are stopped first.
+      UserError: there is no room on the disk. Runs that train are stopped first, and save.
     """
     try:
       while not stop.received:
         self._look()
+        if self._running:
+          self._check_room()
         self._read_again()
         waiting = self._start_next()
         if not self._running and not waiting:
@@ -108,11 +111,11 @@ class Queue:
         self._pause(_LOOK)
     finally:
       self._stop_all()
-    return {name: why for name, why in self._left.items() if self._records[name].failed}
+    return {name: why for name, why in self._left.items() if why == _STOPPED or self._records[name].failed}
 
   def _start_next(self) -> bool:
     """Starts what there are cores for; returns whether a run waits for another program."""
-    waiting = False
+    waiting, readers = False, []
     for run in self.queue.runs:
       if not self._free_cores:
         break
@@ -128,8 +131,12 @@ class Queue:
         self._finish(run)
       elif state.holder:
         waiting = True  # Such as a run of a queue that was killed, which saves at this moment.
+      elif self._reads_unfinished(run):
+        readers.append((run, state))
       else:
         self._begin(run, state)
+    if readers and not self._running and not waiting:  # They wait for each other: the first says what is wrong.
+      self._begin(*readers[0])
     return waiting
 
   def _finish(self, run: QueuedRun) -> None:
@@ -139,13 +146,22 @@ class Queue:
       self._save()
     self._left[run.name] = 'finished'
 
-  def _begin(self, run: QueuedRun, state: RunState) -> None:
+  def _reads_unfinished(self, run: QueuedRun) -> bool:
+    """Whether a run reads another one of this queue, such as its teacher, that may still finish."""
+    read = [Path(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
+    others = {self._workdir / RUNS / other.name: other.name for other in self.queue.runs}
+    return any(others[place] not in self._left for place in read if place in others)
+
+  def _check_room(self) -> None:
     room = self._free(self._workdir)
     if room < ROOM:
       raise UserError(
         f'{self._workdir} has {room / 1e6:,.0f} MB of free disk, and a run needs {ROOM / 1e6:,.0f} MB; make room, and '
         'the same command goes on'
       )
+
+  def _begin(self, run: QueuedRun, state: RunState) -> None:
+    self._check_room()
     cores = self._free_cores[-1]
     try:
       with report_no_room(self._workdir):
@@ -207,7 +223,7 @@ class Queue:
       self._left[name] = 'finished'
       say(f'{name} finished: {state.accuracies()}')
     elif code == 0:  # By a signal that was not ours.
-      self._left[name] = 'stopped'
+      self._left[name] = _STOPPED
       say(f'{name} was stopped after step {state.saved_step:,}; the next start of the queue resumes it')
     elif code < 0 and self._killed.get(name) != state.checkpoint:
       self._killed[name] = state.checkpoint
@@ -217,33 +233,39 @@ class Queue:
       self._fail(name, why)
 
   def _fail(self, name: str, why: str) -> None:
+    say(self._failed(name, why))
+
+  def _failed(self, name: str, why: str) -> str:
     self._left[name] = why
     record = self._records.setdefault(name, RunRecord([], '', None))
     record.failed = why
     self._save()
-    say(f'{name} failed: {why}')
+    return f'{name} failed: {why}'
 
   def _stop_all(self) -> None:
-    """Stops every run, which saves first."""
+    """Stops every run, which saves first. Nothing is said before all have ended: what prints may have been closed."""
     for running in self._running.values():
       if running.process.ended() is None:
         running.process.stop()
-    while self._running:
-      for name, running in list(self._running.items()):
-        if running.process.ended() is not None:
-          del self._running[name]
-          try:
-            state = run_state(self._workdir, name)
-          except UserError as error:
-            self._fail(name, str(error))
-            continue
-          stopped = f'stopped after step {state.checkpoint:,}, saved' if state.checkpoint >= 0 else 'stopped unsaved'
-          if state.finished:  # The signal came too late to stop it.
-            self._records[name].finished = today()
-            self._save()
-          say(f'{name} {"finished" if state.finished else stopped}')
-      if self._running:
-        self._pause(_LOOK)
+    while any(running.process.ended() is None for running in self._running.values()):
+      self._pause(_LOOK)
+    names = list(self._running)
+    self._running.clear()
+    for line in [self._stopped(name) for name in names]:
+      say(line)
+
+  def _stopped(self, name: str) -> str:
+    """Records what became of a run that was stopped; returns it in a line."""
+    try:
+      state = run_state(self._workdir, name)
+    except UserError as error:
+      return self._failed(name, str(error))
+    if not state.finished:
+      saved = f'after step {state.checkpoint:,}, saved' if state.checkpoint >= 0 else 'unsaved'
+      return f'{name} stopped {saved}'
+    self._records[name].finished = today()  # The signal came too late to stop it.
+    self._save()
+    return f'{name} finished'
 
   def _read_again(self) -> None:
     """Reads the file if it was edited; one that is wrong changes nothing."""

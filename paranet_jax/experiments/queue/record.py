@@ -8,7 +8,7 @@ from typing import Any
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
-from paranet_jax.host.machine import cpu_name, library_versions
+from paranet_jax.host.machine import cpu_name, library_versions, usable_cores
 
 FILE = 'queue.json'
 
@@ -42,7 +42,7 @@ def environment(cores: tuple[int, ...] = ()) -> dict[str, Any]:
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
     'platforms': os.environ.get('JAX_PLATFORMS', ''),
     'processor': cpu_name(),
-    'cores': len(cores) or os.cpu_count(),
+    'cores': len(cores) or usable_cores(),
   }
 
 

@@ -93,7 +93,7 @@ def test_a_run_is_stopped_before_its_first_checkpoint(tmp_path, run):
   fake = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 0)]})
   fake.on_look = lambda _: fake.write('early-s0', 0) or os.rmdir(fake.workdir / 'runs/early-s0/checkpoints/0')
   code, out, _ = run(fake, f'--workdir={fake.workdir}')
-  assert code == 0 and 'early-s0 was stopped after step 0; the next start of the queue resumes it' in lines(out)
+  assert code == 1 and 'early-s0 was stopped after step 0; the next start of the queue resumes it' in lines(out)
   assert 'early-s0 1 stopped at step 0 0.0 of 4 — 1 min 20 s' in lines(out)
 
 

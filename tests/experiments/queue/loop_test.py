@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 from queues import TWO, UNTIL_STOPPED, Ends, FakeQueue
@@ -49,6 +50,22 @@ def test_a_signal_stops_the_runs_and_the_next_start_goes_on(tmp_path, capsys):
   # Its own configuration counts from now on.
   assert queue.starts[1][1] == [f'--workdir={queue.workdir}/runs/early-s0']
   assert 'early-s0 goes on after step 20' in capsys.readouterr().out
+
+
+def test_all_runs_save_although_nothing_can_be_printed(tmp_path, monkeypatch):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED], 'late-s0': [UNTIL_STOPPED]}, saves=2)
+
+  def closed(line, **_):
+    if 'saved' in line:
+      assert queue.running == []
+      raise BrokenPipeError
+
+  queue.on_look = lambda queue: setattr(queue.stop, 'received', 'SIGINT')
+  monkeypatch.setattr(loop, 'say', closed)
+  with pytest.raises(BrokenPipeError):
+    queue.work(cores=[(0,), (1,)])
+  assert queue.stopped == ['early-s0', 'late-s0']
+  assert all((queue.workdir / 'runs' / name / 'checkpoints' / '20').exists() for name in queue.stopped)
 
 
 def test_a_damaged_run_is_stopped_with_the_others(tmp_path, capsys):
@@ -111,12 +128,12 @@ def test_a_run_may_finish_when_it_is_stopped(tmp_path, capsys):
     ([Ends(-9, 0), Ends(-9, 1), Ends(-9, 2)], 4, None),
     ([Ends(-9, 1), Ends(-9, 1)], 2, 'killed by signal 9 twice after the same step'),
     ([Ends(2, 0, 'no such data')], 1, 'no such data'),
-    ([Ends(0, 1)], 1, None),  # Somebody stopped it.
+    ([Ends(0, 1)], 1, ''),  # Somebody stopped it.
   ],
 )
 def test_killed_and_failing_runs(tmp_path, capsys, ends, started, failed):
   queue = FakeQueue(tmp_path, ends={'early-s0': ends})
-  assert queue.work() == ({'early-s0': failed} if failed else {})
+  assert queue.work() == ({} if failed is None else {'early-s0': failed or 'stopped'})
   assert queue.names() == ['early-s0'] * started + ORDER[1:]
   out = capsys.readouterr().out
   assert (f'early-s0 failed: {failed}\n' in out) == bool(failed)
@@ -148,6 +165,70 @@ def test_code_that_is_not_what_it_was_is_refused(tmp_path, damage):
     f'the code that early-s0 began with was changed ({code}); restore it, or remove the folder of the run, which then '
     'begins again'
   )
+
+
+@pytest.mark.parametrize('change', [shutil.Error([('a', 'b', 'No such file')]), FileNotFoundError(2, 'No such file')])
+def test_code_that_changes_while_it_is_copied(tmp_path, monkeypatch, change):
+  def copy(*_, **__):
+    raise change
+
+  queue = FakeQueue(tmp_path)
+  monkeypatch.setattr(shutil, 'copytree', copy)
+  why = f'{queue.package} changed while it was copied; the same command tries again'
+  assert queue.work() == dict.fromkeys(ORDER, why)
+
+
+def test_a_full_disk_while_code_is_copied(tmp_path, monkeypatch):
+  def copy(*_, **__):
+    raise shutil.Error([('a', 'b', f'[Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}')])
+
+  monkeypatch.setattr(shutil, 'copytree', copy)
+  rooms = iter([10**9, 10**6])
+  with pytest.raises(UserError, match=r'cannot be written \(No space left on device\)'):
+    FakeQueue(tmp_path).work(free=lambda path: next(rooms))
+
+
+def test_links_to_nothing_are_no_code(tmp_path):
+  queue = FakeQueue(tmp_path)
+  (queue.package / '.#main.py').symlink_to('user@host.1234')  # The lock of an editor.
+  assert queue.work() == {} and queue.names() == ORDER
+
+
+def test_the_disk_fills_while_a_run_trains(tmp_path):
+  queue, rooms = FakeQueue(tmp_path, ends={'early-s0': [UNTIL_STOPPED]}), iter([10**9, 10**6])
+  with pytest.raises(UserError, match=r'has 1 MB of free disk, and a run needs 200 MB'):
+    queue.work(free=lambda path: next(rooms))
+  assert queue.stopped == ['early-s0']
+
+
+READERS = """
+[[runs]]
+name = 'student'
+config = 'paranet_jax:paranet:PN1-d'
+set = { train.epochs = 4, data.name = 'digits', init_from = 'WORK/runs/teacher-s0' }
+
+[[runs]]
+name = 'teacher'
+config = 'paranet_jax:paranet:PN1-d'
+set = { train.epochs = 4, data.name = 'digits', init_from = 'OTHER' }
+priority = 1
+"""
+
+
+@pytest.mark.parametrize(
+  ('other', 'ends', 'names'),
+  [
+    ('', [], ['teacher-s0', 'student-s0']),
+    ('', [Ends(2, 0, 'no')], ['teacher-s0', 'student-s0']),
+    ('WORK/runs/student-s0', [], ['teacher-s0', 'student-s0']),  # Each reads the other: one has to begin.
+    ('WORK/runs/teacher-s0', [], ['teacher-s0', 'student-s0']),  # It reads itself.
+  ],
+)
+def test_a_run_waits_for_the_one_that_it_reads(tmp_path, other, ends, names):
+  text = READERS.replace('OTHER', other).replace('WORK', str(tmp_path / 'work'))
+  queue = FakeQueue(tmp_path, text, {'teacher-s0': ends})
+  queue.work(cores=[(0,), (1,)])
+  assert queue.names() == names and queue.most == 1
 
 
 def test_another_environment_is_reported(tmp_path, capsys, monkeypatch):

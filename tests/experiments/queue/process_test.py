@@ -167,11 +167,23 @@ def test_code_that_changes_while_it_is_copied(code, tmp_path, monkeypatch):
 
 
 def test_commit(tmp_path):
-  assert commit(tmp_path) is None
-  git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b']
-  for arguments in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'first']):
-    subprocess.run([*git, *arguments], check=True)
-  (found,) = [commit(tmp_path)]
-  assert len(found) == 12
-  (tmp_path / 'file').write_text('')
-  assert commit(tmp_path) == f'{found}+changes'
+  package = tmp_path / 'venv' / 'paranet_jax'
+  package.mkdir(parents=True)
+  (package / '__init__.py').write_text('')
+  (tmp_path / '.gitignore').write_text('venv')
+  assert commit(package) is None
+
+  def git(*arguments):
+    subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *arguments], check=True)
+
+  git('init', '-q')
+  git('commit', '-q', '--allow-empty', '-m', 'first')
+  assert commit(package) is None  # The repository of somebody who installed it.
+  git('add', '-f', 'venv')
+  git('commit', '-q', '-m', 'second')
+  found = commit(package)
+  assert found and len(found) == 12
+  (package / 'file').write_text('')
+  assert commit(package) == found  # Ignored, as compiled files are.
+  (package / '__init__.py').write_text('1')
+  assert commit(package) == f'{found}+changes'
