@@ -88,10 +88,11 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
       # An earlier start stopped between its last checkpoint and its summary: the metrics are already written.
       evaluations = [evaluate_state(evaluator, state, True)]
       say(evaluation_table(evaluations[0]))
-    summary = record.finish(description, evaluations[0], environment(devices))
+    summary = record.summarize(description, evaluations[0], environment(devices))
     if isinstance(state.opt_state, Beside) and state.opt_state.average:
       folder = processes.once(save_average, workdir, config, state.opt_state.average, summary)
       say(f'averaged weights: {folder}')
+    record.finish(summary)
     curves = processes.once(draw_curves, workdir)
     confusion = processes.once(draw_confusion, workdir, evaluations[0]['test'], summary, task.dataset.labeled)
     say(f'finished in {human_duration(summary["wall_time_s"])}{record.best()}')

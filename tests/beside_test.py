@@ -18,6 +18,7 @@ from paranet_jax.base_config import base_config
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.losses import squared_error
 from paranet_jax.optim import make_optimizer
+from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
 from paranet_jax.task import build_task
@@ -133,6 +134,55 @@ def test_averages_are_evaluated_and_saved_beside(whole):
   state = saved_state(whole)
   pairs = zip(*map(jax.tree.leaves, (state.opt_state.average['params'], state.params)), strict=True)
   assert any(not np.array_equal(*pair) for pair in pairs)
+
+
+def averages(workdir):
+  with Checkpoints(workdir / 'average') as checkpoints:
+    return checkpoints.read_variables(10)
+
+
+def averages_of_state(workdir):
+  average = saved_state(workdir).opt_state.average
+  return jax.device_get({name: average[name] for name in ('params', 'batch_stats')})
+
+
+def test_a_finished_run_keeps_its_averages_until_it_is_trained_again(whole, tmp_path):
+  workdir = shutil.copytree(whole, tmp_path / 'run')
+  (workdir / 'average' / 'exits.json').write_text('{}')  # Calibrated meanwhile.
+  files = {path: path.read_bytes() for path in (workdir / 'average' / 'checkpoints').rglob('*') if path.is_file()}
+  assert run_main(*AVERAGE, f'--workdir={workdir}').code == 0
+  assert all(path.read_bytes() == content for path, content in files.items())
+  chex.assert_trees_all_equal(averages(workdir), averages_of_state(workdir))
+  # Damaged ones are written again.
+  (workdir / 'average' / 'checkpoints' / '10' / 'checksums.json').write_text('{"state/manifest.ocdbt": 1}')
+  assert run_main(*AVERAGE, f'--workdir={workdir}').code == 0
+  chex.assert_trees_all_equal(averages(workdir), averages_of_state(workdir))
+  # Other weights of the same step take their place.
+  shutil.rmtree(workdir / 'checkpoints')
+  (workdir / 'summary.json').unlink()
+  other = (*AVERAGE, '--config.train.learning_rate=0.01', '--accept_config_changes', f'--workdir={workdir}')
+  assert run_main(*other).code == 0
+  chex.assert_trees_all_equal(averages(workdir), averages_of_state(workdir))
+  assert any(
+    not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, map(averages, (whole, workdir))), strict=True)
+  )
+  saved = json.loads((workdir / 'average' / 'summary.json').read_text())
+  summary = json.loads((workdir / 'summary.json').read_text())
+  assert [row['nll'] for row in saved['exits']] == [row['nll'] for row in summary['average']['test']]
+
+
+def test_a_run_is_finished_after_its_averages(whole, tmp_path, monkeypatch):
+  workdir = shutil.copytree(whole, tmp_path / 'run')
+  for name in ('average', 'summary.json'):
+    shutil.rmtree(workdir / name) if name == 'average' else (workdir / name).unlink()
+
+  def killed(*_):
+    raise SystemExit(9)
+
+  monkeypatch.setattr('paranet_jax.train.save_average', killed)
+  with pytest.raises(SystemExit):
+    run_main(*AVERAGE, f'--workdir={workdir}')
+  assert not (workdir / 'summary.json').exists()
 
 
 def test_a_resumed_run_has_the_same_averages(whole, tmp_path, monkeypatch):

@@ -226,11 +226,14 @@ class Checkpoints:
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     try:
       with _raised_not_logged():
-        self._manager.save(step, args=args)
+        saved = self._manager.save(step, args=args)
+      if not saved and step not in self._manager.all_steps():
+        raise ValueError('there is a later one')
       folder = self._folder / str(step)
-      for marker in folder.rglob(_COMMITTED):
-        marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
-      write_json(folder / CHECKSUMS, file_checksums(folder))
+      if saved:  # Otherwise there was one of this step, with its checksums.
+        for marker in folder.rglob(_COMMITTED):
+          marker.write_text('')  # Only its existence counts; orbax wrote the name of a folder on this machine.
+        write_json(folder / CHECKSUMS, file_checksums(folder))
     except (OSError, ValueError) as error:
       self._tidy()
       self._manager.reload()

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
-from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.checkpoints import FOLDER, Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY
 from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, prepare_folder, restore_config, save_config
@@ -76,7 +76,9 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
 
 
 def save_average(workdir: Path, config: ConfigDict, variables: Any, summary: dict[str, Any]) -> Path:
-  """Writes the averaged weights of a finished run to its folder `average`, which commands read as a run.
+  """Writes the averaged weights of a run to its folder `average`, which commands read as a run.
+
+  Weights that are there already stay, with what was calibrated for them; others are replaced.
 
   Args:
     workdir: absolute.
@@ -97,10 +99,23 @@ def save_average(workdir: Path, config: ConfigDict, variables: Any, summary: dic
   for name in (DATASET, IDENTITY):
     if (workdir / name).exists():
       shutil.copyfile(workdir / name, out / name)
-  with Checkpoints(out, keep=1) as checkpoints:
-    checkpoints.save(summary['steps'], variables, {'seed': config.seed})
+  if not _holds(out, summary['steps'], variables):
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    with Checkpoints(out, keep=1) as checkpoints:
+      checkpoints.save(summary['steps'], variables, {'seed': config.seed})
   write_json(out / SUMMARY, own)
   return out
+
+
+def _holds(run: Path, step: int, variables: Any) -> bool:
+  """Whether the only checkpoint of a run is an intact one of this step with these weights."""
+  try:
+    with Checkpoints(run) as checkpoints:
+      saved = checkpoints.read_variables(step) if checkpoints.steps() == [step] else None
+  except UserError:
+    return False
+  wanted = {name: variables.get(name, {}) for name in saved or ()}
+  return saved is not None and bool(jax.tree.all(jax.tree.map(np.array_equal, saved, jax.device_get(wanted))))
 
 
 def _rounded(variables: dict[str, Any]) -> dict[str, Any]:

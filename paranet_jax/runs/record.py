@@ -177,10 +177,10 @@ class RunRecord:
     """Seconds spent on this run, including earlier starts up to their last checkpoint."""
     return self._earlier_wall_time + time.monotonic() - self._started
 
-  def finish(
+  def summarize(
     self, description: dict[str, Any], evaluations: dict[str, list[dict]], environment: dict[str, Any]
   ) -> dict[str, Any]:
-    """Writes summary.json, and the confusion matrices if they are too large for it; returns the summary's contents.
+    """The contents of summary.json; writes the confusion matrices if they are too large for it.
 
     Args:
       description: of `costs.describe`.
@@ -206,9 +206,11 @@ class RunRecord:
     if large:
       summary['confusion_file'] = CONFUSION
       self._processes.once(write_arrays, self._workdir / CONFUSION, large, True)
-    summary |= environment | {'wall_time_s': round(self._wall_time(), 1)}
+    return summary | environment | {'wall_time_s': round(self._wall_time(), 1)}
+
+  def finish(self, summary: dict[str, Any]) -> None:
+    """Writes summary.json. The run is finished with it, so everything else that others read is written before."""
     self._processes.once(write_json, self._workdir / SUMMARY, summary)
-    return summary
 
   def best(self) -> str:
     """Says which checkpoint is kept as the best, if any."""

@@ -28,7 +28,7 @@ def test_the_summary_stays_small(tmp_path, classes, inline, largest):
     _wall_time=lambda: 1.0,
   )
   description = {'name': 'PN2-xd', 'num_classes': classes, 'exits': [{'macs': 1}, {'macs': 2}]}
-  RunRecord.finish(run, description, {'held_out': rows, 'test': rows}, {})
+  RunRecord.finish(run, RunRecord.summarize(run, description, {'held_out': rows, 'test': rows}, {}))
   text = (tmp_path / 'summary.json').read_text()
   summary = json.loads(text)
   assert len(text) < largest
