@@ -45,7 +45,7 @@ def read_identified(records: Records, numbers: Sequence[int]) -> tuple[Sequence[
 class Limits(NamedTuple):
   """What is drawn of each class: every content with a seeded hash below `bound`, and `copies` of the one at it.
 
-  Copies of one content stay together, unless a class has too few others.
+  Copies of one content stay together, unless a class has no other content.
 
   Attributes:
     asked: what the configuration asked for: `held_out` or `test_fraction`.
@@ -59,7 +59,8 @@ class Limits(NamedTuple):
 def choose_limits(labels: Labels, ids: Identities, count: int, split: str, asked: float) -> Limits:
   """The limits that draw `count` images, from each class in proportion (see `quotas`).
 
-  Fewer are drawn where copies of one content exceed what is left of a class's quota.
+  Fewer are drawn where copies of one content exceed what is left of a class's quota, and more where those of the first
+  content exceed all of it.
   """
   hashes, size = _seeded(ids, split), int(labels.max(initial=-1)) + 1
   bound, copies = np.zeros(size, np.uint64), np.zeros(size, np.int64)
@@ -69,7 +70,7 @@ def choose_limits(labels: Labels, ids: Identities, count: int, split: str, asked
     if quota:
       members = by_class[ends[label - 1] if label else 0 : ends[label]]
       values, sizes = np.unique(hashes[members], return_counts=True)
-      whole = np.searchsorted(np.cumsum(sizes), quota, side='right')
+      whole = max(np.searchsorted(np.cumsum(sizes), quota, side='right'), min(len(values) - 1, 1))
       bound[label], copies[label] = values[whole], 0 if whole else quota
   return Limits(bound, copies, asked)
 

@@ -87,12 +87,13 @@ def _load(
   else:
     decoded = load_decoded(source, image_side, channels)
   known = known_dataset(data_config.name)
-  for split in source.splits if known.labeled else ():
-    _check_labels(decoded.split(split), source, num_classes)
+  if known.labeled:
+    _check_labels(decoded, source, None if learned else num_classes)
   crop_padding, flip = augmentation(data_config, image_side)
   place = str(data_config.data_dir) if known.in_data_dir else source.name
   if learned and known.labeled:
     decoded = _with_learned_labels(decoded, source, learned, place)
+    _check_labels(decoded, source, num_classes or len(learned.class_names or source.class_names))
   names = learned.class_names if learned and learned.class_names else source.class_names
   if not known.labeled:
     names = names or _numbered(num_classes, place)
@@ -169,14 +170,16 @@ def _numbered(num_classes: int | None, place: str) -> tuple[str, ...]:
   return tuple(f'class {number}' for number in range(num_classes))
 
 
-def _check_labels(split: Split, source: Source, num_classes: int | None) -> None:
+def _check_labels(decoded: Decoded, source: Source, num_classes: int | None) -> None:
   limit = len(source.class_names) if num_classes is None else num_classes
-  outside = np.flatnonzero((split.labels < 0) | (split.labels >= limit))
-  if len(outside):
-    raise UserError(
-      f'expected labels 0 to {limit - 1} ({limit} classes), found label {split.labels[outside[0]]} at image '
-      f'{outside[0]} of {source.name}: set --config.model.num_classes={len(source.class_names)}'
-    )
+  for name in source.splits:
+    labels = decoded.split(name).labels
+    outside = np.flatnonzero((labels < 0) | (labels >= limit))
+    if len(outside):
+      raise UserError(
+        f'expected labels 0 to {limit - 1} ({limit} classes), found label {labels[outside[0]]} at image '
+        f'{outside[0]} of {source.name}: set --config.model.num_classes={len(source.class_names)}'
+      )
 
 
 def _with_learned_labels(decoded: Decoded, source: Source, learned: Learned, place: str) -> Decoded:
@@ -270,12 +273,13 @@ def _check_readable(names: tuple[str, ...], split: str, listing: Listing, member
 
 
 def _report_shared(splits: dict[str, Split], place: str) -> None:
-  """Says how many test images of a new run it will be trained on."""
-  own = [known_of(split).ids for name, split in splits.items() if name != 'test']
-  if shared := np.isin(known_of(splits['test']).ids, np.concatenate(own)).sum():
-    logging.warning(
-      'test has %d images that are also in train of %s: they do not tell how new ones fare', shared, place
-    )
+  """Says how many test and held-out images of a new run it will be trained on."""
+  ids = {name: known_of(split).ids for name, split in splits.items()}
+  others = {'test': np.concatenate([own for name, own in ids.items() if name != 'test']), 'held_out': ids['train']}
+  for name in splits.keys() & others.keys():
+    if shared := np.isin(ids[name], others[name]).sum():
+      text = '%s has %d images that are also in train of %s: they do not tell how new ones fare'
+      logging.warning(text, name, shared, place)
 
 
 def _leave_out_trained(

@@ -34,10 +34,10 @@ def write(path, value):
   Image.new('RGB', (4, 4), (value, 0, 0)).save(path)
 
 
-def load(folder, learned=None, streaming=False, **changes):
+def load(folder, learned=None, streaming=False, num_classes=None, **changes):
   config = {'name': 'folder', 'data_dir': str(folder), 'held_out': HELD_OUT, 'test_fraction': 0.2, 'workers': 0}
   config |= {'on_corrupt': 'refuse', 'crop_padding': 0, 'flip': False, 'streaming': streaming}
-  return load_dataset(ConfigDict(config | changes), image_side=4, channels=3, learned=learned)
+  return load_dataset(ConfigDict(config | changes), image_side=4, channels=3, num_classes=num_classes, learned=learned)
 
 
 def values(split):
@@ -172,11 +172,12 @@ CHANGED = [
 ]
 
 
+@pytest.mark.parametrize('num_classes', [None, 2])
 @pytest.mark.parametrize(('change', 'message'), CHANGED)
-def test_changed_classes_are_refused(run, photos, change, message):
+def test_changed_classes_are_refused(run, photos, change, message, num_classes):
   change(photos)
   with pytest.raises(UserError) as error:
-    again(run, photos)
+    again(run, photos, num_classes=num_classes)
   assert message.format(photos=photos) in str(error.value) and '--accept_data_changes' in str(error.value)
   assert str(run[0]) in str(error.value)
 
@@ -192,13 +193,14 @@ def test_a_class_is_gone(run, photos, tmp_path):
   assert dataset.class_names == ('bird', 'cat', 'dog') and set(dataset.train.labels) == {1, 2}
 
 
-def test_accepted_the_run_keeps_its_names(run, photos, caplog):
+@pytest.mark.parametrize('num_classes', [None, 2])
+def test_accepted_the_run_keeps_its_names(run, photos, caplog, num_classes):
   rename('dog', 'apple')(photos)
-  dataset = again(run, photos, accept=True)
+  dataset = again(run, photos, accept=True, num_classes=num_classes)
   assert dataset.class_names == ('cat', 'dog')
   assert splits(dataset) == splits(run[1])  # By their content, the apples are the dogs.
   add_class(photos)
-  dataset = again(run, photos, accept=True)
+  dataset = again(run, photos, accept=True, num_classes=num_classes)
   assert splits(dataset) == splits(run[1])
   assert any('Leaving out the images of bird' in line for line in caplog.messages)
   save_learned(run[0], dataset)
@@ -366,6 +368,21 @@ def test_a_class_of_copies_is_divided():
   labels, ids = np.repeat(np.int32([0, 1]), 10), identities([b'a'] * 10 + [bytes([n]) for n in range(10)])
   chosen = drawn(choose_limits(labels, ids, 6, 'test', 6), labels, ids, 'test')
   assert [chosen[:10].sum(), chosen[10:].sum()] == [3, 3]
+
+
+def test_copies_of_the_first_content_are_drawn_as_a_whole():
+  """Of each content of class 0 there are 7 copies, and a quota of 3."""
+  labels, ids = np.repeat(np.int32([0, 1]), 70), identities([str(n % 10 if n < 70 else n).encode() for n in range(140)])
+  chosen = drawn(choose_limits(labels, ids, 6, 'held_out', 6), labels, ids, 'held_out')
+  assert [chosen[:70].sum(), chosen[70:].sum()] == [7, 3] and len(set(ids[:70][chosen[:70]])) == 1
+
+
+def test_held_out_copies_of_a_class_without_others_are_counted(photos, caplog):
+  for path in (photos / 'cat').iterdir():
+    write(path, 7)
+  dataset = load(photos)
+  shared = sum(red == 7 for red in dataset.held_out.images[:, 0, 0, 0])
+  assert shared and any(f'held_out has {shared} images that are also in train of' in line for line in caplog.messages)
 
 
 def test_one_content_in_two_classes_is_drawn_from_none_or_both():
