@@ -50,7 +50,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -2250,8 +2250,16 @@ def is_hidden(name: str) -> bool:
   return name.startswith('.') or name in _SYSTEM
 
 
+def is_run(names: Collection[str]) -> bool:
+  """Whether a folder with these files and folders is that of a training run."""
+  return 'config.json' in names and ('dataset.json' in names or 'checkpoints' in names)
+
+
 def find_images(folder: str) -> Found:
-  """The files below a folder. Links are followed; a folder is listed once, under its own path rather than a link's."""
+  """The files below a folder. Links are followed; a folder is listed once, under its own path rather than a link's.
+
+  Hidden folders and those of training runs, whose figures are images, are left out.
+  """
   found, seen = Found([], [], []), set()
   pending, later = [(folder, False)], []  # (folder, whether it is hidden); links and hidden folders come later.
   while pending or later:
@@ -2269,6 +2277,7 @@ def find_images(folder: str) -> Found:
       else:
         found.unreadable.append((place, error.strerror or str(error)))
       continue
+    hidden = hidden or is_run([entry.name for entry in entries])
     for entry in entries:
       out = hidden or is_hidden(entry.name)
       try:

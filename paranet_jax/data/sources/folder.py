@@ -15,7 +15,7 @@ from paranet_jax.data.dataset import Source, max_drawable
 from paranet_jax.data.scaling import scaling_of, scaling_settings
 from paranet_jax.data.sources.image_files import ImageFiles, Rest, image_folder, report
 from paranet_jax.host.errors import UserError
-from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, left_out_line, printable
+from paranet_jax.portable.run import SUFFIXES, find_images, is_hidden, is_run, left_out_line, printable
 
 _TRAINS = ('train', 'training')
 _TESTS = ('test', 'testing', 'val', 'valid', 'validation')  # The first that exists is the test split.
@@ -129,6 +129,10 @@ def _all_files(entry: os.DirEntry) -> list[str]:
   return [*found.images, *(path for path, _ in found.unreadable), *found.left_out]
 
 
+def _folders(files: Sequence[str]) -> dict[str, None]:
+  return dict.fromkeys(map(os.path.dirname, files))
+
+
 def _check_forms(names: Sequence[str], root: Path) -> None:
   """Raises UserError if two names of classes look the same."""
   seen: dict[str, str] = {}
@@ -175,7 +179,8 @@ def _find_classes(folder: Path, rest: Rest) -> _ByClass:
       rest.left_out += _all_files(entry)
       continue
     found = find_images(entry.path)
-    by_class[entry.name] = list(map(Path, found.images))
+    if found.images or found.unreadable or not any(is_run(os.listdir(place)) for place in _folders(found.left_out)):
+      by_class[entry.name] = list(map(Path, found.images))
     rest.unreadable += found.unreadable
     rest.left_out += found.left_out
   _check_forms(sorted(by_class), folder)

@@ -220,6 +220,22 @@ def test_a_folder_linked_into_both_splits(root):
     load(root)
 
 
+@pytest.mark.parametrize('entry', ['checkpoints/100/state', 'dataset.json'])
+def test_runs_beside_the_classes_are_no_class(root, entry):
+  write_all(root, ONE_FOLDER)
+  expected = load(root)
+  for place in ('runs/PN3/config.json', f'runs/PN3/{entry}'):
+    (root / place).parent.mkdir(parents=True, exist_ok=True)
+    (root / place).write_text('{}')
+  write_all(root, {'runs/PN3/curves.png': 7, 'runs/PN3/exits/budgeted.png': 8})
+  found = load(root)
+  assert found.class_names == ('ant', 'cat')
+  assert (pairs(found.train), pairs(found.test)) == (pairs(expected.train), pairs(expected.test))
+  # A folder of images is a class whatever lies in it.
+  write_all(root, {f'runs/{number}.png': 200 + number for number in range(8)})
+  assert load(root).class_names == ('ant', 'cat', 'runs')
+
+
 def test_images_in_both_splits_are_counted(root, caplog):
   write_all(root, TWO_FOLDERS)
   load(root)
