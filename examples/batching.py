@@ -4,15 +4,20 @@ One thread runs one stage at a time. An image that exits after it is answered at
 stage. The next stage to run is, in this order: one with an image that would be late otherwise; the deepest with a full
 batch waiting; the one with the image that is due first. An image is due at its deadline, or after twice the time that a
 full queue should take.
+
+Deep images are therefore answered after others that came later. The watch sees answers in the order of arrival all the
+same: in the order in which images are answered, early exits would come first, and look like images that change.
 """
 
+import contextlib
 import dataclasses
 import math
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -85,6 +90,16 @@ def _time_stages(bundle: Any, size: int) -> dict[int, float]:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
+class Place:
+  """Of an image in the order of arrival. submitted: it has been. decided: what the watch sees of it is known: answer,
+  as `Watch.add` takes it; None: nothing, since it failed, was not submitted, or may have been stopped."""
+
+  submitted: bool = False
+  decided: bool = False
+  answer: tuple[int, float, int] | None = None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class Waiting:
   """An image in the service. number: the exit that it waits for; last: the last one that it may reach; ahead: images
   admitted before it and not answered when it was submitted; free: its request has neither a deadline nor a budget."""
@@ -99,6 +114,7 @@ class Waiting:
   reached: tuple[int | None, float, int, list[int] | None] | None = None
   ahead: int = 0
   free: bool = True
+  place: Place | None = None
   answer: Future = dataclasses.field(default_factory=Future)
 
 
@@ -162,7 +178,9 @@ class Scheduler:
       bundle: what it loaded.
       batch: most images per run of a stage.
       clock: for arrivals and deadlines, in seconds.
-      watch: the runtime's `Watch`, which sees all answers but those that a deadline or a budget may have changed.
+      watch: the runtime's `Watch`, which sees all answers but those that a deadline or a budget may have changed, in
+        the order of arrival. An answer is held until those to images that came before are known. No image waits for
+        longer than three full queues should take, so those held are at most what the first stage answers in that time.
       safe: after an alarm of the watch, no image exits early.
     """
     self.watch, self._safe = watch, safe
@@ -174,6 +192,7 @@ class Scheduler:
     self._next = dict(zip(timings.visited, timings.visited[1:], strict=False))
     self._arriving: list[Waiting] = []
     self._pace = Pace(timings, batch)
+    self._places: deque[Place] = deque()  # From the first one that is not decided.
     self._seen: list[tuple[int, float, int]] = []
     self._labels: list[tuple[int, int]] = []
     self._changed, self._closing = threading.Condition(), False
@@ -217,7 +236,25 @@ class Scheduler:
     with self._changed:
       self.inside -= 1
 
-  def submit(self, image: np.ndarray, arrived: float, last: int, deadline: float = math.inf) -> 'Future[Answer]':
+  @contextlib.contextmanager
+  def arrive(self, count: int) -> Iterator[list[Place]]:
+    """Places for images that have arrived now, in their order, for `submit`.
+
+    Decoding takes longer for some images than for others, so the order in which they are submitted depends on them.
+    When the context ends, images that were not submitted have lost their places: no answer waits for them any more.
+    """
+    with self._changed:
+      places = self._new_places(count)
+    try:
+      yield places
+    finally:
+      for place in places:
+        if not place.submitted:
+          place.decided = True
+
+  def submit(
+    self, image: np.ndarray, arrived: float, last: int, deadline: float = math.inf, place: Place | None = None
+  ) -> 'Future[Answer]':
     """Queues an image.
 
     Args:
@@ -225,6 +262,7 @@ class Scheduler:
       arrived: when its request arrived, by the clock.
       last: number of the last exit that it may reach, one of those visited.
       deadline: by the clock. A stage starts only if it should finish by then, except the first.
+      place: one of those of `arrive`; None: it has arrived now.
 
     Returns:
       Its future answer, or the exception of the stage that failed.
@@ -238,9 +276,19 @@ class Scheduler:
     with self._changed:
       if self._closing:
         raise Full
+      sample.place = place or self._new_places(1)[0]
+      sample.place.submitted = True
+      if not sample.free:
+        sample.place.decided = True
       self._arriving.append(sample)
       self._changed.notify()
     return sample.answer
+
+  def _new_places(self, count: int) -> list[Place]:
+    places = [Place() for _ in range(count)]
+    if self.watch:
+      self._places += places
+    return places
 
   def takes_labels(self) -> bool:
     """Whether the watch tests errors, too."""
@@ -269,6 +317,9 @@ class Scheduler:
       if sample.reached:
         self._drop_if_late(sample, then)
     self._run(number, chosen)
+    self._advance()
+    if self.watch and len(self._seen) >= self.watch.BLOCK:
+      self._watched()
     return True
 
   def _work(self) -> None:
@@ -288,7 +339,7 @@ class Scheduler:
       while self.step():
         pass
       if closing or self._labels:
-        self._watched()
+        self._watched(closing)
       if closing:
         return
 
@@ -330,6 +381,7 @@ class Scheduler:
       unknown, held = getattr(found, 'unknown', no), self._sets(found, chosen)  # Older bundles have neither.
     except Exception as error:  # It fails these images only.
       for sample in chosen:
+        sample.place.decided = True
         sample.answer.set_exception(error)
       return
     runs = self.runs[number]
@@ -340,16 +392,23 @@ class Scheduler:
       sample.reached = None if unknown[row] else labels[row], most[row], number, held[row]
       if leave[row] or number == sample.last:
         if self.watch and sample.free:
-          self._seen.append((number, most[row], int(found.probabilities[row].argmax())))
+          sample.place.answer = number, most[row], int(found.probabilities[row].argmax())
+          sample.place.decided = True
         self._answer(sample)
       else:  # A list of rows copies them; a view would keep the whole batch in memory.
         sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
         self._pools[sample.number].append(sample)
-    if self.watch and len(self._seen) >= self.watch.BLOCK:
-      self._watched()
 
-  def _watched(self) -> None:
+  def _advance(self, closing: bool = False) -> None:
+    """Takes the places before the first one that is not decided, all when closing: no other image is answered then."""
+    with self._changed:  # Requests add places.
+      while self._places and (closing or self._places[0].decided):
+        if answer := self._places.popleft().answer:
+          self._seen.append(answer)
+
+  def _watched(self, closing: bool = False) -> None:
     """Shows the watch what was answered. A watch that fails is given up; images are answered as before."""
+    self._advance(closing)
     seen, self._seen = self._seen, []
     with self._changed:
       labels, self._labels = self._labels, []
@@ -361,7 +420,7 @@ class Scheduler:
       nothing = np.zeros(len(self._bundle.class_names)) if labels else None
       for right, answered in labels:
         self.watch.record(right, self._runtime.Prediction(answered, nothing, 0, 0))
-      if self._closing:
+      if closing:  # Not before all is answered: which answers are in a block must not depend on them.
         self.watch.flush()
     except Exception as error:  # The state cannot be written.
       print(f'the watch ends: {error}', file=sys.stderr, flush=True)

@@ -6,12 +6,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from starlette.requests import Request
 from uploads import Refused
 
 MOST = 100_000
 """Answers that are remembered for their labels; older ones are forgotten."""
-_MAX_BYTES = 2**20
+MAX_BYTES = 2**20
+"""Of a request with labels."""
 
 
 class Remembered:
@@ -68,17 +68,12 @@ class Remembered:
     return label
 
 
-async def read_entries(request: Request) -> Any:
+def parse_entries(body: bytes) -> Any:
   """The JSON of a request.
 
   Raises:
-    Refused: 400 or 413; it is none, or too long.
+    Refused: 400; it is none.
   """
-  body = b''
-  async for chunk in request.stream():
-    body += chunk
-    if len(body) > _MAX_BYTES:
-      raise Refused(413, f'expected at most {_MAX_BYTES:,} bytes of labels, found more; send them in parts')
   try:
     return json.loads(body)
   except (ValueError, RecursionError) as error:

@@ -30,9 +30,11 @@ whether answers are wrong as often as in calibration:
 
   [{"id": "5f0c2a91-1", "label": 3}, {"id": "5f0c2a91-2", "label": "cat"}] -> {"recorded": 2}
 
-Which images are labeled must not depend on their answers: label all, or draw some by chance. Each id is taken once. The
-latest 100,000 are remembered until the service stops. Unknown images do not count. If an entry is refused (400, or 404:
-there is no such id), none is taken. Without such a watch, the status is 404.
+Which images are labeled, and in which order, must not depend on their answers: label all, or draw some by chance, in
+the order in which the images were sent. Under load, deep images are answered later than others, so labels that are sent
+as answers come look like errors that change. Each id is taken once. The latest 100,000 are remembered until the service
+stops. Unknown images do not count. If an entry is refused (400, or 404: there is no such id), none is taken. A request
+may also get 408, 413 (more than 1 MiB) or 503, as a prediction does. Without such a watch, the status is 404.
 """
 
 import asyncio
@@ -48,12 +50,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import Future
 from typing import Any
 
-from batching import Answer, Full, Scheduler, Timings
+from batching import Answer, Full, Place, Scheduler, Timings
 from connections import MAX_HEADERS
 from decoding import Decoders
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from labels import Remembered, read_entries
+from labels import MAX_BYTES, Remembered, parse_entries
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -119,17 +121,8 @@ class Predictor:
 
   async def answer(self, request: Request) -> Response:
     """The response to a request."""
-    arrived = time.perf_counter()
     try:
-      async with self._uploads.read(request) as upload:
-        outcomes = await self._outcomes(upload.images, upload.fields, arrived)
-      response = _together(outcomes)
-    except Refused as refused:
-      response = _refusal(refused.status, refused.reason)
-    except HTTPException as error:  # The form cannot be parsed.
-      response = _refusal(error.status_code, str(error.detail))
-    except ClientDisconnect:
-      response = Response(status_code=_GONE)
+      response = await _or_refusal(self._predict(request, time.perf_counter()))
     except Exception:
       self.requests[500] += 1
       raise
@@ -138,16 +131,21 @@ class Predictor:
 
   async def label(self, request: Request) -> Response:
     """The response to labels."""
-    try:
-      if not self._scheduler.takes_labels():
-        expected = 'expected a watch that tests errors, found none'
-        raise Refused(404, f'{expected}; set --watch, with a bundle of labeled images')
-      entries = await read_entries(request)
-      if not self._scheduler.alive():
-        raise Refused(503, 'the service is stopping')
-      pairs = self._remembered.take(entries)
-    except Refused as refused:
-      return _refusal(refused.status, refused.reason)
+    return await _or_refusal(self._record(request))
+
+  async def _predict(self, request: Request, arrived: float) -> Response:
+    async with self._uploads.read(request) as upload:
+      return _together(await self._outcomes(upload.images, upload.fields, arrived))
+
+  async def _record(self, request: Request) -> Response:
+    if not self._scheduler.takes_labels():
+      expected = 'expected a watch that tests errors, found none'
+      raise Refused(404, f'{expected}; set --watch, with a bundle of labeled images')
+    async with self._uploads.read_body(request, MAX_BYTES, 'send labels in parts') as body:
+      entries = parse_entries(body)
+    if not self._scheduler.alive():
+      raise Refused(503, 'the service is stopping')
+    pairs = self._remembered.take(entries)
     self._scheduler.record(pairs)
     return JSONResponse({'recorded': len(pairs)})
 
@@ -156,22 +154,26 @@ class Predictor:
     deadline = arrived + fields.get('deadline_ms', math.inf) / 1e3
     if not self._scheduler.alive():
       raise Refused(503, 'the service is stopping')
-    tiny = self._decoders.decode_tiny(images[0]) if len(images) == 1 else None
-    sizes = [0] if tiny is not None else await self._decoders.sizes(images)
-    self.check_wait(sizes, deadline - arrived)
-    try:
-      self._scheduler.admit(len(images))
-    except Full as error:
-      raise Refused(503, f'no room for {len(images)} images now; try again') from error
-    if tiny is not None:
-      return [await self._outcome(_return(tiny), arrived, last, deadline)]
-    decoding = (self._decoders.decode(*image) for image in zip(images, sizes, strict=True))
-    return await asyncio.gather(*(self._outcome(image, arrived, last, deadline) for image in decoding))
+    with self._scheduler.arrive(len(images)) as places:
+      tiny = self._decoders.decode_tiny(images[0]) if len(images) == 1 else None
+      sizes = [0] if tiny is not None else await self._decoders.sizes(images)
+      self.check_wait(sizes, deadline - arrived)
+      try:
+        self._scheduler.admit(len(images))
+      except Full as error:
+        raise Refused(503, f'no room for {len(images)} images now; try again') from error
+      if tiny is not None:
+        return [await self._outcome(_return(tiny), arrived, last, deadline, places[0])]
+      decoding = (self._decoders.decode(*image) for image in zip(images, sizes, strict=True))
+      found = zip(decoding, places, strict=True)
+      return await asyncio.gather(*(self._outcome(image, arrived, last, deadline, place) for image, place in found))
 
-  async def _outcome(self, decoding: Awaitable[Any], arrived: float, last: int, deadline: float) -> Outcome:
+  async def _outcome(
+    self, decoding: Awaitable[Any], arrived: float, last: int, deadline: float, place: Place
+  ) -> Outcome:
     try:
       image = await decoding
-      answer = await self._answers.of(self._scheduler.submit(image, arrived, last, deadline))
+      answer = await self._answers.of(self._scheduler.submit(image, arrived, last, deadline, place))
     except Refused as refused:
       return refused.status, {'error': refused.reason}
     except Exception as error:  # A stage failed; other images are still answered.
@@ -408,6 +410,18 @@ class _Json(Response):
 
   def render(self, content: Any) -> bytes:
     return self._encode(content).encode()
+
+
+async def _or_refusal(answering: Awaitable[Response]) -> Response:
+  """The response, or the one that says why there is none."""
+  try:
+    return await answering
+  except Refused as refused:
+    return _refusal(refused.status, refused.reason)
+  except HTTPException as error:  # The form cannot be parsed.
+    return _refusal(error.status_code, str(error.detail))
+  except ClientDisconnect:
+    return Response(status_code=_GONE)
 
 
 def _together(outcomes: Sequence[Outcome]) -> Response:

@@ -2,14 +2,16 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
+
+T = TypeVar('T')
 
 FIELDS = ('budget_ms', 'deadline_ms')
 READ_SECONDS = 30
@@ -39,7 +41,7 @@ class Uploads:
     """seconds: in which a request must have arrived."""
     self._max_bytes, self._max_images, self._seconds, self._held = max_bytes, max_images, seconds, 0
 
-  def read(self, request: Request) -> 'Reading':
+  def read(self, request: Request) -> 'Reading[Upload]':
     """Reads a request, whose bytes count as held until the context ends: `async with uploads.read(request) as upload`.
 
     Raises:
@@ -47,13 +49,23 @@ class Uploads:
       HTTPException: 400, a form cannot be parsed.
       ClientDisconnect: the client has gone.
     """
-    return Reading(self, request)
+    return Reading(self, request, self._upload, self._max_bytes, 'send fewer or smaller images')
 
-  async def _upload(self, body: 'Reading') -> Upload:
+  def read_body(self, request: Request, max_bytes: int, remedy: str) -> 'Reading[bytes]':
+    """As `read`, for the body of a request that is none of images.
+
+    Args:
+      max_bytes: of this body, if they are fewer than those of any request.
+      remedy: what to do about a longer one.
+
+    Raises:
+      Refused: 408, 413 or 503.
+      ClientDisconnect: the client has gone.
+    """
+    return Reading(self, request, self._read_body, min(max_bytes, self._max_bytes), remedy)
+
+  async def _upload(self, body: 'Reading[Upload]') -> Upload:
     headers = dict(body.request.scope['headers'])  # Names are in lower case.
-    declared = headers.get(b'content-length', b'')
-    if declared.isdigit() and int(declared) > self._max_bytes:
-      raise self._too_large()
     kind, coding = (
       headers[name].decode('latin-1').strip().lower() if name in headers else ''
       for name in (b'content-type', b'content-encoding')
@@ -62,23 +74,31 @@ class Uploads:
     if coding not in ('', 'identity') or kind.startswith('multipart/') and not body.is_form:
       found = f'Content-Encoding: {coding[:40]}' if coding else f'Content-Type: {kind[:40]}'
       raise Refused(415, f'expected an image or a form (multipart/form-data), not compressed, found {found}')
-    try:
-      async with asyncio.timeout(self._seconds):
-        upload = await (self._read_form(body) if body.is_form else self._read_body(body))
-    except TimeoutError as error:
-      raise Refused(408, f'expected the whole request within {self._seconds:g} s, found {body.size:,} bytes') from error
+    upload = await (self._read_form(body) if body.is_form else self._read_image(body))
     if not upload.images:
       raise Refused(400, 'expected an image, found none; send one as the body, or several as files of a form')
     return upload
 
-  async def _receive(self, body: 'Reading') -> Message:
+  async def in_time(self, body: 'Reading[Any]', read: Awaitable[T]) -> T:
+    """What `read` returns.
+
+    Raises:
+      Refused: 408, the request has not arrived in time.
+    """
+    try:
+      async with asyncio.timeout(self._seconds):
+        return await read
+    except TimeoutError as error:
+      raise Refused(408, f'expected the whole request within {self._seconds:g} s, found {body.size:,} bytes') from error
+
+  async def _receive(self, body: 'Reading[Any]') -> Message:
     message = await body.request.receive()
     if message['type'] != 'http.request':
       return message
     chunk = message.get('body', b'')
     body.size, self._held = body.size + len(chunk), self._held + len(chunk)
-    if body.size > self._max_bytes:
-      raise self._too_large()
+    if body.size > body.max_bytes:
+      raise body.too_large()
     if self._held > _HELD * self._max_bytes:
       raise Refused(503, 'too many bytes are being sent at once; try again')
     if body.is_form:
@@ -88,7 +108,7 @@ class Uploads:
         raise Refused(400, 'expected a whole form, found no boundary that closes it; send it again')
     return message
 
-  async def _read_form(self, body: 'Reading') -> Upload:
+  async def _read_form(self, body: 'Reading[Any]') -> Upload:
     request = Request(body.request.scope, lambda: self._receive(body))
     async with request.form(max_files=self._max_images, max_fields=len(FIELDS) + 1, max_part_size=1024) as form:
       parts = form.multi_items()
@@ -96,7 +116,12 @@ class Uploads:
       texts = [(name, part) for name, part in parts if isinstance(part, str)]
     return Upload(images, read_fields([*request.query_params.multi_items(), *texts]))
 
-  async def _read_body(self, body: 'Reading') -> Upload:
+  async def _read_image(self, body: 'Reading[Any]') -> Upload:
+    encoded = await self._read_body(body)
+    query = body.request.scope['query_string'] and body.request.query_params.multi_items()
+    return Upload([encoded] if encoded else [], read_fields(query or ()))
+
+  async def _read_body(self, body: 'Reading[Any]') -> bytes:
     chunks, more = [], True
     while more:
       message = await self._receive(body)
@@ -104,32 +129,36 @@ class Uploads:
         raise ClientDisconnect
       chunks.append(message.get('body', b''))
       more = message.get('more_body', False)
-    encoded = b''.join(chunks)
-    query = body.request.scope['query_string'] and body.request.query_params.multi_items()
-    return Upload([encoded] if encoded else [], read_fields(query or ()))
+    return b''.join(chunks)
 
   def let_go(self, size: int) -> None:
     """So many bytes are no longer held."""
     self._held -= size
 
-  def _too_large(self) -> Refused:
-    return Refused(413, f'expected at most {self._max_bytes:,} bytes, found more; send fewer or smaller images')
 
-
-class Reading:
+class Reading(Generic[T]):
   """A request that is read, and held until the context ends.
 
   Attributes:
-    size: bytes received. tail: the last ones of a form.
+    size: bytes received, of at most `max_bytes`. tail: the last ones of a form.
   """
 
-  def __init__(self, uploads: Uploads, request: Request):
-    self._uploads, self.request = uploads, request
-    self.size, self.is_form, self.tail = 0, False, b''
+  def __init__(
+    self, uploads: Uploads, request: Request, read: Callable[..., Awaitable[T]], max_bytes: int, remedy: str
+  ):
+    self._uploads, self.request, self._read, self._remedy = uploads, request, read, remedy
+    self.size, self.max_bytes, self.is_form, self.tail = 0, max_bytes, False, b''
 
-  async def __aenter__(self) -> Upload:
+  def too_large(self) -> Refused:
+    """What refuses a longer request."""
+    return Refused(413, f'expected at most {self.max_bytes:,} bytes, found more; {self._remedy}')
+
+  async def __aenter__(self) -> T:
+    declared = dict(self.request.scope['headers']).get(b'content-length', b'')
+    if declared.isdigit() and int(declared) > self.max_bytes:
+      raise self.too_large()
     try:
-      return await self._uploads._upload(self)
+      return await self._uploads.in_time(self, self._read(self))
     except BaseException:
       self._uploads.let_go(self.size)
       raise

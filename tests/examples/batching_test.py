@@ -2,6 +2,7 @@
 
 import math
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -55,8 +56,8 @@ class Queue:
     self.bundle = Bundle()
     self.scheduler = Scheduler(run, self.bundle, Timings(ONE, FULL, BATCH), 2 * BATCH, BATCH, self.bundle.clock)
 
-  def send(self, label, sure=3, last=3, deadline=math.inf):
-    return self.scheduler.submit(np.array([[[label, sure]]], np.uint8), self.bundle.now, last, deadline)
+  def send(self, label, sure=3, last=3, deadline=math.inf, place=None):
+    return self.scheduler.submit(np.array([[[label, sure]]], np.uint8), self.bundle.now, last, deadline, place)
 
   def finish(self):
     while self.scheduler.step():
@@ -298,7 +299,7 @@ def test_a_watch_sees_what_nothing_forced(queue, capsys):
   for label, how in ((1, {}), (2, {'sure': 1}), (3, {'last': 2}), (4, {'deadline': 1e9})):
     queue.send(label, **how)
   queue.finish()
-  assert [(exit, label) for exit, _, label in watch.seen] == [(1, 2), (3, 1)]
+  assert [(exit, label) for exit, _, label in watch.seen] == [(3, 1), (1, 2)]
   assert watch.seen[0][1] == pytest.approx(math.exp(10) / (math.exp(10) + CLASSES - 1))
   assert capsys.readouterr().err == ''
   queue.scheduler._safe = True
@@ -306,6 +307,134 @@ def test_a_watch_sees_what_nothing_forced(queue, capsys):
   queue.send(5), queue.send(6)
   queue.scheduler.step(), queue.scheduler.step(), queue.scheduler.step()
   assert queue.scheduler._bundle == 'safe' and capsys.readouterr().err == 'drift\n'
+
+
+class Listing(Watching):
+  """A watch that lists the labels that it was shown, each at once, and never alarms."""
+
+  BLOCK = 1
+
+  def add(self, answers):
+    self.seen += [label for _, _, label in answers]
+
+
+@pytest.mark.parametrize(
+  ('how', 'broken', 'at_first', 'in_the_end'),
+  [
+    ({}, None, [], [0, 1, 2, 3]),
+    ({}, 2, [], [1, 2, 3]),
+    ({'deadline': 1e9}, None, [1, 2, 3], [1, 2, 3]),
+    ({'deadline': 4.0}, None, [1, 2, 3], [1, 2, 3]),
+    ({'last': 2}, None, [1, 2, 3], [1, 2, 3]),
+  ],
+  ids=['counts', 'fails', 'deadline', 'late', 'budget'],
+)
+def test_answers_wait_for_an_earlier_one_if_it_counts(queue, how, broken, at_first, in_the_end):
+  queue.scheduler.watch, queue.bundle.broken = watch, _ = Listing(), broken
+  deep = queue.send(0, **how)
+  for label in (1, 2, 3):
+    queue.send(label, sure=1)
+  queue.scheduler.step()
+  assert watch.seen == at_first and not deep.done()
+  queue.finish()
+  assert watch.seen == in_the_end and deep.done() and not queue.scheduler._places
+
+
+def test_images_are_in_the_order_of_their_requests_whichever_is_submitted_first(queue):
+  queue.scheduler.watch = watch = Listing()
+  with queue.scheduler.arrive(3) as first, queue.scheduler.arrive(2) as second:
+    for label, place in ((4, second[1]), (1, first[1]), (3, second[0])):
+      queue.send(label, sure=1, place=place)
+    queue.send(5, sure=1)
+    queue.finish()
+    assert watch.seen == []  # One is being decoded.
+    queue.send(0, place=first[0])
+    queue.finish()
+    assert watch.seen == [0, 1]
+  queue.send(6, sure=1)
+  queue.finish()
+  assert watch.seen == [0, 1, 3, 4, 5, 6]  # The third image of the first request was refused.
+
+
+def test_a_request_that_is_cancelled_loses_only_places_of_images_not_submitted(queue):
+  queue.scheduler.watch = watch = Listing()
+  with pytest.raises(ArithmeticError), queue.scheduler.arrive(2) as places:
+    queue.send(0, place=places[0])
+    raise ArithmeticError
+  queue.send(1, sure=1)
+  queue.scheduler.step()
+  assert watch.seen == []
+  queue.finish()
+  assert watch.seen == [0, 1]
+
+
+def test_a_close_shows_what_is_known_and_tests_it_last(queue):
+  queue.scheduler.watch = watch = Listing()
+  flushed, add = [], watch.add
+  watch.add = lambda answers: (flushed.append(watch.flushed), add(answers))
+  queue.send(0, sure=1), queue.send(1)
+  with queue.scheduler.arrive(1):
+    queue.send(2)
+    queue.scheduler.close()  # The thread finds it closed when it starts.
+    queue.scheduler.start()
+    queue.scheduler.close()
+    assert watch.seen == [0, 1, 2] and watch.flushed
+  assert flushed == [False] * 3 and not queue.scheduler._places
+
+
+def test_the_order_of_arrival_with_many_threads(queue):
+  queue.scheduler.watch = watch = Listing()
+
+  def send(offset):
+    for label in range(offset, CLASSES, 16):
+      with queue.scheduler.arrive(2) as places:
+        queue.send(label + 8, sure=1 + label % 3, place=places[1])
+        queue.send(label, sure=1 + label % 2, place=places[0])
+
+  threads = [threading.Thread(target=send, args=(offset,)) for offset in range(8)]
+  queue.scheduler.start()
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  queue.scheduler.close()
+  assert sorted(watch.seen) == list(range(CLASSES))
+  for offset in range(8):
+    assert [label for label in watch.seen if label % 8 == offset] == list(range(offset, CLASSES, 8))
+
+
+@pytest.mark.parametrize('shares', [(0.9, 0.08, 0.02), (0.8, 0.15, 0.05)])
+@pytest.mark.parametrize('seed', [0, 1])
+def test_a_full_queue_looks_like_no_change(shares, seed):
+  """While the first stage always has a full batch, images that go deeper wait, and others are answered meanwhile."""
+  rng, bundle, (capacity, batch, count) = np.random.default_rng(seed), Bundle(), (256, 64, 64 * run.Watch.BLOCK)
+
+  def draw(images):
+    return np.stack([rng.integers(0, CLASSES, images), 1 + rng.choice(3, images, p=shares)], 1).astype(np.uint8)
+
+  labels, exits = draw(2000).T
+  calibrated = [[int(found)] for found in np.bincount(exits, minlength=4)[1:]]
+  classes = np.bincount(labels, minlength=CLASSES).tolist()
+  seen = {'images': 2000, 'edges': [[], [], []], 'counts': calibrated, 'classes': classes, 'wrong': None}
+  plan = types.SimpleNamespace(_seen=seen, exits=(1, 2, 3), macs={1: 1, 2: 2, 3: 3}, _identity='')
+  watch, by_completion, shown, answered = run.Watch(plan), run.Watch(plan), [], []
+  add = watch.add
+  watch.add = lambda answers: (shown.extend(answers), add(answers))
+  scheduler = Scheduler(run, bundle, Timings(ONE, FULL, BATCH), capacity, batch, bundle.clock, watch)
+  images, sent, held = draw(count), 0, 0
+  while len(answered) < count:
+    for image in images[sent : len(answered) + capacity]:
+      scheduler.submit(image[None, None], bundle.now, 3).add_done_callback(lambda done: answered.append(done.result()))
+    sent = min(len(answered) + capacity, count)
+    scheduler.step()
+    held = max(held, len(scheduler._places))
+  scheduler._watched()
+  assert [[label, exit] for exit, _, label in shown] == images.tolist()
+  assert (watch.alarm, watch.images) == (None, count)
+  # An image waits for at most three full queues of four batches, in which all stages take as long as seven first ones.
+  assert capacity < held <= 3 * 4 * (1 + 2 + 4) * batch
+  by_completion.add((answer.exit, answer.probability, answer.label) for answer in answered)
+  assert by_completion.alarm  # The order is what matters.
 
 
 def test_labels_go_to_the_watch_in_its_thread(queue):

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from application import MAX_BYTES, Service
 from fastapi import Request
 from labels import Remembered
 from service import Answers, make_app
-from serving import PNG, form, of_pixels
+from serving import PNG, encoded, form, of_pixels
 from uploads import Refused, Uploads
 
 from paranet_jax.portable import run
@@ -175,6 +177,92 @@ def test_a_request_that_does_not_arrive():
   assert refused.value.status == 408 and uploads._held == 0
 
 
+_HALF = {'type': 'http.request', 'body': b'half', 'more_body': True}
+
+
+@pytest.mark.parametrize('path', ['/predict', '/labels'])
+@pytest.mark.parametrize(
+  ('messages', 'headers', 'status', 'body'),
+  [
+    ([_HALF], {}, 408, {'error': 'expected the whole request within 0.01 s, found 4 bytes'}),
+    ([], {}, 408, {'error': 'expected the whole request within 0.01 s, found 0 bytes'}),
+    ([_HALF, {'type': 'http.disconnect'}], {}, 499, b''),
+    ([], {'Content-Length': '1001'}, 413, {'error': 'expected at most 1,000 bytes, found more; '}),
+    ([_HALF | {'body': b'0' * 600}] * 2, {}, 413, {'error': 'expected at most 1,000 bytes, found more; '}),
+  ],
+  ids=['stalls', 'never starts', 'disconnects', 'declares too much', 'sends too much'],
+)
+def test_requests_that_do_not_arrive_whole(service, monkeypatch, path, messages, headers, status, body):
+  monkeypatch.setattr(service.scheduler, 'takes_labels', lambda: True)
+  uploads = service.predictor._uploads
+  uploads._seconds = 0.01
+  if status == 413:
+    remedy = {'/predict': 'send fewer or smaller images', '/labels': 'send labels in parts'}[path]
+    body = {'error': body['error'] + remedy}
+  assert service.ask('POST', path, headers=headers, messages=messages)[::2] == (status, body)
+  assert uploads._held == 0
+  assert service.predictor.requests == ({status: 1} if path == '/predict' else {})
+
+
+def test_labels_count_as_bytes_in_flight(service, monkeypatch):
+  monkeypatch.setattr(service.scheduler, 'takes_labels', lambda: True)
+  monkeypatch.setattr(service.predictor._uploads, '_held', 16 * MAX_BYTES - 4)
+  assert service.ask('POST', '/labels', b'[ ]')[::2] == (200, {'recorded': 0})
+  found = service.ask('POST', '/labels', b'[   ]')[::2]
+  assert found == (503, {'error': 'too many bytes are being sent at once; try again'})
+  assert service.predictor._uploads._held == 16 * MAX_BYTES - 4
+
+
+def test_the_watch_sees_images_in_the_order_of_arrival_whichever_is_decoded_first(service, monkeypatch):
+  shown, waits = [], []
+  service.scheduler.watch = SimpleNamespace(BLOCK=1, alarm=None, add=shown.extend, flush=lambda: None)
+
+  def held_up(work):
+    async def late(*arguments):
+      waits.append(asyncio.Event())
+      await waits[-1].wait()
+      return await work(*arguments)
+
+    return late
+
+  decoders = service.predictor._decoders
+  for name in ('sizes', 'decode'):
+    monkeypatch.setattr(decoders, name, held_up(getattr(decoders, name)))
+
+  async def live():
+    async def until_waiting(count):
+      while len(waits) < count:
+        await asyncio.sleep(0)
+
+    def ask(*images):
+      return asyncio.create_task(service.predictor._outcomes(images, {}, time.perf_counter()))
+
+    requests = [ask(PNG, b'no image'), ask(PNG, PNG), ask(*[PNG] * 9)]
+    await until_waiting(3)
+    second = await ask(encoded(1))  # It is decoded at once.
+    assert shown == []
+    for wait in waits:
+      wait.set()
+    await until_waiting(3 + 2 + 2)
+    requests[1].cancel()
+    third = await ask(encoded(2))
+    assert shown == []
+    for wait in waits:
+      wait.set()
+    first, cancelled, refused = await asyncio.gather(*requests, return_exceptions=True)
+    assert isinstance(cancelled, asyncio.CancelledError) and refused.status == 503
+    return [*first, *second, *third]
+
+  first, damaged, second, third = asyncio.run(asyncio.wait_for(live(), 60))
+  assert (first[0], damaged[0]) == (200, 400)
+  service.scheduler.close()
+  answers = [found for _, found in (first, second, third)]
+  assert [(exit, round(most, 6), label) for exit, most, label in shown] == [
+    (found['exit'], found['probability'], found['label']) for found in answers
+  ]
+  assert len({found['probability'] for found in answers}) == 3 and service.scheduler.inside == 0
+
+
 def test_bytes_in_flight_are_bounded():
   uploads = Uploads(MAX_BYTES, 8)
 
@@ -249,7 +337,6 @@ def test_labels_for_images_answered_earlier(service, bundle, monkeypatch):
     (b'{"id": "a", "label": 5}', 400, 'expected a label from 0 to 4, or the name of a class, found 5'),
     (b'{"id": "a", "label": "cow"}', 400, 'expected a label from 0 to 4, or the name of a class, found "cow"'),
     (b'{"id": "a", "label": true}', 400, 'expected a label from 0 to 4, or the name of a class, found true'),
-    (b' ' * 2**20 + b'{}', 413, 'expected at most 1,048,576 bytes of labels, found more; send them in parts'),
   ],
 )
 def test_labels_that_are_refused(service, monkeypatch, body, status, error):
@@ -258,6 +345,13 @@ def test_labels_that_are_refused(service, monkeypatch, body, status, error):
   found = service.ask('POST', '/labels', body)
   assert found[0] == status and found[2]['error'].startswith(error)
   assert service.predictor._remembered._answers == {'a': 1}
+
+
+def test_too_many_labels(bundle, monkeypatch):
+  service = Service(bundle, max_bytes=10**7)
+  monkeypatch.setattr(service.scheduler, 'takes_labels', lambda: True)
+  found = service.ask('POST', '/labels', b' ' * 2**20 + b'{}')[::2]
+  assert found == (413, {'error': 'expected at most 1,048,576 bytes, found more; send labels in parts'})
 
 
 def test_answers_to_unknown_images_and_old_ones_take_no_label():

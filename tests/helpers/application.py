@@ -23,19 +23,23 @@ class Service:
     self.predictor = Predictor(bundle, timings, self.scheduler, Uploads(max_bytes, 8), decoders)
     self.app = make_app(self.predictor, self.scheduler, lambda: None, origins)
 
-  def ask(self, method, path, body=b'', headers=()):
-    """Status, headers and JSON of a response."""
-    sent = []
+  def ask(self, method, path, body=b'', headers=(), messages=None):
+    """Status, headers and JSON of a response.
+
+    Args:
+      messages: what the server hands over instead of the body, before it waits without end.
+    """
+    sent, messages = [], [{'type': 'http.request', 'body': body}] if messages is None else [*messages]
 
     async def receive():
-      return {'type': 'http.request', 'body': body}
+      return messages.pop(0) if messages else await asyncio.Future()
 
     async def send(message):
       sent.append(message)
 
     scope = {'type': 'http', 'method': method, 'path': path, 'query_string': b'', 'app': self.app}
     scope['headers'] = [(name.lower().encode(), value.encode()) for name, value in dict(headers).items()]
-    asyncio.run(self.app(scope, receive, send))
+    asyncio.run(asyncio.wait_for(self.app(scope, receive, send), 60))
     headers = {name.decode(): value.decode() for name, value in sent[0]['headers']}
     body = sent[1]['body']
     return sent[0]['status'], headers, json.loads(body) if body[:1] == b'{' else body
