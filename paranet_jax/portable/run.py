@@ -474,7 +474,8 @@ class Adaptive:
     if self._reject is None:
       return found.labels
     at = self._reject['confidence_threshold'] if number == self.exits[-1] else self.thresholds[number]
-    return np.where(found.confidence(self.score) >= _limit(at), found.labels, found.logits.shape[-1])
+    sure = (found.confidence(self.score) >= _limit(at)) & found.finite()
+    return np.where(sure, found.labels, found.logits.shape[-1])
 
   @functools.cached_property
   def _all_macs(self) -> dict[int, int]:
@@ -1003,7 +1004,7 @@ class Softmax:
     return shares.astype(np.float32)
 
   def confidence(self, score: str) -> np.ndarray:
-    """-log(1 - s) of a probability score s: float64 [n], see the function `confidence`."""
+    """-log(1 - s) of a probability score s: float64 [n], see `confidence`; 0 where logits are not finite."""
     others, _, rest = self._exponentials()
     log_odds = np.log(np.maximum(rest, _LEAST_REST))  # log((1 - p1) / p1)
     if (rest < _LEAST_REST).any():
@@ -1017,7 +1018,11 @@ class Softmax:
       log_unsure = np.logaddexp(log_odds, others.max(-1)) - log_total
     else:
       raise ValueError(f'not a probability score: {score}')
-    return np.maximum(-log_unsure, 0.0)
+    return np.fmax(-log_unsure, 0.0)  # 0 in place of NaN too: a threshold of 0 limits the cost of every image.
+
+  def finite(self) -> np.ndarray:
+    """Which images have probabilities that are numbers: bool [n]."""
+    return ~np.isnan(self._exponentials()[2])
 
   def _at_largest(self) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(self.labels)), self.labels
@@ -1082,12 +1087,12 @@ def confidence(logits: Any, score: str, temperature: float = 1.0) -> np.ndarray:
   their order to any finite gap.
 
   Args:
-    logits: [..., C], C >= 2, finite.
+    logits: [..., C], C >= 2.
     score: 'max_prob' (largest probability p1), 'entropy' (1 + sum p log p / log C) or 'margin' (p1 - p2).
     temperature: T > 0 that divides the logits.
 
   Returns:
-    float64 [...], >= 0 and finite; higher is more confident.
+    float64 [...], >= 0 and finite; higher is more confident. 0 where logits are not finite.
   """
   logits = np.asarray(logits)
   rows = logits.reshape(-1, logits.shape[-1])

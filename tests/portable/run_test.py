@@ -96,7 +96,8 @@ def test_each_image_exits_by_the_definition(score, thresholds, visited):
 def test_images_without_finite_logits_are_not_sure_and_do_not_change_others(score):
   logits = np.array([[np.nan, 0, 1], [0, 1e4, 0], [0, np.inf, 1], [-np.inf, np.nan, 0], [0, 1, 2]], np.float32)
   confidences, probabilities = runtime.confidence(logits, score), runtime.softmax(logits, 1.0)
-  assert np.isnan(confidences).tolist() == np.isnan(probabilities).all(1).tolist() == [True, False, True, True, False]
+  assert np.isnan(probabilities).all(1).tolist() == [True, False, True, True, False]
+  assert (confidences == 0).tolist() == [True, False, True, True, False]
   for row in (1, 4):
     assert confidences[row] == runtime.confidence(logits[row], score)
     np.testing.assert_array_equal(probabilities[row : row + 1], runtime.softmax(logits[row : row + 1], 1.0))
@@ -110,6 +111,21 @@ def test_images_that_diverge_leave_at_the_last_exit(monkeypatch):
   bundle = adaptive((500.0, None, 0.0))
   assert bundle.predict(IMAGES).exits[:6].tolist() == [EXITS[-1]] * 5 + [EXITS[0]]
   assert [bundle.predict_one(IMAGES[row]).exit for row in (3, 4, 5)] == [EXITS[-1], EXITS[-1], EXITS[0]]
+
+
+@pytest.mark.parametrize('score', ['max_prob', 'entropy', 'margin'])
+@pytest.mark.filterwarnings('ignore:invalid value')
+def test_images_that_diverge_keep_the_limit_of_the_cost(monkeypatch, score):
+  """A threshold of 0, as of --max-macs and --threshold=0, lets every image leave; with --reject, it is unknown."""
+  logits = LOGITS.copy()
+  logits[:, 3], logits[:, 4] = np.nan, [np.inf, *[0] * (CLASSES - 1)]
+  monkeypatch.setattr(sys.modules[__name__], 'LOGITS', logits)
+  for bundle in (adaptive((500.0, 0.0, 0.0), score=score), adaptive((500.0, None, 0.0), score=score).with_threshold(0)):
+    number = EXITS[1] if bundle.as_calibrated else EXITS[0]
+    assert bundle.predict(IMAGES).exits.tolist() == [number] * COUNT
+    assert [bundle.predict_one(IMAGES[row]).exit for row in (0, 3, 4)] == [number] * 3
+  rejecting = adaptive((500.0, 0.0, 0.0), score=score, reject=REJECT)
+  assert rejecting.predict(IMAGES).unknown.nonzero()[0].tolist() == [3, 4]
 
 
 def test_logits_of_other_kinds():
