@@ -914,7 +914,7 @@ class _Gambler:
     Images are compared with each other in parts, and with the parts before by counts: N x N comparisons take longer.
     """
     (rows, count), categories = found.shape, self._counts.shape[-1]
-    parts = np.zeros((rows, -(-count // _PART) * _PART), np.int16)
+    parts = np.zeros((rows, -(-count // _PART) * _PART), np.int32)
     parts[:, :count] = found  # What fills the last part comes after all others.
     parts = parts.reshape(-1, _PART)
     others, own, number = parts[:, None], parts[:, :, None], len(parts)

@@ -68,6 +68,17 @@ def test_the_bets_one_by_one(monkeypatch):
   assert gambler.log_capital == pytest.approx(np.log(np.mean(active) + reserve))
 
 
+def test_ranks_among_many_classes():
+  """Categories above 32,767: how many of those before each are later, and equal, counted one by one."""
+  categories = 40_000
+  rng = np.random.default_rng(0)
+  counts, block = np.ones(categories, int), rng.choice([5, 32_767, 32_768, 39_999], 40)
+  above, equal = run._Gambler([counts])._count(block[None])
+  before = [[*range(categories), *block[:place]] for place in range(40)]
+  assert above[0].tolist() == [sum(each > block[place] for each in before[place]) for place in range(40)]
+  assert equal[0].tolist() == [before[place].count(block[place]) for place in range(40)]
+
+
 def test_few_runs_without_a_change_alarm():
   # Each of two tests may alarm in a tenth of the runs; the classes are wrong as often as before.
   alarms = []
