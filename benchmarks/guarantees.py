@@ -3,15 +3,17 @@
     python benchmarks/guarantees.py --draws=1000   # simulates, and writes benchmarks/results/guarantees.json
     python benchmarks/guarantees.py --table        # writes the table of docs/guarantees.md from that file
 
-A draw is what one user has: 1,000 held-out images, on one half of which anything may be chosen. A promise is broken in
-a draw if it does not hold on the whole population. `plug-in` is what is chosen without a test: the cheapest thresholds
-whose measured risk on the same images keeps the limit.
+A draw is what one user has: held-out images, on one of whose `halves` anything may be chosen. A promise is broken in a
+draw if it does not hold on the whole population. There are two: one of 5 classes, and one of 8 common classes and 200
+rare ones, where most held-out images of a rare class are the only one. `plug-in` is what is chosen without a test: the
+cheapest thresholds whose measured risk on the same images keeps the limit.
 """
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -21,7 +23,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import tables
+from paranet_jax.calibrate.measures import halves
 from paranet_jax.early import promises
+from paranet_jax.early.logits import Outputs
 from paranet_jax.early.policies import risk
 from paranet_jax.early.policies.shared import shared_thresholds
 from paranet_jax.early.scores import confidences
@@ -36,6 +40,10 @@ BEFORE, AFTER = '<!-- made by benchmarks/guarantees.py --table -->', '<!-- end -
 EPSILON, DELTA, COVERAGE = 0.05, 0.1, 0.9
 ALPHA, STREAM = 0.01, 2560
 POPULATION, HELD_OUT, CLASSES = 20_000, 1_000, 5
+COMMON, RARE, RARE_SHARE = 8, 200, 0.3
+"""Classes of the long tail, and the share of its images that are of rare ones."""
+MISTAKEN, DOUBT = np.array([0.7, 0.55, 0.4]), 0.35
+"""The share of the rare images that each exit takes for a common class, and how sure it is then: times this."""
 COSTS = np.array([1.00, 3.62, 13.45]) / 13.45
 """Of the exits of pretrained/, as shares of the last one's."""
 
@@ -45,16 +53,21 @@ class World(NamedTuple):
 
   Attributes:
     logits: [K, N, C]. labels: [N]. ranks: confidences [K, N]. losses: wrong where the last exit is right [K, N].
+    held_out: how many images a draw has.
+    kind: of the images, for the table.
   """
 
   logits: np.ndarray
   labels: np.ndarray
   ranks: np.ndarray
   losses: np.ndarray
+  held_out: int = HELD_OUT
+  kind: str = ''
 
   def take(self, rows: np.ndarray) -> 'World':
     """Some of the images."""
-    return World(self.logits[:, rows], self.labels[rows], self.ranks[:, rows], self.losses[:, rows])
+    parts = self.logits[:, rows], self.labels[rows], self.ranks[:, rows], self.losses[:, rows]
+    return World(*parts, self.held_out, self.kind)
 
 
 def make_world(seed: int = 0) -> World:
@@ -63,6 +76,24 @@ def make_world(seed: int = 0) -> World:
   labels = rng.integers(0, CLASSES, POPULATION)
   strength = np.linspace(1.2, 3.0, len(COSTS))[:, None, None] * rng.exponential(1.0, (POPULATION, 1))
   logits = 2.5 * (np.eye(CLASSES)[labels] * strength + 0.45 * rng.normal(size=(len(COSTS), POPULATION, CLASSES)))
+  return _world(logits, labels)
+
+
+def make_tail(seed: int = 0, population: int = 5_000) -> World:
+  """Exits that take many images of rare classes for common ones: what is not tested on rare classes is not found."""
+  rng = np.random.default_rng(seed)
+  rare, classes = rng.random(population) < RARE_SHARE, COMMON + RARE
+  labels = np.where(rare, rng.integers(COMMON, classes, population), rng.integers(0, COMMON, population))
+  mistaken = rare & (rng.random(population) < MISTAKEN[:, None])
+  seen_as = np.where(mistaken, rng.integers(0, COMMON, population), labels)
+  strength = np.linspace(1.2, 3.0, len(COSTS))[:, None] * (0.5 + rng.exponential(1.0, population))
+  strength[mistaken] *= DOUBT
+  logits = 0.5 * rng.normal(size=(len(COSTS), population, classes))
+  logits[np.arange(len(COSTS))[:, None], np.arange(population), seen_as] += 2.5 * strength
+  return _world(logits, labels)._replace(held_out=240, kind=', many rare classes')
+
+
+def _world(logits: np.ndarray, labels: np.ndarray) -> World:
   right = logits.argmax(-1) == labels
   losses = (right[-1] & ~right).astype(float)
   return World(logits, labels, confidences(logits, 'max_prob', np.ones(len(COSTS))), losses)
@@ -132,7 +163,7 @@ def simulate_risks(world: World, kind: str, draws: int, seed: int) -> dict[str, 
       broken[draw, place] = max(risks(world, thresholds)) > EPSILON
       costs[draw, place] = _cost(world, thresholds)
   return {
-    'promise': f'{RISKS[kind][0]}: at most {100 * EPSILON:g} %, with probability {1 - DELTA:g}',
+    'promise': f'{RISKS[kind][0]}{world.kind}: at most {100 * EPSILON:g} %, with probability {1 - DELTA:g}',
     'limit': DELTA,
     **_named(broken.mean(axis=0), 'broken', 'plug_in_broken'),
     **_named(costs.mean(axis=0), 'cost', 'plug_in_cost'),
@@ -142,7 +173,8 @@ def simulate_risks(world: World, kind: str, draws: int, seed: int) -> dict[str, 
 
 def simulate_rejection(world: World, draws: int, seed: int) -> dict[str, Any]:
   """How often more of the answers are wrong than promised, and the share that is unknown."""
-  thresholds = shared_thresholds(2.5, len(COSTS))
+  # Of the long tail, early exits are wrong too often for any promise.
+  thresholds = shared_thresholds(np.inf if world.kind else 2.5, len(COSTS))
   everything = _leaving(world, thresholds)
   broken, unknown = np.zeros((draws, 2), bool), np.zeros((draws, 2))
   for draw, (reference, tested) in enumerate(_draws(world, draws, seed)):
@@ -156,8 +188,9 @@ def simulate_rejection(world: World, draws: int, seed: int) -> dict[str, Any]:
       given = everything.early | (everything.confidence >= (np.inf if at is None else at))
       unknown[draw, place] = 1.0 if at is None else 1 - given.mean()
       broken[draw, place] = at is not None and everything.wrong[given].mean() > EPSILON
+  share = f'{100 * EPSILON:g} %'
   return {
-    'promise': f'`--reject`: at most {100 * EPSILON:g} % of the answers wrong, with probability {1 - DELTA:g}',
+    'promise': f'`--reject`{world.kind}: at most {share} of the answers wrong, with probability {1 - DELTA:g}',
     'limit': DELTA,
     **_named(broken.mean(axis=0), 'broken', 'plug_in_broken'),
     **_named(unknown.mean(axis=0), 'cost', 'plug_in_cost'),
@@ -181,11 +214,12 @@ def _leaving(world: World, thresholds: np.ndarray) -> promises.Leaving:
 def simulate_sets(world: World, draws: int, seed: int) -> list[dict[str, Any]]:
   """How often a set lacks the right class: at the exit that is taken, the worst exit, and at any of all exits."""
   thresholds = shared_thresholds(1.0, len(COSTS))  # Low: early exits are wrong too often for sets of one class.
-  everything, rows = _labeled(world, thresholds), np.arange(POPULATION)
+  everything, rows = _labeled(world, thresholds), np.arange(len(world.labels))
+  scores_by = functools.cache(lambda *rule: np.stack([set_scores(each, *rule) for each in everything.probabilities]))
   missed, sizes, at_exits, anywhere, any_sizes = [], [], [], [], []
   for reference, tested in _draws(world, draws, seed):
     sets = promises.choose_sets(_labeled(reference, thresholds), _labeled(tested, thresholds), COVERAGE)
-    scores = np.stack([set_scores(each, sets['penalty'], sets['free']) for each in everything.probabilities])
+    scores = scores_by(sets['penalty'], sets['free'])
     limits = np.array([np.inf if limit is None else limit for limit in sets['limits']])
     held = scores[everything.taken, rows] <= limits[everything.taken][:, None]
     lacks = ~held[rows, everything.labels]
@@ -197,13 +231,15 @@ def simulate_sets(world: World, draws: int, seed: int) -> list[dict[str, Any]]:
     any_sizes.append(inside.all(axis=0).sum(-1).mean())
   worst = int(np.argmax(np.mean(at_exits, axis=0)))
   share = f'{100 * COVERAGE:g} %'
-  row = {'limit': 1 - COVERAGE, 'cost_of': f'classes in a set, of {CLASSES}'}
+  row = {'limit': 1 - COVERAGE, 'cost_of': f'classes in a set, of {world.logits.shape[-1]}'}
   return [
-    row | {'promise': f'`--coverage`: the set holds the right class, {share}'} | _missed(missed, sizes),
+    row | {'promise': f'`--coverage`{world.kind}: the set holds the right class, {share}'} | _missed(missed, sizes),
     row
-    | {'promise': f'`--coverage`, among the images of each exit, {share} (the worst)'}
+    | {'promise': f'`--coverage`, among the images of each exit{world.kind}, {share} (the worst)'}
     | _missed(np.array(at_exits)[:, worst], sizes),
-    row | {'promise': f'`anytime_sets`: all sets of an image hold it, {share}'} | _missed(anywhere, any_sizes),
+    row
+    | {'promise': f'`anytime_sets`{world.kind}: all sets of an image hold it, {share}'}
+    | _missed(anywhere, any_sizes),
   ]
 
 
@@ -274,11 +310,14 @@ def _false_alarms(promise: str, alarms: int, runs: int) -> dict[str, Any]:
   return {'promise': promise, 'limit': ALPHA, 'draws': runs, 'broken': alarms / runs, 'cost': None, 'cost_of': ''}
 
 
-def _draws(world: World, draws: int, seed: int):
+def _draws(world: World, draws: int, seed: int) -> Iterator[tuple[World, World]]:
+  """The images on which anything may be chosen and those that are tested, split as `calibrate` does."""
   rng = np.random.default_rng(seed)
   for _ in range(draws):
-    rows = rng.integers(0, POPULATION, HELD_OUT)
-    yield world.take(rows[: HELD_OUT // 2]), world.take(rows[HELD_OUT // 2 :])
+    rows = rng.integers(0, len(world.labels), world.held_out)
+    parts = halves(Outputs(rows[None, :, None], world.labels[rows]))
+    reference, tested = (world.take(part.logits[0, :, 0]) for part in parts)
+    yield reference, tested
 
 
 def _named(values: np.ndarray, *names: str) -> dict[str, float]:
@@ -293,9 +332,11 @@ def allowed(row: dict[str, Any], draws: int) -> float:
 
 def simulate(draws: int) -> dict[str, Any]:
   """All promises: `draws`, and `rows` with what each promised, how often it was broken, and what it costs."""
-  world = make_world()
+  world, tail = make_world(), make_tail()
   rows = [simulate_risks(world, kind, draws, seed) for seed, kind in enumerate(RISKS)]
   rows += [simulate_rejection(world, draws, 10), *simulate_sets(world, draws, 11)]
+  rows += [simulate_risks(tail, 'marginal', draws, 14), simulate_rejection(tail, draws, 15)]
+  rows += simulate_sets(tail, draws, 16)[:1]
   rows += [simulate_watch(world, 10 * draws, 12), simulate_labels(world, 10 * draws, 13)]
   return {'draws': draws, 'held_out': HELD_OUT, 'population': POPULATION, 'rows': rows}
 

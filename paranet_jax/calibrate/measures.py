@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 
-from paranet_jax.data.dataset import max_drawable, stratified_indices
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
@@ -334,8 +333,16 @@ def fit_temperatures(minimized: str, outputs: Outputs) -> PerExit:
 
 
 def halves(outputs: Outputs) -> tuple[Outputs, Outputs]:
-  """Two disjoint halves, with each class in both if possible."""
-  count = len(outputs.labels) // 2
-  classes = outputs.labels if count <= max_drawable(outputs.labels) else np.zeros_like(outputs.labels)
-  kept, drawn = stratified_indices(classes, count, _HALVES_SEED)
-  return outputs.take(kept), outputs.take(drawn)
+  """Two disjoint halves, of which the second is for tests: drawn uniformly, whatever the images and their classes are.
+
+  Promises need tested images that are exchangeable with later ones, and so every image must have the same chance to be
+  tested. A split in proportion to classes breaks that: of a class with a single image, one half never sees any, and
+  where many classes are rare, their risk is not tested. What is drawn here depends on the number of images alone, so if
+  the images are independent draws of a population, the tested ones are too: the binomial tails are exact, given the
+  labels as well, and conformal ranks are uniform. Drawing pairs of a class by coins would keep the chances equal, but
+  the tested images would depend on each other, and the tails would hold approximately.
+  """
+  # RandomState, not default_rng: only its stream is guaranteed to be the same in every NumPy version.
+  order = np.random.RandomState(_HALVES_SEED).permutation(len(outputs.labels))
+  tested, reference = np.split(order, [len(order) // 2])
+  return outputs.take(np.sort(reference)), outputs.take(np.sort(tested))

@@ -175,7 +175,8 @@ def test_an_older_run_file_is_replaced_and_a_card_that_was_removed_is_not(whole,
 
 
 def test_a_risk_without_labels(whole, folder):
-  calibrate(folder, whole / 'plain', '--risk=0.95', '--risk-of=selective')
+  # Of a network of random weights, whose exits seldom agree.
+  calibrate(folder, whole / 'plain', '--risk=0.99', '--risk-of=selective', '--delta=0.5')
   assert read_plan(folder / 'tiny-2').target['loss'] == 'disagreement'
 
 

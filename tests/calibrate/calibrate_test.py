@@ -283,11 +283,10 @@ def test_risk_control(workdir, monkeypatch, flags, target):
   assert plan.target == {'risk': 0.5} | target and plan.policy == target['guarantee']
   assert plan.splits == {'temperature': HELD_OUT // 2, 'thresholds': HELD_OUT // 2, 'test': TEST}
   assert plan.expected['images'] == HELD_OUT // 2 and plan.expected[target['loss']] <= 0.5
-  # The temperatures and the thresholds see different images of the same classes.
-  (fitted, fitted_labels), (tested, tested_labels, *_) = seen['fit'], seen['rank']
+  # The temperatures and the thresholds see different images.
+  (fitted, _), (tested, *_) = seen['fit'], seen['rank']
   together = {row.tobytes() for row in fitted} | {row.tobytes() for row in tested[0]}
   assert len(together) == HELD_OUT
-  assert np.abs(np.bincount(fitted_labels) - np.bincount(tested_labels)).max() <= 1
 
 
 @pytest.mark.parametrize(('flags', 'needed'), [(['--risk=0.01'], 230), (['--risk=0.005', '--guarantee=crc'], 199)])
@@ -351,14 +350,27 @@ def test_a_single_exit_keeps_every_risk():
     assert choice.thresholds.tolist() == [-np.inf] and choice.problem is None
 
 
-@pytest.mark.parametrize('labels', [[0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 3], [1, 1]])
-def test_halves_of_few_images(labels):
-  outputs = calibration.Outputs(np.arange(len(labels), dtype=np.float32).reshape(1, -1, 1), np.array(labels))
-  fitted, tested = measures.halves(outputs)
-  assert len(tested.labels) == len(labels) // 2
-  assert sorted([*fitted.logits.ravel(), *tested.logits.ravel()]) == list(range(len(labels)))
-  if labels == [0, 0, 0, 1, 1, 1]:
-    assert set(fitted.labels) == set(tested.labels) == {0, 1}
+@pytest.mark.parametrize('count', [2, 5, 6, 601])
+def test_halves_are_drawn_whatever_the_classes_are(count):
+  images = np.arange(count, dtype=np.float32).reshape(1, -1, 1)
+  drawn = []
+  for labels in (np.zeros(count), np.arange(count), np.arange(count) // 3, np.minimum(np.arange(count), count // 2)):
+    reference, tested = measures.halves(calibration.Outputs(images, labels.astype(int)))
+    assert len(tested.labels) == count // 2
+    assert sorted([*reference.logits.ravel(), *tested.logits.ravel()]) == list(range(count))
+    drawn.append(tested.logits.ravel().tolist())
+  assert drawn == drawn[:1] * 4
+
+
+def test_rare_classes_are_tested_as_often_as_they_occur():
+  """Of 600 images, 180 are the only ones of their class: 90 are expected among the 300 that are tested."""
+  rng = np.random.default_rng(0)
+  tested = []
+  for _ in range(100):
+    labels = rng.permutation(np.where(np.arange(600) < 180, np.arange(600) + 8, np.arange(600) % 8))
+    tested.append((measures.halves(calibration.Outputs(np.zeros((1, 600, 1)), labels))[1].labels >= 8).sum())
+  # Hypergeometric: 300 of 600, of which 180 are rare: 300 * 0.3 * 0.7 * 300 / 599 = 31.6 is the variance.
+  assert abs(np.mean(tested) - 90) < 3 * 5.62 / 10 and 4 < np.std(tested) < 7.5
 
 
 @pytest.mark.parametrize(
