@@ -181,6 +181,8 @@ class Predictor:
       return 500, {'error': 'the network failed on this image; see the log of the service'}
     finally:
       self._scheduler.release()
+    if math.isnan(answer.probability):  # JSON has no NaN, which would fail the other images of the request.
+      return 500, {'error': "the network's answer is not finite"}
     found: dict[str, Any] = {
       'label': answer.label,
       'class_name': None if answer.label is None else self._name(answer.label),

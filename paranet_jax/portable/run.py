@@ -76,6 +76,8 @@ MAX_SCANS = 100
 """The most scans of a JPEG: each decodes all pixels again. Encoders write about ten, libtiff has the same limit."""
 MAX_SLOW_PIXELS = 2**20
 """The most pixels of plain PPM and of run-length encoded BMP, which Pillow decodes in Python, one at a time."""
+DIVERGED = "the network's answer is not finite"
+"""Why an image whose logits overflow is reported like a file that cannot be read."""
 UNKNOWN = 'unknown'
 """The label in print of an image that the network is too unsure of to answer."""
 WAVE = 64
@@ -114,6 +116,11 @@ class Predictions(NamedTuple):
   def unknown(self) -> np.ndarray:
     """Which images the network was too unsure of to answer: bool [N]. None, unless calibrated with --reject."""
     return self.labels >= self.probabilities.shape[-1]
+
+  @property
+  def finite(self) -> np.ndarray:
+    """Which images have an answer: bool [N]. The logits of others are not finite, and all their probabilities NaN."""
+    return np.isfinite(self.probabilities[:, 0])
 
 
 class Prediction(NamedTuple):
@@ -336,7 +343,8 @@ class Adaptive:
     """The classes that each image may have, of which one is right with the probability `coverage`.
 
     Where images exit as calibrated, this holds among those of each exit. Otherwise the sets are larger, and it holds
-    whatever made an image stop where it did. The most probable class is in every set.
+    whatever made an image stop where it did. The most probable class is in every set; images without a finite answer
+    have an empty one.
 
     Args:
       answers: of `predict` or `answers`.
@@ -2344,8 +2352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments, those of sys.argv if None.
 
   Returns:
-    The exit code: 0; 1: some files could not be read; 2: a user error, nothing was predicted; 130: interrupted; 141:
-    the reader of standard output has stopped.
+    The exit code: 0; 1: some files could not be read, or have no finite answer; 2: a user error, nothing was predicted;
+    130: interrupted; 141: the reader of standard output has stopped.
   """
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # File names may not fit its encoding.
@@ -2491,13 +2499,13 @@ def _print(
     sets = iter(_sets(bundle, answers, deadline_ms is not None, names))
     rows = itertools.starmap(Prediction, zip(*answers, strict=True))
     for file, image in zip(wave, decoded, strict=True):
-      if isinstance(image, str):
-        _note(f'error: {printable(file)}: {image}')
+      answer, held = (None, '') if isinstance(image, str) else (next(rows), next(sets))
+      if answer is None or np.isnan(answer.probabilities).any():
+        _note(f'error: {printable(file)}: {image if answer is None else DIVERGED}')
         unreadable += 1
         continue
-      answer = next(rows)
       label = UNKNOWN if answer.unknown else names[answer.label]
-      _say(layout.format(printable(file), label, f'{answer.probabilities.max():.3f}', answer.exit) + next(sets))
+      _say(layout.format(printable(file), label, f'{answer.probabilities.max():.3f}', answer.exit) + held)
       exiting[answer.exit] += 1
       unknown += answer.unknown
   if watching:

@@ -11,6 +11,7 @@ from paranet_jax.host.arguments import Parser, absolute, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, exit_code
 from paranet_jax.host.starting import begin
 from paranet_jax.portable.run import (
+  DIVERGED,
   MAX_MEMORY,
   MAX_PIXELS,
   BundleError,
@@ -18,7 +19,7 @@ from paranet_jax.portable.run import (
   list_images,
   printable,
 )
-from paranet_jax.predict.image_files import read_batches
+from paranet_jax.predict.image_files import Batch, read_batches
 from paranet_jax.predict.output import FORMATS, check_output, check_replaced, make_format, open_output, prediction_rows
 from paranet_jax.predict.tally import LiveLine, Tally
 
@@ -27,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (None: those of the process).
 
   Returns:
-    The exit code: 0; 1: some files were unreadable; 2: a user's error, nothing was predicted or written; 130:
-    interrupted; 141: the reader of standard output has stopped.
+    The exit code: 0; 1: some files were unreadable, or have no finite answer; 2: a user's error, nothing was predicted
+    or written; 130: interrupted; 141: the reader of standard output has stopped.
   """
   return exit_code(lambda: _run(_parse(argv)), has_config=False)
 
@@ -112,7 +113,7 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
     line.update(0, 0)
     try:
       for batch in batches:
-        predictions = early_exit.predict(batch.images)
+        batch, predictions = _answered(batch, early_exit.predict(batch.images))
         sets = early_exit.sets(predictions) if 'set' in more else None
         rows = prediction_rows(batch.files, predictions, early_exit.class_names, top, early_exit.rejects, sets)
         stream.write(''.join(map(format.row, rows)))
@@ -124,6 +125,17 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
     finally:
       stream.write(format.after)  # Keeps JSON valid after an interrupt.
       stream.flush()
+
+
+def _answered(batch: Batch, predictions: Any) -> tuple[Batch, Any]:
+  """The files that have an answer, and it; the others are among those that cannot be read, with the reason."""
+  finite = predictions.finite
+  if finite.all():
+    return batch, predictions
+  diverged = [(file, DIVERGED) for file, answered in zip(batch.files, finite, strict=True) if not answered]
+  files = [file for file, answered in zip(batch.files, finite, strict=True) if answered]
+  kept = type(predictions)(*(column[finite] for column in predictions))
+  return Batch(files, batch.images[finite], [*batch.unreadable, *diverged]), kept
 
 
 if __name__ == '__main__':

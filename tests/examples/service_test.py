@@ -69,6 +69,20 @@ def test_a_stage_that_fails(service, bundle, monkeypatch, capsys):
   assert service.predictor.requests == {500: 1, 200: 1} and service.scheduler.inside == 0
 
 
+def test_an_answer_that_is_not_finite(service, bundle, monkeypatch):
+  answers = bundle.answers
+
+  def diverging(number, logits):
+    found = answers(number, logits)
+    found.probabilities[:1] = np.nan
+    return found
+
+  monkeypatch.setattr(bundle, 'answers', diverging)
+  status, _, body = service.ask('POST', '/predict', PNG)
+  refused = {'error': "the network's answer is not finite"}
+  assert (status, body) == (500, refused | {'answers': [refused]})
+
+
 def test_a_class_name_that_is_not_utf_8(service, bundle, monkeypatch):
   monkeypatch.setattr(bundle, 'class_names', ('caf\udce9 \x1b[2J',) * tiny_bundle.CLASSES)
   status, _, body = service.ask('POST', '/predict', PNG)

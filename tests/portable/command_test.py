@@ -101,6 +101,20 @@ def test_refused_values(command, photos, flag, message):
   assert command(flag, photos) == (2, [], [f'error: {message}'])
 
 
+def test_an_answer_that_is_not_finite_is_reported(command, photos, monkeypatch):
+  Image.fromarray(255 - PIXELS).save(photos / 'b.png')
+
+  def diverging(self, images, predict=run.Adaptive.predict):
+    found = predict(self, images)
+    found.probabilities[0] = np.nan
+    return found
+
+  monkeypatch.setattr(run.Adaptive, 'predict', diverging)
+  code, rows, err = command(photos)
+  assert code == 1 and [row[0] for row in rows] == ['file', f'{photos}/b.png']
+  assert err == [f"error: {photos}/a.png: the network's answer is not finite", f'1 image, 1 unreadable; {SHARES}']
+
+
 def test_a_folder_without_images(command, tmp_path):
   assert command(tmp_path) == (
     2,

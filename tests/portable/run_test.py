@@ -122,7 +122,9 @@ def test_images_that_diverge_keep_the_limit_of_the_cost(monkeypatch, score):
   monkeypatch.setattr(sys.modules[__name__], 'LOGITS', logits)
   for bundle in (adaptive((500.0, 0.0, 0.0), score=score), adaptive((500.0, None, 0.0), score=score).with_threshold(0)):
     number = EXITS[1] if bundle.as_calibrated else EXITS[0]
-    assert bundle.predict(IMAGES).exits.tolist() == [number] * COUNT
+    found = bundle.predict(IMAGES)
+    assert found.exits.tolist() == [number] * COUNT
+    assert np.flatnonzero(~found.finite).tolist() == [3, 4]
     assert [bundle.predict_one(IMAGES[row]).exit for row in (0, 3, 4)] == [number] * 3
   rejecting = adaptive((500.0, 0.0, 0.0), score=score, reject=REJECT)
   assert rejecting.predict(IMAGES).unknown.nonzero()[0].tolist() == [3, 4]

@@ -165,6 +165,22 @@ def test_a_set_on_a_terminal_keeps_to_its_width(columns, shown):
   assert found == f'a     ant          0.700     1     1,000  {shown}\n'
 
 
+@pytest.mark.parametrize('format', ['json', 'csv', 'table'])
+@pytest.mark.usefixtures('promising')
+def test_answers_that_are_not_finite_are_reported(predict, monkeypatch, format):
+  def diverging(self, images, predict=Fake.predict):
+    found = predict(self, images)
+    found.probabilities[1] = np.nan
+    return found
+
+  monkeypatch.setattr(Fake, 'predict', diverging)
+  code, out, err = predict('a.png', 'b.png', 'c.png', f'--format={format}')
+  assert code == 1 and 'b.png' not in out and 'a.png' in out and 'c.png' in out and 'nan' not in out.lower()
+  assert err.startswith("error: b.png: the network's answer is not finite\n2 images, 1 unreadable; exit 1: 100.0 %; ")
+  if format == 'json':
+    assert [(row['file'], row['label']) for row in json.loads(out)] == [('a.png', 'ant'), ('c.png', 'cow')]
+
+
 def test_no_more_classes_than_there_are(predict):
   assert predict('--format=csv', 'a.png', '--top=9')[1].startswith(
     'file,label,probability,exit,macs,label_2,probability_2,label_3,probability_3,label_4,probability_4\n'
