@@ -141,13 +141,14 @@ def _budgets(facts: Facts) -> dict[str, Any]:
   chart, points = found
   last, alone = facts.plan.exits[-1], float(facts.data.alone[-1])
   calibrate = f'python -m paranet_jax.calibrate --workdir={_shown(facts.folder)}'
+  score = '' if facts.plan.score == 'max_prob' else f' --score={facts.plan.score}'  # Whose curve this is.
   texts = [
     {
       'x': round(point.x, 2),
       'y': round(point.y, 2),
       'text': f'{human_count(round(point.cost))} multiply-adds an image, {100 * point.cost / alone:.1f} % of '
       f'the cost of exit {last} alone: {100 * point.accuracy:.2f} % {_kind(facts)} on test images',
-      'command': None if facts.bundle else f'{calibrate} --budget={point.cost:.0f}',
+      'command': None if facts.bundle else f'{calibrate} --budget={point.cost:.0f}{score}',
     }
     for point in points
   ]

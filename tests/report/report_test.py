@@ -13,6 +13,7 @@ from markup import Structure
 from PIL import Image
 
 from paranet_jax.calibrate.figures.figure_data import figure_data
+from paranet_jax.calibrate.flags import parse
 from paranet_jax.early.exit_plan import CheckpointId, full_network_plan
 from paranet_jax.early.logits import Outputs
 from paranet_jax.early.path_costs import PathCosts
@@ -104,6 +105,14 @@ def test_the_page(tmp_path, data):
   assert points[-1]['command'] == f'python -m paranet_jax.calibrate --workdir={tmp_path} --budget=' + (
     f'{data.families["optimal"]["test"].cost.max():.0f}'
   )
+
+
+@pytest.mark.parametrize('score', ['max_prob', 'entropy', 'margin', 'patience'])
+def test_the_commands_of_the_slider_choose_its_points(tmp_path, data, score):
+  facts = facts_of(tmp_path, dataclasses.replace(PLAN, score=score), data=data, lacking='')
+  words = json.loads(page_values(facts, 'command')['points'])[0]['command'].split()
+  request = parse(words[3:])
+  assert request.score == score and request.target == {'budget': 10.0, 'unit': 'macs'}
 
 
 def test_the_slider_stays_on_the_curve(data):
