@@ -37,7 +37,9 @@ from paranet_jax.early.thresholds import visited
 from paranet_jax.host.energy import Energy, find_energy
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.machine import cpu_name, environment
+from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.learned import repair_dataset_facts
+from paranet_jax.runs.retention import Retention
 from paranet_jax.runs.trained import read_task
 from paranet_jax.runs.workdir import prepare_folder, restore_config
 from paranet_jax.targets import trained_exits
@@ -100,6 +102,8 @@ def calibrate(request: Request, command: str) -> Calibrated:
     say(f'no joules are measured: {energy}')
   say(f'reading {len(dataset.held_out):,} held-out and {len(dataset.test):,} test images')
   held_out, test = _outputs(subject, dataset.held_out), _outputs(subject, dataset.test)
+  if line := _chosen_by(request, subject):
+    say(line)
   # Promises about answers need images on which nothing else was chosen.
   rest, promised = halves(held_out) if request.promises else (held_out, None)
   target = request.target
@@ -161,6 +165,26 @@ def _target(request: Request, subject: Subject) -> dict[str, Any]:
       'set --risk-loss=disagreement'
     )
   return request.target | {'loss': 'disagreement'}
+
+
+def _chosen_by(request: Request, subject: Subject) -> str | None:
+  """Says that the held-out images, which test what is promised, chose the checkpoint; None: they did not.
+
+  The latest checkpoint, which is taken unless a step is named, is the latest whatever they are.
+  """
+  if request.step is None or not (request.promises or 'risk' in request.target):
+    return None
+  measure = subject.task.config.checkpoint.keep_best
+  if measure == 'none':
+    return None
+  with Checkpoints(request.workdir) as checkpoints:
+    best = Retention(subject.task, request.workdir).best(checkpoints.steps())
+  if best != subject.checkpoint.step:
+    return None
+  return (
+    f'step {best} was the best on the held-out images, by checkpoint.keep_best={measure}, and they also test what is '
+    'promised: it may be broken a little more often; leave out --step for a checkpoint that they did not choose'
+  )
 
 
 def check_budget(request: Request, costs: PathCosts, exits: tuple[int, ...]) -> None:

@@ -15,12 +15,14 @@ import pytest
 from early_samples import samples_of, softmax
 from running import PROGRAMS, run_command
 
+from paranet_jax.base_config import base_config
 from paranet_jax.calibrate import calibration, figures, latency, measures, summary_text
 from paranet_jax.calibrate.__main__ import main
 from paranet_jax.calibrate.flags import parse
 from paranet_jax.early.exit_plan import EXITS, CheckpointId, full_network_plan, load_plan, read_plan
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.host.errors import UserError
+from paranet_jax.targets import parse_name
 
 HELD_OUT, TEST = 300, 360
 COSTS = PathCosts(2, lambda before, index: 1.0)
@@ -287,6 +289,48 @@ def test_risk_control(workdir, monkeypatch, flags, target):
   (fitted, _), (tested, *_) = seen['fit'], seen['rank']
   together = {row.tobytes() for row in fitted} | {row.tobytes() for row in tested[0]}
   assert len(together) == HELD_OUT
+
+
+@pytest.mark.parametrize(
+  ('flags', 'keep_best', 'said'),
+  [
+    (['--step=140', '--risk=0.5'], 'nll', True),
+    (['--step=140', '--threshold=0.5', '--reject=0.9'], 'nll', True),
+    (['--step=140', '--threshold=0.5', '--coverage=0.5'], 'accuracy', True),
+    (['--step=140', '--threshold=0.5'], 'nll', False),
+    (['--step=140', '--risk=0.5'], 'none', False),
+    (['--risk=0.5'], 'nll', False),
+  ],
+)
+def test_a_promise_for_the_checkpoint_that_the_held_out_images_chose(workdir, monkeypatch, flags, keep_best, said):
+  config = calibration.restore_config(workdir)
+  config.checkpoint.keep_best = keep_best
+
+  def read_task(*arguments, read=calibration.read_task):
+    found = read(*arguments)
+    return found._replace(task=dataclasses.replace(found.task, config=config))
+
+  monkeypatch.setattr(calibration, 'read_task', read_task)
+  line = (
+    f'step 140 was the best on the held-out images, by checkpoint.keep_best={keep_best}, and they also test what is '
+    'promised: it may be broken a little more often; leave out --step for a checkpoint that they did not choose\n'
+  )
+  assert (line in calibrate(f'--workdir={workdir}', *flags)) == said
+
+
+def test_a_step_that_was_not_the_best(tmp_path, monkeypatch):
+  lines = [{'step': step, 'split': 'held_out', 'exit_3/nll': nll} for step, nll in ((70, 0.5), (140, 0.6))]
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n')
+  checkpoints = types.SimpleNamespace(steps=lambda: [70, 140])
+  monkeypatch.setattr(calibration, 'Checkpoints', lambda _: contextlib.nullcontext(checkpoints))
+  config = base_config()
+  config.checkpoint.keep_best = 'nll'
+  targets = parse_name('PN3-x3d').targets
+  task = types.SimpleNamespace(config=config, targets=targets, steps_per_epoch=70, evaluation_steps=70)
+  for step, said in ((70, True), (140, False)):
+    subject = types.SimpleNamespace(task=task, checkpoint=CheckpointId('', '', step, ''))
+    request = parse([f'--workdir={tmp_path}', '--risk=0.5', f'--step={step}'])
+    assert bool(calibration._chosen_by(request, subject)) == said
 
 
 @pytest.mark.parametrize(('flags', 'needed'), [(['--risk=0.01'], 230), (['--risk=0.005', '--guarantee=crc'], 199)])
