@@ -223,11 +223,24 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
   return found
 
 
+PATHS = ('data.data_dir', 'init_from', 'loss.teacher_run')
+"""Fields that hold paths of the machine."""
+
+
 def absolute_paths(config: ConfigDict) -> None:
   """Makes folders absolute, so that a saved configuration does not depend on the current folder."""
-  for section, field in ((config.data, 'data_dir'), (config, 'init_from'), (config.loss, 'teacher_run')):
-    if section[field]:
-      section[field] = str(absolute(section[field]))
+  for field in PATHS:
+    if path := _get(config, field):
+      config.update_from_flattened_dict({field: str(absolute(path))})
+
+
+def without_paths(config: ConfigDict) -> ConfigDict:
+  """A copy to be shared: paths of this machine are private, so only the names of runs and weights stay."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.update_from_flattened_dict({field: Path(_get(config, field)).name for field in PATHS})
+    del config.data.data_dir  # The name of the folder of the data is of no use to others.
+  return config
 
 
 def with_data_dir(config: ConfigDict, data_dir: Path | None) -> ConfigDict:

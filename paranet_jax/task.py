@@ -31,7 +31,7 @@ from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedul
 from paranet_jax.steps import Beside, Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, trained_exits
 
-_MACHINE_FIELDS = ('data.data_dir', 'data.workers', 'init_from', 'loss.teacher_run')
+_MACHINE_FIELDS = (*config_lib.PATHS, 'data.workers')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
 
 

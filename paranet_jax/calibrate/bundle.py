@@ -20,7 +20,7 @@ from paranet_jax.calibrate.flags import BundleRequest
 from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
 from paranet_jax.display.tables import align, human_count
-from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds
+from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds, without_local_paths
 from paranet_jax.early.logits import Outputs, bundle_logits
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies import find_policy
@@ -129,7 +129,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
   splits |= {'promises': len(kept.labels)} if request.promises else {}
   seen = what_was_seen(plan, chosen, kept, choice.thresholds, labeled)
-  plan = dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen)
+  plan = without_local_paths(dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen))
   if not choice.problem:
     _write(request.bundle, out, plan)
   return Recalibrated(out, before, plan, (old, tested), choice.problem)

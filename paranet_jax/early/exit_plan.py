@@ -14,6 +14,7 @@ from jaxtyping import Float
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.scores import SCORES, to_score
 from paranet_jax.early.thresholds import visited
+from paranet_jax.host.arguments import without_paths
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
 from paranet_jax.portable.run import PROMISES
@@ -181,6 +182,21 @@ def save_plan(workdir: Path, plan: ExitPlan) -> None:
   saved = dataclasses.asdict(plan)
   made = {field: value for field, value in saved.items() if field not in (*PROMISES, *_LATER) or value is not None}
   write_json(workdir / EXITS, {'schema_version': SCHEMA_VERSION, **made})
+
+
+def without_local_paths(plan: ExitPlan) -> ExitPlan:
+  """The plan as it may be shared: without the paths in its command lines, from whichever machine calibrated it."""
+  return dataclasses.replace(plan, provenance=_cleaned(plan.provenance))
+
+
+def _cleaned(provenance: Any) -> Any:
+  if not isinstance(provenance, dict):
+    return provenance
+  cleaned = {name: _cleaned(value) for name, value in provenance.items()}  # `recalibrated` has a command too.
+  if 'command' in cleaned:
+    # Someone may have edited it so that where a path ends is unknown.
+    cleaned['command'] = without_paths(str(cleaned['command'])) or 'python -m paranet_jax.calibrate --workdir=FOLDER'
+  return cleaned
 
 
 def calibrate_command(workdir: Path) -> str:

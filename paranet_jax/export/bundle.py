@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from paranet_jax.costs import exit_costs
-from paranet_jax.early.exit_plan import FULL, ExitPlan, uncalibrated_line
+from paranet_jax.early.exit_plan import FULL, ExitPlan, uncalibrated_line, without_local_paths
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.export.card import model_card
 from paranet_jax.export.compare import compare
-from paranet_jax.export.contents import describe_bundle, without_local_paths, write_contents
+from paranet_jax.export.contents import describe_bundle, write_contents
 from paranet_jax.export.onnx import onnx_stage
 from paranet_jax.export.precision import CALIBRATION_IMAGES, calibration_count, halved, quantized_stages
 from paranet_jax.export.stablehlo import write_stablehlo

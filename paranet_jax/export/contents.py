@@ -1,9 +1,7 @@
 """The files of a bundle besides its stages, without paths of this machine."""
 
-import dataclasses
 import importlib.metadata
 import json
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from paranet_jax.config import without_paths
 from paranet_jax.data.scaling import scaling_of
 from paranet_jax.early.bundle_folder import WEIGHTS
 from paranet_jax.early.exit_plan import ExitPlan, save_plan
@@ -24,8 +23,6 @@ from paranet_jax.host.files import write_json, write_text
 from paranet_jax.host.machine import environment
 from paranet_jax.portable import run as runtime
 from paranet_jax.runs.workdir import save_config
-
-_PATH_FLAGS = ('--workdir', '--compilation_cache', '--data_dir', '--data-dir')
 
 
 def describe_bundle(
@@ -90,11 +87,7 @@ def write_contents(folder: Path, run: LoadedRun, plan: ExitPlan) -> None:
     'normalize': '(pixel / 255 - mean) / std, a channel',
   }
   write_json(folder / runtime.PREPROCESSING, preprocessing)
-  config = run.config.copy_and_resolve_references()
-  with config.unlocked():
-    del config.data.data_dir  # Paths of this machine are private.
-    config.init_from = Path(config.init_from).name
-  save_config(folder, config)
+  save_config(folder, without_paths(run.config))
   save_weights(folder / WEIGHTS, run.variables)
   if tensors := pytorch_tensors(run):
     save_state_dict(folder / STATE_DICT, tensors)
@@ -109,25 +102,3 @@ def save_weights(path: Path, variables: Any) -> None:
   names = (jax.tree_util.keystr(place, simple=True, separator='/') for place, _ in leaves)
   arrays = (np.ascontiguousarray(leaf) for _, leaf in leaves)
   path.write_bytes(save(dict(zip(names, arrays, strict=True)), {'format': 'flax'}))
-
-
-def without_local_paths(plan: ExitPlan) -> ExitPlan:
-  """The plan without the paths in its command line, from whichever machine calibrated it."""
-  if not plan.provenance or 'command' not in plan.provenance:
-    return plan
-  command = _without_paths(str(plan.provenance['command']))
-  return dataclasses.replace(plan, provenance=plan.provenance | {'command': command})
-
-
-def _without_paths(command: str) -> str:
-  try:
-    words = shlex.split(command)
-  except ValueError:  # Someone edited it, so where a path ends is unknown.
-    return 'python -m paranet_jax.calibrate --workdir=FOLDER'
-  for place, (before, word) in enumerate(zip(['', *words], words, strict=False)):
-    flag, given, _ = word.partition('=')
-    if before in _PATH_FLAGS:
-      words[place] = 'FOLDER'
-    elif flag in _PATH_FLAGS and given:
-      words[place] = f'{flag}=FOLDER'
-  return shlex.join(words)

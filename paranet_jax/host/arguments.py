@@ -4,11 +4,19 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from paranet_jax.host.errors import UserError
+
+_PATH_FLAGS = (
+  *('--workdir', '--bundle', '--images', '--out', '--output', '--data', '--data_dir', '--data-dir', '--weights'),
+  *('--compilation_cache', '--web-runtime', '--config', '--config.data.data_dir', '--config.init_from'),
+  '--config.loss.teacher_run',
+)
+_PATH = re.compile(r'[/~]|\.\.?/|[A-Za-z]:')
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +101,22 @@ def from_here(path: Path) -> Path:
   """An absolute path as it is printed in commands: from the current folder if it is below."""
   here = Path.cwd()
   return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def without_paths(command: str) -> str | None:
+  """A command line as it may be shared, with FOLDER for its paths; None: it has no words that a shell would find.
+
+  A flag of another package may have a path that is not known as one here, so whatever looks like one is replaced too.
+  """
+  try:
+    words = shlex.split(command)
+  except ValueError:
+    return None
+  for place, (before, word) in enumerate(zip(['', *words], words, strict=False)):
+    flag, given, value = word.partition('=') if word.startswith('-') else ('', '', word)
+    if before in _PATH_FLAGS or _PATH.match(value) or (flag in _PATH_FLAGS and given):
+      words[place] = f'{flag}=FOLDER' if given else 'FOLDER'
+  return shlex.join(words)
 
 
 def check_utf8(folder: Path, flag: str) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from paranet_jax.config import without_paths
 from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json
@@ -49,10 +50,8 @@ def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
     step, variables = checkpoints.read_chosen(lambda found: found.choose(asked), checkpoints.read_variables)
     variables = _rounded(variables)
   _check_free(out)
-  with config.unlocked():
-    del config.data.data_dir  # The data set's folder on this machine is of no use to others.
   with _whole_or_nothing(out):
-    save_config(out, config)
+    save_config(out, without_paths(config))
     for name in (*_CARRIED, *(name for name in _OPTIONAL if (workdir / name).exists())):
       shutil.copyfile(workdir / name, out / name)
     with Checkpoints(out, keep=1) as checkpoints:

@@ -14,19 +14,24 @@ import onnx
 import pytest
 import yaml
 from jax import export as jax_export
+from PIL import Image
 from running import contents
 from safetensors.numpy import load_file
 
 import paranet_jax
+from paranet_jax.calibrate import __main__ as calibrate
+from paranet_jax.calibrate.flags import _parser
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.augment import normalize
 from paranet_jax.data.dataset import Split
+from paranet_jax.early.exit_plan import without_local_paths
 from paranet_jax.export import __main__ as export
 from paranet_jax.export import bundle as bundle_lib
 from paranet_jax.export import compare as compare_lib
 from paranet_jax.export import contents as contents_lib
 from paranet_jax.export import stablehlo
 from paranet_jax.export.card import model_card
+from paranet_jax.host.arguments import absolute, without_paths
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable import run as runtime
 from paranet_jax.runs import trained
@@ -286,15 +291,28 @@ def test_local_paths_are_removed(tmp_path):
   copy = shutil.copytree(PRETRAINED, tmp_path / 'mine' / 'run')
   fields = json.loads(config)
   fields['data']['data_dir'] = fields['init_from'] = f'{tmp_path}/mine/other'
+  fields['loss'] |= {'distill': 'all', 'teacher': 'run', 'teacher_run': f'{tmp_path}/mine/teacher'}
   (copy / 'config.json').write_text(json.dumps(fields))
   exits = json.loads((copy / 'exits.json').read_text())
   # The run was calibrated in another folder and moved.
   places = f'--workdir={tmp_path}/elsewhere/run --compilation_cache {tmp_path}/cache --data-dir={tmp_path}/mine'
   exits['provenance']['command'] = f'python -m paranet_jax.calibrate {places} --budget=8M'
   (copy / 'exits.json').write_text(json.dumps(exits))
-  assert export.main([f'--workdir={copy}', f'--out={tmp_path}/out', '--format=stablehlo']) == 0
-  for path in (tmp_path / 'out').iterdir():
+  assert export.main([f'--workdir={copy}', f'--out={tmp_path}/out', '--format=both']) == 0
+  images = tmp_path / 'mine' / 'images'
+  images.mkdir()
+  for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (20, 16, 16), np.uint8)):
+    Image.fromarray(pixels).save(images / f'{number}.png')
+  places = f'--bundle={tmp_path}/out', f'--images={images}', '--out', f'{tmp_path}/again'
+  assert calibrate.main([*places, '--threshold=0.5']) == 0
+  for path in (*(tmp_path / 'out').iterdir(), *(tmp_path / 'again').iterdir()):
     assert str(tmp_path).encode() not in path.read_bytes(), path
+  config = json.loads((tmp_path / 'again/config.json').read_text())
+  assert (config['init_from'], config['loss']['teacher_run']) == ('other', 'teacher')
+  provenance = json.loads((tmp_path / 'again/exits.json').read_text())['provenance']
+  assert provenance['recalibrated']['command'] == (
+    'python -m paranet_jax.calibrate --bundle=FOLDER --images=FOLDER --out FOLDER --threshold=0.5'
+  )
   command = 'python -m paranet_jax.calibrate --workdir=FOLDER --compilation_cache FOLDER --data-dir=FOLDER --budget=8M'
   assert command in (tmp_path / 'out/README.md').read_text().splitlines()
   assert json.loads((tmp_path / 'out/exits.json').read_text())['provenance']['command'] == command
@@ -308,11 +326,24 @@ def test_local_paths_are_removed(tmp_path):
     ("'--workdir=/home/it'\"'\"'s me/run' --risk=0.1", '--workdir=FOLDER --risk=0.1'),
     ("--workdir '/home/it'\"'\"'s me/run' --risk=0.1", '--workdir FOLDER --risk=0.1'),
     ("--workdir='/home/me", '--workdir=FOLDER'),
+    ('--bundle mine/bundle --images=mine --out=../other', '--bundle FOLDER --images=FOLDER --out=FOLDER'),
+    ('--own-table=/home/me/table --other ~/mine --budget=2.5ms', '--own-table=FOLDER --other FOLDER --budget=2.5ms'),
   ],
 )
 def test_paths_in_a_command(run, flags, written):
   plan = dataclasses.replace(run.exits, provenance={'command': f'python -m paranet_jax.calibrate {flags}'})
-  assert contents_lib.without_local_paths(plan).provenance == {'command': f'python -m paranet_jax.calibrate {written}'}
+  assert without_local_paths(plan).provenance == {'command': f'python -m paranet_jax.calibrate {written}'}
+
+
+def test_every_flag_of_calibrate_with_a_path_is_known():
+  actions = [
+    action
+    for action in _parser()._actions
+    if action.metavar in ('RUN', 'DIR', 'FOLDER') or action.type is absolute or 'folder' in (action.help or '')
+  ]
+  assert {action.dest for action in actions} == {'workdir', 'bundle', 'images', 'out', 'compilation_cache', 'data_dir'}
+  for flag in (flag for action in actions for flag in action.option_strings):
+    assert without_paths(f'calibrate {flag}=mine {flag} mine') == f'calibrate {flag}=FOLDER {flag} FOLDER'
 
 
 @pytest.mark.parametrize('dtype, weights', [('float16', {'FLOAT16'}), ('int8', {'FLOAT', 'INT32', 'INT8', 'UINT8'})])

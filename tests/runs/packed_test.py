@@ -66,6 +66,19 @@ def test_where_the_data_lies_is_not_told(workdir, packed):
   assert restore_config(packed).data.data_dir == base_config().data.data_dir
 
 
+def test_where_other_runs_lie_is_not_told(workdir, tmp_path):
+  run = shutil.copytree(workdir, tmp_path / 'mine')
+  config = json.loads((run / 'config.json').read_text())
+  config['init_from'] = f'{tmp_path}/mine/start'
+  config['loss'] |= {'distill': 'all', 'teacher': 'run', 'teacher_run': f'{tmp_path}/mine/teacher'}
+  (run / 'config.json').write_text(json.dumps(config))
+  pack(run, tmp_path / 'packed')
+  for path in (tmp_path / 'packed').rglob('*'):
+    assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+  config = restore_config(tmp_path / 'packed')
+  assert (config.init_from, config.loss.teacher_run) == ('start', 'teacher')
+
+
 def test_it_is_evaluated_calibrated_and_predicts(packed, tmp_path, capsys):
   copy = shutil.copytree(packed, tmp_path / 'copy')
   found = json.loads(run_main(f'--workdir={copy}', '--mode=eval', '--json').out)
