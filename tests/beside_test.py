@@ -13,7 +13,7 @@ import reference
 import tiny
 from running import TINY, before_each_step, refusal, run_main, saved_state, send
 
-from paranet_jax import steps
+from paranet_jax import steps, train
 from paranet_jax.base_config import base_config
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.losses import squared_error
@@ -197,9 +197,33 @@ def test_a_finished_run_teaches(whole, tmp_path):
   flags = *RUN, '--config.loss.teacher=run', f'--config.loss.teacher_run={whole}', '--config.train.max_steps=2'
   result = run_main(*flags, f'--workdir={tmp_path}/run')
   assert (result.code, result.err) == (0, '')
+  assert 'was trained on' not in result.out
   teacher = saved_state(tmp_path / 'run').opt_state.teacher
   state = saved_state(whole)
   chex.assert_trees_all_equal(teacher, {'params': state.params, 'batch_stats': state.batch_stats})
+
+
+def test_images_that_the_teacher_was_trained_on_are_counted(whole, tmp_path, monkeypatch):
+  # A run without steps: stopped before the first.
+  monkeypatch.setattr(train, 'train_loop', lambda records, state, *unused: (state, None))
+  held_out = json.loads((whole / 'dataset.json').read_text())['counts']['held_out']
+  flags = *RUN, '--config.loss.teacher=run', f'--config.loss.teacher_run={whole}'
+  result = run_main(*flags, f'--config.data.held_out={held_out + 100}', f'--workdir={tmp_path}/run')
+  # Larger splits hold the smaller ones.
+  assert result.code == 0 and f'held_out has 100 images that {whole} was trained on, so ' in result.out
+  assert 'test has ' not in result.out
+
+
+def test_a_run_of_other_classes_cannot_teach(whole, tmp_path):
+  run = shutil.copytree(whole, tmp_path / 'teacher')
+  facts = json.loads((run / 'dataset.json').read_text())
+  facts['class_names'][:2] = '1', '0'
+  (run / 'dataset.json').write_text(json.dumps(facts))
+  flags = (*RUN, '--config.loss.teacher=run', f'--config.loss.teacher_run={run}')
+  assert refusal(*flags, f'--workdir={tmp_path}/run', started=True) == (
+    f"loss.teacher_run {run} learned '1' as class 1, found '0'; name a run that learned the same classes by "
+    '--config.loss.teacher_run, or set --config.data.data_dir'
+  )
 
 
 @pytest.mark.parametrize(

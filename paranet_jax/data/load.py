@@ -167,7 +167,12 @@ def _numbered(num_classes: int | None, place: str) -> tuple[str, ...]:
       f'expected the number of classes, which the images without labels in {place} do not tell: set '
       '--config.model.num_classes'
     )
-  return tuple(f'class {number}' for number in range(num_classes))
+  return tuple(map(unnamed, range(num_classes)))
+
+
+def unnamed(number: int) -> str:
+  """The name of an output that nothing names."""
+  return f'class {number}'
 
 
 def _check_labels(decoded: Decoded, source: Source, num_classes: int | None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paranet_jax.data.dataset import Dataset
+from paranet_jax.data.load import unnamed
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
 
@@ -51,7 +52,7 @@ def dataset_facts(dataset: Dataset) -> DatasetFacts:
 
 def output_names(class_names: Sequence[str], num_outputs: int) -> tuple[str, ...]:
   """One name per output of a model, which may have more or fewer outputs than its data set has classes."""
-  return (*class_names[:num_outputs], *(f'class {number}' for number in range(len(class_names), num_outputs)))
+  return (*class_names[:num_outputs], *map(unnamed, range(len(class_names), num_outputs)))
 
 
 def save_weights_facts(

@@ -14,6 +14,7 @@ from paranet_jax.config import build_model, image_shape, targets
 from paranet_jax.costs import abstract_variables
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.data.identity import known_of
+from paranet_jax.data.load import unnamed
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.models.adopted.heads import COPIED
 from paranet_jax.models.adopted.read_weights import read_weights
@@ -26,9 +27,11 @@ from paranet_jax.runs.checkpoints import (
   shape_difference,
   shapes_by_path,
 )
+from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.workdir import CONFIG, SUMMARY, restore_config
 from paranet_jax.steps import TrainState
+from paranet_jax.targets import GIVEN
 from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone, read_cifar_resnet
 
 EXIT = 'exit'
@@ -176,8 +179,37 @@ def _last_exits(config: ConfigDict, run: Path) -> tuple[str, str]:
   return f'exit_{len(targets(restore_config(run)))}', f'exit_{len(targets(config))}'
 
 
+def check_kept_classes(config: ConfigDict, source: Path, dataset: Dataset) -> None:
+  """Checks the classes of a run of which `take_backbone` takes exits too (see `check_classes`)."""
+  if not os.path.isdir(source):
+    return
+  if targets(config)[-1] == GIVEN or config.model.get('last') == 'own' or _learned_alone(config, source):
+    check_classes('init_from', source, dataset)
+
+
+def check_classes(field: str, source: Path, dataset: Dataset) -> None:
+  """Checks that the logits of a finished run are of the classes of a new run's data, in the same order.
+
+  Only outputs that both name are compared: a network may have more, and images without labels name none.
+
+  Args:
+    field: of the configuration, which names the run.
+    dataset: of the new run.
+
+  Raises:
+    UserError: they are not, or the run has no record of its classes.
+  """
+  there = restore_dataset_facts(source, channels=len(dataset.mean)).class_names
+  for number, names in enumerate(zip(there, dataset.class_names, strict=False)):
+    if names[0] != names[1] and unnamed(number) not in names:
+      raise UserError(
+        f'{field} {source} learned {names[0]!r} as class {number + 1}, found {names[1]!r}; name a run that learned the '
+        f'same classes by --config.{field}, or set --config.data.data_dir'
+      )
+
+
 def say_shared(source: Path, dataset: Dataset) -> None:
-  """Says how many held-out and test images the run was trained on whose backbone is taken."""
+  """Says how many held-out and test images a run was trained on whose backbone or logits are taken."""
   if not os.path.isdir(source):
     return
   learned = restore_learned(source, channels=len(dataset.mean), accept_changes=True)

@@ -22,7 +22,7 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator, reported_once
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
 from paranet_jax.runs.dataset_facts import output_names
-from paranet_jax.runs.init_from import say_shared, take_backbone
+from paranet_jax.runs.init_from import check_classes, check_kept_classes, say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
 from paranet_jax.runs.teacher import take_teacher
@@ -77,7 +77,7 @@ class RunRecord:
 
     Raises:
       UserError: the checkpoint has a different architecture or optimizer, or a step after the end of this run; or the
-        backbone named by `init_from` does not fit.
+        backbone named by `init_from` or the teacher does not fit.
     """
     whole = devices_lib.replicated(devices)
     like = jax.tree.map(
@@ -92,13 +92,7 @@ class RunRecord:
   def _restored_or_fresh(self, checkpoints: Checkpoints, like: Any) -> TrainState:
     total = self.task.total_steps
     if self.saved_step is None:
-      state, source = self.task.init_state(), self.task.config.init_from
-      if self.task.config.loss.teacher == 'run':
-        state = take_teacher(state, Path(self.task.config.loss.teacher_run))
-      if not source:
-        return state
-      say_shared(Path(source), self.task.dataset)
-      return take_backbone(state, Path(source), self.task.config)
+      return self._fresh()
     if self.saved_step > total:
       raise UserError(
         f'the run is at step {self.saved_step} and this configuration ends at step {total}; '
@@ -107,6 +101,21 @@ class RunRecord:
     self.saved_step, state, meta = checkpoints.restore_latest(like)
     self._earlier_wall_time = meta['wall_time_s']
     say(f'resuming from the checkpoint at step {self.saved_step} of {total}')
+    return state
+
+  def _fresh(self) -> TrainState:
+    """The state at step 0, with what is taken from other runs."""
+    state, config, dataset = self.task.init_state(), self.task.config, self.task.dataset
+    if config.loss.teacher == 'run':
+      teacher = Path(config.loss.teacher_run)
+      check_classes('loss.teacher_run', teacher, dataset)
+      say_shared(teacher, dataset)
+      state = take_teacher(state, teacher)
+    if config.init_from:
+      source = Path(config.init_from)
+      check_kept_classes(config, source, dataset)
+      say_shared(source, dataset)
+      state = take_backbone(state, source, config)
     return state
 
   def save_facts(self) -> None:

@@ -1,5 +1,6 @@
 """Tests of a run that starts from the backbone of another, or from PyTorch's weights."""
 
+import contextlib
 import json
 import shutil
 
@@ -24,7 +25,8 @@ from paranet_jax.models.adopted.cifar_resnet import architecture
 from paranet_jax.models.adopted.registry import ARCHITECTURES
 from paranet_jax.models.registry import family_names
 from paranet_jax.runs.checkpoints import Checkpoints
-from paranet_jax.runs.init_from import EXIT, check_backbone, say_shared, take_backbone
+from paranet_jax.runs.dataset_facts import save_weights_facts
+from paranet_jax.runs.init_from import EXIT, check_backbone, check_classes, say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.workdir import save_config
@@ -47,9 +49,10 @@ def by_path(state):
 
 def save_run(folder, settings):
   """A finished run whose variables are none that a seed gives; returns its state."""
-  state = build_task(settings).init_state()
-  state = jax.tree.map(lambda leaf: leaf + 3, state)
+  task = build_task(settings)
+  state = jax.tree.map(lambda leaf: leaf + 3, task.init_state())
   folder.mkdir()
+  save_learned(folder, task.dataset)
   save_config(folder, settings)
   write_json(folder / 'summary.json', {})
   with Checkpoints(folder, 1) as checkpoints:
@@ -249,6 +252,54 @@ def test_other_exits_are_new(tmp_path, capsys):
   begun = by_path(take_backbone(build_task(settings).init_state(), tmp_path / 'source', settings))
   assert not np.array_equal(begun['params/exit_1/classifier/kernel'], source['params/exit_3/classifier/kernel'])
   assert capsys.readouterr().out.endswith('at step 5, new exits\n')
+
+
+WHOLE = {'model__exits': 'stages'}
+
+
+@pytest.mark.parametrize(
+  ('saved', 'fields', 'kept'),
+  [({}, EXITS, True), (EXITS, WHOLE, True), ({}, WHOLE, False), (WHOLE, {}, False)],
+  ids=['the last exit', 'all exits', 'new exits', 'fewer new exits'],
+)
+def test_exits_are_kept_for_the_same_classes_alone(tmp_path, saved, fields, kept):
+  source = tmp_path / 'source'
+  save_run(source, resnet(**saved))
+  settings = resnet(init_from=str(source), **fields)
+  restore(settings, tmp_path / 'same')
+  facts = json.loads((source / 'dataset.json').read_text())
+  facts['class_names'][4:6] = '5', '4'
+  write_json(source / 'dataset.json', facts)
+  if not kept:
+    restore(settings, tmp_path / 'new')
+    return
+  with pytest.raises(UserError) as error:
+    restore(settings, tmp_path / 'new')
+  assert str(error.value) == (
+    f"init_from {source} learned '5' as class 5, found '4'; name a run that learned the same classes by "
+    '--config.init_from, or set --config.data.data_dir'
+  )
+
+
+@pytest.mark.parametrize(
+  ('there', 'here', 'refused'),
+  [
+    ('ab', 'ab', False),
+    ('ab', 'abc', False),  # A network may have outputs for classes to come.
+    ('abc', 'ab', False),
+    (('class 0', 'class 1'), 'ab', False),  # It learned without labels.
+    ('ab', ('class 0', 'class 1'), False),
+    ('ab', 'ba', True),
+    ('ab', 'ac', True),
+    (('class 1', 'b'), 'ab', True),  # A class of this name.
+  ],
+)
+def test_classes_are_compared_by_their_place(tmp_path, there, here, refused):
+  save_weights_facts(tmp_path, 'photos', tuple(there), (0.5,), (0.5,))
+  image = Split(np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1, np.int32), np.zeros(1, np.uint64))
+  dataset = Dataset('own', '', image, None, image, tuple(here), (0.5,), (0.5,), 0, False)
+  with pytest.raises(UserError, match=r'^loss.teacher_run .* learned ') if refused else contextlib.nullcontext():
+    check_classes('loss.teacher_run', tmp_path, dataset)
 
 
 @pytest.mark.parametrize(
