@@ -5,6 +5,7 @@ It takes a third of a second to import, and a run that begins needs it at its fi
 
 import asyncio
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -37,6 +38,8 @@ FORMAT = 1
 _UNFINISHED = '*.orbax-checkpoint-tmp*'
 _DELETED = 'deleted'
 _COMMITTED = 'commit_success.txt'
+_OF_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+"""Errors of the system for files that are missing or not what they were."""
 
 
 class DamagedError(UserError):
@@ -352,7 +355,12 @@ class Checkpoints:
     except (MemoryError, jax.errors.JaxRuntimeError):
       raise
     except Exception as error:  # orbax raises many kinds of errors for damage, plain Exception among them.
-      reason = type(error).__name__
+      refused, reason = _refused(error), type(error).__name__
+    if refused:
+      raise UserError(
+        f'checkpoint {self._folder / str(step)} may be intact, and cannot be read ({refused}); fix that, or move that '
+        'folder away to continue without it'
+      )
     raise self._damaged(step, reason)
 
   def _check_files(self, step: int) -> None:
@@ -454,5 +462,26 @@ def _raised_not_logged() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
   """The reason in short, such as `No space left on device`, in whichever form orbax gives it."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))
-  return os.strerror(int(code[1])) if code else getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
+  code = _system_code(error)
+  return os.strerror(code) if code else ' '.join(str(error).split())[:200]
+
+
+def _refused(error: BaseException) -> str | None:
+  """Why the system, for the moment, does not let files be read that may be intact; None: it does."""
+  met, waiting = [], [error]
+  while waiting:
+    each = waiting.pop()
+    if each in met:
+      continue
+    code = _system_code(each)
+    if code and code not in _OF_DAMAGE:
+      return os.strerror(code)
+    met.append(each)
+    waiting += [other for other in (each.__cause__, each.__context__) if other]
+  return None
+
+
+def _system_code(error: BaseException) -> int | None:
+  """The number of the system's error, which TensorStore gives in the text of another one."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return int(found[1]) if found else getattr(error, 'errno', None)

@@ -1,6 +1,7 @@
 """Tests of saving and restoring. How a run uses them is tested in train_test.py and resume_test.py."""
 
 import asyncio
+import errno
 import gc
 import resource
 import shutil
@@ -355,6 +356,56 @@ def test_no_memory_is_not_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, 'restore', fail)
     checkpoints.restore_latest(tree())
   assert len(list((tmp_path / 'checkpoints').iterdir())) == 2
+
+
+def raised(error, cause=None, context=None):
+  """A function that raises an error, because of another one, or while another one is handled."""
+
+  def fail(*unused, **unused_too):
+    try:
+      if context:
+        raise context
+    finally:
+      raise error from cause
+
+  return fail
+
+
+@pytest.mark.parametrize(
+  ('fail', 'reason'),
+  [
+    (raised(OSError(errno.EMFILE, 'of the file')), 'Too many open files'),
+    (raised(PermissionError(errno.EACCES, 'of the file')), 'Permission denied'),
+    (raised(ValueError("Error opening /a/b: [os_error_code='5'] [spec]")), 'Input/output error'),
+    (raised(KeyError('a'), cause=OSError(errno.ENFILE, 'of the file')), 'Too many open files in system'),
+    (raised(ValueError('a'), context=OSError(errno.ENOMEM, 'of the file')), 'Cannot allocate memory'),
+    (raised(FileNotFoundError(errno.ENOENT, 'none'), context=OSError(errno.EIO, 'of the file')), 'Input/output error'),
+    (raised(FileNotFoundError(errno.ENOENT, 'none')), None),
+    (raised(NotADirectoryError(errno.ENOTDIR, 'none'), context=IsADirectoryError(errno.EISDIR, 'a folder')), None),
+    (raised(OSError('not as orbax writes it')), None),
+    (raised(ValueError("Error opening /a/b: [os_error_code='2']")), None),
+    (raised(ValueError('not as orbax writes it'), cause=KeyError('a')), None),
+  ],
+)
+def test_what_the_system_does_not_let_be_read_is_not_damage(tmp_path, monkeypatch, capsys, fail, reason):
+  save(tmp_path, 4, 8)
+  folder = tmp_path / 'checkpoints'
+  with Checkpoints(tmp_path, 9) as checkpoints:
+    restore = checkpoints._manager.restore
+    monkeypatch.setattr(
+      checkpoints._manager, 'restore', lambda step, args: (fail if step == 8 else restore)(step, args=args)
+    )
+    if reason is None:
+      assert checkpoints.restore_latest(tree())[0] == 4
+      assert capsys.readouterr().out.startswith(f'checkpoint {folder}/8 is damaged (')
+      return
+    with pytest.raises(UserError) as error:
+      checkpoints.restore_latest(tree())
+  assert str(error.value) == (
+    f'checkpoint {folder}/8 may be intact, and cannot be read ({reason}); fix that, or move that folder away to '
+    'continue without it'
+  )
+  assert sorted(path.name for path in folder.iterdir()) == ['4', '8'] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_later_format_is_refused(tmp_path):
