@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import logging as python_logging
 import os
 import re
 import shutil
@@ -444,11 +445,19 @@ def _wait_for_all(run_sync: Callable[[Coroutine], Any]) -> Callable[[Coroutine],
   return lambda work: run_sync(_to_the_end(work))
 
 
+class _NotOfOrbax(python_logging.Filter):
+  def filter(self, record: python_logging.LogRecord) -> bool:
+    return '/orbax/checkpoint/' not in record.pathname
+
+
 @contextlib.contextmanager
 def _raised_not_logged() -> Iterator[None]:
-  """Keeps orbax from also logging its errors, with the tracebacks of its threads."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
+  """Keeps orbax from also logging its errors, with the tracebacks of its threads.
+
+  Several threads may be in here at once, so each has a filter of its own, and the verbosity of the process stays.
+  """
+  own, logger = _NotOfOrbax(), logging.get_absl_logger()
+  logger.addFilter(own)
   try:
     yield
   finally:
@@ -457,7 +466,7 @@ def _raised_not_logged() -> Iterator[None]:
       while type(thread).__module__.startswith('orbax.') and thread in threading.enumerate():
         with contextlib.suppress(RuntimeError):  # One that `start` has not started yet.
           threading.Thread.join(thread)  # Their own `join` raises what they raised.
-    logging.set_verbosity(verbosity)
+    logger.removeFilter(own)
 
 
 def _reason(error: Exception) -> str:

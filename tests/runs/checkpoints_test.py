@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs import checkpoints as checkpoints_lib
@@ -312,6 +313,35 @@ def test_a_thread_that_is_about_to_start_is_waited_for(monkeypatch):
   with checkpoints_lib._raised_not_logged():
     pass
   assert ended and not late.is_alive()
+
+
+def test_of_several_threads_none_leaves_the_logs_silent(caplog):
+  source = 'from absl import logging\nlogging.error(text)'
+
+  def log(text, file='/packages/orbax/checkpoint/a.py'):
+    exec(compile(source, file, 'exec'), {'text': text})
+
+  before, first_left = absl_logging.get_verbosity(), threading.Event()
+  second_came, done = threading.Event(), threading.Event()
+
+  def second():
+    with checkpoints_lib._raised_not_logged():
+      second_came.set()
+      assert first_left.wait(60)
+      log('of the second')
+      log('meanwhile', '/packages/other/a.py')
+    done.set()
+
+  thread = threading.Thread(target=second)
+  with checkpoints_lib._raised_not_logged():
+    thread.start()
+    assert second_came.wait(60)
+    log('of the first')
+  first_left.set()
+  thread.join()
+  log('afterwards')
+  assert done.is_set() and caplog.messages == ['meanwhile', 'afterwards']
+  assert absl_logging.get_verbosity() == before
 
 
 def test_no_room_for_checksums(tmp_path, monkeypatch):
