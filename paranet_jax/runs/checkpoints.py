@@ -65,7 +65,15 @@ def orbax() -> Any:
 
 def has_checkpoint(workdir: Path, file: str = '') -> bool:
   """Whether a run has saved a checkpoint, with a file of this name in it; '': any."""
-  return os.path.isdir(workdir / FOLDER) and any((workdir / FOLDER).glob(f'[0-9]*/{file}' if file else '[0-9]*'))
+  return any(os.path.exists(folder / file) for folder in step_folders(workdir).values())
+
+
+def step_folders(workdir: Path) -> dict[int, Path]:
+  """The folders of a run's checkpoints by their step, without what a kill left unfinished."""
+  if not os.path.isdir(workdir / FOLDER):  # Unlike Path.is_dir, also False where the name is too long.
+    return {}
+  # An unfinished one is `100.orbax-checkpoint-tmp...`.
+  return {int(path.name): path for path in (workdir / FOLDER).glob('[0-9]*') if path.name.isdecimal()}
 
 
 class Checkpoints:
@@ -140,7 +148,7 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps of the checkpoints, in increasing order."""
     self.wait()
-    if not self._is_open and not (self._there and any(self._folder.glob('[0-9]*'))):
+    if not self._is_open and not step_folders(self._folder.parent):
       return []
     return sorted(self._manager.all_steps())
 

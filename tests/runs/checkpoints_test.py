@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs import checkpoints as checkpoints_lib
-from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.checkpoints import Checkpoints, has_checkpoint, step_folders
 
 
 def tree(scale: float = 1.0):
@@ -100,6 +100,20 @@ def test_what_a_kill_left_half_written_or_half_deleted_is_not_a_checkpoint(tmp_p
   save(tmp_path, 8)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.choose() == 8
+
+
+def test_an_unfinished_first_checkpoint_is_none(tmp_path):
+  folder = tmp_path / 'checkpoints'
+  (folder / '100.orbax-checkpoint-tmp-0').mkdir(parents=True)
+  (folder / '100.orbax-checkpoint-tmp-0' / 'checksums.json').touch()
+  assert not has_checkpoint(tmp_path) and not has_checkpoint(tmp_path, 'checksums.json')
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [] and not checkpoints._is_open  # Without importing orbax.
+  save(tmp_path, 4, 100)
+  assert sorted(step_folders(tmp_path)) == [4, 100] and has_checkpoint(tmp_path, 'checksums.json')
+  for step in (4, 100):
+    (folder / str(step) / 'checksums.json').unlink()
+  assert has_checkpoint(tmp_path) and not has_checkpoint(tmp_path, 'checksums.json')
 
 
 @pytest.fixture

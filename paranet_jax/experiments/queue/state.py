@@ -10,7 +10,7 @@ from typing import Any
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.files import read_object
 from paranet_jax.host.lock import lock_holder
-from paranet_jax.runs.checkpoints import FOLDER
+from paranet_jax.runs.checkpoints import step_folders
 from paranet_jax.runs.dataset_facts import DATASET
 from paranet_jax.runs.status import read_summary
 from paranet_jax.runs.workdir import CONFIG
@@ -97,11 +97,10 @@ def run_state(workdir: Path, name: str) -> RunState:
   """
   folder = workdir / RUNS / name
   facts = read_object(folder / DATASET, 'restore it')
-  steps = [int(path.name) for path in (folder / FOLDER).glob('[0-9]*') if path.name.isdecimal()]
   return RunState(
     folder,
     begun=(folder / CONFIG).exists(),
-    checkpoint=max(steps, default=-1),
+    checkpoint=max(step_folders(folder), default=-1),
     summary=read_summary(folder),
     holder=lock_holder(folder),
     metrics=read_metrics(folder),
