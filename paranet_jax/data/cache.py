@@ -129,8 +129,9 @@ def entry_folder(source: Source, image_shape: tuple[int, ...]) -> Path:
 
 def sweep_cache() -> None:
   """Removes what killed processes left in the cache, of any source."""
-  for folder in cache_folder().glob('*'):
-    sweep(folder)
+  if os.path.isdir(cache := cache_folder()):  # Where it may not be entered, Path.glob raises.
+    for folder in cache.glob('*'):
+      sweep(folder)
 
 
 def trained_indices(source: Source, listing: Listing) -> Int[np.ndarray, ' n']:

@@ -5,6 +5,7 @@ mean and standard deviation of the training images. The result is kept in PARANE
 ~/.cache/paranet_jax) until the files or the image size change.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _restore(path: Path) -> dict[str, np.ndarray] | None:
   try:
     return read_arrays(path)
   except Exception as error:
-    if path.exists():
+    if os.path.exists(path):  # Unlike Path.exists, also False where its folder may not be entered.
       logging.warning('%s is damaged and will be written again: %s', path, error)
     return None
 

@@ -58,6 +58,8 @@ def sweep(folder: Path, name: str = '*') -> None:
   Args:
     name: a pattern of the names of the files that were to be replaced.
   """
+  if not os.path.isdir(folder):  # Where it may not be entered, Path.glob raises.
+    return
   for path in folder.glob(f'{name}.{8 * "[0-9a-f]"}.tmp'):
     with contextlib.suppress(OSError):
       if path.is_file():

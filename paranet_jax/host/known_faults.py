@@ -82,7 +82,7 @@ def faults_of(version: tuple[int, ...] | None) -> list[Fault]:
 def jaxlib_version() -> tuple[int, ...] | None:
   """Version of the jaxlib that would be imported; None: there is none, or it does not tell."""
   for folder in map(Path, sys.path):
-    if (folder / 'jaxlib').is_dir():
+    if os.path.isdir(folder / 'jaxlib'):  # Unlike Path.is_dir, also False where the folder may not be entered.
       # importlib.metadata takes 25 ms to import, a tenth of a command's --help.
       names = [path.name for path in folder.glob('jaxlib-*.dist-info')]
       numbers = re.findall(r'\d+', names[0].removeprefix('jaxlib-')) if names else ()

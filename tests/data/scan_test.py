@@ -1,5 +1,7 @@
 """Tests of the pass over stored images: the same splits as decoded ones, once, and what it refuses."""
 
+import os
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -45,6 +47,36 @@ def check_same(stored, decoded):
     np.testing.assert_array_equal(found.labels, expected.labels)
     assert found.labels.dtype == np.int32
   assert (stored.mean, stored.std, stored.skipped) == (decoded.mean, decoded.std, decoded.skipped)
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('mode', ['nothing may be entered', 'it may be listed'])
+def test_a_cache_that_may_not_be_entered(photos, tmp_path, monkeypatch, caplog, streaming, mode):
+  splits = {own: load('folder', photos, streaming=own) for own in (True, False)}
+  cache = tmp_path / 'closed' / 'cache'
+  (cache / 'entry').mkdir(parents=True)
+  monkeypatch.setenv('PARANET_CACHE_DIR', str(cache))
+  closed = f'{cache}/' if mode == 'it may be listed' else f'{cache}'
+  refused = []
+
+  def refuse(name):
+    of_system = getattr(os, name)
+
+    def call(path, *arguments, **options):
+      if isinstance(path, str | os.PathLike) and f'{os.fspath(path)}'.startswith(closed):
+        refused.append(name)
+        raise PermissionError(13, 'Permission denied', str(path))
+      return of_system(path, *arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+  for name in ('stat', 'mkdir', 'scandir'):  # What the tests' user, if it is root, is not refused.
+    refuse(name)
+  splits[streaming] = load('folder', photos, streaming=streaming)
+  check_same(splits[True], splits[False])
+  assert {'stat', 'mkdir'} <= set(refused)
+  (message,) = caplog.messages
+  assert message.startswith('Continuing without ') and 'Permission denied' in message
 
 
 @pytest.mark.parametrize('held_out', [0, 2])

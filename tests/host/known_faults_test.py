@@ -55,6 +55,19 @@ def test_wrong_numbers_stay_accepted(monkeypatch, before, accept, after):
   assert os.environ.get(ACCEPT) == after and wrong_numbers_accepted() == (after == '1')
 
 
+def test_a_folder_that_may_not_be_entered_is_passed_over(monkeypatch, tmp_path):
+  stat, closed = os.stat, str(tmp_path / 'closed')
+
+  def refuse(path, *arguments, **options):
+    if os.fspath(path).startswith(closed):
+      raise PermissionError(13, 'Permission denied', path)
+    return stat(path, *arguments, **options)
+
+  monkeypatch.setattr(os, 'stat', refuse)  # The tests' user may enter any folder, if it is root.
+  monkeypatch.setattr(sys, 'path', [closed, *sys.path])
+  assert '.'.join(map(str, jaxlib_version())) == importlib.metadata.version('jaxlib')
+
+
 def test_installed_version_is_found_without_importing_it():
   assert list(jaxlib_version()) == [int(part) for part in importlib.metadata.version('jaxlib').split('.')[:3]]
 
