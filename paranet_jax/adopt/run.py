@@ -1,6 +1,7 @@
 """The run of adopted exits: its configuration, its normalization and classes from the weights, and its training."""
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ OTHER_RECIPE = Recipe(30.0, 2000, 0.1, False)
 WHOLE_RECIPE = Recipe(10.0, 600, 0.01, False)
 """Of a network that trains with its exits after these have learned alone."""
 BATCH = 128
+_OF_THE_COUNT = (('data', 'held_out'), ('train', 'batch_size'), ('train', 'epochs'), ('eval', 'every_epochs'))
+"""Fields that follow from the number of images."""
 
 
 class Facts(NamedTuple):
@@ -204,7 +207,7 @@ def _check_normalization(workdir: Path, facts: Facts) -> None:
 
 
 def _learn(config: ConfigDict, given: argparse.Namespace, recipe: Recipe) -> None:
-  """Sets from which images a run learns, and for how long."""
+  """Sets from which images a run learns, and for how long; one that was begun keeps what follows from their number."""
   config.data.update(crop_padding=0, flip=recipe.mirrored)
   folder = given.images or given.data
   if folder:
@@ -218,6 +221,11 @@ def _learn(config: ConfigDict, given: argparse.Namespace, recipe: Recipe) -> Non
     optimizer=recipe.optimizer, learning_rate=recipe.learning_rate, schedule='cosine', decay='kernels'
   )
   config.eval.update(every_epochs=config.train.epochs / 5, batch_size=250)
+  if folder and os.path.exists(given.workdir / CONFIG):
+    # Images may have been added or removed since; a run that is resumed goes on with what it began with.
+    begun = restore_config(given.workdir)
+    for section, name in _OF_THE_COUNT:
+      config[section][name] = begun[section][name]
 
 
 def new_classes(config: ConfigDict) -> tuple[str, ...]:

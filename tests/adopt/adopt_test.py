@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import signal
 
 import jax
@@ -93,7 +94,14 @@ def test_from_weights_and_images_to_a_run(tiny, outputs):
 def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
   images, data = (None, 'sorted') if targets else ('images', None)
   given = argparse.Namespace(
-    arch='cifar_resnet8', exits='layer1', head=head, targets=targets, classes=False, images=images, data=data
+    arch='cifar_resnet8',
+    exits='layer1',
+    head=head,
+    targets=targets,
+    classes=False,
+    images=images,
+    data=data,
+    workdir=tiny / 'no',
   )
   config = configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10)
   config_lib.validate(config)
@@ -106,7 +114,14 @@ def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
 def test_batches_are_no_larger_than_the_images_left_to_learn_from(tiny, tmp_path, monkeypatch, count, learned):
   monkeypatch.setattr('paranet_jax.adopt.run.find_images', lambda _: argparse.Namespace(images=[''] * count))
   given = argparse.Namespace(
-    arch='cifar_resnet8', exits='layer1', head='conv', targets=None, classes=False, images=tmp_path, data=None
+    arch='cifar_resnet8',
+    exits='layer1',
+    head='conv',
+    targets=None,
+    classes=False,
+    images=tmp_path,
+    data=None,
+    workdir=tmp_path,
   )
   assert configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10).train.batch_size == learned
 
@@ -118,6 +133,22 @@ def test_nothing_is_left_to_do(tiny, outputs):
   began = f'--mean=0.485,0.456,0.406, with which {tiny}/run began'
   other = run_command(main, *GIVEN, *FLAGS, '--mean=0.5,0.5,0.5')
   assert (other.code, other.err) == (2, f'error: expected {began}, found 0.5,0.5,0.5; set --mean or --workdir\n')
+
+
+def test_a_run_resumes_with_images_that_were_added(tiny, outputs, caplog):
+  shutil.copytree('run', 'grown')
+  before = restore_config(tiny / 'grown')
+  added = tiny / 'images' / 'added.png'
+  Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(added)
+  try:
+    result = run_command(main, *GIVEN[:2], '--workdir=grown', *FLAGS)
+    other = run_command(main, *GIVEN[:2], '--workdir=grown', *FLAGS, '--config.train.batch_size=16')
+  finally:
+    added.unlink()
+  assert result.code == 0 and 'resuming from the checkpoint' in result.out, result
+  assert '(train 1 added, 0 gone; held_out 0 added, 0 gone; test 0 added, 0 gone)' in caplog.text
+  assert restore_config(tiny / 'grown') == before and before.train.batch_size == 32
+  assert other.code == 2 and 'a different configuration: train.batch_size: 32 -> 16 (saved -> now)' in other.err
 
 
 def test_new_classes_get_a_new_last_exit(tiny):
