@@ -12,7 +12,7 @@ from paranet_jax.host.errors import NO_ROOM, UserError
 PACKAGE = Path(__file__).resolve().parents[2]
 FOLDER = 'code'
 
-_ignored = shutil.ignore_patterns('__pycache__', '*.pyc', '*.toml')  # A queue file that is edited is no other code.
+_by_name = shutil.ignore_patterns('__pycache__', '*.pyc', '*.toml')  # A queue file that is edited is no other code.
 _LENGTH = 12
 
 
@@ -25,13 +25,17 @@ def fingerprint(package: Path = PACKAGE) -> str:
   return digest.hexdigest()[:_LENGTH]
 
 
+def _ignored(folder: str, names: list[str]) -> set[str]:
+  # Links to nothing are an editor's locks; copytree looks for what a relative link names in the current folder.
+  return _by_name(folder, names) | {name for name in names if not os.path.exists(os.path.join(folder, name))}
+
+
 def _files(package: Path) -> Iterator[Path]:
   # configs/ is a link in a checkout.
   for folder, folders, names in os.walk(package, followlinks=True):
     ignored = _ignored(folder, [*folders, *names])
     folders[:] = [name for name in folders if name not in ignored]
-    files = (Path(folder, name) for name in names if name not in ignored)
-    yield from (path for path in files if path.exists())  # Not links to nothing, such as an editor's locks.
+    yield from (Path(folder, name) for name in names if name not in ignored)
 
 
 def commit(package: Path = PACKAGE) -> str | None:
@@ -61,7 +65,7 @@ def keep_code(workdir: Path, package: Path = PACKAGE) -> str:
       return found
     temporary = folder.with_name(f'{found}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(package, temporary / package.name, ignore=_ignored, ignore_dangling_symlinks=True)
+    shutil.copytree(package, temporary / package.name, ignore=_ignored)
     if fingerprint(temporary / package.name) == found:
       temporary.rename(folder)
       return found

@@ -191,7 +191,13 @@ def test_a_full_disk_while_code_is_copied(tmp_path, monkeypatch):
 def test_links_to_nothing_are_no_code(tmp_path):
   queue = FakeQueue(tmp_path)
   (queue.package / '.#main.py').symlink_to('user@host.1234')  # The lock of an editor.
+  (queue.package / 'configs').symlink_to('../settings')  # As in a checkout.
+  (queue.package.parent / 'settings').mkdir()
+  (queue.package.parent / 'settings' / 'file.py').write_text('a')
   assert queue.work() == {} and queue.names() == ORDER
+  code = queue.workdir / 'code' / queue.record('early-s0')['code'] / 'paranet_jax'
+  assert sorted(path.name for path in code.iterdir()) == ['configs', 'main.py']
+  assert (code / 'configs' / 'file.py').read_text() == 'a'
 
 
 def test_the_disk_fills_while_a_run_trains(tmp_path):
