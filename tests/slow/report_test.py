@@ -59,6 +59,6 @@ def test_a_calibrated_run(page, tmp_path):
   assert (tmp_path / 'report.html').stat().st_size < 3_000_000
   opened(page, tmp_path / 'report.html')
   text = page.text()
-  assert 'mean of 8.00 M multiply-adds at most' in text and 'the mean was 7.94 M multiply-adds' in text
+  assert 'mean of 11.00 M multiply-adds at most' in text and 'the mean was 10.91 M multiply-adds' in text
   assert 'Images that leave at exit 3' in text and page.value('document.images.length') == 36
   assert_the_slider_works(page)

@@ -27,7 +27,7 @@ SHAPES = {
   'narrow input, odd side': (6, 5, 3, 3, 2, 2),
   'wide input, one pixel': (16, 1, 24, 3, 2, 4),
   'many pixels': (64, 8, 6, 2, 3, 2),
-  # A growth rate and a width that have kernels in C++, those of pretrained/, and channels that fill no vector.
+  # A growth rate and a width that have kernels in C++, and channels that fill no vector.
   'kernels': (18, 8, 21, 3, 12, 4),
   'kernels, one image': (1, 8, 21, 3, 12, 4),
   'kernels, threads without images': (3, 4, 21, 3, 12, 4),
