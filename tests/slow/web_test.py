@@ -137,7 +137,7 @@ def test_a_trained_network_answers_as_run_does(page, library, files, tmp_path):
     for setting, same in (
       ('', bundle),
       ('$("threshold").value = 0.3; $("threshold").oninput();', bundle.with_threshold(0.3)),
-      ('$("budget").value = 2; $("budget").oninput();', bundle.with_threshold(0.3).with_budget(4e6)),
+      ('$("budget").value = 2; $("budget").oninput();', bundle.with_threshold(0.3).with_budget(12e6)),
     ):
       page.value(f'{{ const $ = id => document.getElementById(id); {setting} }}')
       exits |= set(assert_same(page, same, images).exits)
