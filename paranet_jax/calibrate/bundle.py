@@ -235,7 +235,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
   logits, labels, unreadable = [], [], []
   side, _, channels = bundle.image_shape
   for first in range(0, len(files), runtime.WAVE):
-    images, here = [], []
+    images, here, read = [], [], []
     for file, name in zip(files[first : first + runtime.WAVE], names[first : first + runtime.WAVE], strict=True):
       image = runtime.read_image(file, side, channels, scaling=bundle.scaling)
       if isinstance(image, str):
@@ -243,9 +243,18 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
       else:
         images.append(image)
         here.append(-1 if name is None else places.get(name, -1))
+        read.append(file)
     if images:
-      logits.append(bundle_logits(bundle, np.stack(images)))
-      labels += here
+      try:
+        found = bundle_logits(bundle, np.stack(images))
+      except runtime.BundleError as error:  # Not one of these images has a finite answer, or the files do not fit.
+        raise UserError(str(error)) from error
+      finite = np.atleast_1d(np.isfinite(found).all(axis=(0, 2)))
+      unreadable += [
+        f'{file} ({runtime.DIVERGED})' for file, answered in zip(read, finite, strict=True) if not answered
+      ]
+      logits.append(found[:, finite])
+      labels += np.array(here)[finite].tolist()
   if unreadable:
     say(
       f'left out {len(unreadable):,} images that cannot be read: {unreadable[0]}{" and others" * (len(unreadable) > 1)}'

@@ -14,6 +14,7 @@ import tiny_bundle
 from PIL import Image
 from running import run_command
 
+from paranet_jax.calibrate import bundle as bundle_lib
 from paranet_jax.calibrate.__main__ import main
 from paranet_jax.early.exit_plan import ExitPlan, read_plan, save_plan
 from paranet_jax.portable import run
@@ -334,6 +335,22 @@ def test_images_of_no_class_and_unreadable_ones(whole, folder):
   assert found == (
     'expected all images in folders named after classes, or none, found HERE/images/odd/a.png; move it, or set --images'
   )
+
+
+def test_images_without_a_finite_answer_are_left_out(whole, folder, monkeypatch):
+  computed = bundle_lib.bundle_logits
+
+  def overflowing(bundle, images):
+    logits = computed(bundle, images)
+    logits[1, 0] = np.nan
+    return logits
+
+  monkeypatch.setattr(bundle_lib, 'bundle_logits', overflowing)
+  flags = f'--bundle={folder / "tiny"}', f'--images={whole / "labeled"}', '--threshold=0.5', f'--out={folder / "new"}'
+  code, out, _ = run_command(main, *flags)
+  left_out = -(-COUNT // run.WAVE)
+  assert code == 0 and out.startswith(f'left out {left_out} images that cannot be read: {whole}/labeled/')
+  assert "(the network's answer is not finite)" in out and f'read {COUNT - left_out:,} images' in out
 
 
 def test_no_image_can_be_read(folder):

@@ -383,6 +383,28 @@ def test_weights_that_are_nan(folder):
     run.load(folder).predict(IMAGES)
 
 
+@pytest.mark.filterwarnings('ignore:invalid value')
+def test_images_whose_logits_overflow_are_answered_apart(folder, monkeypatch):
+  session = run._onnxruntime
+
+  def overflowing(*given):
+    opened = session(*given)
+
+    def compute(names, values):
+      logits, *others = opened(names, values)
+      logits = logits.copy()
+      logits[1:2] = np.inf
+      return logits, *others
+
+    return compute
+
+  expected = run.load(folder).with_threshold(0).predict(IMAGES)
+  monkeypatch.setattr(run, '_onnxruntime', overflowing)
+  found = run.load(folder).with_threshold(0).predict(IMAGES)
+  assert np.flatnonzero(~found.finite).tolist() == [1]
+  np.testing.assert_array_equal(found.probabilities[[0, 2, 3]], expected.probabilities[[0, 2, 3]])
+
+
 def test_links_to_files_and_other_files_do_not_matter(folder, whole, tmp_path):
   moved = folder / 'stage_1.onnx'
   moved.rename(tmp_path / 'blob')
