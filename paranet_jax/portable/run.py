@@ -577,8 +577,7 @@ class Adaptive:
     places = batch.rows[leaving]
     if not len(places):
       return Batch(batch.rows, carried)
-    found = found.take(leaving)
-    out.labels[places], out.probabilities[places] = self._labels(number, found), found.probabilities()
+    out.labels[places], out.probabilities[places] = self._labels(number, found)[leaving], found.probabilities(leaving)
     out.exits[places], out.macs[places] = number, self.macs[number]
     return Batch(np.where(leaving, GONE, batch.rows), carried)
 
@@ -994,21 +993,17 @@ class Softmax:
     self._temperature = temperature
     self._computed: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
-  def take(self, rows: np.ndarray) -> Softmax:
-    """Of some of the images. rows: bool [n]."""
-    part = copy.copy(self)
-    part.logits, part.labels = self.logits[rows], self.labels[rows]
-    if self._computed:
-      others, powers, rest = self._computed
-      part._computed = others[rows], powers[rows], rest[rows]
-    return part
-
-  def probabilities(self) -> np.ndarray:
-    """float32 [n, classes], computed in float64."""
+  def probabilities(self, rows: np.ndarray | None = None) -> np.ndarray:
+    """float32 [rows, classes], computed in float64. rows: bool [n], some of the images."""
+    if rows is not None and self._computed is None:
+      return Softmax(self.logits[rows], self._temperature).probabilities()
     _, powers, rest = self._exponentials()
+    labels = self.labels
+    if rows is not None:
+      powers, rest, labels = powers[rows], rest[rows], labels[rows]
     total = 1 + rest
     shares = powers / total[:, None]
-    shares[self._at_largest()] = 1 / total
+    shares[np.arange(len(labels)), labels] = 1 / total
     return shares.astype(np.float32)
 
   def confidence(self, score: str) -> np.ndarray:
@@ -1032,9 +1027,6 @@ class Softmax:
     """Which images have probabilities that are numbers: bool [n]."""
     return ~np.isnan(self._exponentials()[2])
 
-  def _at_largest(self) -> tuple[np.ndarray, np.ndarray]:
-    return np.arange(len(self.labels)), self.labels
-
   def _exponentials(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Float64, when they are first asked for.
 
@@ -1044,7 +1036,7 @@ class Softmax:
       rest: [n], what these add up to, where that of the most probable class is 1; NaN where a logit is.
     """
     if self._computed is None:
-      largest = self._at_largest()
+      largest = np.arange(len(self.labels)), self.labels
       others = self.logits.astype(np.float64)
       others /= self._temperature
       others -= others[largest][:, None]
