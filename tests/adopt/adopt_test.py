@@ -83,6 +83,13 @@ def test_from_weights_and_images_to_a_run(tiny, outputs):
   assert {line['split'] for line in lines} == {'train', 'held_out', 'test'}
 
 
+def configured(tiny, **given):
+  """Of a run that has not begun."""
+  flags = {'exits': 'layer1', 'targets': None, 'classes': False, 'images': None, 'data': None, 'workdir': tiny / 'no'}
+  given = argparse.Namespace(arch='cifar_resnet8', **flags | given)
+  return configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10)
+
+
 @pytest.mark.parametrize(
   ('head', 'targets', 'expected'),
   [
@@ -93,17 +100,7 @@ def test_from_weights_and_images_to_a_run(tiny, outputs):
 )
 def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
   images, data = (None, 'sorted') if targets else ('images', None)
-  given = argparse.Namespace(
-    arch='cifar_resnet8',
-    exits='layer1',
-    head=head,
-    targets=targets,
-    classes=False,
-    images=images,
-    data=data,
-    workdir=tiny / 'no',
-  )
-  config = configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10)
+  config = configured(tiny, head=head, targets=targets, images=images, data=data)
   config_lib.validate(config)
   found = config.model.copies, config.loss.matching, config.train.optimizer, config.data.flip
   assert (*found, config.loss.match_mirrored, config.loss.match_features > 0) == expected
@@ -113,17 +110,7 @@ def test_heads_learn_in_their_own_way(tiny, head, targets, expected):
 @pytest.mark.parametrize(('count', 'learned'), [(4, 3), (8, 6), (19, 16), (46, 37), (1000, 128)])
 def test_batches_are_no_larger_than_the_images_left_to_learn_from(tiny, tmp_path, monkeypatch, count, learned):
   monkeypatch.setattr('paranet_jax.adopt.run.find_images', lambda _: argparse.Namespace(images=[''] * count))
-  given = argparse.Namespace(
-    arch='cifar_resnet8',
-    exits='layer1',
-    head='conv',
-    targets=None,
-    classes=False,
-    images=tmp_path,
-    data=None,
-    workdir=tmp_path,
-  )
-  assert configure(given, architecture('cifar_resnet56'), tiny / 'weights', 10).train.batch_size == learned
+  assert configured(tiny, head='conv', images=tmp_path).train.batch_size == learned
 
 
 def test_nothing_is_left_to_do(tiny, outputs):
