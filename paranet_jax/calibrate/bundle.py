@@ -4,13 +4,14 @@ Half of the images choose temperatures and thresholds, as of a run's held-out on
 what the watch compares with from then on, and make the promises of `--reject` and `--coverage`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,16 @@ class Recalibrated(NamedTuple):
   problem: str | None
 
 
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+  """Turns what the bundle's runtime refuses into a `UserError`."""
+  try:
+    yield
+  except runtime.BundleError as error:
+    raise UserError(str(error)) from error
+
+
+@_user_errors()
 def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   """Writes a new version of a bundle beside it, with temperatures and thresholds for new images.
 
@@ -63,10 +74,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   Raises:
     UserError: the bundle or the images cannot be read, do not fit each other or the target, or cannot be written.
   """
-  try:
-    bundle = runtime.load(request.bundle)
-  except runtime.BundleError as error:
-    raise UserError(str(error)) from error
+  bundle = runtime.load(request.bundle)
   before = read_plan(request.bundle)
   out = request.out or _next_version(request.bundle)
   check_absent(out)
@@ -220,10 +228,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
   """The logits of all exits, with the classes that folders are named after, or the answers of the last exit."""
   if not folder.is_dir():
     raise UserError(f'expected a folder of images in {folder}, found none; set --images')
-  try:
-    files, _ = runtime.list_images([str(folder)])
-  except runtime.BundleError as error:
-    raise UserError(str(error)) from error
+  files, _ = runtime.list_images([str(folder)])
   places = {name: label for label, name in enumerate(bundle.class_names)}
   names = [Path(file).relative_to(folder).parts[0] if Path(file).parent != folder else None for file in files]
   known = [name in places for name in names]
@@ -245,10 +250,7 @@ def _read(bundle: runtime.Adaptive, folder: Path) -> tuple[Outputs, bool]:
         here.append(-1 if name is None else places.get(name, -1))
         read.append(file)
     if images:
-      try:
-        found = bundle_logits(bundle, np.stack(images))
-      except runtime.BundleError as error:  # Not one of these images has a finite answer, or the files do not fit.
-        raise UserError(str(error)) from error
+      found = bundle_logits(bundle, np.stack(images))
       finite = np.atleast_1d(np.isfinite(found).all(axis=(0, 2)))
       unreadable += [
         f'{file} ({runtime.DIVERGED})' for file, answered in zip(read, finite, strict=True) if not answered

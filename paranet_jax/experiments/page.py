@@ -7,7 +7,7 @@ from pathlib import Path
 from paranet_jax.experiments.markdown import table_markdown
 from paranet_jax.experiments.published import TABLES
 from paranet_jax.experiments.queue.results import RESULTS, markdown
-from paranet_jax.host.arguments import Parser, absolute
+from paranet_jax.host.arguments import Parser, absolute, from_here
 from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.files import read_object, write_text
 
@@ -57,7 +57,8 @@ def results_page(folder: Path) -> str:
 
 def _named(place: Path, folder: Path) -> Path:
   """A folder without what lies above: pages name no machine's folders."""
-  return place.relative_to(Path.cwd() if place.is_relative_to(Path.cwd()) else folder.parent)
+  shown = from_here(place)
+  return place.relative_to(folder.parent) if shown.is_absolute() else shown
 
 
 def _part(file: Path, place: Path) -> str:

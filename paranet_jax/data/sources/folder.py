@@ -129,10 +129,6 @@ def _all_files(entry: os.DirEntry) -> list[str]:
   return [*found.images, *(path for path, _ in found.unreadable), *found.left_out]
 
 
-def _folders(files: Sequence[str]) -> dict[str, None]:
-  return dict.fromkeys(map(os.path.dirname, files))
-
-
 def _check_forms(names: Sequence[str], root: Path) -> None:
   """Raises UserError if two names of classes look the same."""
   seen: dict[str, str] = {}
@@ -179,7 +175,8 @@ def _find_classes(folder: Path, rest: Rest) -> _ByClass:
       rest.left_out += _all_files(entry)
       continue
     found = find_images(entry.path)
-    if found.images or found.unreadable or not any(is_run(os.listdir(place)) for place in _folders(found.left_out)):
+    places = set(map(os.path.dirname, found.left_out))
+    if found.images or found.unreadable or not any(is_run(os.listdir(place)) for place in places):
       by_class[entry.name] = list(map(Path, found.images))
     rest.unreadable += found.unreadable
     rest.left_out += found.left_out
