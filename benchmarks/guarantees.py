@@ -302,7 +302,8 @@ def _watch(seen: dict[str, Any]) -> Watch:
   """The watch of a bundle whose calibration saw this."""
   numbers = range(1, len(COSTS) + 1)
   return Watch(
-    SimpleNamespace(_seen=seen, _identity=[], exits=tuple(numbers), macs=dict.fromkeys(numbers, 1)), alpha=ALPHA
+    SimpleNamespace(_seen=seen, _identity=[], exits=tuple(numbers), macs=dict.fromkeys(numbers, 1), rejects=False),
+    alpha=ALPHA,
   )
 
 

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from paranet_jax.calibrate.flags import BundleRequest, Request
 from paranet_jax.early.exit_plan import ExitPlan
@@ -67,10 +67,9 @@ def measured_promises(plan: ExitPlan, outputs: Outputs, thresholds: Float[np.nda
   """
   found: dict[str, Any] = {}
   if plan.reject:
-    images, at = _leaving(plan, outputs, thresholds), plan.reject['confidence_threshold']
-    answered = images.early | (images.confidence >= (math.inf if at is None else at))
+    answered, wrong = _answered(plan, outputs, thresholds)
     found['answered'] = float(answered.mean())
-    found['answered_error'] = float(images.wrong[answered].mean()) if answered.any() else None
+    found['answered_error'] = float(wrong[answered].mean()) if answered.any() else None
   if plan.sets:
     images = _labeled(plan, outputs, thresholds)
     rows = np.arange(len(images.labels))
@@ -102,12 +101,17 @@ def what_was_seen(
     edges.append(np.unique(np.quantile(here, np.arange(1, bins) / bins).round(6)).tolist() if bins > 1 else [])
   taken, tops, labels = _answers(plan, counted, thresholds)
   places = [np.searchsorted(each, tops[taken == k], side='right') for k, each in enumerate(edges)]
+  wrong, more = labels != counted.labels, {}
+  if plan.reject:  # `Watch.record` leaves unknown images out, too.
+    answered, _ = _answered(plan, counted, thresholds)
+    wrong, more = wrong[answered], {'answered': int(answered.sum())}
   return {
     'images': len(labels),
     'edges': edges,
     'counts': [np.bincount(here, minlength=len(each) + 1).tolist() for here, each in zip(places, edges, strict=True)],
     'classes': np.bincount(labels, minlength=counted.logits.shape[-1]).tolist(),
-    'wrong': int((labels != counted.labels).sum()) if labeled else None,
+    'wrong': int(wrong.sum()) if labeled else None,
+    **more,
   }
 
 
@@ -122,6 +126,15 @@ def _answers(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> tuple[
   for k, temperature in enumerate(plan.temperatures):
     tops[taken == k] = softmax(logits[taken == k], temperature).max(-1) if (taken == k).any() else 0
   return taken, tops, logits.argmax(-1)
+
+
+def _answered(
+  plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray
+) -> tuple[Bool[np.ndarray, ' N'], Bool[np.ndarray, ' N']]:
+  """Which images are not unknown, and of which the most probable class is wrong."""
+  assert plan.reject is not None
+  images, at = _leaving(plan, outputs, thresholds), plan.reject['confidence_threshold']
+  return images.early | (images.confidence >= (math.inf if at is None else at)), images.wrong
 
 
 def _leaving(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> Leaving:

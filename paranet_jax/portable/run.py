@@ -662,12 +662,12 @@ class Watch:
     deep = np.concatenate([np.array(each) for each in seen['counts']])
     self._orders = [np.arange(len(deep)), *orders]
     self._answers = _Gambler([deep, *(_reordered(classes, order) for order in orders)])
-    wrong = seen['wrong']
-    self._errors = None if wrong is None else _Gambler([np.array([seen['images'] - wrong, wrong])])
+    wrong, answered = seen['wrong'], seen.get('answered', None if bundle.rejects else seen['images'])
+    self._errors = None if None in (wrong, answered) else _Gambler([np.array([answered - wrong, wrong])])
     self._recent = np.zeros(len(self._exits))
     self._pending: list[tuple[int, float, int]] = []
     self._pending_errors: list[int] = []
-    self._last: int | None = None
+    self._last: Prediction | None = None
     self._saved = 0
     self._identity = hashlib.sha256(json.dumps([seen, alpha, bundle._identity]).encode()).hexdigest()[:16]
     if self.path:
@@ -676,12 +676,14 @@ class Watch:
 
   @property
   def takes_labels(self) -> bool:
-    """Whether `record` can be called: calibration knew which answers were wrong."""
+    """Whether `record` can be called: calibration knew which of the images that it answered were wrong."""
     return self._errors is not None
 
   def see(self, answers: Predictions) -> None:
     """Sees the answers of the bundle, in the order given. Those that a deadline or budget forced do not count."""
     probabilities, exits = answers.probabilities, answers.exits.tolist()
+    if exits:
+      self._last = Prediction(*(column[-1] for column in answers))
     if len(exits) == 1:  # Twice as fast as the general way, which is what an image at a time pays.
       best = int(probabilities.argmax())
       return self.add([(exits[0], float(probabilities[0, best]), best)])
@@ -694,8 +696,6 @@ class Watch:
     if self.alarm:
       return
     self._pending += answers
-    if self._pending:
-      self._last = self._pending[-1][2]
     while len(self._pending) >= self.BLOCK and not self.alarm:
       self._test(self.BLOCK)
     if self.images + self.labeled - self._saved >= self.SAVED_EVERY:
@@ -713,13 +713,16 @@ class Watch:
       ValueError: no answer was seen yet.
     """
     if self._errors is None:
-      raise BundleError('expected errors that calibration saw, found a run without labels; leave out the labels')
-    if answer is None and self._last is None:
+      raise BundleError(
+        'expected errors that calibration saw, found a run without labels, or one with --reject that did not count the '
+        'answered images; leave out the labels, or calibrate again'
+      )
+    answer = self._last if answer is None else answer
+    if answer is None:
       raise ValueError('expected an answer before its label, found none')
-    if self.alarm or (answer is not None and answer.unknown):
+    if self.alarm or answer.unknown:
       return
-    given = self._last if answer is None else answer.label
-    self._pending_errors.append(int(given != label))
+    self._pending_errors.append(int(answer.label != label))
     self.labeled += 1
     if len(self._pending_errors) >= self.BLOCK:
       self._test_errors()
@@ -1349,6 +1352,7 @@ def _are_seen(value: Any, known: Mapping[str, Any]) -> bool:
   if not isinstance(value, dict) or not set(names) <= set(value):
     return False
   images, edges, counts, classes, wrong = (value[name] for name in names)
+  answered = value.get('answered', images)  # Without --reject, all are.
   lists = [edges, counts, classes]
   if not (_is_count(images, 1) and all(isinstance(each, list) for each in lists)):
     return False
@@ -1361,7 +1365,8 @@ def _are_seen(value: Any, known: Mapping[str, Any]) -> bool:
     and all(len(each) == len(edge) + 1 and all(map(_is_count, each)) for each, edge in zip(counts, edges, strict=True))
     and all(map(_is_count, classes))
     and sum(map(sum, counts)) == sum(classes) == images
-    and (wrong is None or _is_count(wrong, most=images))
+    and _is_count(answered, most=images)
+    and (wrong is None or _is_count(wrong, most=answered))
   )
 
 
@@ -1379,7 +1384,8 @@ PROMISES: dict[str, _Rule] = {
   'seen': (
     _are_seen,
     'null, or an object with the number of images, and for each exit increasing edges from 0 to 1 and counts between '
-    'them, counts of classes, and wrong, a count or null, all of that many images',
+    'them, counts of classes, and wrong, a count or null, all of that many images, or wrong of answered, a count, if '
+    'there is one',
   ),
 }
 """Fields of exits.json that plans without such promises lack. The rules read `exits` and `score`."""

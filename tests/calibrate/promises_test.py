@@ -76,6 +76,7 @@ def test_answers_and_sets(run):
       answered, wrong = answered + 1, wrong + (order[0] != label)
   assert plan.test['answered'] == pytest.approx(answered / TEST) and 0 < answered < TEST
   assert plan.test['answered_error'] == pytest.approx(wrong / answered)
+  assert (plan.seen['answered'], plan.seen['wrong']) == (answered, wrong)
   assert (plan.test['covered'], plan.test['set_size']) == pytest.approx((np.mean(covered), sizes / TEST))
   assert plan.expected['answered_error'] <= 0.1 and plan.expected['covered'] >= 0.9
   for line in (
@@ -102,6 +103,7 @@ def test_what_the_watch_compares_with(run):
     counts[k][sum(edge <= row.max() for edge in seen['edges'][k])] += 1
     classes[row.argmax()] += 1
     wrong += int(row.argmax() != label)
+  assert 'answered' not in seen  # All are.
   assert seen['images'] == TEST and len(seen['edges'][0]) > 4 and max(len(edges) for edges in seen['edges']) <= 9
   assert (seen['classes'], seen['wrong']) == (classes, wrong)
   assert np.abs(np.concatenate(seen['counts']) - np.concatenate(counts)).sum() <= 2  # Rounding of float32.

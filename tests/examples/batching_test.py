@@ -416,7 +416,7 @@ def test_a_full_queue_looks_like_no_change(shares, seed):
   calibrated = [[int(found)] for found in np.bincount(exits, minlength=4)[1:]]
   classes = np.bincount(labels, minlength=CLASSES).tolist()
   seen = {'images': 2000, 'edges': [[], [], []], 'counts': calibrated, 'classes': classes, 'wrong': None}
-  plan = types.SimpleNamespace(_seen=seen, exits=(1, 2, 3), macs={1: 1, 2: 2, 3: 3}, _identity='')
+  plan = types.SimpleNamespace(_seen=seen, exits=(1, 2, 3), macs={1: 1, 2: 2, 3: 3}, _identity='', rejects=False)
   watch, by_completion, shown, answered = run.Watch(plan), run.Watch(plan), [], []
   add = watch.add
   watch.add = lambda answers: (shown.extend(answers), add(answers))

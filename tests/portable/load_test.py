@@ -183,6 +183,8 @@ FIELDS = {
   'a probability of 2': ('exits.json', 'seen', SEEN | {'edges': [[], [2], []]}),
   'too few bins': ('exits.json', 'seen', SEEN | {'counts': [[2], [6], [2]]}),
   'more wrong than seen': ('exits.json', 'seen', SEEN | {'wrong': 11}),
+  'more wrong than answered': ('exits.json', 'seen', SEEN | {'wrong': 5, 'answered': 4}),
+  'more answered than seen': ('exits.json', 'seen', SEEN | {'answered': 11}),
   'counts of text': ('exits.json', 'seen', SEEN | {'counts': [['2'], [3, 3], [2]]}),
   'counts that are no lists': ('exits.json', 'seen', SEEN | {'counts': [2, 6, 2]}),
   'seen without its fields': ('exits.json', 'seen', {}),

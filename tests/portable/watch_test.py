@@ -26,8 +26,9 @@ def seen(exits, tops, classes, wrong=60):
   return {'images': len(exits), 'edges': EDGES, 'counts': counts, 'classes': classes, 'wrong': wrong}
 
 
-def bundle(known):
-  return types.SimpleNamespace(_seen=known, _identity=[0.5], exits=(1, 2, 3), macs={1: 10, 2: None, 3: 40})
+def bundle(known, rejects=False):
+  macs = {1: 10, 2: None, 3: 40}
+  return types.SimpleNamespace(_seen=known, _identity=[0.5], exits=(1, 2, 3), macs=macs, rejects=rejects)
 
 
 def watch(rng, path=None, alpha=0.01, wrong=60):
@@ -136,6 +137,23 @@ def test_labels_test_the_errors(rate, alarms):
     assert found.alarm.test == 'errors' and 'answers are not wrong as often as' in found.line()
 
 
+def test_errors_are_those_of_the_answered_images():
+  """With --reject: half of the images are unknown, of which half are wrong; of the others a tenth."""
+  rng, unknown = np.random.default_rng(7), run.Prediction(CLASSES, np.zeros(CLASSES), 3, 40)
+  known = seen(*draw(rng, IMAGES), wrong=30) | {'answered': 300}
+  found = Watch(bundle(known, rejects=True))
+  assert found._errors._counts.tolist() == [[270, 30]]
+  for wrong in rng.random(2000) < 0.1:
+    found.record(1 if wrong else 0, run.Prediction(0, np.zeros(CLASSES), 1, 10))
+    found.record(1, unknown)
+  found.flush()
+  assert found.alarm is None and found.labeled == 2000
+  uncounted = Watch(bundle(seen(*draw(rng, IMAGES)), rejects=True))
+  assert not uncounted.takes_labels
+  with pytest.raises(BundleError, match='or one with --reject that did not count the answered images; leave out the'):
+    uncounted.record(1, unknown)
+
+
 def test_the_label_of_the_last_image():
   rng = np.random.default_rng(4)
   found = watch(rng)
@@ -146,6 +164,9 @@ def test_the_label_of_the_last_image():
   found.record(4)
   found.record(2)
   assert found._pending_errors == [0, 1] and found.labeled == 2 and found.takes_labels
+  found.see(Predictions(np.array([2, CLASSES]), probabilities, np.array([1, 3]), np.array([10, 40])))
+  found.record(4)  # It was unknown.
+  assert found._pending_errors == [0, 1] and found.labeled == 2
   unlabeled = watch(rng, wrong=None)
   assert not unlabeled.takes_labels
   with pytest.raises(BundleError, match='found a run without labels'):
