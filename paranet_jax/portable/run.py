@@ -680,7 +680,10 @@ class Watch:
     return self._errors is not None
 
   def see(self, answers: Predictions) -> None:
-    """Sees the answers of the bundle, in the order given. Those that a deadline or budget forced do not count."""
+    """Sees the answers of the bundle, in the order given. Those that are not finite do not count.
+
+    Those that a deadline or budget forced must be left out.
+    """
     probabilities, exits = answers.probabilities, answers.exits.tolist()
     if exits:
       self._last = Prediction(*(column[-1] for column in answers))
@@ -695,14 +698,17 @@ class Watch:
     """Sees answers: exit, largest probability and most probable class of each."""
     if self.alarm:
       return
-    self._pending += answers
+    # Without finite answers (their largest probability is NaN), which calibration leaves out or refuses.
+    self._pending += [answer for answer in answers if answer[1] == answer[1]]
     while len(self._pending) >= self.BLOCK and not self.alarm:
       self._test(self.BLOCK)
     if self.images + self.labeled - self._saved >= self.SAVED_EVERY:
       self.save()
 
   def record(self, label: int, answer: Prediction | None = None) -> None:
-    """Records the right class of an image, for a test of how often answers are wrong. Unknown images do not count.
+    """Records the right class of an image, for a test of how often answers are wrong.
+
+    Images that are unknown or have no finite answer do not count.
 
     Args:
       label: the right class.
@@ -720,7 +726,7 @@ class Watch:
     answer = self._last if answer is None else answer
     if answer is None:
       raise ValueError('expected an answer before its label, found none')
-    if self.alarm or answer.unknown:
+    if self.alarm or answer.unknown or np.isnan(answer.probabilities[0]):
       return
     self._pending_errors.append(int(answer.label != label))
     self.labeled += 1

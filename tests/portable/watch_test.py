@@ -173,6 +173,18 @@ def test_the_label_of_the_last_image():
     unlabeled.record(1)
 
 
+def test_images_without_an_answer_are_not_seen():
+  """Calibration leaves images whose logits are not finite out, too."""
+  found, odd = watch(np.random.default_rng(6)), np.full((1, CLASSES), np.nan, np.float32)
+  sure = np.eye(CLASSES, dtype=np.float32)[[1]]
+  for probabilities in (sure, odd, np.concatenate([sure, odd])):
+    count = len(probabilities)
+    found.see(Predictions(np.ones(count, int), probabilities, np.full(count, 3), np.full(count, 40)))
+  found.record(1)  # Of the last one, which has no answer.
+  found.flush()
+  assert (found.images, found.labeled) == (2, 0) and found._recent.tolist() == [0, 0, 2]
+
+
 def test_a_restart_continues(tmp_path):
   rng, path = np.random.default_rng(5), tmp_path / 'state.json'
   known, answers = bundle(seen(*draw(rng, IMAGES))), rows(draw(rng, 1024, exits=(0.45, 0.3, 0.25)))
