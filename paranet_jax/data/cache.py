@@ -25,7 +25,7 @@ from paranet_jax.data.identity import Identities, choose_limits, drawn, read_ide
 from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.files import replacing, sweep
 
-_FORMAT = 2  # Increase it when decoding or this layout changes, so that old entries are not found.
+_FORMAT = 3  # Increase it when decoding or this layout changes, so that old entries are not found.
 _READ = 512  # Images read at a time.
 _CHUNK = 4096  # Images converted to float64 at a time.
 

@@ -1741,6 +1741,7 @@ def _decode(file: Any, side: int, channels: int, max_pixels: int, max_memory: in
     if image.tile and image.tile[0][0] == 'ppm':
       upright = _scaled_samples(image)
     else:
+      _scale_transparent_color(image)
       image.load()
       if halved:
         _check_upper_bytes(image)
@@ -1771,14 +1772,20 @@ def _scaled_samples(image: Any) -> Any:
   return Image.fromarray(pixels if bands == 3 else pixels[..., 0])
 
 
+def _scale_transparent_color(image: Any) -> None:
+  """Scales the transparent color of a PNG of 2, 4 or 3 x 16 bits, of which Pillow scales the pixels only."""
+  key = image.info.get('transparency')
+  if image.format == 'PNG' and isinstance(key, int):
+    image.info['transparency'] = key * {'L;2': 85, 'L;4': 17}.get(image.tile[0][3], 1)
+  elif isinstance(key, tuple) and ';16' in str(image.tile):
+    image.info['transparency'] = tuple(value >> 8 for value in key)
+
+
 def _check_upper_bytes(image: Any) -> None:
   """Raises ValueError if the upper bytes, all that Pillow keeps of 16-bit colors, are those of 14 bits or fewer.
 
   They would be too dark, and nearly black with 12 bits. (Gray of 16 bits is kept whole and scaled by its range.)
   """
-  key = image.info.get('transparency')
-  if isinstance(key, tuple):
-    image.info['transparency'] = tuple(value >> 8 for value in key)
   colors = 1 if image.mode == 'LA' else 3
   largest = max(high for _, strip in _strips(image) for _, high in strip.getextrema()[:colors])
   if largest < 64:

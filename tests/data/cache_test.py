@@ -68,7 +68,7 @@ def test_decodes_once_and_maps_the_file_after(cache_folder):
     assert isinstance(decoded.images['train'], np.memmap)
   assert reads == ['train', 'test']
   (entry,) = cache_folder.iterdir()
-  assert entry.name == 'shapes_big-1.2.3-4x4x3-f00d-v2'
+  assert entry.name == 'shapes_big-1.2.3-4x4x3-f00d-v3'
   assert sorted(file.name for file in entry.iterdir()) == ['index.npz', 'test.npy', 'train.npy']
 
 

@@ -260,12 +260,35 @@ def test_what_is_transparent_does_not_matter():
   assert found[0][0, 0].tolist() == [255] * 3 and found[0][6, 6].tolist() == [210, 40, 40]
 
 
+def raw_png(size, bits, color, transparent, rows):
+  """A PNG with a transparent color. color: 0 (gray) or 2 (RGB). rows: packed samples."""
+  pixels = zlib.compress(b''.join(b'\0' + row for row in rows))
+  header = struct.pack('>IIBBBBB', *size, bits, color, 0, 0, 0)
+  parts = (b'IHDR', header), (b'tRNS', transparent), (b'IDAT', pixels), (b'IEND', b'')
+  return encoded(SQUARE)[:8] + b''.join(chunk(*part) for part in parts)
+
+
 def test_a_transparent_color_of_16_bits():
   pixels = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0]]], '>u2')
-  header = b'\0\0\0\x02\0\0\0\x01\x10\x02\0\0\0'
-  parts = (b'IHDR', header), (b'tRNS', pixels[0, 0].tobytes()), (b'IDAT', zlib.compress(b'\0' + pixels.tobytes()))
-  file = encoded(SQUARE)[:8] + b''.join(chunk(*part) for part in (*parts, (b'IEND', b'')))
+  file = raw_png((2, 1), 16, 2, pixels[0, 0].tobytes(), [pixels.tobytes()])
   assert decode_image(file, 1, 3).tolist() == [[[255, 128, 128]]]  # The mean of white and red.
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(
+  ('bits', 'key', 'rows', 'expected'),
+  [
+    (1, 0, [b'\x40', b'\x80'], [[255, 255], [255, 255]]),
+    (2, 1, [b'\x10', b'\xe0'], [[0, 255], [255, 170]]),
+    (2, 0, [b'\x10', b'\xe0'], [[255, 85], [255, 170]]),
+    (4, 5, [b'\x05', b'\x5f'], [[0, 255], [255, 255]]),
+    (4, 85, [b'\x05', b'\x5e'], [[0, 85], [85, 238]]),  # None has such a value.
+    (8, 5, [b'\x05\x55', b'\x00\xff'], [[255, 85], [0, 255]]),
+  ],
+)
+def test_a_transparent_gray_of_few_bits(bits, key, rows, expected, channels):
+  file = raw_png((2, 2), bits, 0, struct.pack('>H', key), rows)
+  assert decode_image(file, 2, channels).tolist() == [[[gray] * channels for gray in row] for row in expected]
 
 
 def test_no_program_is_started(monkeypatch, tmp_path):
