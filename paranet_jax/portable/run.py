@@ -2162,7 +2162,8 @@ def _usual_mode(image: Any) -> Any:
   signed = image.mode == 'L' and getattr(image, 'tag_v2', {}).get(339) == (2,)
   if signed or image.mode[0] in 'IF':
     return _to_8_bit(image)
-  return image.convert('LA') if image.mode == 'La' else image
+  usual = {'La': 'LA', 'LAB': 'RGB'}.get(image.mode)  # Pillow converts LAB to nothing else.
+  return image.convert(usual) if usual else image
 
 
 _WHITES = (255, 1023, 4095, 16383, 65535)

@@ -84,6 +84,12 @@ GRAY = {
   'partly transparent palette': (encoded(PALETTE, transparency=bytes([0, 128, 254, 255])), 3, ON_WHITE),
   'CMYK': (tiff(mode('RGB').convert('CMYK')), 3, SQUARE),
   'YCbCr': (tiff(mode('RGB').convert('YCbCr')), 3, SQUARE),
+  'CMYK to gray': (tiff(mode('RGB').convert('CMYK')), 1, SQUARE),
+  'Lab to gray': (
+    tiff(Image.merge('LAB', [Image.new('L', (2, 2), each) for each in (255, 128, 128)])),
+    1,
+    [[255] * 2] * 2,
+  ),
   'RGBA to gray': (encoded(mode('RGBA')), 1, SQUARE),
   'GIF': (encoded(mode('L'), 'GIF', transparency=1), 3, SQUARE),
   'BMP': (encoded(mode('L'), 'BMP'), 3, SQUARE),
