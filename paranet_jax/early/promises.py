@@ -135,13 +135,13 @@ def choose_sets(reference: Labeled, tested: Labeled, coverage: float) -> dict[st
 
 def conformal_limit(scores: Float[np.ndarray, ' n'], coverage: float) -> float | None:
   """The limit that the score of one more, exchangeable image keeps with at least this probability; None: +inf."""
-  place = math.ceil((len(scores) + 1) * coverage - 1e-9)
+  place = max(math.ceil((len(scores) + 1) * coverage - 1e-9), 1)
   return None if place > len(scores) else float(np.sort(scores)[place - 1])
 
 
 def images_needed(coverage: float) -> int:
   """The fewest images with which `conformal_limit` is finite."""
-  return math.ceil(coverage / (1 - coverage) - 1e-9)
+  return max(math.ceil(coverage / (1 - coverage) - 1e-9), 1)
 
 
 def exit_groups(counts: Sequence[int]) -> list[list[int]]:

@@ -105,7 +105,17 @@ def test_scores_of_a_set():
 
 
 @pytest.mark.parametrize(
-  ('count', 'coverage', 'place'), [(9, 0.9, 9), (8, 0.9, None), (19, 0.9, 18), (3, 0.5, 2), (4, 0.5, 3), (99, 0.9, 90)]
+  ('count', 'coverage', 'place'),
+  [
+    (9, 0.9, 9),
+    (8, 0.9, None),
+    (19, 0.9, 18),
+    (3, 0.5, 2),
+    (4, 0.5, 3),
+    (99, 0.9, 90),
+    (3, 1e-12, 1),
+    (0, 1e-12, None),
+  ],
 )
 def test_the_limit_of_a_set(count, coverage, place):
   # ceil(coverage (n + 1)): of 20 equally likely places for the next of 19 scores, 18 are at most the 18th.
