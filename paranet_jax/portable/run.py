@@ -2287,9 +2287,10 @@ def find_images(folder: str) -> Found:
   Hidden folders and those of training runs, whose figures are images, are left out.
   """
   found, seen = Found([], [], []), set()
-  pending, later = [(folder, False)], []  # (folder, whether it is hidden); links and hidden folders come later.
-  while pending or later:
-    place, hidden = pending.pop() if pending else later.pop(0)
+  pending, links, left = [folder], [], []  # What is left out comes last: a link elsewhere may lead to the same folder.
+  while pending or links or left:
+    hidden = not (pending or links)
+    place = pending.pop() if pending else (links or left).pop(0)
     real = os.path.realpath(place)
     if real in seen:
       continue
@@ -2308,7 +2309,7 @@ def find_images(folder: str) -> Found:
       out = hidden or is_hidden(entry.name)
       try:
         if entry.is_dir():
-          (later if out or entry.is_symlink() else pending).append((entry.path, out))
+          (left if out else links if entry.is_symlink() else pending).append(entry.path)
           continue
         regular = entry.is_file()
       except OSError:  # A circle of links.

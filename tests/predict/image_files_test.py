@@ -52,6 +52,17 @@ def test_links_take_no_image_from_its_own_folder(tmp_path):
   assert find_images('d') == (['d/z/x.png'], [('d/circle.png', 'a link to a file that does not exist')], [])
 
 
+def test_a_hidden_place_takes_no_image_from_a_link(tmp_path):
+  """`.b` and `photos` are one folder; `far/photos` is in `.c`, and only `e` leads there."""
+  write(tmp_path / 'b' / 'x.png')
+  write(tmp_path / 'd' / '.c' / 'photos' / 'y.png')
+  write(tmp_path / 'd' / '.c' / 'z.png')
+  (tmp_path / 'far').mkdir()
+  for place, target in (('d/.b', 'b'), ('d/photos', 'b'), ('d/e', 'far'), ('far/photos', 'd/.c/photos')):
+    (tmp_path / place).symlink_to(tmp_path / target)
+  assert find_images('d') == (['d/e/photos/y.png', 'd/photos/x.png'], [], ['d/.c/z.png'])
+
+
 def test_a_folder_that_cannot_be_listed_is_listed_as_a_file(tmp_path, monkeypatch):
   for name in ('d/a.png', 'd/closed/b.png', 'd/.closed/c.png'):
     write(tmp_path / name)
