@@ -2515,7 +2515,7 @@ def _print(
     for file, image in zip(wave, decoded, strict=True):
       answer, held = (None, '') if isinstance(image, str) else (next(rows), next(sets))
       if answer is None or np.isnan(answer.probabilities).any():
-        _note(f'error: {printable(file)}: {image if answer is None else DIVERGED}')
+        _note(printable(f'error: {file}: {image if answer is None else DIVERGED}'))  # Pillow may quote the file.
         unreadable += 1
         continue
       label = UNKNOWN if answer.unknown else names[answer.label]

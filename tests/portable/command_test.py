@@ -115,6 +115,15 @@ def test_an_answer_that_is_not_finite_is_reported(command, photos, monkeypatch):
   assert err == [f"error: {photos}/a.png: the network's answer is not finite", f'1 image, 1 unreadable; {SHARES}']
 
 
+def test_a_reason_that_quotes_the_file_is_printable(command, photos, monkeypatch):
+  def refuse(*_):
+    raise ValueError('Token too long in file header: \x1b]0;title\x07')  # As Pillow 11 does.
+
+  monkeypatch.setattr(run, 'decode_image', refuse)
+  code, _, err = command(photos)
+  assert (code, err[0]) == (1, f'error: {photos}/a.png: Token too long in file header: \\x1b]0;title\\x07')
+
+
 def test_a_folder_without_images(command, tmp_path):
   assert command(tmp_path) == (
     2,
