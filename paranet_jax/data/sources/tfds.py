@@ -7,6 +7,7 @@ and 3,072 bytes of pixels, channel by channel.
 
 import contextlib
 import fcntl
+import glob
 import io
 import os
 import shutil
@@ -138,9 +139,10 @@ def _check_place(name: str, data_dir: str, builder: _Builder | None = None) -> N
     )
 
 
-def _prepared(root: Path, name: str = '*') -> list[Path]:
-  """The folders of the versions of prepared data sets."""
-  infos = [file for place in ('*', '*/*') for file in root.glob(f'{name}/{place}/dataset_info.json')]
+def _prepared(root: Path, name: str | None = None) -> list[Path]:
+  """The folders of the versions of prepared data sets, of all or of one."""
+  of = '*' if name is None else glob.escape(name)
+  infos = [file for place in ('*', '*/*') for file in root.glob(f'{of}/{place}/dataset_info.json')]
   return sorted(file.parent for file in infos)
 
 

@@ -464,7 +464,7 @@ def test_no_test_split(tmp_path):
     load('tiny_shapes', tmp_path)
 
 
-@pytest.mark.parametrize('name', ['cifar100:1.0.0', 'a b'])
+@pytest.mark.parametrize('name', ['cifar100:1.0.0', 'a b', 'cifar**'])
 def test_names_that_do_not_open(name, tmp_path):
   with pytest.raises(UserError, match='expected a data set that tensorflow-datasets can open, found') as error:
     load(name, tmp_path)
