@@ -16,24 +16,25 @@ from PIL import Image
 
 from paranet_jax.data.dataset import Labels, Source, stratified_indices
 from paranet_jax.data.identity import Identities, identities
-from paranet_jax.portable.run import fit_image
+from paranet_jax.data.scaling import scaling_of
+from paranet_jax.portable.run import Scaling, fit_image
 
 _TEST_COUNT = 360
 _TEST_SEED = 1797
 
 
-def digits_source(_: ConfigDict, image_side: int, channels: int) -> Source:
-  """1,437 training and 360 test digits, upsampled (bilinear) to image_side, gray repeated over the channels."""
+def digits_source(data_config: ConfigDict, image_side: int, channels: int) -> Source:
+  """1,437 training and 360 test digits, upsampled to image_side, gray repeated over the channels."""
   table = _table()
   pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # Values are 0..16.
   labels = table[:, -1]
   train, test = stratified_indices(labels, _TEST_COUNT, _TEST_SEED)
-  indices = {'train': train, 'test': test}
+  indices, scaling = {'train': train, 'test': test}, scaling_of(data_config)
   return Source(
     name='digits',
     version='1.0.0',
     class_names=tuple(str(digit) for digit in range(10)),
-    records=lambda split: _Digits(pixels[indices[split]], labels[indices[split]], image_side, channels),
+    records=lambda split: _Digits(pixels[indices[split]], labels[indices[split]], image_side, channels, scaling),
     by_position=True,
   )
 
@@ -51,12 +52,14 @@ class _Digits:
   labels: Int32[np.ndarray, ' N']
   image_side: int
   channels: int
+  scaling: Scaling
 
   def __len__(self) -> int:
     return len(self.labels)
 
   def read(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Int32[np.ndarray, ' n']]:
-    images = [fit_image(Image.fromarray(self.pixels[number]), self.image_side, self.channels) for number in numbers]
+    size = self.image_side, self.channels, self.scaling
+    images = [fit_image(Image.fromarray(self.pixels[number]), *size) for number in numbers]
     return images, self.labels[list(numbers)]
 
   def read_identified(self, numbers: Sequence[int]) -> tuple[list[UInt8[np.ndarray, 'H W C']], Labels, Identities]:

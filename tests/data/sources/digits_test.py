@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from odd_images import encoded
 from sklearn.datasets import load_digits
 
 from paranet_jax.data.sources.digits import digits_source
+from paranet_jax.portable.run import Scaling, decode_image
 
 
-def read(side, channels):
-  source = digits_source(ConfigDict(), side, channels)
+def read(side, channels, **data):
+  source = digits_source(ConfigDict(data), side, channels)
   splits = [source.records(split) for split in ('train', 'test')]
   return [(np.stack(images), labels) for images, labels in (records.read(range(len(records))) for records in splits)]
 
@@ -33,6 +35,15 @@ def test_every_digit_once_with_its_own_label():
 
   assert pairs(images, labels) == pairs(pixels, digits.target)
   assert images.dtype == np.uint8 and labels.dtype == np.int32 and images.max() == 255
+
+
+@pytest.mark.parametrize('data', [{'interpolation': 'bicubic'}, {'short_side': 40, 'interpolation': 'bilinear'}])
+def test_scaled_as_prediction_scales_files(data):
+  _, (images, _) = read(32, 1, **data)
+  _, (small, _) = read(8, 1)
+  scaling = Scaling(data.get('short_side'), data['interpolation'])
+  for image, digit in zip(images[:5], small, strict=False):
+    np.testing.assert_array_equal(image, decode_image(encoded(digit[..., 0]), 32, 1, scaling=scaling))
 
 
 @pytest.mark.parametrize('channels', [1, 3])
