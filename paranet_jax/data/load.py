@@ -99,6 +99,7 @@ def _load(
     names = names or _numbered(num_classes, place)
   splits, limits, untested = _split(decoded, source, names if known.labeled else (), data_config, learned)
   lost = _leave_out_trained(splits, names, learned, place) if learned else ()
+  _check_filled(splits, learned, place)
   if learned is None and not source.by_position:
     _report_shared(splits, place)
   mean, std = decoded.mean, decoded.std
@@ -275,6 +276,16 @@ def _check_readable(names: tuple[str, ...], split: str, listing: Listing, member
   if len(lost):
     of_class = f' of class {names[lost[0]]!r}' if names else ''
     raise UserError(f'expected images{of_class} in {split}, found only corrupt files: fix or remove them')
+
+
+def _check_filled(splits: dict[str, Split], learned: Learned | None, place: str) -> None:
+  """Raises UserError if a split to test on has no images: those drawn are in other classes too, or have gone."""
+  for name, flag in (('test', 'test_fraction'), ('held_out', 'held_out')):
+    if name in splits and not len(splits[name]):
+      fix = f'add images that are in one class only, or raise --config.data.{flag}'
+      if learned:
+        fix = f'restore those of the run in {learned.workdir}, or train a new run with another --workdir'
+      raise UserError(f'expected images in {name} of {place}, found no image drawn for it: {fix}')
 
 
 def _report_shared(splits: dict[str, Split], place: str) -> None:

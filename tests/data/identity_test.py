@@ -250,6 +250,27 @@ def test_only_images_that_were_trained_on(halves):
     again(run, both, accept=True, held_out=0)
 
 
+def test_a_split_whose_images_have_gone(run, photos):
+  for label, red in splits(run[1])['test']:
+    (photos / ('cat', 'dog')[label] / f'{red - 100 * label:02}.png').unlink()
+  message = 'expected images in test of .*photos, found no image drawn for it: restore those of the run in .*run, or'
+  with pytest.raises(UserError, match=message):
+    again(run, photos)
+
+
+def test_the_only_image_drawn_is_in_another_class(tmp_path):
+  """One of five images is tested on, of the class that has four; an image in two classes has the lower limit."""
+  for number in range(4):
+    write(tmp_path / f'p/cat/{number}.png', number)
+  write(tmp_path / 'p/dog/0.png', 100)
+  ((label, red),) = values(load(tmp_path / 'p', held_out=0).test)
+  assert label == 0
+  write(tmp_path / 'p/dog/0.png', red)
+  message = 'found no image drawn for it: add images that are in one class only, or raise --config.data.test_fraction$'
+  with pytest.raises(UserError, match=message):
+    load(tmp_path / 'p', held_out=0)
+
+
 def test_how_many_images_are_left_out_is_said(halves, caplog):
   run, both = halves
   for kind in ('cat', 'dog'):
