@@ -61,7 +61,7 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
   """An image classification data set prepared in `data_dir` ('': ~/tensorflow_datasets); None if its name is unknown.
 
   CIFAR-10 and CIFAR-100 are downloaded and prepared there first if necessary. The test split is 'test', or 'validation'
-  if there is no 'test'.
+  if there is no 'test' or it has no labels, as that of ImageNet.
 
   Raises:
     UserError: the data set is not prepared, has another format, is damaged, or is not image classification.
@@ -89,6 +89,8 @@ def tfds_source(data_config: ConfigDict, image_side: int, channels: int) -> Sour
     where = str(builder.data_dir), splits[split], keys
     return _TfdsRecords(source, *where, image_side, channels, on_corrupt == 'skip', scaling_of(data_config))
 
+  if splits['test'] == 'test' and 'validation' in builder.info.splits and records('test').unlabeled:
+    splits['test'] = 'validation'
   folder = Path(builder.data_dir)
   return Source(
     name=name,
@@ -214,16 +216,24 @@ class _TfdsRecords:
     self, numbers: Sequence[int]
   ) -> tuple[list[UInt8[np.ndarray, 'H W C'] | None], Int32[np.ndarray, ' n'], list[bytes]]:
     image_key, label_key = self.keys
+    examples = self._examples(numbers)
+    encoded = [example[image_key] for example in examples]
+    images = [self._decode(number, image) for number, image in zip(numbers, encoded, strict=True)]
+    return images, np.array([example[label_key] for example in examples], np.int32), encoded
+
+  @property
+  def unlabeled(self) -> bool:
+    """Whether the first record has the label -1, which tfds gives to those that have none."""
+    return len(self) > 0 and self._examples([0])[0][self.keys[1]] < 0
+
+  def _examples(self, numbers: Sequence[int]) -> Sequence[dict[str, Any]]:
     try:
-      examples = self.source.__getitems__(list(numbers))
+      return self.source.__getitems__(list(numbers))
     except (RuntimeError, OSError) as error:
       raise UserError(
         f'expected intact files in {self.folder}, found damage ({_one_line(error)}): remove that folder and prepare '
         f'the data set again'
       ) from error
-    encoded = [example[image_key] for example in examples]
-    images = [self._decode(number, image) for number, image in zip(numbers, encoded, strict=True)]
-    return images, np.array([example[label_key] for example in examples], np.int32), encoded
 
   def _decode(self, number: int, encoded: bytes) -> UInt8[np.ndarray, 'H W C'] | None:
     where = f'record {number} of {self.split} in {self.folder}'

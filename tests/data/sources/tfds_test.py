@@ -259,7 +259,8 @@ def png(value, size=(28, 28), mode='L'):
 
 
 def prepare(data_dir, name, features, examples, keys=None, splits=('train', 'test'), version='1.0.0'):
-  fields = {'FEATURES': features, 'KEYS': keys, 'SPLITS': dict.fromkeys(splits, examples), 'name': name}
+  splits = splits if isinstance(splits, dict) else dict.fromkeys(splits, examples)
+  fields = {'FEATURES': features, 'KEYS': keys, 'SPLITS': splits, 'name': name}
   fields['VERSION'] = tfds.core.Version(version)
   builder = type(name, (Prepared,), fields, skip_registration=True)(data_dir=data_dir)
   config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -456,6 +457,15 @@ def test_not_image_classification(case, tmp_path):
   tfds.features.FeaturesDict(NOT_CLASSIFICATION[case]).save_config(folder)  # What is refused before any is read.
   with pytest.raises(UserError, match='expected image classification .*, found .* in tiny_shapes: choose another'):
     load('tiny_shapes', tmp_path)
+
+
+@pytest.mark.parametrize(('label', 'pixel'), [(-1, 2), (1, 3)])
+def test_a_test_split_without_labels(label, pixel, tmp_path):
+  """That of ImageNet; the images of train, validation and test are 1, 2 and 3."""
+  labels = {'train': 0, 'validation': 1, 'test': label}
+  splits = {name: [{'image': png(i), 'label': labels[name]}] * 2 for i, name in enumerate(labels, 1)}
+  prepare(tmp_path, 'tiny_shapes', image_and_label(), [], splits=splits)
+  assert np.unique(load('tiny_shapes', tmp_path).test.images).tolist() == [pixel]
 
 
 def test_no_test_split(tmp_path):
