@@ -87,6 +87,10 @@ class ImageFiles:
     """None, with a warning, for a file that cannot be read and is skipped."""
     try:
       return Path(file).read_bytes()
+    except MemoryError as error:  # Not skipped, which would be remembered: others may have taken the memory.
+      raise UserError(
+        f'expected images that fit the memory, found {file} of more bytes: remove it, or free memory'
+      ) from error
     except OSError as error:
       if not self.skip_corrupt:
         raise UserError(

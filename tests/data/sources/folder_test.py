@@ -298,6 +298,18 @@ def test_a_file_that_may_not_be_read(root, monkeypatch, caplog, streaming):
   assert re.search('Skipping .*/ant/3.png: Permission denied', caplog.text)
 
 
+@pytest.mark.parametrize('on_corrupt', ['refuse', 'skip'])
+def test_a_file_that_does_not_fit_the_memory(root, monkeypatch, on_corrupt):
+  write_all(root, ONE_FOLDER)
+
+  def refuse(path):
+    raise MemoryError
+
+  monkeypatch.setattr(Path, 'read_bytes', refuse)
+  with pytest.raises(UserError, match='found .*/ant/.*png of more bytes: remove it, or free memory$'):
+    load(root, on_corrupt=on_corrupt)
+
+
 @pytest.mark.parametrize('test', ['test', 'val', 'validation'])
 def test_names_of_the_test_split(root, test):
   write_all(root, {name.replace('test/', f'{test}/'): value for name, value in BOTH.items()})
