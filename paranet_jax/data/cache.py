@@ -149,10 +149,11 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
   for split in source.splits:
     with replacing(entry / f'{split}.npy', 'wb', shared=True) as file:
       listing, index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
+      if split == 'train':  # Of this file: the other process may have skipped an image that could not be read.
+        file.flush()
+        images = np.load(file.name, mmap_mode='r')
+        index['mean'], index['std'] = channel_statistics(images, trained_indices(source, listing))
     index |= {f'{split}_{name}': values for name, values in listing._asdict().items()}
-    if split == 'train':
-      images = np.load(entry / 'train.npy', mmap_mode='r')
-      index['mean'], index['std'] = channel_statistics(images, trained_indices(source, listing))
   write_arrays(entry / 'index.npz', index)
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import os
 import resource
@@ -185,6 +186,18 @@ def test_two_writers_at_once(cache_folder):
       check(decoded)
   assert reads == (['train', 'test'],) * 2
   assert len(list(next(cache_folder.iterdir()).iterdir())) == 3
+
+
+def test_another_writer_that_could_read_fewer_images(cache_folder, monkeypatch):
+  @contextlib.contextmanager
+  def then_replaced(path, *options, **more):
+    with replacing(path, *options, **more) as file:
+      yield file
+    if path.name == 'train.npy':
+      np.save(path, random_split('train')[0][:-1])
+
+  monkeypatch.setattr(cache, 'replacing', then_replaced)
+  check(load([]))
 
 
 @pytest.mark.parametrize('fingerprint', ['f00d', None])
