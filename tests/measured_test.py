@@ -1,0 +1,78 @@
+"""Accuracies that pages quote are those of the JSON files that runs wrote."""
+
+import json
+import pathlib
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+REDUCED = 'results/tenth-model.layers_per_block=2/results.json'
+MATCHING = 'results/queue-matching/results.json'
+PAPER = 'results/queue-paper/results.json'
+
+
+def read(path):
+  return json.loads((REPO / path).read_text())
+
+
+def percent(share):
+  return f'{100 * share:.2f}'
+
+
+def mean(row):
+  return f'{row["ours"]:.2f}' + (f' ± {row["std"]:.2f}' if row['std'] is not None else '')
+
+
+def difference(row):
+  return f'{row["mean"]:+.2f}' + (f' ± {row["std"]:.2f}' if row['std'] is not None else '')
+
+
+def pretrained():
+  """Accuracies of the exits, as a row of a table; accuracy and multiply-adds with the calibrated exits."""
+  exits = ' | '.join(percent(row['accuracy']) for row in read('pretrained/summary.json')['exits'])
+  early = read('pretrained/exits.json')['test']
+  return exits, percent(early['accuracy']), f'{early["cost_macs"] / 1e6:.2f}'
+
+
+def reduced(table, network):
+  rows = [row for row in read(REDUCED)['experiments'][table]['rows'] if row['network'] == network]
+  return ', '.join(f'{row["ours"]:.2f}' for row in rows)
+
+
+def matching(run, exit_number):
+  return next(mean(row) for row in read(MATCHING)['rows'] if (row['run'], row['exit']) == (run, exit_number))
+
+
+def from_labels(run):
+  return next(difference(row) for row in read(MATCHING)['comparisons'] if row['what'] == f'{run} - PN3-xdx')
+
+
+def first_pipeline():
+  return next(f'{row["ours"]:.2f}' for row in read(PAPER)['rows'] if row['run'] == 'PN3cut-dxx')
+
+
+QUOTES = {
+  'README.md': lambda: [
+    f'| {pretrained()[0]} |',
+    f'| {first_pipeline()} | | |',
+    f'| {reduced("table1", "PN3-ddd").replace(", ", " | ")} |',
+  ],
+  'pretrained/README.md': lambda: ['| {} | {} |'.format(*pretrained()[:2]), f'| {pretrained()[2]} on average |'],
+  'docs/paper.md': lambda: [
+    f'| 1 | 50.39 +- 0.25 | {first_pipeline()} |',
+    f'| PN3cut-ddd | 1, 2, 3 | 50.39, 65.58, 74.58 | {reduced("table1", "PN3cut-ddd")} |',
+    f'| PN3-ddd | 1, 2, 3 | 48.23, 65.63, 76.24 | {reduced("table1", "PN3-ddd")} |',
+    f'| labels (PN3-xdx) | {matching("PN3-xdx", 2)} % | 3 |',
+    f'| {from_labels("PN3-x3d")} | 3 | {matching("PN3-x3d", 3)} |',
+    f'| {from_labels("kl-4")} | 1 | {matching("kl-4", 3)} |',
+    f'| {from_labels("finished-teacher")} | 3 | {matching("finished-teacher", 3)} |',
+    f'| nothing, exit 3 alone is trained (PN3-xxd, the finished run) | | | {matching("teacher", 3)} |',
+  ],
+  'results/README.md': lambda: [f'{first_pipeline()} % with seed 0'],
+}
+
+
+@pytest.mark.parametrize('page', QUOTES)
+def test_pages_quote_what_was_measured(page):
+  text = (REPO / page).read_text()
+  assert [quote for quote in QUOTES[page]() if quote not in text] == []
