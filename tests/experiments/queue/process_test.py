@@ -100,6 +100,15 @@ def test_a_run_does_not_begin_after_its_queue_has_ended(code):
   assert (found.returncode, found.stdout, found.stderr) == (1, '', 'process 1 has ended\n')
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/autogroup'), reason='the kernel has no autogroups')
+@pytest.mark.parametrize('niceness', [0, 7])
+def test_the_session_of_a_run_is_as_nice_as_its_queue(niceness):
+  command = ['nice', '-n', str(niceness), sys.executable, child.__file__, str(os.getpid()), '']
+  command += ['-c', "print(open('/proc/self/autogroup').read())"]
+  read = subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=True)
+  assert read.stdout.split()[1:] == ['nice', str(niceness + os.nice(0))]
+
+
 @pytest.mark.parametrize(
   ('count', 'at_once', 'expected'),
   [
