@@ -59,7 +59,8 @@ class Timing(NamedTuple):
     return self.bfloat16 > self.margin * self.float32
 
   def __str__(self) -> str:
-    return f'{self.bfloat16:.3g} ms in bfloat16, {self.float32:.3g} ms in float32 for {self.part} on {cpu_name()}'
+    bfloat16, float32 = (f'{float(f"{ms:.3g}"):g}' for ms in (self.bfloat16, self.float32))  # 1500, and not 1.5e+03.
+    return f'{bfloat16} ms in bfloat16, {float32} ms in float32 for {self.part} on {cpu_name()}'
 
 
 class Part(NamedTuple):

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TextIO
 
+from paranet_jax.display.tables import rounded
 from paranet_jax.host.errors import discard_output, printable_lines, say
 
 
@@ -72,7 +73,7 @@ class Progress:
 
   def _fields(self, step: int, losses: dict[int, float], images_per_second: float) -> dict[str, str]:
     fields = {
-      'epoch': f'epoch {step / self._steps_per_epoch:.2f}/{self._total_steps / self._steps_per_epoch:.4g}',
+      'epoch': f'epoch {step / self._steps_per_epoch:.2f}/{rounded(self._total_steps / self._steps_per_epoch, 4)}',
       'step': f'step {step}/{self._total_steps}',
       'loss': 'loss ' + ' '.join(f'{number}:{loss:.3f}' for number, loss in sorted(losses.items())),
     }

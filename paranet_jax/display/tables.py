@@ -97,6 +97,12 @@ def human_count(count: int) -> str:
   return f'{count:,}'
 
 
+def rounded(value: float, digits: int = 3) -> str:
+  """Formats a number with so many digits, and never fewer than its integer has: `0.0124`, `12.4`, `1,235`."""
+  text = f'{value:.{digits}g}'
+  return f'{value:,.0f}' if 'e+' in text else text
+
+
 def _number(entry: dict, key: str, scale: float, digits: int) -> str:
   if not entry['trained'] or entry[key] is None:
     return ABSENT

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from paranet_jax import devices as devices_lib
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.display.progress import human_duration
-from paranet_jax.display.tables import ABSENT, align
+from paranet_jax.display.tables import ABSENT, align, rounded
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.experiments.planned_runs import PlannedRun, status
 from paranet_jax.feed import images_axis, time_steps
@@ -64,8 +64,8 @@ def dry_run(runs: Sequence[PlannedRun]) -> str:
 def _speed(measured: tuple[str, Speed]) -> str:
   name, speed = measured
   return (
-    f'{name}: {speed.total_steps:,} steps of {1000 * speed.step:.3g} ms, an evaluation of {speed.evaluation:.3g} s '
-    f'every {speed.evaluation_steps:,}, {speed.start:.3g} s to start (measured now)'
+    f'{name}: {speed.total_steps:,} steps of {rounded(1000 * speed.step)} ms, an evaluation of '
+    f'{rounded(speed.evaluation)} s every {speed.evaluation_steps:,}, {rounded(speed.start)} s to start (measured now)'
   )
 
 

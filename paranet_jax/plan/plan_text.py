@@ -3,7 +3,7 @@
 from typing import Any
 
 from paranet_jax.display.progress import human_duration
-from paranet_jax.display.tables import align
+from paranet_jax.display.tables import align, rounded
 from paranet_jax.plan.plan import Plan
 from paranet_jax.plan.step import StepFacts
 
@@ -75,7 +75,7 @@ def _memory(plan: Plan) -> str:
 
 def _work(facts: StepFacts) -> str:
   rows = [
-    ('floating-point operations', f'{facts.flops / 1e9:.1f} G'),
+    ('floating-point operations', f'{rounded(facts.flops / 1e9)} G'),
     ('main memory traffic', _bytes(facts.traffic)),
     ('collectives', f'{_bytes(facts.collectives.size)} in {facts.collectives.count}'),
   ]
@@ -129,11 +129,11 @@ def _assumptions(plan: Plan) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-  return f'{1000 * seconds:.3g}' if seconds < 1 else f'{1000 * seconds:,.0f}'
+  return rounded(1000 * seconds)
 
 
 def _bytes(number: float) -> str:
   for unit, size in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
     if number >= size:
-      return f'{number / size:.3g} {unit}' if number < 1000 * size else f'{number / size:,.0f} {unit}'
+      return f'{rounded(number / size)} {unit}'
   return f'{number:.0f} bytes'

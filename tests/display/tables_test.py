@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from paranet_jax.display.tables import class_table, describe_table, evaluation_table, human_count
+from paranet_jax.display.tables import class_table, describe_table, evaluation_table, human_count, rounded
 
 
 def exit_cost(number, trained, learns_from, own_params, params, own_macs, macs, macs_alone) -> dict:
@@ -118,3 +118,18 @@ def test_class_table_of_many_classes_and_exits():
 )
 def test_human_count(count, expected):
   assert human_count(count) == expected
+
+
+@pytest.mark.parametrize(
+  'value, digits, expected',
+  [
+    (0.012345, 3, '0.0123'),
+    (999.4, 3, '999'),
+    (999.6, 3, '1,000'),  # In scientific notation, it would be 1e+03.
+    (1234.6, 3, '1,235'),
+    (32.5007, 4, '32.5'),
+    (20000, 4, '20,000'),
+  ],
+)
+def test_numbers_keep_their_integer_digits(value, digits, expected):
+  assert rounded(value, digits) == expected

@@ -386,7 +386,7 @@ available                    8 MB
 largest batch that fits: 60 images (extrapolated from steps compiled for 16 and 32 images)
 
 step, per device
-floating-point operations        0.0 G
+floating-point operations       0.01 G
 main memory traffic               3 MB
 collectives                400 kB in 7
 
