@@ -48,10 +48,20 @@ def run_status(workdir: Path, config: ConfigDict, moved: bool = False) -> RunSta
     return RunStatus(changed, None, None)
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest_step()
+  return RunStatus([], step, finished_summary(workdir, step))
+
+
+def finished_summary(workdir: Path, step: int | None) -> dict[str, Any] | None:
+  """Reads summary.json of a run that is finished; None: it is not, such as one that was resumed with more epochs.
+
+  Args:
+    step: of the latest checkpoint, if any.
+
+  Raises:
+    UserError: as `read_summary`.
+  """
   summary = read_summary(workdir)
-  # A finished run that was resumed with more epochs is not finished.
-  finished = summary is not None and (step is None or step <= summary['steps'])
-  return RunStatus([], step, summary if finished else None)
+  return None if summary is None or (step is not None and step > summary['steps']) else summary
 
 
 def read_summary(workdir: Path) -> dict[str, Any] | None:

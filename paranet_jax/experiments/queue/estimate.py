@@ -43,7 +43,7 @@ def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecor
         run.name,
         str(run.priority),
         _describe(state, record),
-        f'{state.epoch:.1f} of {run.config.train.epochs:g}',
+        f'{state.epoch:.1f} of {state.epochs(run.config):g}',
         state.accuracies() or ABSENT,
         ABSENT if seconds is None or state.finished else human_duration(seconds),
       )
@@ -89,14 +89,9 @@ def seconds_left(runs: Sequence[QueuedRun], states: Mapping[str, RunState]) -> d
     if run.row not in rows:  # Scaling traces two networks, so it is done once for all seeds.
       rows[run.row] = _scaled(run, runs, states, measured)
     seconds = measured.get(run.name, rows[run.row])
-    epochs = max(_epochs(run.config, state) - state.epoch, 0.0)
+    epochs = max(state.epochs(run.config) - state.epoch, 0.0)
     left[run.name] = None if seconds is None else seconds * epochs
   return left
-
-
-def _epochs(config: ConfigDict, state: RunState) -> float:
-  steps, most = state.steps_per_epoch, config.train.max_steps
-  return min(config.train.epochs, most / steps) if most and steps else config.train.epochs
 
 
 def _scaled(

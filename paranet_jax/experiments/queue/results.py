@@ -81,7 +81,9 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
     except UserError as error:
       left_out.append(f'{run.name}: {error}')
       continue
-    if state.measured:
+    if state.finished and not state.measured_at_end:
+      left_out.append(f'{run.name}: it is finished, but metrics.jsonl lacks its last accuracies; restore that file')
+    elif state.measured:
       states[run.name] = state
   runs = [run for run in queue.runs if run.name in states]
   rows = [row for name in dict.fromkeys(run.row for run in runs) for row in _rows(name, runs, states)]
@@ -123,7 +125,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
           'paper': paper and paper.accuracy,
           'paper_std': paper and paper.std,
           'epoch': latest[0][0],
-          'epochs': own[0].config.train.epochs,
+          'epochs': states[own[0].name].epochs(own[0].config),
           'partial': group is not finished,
           'macs': costs[number]['macs'],
           'params': costs[number]['params'],

@@ -7,12 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.files import read_object
 from paranet_jax.host.lock import lock_holder
 from paranet_jax.runs.checkpoints import step_folders
 from paranet_jax.runs.dataset_facts import DATASET
-from paranet_jax.runs.status import read_summary
+from paranet_jax.runs.status import finished_summary
 from paranet_jax.runs.workdir import CONFIG
 
 RUNS = 'runs'
@@ -29,7 +31,7 @@ class RunState:
     checkpoint: step of the latest one; -1: there is none.
     summary: contents of summary.json; None: it is not finished.
     holder: the process that trains it; '': none.
-    metrics: the lines of metrics.jsonl.
+    metrics: the lines of metrics.jsonl that a run has written.
     num_classes: of its data set; None: not yet known.
   """
 
@@ -62,6 +64,11 @@ class RunState:
     line = self.metrics[-1] if self.metrics else None
     return line['step'] / line['epoch'] if line and line['epoch'] else None
 
+  def epochs(self, config: ConfigDict) -> float:
+    """Epochs that a run of this configuration trains in all; `train.max_steps` counts once its steps are known."""
+    steps, most = self.steps_per_epoch, config.train.max_steps
+    return min(config.train.epochs, most / steps) if most and steps else config.train.epochs
+
   def seconds_per_epoch(self, batch_size: int) -> float | None:
     """Seconds that an epoch takes: of a finished run all that it took; otherwise of its latest steps alone."""
     steps = self.steps_per_epoch
@@ -69,7 +76,7 @@ class RunState:
       return None
     if self.summary:
       return self.summary['wall_time_s'] / (self.summary['steps'] / steps)
-    speeds = [line['images_per_second'] for line in self.metrics if line['split'] == 'train'][-_LATEST:]
+    speeds = [line.get('images_per_second') for line in self.metrics if line['split'] == 'train'][-_LATEST:]
     speeds = [speed for speed in speeds if speed]
     return steps * batch_size / statistics.median(speeds) if speeds else None
 
@@ -77,6 +84,12 @@ class RunState:
   def measured(self) -> dict[float, dict[int, float]]:
     """Of every evaluation on the test images so far, by its epoch: the accuracy (a fraction) of each trained exit."""
     return {line['epoch']: _accuracies(line) for line in self.metrics if line['split'] == 'test'}
+
+  @property
+  def measured_at_end(self) -> bool:
+    """Whether there is an evaluation on the test images after the last step of a finished run."""
+    last = self.summary['steps'] if self.summary else None
+    return any(line['step'] == last for line in self.metrics if line['split'] == 'test')
 
   def accuracies(self) -> str:
     """The latest accuracies on the test images, as in `1: 50.12, 2: 65.34`, in percent."""
@@ -97,12 +110,13 @@ def run_state(workdir: Path, name: str) -> RunState:
   """
   folder = workdir / RUNS / name
   facts = read_object(folder / DATASET, 'restore it')
+  checkpoint = max(step_folders(folder), default=-1)
   return RunState(
     folder,
     begun=(folder / CONFIG).exists(),
-    checkpoint=max(step_folders(folder), default=-1),
-    summary=read_summary(folder),
+    checkpoint=checkpoint,
+    summary=finished_summary(folder, checkpoint),
     holder=lock_holder(folder),
-    metrics=read_metrics(folder),
+    metrics=[line for line in read_metrics(folder) if line.keys() >= {'epoch', 'split'}],
     num_classes=len(facts['class_names']) if facts and isinstance(facts.get('class_names'), list) else None,
   )

@@ -201,6 +201,34 @@ def test_most_steps_end_a_run(tmp_path):
   write_run(fake.workdir / 'runs' / 'plain-s0', queue.runs[0].config, 2)
   states = {run.name: run_state(fake.workdir, run.name) for run in queue.runs}
   assert seconds_left(queue.runs[:1], states) == {'plain-s0': 0.5 * 32}
+  assert '2.0 of 2.5' in status_table(queue, fake.workdir, {}).splitlines()[1]
+  assert results(queue, fake.workdir, {})['rows'][0]['epochs'] == 2.5
+
+
+def test_a_finished_run_that_is_trained_further_is_not_finished(queue):
+  (queue.workdir / 'runs' / 'plain-s0' / 'checkpoints' / '50').mkdir()
+  rows = results(read_queue(queue.path), queue.workdir, {})['rows']
+  assert [(row['seeds'], row['partial']) for row in rows[:2]] == [([1], False), ([0], True)]
+  assert 'stopped at step 50' in status_table(read_queue(queue.path), queue.workdir, {}).splitlines()[1]
+
+
+@pytest.mark.parametrize('lines', [0, 6])
+def test_a_finished_run_whose_last_accuracies_are_lost_is_left_out(queue, lines):
+  path = queue.workdir / 'runs' / 'plain-s0' / 'metrics.jsonl'
+  path.write_text(''.join(path.read_text().splitlines(keepends=True)[:lines]))  # 6 of 8: up to epoch 3.
+  found = results(read_queue(queue.path), queue.workdir, {})
+  assert found['rows'][0]['seeds'] == [1] and [run['run'] for run in found['runs']][0] == 'plain-s1'
+  assert found['left_out'] == [
+    'plain-s0: it is finished, but metrics.jsonl lacks its last accuracies; restore that file'
+  ]
+
+
+def test_lines_that_no_run_wrote_are_ignored(queue):
+  before = results(read_queue(queue.path), queue.workdir, {})
+  with (queue.workdir / 'runs' / 'plain-s0' / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 40, "note": "mine"}\n')
+  assert results(read_queue(queue.path), queue.workdir, {}) == before
+  assert '4.0 of 4' in status_table(read_queue(queue.path), queue.workdir, {}).splitlines()[1]
 
 
 def test_damaged_records(tmp_path):
