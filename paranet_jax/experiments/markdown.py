@@ -72,8 +72,8 @@ def with_std(mean: str, std: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table in Markdown."""
-  lines = [header, ['---'] * len(header), *rows]
+  """A table in Markdown. A bar in a cell, as of a path, is escaped: it would begin another cell."""
+  lines = [header, ['---'] * len(header), *([cell.replace('|', r'\|') for cell in row] for row in rows)]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from paranet_jax.experiments.markdown import commands_block
+from paranet_jax.experiments.markdown import commands_block, table
 
 LONGEST = 'python ' + 91 * 'a'
 
@@ -22,3 +22,13 @@ def test_a_command_fits_a_page(command, lines):
   text = commands_block([command, 'ls'])
   assert text.splitlines() == ['```bash', *lines, 'ls', '```']
   assert shlex.split(text.replace('\\\n', '').splitlines()[1]) == shlex.split(command)
+
+
+def test_a_bar_does_not_end_a_cell():
+  rows = [('a', 'data.data_dir: -> /of|mine'), ('b', '')]
+  assert table(('run', 'fields'), rows).splitlines() == [
+    '| run | fields |',
+    '| --- | --- |',
+    r'| a | data.data_dir: -> /of\|mine |',
+    '| b |  |',
+  ]
