@@ -98,10 +98,12 @@ def _run(arguments: argparse.Namespace) -> int:
     say(dry_run(runs))
     return 0
   prepare_folder(workdir)
-  write_json(workdir / RESULTS, results)  # Records the protocol before anything is trained.
+  if not (workdir / RESULTS).exists():
+    write_json(workdir / RESULTS, results)  # Records the protocol before anything is trained.
   summaries = run_missing(runs, arguments.accept_data_changes)
   if summaries is None:
     return STOPPED
+  results = load_results(workdir, protocol)  # Another command may have added its tables while this one trained.
   say(write_results(workdir, results, experiments, list(zip(runs, summaries, strict=True))))
   return 0
 

@@ -162,6 +162,20 @@ def test_more_seeds_keep_existing_runs_and_other_experiments(short, copied, monk
     assert row['each_seed'][:1] == earlier['each_seed']
 
 
+def test_two_tables_at_the_same_time_are_both_kept(_programs, tmp_path, monkeypatch):
+  table2 = 'table2', '--protocol=smoke', f'--workdir={tmp_path}'
+
+  def train(config, workdir, accepted):
+    monkeypatch.setattr(train_lib, 'train_and_evaluate', fake_training)
+    assert run_experiments(*table2).code == 0  # While the first run of table1 trains.
+    return fake_training(config, workdir, accepted)
+
+  monkeypatch.setattr(train_lib, 'train_and_evaluate', train)
+  assert run_experiments('table1', *table2[1:]).code == 0
+  assert {run['run'] for run in results(tmp_path, 'table1')['runs']} == {'PN3cut-ddd-s0', 'PN3-ddd-s0'}
+  assert {run['run'] for run in results(tmp_path, 'table2')['runs']} == {'PN3-xdx-s0', 'PN3-x3d-s0'}
+
+
 def test_stopped_after_every_step(short, tmp_path, monkeypatch):
   """The tables are the same, and no step is trained twice."""
   arguments = ('table2', *SHORT, f'--workdir={tmp_path}')
