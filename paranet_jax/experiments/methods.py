@@ -73,9 +73,9 @@ def _section(network: str, rows: Rows) -> list[str]:
   control = [row for row in rows if row['run'] == f'{network}-{CONTROL}' and not row['partial']]
   plain = {row['exit']: dict(zip(row['seeds'], row['each_seed'], strict=True)) for row in control}
   exits = sorted({row['exit'] for row in rows})
-  costs = {row['exit']: row['macs'] for row in rows}
+  costs = {number: sorted({row['macs'] for row in rows if row['exit'] == number}) for number in exits}
   common = set.intersection(*(set(row['reduced']) for row in rows))
-  lines = [['multiply-adds, M', '', '', *(f'{costs[number] / 1e6:.1f}' for number in exits), '']]
+  lines = [['multiply-adds, M', '', '', *(_millions(costs[number]) for number in exits), '']]
   for name, seeds, partial in dict.fromkeys((row['run'], tuple(row['seeds']), row['partial']) for row in rows):
     own = [row for row in rows if (row['run'], tuple(row['seeds']), row['partial']) == (name, seeds, partial)]
     first, by_exit = own[0], {row['exit']: row for row in own}
@@ -89,6 +89,11 @@ def _section(network: str, rows: Rows) -> list[str]:
   header = ['method', 'seeds', 'epochs', *(f'exit {number}' for number in exits), 'fields (default -> here)']
   recipe = '; '.join(change for change in rows[0]['reduced'] if change in common) or 'nothing'
   return [f'## {", ".join(names)}', f'All rows (default -> here): {recipe}.', table(header, lines)]
+
+
+def _millions(costs: Sequence[int]) -> str:
+  """The cost of an exit, or the smallest and the largest of several: a method may change its network."""
+  return ' to '.join(f'{cost / 1e6:.1f}' for cost in dict.fromkeys((costs[0], costs[-1])))
 
 
 def _cell(row: Mapping[str, Any] | None, plain: Mapping[int, float]) -> str:

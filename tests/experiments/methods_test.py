@@ -68,6 +68,11 @@ def test_one_table_for_each_network():
   assert 'Nothing has been measured yet.' in methods_markdown(FOUND | {'rows': []})
 
 
+def test_methods_of_networks_that_cost_differently():
+  rows = [row('net-plain', 1, (50,), (0,)), row('net-wide', 1, (52,), (0,), macs=99_000_000)]
+  assert '| multiply-adds, M |  |  | 12.3 to 99.0 |  |' in methods_markdown(FOUND | {'rows': rows})
+
+
 def test_the_command_writes_the_table_beside_the_results(tmp_path):
   (tmp_path / 'results.json').write_text(json.dumps(FOUND))
   result = run_command(experiments.main, 'methods', f'--workdir={tmp_path}')
