@@ -9,12 +9,12 @@ from paranet_jax.experiments.published import TABLES
 from paranet_jax.experiments.queue.results import RESULTS, markdown
 from paranet_jax.host.arguments import Parser, absolute, from_here
 from paranet_jax.host.errors import UserError, report_no_room, say
-from paranet_jax.host.files import read_object, write_text
+from paranet_jax.host.files import read_file, read_object, write_text
 
 _FOLDER, _PAGE = 'results', 'docs/results.md'
-_BEGINNING = """# Results
-
-What has been measured of the paper and around it, made from `results/**/results.json` by
+_HEAD = '# Results\n\nWhat has been measured of the paper and around it'
+"""What a page begins with; no other file is replaced by one."""
+_BEGINNING = f"""{_HEAD}, made from `results/**/results.json` by
 `python -m paranet_jax.experiments results`; nothing is typed by hand. Every row has its seeds, deviation, epochs and
 costs, and says what is reduced; below stand the runs with their hardware, date and command.
 [The paper](paper.md#results) explains what it means."""
@@ -30,6 +30,9 @@ def run(argv: Sequence[str]) -> int:
   parser.add_argument('--out', default=_PAGE, help=f'The page (default: {_PAGE}).')
   arguments = parser.parse_args(argv)
   folder, out = absolute(arguments.folder), absolute(arguments.out)
+  earlier = read_file(out, 'set --out to another file')
+  if earlier and not earlier.startswith(_HEAD.encode()):
+    raise UserError(f'expected an earlier page of results or nothing at {out}, found another file; set --out')
   text = results_page(folder)
   if not out.parent.is_dir():
     raise UserError(f'expected the folder {out.parent}, found none; set --out')

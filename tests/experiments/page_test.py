@@ -46,6 +46,23 @@ def test_tables_and_queues_become_sections(folder, tmp_path):
   assert '| PN3cut-dxx | 1 | 50.39 +- 0.248 | 54.48 | 0 | 130 | 3,413,088 | 198,460 | nothing |' in lines
 
 
+@pytest.mark.parametrize(('before', 'code'), [('# Results\n\nMine.\n', 2), (None, 0), ('', 0)])
+def test_only_a_page_of_results_is_replaced(folder, tmp_path, before, code):
+  out = tmp_path / 'page.md'
+  arguments = 'results', f'--folder={folder}', f'--out={out}'
+  if before is None:  # An earlier page.
+    run_command(main, *arguments)
+    before = out.read_text()
+  out.write_text(before)
+  result = run_command(main, *arguments)
+  assert result.code == code
+  if code:
+    assert out.read_text() == before
+    assert result.err == (
+      f'error: expected an earlier page of results or nothing at {out}, found another file; set --out\n'
+    )
+
+
 def text_for_a_number(folder):
   file = folder / 'deeper/queue-paper/results.json'
   found = json.loads(file.read_text())
