@@ -16,7 +16,7 @@ from paranet_jax.host.arguments import cache_folder
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.huge_pages import VARIABLE as GLIBC_TUNABLES
 from paranet_jax.host.known_faults import KNOWN_FAULTS, VARIABLE, faults_of, jaxlib_version
-from paranet_jax.host.machine import container_memory, cpu_features, cpu_name, environment, usable_cores
+from paranet_jax.host.machine import container_memory, container_used, cpu_features, cpu_name, environment, usable_cores
 from paranet_jax.models import numerics
 from paranet_jax.models.layers import native_dense
 
@@ -95,7 +95,7 @@ def _memory() -> dict[str, int]:
     kib[name] = int(rest.split()[0])
   memory = {'total': 1024 * kib['MemTotal'], 'available': 1024 * kib['MemAvailable']} if kib else {}
   if memory and (limit := container_memory()) < memory['total']:
-    memory = {'total': int(limit), 'available': min(memory['available'], int(limit))}
+    memory = {'total': int(limit), 'available': min(memory['available'], max(int(limit) - container_used(), 0))}
   return memory
 
 
@@ -108,11 +108,18 @@ def _folders() -> list[Path]:
 
 def _caches() -> dict[str, int]:
   return {
-    str(folder): sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+    str(folder): sum(_size(os.path.join(place, name)) for place, _, names in os.walk(folder) for name in names)
     for cache in _folders()[1:]
     for folder in (sorted(cache.iterdir()) if cache.is_dir() else ())
     if folder.is_dir()
   }
+
+
+def _size(file: str) -> int:
+  try:
+    return os.stat(file).st_size
+  except OSError:  # Another command has just replaced it, or a link leads nowhere.
+    return 0
 
 
 def _existing(folder: Path) -> Path:

@@ -124,6 +124,13 @@ def container_memory(limit: Path = Path('/sys/fs/cgroup/memory.max')) -> float:
   return int(text) if text.isdecimal() else math.inf
 
 
+def container_used(folder: Path = Path('/sys/fs/cgroup')) -> int:
+  """Bytes that this container uses, without the files that it keeps in memory only while there is room."""
+  used = ''.join(_lines(folder / 'memory.current')).strip()
+  kept = dict(line.split(' ', 1) for line in _lines(folder / 'memory.stat') if ' ' in line).get('inactive_file', '0')
+  return max(int(used) - int(kept), 0) if used.isdecimal() and kept.isdecimal() else 0
+
+
 def cpu_name(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
   """Model name of this machine's processor."""
   names = [line.partition(':')[2].strip() for line in _lines(cpuinfo) if line.startswith('model name')]

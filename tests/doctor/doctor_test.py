@@ -81,7 +81,21 @@ def test_little_room_and_a_busy_processor(machine):
 
 def test_a_container_has_less_memory(machine):
   machine.setattr(report, 'container_memory', lambda: 5_000_000)
-  assert json.loads(run_command(main, '--json').out)['memory'] == {'total': 5_000_000, 'available': 5_000_000}
+  machine.setattr(report, 'container_used', lambda: 3_000_000)
+  assert json.loads(run_command(main, '--json').out)['memory'] == {'total': 5_000_000, 'available': 2_000_000}
+
+
+def test_a_cache_whose_files_come_and_go(machine, tmp_path):
+  gone, walk = tmp_path / 'compiled' / 'gone', report.os.walk
+  gone.write_text('of another command')
+
+  def walk_and_remove(folder):
+    for listed in walk(folder):
+      gone.unlink()
+      yield listed
+
+  machine.setattr(report.os, 'walk', walk_and_remove)
+  assert report._caches() == {str(tmp_path / 'compiled'): 1_500_000}
 
 
 def test_without_a_home_folder(machine, tmp_path):

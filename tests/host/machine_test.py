@@ -10,6 +10,7 @@ from forking import Forked, execute
 
 from paranet_jax.host.machine import (
   container_memory,
+  container_used,
   device_memory,
   environment,
   keep_programs,
@@ -109,6 +110,22 @@ def test_the_memory_of_a_container(tmp_path, text, bytes_):
   if text:
     (tmp_path / 'memory.max').write_text(text)
   assert container_memory(tmp_path / 'memory.max') == bytes_
+
+
+@pytest.mark.parametrize(
+  ('current', 'stat', 'used'),
+  [
+    ('9000\n', 'anon 5000\ninactive_file 3000\nactive_file 1000\n', 6000),
+    ('9000\n', None, 9000),
+    ('9000\n', 'inactive_file 9500\n', 0),  # They are not read at the same moment.
+    (None, None, 0),
+  ],
+)
+def test_memory_that_a_container_uses(tmp_path, current, stat, used):
+  for name, text in (('memory.current', current), ('memory.stat', stat)):
+    if text is not None:
+      (tmp_path / name).write_text(text)
+  assert container_used(tmp_path) == used
 
 
 def test_a_device_has_no_more_memory_than_its_container(monkeypatch):
