@@ -245,7 +245,7 @@ def feature_shapes(
 
 def on_disk(features: Features) -> bool:
   """Whether features of these shapes are kept on disk."""
-  return _size(features) > IN_MEMORY
+  return bytes_of(features) > IN_MEMORY
 
 
 def keep_features(
@@ -289,11 +289,12 @@ def keep_features(
       whole[first : first + batch_size] = part[: count - first]
   seconds = time.monotonic() - started
   both = ', as they are and mirrored' if mirrored else ''
-  say(f'features of {count:,} {name} images{both}: {_size(shapes) / 1e6:,.0f} MB kept {where}, {seconds:.1f} s')
+  say(f'features of {count:,} {name} images{both}: {bytes_of(shapes) / 1e6:,.0f} MB kept {where}, {seconds:.1f} s')
   return kept
 
 
-def _size(features: Features) -> int:
+def bytes_of(features: Features) -> int:
+  """Bytes of features of these shapes."""
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(features))
 
 
@@ -307,11 +308,11 @@ def _mapped(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
   folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryFile(dir=folder) as file:
     try:  # Before it is mapped: where there is no room, writing to a map ends the process by SIGBUS.
-      os.posix_fallocate(file.fileno(), 0, _size({0: leaf}))
+      os.posix_fallocate(file.fileno(), 0, bytes_of({0: leaf}))
     except OSError as error:
       if error.errno in NO_ROOM:
         raise UserError(
-          f'expected {_size({0: leaf}) / 1e9:,.1f} GB for features in {folder}, found: {error.strerror}; make room, '
+          f'expected {bytes_of({0: leaf}) / 1e9:,.1f} GB for features in {folder}, found: {error.strerror}; make room, '
           'set PARANET_CACHE_DIR to another disk, or --config.train.features=float16'
         ) from error
     except AttributeError:  # macOS.

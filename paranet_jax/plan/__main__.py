@@ -29,7 +29,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add(
     '--devices',
     type=partial(positive, most=100_000),
-    help='Number of devices; a CPU is divided into that many (default: all).',
+    help='Number of devices; a CPU is divided into that many (default: train.devices, where 0 is all).',
   )
   add('--json', action='store_true', help='Print one JSON object.')
   add_data_flags(parser, accept=False)
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   if config.seeds > 1:
     raise UserError(f'a plan covers one run, found {config.seeds} seeds; leave out --config.seeds')
   progress = partial(say, to_stderr=True)
-  target = choose_target(arguments.topology, arguments.devices)
+  target = choose_target(arguments.topology, arguments.devices or config.train.devices or None)
   if target.here:
     config = with_dtype(config, target.devices, report=progress)
   plan = build_plan(config, target, progress)

@@ -29,7 +29,7 @@ def dataset_like(config: ConfigDict) -> Dataset:
     name=data.name,
     version='',
     train=_noise(max(train - data.held_out, 1), shape, known.num_classes, streamed),
-    held_out=None,
+    held_out=_noise(data.held_out, shape, known.num_classes, streamed) if data.held_out else None,
     test=_noise(test, shape, known.num_classes, streamed),
     class_names=tuple(map(str, range(known.num_classes))),
     mean=(0.5,) * model.channels,

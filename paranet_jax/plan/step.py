@@ -13,6 +13,7 @@ import jax
 from paranet_jax import devices as devices_lib
 from paranet_jax.costs import multiply_adds
 from paranet_jax.feed import images_axis, step_data_shapes
+from paranet_jax.frozen import bytes_of, on_disk
 from paranet_jax.host.machine import Device
 from paranet_jax.models.layers.backend import compiling_for
 from paranet_jax.plan import hlo
@@ -29,8 +30,8 @@ class StepFacts:
 
   Attributes:
     batch_size: images of the global batch.
-    arguments: bytes of the state, the order, and the data set (if streamed: the batch and those read ahead); the
-      results reuse them.
+    arguments: bytes of the state, the order, and the data set, with what is held out and tested on (if streamed: the
+      batch and those read ahead); the results reuse them.
     temporary: peak bytes of all other arrays.
     code: bytes of the program; 0: the backend does not report it.
     flops: floating-point operations of convolutions and matrix products, two per multiply-add.
@@ -78,6 +79,18 @@ def _read_ahead(task: Task, count: int) -> int:
   return READ_AHEAD * task.config.train.batch_size // count * (math.prod(task.dataset.train.images.shape[1:]) + 4)
 
 
+def _evaluated(task: Task) -> int:
+  """Bytes of the held-out and test images, or of their kept features, which stay on a device for the evaluations."""
+  size = 0
+  for split in filter(None, (task.dataset.held_out, task.dataset.test)):
+    if task.frozen:
+      features = task.feature_shapes(split)
+      size += 0 if on_disk(features) else bytes_of(features) + 4 * len(split)
+    elif not split.streamed:
+      size += len(split) * (math.prod(split.images.shape[1:]) + 4)
+  return size
+
+
 def compile_step(task: Task, devices: Sequence[Device]) -> tuple[jax.stages.Compiled, StepFacts]:
   """Compiles the step of a run's last phase, in which all its exits train.
 
@@ -100,7 +113,8 @@ def compile_step(task: Task, devices: Sequence[Device]) -> tuple[jax.stages.Comp
     arguments=memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
-    + _read_ahead(task, len(devices)),
+    + _read_ahead(task, len(devices))
+    + _evaluated(task),
     temporary=memory.temp_size_in_bytes,
     code=memory.generated_code_size_in_bytes,
     flops=flops,

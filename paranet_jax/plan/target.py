@@ -126,15 +126,16 @@ def choose_target(topology: str | None, count: int | None) -> Target:
   Raises:
     UserError: the topology does not exist, or has fewer devices.
   """
+  fix = 'set --devices or --config.train.devices'
   if topology is None and count is not None:
     if count > _MOST_HERE:
-      raise UserError(f'expected at most {_MOST_HERE} devices of this machine, found {count}; set --devices')
+      raise UserError(f'expected at most {_MOST_HERE} devices of this machine, found {count}; {fix}')
     with contextlib.suppress(RuntimeError):  # JAX has created its devices already.
       jax.config.update('jax_num_cpu_devices', count)
   devices = jax.local_devices() if topology is None else topology_devices(topology)
   if count is not None and count > len(devices):
     where = 'this machine' if topology is None else topology
-    raise UserError(f'expected at most {len(devices)} devices, the number in {where}, found {count}; set --devices')
+    raise UserError(f'expected at most {len(devices)} devices, the number in {where}, found {count}; {fix}')
   devices = devices[:count]
   kind = devices[0].device_kind
   detail = topology or (cpu_name() if devices[0].platform == 'cpu' else '')

@@ -117,7 +117,7 @@ def plans():
 
 def test_memory_per_device(plans):
   params, statistics = state_bytes()
-  data_set = 1137 * (8 * 8 * 3 + 4)
+  data_set = (1137 + 300 + 360) * (8 * 8 * 3 + 4)  # What is held out and tested on lies there too.
   for count, found in plans.items():
     order = 71 * 16 * 4 // count
     totals = 4 * 4  # The total loss, and the loss, cross-entropy and accuracy of the exit.
@@ -181,6 +181,19 @@ def test_time_and_run(plans):
 
 
 @pytest.mark.parametrize(
+  ('flags', 'count'),
+  [
+    (['--config.train.devices=2'], 2),
+    (['--config.train.devices=2', '--devices=1'], 1),
+    ([], len(jax.local_devices())),
+  ],
+)
+def test_a_run_has_the_devices_that_its_configuration_says(flags, count, small_devices):
+  small_devices(100)
+  assert planned('--config.train.batch_size=24', *flags)['devices']['count'] == count
+
+
+@pytest.mark.parametrize(
   'flags, message',
   [
     ([], 'the following arguments are required: --config; see --help'),
@@ -191,7 +204,10 @@ def test_time_and_run(plans):
       [*TINY, '--devices=999999'],
       'argument --devices: expected an integer from 1 to 100,000, found 999999; see --help',
     ),
-    ([*TINY, '--devices=99999'], 'expected at most 512 devices of this machine, found 99999; set --devices'),
+    (
+      [*TINY, '--devices=99999'],
+      'expected at most 512 devices of this machine, found 99999; set --devices or --config.train.devices',
+    ),
     ([*TINY, '--devices=0'], 'argument --devices: expected an integer of 1 or more, found 0; see --help'),
     (
       [*TINY, '--config.train.batchsize=3'],
@@ -217,7 +233,8 @@ def test_rejected_flags(flags, message):
 def test_too_many_devices():
   count = len(jax.local_devices())
   assert refusal(*TINY, f'--devices={count + 1}') == (
-    f'expected at most {count} devices, the number in this machine, found {count + 1}; set --devices'
+    f'expected at most {count} devices, the number in this machine, found {count + 1}; set --devices or '
+    '--config.train.devices'
   )
 
 
