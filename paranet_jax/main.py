@@ -1,6 +1,5 @@
 """`python -m paranet_jax.main`: trains, evaluates or describes one run."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 from paranet_jax.command_line import parse, place
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.files import json_line
 from paranet_jax.host.starting import begin
 
 
@@ -66,7 +66,7 @@ def _evaluate(values: flags.FlagValues, config: ConfigDict, workdir: Path) -> No
 
 
 def _print(values: flags.FlagValues, result: dict, text: str) -> None:
-  say(json.dumps(result) if values.json else text)
+  say(json_line(result) if values.json else text)
 
 
 if __name__ == '__main__':

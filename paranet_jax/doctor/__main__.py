@@ -1,12 +1,12 @@
 """`python -m paranet_jax.doctor`: reports versions, devices, flags, checks of numbers, memory, disk, and what to do."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from paranet_jax.host.arguments import Parser
 from paranet_jax.host.errors import exit_code, say
+from paranet_jax.host.files import json_line
 from paranet_jax.host.starting import begin
 
 
@@ -33,7 +33,7 @@ def _run(given: argparse.Namespace) -> int:
   from paranet_jax.doctor.report import as_text, examine  # jax takes a second to import; flags are checked first.
 
   found = examine(given.config)
-  say(json.dumps(found) if given.json else as_text(found))
+  say(json_line(found) if given.json else as_text(found))
   return int(not all(check['right'] for check in found['checks']))
 
 

@@ -1,13 +1,13 @@
 """`python -m paranet_jax.ensemble`: evaluates finished runs as one anytime network."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from paranet_jax.display.tables import align
 from paranet_jax.host.arguments import Parser, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.files import json_line
 from paranet_jax.host.starting import begin
 
 
@@ -38,7 +38,7 @@ def _run(given: argparse.Namespace) -> None:
 
   start_jax(given)
   rows = evaluate_ensemble(load_ensemble(given.workdirs), given.data_dir, given.accept_data_changes)
-  say(json.dumps(rows) if given.json else _table(rows))
+  say(json_line(rows) if given.json else _table(rows))
 
 
 def _table(rows: Sequence[dict]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import glob
 import json
+import math
 import os
 import re
 import stat
@@ -93,6 +94,19 @@ def write_json(path: Path, value: Any) -> None:
 def to_json(value: Any) -> str:
   """JSON as our files have it, with each list of numbers on one line."""
   return _NUMBERS.sub(lambda found: ' '.join(found[0].split()), json.dumps(value, indent=2)) + '\n'
+
+
+def json_line(value: Any) -> str:
+  """JSON on one line, as commands print it; a number that is not finite, which JSON lacks, is null."""
+  return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _finite(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(each) for each in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_file(path: Path, fix: str) -> bytes | None:

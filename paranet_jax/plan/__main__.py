@@ -1,7 +1,6 @@
 """`python -m paranet_jax.plan`: the memory, work and time of a run, for devices that this machine may lack."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +8,7 @@ from functools import partial
 from paranet_jax.command_line import load_config, override
 from paranet_jax.host.arguments import Parser, add_data_flags, positive
 from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.files import json_line
 from paranet_jax.host.starting import begin
 
 
@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
   if target.here:
     config = with_dtype(config, target.devices, report=progress)
   plan = build_plan(config, target, progress)
-  say(json.dumps(as_json(plan)) if arguments.json else as_text(plan))
+  say(json_line(as_json(plan)) if arguments.json else as_text(plan))
 
 
 if __name__ == '__main__':

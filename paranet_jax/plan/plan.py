@@ -1,6 +1,7 @@
 """The plan of a run: its compiled step, the time that it takes, and the largest batch that fits."""
 
 import importlib.metadata
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
     task: the run with that batch size, halved until it fits.
     facts: its step.
     other: the step with another batch size; None: there are too few images for one.
-    largest: the largest batch that fits, on the line through both.
+    largest: the largest batch that fits, on the line through both; None: the memory of a device is not known.
     measured: seconds per executed step; None where the devices are elsewhere.
   """
 
@@ -53,7 +54,7 @@ class Plan(NamedTuple):
   facts: StepFacts
   estimate: Estimate
   other: StepFacts | None
-  largest: int
+  largest: int | None
   measured: float | None
   versions: dict[str, str]
 
@@ -84,7 +85,8 @@ def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
     _, measured, _ = time_steps(compiled, task, target.devices, task.phases[-1])
   most = len(task.dataset.train)
   batch, other = second_batch(facts, chip, count, most), None
-  if batch <= most:
+  known = chip.memory < math.inf
+  if batch <= most and known:
     other = _compile(_with_batch(task, batch), target, progress)[2]
   return Plan(
     asked=asked,
@@ -94,7 +96,7 @@ def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
     facts=facts,
     estimate=estimate(facts, chip, count),
     other=other,
-    largest=largest_batch(facts, other, chip, count, most) if other else facts.batch_size,
+    largest=largest_batch(facts, other, chip, count, most) if other else facts.batch_size if known else None,
     measured=measured,
     versions={name: importlib.metadata.version(name) for name in ('jax', *(() if target.here else ('libtpu',)))},
   )

@@ -62,8 +62,10 @@ def _memory(plan: Plan) -> str:
     ('temporary', _bytes(facts.temporary)),
     ('code', _bytes(facts.code) if facts.code else 'unknown'),
     ('total', _bytes(facts.memory)),
-    ('available', _bytes(chip.memory)),
+    ('available', 'unknown' if plan.largest is None else _bytes(chip.memory)),
   ]
+  if plan.largest is None:  # Such as a GPU with another allocator.
+    return '\n'.join(align(('memory per device', ''), rows, left=(0,)))
   verdict = f'{100 * facts.memory / chip.memory:.1f} % used' if facts.memory <= chip.memory else 'does not fit'
   largest = f'largest batch that fits: {plan.largest:,} images'
   if plan.largest == len(plan.task.dataset.train) // len(plan.target.devices) * len(plan.target.devices):

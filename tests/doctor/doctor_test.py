@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from running import run_command
 
@@ -69,6 +70,16 @@ def test_wrong_numbers_crashes_and_what_to_do(machine):
   assert out.endswith(f'to do        add {AVOIDING} to XLA_FLAGS, or unset it and paranet_jax does\n')
   machine.setattr(report, 'jaxlib_version', lambda: (0, 13, 0))
   assert 'to do        install jaxlib 0.11.1 or newer, and report the output of --json\n' in run_command(main).out
+
+
+def test_an_answer_that_is_not_a_number_is_null_in_json(machine):
+  right = numerics.summed_products(10)
+  machine.setattr(
+    numerics, 'programs', lambda *_, **__: [right._replace(compute=lambda: [np.nan * right.compute()[0]])]
+  )
+  code, out, _ = run_command(main, '--json')
+  check = json.loads(out, parse_constant=pytest.fail)['checks'][0]
+  assert (code, check['right'], check['error'], check['found']) == (1, False, None, None)
 
 
 def test_little_room_and_a_busy_processor(machine):

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from paranet_jax.early.exit_plan import read_plan
 from paranet_jax.experiments.protocols import Protocol
 from paranet_jax.experiments.results import load_results
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import damaged_file, file_checksums, read_object, replacing, sweep, write_json
+from paranet_jax.host.files import damaged_file, file_checksums, json_line, read_object, replacing, sweep, write_json
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.status import run_status
@@ -27,6 +28,15 @@ def test_lists_of_numbers_are_on_one_line(tmp_path):
   text = (tmp_path / 'a.json').read_text()
   assert json.loads(text) == value and text.endswith('}\n')
   assert '"a": [1, null, -2.5e-09],\n' in text and '"b": [\n    [1, 2],\n    [3]\n  ],' in text
+
+
+def test_a_line_of_json_has_no_number_that_json_lacks():
+  value = {'a': math.nan, 'b': [1.5, math.inf], 'c': ({'d': -math.inf}, 'NaN', None, True, 2)}
+  line = json_line(value)
+  assert json.loads(line, parse_constant=pytest.fail) == {
+    'a': None, 'b': [1.5, None], 'c': [{'d': None}, 'NaN', None, True, 2]
+  }  # fmt: skip
+  assert '\n' not in line
 
 
 @pytest.mark.parametrize('failure', ['value', 'disk', 'interrupt'])

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -373,6 +374,16 @@ def test_batch_that_does_not_fit(small_devices):
   assert code == 0
   assert out.startswith('a step of 200 images does not fit; the batch was halved until it did\n')
   assert '200 images do not fit\n' in err
+
+
+def test_devices_whose_memory_is_not_known(small_devices, monkeypatch):
+  asked = small_devices(50)
+  monkeypatch.setattr(target_lib, 'measured_chip', lambda device, count: CHIP._replace(memory=math.inf))
+  found = planned('--devices=2')
+  assert asked == [16]  # No second batch: there is no limit to look for.
+  assert (found['memory']['available'], found['largest_batch'], found['fits']) == (None, None, True)
+  memory = run_plan(*TINY, '--devices=2').out.split('\n\n')[1].splitlines()
+  assert memory[-1] == 'available                  unknown'
 
 
 def test_smallest_batch_that_does_not_fit(small_devices):
