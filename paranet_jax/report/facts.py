@@ -90,7 +90,8 @@ def read_facts(folder: Path, bundle: bool, data_dir: Path | None, accept_data_ch
   """
   if bundle and not is_bundle(folder):
     raise UserError(f'expected a bundle with a bundle.json in {folder}, found none; set --bundle')
-  if out.is_dir() or not os.path.isdir(out.parent) or not os.access(out.parent, os.W_OK | os.X_OK):
+  writable = os.path.isdir(out.parent) and os.access(out.parent, os.W_OK | os.X_OK) and not out.is_dir()
+  if os.path.isdir(folder) and not writable:  # Without a run, that is what is wrong, and `load` says so.
     raise UserError(f'expected a file in a writable folder as the report, found {out}; set --out')
   earlier = read_file(out, 'set --out to another file')
   if earlier and not earlier.startswith(HEAD):

@@ -31,22 +31,23 @@ def write_page(out: Path, facts: Facts, command: str) -> int:
   template = jinja2.Environment(
     autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
   ).from_string(_TEMPLATE.read_text(encoding='utf-8'))
-  text = template.render(**page_values(facts, command))
-  write_text(out, text)
-  return len(text.encode())
+  write_text(out, template.render(**page_values(facts, command)))
+  return out.stat().st_size
 
 
 def page_values(facts: Facts, command: str) -> dict[str, Any]:
   """What the template shows."""
   run, plan, data = facts.run, facts.plan, facts.data
+  log = not facts.bundle and (facts.folder / METRICS).exists()
+  no_log = 'A bundle has no log of its training.' if facts.bundle else f'The run has no {METRICS}.'
   return {
     'title': printable(f'{plan.name} on {plan.dataset}'),
     'what': _what(facts),
     'rows': exit_rows(facts),
     'headers': _headers(facts),
     'promises': [*promises(plan), *_watch(facts)],
-    'curves': None if facts.bundle or not (facts.folder / METRICS).exists() else _drawn('curves_chart', facts.folder),
-    'no_curves': 'A bundle has no log of its training.' if facts.bundle else f'The run has no {METRICS}.',
+    'curves': _drawn('curves_chart', facts.folder) if log else None,
+    'no_curves': 'The figure could not be drawn.' if log else no_log,
     'reliability': None if data is None else _drawn('reliability_chart', data),
     **_budgets(facts),
     'images': facts.images,

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -105,6 +106,21 @@ def test_the_page(tmp_path, data):
   assert points[-1]['command'] == f'python -m paranet_jax.calibrate --workdir={tmp_path} --budget=' + (
     f'{data.families["optimal"]["test"].cost.max():.0f}'
   )
+
+
+def test_a_path_that_is_not_utf8(tmp_path):
+  place = tmp_path / os.fsdecode(b'a\xffb')
+  size = write_page(place, facts_of(tmp_path), f'python -m paranet_jax.report --out={place}')
+  assert size == len(place.read_bytes()) and b'/a\\udcffb' in place.read_bytes()
+
+
+def test_curves_that_matplotlib_cannot_draw(tmp_path, monkeypatch):
+  (tmp_path / 'metrics.jsonl').write_text('')
+  monkeypatch.setattr('paranet_jax.report.charts.curves_chart', None)
+  found = page_values(facts_of(tmp_path), 'command')
+  assert (found['curves'], found['no_curves']) == (None, 'The figure could not be drawn.')
+  (tmp_path / 'metrics.jsonl').unlink()
+  assert page_values(facts_of(tmp_path), 'command')['no_curves'] == 'The run has no metrics.jsonl.'
 
 
 @pytest.mark.parametrize('score', ['max_prob', 'entropy', 'margin', 'patience'])
@@ -295,6 +311,7 @@ def test_promises_of_answers():
       'expected a file in a writable folder as the report, found {here}/no/report.html; set --out',
     ),
     ('--workdir={here}', 'expected a run with a config.json in {here}, found none; set --workdir'),
+    ('--workdir={here}/no', 'expected a run with a config.json in {here}/no, found none; set --workdir'),
     ('--workdir={here} --top', 'unrecognized arguments: --top; see --help'),
   ],
 )
