@@ -27,6 +27,19 @@ PROTOCOLS = {
   },
 }
 
+_NO_REDUCTION = (
+  'seed:',
+  'name:',
+  'train.devices:',
+  'eval.',
+  'checkpoint.',
+  'log.',
+  'data.data_dir:',
+  'data.workers:',
+  'data.streaming:',
+)
+"""Beginnings of differences that change no parameter, or that a row names itself."""
+
 SET_PER_RUN = ('name', 'seed', 'seeds')
 
 
@@ -85,11 +98,7 @@ def default_workdir(protocol: Protocol) -> str:
   return '-'.join([f'results/{protocol.name}', *changed])
 
 
-def reductions(config: ConfigDict, besides: tuple[str, ...] = ('seed:',)) -> list[str]:
-  """The differences between a run and the paper's, each as `field: the paper's -> here`.
-
-  Args:
-    besides: beginnings of differences that reduce nothing.
-  """
+def reductions(config: ConfigDict) -> list[str]:
+  """The differences between a run and the paper's that matter to its results, each as `field: the paper's -> here`."""
   paper, here = base_config(config.name, config.model.family).to_dict(), config.to_dict()
-  return [change for change in config_lib.differences(paper, here) if not change.startswith(besides)]
+  return [change for change in config_lib.differences(paper, here) if not change.startswith(_NO_REDUCTION)]

@@ -10,7 +10,7 @@ from paranet_jax.experiments import figure
 from paranet_jax.experiments.figure import anytime_figure
 from paranet_jax.experiments.markdown import table_markdown
 from paranet_jax.experiments.planned_runs import plan_runs
-from paranet_jax.experiments.protocols import Protocol, default_workdir, parse_protocol, run_config
+from paranet_jax.experiments.protocols import Protocol, default_workdir, parse_protocol, reductions, run_config
 from paranet_jax.experiments.published import CURVES, EXPERIMENTS, FIGURE_MACS, TABLES
 from paranet_jax.experiments.results import section, write_results
 from paranet_jax.models.msdnet import MSDNet
@@ -34,6 +34,12 @@ def finished(tmp_path):
     return {'steps': 10_153, 'exits': exits, 'versions': {}, 'device': device, 'wall_time_s': 61.0}
 
   return [(run, summary(run)) for run in runs]
+
+
+def test_what_changes_no_parameter_is_no_reduction():
+  fields = {'eval.every_epochs': '5', 'log.every_steps': '7', 'data.workers': '2', 'train.devices': '1'}
+  config = run_config(Protocol('tenth', fields), 'PN3-ddd', 3)
+  assert reductions(config) == ['train.epochs: 130.0 -> 13.0']
 
 
 def test_each_run_is_planned_once_seed_by_seed(finished):

@@ -25,17 +25,6 @@ from paranet_jax.host.files import replacing, to_json
 RESULTS = 'results.json'
 MARKDOWN = 'results.md'
 
-_NO_REDUCTION = (
-  'seed:',
-  'name:',
-  'train.devices:',
-  'eval.',
-  'checkpoint.',
-  'log.',
-  'data.data_dir:',
-  'data.workers:',
-  'data.streaming:',
-)
 _ROWS = (
   'run',
   'exit',
@@ -106,7 +95,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
   groups = [finished] * bool(finished) + [[run] for run in own if run not in finished]
   costs = {row['exit']: row for row in describe(own[0].config, states[own[0].name].num_classes)['exits']}
   here = f'{Path.cwd()}/'  # Paths are absolute in a configuration.
-  reduced = [change.replace(here, '') for change in reductions(own[0].config, _NO_REDUCTION)]
+  reduced = [change.replace(here, '') for change in reductions(own[0].config)]
   rows = []
   for group in groups:
     latest = [_latest(states[run.name]) for run in group]
