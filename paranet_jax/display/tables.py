@@ -1,5 +1,6 @@
 """Plain-text tables of a model's exits, at most 100 columns wide."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from paranet_jax.host.errors import printable
@@ -83,9 +84,18 @@ def class_table(exits: Sequence[dict], class_names: Sequence[str]) -> str:
 
 
 def short_name(name: str, longest: int) -> str:
-  """A class name in at most `longest` characters that can be printed."""
+  """A class name in at most `longest` columns that can be printed."""
   name = printable(name)
-  return name if len(name) <= longest else f'{name[: longest - 1]}…'
+  if width(name) <= longest:
+    return name
+  while width(name) >= longest:
+    name = name[:-1]
+  return f'{name}…'
+
+
+def width(text: str) -> int:
+  """Columns of a terminal: a Chinese character takes two, and an accent that is a character of its own none."""
+  return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in 'FW') for char in text)
 
 
 def human_count(count: int) -> str:
@@ -111,6 +121,10 @@ def _number(entry: dict, key: str, scale: float, digits: int) -> str:
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
   """Formats a table; the columns numbered in `left` are left-aligned, all others right-aligned."""
-  columns = zip(header, *rows, strict=True)
-  formats = [f'{"<" if i in left else ">"}{max(map(len, column))}' for i, column in enumerate(columns)]
-  return ['  '.join(map(format, row, formats)).rstrip() for row in (header, *rows)]
+  widths = [max(map(width, column)) for column in zip(header, *rows, strict=True)]
+  lines = []
+  for row in (header, *rows):
+    free = [' ' * (widest - width(cell)) for cell, widest in zip(row, widths, strict=True)]
+    cells = [cell + space if i in left else space + cell for i, (cell, space) in enumerate(zip(row, free, strict=True))]
+    lines.append('  '.join(cells).rstrip())
+  return lines

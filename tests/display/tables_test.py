@@ -103,6 +103,16 @@ def test_class_table_of_many_classes_and_exits():
   assert lines[2].split()[1:] == ['—', '0.00', '0.00', '0.00', '—']
 
 
+def test_a_chinese_character_takes_two_columns_and_an_accent_none():
+  lines = class_table([row(1, [0.5, 0.25])], ['cafe\u0301', '\u732b' * 30]).splitlines()[1:]
+  assert lines == [
+    'class                images  exit 1 (%)  most often taken for',
+    # 9 characters fit the 20 columns, beside the mark of what is cut.
+    9 * '\u732b' + '\u2026       \u2014       25.00  \u2014',
+    'cafe\u0301                      \u2014       50.00  \u2014',
+  ]
+
+
 @pytest.mark.parametrize(
   ('count', 'expected'),
   [
