@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     facts: its step.
     other: the step with another batch size; None: there are too few images for one.
     largest: the largest batch that fits, on the line through both; None: the memory of a device is not known.
-    measured: seconds per executed step; None where the devices are elsewhere.
+    measured: seconds per executed step; None where the devices are elsewhere, or have too little memory.
   """
 
   asked: int
@@ -80,7 +80,7 @@ def build_plan(config: ConfigDict, target: Target, progress: Progress) -> Plan:
   task, compiled, facts = _compile(build_task(config, dataset_like(config)), target, progress)
   chip = target.chip()
   measured = None
-  if target.here:
+  if target.here and facts.memory <= chip.memory:  # A CPU's compiler rejects no batch, but its system may.
     progress('running a few steps ...')
     _, measured, _ = time_steps(compiled, task, target.devices, task.phases[-1])
   most = len(task.dataset.train)

@@ -376,6 +376,13 @@ def test_batch_that_does_not_fit(small_devices):
   assert '200 images do not fit\n' in err
 
 
+@pytest.mark.parametrize(('batch_size', 'measured'), [(32, 0.5), (64, None)])
+def test_a_step_that_does_not_fit_a_cpu_is_not_run(small_devices, batch_size, measured):
+  small_devices(64)  # A CPU's compiler rejects none. 1.5 MB and 0.125 MB an image are 5.5 of 8 MB, or 9.5.
+  found = planned(f'--config.train.batch_size={batch_size}', '--devices=1')
+  assert (found['measured_step_s'], found['fits'], found['largest_batch']) == (measured, measured is not None, 52)
+
+
 def test_devices_whose_memory_is_not_known(small_devices, monkeypatch):
   asked = small_devices(50)
   monkeypatch.setattr(target_lib, 'measured_chip', lambda device, count: CHIP._replace(memory=math.inf))
