@@ -104,7 +104,10 @@ def _scaled(
   if not like:
     return None
   classes = states[like[0].name].num_classes
-  return measured[like[0].name] * training_macs(run.config, classes) / training_macs(like[0].config, classes)
+  try:
+    return measured[like[0].name] * training_macs(run.config, classes) / training_macs(like[0].config, classes)
+  except UserError:  # The dataset.json of that run is gone, and with it the number of classes.
+    return None
 
 
 def training_macs(config: ConfigDict, num_classes: int | None) -> int:

@@ -75,7 +75,12 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
     elif state.measured:
       states[run.name] = state
   runs = [run for run in queue.runs if run.name in states]
-  rows = [row for name in dict.fromkeys(run.row for run in runs) for row in _rows(name, runs, states)]
+  rows = []
+  for name in dict.fromkeys(run.row for run in runs):
+    try:
+      rows += _rows(name, runs, states)
+    except UserError as error:  # Its dataset.json is gone, and with it the number of classes.
+      left_out.append(f'{name}: {error}')
   return {
     'queue': queue.path.name,
     'date': today(),

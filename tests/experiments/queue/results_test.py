@@ -223,6 +223,17 @@ def test_a_finished_run_whose_last_accuracies_are_lost_is_left_out(queue, lines)
   ]
 
 
+def test_a_run_that_lost_its_number_of_classes_stops_no_queue(tmp_path):
+  fake = FakeQueue(tmp_path, QUEUE.replace("data.name = 'digits'", "data.name = 'folder', data.data_dir = '/nowhere'"))
+  fake.write('plain-s0', 2)
+  queue = read_queue(fake.path)
+  found = results(queue, fake.workdir, {})
+  assert found['rows'] == [] and [run['run'] for run in found['runs']] == ['plain-s0']
+  assert [line.partition(' of data set')[0] for line in found['left_out']] == ['plain: the number of classes']
+  # 64 s are left of plain-s0 and 128 s of each of its other seeds; nothing is known of the other five runs.
+  assert status_table(queue, fake.workdir, {}).splitlines()[-1].startswith('left: 5 min 20 s, and 5 runs of which no')
+
+
 def test_lines_that_no_run_wrote_are_ignored(queue):
   before = results(read_queue(queue.path), queue.workdir, {})
   with (queue.workdir / 'runs' / 'plain-s0' / 'metrics.jsonl').open('a') as file:
