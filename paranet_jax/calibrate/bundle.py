@@ -26,7 +26,7 @@ from paranet_jax.early.logits import Outputs, bundle_logits
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.cap import choose_within
-from paranet_jax.early.sentences import promises, watch_sentence
+from paranet_jax.early.sentences import promises, shown_threshold, watch_sentence
 from paranet_jax.early.units import MEASURED
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_object, write_json
@@ -150,7 +150,7 @@ def changes_text(found: Recalibrated) -> str:
   rows = []
   for k, number in enumerate(after.exits):
     temperatures = f'{before.temperatures[k]:.3f} -> {after.temperatures[k]:.3f}'
-    thresholds = f'{_shown(before.thresholds[k])} -> {_shown(after.thresholds[k])}' if number != after.exits[-1] else ''
+    thresholds = ' -> '.join(shown_threshold(plan, k) for plan in (before, after)) if number != after.exits[-1] else ''
     rows.append(
       (str(number), temperatures, thresholds, f'{100 * old["shares"][k]:.1f} -> {100 * new["shares"][k]:.1f}')
     )
@@ -170,10 +170,6 @@ def changes_text(found: Recalibrated) -> str:
       f'sets that hold the right class: {100 * new["covered"]:.2f} %, with {new["set_size"]:.2f} classes on average'
     )
   return '\n'.join(lines)
-
-
-def _shown(threshold: float | None) -> str:
-  return 'no image' if threshold is None else f'{threshold:.4f}' if threshold else 'all images'
 
 
 def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:

@@ -1,6 +1,5 @@
 """The tables that `calibrate` prints, at most 100 columns wide."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.early.exit_plan import ExitPlan
 from paranet_jax.early.policies import find_policy
 from paranet_jax.early.policies.risk import LOSSES
+from paranet_jax.early.sentences import shown_threshold
 from paranet_jax.early.units import UNITS, measured_units, shown_cost
 
 _OF = {'marginal': '', 'selective': ' at each early exit', 'class': ' of each class'}
@@ -96,17 +96,7 @@ def _exit_table(plan: ExitPlan, test: dict[str, Any]) -> str:
 
 
 def _threshold(plan: ExitPlan, k: int) -> str:
-  threshold, confidence = plan.thresholds[k], plan.confidence_thresholds[k]
-  if k == len(plan.exits) - 1:
-    return 'the rest'
-  if threshold is None or confidence is None:
-    return 'no image'
-  if threshold == 0:
-    return 'all images'
-  if plan.score == 'patience':
-    return f'{threshold:g} equal'
-  # Near 1 the distance from 1 says more.
-  return f'{plan.score} ' + (f'1 - {math.exp(-confidence):.1e}' if threshold > 0.9999 else f'{threshold:.4f}')
+  return 'the rest' if k == len(plan.exits) - 1 else shown_threshold(plan, k, f'{plan.score} ')
 
 
 def _gains(plan: ExitPlan, *splits: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a plan promises of new images, in sentences, and what it does not."""
 
+import math
 from collections.abc import Callable, Iterator
 
 from paranet_jax.display.tables import human_count
@@ -21,6 +22,19 @@ def promises(plan: ExitPlan) -> list[str]:
     return [f'Nothing was calibrated: every image goes to exit {plan.exits[-1]}, at its full cost.']
   answers = [*_rejection(plan), *_sets(plan)]
   return [*_target(plan), *answers, *([_ALIKE] if answers or 'risk' in plan.target else []), *_audit(plan)]
+
+
+def shown_threshold(plan: ExitPlan, k: int, score: str = '') -> str:
+  """From where images leave at exit k, in a cell of a table; `score` stands before a number."""
+  threshold, confidence = plan.thresholds[k], plan.confidence_thresholds[k]
+  if threshold is None or confidence is None:
+    return 'no image'
+  if threshold == 0:
+    return 'all images'
+  if plan.score == 'patience':
+    return f'{threshold:g} equal'
+  # Near 1 the distance from 1 says more.
+  return score + (f'1 - {math.exp(-confidence):.1e}' if threshold > 0.9999 else f'{threshold:.4f}')
 
 
 def watch_sentence(plan: ExitPlan) -> str | None:

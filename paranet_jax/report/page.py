@@ -10,7 +10,7 @@ from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.display.pictures import drawn
 from paranet_jax.display.tables import ABSENT, human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
-from paranet_jax.early.sentences import promises, watch_sentence
+from paranet_jax.early.sentences import promises, shown_threshold, watch_sentence
 from paranet_jax.early.units import measured_units, shown_cost
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import printable
@@ -64,9 +64,10 @@ def page_values(facts: Facts, command: str) -> dict[str, Any]:
 def _what(facts: Facts) -> str:
   run = facts.run
   height, width, channels = run.image_shape
+  exits = len(facts.plan.exits)
   return (
-    f'{len(facts.plan.exits)} exits, {len(run.dataset.class_names):,} classes, images of {height} × {width} pixels and '
-    f'{channels} channel{"s" * (channels > 1)}; step {run.step:,}'
+    f'{exits} exit{"s" * (exits > 1)}, {len(run.dataset.class_names):,} classes, images of {height} × {width} pixels '
+    f'and {channels} channel{"s" * (channels > 1)}; step {run.step:,}'
   )
 
 
@@ -108,14 +109,9 @@ def exit_rows(facts: Facts) -> list[tuple[str, ...]]:
 
 
 def _from(plan: ExitPlan, k: int) -> str:
-  threshold = plan.thresholds[k]
   if k == len(plan.exits) - 1:
     return 'the rest'
-  if threshold is None:
-    return 'no image'
-  if plan.score == 'patience':
-    return f'{threshold:g} equal answers'
-  return f'{plan.score.replace("max_prob", "probability")} {threshold:.4f}'
+  return shown_threshold(plan, k, f'{plan.score.replace("max_prob", "probability")} ').replace('equal', 'equal answers')
 
 
 def _percent(share: float | None) -> str:

@@ -171,6 +171,8 @@ def test_table_of_exits(tmp_path, data):
   assert exit_rows(facts_of(tmp_path))[1] == ('3', '30', '—', 'the rest', '—', '—')
   for changes, words in (
     ({'thresholds': (None, 0.0), 'confidence_thresholds': (None, 0.0)}, 'no image'),
+    ({'thresholds': (0.0, 0.0), 'confidence_thresholds': (0.0, 0.0)}, 'all images'),
+    ({'thresholds': (1 - np.exp(-12.0), 0.0), 'confidence_thresholds': (12.0, 0.0)}, 'probability 1 - 6.1e-06'),
     ({'score': 'patience', 'thresholds': (2.0, 0.0), 'confidence_thresholds': (2.0, 0.0)}, '2 equal answers'),
     ({'score': 'margin', 'thresholds': (0.25, 0.0)}, 'margin 0.2500'),
   ):
