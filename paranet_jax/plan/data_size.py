@@ -25,11 +25,12 @@ def dataset_like(config: ConfigDict) -> Dataset:
   train, test = known.counts
   streamed = streams(data, train + test, shape)
   crop_padding, flip = augmentation(data, model.image_side)
+  held_out = min(data.held_out, train)
   return Dataset(
     name=data.name,
     version='',
-    train=_noise(max(train - data.held_out, 1), shape, known.num_classes, streamed),
-    held_out=_noise(data.held_out, shape, known.num_classes, streamed) if data.held_out else None,
+    train=_noise(max(train - held_out, 1), shape, known.num_classes, streamed),
+    held_out=_noise(held_out, shape, known.num_classes, streamed) if held_out else None,
     test=_noise(test, shape, known.num_classes, streamed),
     class_names=tuple(map(str, range(known.num_classes))),
     mean=(0.5,) * model.channels,

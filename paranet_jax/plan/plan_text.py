@@ -103,8 +103,8 @@ def _time(plan: Plan) -> str:
 
 
 def _step_row(plan: Plan, what: str, seconds: float) -> tuple[str, str, str, str]:
-  speed = plan.facts.batch_size / seconds
-  return what, _milliseconds(seconds), f'{speed:,.0f}', human_duration(seconds * plan.task.total_steps)
+  speed = rounded(plan.facts.batch_size / seconds)
+  return what, _milliseconds(seconds), speed, human_duration(seconds * plan.task.total_steps)
 
 
 def _assumptions(plan: Plan) -> str:

@@ -469,6 +469,8 @@ def test_report():
   assert 'collectives                999 bytes in 1\n' in plain
   assert '- devices of one machine: collectives take no time\n' in plain
   assert 'measured' not in plain and "compiler's estimate" not in plain
+  # 16 images in 40 s.
+  assert 'step, measured' + 13 * ' ' + '40,000       0.4' in as_text(found._replace(measured=40.0))
 
 
 def test_a_plan_for_chips_elsewhere(small_devices, monkeypatch):

@@ -51,7 +51,7 @@ def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecor
   known = [seconds for seconds in left.values() if seconds is not None]
   unknown = len(left) - len(known)
   total = human_duration(sum(known) / at_once)
-  more = f', and {unknown} runs of which no speed is known yet' if unknown else ''
+  more = f', and {unknown} run{"s" * (unknown > 1)} of which no speed is known yet' if unknown else ''
   apart = f', {at_once} at once' if at_once > 1 else ''
   lines = align(_HEADER, rows, left=(0, 2, 4))
   lines += [f'{run.name} failed: {failed[run.name]}' for run in queue.runs if run.name in failed]
