@@ -32,7 +32,7 @@ class DenseNet(Chain):
   Attributes:
     depth: L, layers with weights: 6 n + 4 with bottlenecks, 3 n + 4 without, for n dense layers in each block.
     growth_rate: k.
-    compression: theta, the share of the channels that a transition keeps, rounded down; 0.5 in DenseNet-BC.
+    compression: theta, the share of the channels that a transition keeps (see `kept_channels`); 0.5 in DenseNet-BC.
     bn_size: bottleneck width in multiples of k; None: no bottleneck, layers are BN-ReLU-Conv3x3(k).
     stem_channels: of the first convolution; None: 2k with bottlenecks, 16 without, as in the paper.
     exits: 'last', 'blocks' (after each block), or the layers of every block that an exit follows in addition to the

@@ -66,6 +66,8 @@ class FractalNet(MultiExit):
   def __post_init__(self):
     if self.columns < 2:
       raise ValueError(f'columns must be 2 or more, found {self.columns}: one alone is no fractal')
+    if not self.widths:
+      raise ValueError('widths must have one entry for each of 1 or more blocks, found ()')
     check_halvings(self.image_side, len(self.widths))
     if self.dropout and len(self.dropout) != len(self.widths):
       raise ValueError(

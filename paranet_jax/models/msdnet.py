@@ -6,7 +6,6 @@ coarsest of the layer before, and so on. The first stage that needs a finer scal
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +14,7 @@ from jax import Array
 from jaxtyping import Float
 
 from paranet_jax.models.layers.conv import Classifier, ConvNormRelu
+from paranet_jax.models.layers.dense import kept_channels
 from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.multi_exit import Carry, Graph, Images, Logits, Node, check_halvings
 
@@ -44,6 +44,8 @@ class Geometry:
   def __post_init__(self):
     if not self.block_layers or min(self.block_layers) < 1:
       raise ValueError(f'an MSDNet needs 1 or more blocks of 1 or more layers, found blocks of {self.block_layers}')
+    if self.num_scales < 1:
+      raise ValueError(f'an MSDNet needs 1 or more scales, each with a growth factor, found {self.num_scales}')
     check_halvings(self.image_side, self.num_scales - 1)
 
   @property
@@ -100,7 +102,7 @@ class MSDNet(Graph):
     growth_rate: channels that a layer adds, times the scale's growth factor.
     growth_factors: one per scale, finest first.
     bottleneck_factors: one per scale: width of a 1x1 convolution that reads it, in multiples of what its path adds.
-    reduction: share of the channels that a transition keeps.
+    reduction: share of the channels that a transition keeps (see `kept_channels`).
 
   Raises:
     ValueError: the fields do not fit together; the message is one line.
@@ -163,7 +165,7 @@ class MSDNet(Graph):
     x = add([features[source] for source in sources], train)
     if not self.geometry.drops(layer):
       return x
-    channels = math.floor(self.reduction * (x.shape[-1] // factor)) * factor
+    channels = kept_channels(self.reduction, x.shape[-1] // factor) * factor
     return ConvNormRelu(channels, 1, 1, self.axis_name, name=f'transition_{layer}_scale_{scale}')(x, train)
 
   def exit_logits(self, x: Array, number: int, train: bool) -> Logits:

@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Float
 
 from paranet_jax.models.layers.conv import ConvNormRelu
+from paranet_jax.models.layers.dense import kept_channels
 from paranet_jax.models.layers.initial import initial_variables
 from paranet_jax.models.msdnet import Exit
 from paranet_jax.models.multi_exit import Carry, Graph, Images, Logits, Node, check_halvings
@@ -131,7 +132,7 @@ class RANet(Graph):
     initial_channels: channels of the base features, times the growth factor.
     growth_rate: channels that a layer adds, times the growth factor.
     fusion: share of the channels of a fusion block's layers that come from the sub-network before.
-    reduction: share of the channels that a transition keeps.
+    reduction: share of the channels that a transition keeps (see `kept_channels`).
 
   Raises:
     ValueError: the fields do not fit together; the message is one line.
@@ -208,7 +209,7 @@ class RANet(Graph):
       fused = ConvNormRelu(width, 1, 1, self.axis_name, name=name)(lower[-1], train)
       out = x = jnp.concatenate([x, resize(fused, x.shape[1])], axis=-1)
     if geometry.compresses(node):
-      width, name = math.floor(self.reduction * x.shape[-1]), f'network_{network}_transition_{index}'
+      width, name = kept_channels(self.reduction, x.shape[-1]), f'network_{network}_transition_{index}'
       out = ConvNormRelu(width, 1, 1, self.axis_name, name=name)(x, train)
     return Block(kept, out)
 

@@ -100,6 +100,12 @@ def test_counts(depth, growth, bottleneck, compression, stem):
   assert (cost['params'], cost['macs']) == paper_counts(depth, growth, bottleneck, compression, 10, stem)
 
 
+def test_a_transition_keeps_at_least_one_channel():
+  """Of 4 channels of the stem and 2 of the first block, and of the one kept and 2 of the second."""
+  sizes = parameter_sizes(DenseNet(10, depth=10, growth_rate=2, compression=0.1), (32, 32, 3), 1)
+  assert [sizes[f'transition_{number}', 'conv', 'kernel'] for number in (1, 2)] == [6 * 1, 3 * 1]
+
+
 # In millions, from Table 2 of the paper.
 @pytest.mark.parametrize(
   'depth, growth, bottleneck, compression, published',

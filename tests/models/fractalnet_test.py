@@ -302,6 +302,7 @@ def test_half_precision(standard_promotion):
     ({'image_side': 6}, 'image_side must be a multiple of 4, to be halved 2 times, found 6'),
     ({'columns': 1}, 'columns must be 2 or more, found 1: one alone is no fractal'),
     ({'dropout': (0.1,)}, r'dropout \(0.1,\) must have one rate for each of the 2 blocks, or none'),
+    ({'widths': ()}, r'widths must have one entry for each of 1 or more blocks, found \(\)'),
   ],
 )
 def test_shapes_that_do_not_fit_are_refused(fields, message):

@@ -67,6 +67,7 @@ def test_exits_read_the_coarsest_scale():
   [
     ((2, 3, (1,)), 'image_side must be a multiple of 4, to be halved 2 times, found 2'),
     ((32, 3, (1, 0)), r'an MSDNet needs 1 or more blocks of 1 or more layers, found blocks of \(1, 0\)'),
+    ((32, 0, (1,)), 'an MSDNet needs 1 or more scales, each with a growth factor, found 0'),
   ],
 )
 def test_invalid_shapes_are_refused(fields, message):

@@ -145,6 +145,12 @@ THREE_SCALES = network(num_blocks=3, step_mode='lin_grow', step=1, base=1)
 TWO_SCALES = network(num_blocks=2, step=1, base=1, growth_factors=(1, 2), bottleneck_factors=(1, 2))
 
 
+def test_a_transition_keeps_at_least_one_channel_for_each_unit_of_its_growth_factor():
+  """At scale 2, of factor 2, layer 2 leaves 2 (3 + 2 + 2) channels."""
+  shapes = abstract_variables(TWO_SCALES.clone(reduction=0.1), (tiny.SIDE, tiny.SIDE, 3))
+  assert shapes['params']['transition_2_scale_2']['conv']['kernel'].shape == (1, 1, 14, 2)
+
+
 def plain_network(layers, exits):
   """All scales of each layer in turn, in NumPy, as a function (variables, images, train) -> (logits, statistics).
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from reference import SHIPPED
 
-from paranet_jax.costs import exit_costs
+from paranet_jax.costs import abstract_variables, exit_costs
 from paranet_jax.models.ranet import Geometry, RANet, resize
 
 
@@ -124,6 +124,13 @@ SMALL = RANet(
   *(tiny.NUM_CLASSES, (1, 2, 2), (2, 1, 1), (2, 1, 1), 1, 1, 'even', 2, 2, 4),
   image_side=8,
 )
+
+
+def test_a_transition_keeps_at_least_one_channel():
+  """Of 2 base channels, 2 layers of 4, and a quarter of those 10 from the sub-network before."""
+  shapes = abstract_variables(SMALL.clone(reduction=0.01), (8, 8, 3))['params']
+  assert shapes['network_2_transition_1']['conv']['kernel'].shape == (1, 1, 12, 1)
+  assert shapes['network_3_transition_1']['conv']['kernel'].shape == (1, 1, 12, 1)
 
 
 def plain_network(variables, images):

@@ -281,8 +281,13 @@ class DenseBlock(nn.Module):
     return x
 
 
+def kept_channels(share: float, channels: int) -> int:
+  """Channels that a transition keeps: this share of them, rounded down, but at least one."""
+  return max(math.floor(share * channels), 1)
+
+
 class Transition(nn.Module):
-  """BN-ReLU-Conv1x1-AvgPool2x2, which halves the side: C -> floor(compression C) channels.
+  """BN-ReLU-Conv1x1-AvgPool2x2, which halves the side: C -> floor(compression C) channels, but at least one.
 
   Attributes:
     compression: theta of DenseNet-BC; ParaNet does not compress (paper, section 4).
@@ -297,8 +302,7 @@ class Transition(nn.Module):
   def __call__(self, x: Features, train: bool) -> Features:
     channels = x.values.shape[-1]
     norm = norm_affine(x, train, 'norm')
-    kept = math.floor(self.compression * channels)
-    kernel = Kernel((1, 1, channels, kept), name='conv')()[0, 0]
+    kernel = Kernel((1, 1, channels, kept_channels(self.compression, channels)), name='conv')()[0, 0]
     if train and self.dropout:
       values = conv1x1(affine_relu(x.values, *norm), kernel)
       values = average_pool(dropout(values, self.dropout, self.make_rng('dropout'), self.axis_name))
