@@ -68,6 +68,7 @@ class Architecture:
     adopt_head: the kind that the command `adopt` gives them by default; None: `head`.
     adopt_copies: blocks of each shape that a head 'blocks' then has; None: as few as possible.
     patch: pixels of which the side of images is a multiple.
+    least_side: of images, in pixels; smaller ones would leave no pixel at the end.
     renames: regular expressions and replacements, each applied to the names of a file's tensors, in order.
   """
 
@@ -80,6 +81,7 @@ class Architecture:
   adopt_head: str | None = None
   adopt_copies: int | None = None
   patch: int = 1
+  least_side: int = 1
   renames: tuple[tuple[str, str], ...] = ()
 
   @property

@@ -38,7 +38,13 @@ class Block(nn.Module):
 
 def architecture(name: str) -> Architecture:
   """`convnext_tiny`."""
-  return Architecture(name, lambda classes: parts(STAGES, classes), Preprocessing(resize=236), renames=_OF_TIMM)
+  return Architecture(
+    name,
+    lambda classes: parts(STAGES, classes),
+    Preprocessing(resize=236),
+    least_side=4 * 2 ** (len(STAGES) - 1),  # Halving without padding drops what is left over.
+    renames=_OF_TIMM,
+  )
 
 
 def parts(stages: tuple[tuple[int, int], ...], num_classes: int) -> Parts:

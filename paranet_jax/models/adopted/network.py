@@ -122,9 +122,14 @@ def from_fields(name: str, fields: dict[str, Any]) -> AdoptedNetwork:
     UserError: the architecture cannot read images of this side, or there is no such architecture.
   """
   arch, side = fields['arch'], fields['image_side']
-  if side % (patch := find_architecture(arch).patch):
+  found = find_architecture(arch)
+  if side % found.patch:
     raise UserError(
-      f'model.image_side must be a multiple of {patch} for {arch}, found {side}; set --config.model.image_side'
+      f'model.image_side must be a multiple of {found.patch} for {arch}, found {side}; set --config.model.image_side'
+    )
+  if side < found.least_side:
+    raise UserError(
+      f'model.image_side must be {found.least_side} or more for {arch}, found {side}; set --config.model.image_side'
     )
   fields['exits'] = tuple(place.strip() for place in fields['exits'].split(',') if place.strip())
   return AdoptedNetwork(**fields)

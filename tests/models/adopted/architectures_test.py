@@ -108,12 +108,22 @@ def test_exits_elsewhere_are_refused(tiny, exits, message):
   assert str(error.value) == message
 
 
-def test_a_side_that_is_no_multiple_of_a_patch_is_refused():
+# ConvNeXt-Tiny halves a quarter of the side three times, and rounds down: of 31 pixels 7, 3, 1 and none are left.
+@pytest.mark.parametrize(
+  'arch, side, expected',
+  [('deit_tiny_patch16_224', 100, 'a multiple of 16'), ('convnext_tiny', 31, '32 or more')],
+)
+def test_a_side_that_does_not_fit_is_refused(arch, side, expected):
   with pytest.raises(UserError) as error:
-    from_fields('a', {'arch': 'deit_tiny_patch16_224', 'image_side': 100})
+    from_fields('a', {'arch': arch, 'image_side': side})
   assert str(error.value) == (
-    'model.image_side must be a multiple of 16 for deit_tiny_patch16_224, found 100; set --config.model.image_side'
+    f'model.image_side must be {expected} for {arch}, found {side}; set --config.model.image_side'
   )
+
+
+def test_the_least_side_leaves_a_pixel():
+  model = from_fields('a', {'arch': 'convnext_tiny', 'image_side': 32, 'exits': ''})
+  assert abstract_variables(model, (32, 32, 3))['params']['classifier.2']['kernel'].shape == (768, 10)
 
 
 def test_an_unknown_architecture_is_refused():
