@@ -6,6 +6,7 @@ are known to be wrong, and the flags that avoid it, are in `host/known_faults.py
 
 import functools
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,10 @@ ROUGH = 0.5
 Gradients differ by 0.2 where ReLUs near 0 flip, so this finds only gross faults.
 """
 
+LEAST_PIXELS = 16
+"""Pixels of a batch whose gradients are compared. Batch normalization of two leaves differences of nearly equal
+numbers, which rounding changes by more than `EXACT`, and of one it leaves nothing.
+"""
 
 _BY_KERNELS = ' by kernels in C++'
 
@@ -158,6 +163,8 @@ def programs(model: Any, image_shape: tuple[int, int, int], batch_size: int, tra
   largest = largest_block(model, image_shape, batch_size)
   if largest:
     block, shape = largest
+    if train:
+      shape = max(shape[0], -(-LEAST_PIXELS // math.prod(shape[1:3]))), *shape[1:]
     layers = min(block.num_layers, block.scan_layers or SCAN_LAYERS.get(backend(), 1), 2)  # Two are already a loop.
     dtype = _dtype(model)
     of = block.num_layers  # The whole block decides whether kernels in C++ are used.

@@ -33,6 +33,14 @@ def cache(monkeypatch, tmp_path):
   return tmp_path / 'numerics'
 
 
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_batches_of_one_and_two_pixels_pass(model, batch_size):
+  tiny = model.clone(num_pipelines=1, image_side=2)
+  findings = [numerics.measure(program) for program in numerics.programs(tiny, (2, 2, 1), batch_size, True)]
+  assert findings[-1].program.name == '2 dense layers on [16, 1, 1, 4] with their gradients'
+  assert all(finding.error < numerics.EXACT / 10 for finding in findings)
+
+
 @pytest.mark.parametrize('train', [True, False])
 def test_right_programs_are_far_below_the_tolerance(model, train):
   findings = [numerics.measure(program) for program in numerics.programs(model, SHAPE, 6, train)]
