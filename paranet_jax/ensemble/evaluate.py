@@ -57,6 +57,7 @@ def _inputs(run: LoadedRun) -> dict[str, Any]:
   return {
     'data set': dataset.name,
     'classes': dataset.class_names,
+    'number of outputs (model.num_classes)': run.model.num_classes,
     'images [H, W, C]': run.image_shape,
     'normalization': (dataset.mean, dataset.std),
   }
@@ -86,8 +87,14 @@ def evaluate_ensemble(
   task = build_task(config, learned=together(learned))
   if not task.dataset.labeled:
     raise UserError('expected runs on images with labels, to measure the ensemble by, found none; name other runs')
+  config = task.config.copy_and_resolve_references()
+  config.train.regime = 'joint'  # The first run's frozen backbone, if it has one, is not that of the ensemble.
   task = dataclasses.replace(
-    task, model=model, targets=(LABELS,) * model.num_exits, dataset=dataclasses.replace(task.dataset, held_out=None)
+    task,
+    config=config,
+    model=model,
+    targets=(LABELS,) * model.num_exits,
+    dataset=dataclasses.replace(task.dataset, held_out=None),
   )
   measured = Evaluator(task, jax.local_devices()[:1]).evaluate(**variables)['test']
   return [

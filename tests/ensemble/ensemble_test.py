@@ -1,5 +1,6 @@
 """Tests of `python -m paranet_jax.ensemble`; models/ensemble_test.py tests the averaging itself."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -55,6 +56,26 @@ def test_averaged_probabilities_on_the_test_images(workdirs, rows, monkeypatch, 
   assert rows[1]['params'] > rows[0]['params']
 
 
+def test_a_first_run_with_a_frozen_backbone(workdirs, monkeypatch):
+  """An evaluation of such a run alone keeps the features of its backbone, which an ensemble does not have."""
+  tasks, measured = [], dict.fromkeys(('accuracy', 'balanced_accuracy', 'top5', 'nll'), 0.0)
+
+  def exits_alone(*args, **kwargs):
+    task = build_task(*args, **kwargs)
+    config = task.config.copy_and_resolve_references()
+    config.train.regime = 'exits'
+    return dataclasses.replace(task, config=config)
+
+  def evaluator(task, devices):
+    tasks.append(task)
+    return types.SimpleNamespace(evaluate=lambda **_: {'test': [measured, measured]})
+
+  monkeypatch.setattr(evaluate, 'build_task', exits_alone)
+  monkeypatch.setattr(evaluate, 'Evaluator', evaluator)
+  evaluate_ensemble(load_ensemble(workdirs))
+  assert not tasks[0].frozen
+
+
 def test_the_table(workdirs, rows, monkeypatch, capsys):
   monkeypatch.setattr(evaluate, 'evaluate_ensemble', lambda *_: rows)
   assert main([*map(str, workdirs)]) == 0
@@ -91,6 +112,18 @@ def test_runs_that_do_not_match(workdirs, tmp_path, capsys, file, fields, messag
   copy = _changed(workdirs[0], tmp_path, file, **fields)
   assert main([str(workdirs[0]), str(copy)]) == 2
   assert capsys.readouterr().err.startswith('error: ' + message.format(copy=copy, first=workdirs[0]))
+
+
+def test_runs_with_other_numbers_of_outputs_are_refused(workdirs, monkeypatch):
+  """Of the same classes: a network may have more outputs than the data has classes."""
+  first = evaluate.load(workdirs[0])
+  wider = dataclasses.replace(first, model=first.model.clone(num_classes=12))
+  monkeypatch.setattr(evaluate, 'load', {'a': first, 'b': wider}.get)
+  with pytest.raises(UserError) as error:
+    load_ensemble(['a', 'b'])
+  assert str(error.value) == (
+    'expected runs with the same number of outputs (model.num_classes), and b has 12 where a has 10; leave it out'
+  )
 
 
 @pytest.mark.parametrize('count', [0, 1])
