@@ -136,10 +136,13 @@ def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainS
       expected = expected[key.key]
     if expected.shape != leaf.shape:
       name = '/'.join(key.key for key in path)
-      raise UserError(
-        f'{source} has {name} {list(leaf.shape)}, expected {list(expected.shape)} for the classes of the data; set '
-        '--config.model.num_classes, or --config.init_from'
-      )
+      found = f'{source} has {name} {list(leaf.shape)}, expected {list(expected.shape)} for'
+      if leaf.shape[-1] == expected.shape[-1]:  # What reads the images, or tells the places in them.
+        raise UserError(
+          f'{found} the side and channels of the images; set --config.model.image_side and .channels, or '
+          '--config.init_from'
+        )
+      raise UserError(f'{found} the classes of the data; set --config.model.num_classes, or --config.init_from')
   exits = {
     part: {name: _with_copies(own, saved[part]) for name, own in fresh[part].items() if name.startswith(EXIT)}
     for part in fresh

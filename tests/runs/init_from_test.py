@@ -335,6 +335,16 @@ def test_a_classifier_of_other_classes_is_refused(tmp_path):
   )
 
 
+def test_weights_that_read_other_images_are_refused(tmp_path, tiny_architecture):
+  (tmp_path / 'a').write_bytes(safetensors_bytes(resnet_weights.draw(8)))
+  with pytest.raises(UserError) as error:
+    restore(adopted(init_from=str(tmp_path / 'a'), model__channels=1), tmp_path / 'new')
+  assert str(error.value) == (
+    f'{tmp_path}/a has params/conv1/kernel [3, 3, 3, 16], expected [3, 3, 1, 16] for the side and channels of the '
+    'images; set --config.model.image_side and .channels, or --config.init_from'
+  )
+
+
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
