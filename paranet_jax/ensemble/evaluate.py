@@ -10,6 +10,7 @@ import jax
 from paranet_jax import config as config_lib
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.identity import together
+from paranet_jax.data.scaling import scaling_of
 from paranet_jax.early.loaded_run import LoadedRun, load
 from paranet_jax.evaluation import Evaluator
 from paranet_jax.host.errors import UserError
@@ -53,12 +54,13 @@ def load_ensemble(workdirs: Sequence[str | Path]) -> LoadedEnsemble:
 
 def _inputs(run: LoadedRun) -> dict[str, Any]:
   """What must be the same in every member."""
-  dataset = run.dataset
+  dataset, scaling = run.dataset, scaling_of(run.config.data)
   return {
     'data set': dataset.name,
     'classes': dataset.class_names,
     'number of outputs (model.num_classes)': run.model.num_classes,
     'images [H, W, C]': run.image_shape,
+    'scaling of images': scaling._replace(short_side=scaling.short_side or run.image_shape[0]),
     'normalization': (dataset.mean, dataset.std),
   }
 

@@ -126,6 +126,27 @@ def test_runs_with_other_numbers_of_outputs_are_refused(workdirs, monkeypatch):
   )
 
 
+def test_runs_that_learned_from_images_scaled_in_another_way_are_refused(workdirs, monkeypatch):
+  """All members read the same test images. A short side that is not set is the side of the images."""
+
+  def scaled(run, short_side):
+    config = run.config.copy_and_resolve_references()
+    config.data.short_side = short_side
+    return dataclasses.replace(run, config=config)
+
+  first = evaluate.load(workdirs[0])
+  side = first.image_shape[0]
+  runs = {'a': first, 'b': scaled(first, side), 'c': scaled(first, side + 2)}
+  monkeypatch.setattr(evaluate, 'load', runs.get)
+  load_ensemble(['a', 'b'])
+  with pytest.raises(UserError) as error:
+    load_ensemble(['a', 'c'])
+  assert str(error.value) == (
+    f'expected runs with the same scaling of images, and c has shorter side to {side + 2} (bilinear, antialiased), '
+    f'center crop where a has shorter side to {side} (bilinear, antialiased), center crop; leave it out'
+  )
+
+
 @pytest.mark.parametrize('count', [0, 1])
 def test_too_few_runs(workdirs, capsys, count):
   assert main([str(workdir) for workdir in workdirs[:count]]) == 2
