@@ -116,17 +116,27 @@ def make_optimizer(
   return optimizer
 
 
+def _is_kernel(name: str) -> bool:
+  """Whether a parameter is a kernel, by its name: that of attention's projections is `weight`, as in PyTorch."""
+  return name == 'kernel' or name.endswith('weight')
+
+
 def _kernel_or_rest(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: 'kernel' if path[-1].key == 'kernel' and leaf.ndim >= 2 else 'rest', params
+    lambda path, leaf: 'kernel' if _is_kernel(path[-1].key) and leaf.ndim >= 2 else 'rest', params
   )
 
 
 def _matrices(params: Any) -> Any:
   """Kernels as matrices: from everything that an output channel reads, to the output channels."""
-  return jax.tree.map(
-    lambda leaf: optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1), params
-  )
+
+  def axes(path, leaf):
+    *inputs, outputs = range(leaf.ndim)
+    if path[-1].key != 'kernel':  # PyTorch has the output channels first.
+      outputs, *inputs = range(leaf.ndim)
+    return optax.contrib.MuonDimensionNumbers(tuple(inputs), outputs)
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def norm_biases(params: Any) -> Any:
@@ -150,7 +160,7 @@ def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:
 
   def decays(path, _):
     keys = tuple(key.key for key in path)
-    return keys in reached and (which == 'all' or keys[-1] == 'kernel')
+    return keys in reached and (which == 'all' or _is_kernel(keys[-1]))
 
   return jax.tree_util.tree_map_with_path(decays, params)
 

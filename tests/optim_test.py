@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from paranet_jax.models.adopted.vit import _NETWORKS
 from paranet_jax.optim import conflict_averse, decay_mask, least_gain_weights, make_optimizer, make_schedule
 
 PAPER = {'epochs': 130, 'updates_per_epoch': 781, 'drop_epochs': (50, 100)}
@@ -205,6 +206,24 @@ def test_muon(standard_promotion):
   for name in ('scale', 'bias'):
     plain = -0.1 * (gradient['norm'][name] + 0.01 * params['norm'][name])
     np.testing.assert_allclose(updates['norm'][name], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize('architecture', ['vit_b_16', 'deit_tiny_patch16_224'])
+def test_the_projections_of_attention_are_kernels(architecture, standard_promotion):
+  """They lie as in PyTorch, outputs first: a change is that of the transposed matrix as a kernel."""
+  (name, _) = _NETWORKS[architecture][1].qkv
+  rng = np.random.default_rng(0)
+  value, slope = rng.normal(size=(2, 6, 4)).astype(np.float32)
+  optimizer = make_optimizer('muon', make_schedule('constant', 0.1, **SCHEDULE), weight_decay=0.01)
+
+  @jax.jit
+  def change(slope, value):
+    return optimizer.update(slope, optimizer.init(value), value)[0]
+
+  ours = change({name: slope}, {name: value})[name]
+  np.testing.assert_allclose(ours, change({'kernel': slope.T}, {'kernel': value.T})['kernel'].T, rtol=1e-4, atol=1e-6)
+  assert np.abs(ours / slope).std() > 0.01  # SGD's would be a multiple of the slope.
+  assert decay_mask({name: value}, {(name,)}, 'kernels') == {name: True}
 
 
 turned = jax.jit(lambda radius, *gradients: conflict_averse(gradients, {'all': True, 'own': False}, radius))
