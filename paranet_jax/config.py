@@ -15,7 +15,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.host.fields import numbers
 from paranet_jax.models import registry
 from paranet_jax.models.registry import COMMON, build_model, family_names, find_family
-from paranet_jax.targets import LABELS, Targets, check_regime, distill_teachers, exits_targets, trained_exits
+from paranet_jax.targets import GIVEN, LABELS, Targets, check_regime, distill_teachers, exits_targets, trained_exits
 
 __all__ = ['build_model']  # Also derived from a configuration.
 
@@ -78,7 +78,7 @@ def exit_weights(config: ConfigDict) -> tuple[float, ...]:
   family = find_family(config.model.family)
   or_name = ', or give that exit an x in --config.name' if family and family.targets else ''
   for number in trained_exits(targets(config)):
-    if not weights[number - 1]:
+    if not weights[number - 1] and targets(config)[number - 1] != GIVEN:
       raise UserError(
         f'loss.exit_weights must be more than 0 for exit {number}, which {config.name} trains, found {weights}; '
         f'set --config.loss.exit_weights{or_name}'
@@ -161,8 +161,13 @@ def drop_epochs(config: ConfigDict) -> list[float]:
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
   """Length of the run, in steps."""
-  steps = max(round(config.train.epochs * steps_per_epoch), 1)
+  steps = all_steps(config, steps_per_epoch)
   return min(steps, config.train.max_steps) if config.train.max_steps else steps
+
+
+def all_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+  """Length of the run in steps, if `train.max_steps` does not stop it."""
+  return max(round(config.train.epochs * steps_per_epoch), 1)
 
 
 def default_workdir(config: ConfigDict) -> str:
@@ -281,6 +286,11 @@ def _check_training(config: ConfigDict) -> None:
     raise UserError(
       f'train.backbone_epochs must be less than train.epochs {train.epochs}, found {backbone_epochs(config)}; '
       'set --config.train.backbone_epochs'
+    )
+  if train.regime == 'exits' and train.exit_targets == 'both' and config.loss.distill not in ('none', 'last'):
+    raise UserError(
+      f"train.exit_targets 'both' lets every exit learn from the last one, found loss.distill {config.loss.distill!r}; "
+      'set --config.loss.distill=none, or --config.train.exit_targets=labels'
     )
   if train.mixup and train.cutmix:
     raise UserError(

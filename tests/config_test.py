@@ -474,3 +474,26 @@ def test_a_frozen_backbone_has_no_use_for(field):
   config.update_from_flattened_dict({'train.regime': 'exits', 'model.exits': 'stages', field: value})
   with pytest.raises(UserError, match=f"{field}.* found .*train.regime 'exits'; set --config.{field}="):
     config_lib.validate(config)
+
+
+def exits_of_resnet(**fields):
+  return changed('resnet', name='net', model__exits='stages', train__regime='exits', **fields)
+
+
+def test_exits_that_learn_from_both_learn_from_the_last_one():
+  given = {'train__exit_targets': 'both', 'loss__distill': 'next'}
+  assert refusal(config_lib.validate, exits_of_resnet(**given)) == (
+    "train.exit_targets 'both' lets every exit learn from the last one, found loss.distill 'next'; set "
+    '--config.loss.distill=none, or --config.train.exit_targets=labels'
+  )
+  for distill in ('none', 'last'):
+    config = exits_of_resnet(train__exit_targets='both', loss__distill=distill)
+    config_lib.validate(config)
+    assert config_lib.teachers(config) == {1: (3,), 2: (3,)}
+
+
+def test_an_exit_that_came_trained_needs_no_weight():
+  config_lib.validate(exits_of_resnet(loss__exit_weights=(1, 2, 0)))
+  assert refusal(config_lib.validate, exits_of_resnet(loss__exit_weights=(1, 0, 0))).startswith(
+    'loss.exit_weights must be more than 0 for exit 2, which net trains'
+  )
