@@ -347,6 +347,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
       'or --config.train.alternate_flip=False'
     )
+  _check_lengths(task)
   for phase in task.phases:
     _check_phase(task, phase)
   return task
@@ -384,6 +385,24 @@ def _optimizer(config: ConfigDict, schedule: Schedule, model: Any, targets: Targ
     clip_norm=train.clip_norm,
     accumulate_steps=train.accumulate_steps,
   )
+
+
+def _check_lengths(task: Task) -> None:
+  """Raises UserError if a run would end before its first update or its second phase."""
+  train, steps = task.config.train, config_lib.all_steps(task.config, task.steps_per_epoch)
+  if train.accumulate_steps > steps:
+    raise UserError(
+      f'train.accumulate_steps must be at most the {steps} steps of the run, found {train.accumulate_steps}, so that '
+      'no weight would change; set --config.train.accumulate_steps or --config.train.epochs'
+    )
+  if len(task.phases) > 1 and task.phases[0].end >= steps:
+    joint = train.regime == 'joint'
+    name = 'loss.match_from_epoch' if joint else 'train.backbone_epochs'
+    epochs = task.config.loss.match_from_epoch if joint else config_lib.backbone_epochs(task.config)
+    raise UserError(
+      f'{name} {epochs:g} leaves none of the {steps} steps of the run to what begins then; set --config.{name} or '
+      '--config.train.epochs'
+    )
 
 
 def _check_phase(task: Task, phase: Phase) -> None:

@@ -92,6 +92,41 @@ def test_a_backbone_phase_must_end_before_the_run():
   )
 
 
+@pytest.mark.parametrize(
+  ('name', 'train', 'message'),
+  [
+    (
+      'PN2-dd',
+      {'accumulate_steps': 12, 'epochs': 1.0, 'max_steps': 5},
+      'train.accumulate_steps must be at most the 11 steps of the run, found 12, so that no weight would change; set '
+      '--config.train.accumulate_steps or --config.train.epochs',
+    ),
+    (
+      'PN2-dd',
+      {'regime': 'mixed', 'backbone_epochs': 1.98},  # 21.78 steps of 22.
+      'train.backbone_epochs 1.98 leaves none of the 22 steps of the run to what begins then; set '
+      '--config.train.backbone_epochs or --config.train.epochs',
+    ),
+    (
+      'PN2-2d',
+      {'match': 1.98},
+      'loss.match_from_epoch 1.98 leaves none of the 22 steps of the run to what begins then; set '
+      '--config.loss.match_from_epoch or --config.train.epochs',
+    ),
+  ],
+)
+def test_a_run_reaches_an_update_and_its_second_phase(name, train, message):
+  """An epoch has 11 steps; `train.max_steps` may stop a run before."""
+
+  given = config(name, **{field: value for field, value in train.items() if field != 'match'})
+  given.loss.match_from_epoch = train.get('match', 0.0)
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  assert str(error.value) == message
+  given.train.epochs = 2.1  # 23 steps.
+  build_task(given)
+
+
 def test_exits_without_their_own_parameters_cannot_train_alone():
   fractal = config('fractal', 'fractalnet', regime='disjoint')
   fractal.model.update(columns=2, widths=(2, 2))
