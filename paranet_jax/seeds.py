@@ -19,11 +19,13 @@ from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
 from paranet_jax.models.numerics import check_training
+from paranet_jax.runs.checkpoints import has_checkpoint
 from paranet_jax.runs.dtype import with_dtype
 from paranet_jax.runs.init_from import check_backbone
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.record import open_record
 from paranet_jax.runs.status import run_status
+from paranet_jax.runs.teacher import check_teacher
 from paranet_jax.runs.workdir import (
   AVERAGE,
   FOLDERS,
@@ -72,7 +74,10 @@ def train_seeds(
   check_saved(workdir, config, accepted.config, accepted.place)
   config = with_dtype(config, devices, workdir)
   configs = seed_configs(config)
-  check_backbone(configs[0], workdir / f'seed_{configs[0].seed}')
+  # Of the first run that has none of it yet: they differ in their seeds alone.
+  fresh = next((own for own in configs if not has_checkpoint(workdir / f'seed_{own.seed}')), configs[0])
+  for check in (check_backbone, check_teacher):
+    check(fresh, workdir / f'seed_{fresh.seed}')
   prepare_workdir(workdir, config, accepted.config, accepted.place)
   save_config(workdir, config)
   # Measured on one core of a CPU: a vmapped step of 4 small networks takes 16.1 ms, their 4 steps in turn 13.9 ms.

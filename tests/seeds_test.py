@@ -12,6 +12,7 @@ from paranet_jax.config import default_workdir
 from paranet_jax.devices import SideBySide
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.evaluation import MEASURES
+from paranet_jax.host.errors import UserError
 from paranet_jax.seeds import seeds_table, summarize, train_seeds
 from paranet_jax.train import train_and_evaluate
 
@@ -212,6 +213,18 @@ def test_at_once_is_the_same_to_rounding(alone, tmp_path, capsys, devices):
   before = contents(tmp_path)
   assert train_seeds(config, tmp_path, at_once=True)['seeds'] == list(SEEDS)  # Nothing is left to train.
   assert 'seeds 3, 4 at once' not in capsys.readouterr().out and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize('at_once', [False, True])
+def test_what_cannot_teach_is_refused_before_a_folder_is_made(tmp_path, at_once):
+  run = tmp_path / 'teacher'
+  run.mkdir()
+  _, config = parse(
+    ['main', *BOTH, '--config.name=PN2-2d', '--config.loss.teacher=run', f'--config.loss.teacher_run={run}']
+  )
+  with pytest.raises(UserError, match='^loss.teacher_run must be the folder of a finished run, and .*/teacher has no '):
+    train_seeds(config, tmp_path / 'seeds', at_once=at_once)
+  assert not (tmp_path / 'seeds').exists()
 
 
 def test_stopped_at_once_and_resumed(alone, tmp_path, monkeypatch):
