@@ -235,6 +235,10 @@ def test_a_run_of_other_classes_cannot_teach(whole, tmp_path):
     # The shapes are the same.
     (('--config.model.entry_pool=avg',), 'loss.teacher_run {run} is another network: model.entry_pool is max there'),
     (
+      ('--config.model.image_side=16',),
+      'loss.teacher_run {run} is another network: model.image_side is 8 there and 16',
+    ),
+    (
       ('--config.name=PN2-dd', '--config.loss.distill=all', '--config.model.boost=0.5'),
       'loss.teacher_run {run} is another network: model.boost is 0.0 there and 0.5 in this configuration; set --config',
     ),

@@ -12,6 +12,18 @@ from paranet_jax.runs.init_from import backbone_difference, check_finished, othe
 from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.steps import Beside, TrainState
 
+_SAME_ANSWERS = (
+  'dtype',
+  'num_classes',
+  'last',
+  'scan_layers',
+  'dropout',
+  'block_dropout',
+  'local_drop_path',
+  'global_drop_path',
+)
+"""Fields of `model` in which a teacher may differ: it answers the same, or the shapes of its parameters tell."""
+
 
 def check_teacher(config: ConfigDict, workdir: Path) -> None:
   """Checks, before a run's folder is made, that `loss.teacher_run` is a finished run of the same network and data.
@@ -32,8 +44,9 @@ def check_teacher(config: ConfigDict, workdir: Path) -> None:
     raise UserError(
       f'loss.teacher_run {run} learned from data.name {data}, found {config.data.name}; set --config.loss.teacher_run'
     )
-  # Its logits are those of its exits, which boosting changes without other parameters.
-  if difference := backbone_difference(config, run) or other_function(there.model, config.model, ('boost',)):
+  # Its exits may read another place, or images of another size, with parameters of the same shapes.
+  answering = [name for name in config.model if name not in _SAME_ANSWERS]
+  if difference := backbone_difference(config, run) or other_function(there.model, config.model, answering):
     raise UserError(
       f'loss.teacher_run {run} is another network: {difference}; set --config to the one of {run / CONFIG}, or '
       '--config.loss.teacher_run'
