@@ -6,6 +6,7 @@ import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict]:
   _check_overrides(config, rest)
   # From here on, `--config` is the configuration itself, with a flag for each overridden field.
   del values.config
-  config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=rest)
+  _define_fields(values, config, rest)
   unexpected = _consume(values, rest)[1:]
   if unexpected:
     raise UserError(f"unexpected argument '{unexpected[0]}'; flags are written --name=value")
@@ -72,8 +73,26 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
   arguments = _renamed(arguments)
   _check_overrides(config, arguments)
   values = flags.FlagValues()
-  config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=arguments)
+  _define_fields(values, config, arguments)
   _consume(values, ['', *arguments])
+
+
+def _define_fields(values: flags.FlagValues, config: ConfigDict, argv: Sequence[str]) -> None:
+  """Defines a flag for each field that the arguments override; of one that is given twice, the last value counts."""
+  config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
+  for name in values:
+    if isinstance(values[name], flags.MultiFlag):  # A tuple.
+      _take_last(values[name])
+
+
+def _take_last(flag: Any) -> None:
+  parse = flag.parse
+
+  def parse_anew(argument: str) -> None:
+    flag.present = 0  # Otherwise the values are added to those before.
+    parse(argument)
+
+  flag.parse = parse_anew
 
 
 def _define_flags() -> flags.FlagValues:

@@ -134,6 +134,8 @@ def test_errors_in_a_configuration_file(file, start, end):
     (('--config.model.stem_norm=false',), 'stem_norm', False),
     (('--config.model.stem_norm', '--noconfig.model.stem_norm'), 'stem_norm', False),
     (('--config.model.image_side=16', '--config.model.image_side=64'), 'image_side', 64),
+    (('--config.model.blocks=1,2', '--config.model.blocks=3'), 'blocks', (3,)),
+    (('--config.model.blocks=1,2', '--config.model.blocks', '()'), 'blocks', ()),
   ],
 )
 def test_overrides(typed, field, value):
