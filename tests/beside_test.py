@@ -1,5 +1,6 @@
 """Tests of what a state holds beside its optimizer's: averages of the weights, and a network that teaches."""
 
+import contextlib
 import json
 import shutil
 
@@ -16,9 +17,12 @@ from running import TINY, before_each_step, refusal, run_main, saved_state, send
 from paranet_jax import steps, train
 from paranet_jax.base_config import base_config
 from paranet_jax.display.metrics import read_metrics
+from paranet_jax.host.errors import UserError
 from paranet_jax.losses import squared_error
 from paranet_jax.optim import make_optimizer
 from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.teacher import check_normalization
+from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
 from paranet_jax.task import build_task
@@ -224,6 +228,22 @@ def test_a_run_of_other_classes_cannot_teach(whole, tmp_path):
     f"loss.teacher_run {run} learned '1' as class 1, found '0'; name a run that learned the same classes by "
     '--config.loss.teacher_run, or set --config.data.data_dir'
   )
+
+
+def test_a_teacher_reads_images_as_it_learned_to(whole, tmp_path):
+  """The mean may be off by 5 % of the deviation, as those of other splits of a data set are."""
+  run = shutil.copytree(whole, tmp_path / 'teacher')
+  facts = json.loads((run / 'dataset.json').read_text())
+  dataset = build_task(restore_config(whole)).dataset
+  for share, fits in ((0.04, True), (0.06, False)):
+    mean = [value + share * deviation for value, deviation in zip(facts['mean'], facts['std'], strict=True)]
+    (run / 'dataset.json').write_text(json.dumps(facts | {'mean': mean}))
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match='learned from images of mean and dev'):
+      check_normalization(run, dataset)
+  (run / 'dataset.json').write_text(json.dumps(facts | {'mean': [0.5] * len(facts['mean'])}))
+  flags = (*RUN, '--config.loss.teacher=run', f'--config.loss.teacher_run={run}')
+  message = refusal(*flags, f'--workdir={tmp_path}/run', started=True)
+  assert message.startswith(f'loss.teacher_run {run} learned from images of mean and deviation 0.500')
 
 
 @pytest.mark.parametrize(

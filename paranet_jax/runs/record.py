@@ -25,7 +25,7 @@ from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import check_classes, check_kept_classes, say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
-from paranet_jax.runs.teacher import take_teacher
+from paranet_jax.runs.teacher import check_normalization, take_teacher
 from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, save_config
 from paranet_jax.steps import TrainState
 from paranet_jax.task import Task
@@ -109,6 +109,7 @@ class RunRecord:
     if config.loss.teacher == 'run':
       teacher = Path(config.loss.teacher_run)
       check_classes('loss.teacher_run', teacher, dataset)
+      check_normalization(teacher, dataset)
       say_shared(teacher, dataset)
       state = take_teacher(state, teacher)
     if config.init_from:

@@ -4,10 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
+from paranet_jax.data.dataset import Dataset
 from paranet_jax.host.errors import UserError
 from paranet_jax.runs.checkpoints import Checkpoints, has_checkpoint
+from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.init_from import backbone_difference, check_finished, other_function
 from paranet_jax.runs.workdir import CONFIG, restore_config
 from paranet_jax.steps import Beside, TrainState
@@ -49,6 +52,27 @@ def check_teacher(config: ConfigDict, workdir: Path) -> None:
   if difference := backbone_difference(config, run) or other_function(there.model, config.model, answering):
     raise UserError(
       f'loss.teacher_run {run} is another network: {difference}; set --config to the one of {run / CONFIG}, or '
+      '--config.loss.teacher_run'
+    )
+
+
+def check_normalization(run: Path, dataset: Dataset) -> None:
+  """Checks that a finished run reads images as it learned to: as a new run normalizes them.
+
+  Other splits of a data set have nearly the same mean and deviation; those that came with weights may be far from them.
+
+  Raises:
+    UserError: means differ by more than 5 % of the deviation, or deviations by more than 5 %.
+  """
+  there = restore_dataset_facts(run, channels=len(dataset.mean))
+  most = 0.05 * np.array(dataset.std)
+  if any((np.abs(np.subtract(*both)) > most).any() for both in ((there.mean, dataset.mean), (there.std, dataset.std))):
+    theirs, ours = (
+      ' and '.join(','.join(f'{value:.3f}' for value in values) for values in (own.mean, own.std))
+      for own in (there, dataset)
+    )
+    raise UserError(
+      f'loss.teacher_run {run} learned from images of mean and deviation {theirs}, found {ours}; set '
       '--config.loss.teacher_run'
     )
 
