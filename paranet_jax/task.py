@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,7 +186,7 @@ class Task:
       with_own_channels(self.model, loss.own_channels) if loss.own_channels else self.model,
       # Both have the same state: they differ in which parameters decay.
       self.optimizer if whole else _optimizer(self.config, self.schedule, self.model, phase.targets),
-      self.objective._replace(targets=phase.targets),
+      self.objective._replace(targets=phase.targets, teachers=self._teachers(phase)),
       self.preprocessing,
       axis_name,
       frozen=variable_paths(self.model, self.image_shape, phase.frozen) if phase.frozen else (),
@@ -194,6 +194,15 @@ class Task:
       conflict=loss.conflict_averse,
       average=self.config.train.average,
     )
+
+  def _teachers(self, phase: Phase) -> Mapping[int, Sequence[int]]:
+    """The teachers of each exit in a phase, without those of the run that have not begun to learn."""
+    teachers, phases = self.objective.teachers, self.phases
+    if self.objective.teacher == 'teacher':
+      return teachers
+    begun = {number for own in phases[: phases.index(phase) + 1] for number in trained_exits(own.targets)}
+    found = {number: tuple(other for other in own if other in begun) for number, own in teachers.items()}
+    return {number: own for number, own in found.items() if own}
 
   def determines_step(self, phase: Phase) -> Any:
     """What tells a phase's training step from others, beside the shapes of its arguments."""

@@ -200,6 +200,20 @@ def test_phases_follow_the_epochs():
   assert [task.phase(step).end for step in (0, 5, 6, 22)] == [6, 6, 22, 22]
 
 
+@pytest.mark.parametrize(
+  ('distill', 'teacher', 'before'),
+  [('next', 'network', {}), ('later', 'average', {1: (3,)}), ('later', 'run', {1: (2, 3)})],
+)
+def test_an_exit_that_has_not_begun_to_learn_teaches_none(monkeypatch, distill, teacher, before):
+  """Exit 2 learns nothing until it matches exit 3; another run's has learned."""
+  monkeypatch.setattr(task_lib, 'make_train_step', lambda model, optimizer, objective, *_, **__: objective.teachers)
+  given = config('PN3-d3d', average=0.9)
+  given.loss.update(match_from_epoch=1.0, match_before='nothing', distill=distill, teacher=teacher)
+  given.loss.teacher_run = 'run' if teacher == 'run' else ''
+  task = build_task(given)
+  assert [dict(task.train_step(phase=phase)) for phase in task.phases] == [before, task.objective.teachers]
+
+
 def test_the_second_phase_of_mixed_is_joint_training(monkeypatch):
   monkeypatch.setattr(task_lib, 'make_train_step', lambda *arguments, **options: (arguments, options))
   joint = build_task(config())
