@@ -257,7 +257,7 @@ def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | N
     learned: what the run has recorded of its data; process 0's is used.
 
   Raises:
-    UserError: as `build_task`, or the tasks differ.
+    UserError: as `build_task`, or the tasks differ, or a new run is too short.
   """
   learned = processes.object_from_first(learned)
   if learned and not processes.is_first:
@@ -265,6 +265,8 @@ def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | N
   task = processes.first_then_others(lambda: build_task(config, learned=learned))
   if processes.count > 1:
     processes.check_same(task.facts())
+  if learned is None:  # A run that has begun may be read where there are fewer images.
+    _check_lengths(task)
   return task
 
 
@@ -356,7 +358,6 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
       'or --config.train.alternate_flip=False'
     )
-  _check_lengths(task)
   for phase in task.phases:
     _check_phase(task, phase)
   return task

@@ -18,10 +18,11 @@ from paranet_jax.costs import variable_paths
 from paranet_jax.data.identity import Learned
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import zero_totals
-from paranet_jax.task import build_task
+from paranet_jax.task import agreed_task, build_task
 
 
 def config(name='PN2-dd', family='paranet', **train):
@@ -115,16 +116,19 @@ def test_a_backbone_phase_must_end_before_the_run():
     ),
   ],
 )
-def test_a_run_reaches_an_update_and_its_second_phase(name, train, message):
+def test_a_run_reaches_an_update_and_its_second_phase(monkeypatch, name, train, message):
   """An epoch has 11 steps; `train.max_steps` may stop a run before."""
 
   given = config(name, **{field: value for field, value in train.items() if field != 'match'})
   given.loss.match_from_epoch = train.get('match', 0.0)
+  task = build_task(given)
+  monkeypatch.setattr(task_lib, 'build_task', lambda *_, **__: task)
   with pytest.raises(UserError) as error:
-    build_task(given)
+    agreed_task(given, Coordinator())
   assert str(error.value) == message
+  assert agreed_task(given, Coordinator(), Learned(Path('run'))) is task  # It has begun.
   given.train.epochs = 2.1  # 23 steps.
-  build_task(given)
+  assert agreed_task(given, Coordinator()) is task
 
 
 def test_exits_without_their_own_parameters_cannot_train_alone():
