@@ -37,6 +37,7 @@ from paranet_jax.portable import run as runtime
 from paranet_jax.runs import trained
 
 PRETRAINED = Path(__file__).resolve().parents[2] / 'pretrained'
+FINGERPRINT = json.loads((PRETRAINED / 'exits.json').read_text())['fingerprint']
 NOISE = np.random.default_rng(1).integers(0, 256, (24, 32, 32, 3), np.uint8)
 
 
@@ -206,15 +207,18 @@ def test_weights(out, run):
     np.testing.assert_array_equal(found['/'.join(key.key for key in path)], leaf)
 
 
-def test_model_card(out):
+def test_model_card(out, run):
+  early = run.exits.test
+  shares = early['accuracy'], early['exit_accuracy'][0], early['shares'][0]
+  accuracy, first, leaving = (f'{100 * share:.2f}' for share in shares)
   _, header, text = (out / 'README.md').read_text().split('---\n', 2)
   metadata = yaml.safe_load(header)
   assert metadata['pipeline_tag'] == 'image-classification' and metadata['datasets'] == ['cifar100']
   (model,) = metadata['model-index']
-  assert model['results'][0]['metrics'] == [{'type': 'accuracy', 'value': 0.6381}]
+  assert model['results'][0]['metrics'] == [{'type': 'accuracy', 'value': early['accuracy']}]
   for line in (
-    '| 1 | 52.71 | 36.14 | 4.14 M | 166.9 k |',
-    '| as calibrated | 63.81 | | 10.91 M | |',
+    f'| 1 | {first} | {leaving} | 4.14 M | 166.9 k |',
+    f'| as calibrated | {accuracy} | | {early["cost_macs"] / 1e6:.2f} M | |',
     '| stage_1.onnx | images [batch, 32, 32, 3] | logits, features_1_1 [batch, 160, 4, 4] |',
     'python -m paranet_jax.main --workdir=FOLDER',
   ):
@@ -453,7 +457,7 @@ def place(tmp_path):
   for name in ('other', 'damaged'):
     shutil.copytree(PRETRAINED, tmp_path / name)
   text = (tmp_path / 'other/exits.json').read_text()
-  (tmp_path / 'other/exits.json').write_text(text.replace('882ba815e47c2b7f', '0123456789abcdef'))
+  (tmp_path / 'other/exits.json').write_text(text.replace(FINGERPRINT, '0123456789abcdef'))
   (tmp_path / 'damaged/exits.json').write_text('{')
   return tmp_path
 
@@ -508,8 +512,8 @@ CALIBRATE = 'python -m paranet_jax.calibrate --workdir={here}/'
     ),
     (
       '--workdir={here}/other --out={here}/new',
-      '{here}/other/exits.json belongs to another checkpoint: variables 0123456789abcdef there, 882ba815e47c2b7f here; '
-      f'{CALIBRATE}other --threshold=0.9 writes it again',
+      '{here}/other/exits.json belongs to another checkpoint: variables 0123456789abcdef there, '
+      f'{FINGERPRINT} here; {CALIBRATE}other --threshold=0.9 writes it again',
     ),
     ('--workdir={here}/damaged --out={here}/new', '{here}/damaged/exits.json is not a JSON object ('),
   ],
