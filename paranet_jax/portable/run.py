@@ -1775,6 +1775,8 @@ def _scaled_samples(image: Any) -> Any:
 def _scale_transparent_color(image: Any) -> None:
   """Scales the transparent color of a PNG of 2, 4 or 3 x 16 bits, of which Pillow scales the pixels only."""
   key = image.info.get('transparency')
+  if not image.tile:  # A file without pixels, which Pillow refuses when it loads them.
+    return
   if image.format == 'PNG' and isinstance(key, int):
     image.info['transparency'] = key * {'L;2': 85, 'L;4': 17}.get(image.tile[0][3], 1)
   elif isinstance(key, tuple) and ';16' in str(image.tile):

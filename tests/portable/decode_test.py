@@ -297,6 +297,12 @@ def test_a_transparent_gray_of_few_bits(bits, key, rows, expected, channels):
   assert decode_image(file, 2, channels).tolist() == [[[gray] * channels for gray in row] for row in expected]
 
 
+def test_a_transparent_color_without_pixels(tmp_path):
+  file = raw_png((2, 2), 2, 0, struct.pack('>H', 1), [b'\x10', b'\xe0'])
+  (tmp_path / 'a.png').write_bytes(file[: file.index(b'IDAT') - 4] + chunk(b'IEND', b''))
+  assert read_image(str(tmp_path / 'a.png'), 2, 1) == 'cannot load this image'
+
+
 def test_no_program_is_started(monkeypatch, tmp_path):
   monkeypatch.setattr(subprocess, 'Popen', None)  # Pillow calls Ghostscript for EPS.
   (tmp_path / 'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n')
