@@ -116,14 +116,17 @@ def make_optimizer(
   return optimizer
 
 
-def _is_kernel(name: str) -> bool:
-  """Whether a parameter is a kernel, by its name: that of attention's projections is `weight`, as in PyTorch."""
-  return name == 'kernel' or name.endswith('weight')
+def _is_kernel(name: str, leaf: Any) -> bool:
+  """Whether a parameter is a kernel, by its name: that of attention's projections is `weight`, as in PyTorch.
+
+  PyTorch calls slopes and scales `weight`, too; they have one axis.
+  """
+  return name == 'kernel' or (name.endswith('weight') and leaf.ndim >= 2)
 
 
 def _kernel_or_rest(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: 'kernel' if _is_kernel(path[-1].key) and leaf.ndim >= 2 else 'rest', params
+    lambda path, leaf: 'kernel' if _is_kernel(path[-1].key, leaf) and leaf.ndim >= 2 else 'rest', params
   )
 
 
@@ -158,9 +161,9 @@ def decay_mask(params: Any, reached: set[tuple[str, ...]], which: str) -> Any:
     which: 'all' of these, or only the 'kernels'.
   """
 
-  def decays(path, _):
+  def decays(path, leaf):
     keys = tuple(key.key for key in path)
-    return keys in reached and (which == 'all' or _is_kernel(keys[-1]))
+    return keys in reached and (which == 'all' or _is_kernel(keys[-1], leaf))
 
   return jax.tree_util.tree_map_with_path(decays, params)
 

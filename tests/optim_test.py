@@ -224,6 +224,7 @@ def test_the_projections_of_attention_are_kernels(architecture, standard_promoti
   np.testing.assert_allclose(ours, change({'kernel': slope.T}, {'kernel': value.T})['kernel'].T, rtol=1e-4, atol=1e-6)
   assert np.abs(ours / slope).std() > 0.01  # SGD's would be a multiple of the slope.
   assert decay_mask({name: value}, {(name,)}, 'kernels') == {name: True}
+  assert decay_mask({name: value[0]}, {(name,)}, 'kernels') == {name: False}  # As a slope of PReLU.
 
 
 turned = jax.jit(lambda radius, *gradients: conflict_averse(gradients, {'all': True, 'own': False}, radius))
