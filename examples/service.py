@@ -140,7 +140,7 @@ class Predictor:
   async def _record(self, request: Request) -> Response:
     if not self._scheduler.takes_labels():
       expected = 'expected a watch that tests errors, found none'
-      raise Refused(404, f'{expected}; set --watch, with a bundle of labeled images')
+      raise Refused(404, f'{expected}; set --watch, with a bundle of labeled images, or calibrate it again')
     async with self._uploads.read_body(request, MAX_BYTES, 'send labels in parts') as body:
       entries = parse_entries(body)
     if not self._scheduler.alive():

@@ -80,7 +80,8 @@ class ExitPlan:
     sets: limits of sets of classes, see `promises.choose_sets`; None: there are none.
     seen: what the answers to the test images look like, for `run.Watch`; None: not known. `images`; `edges` [K], of
       bins of the largest probability at each exit; `counts` [K] of the images that leave there in each bin; `classes`,
-      how many got each class; `wrong`, how many got a wrong one, None without labels.
+      how many got each class; `wrong`, how many got a wrong one, None without labels. With `reject` also
+      `answered`, how many are not unknown: `wrong` counts among these.
     audit: what hard images and an adversary do to the mean cost, see `calibrate.audit`; None: not measured.
     dtype: 'float32' or 'bfloat16', in which the network was calibrated and predicts; None: that of its run.
   """

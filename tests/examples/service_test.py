@@ -321,6 +321,7 @@ def test_labels_for_images_answered_earlier(service, bundle, monkeypatch):
     return service.ask('POST', '/labels', json.dumps(entries[0] if len(entries) == 1 else entries).encode())[::2]
 
   none = 'expected a watch that tests errors, found none; set --watch, with a bundle of labeled images'
+  none += ', or calibrate it again'  # One with --reject that did not count the answered images.
   assert label({'id': 'a', 'label': 0}) == (404, {'error': none})
   assert 'id' not in service.ask('POST', '/predict', PNG)[2]['answers'][0]
   bundle._seen = {'images': 9, 'edges': [[], [], []], 'counts': [[3], [3], [3]], 'classes': [9, 0, 0, 0, 0], 'wrong': 1}
