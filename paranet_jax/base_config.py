@@ -90,9 +90,11 @@ FIELDS: Fields = {
   'loss.teacher': Field('network', one_of('network', 'average', 'run')),
   'loss.teacher_run': Field(''),  # Folder of a finished run of the same network; '': none.
   'loss.temperature': Field(4.0, POSITIVE),  # T of 'kl' and of distillation (the loss is scaled by T^2).
-  'loss.hard_label_weight': Field(0.0, SHARE),  # w of both: (1 - w) kl + w cross-entropy, 0 to 1.
-  # 'none', 'last', 'next' or 'later': the later trained exits whose mean an exit with labels also learns from; 'all':
-  # every exit, the last one too, learns from the last one of loss.teacher.
+  # w of both: (1 - w) kl + w cross-entropy, 0 to 1; 0: an exit that learns from exits learns from them alone.
+  'loss.hard_label_weight': Field(0.0, SHARE),
+  # 'none', or the later trained exits from which an exit learns instead of labels (both, with loss.hard_label_weight):
+  # the 'last' one, the 'next' one, or the mean of all 'later' ones; 'all': every exit, the last one too, learns from
+  # the last one of loss.teacher.
   'loss.distill': Field('none', one_of('none', 'last', 'next', 'later', 'all')),
   # Scale each parameter's gradient to the mean, instead of the sum, over the exits that use it.
   'loss.gradient_equilibrium': Field(False),
