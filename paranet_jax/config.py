@@ -46,7 +46,7 @@ def validate(config: ConfigDict) -> None:
       'checkpoint.keep_best needs a held-out split, found data.held_out 0; '
       'set --config.data.held_out, or --config.checkpoint.keep_best=none'
     )
-  build_model(config, num_classes=2)
+  _check_network(config, build_model(config, num_classes=2))
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -371,6 +371,22 @@ def _check_gradients(config: ConfigDict) -> None:
     raise UserError(
       f'loss.sample_weight weighs images between exits that learn from labels, and {config.name} has fewer than two; '
       'set --config.loss.sample_weight=0'
+    )
+
+
+def _check_network(config: ConfigDict, model: Any) -> None:
+  """Raises UserError if the network itself cannot train as the configuration says."""
+  from paranet_jax.models.own_channels import hands_on_features  # It imports jax, as a network does.
+
+  if config.train.regime == 'exits' and not getattr(model, 'exits_apart', False):
+    raise UserError(
+      f"train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
+      f"'adopted' or 'resnet'), found {config.model.family!r}; set --config.train.regime, or another --config"
+    )
+  if config.loss.own_channels and not hands_on_features(model):
+    raise UserError(
+      f'loss.own_channels needs a network whose exits lie along a chain or a graph of layers, found '
+      f'{config.model.family!r}; set --config.loss.own_channels=0, or another --config'
     )
 
 

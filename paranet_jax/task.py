@@ -26,7 +26,7 @@ from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.models.linked import trained_by_its_exits
-from paranet_jax.models.own_channels import hands_on_features, with_own_channels
+from paranet_jax.models.own_channels import with_own_channels
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.steps import Beside, Objective, Preprocessing, TrainState, init_state, make_train_step
 from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, trained_exits
@@ -332,11 +332,6 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     steps_per_epoch=steps,
     total_steps=config_lib.total_steps(config, steps),
   )
-  if task.frozen and not getattr(model, 'exits_apart', False):
-    raise UserError(
-      f"train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
-      f"'adopted' or 'resnet'), found {config.model.family!r}; set --config.train.regime, or another --config"
-    )
   if config.loss.match_mirrored and not (task.frozen and targets[-1] == GIVEN and dataset.flip):
     raise UserError(
       f"loss.match_mirrored needs train.regime 'exits', a last exit that came trained and mirrored images, found "
@@ -347,11 +342,6 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     raise UserError(
       "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
       f'{config.train.regime!r} and model.head {config.model.get("head")!r}; set --config.loss.match_features=0'
-    )
-  if config.loss.own_channels and not hands_on_features(model):
-    raise UserError(
-      f'loss.own_channels needs a network whose exits lie along a chain or a graph of layers, found '
-      f'{config.model.family!r}; set --config.loss.own_channels=0, or another --config'
     )
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(

@@ -14,6 +14,7 @@ from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_s
 
 from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
+from paranet_jax.config import validate
 from paranet_jax.costs import variable_paths
 from paranet_jax.data.identity import Learned
 from paranet_jax.display.metrics import read_metrics
@@ -143,11 +144,12 @@ def test_exits_without_their_own_parameters_cannot_train_alone():
 
 
 def test_exits_that_cannot_be_added_to_a_trained_backbone():
+  """Nothing is read to tell."""
   dense = config('dense', 'densenet', regime='exits')
   dense.model.update(depth=10, growth_rate=2, exits='blocks')
   dense.init_from = 'run'
   with pytest.raises(UserError) as error:
-    build_task(dense)
+    validate(dense)
   assert str(error.value) == (
     "train.regime 'exits' needs a network whose exits read what the backbone computes in inference (model.family "
     "'adopted' or 'resnet'), found 'densenet'; set --config.train.regime, or another --config"
