@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
+from paranet_jax.base_config import RENAMED, fields_of
 from paranet_jax.experiments.published import FIGURE_MACS
+from paranet_jax.models.registry import family_names
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PAGES = ('README.md', 'CONTRIBUTING.md', 'results/README.md', 'pretrained/README.md')
@@ -24,6 +26,19 @@ def test_links_exist(page):
   links = {link or source for link, source in LINK.findall(text)}
   missing = [link for link in links if '://' not in link and not (REPO / page).parent.joinpath(link).exists()]
   assert not missing
+
+
+FIELD = re.compile(r'(?:`|--config\.)((?:data|loss|train|model|eval|checkpoint|log)\.\w+)(?=[=`])')
+OTHERS = {'data.load', 'data.batches', 'model.safetensors'}
+"""Modules and a file, with names of the same form."""
+
+
+def test_fields_on_pages_exist():
+  known = {field for family in family_names() for field in fields_of(family)} | RENAMED.keys() | OTHERS
+  pages = [*PAGES, 'CHANGELOG.md', *(str(page.relative_to(REPO)) for page in REPO.glob('docs/*.md'))]
+  named = {(page, field) for page in pages for field in FIELD.findall((REPO / page).read_text())}
+  assert len(named) > 150
+  assert [each for each in sorted(named) if each[1] not in known] == []
 
 
 def test_readme_fits_its_purpose():
