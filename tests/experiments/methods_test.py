@@ -103,17 +103,31 @@ def test_results_that_cannot_be_read(tmp_path, content, message):
   assert result.code == 2 and result.err.startswith(message.format(path=tmp_path)), result.err
 
 
-def test_the_queue_has_every_method_of_every_network():
-  queue = read_queue(CONFIGS / 'queues' / 'methods.toml')
+@pytest.mark.parametrize('name, epochs, seeds', [('methods', 30, (0, 1)), ('methods_short', 3, (0,))])
+def test_the_queues_have_every_method_of_every_network(name, epochs, seeds):
+  queue = read_queue(CONFIGS / 'queues' / f'{name}.toml')
   methods = ('plain', 'equilibrium', 'mixed', 'distillation', 'dfs', 'boostnet')
-  expected = {f'{network}-{method}-s{seed}' for network in NETWORKS for method in methods for seed in (0, 1)}
+  expected = {f'{network}-{method}-s{seed}' for network in NETWORKS for method in methods for seed in seeds}
   assert {run.name for run in queue.runs} == expected
-  assert [run.row.partition('-')[2] for run in queue.runs][:6] == ['plain'] * 6
   for run in queue.runs:
-    assert (run.config.train.epochs, run.config.train.schedule) == (30, 'one_cycle')
+    assert (run.config.train.epochs, run.config.train.schedule) == (epochs, 'one_cycle')
   assert {(run.config.model.family, run.config.model.get('num_blocks')) for run in queue.runs} == {
     *(('msdnet', 7), ('ranet', None), ('paranet', None)),
   }
+
+
+def test_plain_training_comes_first():
+  queue = read_queue(CONFIGS / 'queues' / 'methods.toml')
+  assert [run.row.partition('-')[2] for run in queue.runs][:6] == ['plain'] * 6
+
+
+def test_the_short_queue_trains_by_the_same_methods():
+  long, short = (read_queue(CONFIGS / 'queues' / f'{name}.toml') for name in ('methods', 'methods_short'))
+  chosen = {run.name: run.config for run in long.runs}
+  for run in short.runs:
+    assert run.config.loss.to_dict() == chosen[run.name].loss.to_dict(), run.name
+    assert run.config.train.regime == chosen[run.name].train.regime, run.name
+    assert run.config.model.boost == chosen[run.name].model.boost, run.name
 
 
 NETWORKS = ('msdnet', 'ranet', 'paranet')
