@@ -4,7 +4,8 @@ Each result is kept in `benchmarks/results/NAME.json` with its command, machine,
 only made from these files. `--render` writes the tables without measuring. The machine must be idle.
 
 Some are measured in parts of about a minute, one after the other: `all.py deploy --part=2` measures the second again,
-and keeps the rest of its file, for machines that are idle for no longer.
+and keeps the rest of its file, for machines that are idle for no longer. The rest must be of the same machine and
+versions.
 """
 
 import argparse
@@ -82,12 +83,25 @@ def _run(names: Sequence[str], render: bool, part: int | None = None) -> None:
   for name in () if render else names or COMMANDS:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f'{name}.json'
+    # All parts: what the file has may be of another machine, which may have had other peers.
+    kept = json.loads(file.read_text()) if part and file.exists() else {}
     for flags in PARTS.get(name, ((),))[part - 1 if part else 0 : part]:
       found = measure(name, flags)
-      kept = json.loads(file.read_text()) if flags and file.exists() else {}
-      file.write_text(json.dumps(merged(kept, found), indent=1) + '\n')
+      if kept and (other := differing(kept, found)):
+        raise UserError(
+          f'expected a part that was measured as the rest of {file}, found another {other}; measure all: all.py {name}'
+        )
+      kept = merged(kept, found)
+      file.write_text(json.dumps(kept, indent=1) + '\n')
   PAGE.write_text(rendered(PAGE.read_text(), results()))
   say(f'tables: {PAGE}')
+
+
+def differing(kept: Result, found: Result) -> str:
+  """In what the measurements of two results differ, so that they are no rows of one table; '': in nothing."""
+  machines = [result['machine'] | {'load_average': None} for result in (kept, found)]
+  names = [name for name in ('command', 'versions') if kept[name] != found[name]]
+  return ', '.join(['machine'] * (machines[0] != machines[1]) + names)
 
 
 def merged(kept: Result, found: Result) -> Result:

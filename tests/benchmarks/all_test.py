@@ -197,8 +197,37 @@ def test_parts_are_merged(tmp_path, monkeypatch, capsys):
   assert [row['images_per_s'] for row in found['rows']] == [2500.0, 2500.0, 2600.0, 2500.0, 2500.0, 2500.0]
   assert [row['speedup'] for row in found['rows']] == [3.0, 3.0, 1.0, 3.0, 3.0, 3.0]
   assert found['runtimes']['ours']['start_s'] == 3.0
+  for field, value, what in (
+    ('machine', MACHINE | {'cpu': 'Another CPU'}, 'machine'),
+    ('versions', {'jax': '0.12.0'}, 'versions'),
+    ('command', 'python benchmarks/deploy.py --rounds=1', 'command'),
+  ):
+    monkeypatch.setattr(all_benchmarks, 'measure', lambda *part, of={field: value}: measured(*part) | of)
+    assert all_benchmarks.main(['deploy', '--part=4']) == 2
+    message = f'expected a part that was measured as the rest of {tmp_path}/deploy.json, found another {what}; '
+    assert capsys.readouterr().err == f'error: {message}measure all: all.py deploy\n'
+    assert json.loads((tmp_path / 'deploy.json').read_text()) == found
   for wrong in (['deploy', '--part=8'], ['train_step', '--part=1'], ['--part=1']):
     assert all_benchmarks.main(wrong) == 2
     assert capsys.readouterr().err.startswith(
       'error: expected one benchmark and one of its parts (early_exit: 1 to 4, '
     )
+
+
+def test_a_whole_benchmark_keeps_nothing_of_another_machine(tmp_path, monkeypatch):
+  monkeypatch.setattr(all_benchmarks, 'RESULTS', tmp_path)
+  monkeypatch.setattr(all_benchmarks, 'PAGE', tmp_path / 'speed.md')
+  (tmp_path / 'speed.md').write_text('<!-- table deploy -->\n<!-- end -->\n')
+  peers = ['ours', 'openvino']
+
+  def measured(name, part):
+    rows = [{'what': part[1][9:], 'peer': peer, 'images_per_s': 5.0, 'one_image_ms': 2.0} for peer in peers]
+    facts = {peer: {'start_s': 3.0, 'peak_mb': 300.0, 'size_mb': 9.5} for peer in peers}
+    return RESULT | ({'rows': [], 'runtimes': facts} if part[1] == '--points=start' else {'rows': rows, 'runtimes': {}})
+
+  monkeypatch.setattr(all_benchmarks, 'measure', measured)
+  assert all_benchmarks.main(['deploy']) == 0
+  peers = ['ours']  # Here it is not installed.
+  assert all_benchmarks.main(['deploy']) == 0
+  found = json.loads((tmp_path / 'deploy.json').read_text())
+  assert {row['peer'] for row in found['rows']} == set(found['runtimes']) == {'ours'}
