@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli, deploy_runtimes, early_exit, network
 from benchmarks.deploy_runtimes import BATCH, BUNDLE, SUBJECT, Network, Point
-from benchmarks.own_process import RemoteFunction, own_process
+from benchmarks.own_process import RemoteFunction, own_process, with_huge_pages
 from benchmarks.timing import in_turn
 from paranet_jax.base_config import base_config
 from paranet_jax.early.exit_plan import with_thresholds
@@ -60,6 +60,8 @@ NEEDS = {
   'eager': 'torch',
   'earlyon': 'earlyon',
 }
+HUGE_PAGES = ('ours',)
+"""What asks for huge pages, as the package does; no user of the others has them."""
 ONE_BY_ONE = 16
 """Images that are answered one by one in a call."""
 IN_BATCHES = 128
@@ -106,7 +108,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as processes:
       answers = {
         kind: processes.enter_context(
-          own_process(kind, deploy_runtimes.make, kind, str(folder), huge_pages=kind == 'ours')
+          own_process(kind, deploy_runtimes.make, kind, str(folder), huge_pages=kind in HUGE_PAGES)
         )
         for kind in kinds
       }
@@ -243,7 +245,8 @@ def started(kind: str, folder: Path, subject: early_exit.Subject) -> dict[str, f
   for _ in range(2):
     cli.progress(f'a fresh process: {kind} ...')
     command = [sys.executable, deploy_runtimes.__file__, kind, str(folder), str(time.time()), str(exits)]
-    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    with with_huge_pages(kind in HUGE_PAGES):
+      found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
   return {'size_mb': _size(kind, folder, subject) / 1e6} | found
 
 

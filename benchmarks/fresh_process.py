@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks import network, peers
 from benchmarks.network import Size
+from benchmarks.own_process import with_huge_pages
 from paranet_jax.base_config import base_config
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.machine import OFF, use_compilation_cache
@@ -26,7 +27,7 @@ from paranet_jax.steps import init_state, make_eval_step
 
 
 def in_fresh_process(task: str, size: Size, *, cache: Path | None = None) -> dict:
-  """Runs one of `TASKS` in a new process.
+  """Runs one of `TASKS` in a new process, those of PyTorch with its defaults.
 
   Args:
     cache: folder of the persistent compilation cache; None: no such cache.
@@ -38,7 +39,9 @@ def in_fresh_process(task: str, size: Size, *, cache: Path | None = None) -> dic
   settings = {'JAX_ENABLE_COMPILATION_CACHE': str(cache is not None)}
   settings |= {'PARANET_CACHE_DIR': str(cache)} if cache else {}
   root = Path(__file__).resolve().parents[1]
-  process = subprocess.run(command, cwd=root, env=os.environ | settings, stdout=subprocess.PIPE, check=True, text=True)
+  with with_huge_pages(task not in peers.TORCH_PEERS):
+    environment = os.environ | settings
+  process = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, check=True, text=True)
   return json.loads(process.stdout)
 
 

@@ -70,7 +70,7 @@ def own_process(
   ours, theirs = context.Pipe()
   process = context.Process(target=_serve, args=(name, theirs, make, arguments), daemon=True)
   try:
-    with contextlib.nullcontext() if huge_pages else _plain_glibc():
+    with with_huge_pages(huge_pages):
       process.start()
     theirs.close()
     function = RemoteFunction(name, process, ours)
@@ -84,9 +84,9 @@ def own_process(
 
 
 @contextlib.contextmanager
-def _plain_glibc() -> Iterator[None]:
-  """A process that is started in this context has glibc's defaults."""
-  settings = os.environ.pop(VARIABLE, None)
+def with_huge_pages(wanted: bool) -> Iterator[None]:
+  """A process that is started in this context asks for huge pages if this one does, or else has glibc's defaults."""
+  settings = None if wanted else os.environ.pop(VARIABLE, None)
   try:
     yield
   finally:

@@ -41,6 +41,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import cli
+from benchmarks.own_process import with_huge_pages
 from benchmarks.timing import in_turn
 from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError
@@ -67,20 +68,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
   """`rows`: for each bundle images/s at saturation and by run.py, `share_of_run`, `batch_ms`, and `rates`."""
+  with with_huge_pages(False):  # Neither the service nor run.py asks for them.
+    return {'rows': _rows(options)}
+
+
+def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
   if options.bundle:
-    return {'rows': [_measure(options, options.bundle, str(options.bundle))]}
+    return [_measure(options, options.bundle, str(options.bundle))]
   with tempfile.TemporaryDirectory() as folder:
     pretrained = Path(folder) / 'pretrained'
     cli.progress('export ...')
     command = [sys.executable, '-m', 'paranet_jax.export', '--workdir=pretrained', f'--out={pretrained}']
     subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
     full = Path(_in_process('write', Path(folder) / 'full')['bundle'])
-    return {
-      'rows': [
-        _measure(options, pretrained, 'PN3-ddd of pretrained/'),
-        _measure(options, full, 'PN3-ddd, random weights, budget 50 %'),
-      ]
-    }
+    return [
+      _measure(options, pretrained, 'PN3-ddd of pretrained/'),
+      _measure(options, full, 'PN3-ddd, random weights, budget 50 %'),
+    ]
 
 
 def _measure(options: argparse.Namespace, bundle: Path, what: str) -> dict[str, Any]:
