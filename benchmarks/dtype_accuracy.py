@@ -62,11 +62,11 @@ def trained(config: str, changes: Sequence[str], folder: Path, dtype: str, seed:
     f'--config.model.dtype={DTYPES[dtype]}',
     f'--workdir={workdir}',
   ]
-  if not (workdir / 'summary.json').exists():
-    cli.progress(f'{dtype}, seed {seed} ...')
-    process = subprocess.run([sys.executable, '-m', 'paranet_jax.main', *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
-    if process.returncode:
-      raise UserError(f'expected a run in {workdir}, found exit code {process.returncode}; see its message above')
+  cli.progress(f'{dtype}, seed {seed} ...')
+  # If it is finished too: one of another configuration is refused.
+  process = subprocess.run([sys.executable, '-m', 'paranet_jax.main', *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
+  if process.returncode:
+    raise UserError(f'expected a run in {workdir}, found exit code {process.returncode}; see its message above')
   return [100 * row['accuracy'] for row in json.loads((workdir / 'summary.json').read_text())['exits']]
 
 

@@ -152,6 +152,17 @@ def test_fields_that_are_set_go_to_the_runs_of_both_dtypes(tmp_path, monkeypatch
   assert given == [[*common, f'--config.model.dtype={dtype}'] for dtype in ('float32', 'bfloat16!')]
 
 
+def test_a_finished_run_of_another_configuration_is_not_read(tmp_path, monkeypatch):
+  for dtype in dtype_accuracy.DTYPES:
+    (tmp_path / f'{dtype}-0').mkdir()
+    (tmp_path / f'{dtype}-0/summary.json').write_text(json.dumps({'exits': [{'accuracy': 0.5}]}))
+  refused = SimpleNamespace(returncode=2)
+  monkeypatch.setattr(dtype_accuracy.subprocess, 'run', lambda *_, **__: refused)
+  options = SimpleNamespace(config='configs/pn3_ddd.py', set=[], seeds=1, workdir=tmp_path)
+  with pytest.raises(UserError, match=f'expected a run in {tmp_path}/float32-0, found exit code 2; see its message'):
+    dtype_accuracy.measure(options)
+
+
 def test_the_page_has_the_tables_of_the_results():
   page = all_benchmarks.PAGE.read_text()
   assert all_benchmarks.rendered(page, all_benchmarks.results()) == page
