@@ -4,8 +4,9 @@
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-VENV=.venv-newest CONSTRAINTS="$PWD/.venv-newest/constraints.txt"
 source launch/venv.sh
+
+VENV=.venv-newest CONSTRAINTS="$PWD/.venv-newest/constraints.txt"
 
 TESTS=(
   tests/models/numerics_test.py tests/models/layers tests/models/paranet_test.py tests/steps_test.py

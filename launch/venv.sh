@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` creates .venv (or what VENV names)
-# and installs the requirement files into it, pinned by constraints.txt (or CONSTRAINTS). A copy of the installed files
+# Sourced from the repository root by launch/*.sh and .ci/run. `prepare_venv FILE...` creates .venv (what VENV names)
+# and installs the requirement files into it, pinned by constraints.txt (CONSTRAINTS). A copy of the installed files
 # stays in .venv, so a second run installs nothing and needs no network, and an interrupted run is completed. Nothing is
 # ever deleted.
 
 source launch/common.sh
-VENV="${VENV:-.venv}"
-CONSTRAINTS="${CONSTRAINTS:-constraints.txt}"
+# Not from the environment, where others use these names: what a script runs is in the folder that it prepared.
+VENV=.venv CONSTRAINTS=constraints.txt
 
 # Prints the version of the Python named by $1 (nothing if it does not run); false if it is too old.
 python_version() {

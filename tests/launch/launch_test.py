@@ -120,6 +120,14 @@ def test_first_run_creates_the_venv_and_installs(sandbox):
   ]
 
 
+def test_variables_of_others_are_not_taken_for_folders(sandbox):
+  sandbox.add_python()
+  others = {'VENV': str(sandbox.root / 'other'), 'CONSTRAINTS': '/nowhere'}
+  result = sandbox.run('launch/quickstart.sh', **others)
+  assert (result.returncode, result.stderr) == (0, 'Installing requirements.txt into .venv ...\n')
+  assert not (sandbox.root / 'other').exists() and sandbox.log()[-2:] == [INSTALL_RUN_TIME, QUICKSTART]
+
+
 def test_later_runs_install_only_what_is_missing(ready):
   for script in ('quickstart', 'test', 'quickstart', 'test'):
     assert ready.run(f'launch/{script}.sh').returncode == 0
