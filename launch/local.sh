@@ -28,7 +28,7 @@ fi
 for name in PROCESSES DEVICES PORT; do
   [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name must be an integer of 1 or more, found '${!name}'"
 done
-[[ -x "$PYTHON" || -n "$dry_run" ]] || fail "expected $PYTHON, found none; launch/quickstart.sh creates .venv"
+command -v "$PYTHON" >/dev/null || [[ -n "$dry_run" ]] || fail "expected $PYTHON, found none; launch/quickstart.sh creates .venv"
 
 # Sets `command` to the command of process $1; the other arguments go to the run.
 command_of() {

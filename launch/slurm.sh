@@ -33,6 +33,8 @@ if [[ "${1:-}" = --dry-run ]]; then
 fi
 [[ -x .venv/bin/python || -n "$dry_run" ]] ||
   fail "expected .venv/bin/python, found none; launch/quickstart.sh creates it"
+[[ -n "$dry_run" ]] || command -v sbatch >/dev/null ||
+  fail "sbatch is needed, found none; run this on a login node of a SLURM cluster, or use --dry-run"
 GPUS="${GPUS:-}" CPUS="${CPUS:-8}" WORKDIR="${WORKDIR:-runs/slurm}"
 options=(
   --job-name=paranet

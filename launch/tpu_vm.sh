@@ -90,7 +90,8 @@ create() {
 setup() {
   local archive=/tmp/paranet_jax.tar.gz
   [[ -n "$dry_run" ]] || archive="$(mktemp --suffix=.tar.gz)"
-  run_or_print tar --create --gzip --file="$archive" --exclude-vcs --exclude=./.venv --exclude=./runs --exclude=./.pytest_cache .
+  run_or_print tar --create --gzip --file="$archive" --exclude-vcs --exclude=./.venv --exclude=./.venv-newest \
+    --exclude=./build --exclude=./runs --exclude=./.pytest_cache .
   tpus tpu-vm scp "$archive" "$NAME:paranet_jax.tar.gz" --worker=all
   run_or_print rm "$archive"
   on_worker all mkdir -p paranet_jax

@@ -15,8 +15,8 @@ SHELLCHECK = pathlib.Path(sys.executable).with_name('shellcheck')
 WORKER = 'bash paranet_jax/launch/tpu_worker.sh'
 CONFIG = '--config=configs/pn3_ddd.py'
 PACK = (
-  'tar --create --gzip --file=/tmp/paranet_jax.tar.gz --exclude-vcs --exclude=./.venv --exclude=./runs '
-  '--exclude=./.pytest_cache .'
+  'tar --create --gzip --file=/tmp/paranet_jax.tar.gz --exclude-vcs --exclude=./.venv --exclude=./.venv-newest '
+  '--exclude=./build --exclude=./runs --exclude=./.pytest_cache .'
 )
 COPY = [
   PACK,
@@ -287,6 +287,13 @@ def test_slurm_submits_the_printed_job(tmp_path):
     'error: expected .venv/bin/python, found none; launch/quickstart.sh creates it\n',
   )
   (repo / '.venv/bin/python').touch(0o755)
+  bare = tmp_path / 'bare'
+  bare.mkdir()
+  (bare / 'dirname').symlink_to(shutil.which('dirname'))
+  elsewhere = run(script, CONFIG, path=str(bare))
+  message = 'error: sbatch is needed, found none; run this on a login node of a SLURM cluster, or use --dry-run\n'
+  assert (elsewhere.returncode, elsewhere.stderr) == (2, message)
+  assert not (repo / 'runs').exists()
   sbatch = tmp_path / 'sbatch'
   sbatch.write_text(f'#!{shutil.which("bash")}\nprintf "%q " "$@" >"{tmp_path}/asked"; cat >"{tmp_path}/job"\n')
   sbatch.chmod(0o755)
@@ -318,6 +325,7 @@ def test_local(processes, devices):
   [
     ({'PROCESSES': 'two'}, "PROCESSES must be an integer of 1 or more, found 'two'"),
     ({'DEVICES': '0'}, "DEVICES must be an integer of 1 or more, found '0'"),
+    ({'PYTHON': 'no-python'}, 'expected no-python, found none; launch/quickstart.sh creates .venv'),
     ({'PYTHON': '/no/python'}, 'expected /no/python, found none; launch/quickstart.sh creates .venv'),
   ],
 )
@@ -342,8 +350,16 @@ def one_fails(tmp_path_factory):
   """Waits for 5 seconds, and so it begins before the other tests, and the last test looks at its end."""
   process = local(tmp_path_factory.mktemp('one_fails'), '[[ "$index" = --process_id=1 ]] && exit 3; exec sleep 600')
   yield process
-  process.kill()
+  process.terminate()  # Not killed: its processes would go on and hold the pipes, if the last test has not waited.
   process.communicate()
+
+
+def test_local_finds_a_python_by_its_name(tmp_path):
+  python = tmp_path / 'my-python'
+  python.write_text(f'#!{shutil.which("bash")}\necho "$0"\n')
+  python.chmod(0o755)
+  result = run('local.sh', CONFIG, path=f'{tmp_path}:{os.environ["PATH"]}', PYTHON='my-python', PROCESSES='1')
+  assert (result.returncode, result.stdout, result.stderr) == (0, f'{python}\n', '')
 
 
 def test_local_passes_a_signal_on(tmp_path):
