@@ -57,6 +57,7 @@ class Protocol(HttpToolsProtocol):
   def __init__(self, *args: Any, **options: Any):
     super().__init__(*args, **options)
     self._in_head, self._head = True, 0  # Bytes of a head that has not ended.
+    self._unread, self._again = b'', False  # Headers of a body that is still to be read; they are parsed again.
 
   def connection_made(self, transport: asyncio.Transport) -> None:
     """A client has connected."""
@@ -74,13 +75,19 @@ class Protocol(HttpToolsProtocol):
       self._refuse(reason, 501 if 'invalid `Transfer-Encoding`' in reason else 400)
 
   def _feed(self, data: bytes) -> None:
-    if self._in_head:
-      self._head += len(data)
-    try:
-      self.parser.feed_data(data)
-    except httptools.HttpParserUpgrade as upgrade:  # To another protocol, which is not offered: HTTP goes on.
-      if rest := data[upgrade.args[0] :]:
-        self._feed(rest)
+    while data:
+      if self._in_head:
+        self._head += len(data)
+      try:
+        self.parser.feed_data(data)
+        return
+      except httptools.HttpParserUpgrade as upgrade:  # To another protocol, which is not offered: HTTP goes on.
+        data = data[upgrade.args[0] :]
+      if self._unread:
+        head, self._unread, self._again = b'POST / HTTP/1.1\r\n%b\r\n' % self._unread, b'', True
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # As uvicorn's.
+        self.parser.feed_data(head)
 
   def on_message_begin(self) -> None:
     """A request has begun."""
@@ -90,12 +97,20 @@ class Protocol(HttpToolsProtocol):
   def on_headers_complete(self) -> None:
     """Its head is here."""
     self._in_head, self._head = False, 0
+    if self._again:
+      self._again = False
+      return
     if self.parser.get_http_version() == '1.1' and not any(name == b'host' for name, _ in self.headers):
       raise _Malformed('Missing mandatory Host: header')
     super().on_headers_complete()
 
   def on_message_complete(self) -> None:
-    """It has ended."""
+    """It has ended, or it asks for another protocol: the parser takes its body for what is sent in that."""
+    if self.parser.should_upgrade():
+      of_body = (field for field in self.headers if field[0] in (b'content-length', b'transfer-encoding'))
+      self._unread = b''.join(b'%b: %b\r\n' % field for field in of_body)
+      if self._unread:
+        return
     super().on_message_complete()
     self._in_head, self._head = True, 0
 

@@ -110,10 +110,13 @@ class Uploads:
 
   async def _read_form(self, body: 'Reading[Any]') -> Upload:
     request = Request(body.request.scope, lambda: self._receive(body))
-    async with request.form(max_files=self._max_images, max_fields=len(FIELDS) + 1, max_part_size=1024) as form:
-      parts = form.multi_items()
-      images = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
-      texts = [(name, part) for name, part in parts if isinstance(part, str)]
+    try:
+      async with request.form(max_files=self._max_images, max_fields=len(FIELDS) + 1, max_part_size=1024) as form:
+        parts = form.multi_items()
+        images = [await part.read() for _, part in parts if isinstance(part, UploadFile)]
+        texts = [(name, part) for name, part in parts if isinstance(part, str)]
+    except UnicodeError as error:  # Of codecs that decode nothing, Starlette does not catch it.
+      raise Refused(400, 'expected a form in UTF-8, found another charset; leave it out of Content-Type') from error
     return Upload(images, read_fields([*request.query_params.multi_items(), *texts]))
 
   async def _read_image(self, body: 'Reading[Any]') -> Upload:
@@ -155,7 +158,8 @@ class Reading(Generic[T]):
 
   async def __aenter__(self) -> T:
     declared = dict(self.request.scope['headers']).get(b'content-length', b'')
-    if declared.isdigit() and int(declared) > self.max_bytes:
+    # Python reads no number of thousands of digits, and those before it may be zeros.
+    if declared.isdigit() and int(declared.lstrip(b'0')[:20] or b'0') > self.max_bytes:
       raise self.too_large()
     try:
       return await self._uploads.in_time(self, self._read(self))

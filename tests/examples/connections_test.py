@@ -9,6 +9,7 @@ import pytest
 import uvicorn
 
 REQUEST = b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nbody'
+UPGRADE = REQUEST.replace(b'\r\n\r\n', b'\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n')
 
 
 async def application(scope, receive, send):
@@ -29,6 +30,16 @@ async def ask(reader, writer):
   head = await reader.readuntil(b'\r\n\r\n')
   assert await reader.readexactly(2) == b'ok'
   return head.lower().split(b'\r\n')
+
+
+async def accepted(sock, application):
+  """The transport and the protocol of a connection, without a server."""
+  config = uvicorn.Config(application, lifespan='off', log_config=None, timeout_keep_alive=1)
+  config.load()
+  state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
+  return await loop.connect_accepted_socket(
+    lambda: connections.Protocol(config=config, server_state=state, app_state={}, _loop=loop), sock
+  )
 
 
 @pytest.mark.parametrize('stalled', [0, 1, 2])
@@ -125,25 +136,21 @@ def test_a_connection_with_an_unread_request_is_not_idle(sent, closed):
   asyncio.run(live())
 
 
-MALFORMED_NEXT = {
+NEXT = {
   'after a request': (b'\x16\x03\x01\r\n\r\n', 1),
   'another request': (REQUEST, 2),
+  'thousands that ask for another protocol': (UPGRADE * 2000, 2001),
   'half a head': (b'POST / HTTP/1.1\r\nX: ' + b'a' * 20_000, 1),
 }
 
 
-@pytest.mark.parametrize('name', MALFORMED_NEXT)
+@pytest.mark.parametrize('name', NEXT)
 def test_a_request_is_answered_whatever_follows_it(name):
-  follows, answers = MALFORMED_NEXT[name]
+  follows, answers = NEXT[name]
 
   async def live():
     ours, theirs = socket.socketpair()
-    config = uvicorn.Config(application, lifespan='off', log_config=None, timeout_keep_alive=1)
-    config.load()
-    state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
-    transport, _ = await loop.connect_accepted_socket(
-      lambda: connections.Protocol(config=config, server_state=state, app_state={}, _loop=loop), ours
-    )
+    transport, _ = await accepted(ours, application)
     reader, writer = await asyncio.open_connection(sock=theirs)
     writer.write(REQUEST + follows)
     for _ in range(answers):
@@ -151,6 +158,42 @@ def test_a_request_is_answered_whatever_follows_it(name):
       assert await reader.readexactly(2) == b'ok'
     if answers == 1:
       assert await reader.read() == b''
+    transport.abort()
+    writer.close()
+
+  asyncio.run(live())
+
+
+async def echo(scope, receive, send):
+  """Answers with the body."""
+  body, more = b'', True
+  while more:
+    message = await receive()
+    body, more = body + message.get('body', b''), message.get('more_body', False)
+  await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'%d' % len(body))]})
+  await send({'type': 'http.response.body', 'body': body})
+
+
+CHUNKED = UPGRADE.replace(b'Content-Length: 4', b'Transfer-Encoding: chunked').replace(
+  b'body', b'2\r\nbo\r\n2\r\ndy\r\n0\r\n\r\n'
+)
+NOTHING = UPGRADE.replace(b'Content-Length: 4', b'Content-Length: 0').removesuffix(b'body')
+
+
+@pytest.mark.parametrize('step', [1, 60, 1000])
+def test_a_request_that_asks_for_another_protocol_keeps_its_body(step):
+  """As some clients ask for HTTP/2 in their first request, which is served by HTTP/1.1 all the same."""
+  sent = UPGRADE + CHUNKED + NOTHING + REQUEST + UPGRADE
+
+  async def live():
+    ours, theirs = socket.socketpair()
+    transport, protocol = await accepted(ours, echo)
+    for start in range(0, len(sent), step):
+      protocol.data_received(sent[start : start + step])
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    for body in (b'body', b'body', b'', b'body', b'body'):
+      assert (await reader.readuntil(b'\r\n\r\n')).startswith(b'HTTP/1.1 200')
+      assert await reader.readexactly(len(body)) == body
     transport.abort()
     writer.close()
 

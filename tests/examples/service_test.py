@@ -144,6 +144,20 @@ def test_other_encodings(service, headers, found):
   assert service.ask('POST', '/predict', PNG, headers)[::2] == (415, {'error': expected})
 
 
+def test_a_charset_that_decodes_nothing(service):
+  body, headers = form([PNG])
+  headers = {'Content-Type': f'{headers["Content-Type"]}; charset=undefined'}
+  expected = 'expected a form in UTF-8, found another charset; leave it out of Content-Type'
+  assert service.ask('POST', '/predict', body, headers)[::2] == (400, {'error': expected})
+  assert service.predictor._uploads._held == 0
+
+
+@pytest.mark.parametrize(('declared', 'status'), [('4', 400), ('1001', 413), ('9' * 30, 413)])
+def test_a_content_length_after_thousands_of_zeros(service, declared, status):
+  headers = {'Content-Length': '0' * 5000 + declared}
+  assert service.ask('POST', '/predict', b'half', headers)[0] == status
+
+
 @pytest.mark.parametrize(
   ('method', 'path', 'status', 'allow'),
   [
