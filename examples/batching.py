@@ -379,6 +379,10 @@ class Scheduler:
       leave = self._bundle.leaves(number, logits, carried)
       found = self._bundle.answers(number, logits)
       unknown, held = getattr(found, 'unknown', no), self._sets(found, chosen)  # Older bundles have neither.
+      seconds = time.perf_counter() - started
+      exits = [bool(leave[row]) or number == sample.last for row, sample in enumerate(chosen)]
+      # A list of rows copies them; a view would keep the whole batch in memory, of which little may be left.
+      rests = [None if exit else self._runtime.select(carried, [row]) for row, exit in enumerate(exits)]
     except Exception as error:  # It fails these images only.
       for sample in chosen:
         sample.place.decided = True
@@ -386,17 +390,17 @@ class Scheduler:
       return
     runs = self.runs[number]
     runs.count, runs.images = runs.count + 1, runs.images + len(chosen)
-    runs.seconds += time.perf_counter() - started
+    runs.seconds += seconds
     labels, most = np.asarray(found.labels).tolist(), found.probabilities.max(-1).tolist()
     for row, sample in enumerate(chosen):
       sample.reached = None if unknown[row] else labels[row], most[row], number, held[row]
-      if leave[row] or number == sample.last:
+      if exits[row]:
         if self.watch and sample.free:
           sample.place.answer = number, most[row], int(found.probabilities[row].argmax())
           sample.place.decided = True
         self._answer(sample)
-      else:  # A list of rows copies them; a view would keep the whole batch in memory.
-        sample.carried, sample.number = self._runtime.select(carried, [row]), self._next[number]
+      else:
+        sample.carried, sample.number = rests[row], self._next[number]
         self._pools[sample.number].append(sample)
 
   def _advance(self, closing: bool = False) -> None:

@@ -39,13 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     _serve(_parse(argv))
   except UserError as error:
-    line = ' '.join(str(error).split())
-    print('error:', ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in line), file=sys.stderr)
+    print('error:', _printable(' '.join(str(error).split())), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('stopped at once', file=sys.stderr)
     return 130
   return 0
+
+
+def _printable(text: str) -> str:
+  # A path may have bytes that are no text, and lines that are several.
+  return ''.join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +61,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = _Parser(prog='python serve.py', description='Serves an exported bundle by HTTP.', allow_abbrev=False)
   add = parser.add_argument
   add('--bundle', type=Path, required=True, help='Folder of the bundle.')
-  add('--host', default='127.0.0.1', help='Address to listen on (default: 127.0.0.1, this machine only).')
+  add('--host', type=_host, default='127.0.0.1', help='Address to listen on (default: 127.0.0.1, this machine only).')
   add('--port', type=_port, default=8000, help='0: any free port (default: 8000).')
   add('--queue', type=_count, default=256, help='Most images accepted and not answered yet (default: 256).')
   add('--batch', type=_count, default=64, help='Most images per run of a stage (default: 64).')
@@ -72,6 +76,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch (default: 0.01).')
   add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
   return parser.parse_args(argv)
+
+
+def _host(text: str) -> str:
+  try:
+    known = bool(text.encode('idna'))  # The system takes '', such as of a variable that is not set, for every address.
+  except UnicodeError:
+    known = False
+  if not known:
+    raise argparse.ArgumentTypeError(f'expected an address such as 127.0.0.1, or 0.0.0.0 for all, found {text!r}')
+  return text
 
 
 def _port(text: str) -> int:
@@ -204,7 +218,7 @@ def _load_runtime(folder: Path) -> ModuleType:
     UserError: it does not exist, or cannot be imported.
   """
   path = folder / 'run.py'
-  if not path.is_file():
+  if not os.path.isfile(path):  # Unlike Path.is_file, also False where the name is too long or the folder is private.
     raise UserError(f'expected a bundle with a run.py in {folder}, found none; set --bundle')
   spec = importlib.util.spec_from_file_location('bundle_run', path)
   runtime = sys.modules['bundle_run'] = importlib.util.module_from_spec(spec)
@@ -228,7 +242,8 @@ def _report(given: argparse.Namespace, listening: socket.socket, alone: dict[int
   host, port = listening.getsockname()[:2]
   host = f'[{host}]' if ':' in host else host
   exits = ', '.join(f'{1e3 * seconds:.2f}' for seconds in alone.values())
-  print(f'serving {given.bundle} at http://{host}:{port}/predict; its exits take {exits} ms an image', flush=True)
+  bundle = _printable(str(given.bundle))
+  print(f'serving {bundle} at http://{host}:{port}/predict; its exits take {exits} ms an image', flush=True)
 
 
 if __name__ == '__main__':

@@ -172,6 +172,22 @@ def test_a_failing_stage_fails_its_images_only(queue):
   assert queue.scheduler.exits == {1: 1, 2: 0, 3: 1}
 
 
+def test_features_that_do_not_fit_in_memory_fail_their_batch_only(queue, monkeypatch):
+  def select(carried, rows):
+    raise MemoryError('no room')
+
+  with monkeypatch.context() as short:
+    short.setattr(run, 'select', select)
+    answers = [queue.send(label, sure=3) for label in range(2)]
+    queue.finish()
+  for answer in answers:
+    with pytest.raises(MemoryError, match='no room'):
+      answer.result(0)
+  after = queue.send(7)
+  queue.finish()
+  assert after.result(0).label == 7
+
+
 def test_room(queue):
   queue.scheduler.admit(5)
   with pytest.raises(Full):

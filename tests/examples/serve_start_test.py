@@ -60,6 +60,7 @@ def refusal(capsys, *arguments):
   [
     ((), 'the following arguments are required: --bundle; see --help'),
     (('--bundle=none',), 'expected a bundle with a run.py in none, found none; set --bundle'),
+    ((f'--bundle={"a" * 300}',), f'expected a bundle with a run.py in {"a" * 300}, found none; set --bundle'),
     (('--bundle=bare',), 'expected a bundle with a run.py in bare, found none; set --bundle'),
     (
       ('--bundle=mistyped',),
@@ -92,6 +93,13 @@ def refusal(capsys, *arguments):
       "argument --cors: expected an origin such as https://example.com:8443, or *, found 'example.com'; see --help",
     ),
     ((WHOLE, '--quue=5'), 'unrecognized arguments: --quue=5; see --help'),
+    *(
+      (
+        (WHOLE, f'--host={host}'),
+        f'argument --host: expected an address such as 127.0.0.1, or 0.0.0.0 for all, found {host!r}; see --help',
+      )
+      for host in ('', 'é' * 80)
+    ),
     (
       (WHOLE, '--host=192.0.2.1'),
       'cannot listen on 192.0.2.1 port 8000 (Cannot assign requested address); set --host or --port',
@@ -109,6 +117,15 @@ def test_a_damaged_stage(folder, monkeypatch, capsys):
   found = refusal(capsys, '--bundle=damaged')
   assert found.startswith('damaged/stage_2.onnx is not what was exported: expected sha256 ')
   assert found.endswith('; copy or export the bundle again')
+
+
+def test_a_bundle_in_a_folder_whose_name_is_no_text(capsys):
+  given = argparse.Namespace(bundle=Path(os.fsdecode(b'caf\xe9')))
+  with socket.create_server(('127.0.0.1', 0)) as listening:
+    serve._report(given, listening, {1: 0.001})
+    port = listening.getsockname()[1]
+  line = f'serving caf\\udce9 at http://127.0.0.1:{port}/predict; its exits take 1.00 ms an image\n'
+  assert capsys.readouterr().out == line
 
 
 def test_a_port_that_is_taken(folder, capsys):
