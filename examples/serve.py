@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -132,7 +133,7 @@ def _serve(given: argparse.Namespace) -> None:
     from service import MAX_WAIT, Predictor, make_app
     from uploads import Uploads
   except ImportError as error:
-    needs = Path(__file__).with_name('requirements.txt')
+    needs = shlex.quote(str(Path(__file__).with_name('requirements.txt')))
     raise UserError(f'expected {error.name} to serve, found none; pip install -r {needs}') from error
   sys.setswitchinterval(_SWITCH)
   logging.getLogger('python_multipart').setLevel(logging.ERROR)  # It warns about malformed forms.

@@ -1,6 +1,7 @@
 """`python -m paranet_jax.export`: a run as a folder that runs without JAX."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -74,9 +75,10 @@ def _run(given: argparse.Namespace) -> None:
       f'compared with JAX on {found["images"]:,} {found["of"]} images: {100 * found["labels"]:.2f} % the same labels, '
       f'{100 * found["exits"]:.2f} % the same exits, logits differ by at most {found["logits"]:.1e}'
     )
-    say(f'try it: python {given.out}/run.py IMAGE...')
+    say(f'try it: python {shlex.quote(str(given.out / "run.py"))} IMAGE...')
   if given.web:
-    say(f'see it: python -m http.server --bind 127.0.0.1 --directory {given.out}, then open http://localhost:8000')
+    serve = f'python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(given.out))}'
+    say(f'see it: {serve}, then open http://localhost:8000')
   if given.push_to:
     say(f'pushed: {upload_folder(given.out, given.push_to)}')
 

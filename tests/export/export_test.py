@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -422,6 +423,20 @@ def test_a_run_that_is_not_calibrated_says_so(tmp_path, monkeypatch, capsys):
   assert written[0].policy == 'full' and written[0].visited == (3,)
   line = f'not calibrated: all images go to exit 3; {CALIBRATE}bare --threshold=0.9 lets them exit earlier'
   assert capsys.readouterr().out.splitlines()[0] == line.format(here=tmp_path)
+
+
+def test_the_commands_it_names_run_in_any_folder(tmp_path, monkeypatch, capsys):
+  agreement = {'images': 16, 'of': 'noise', 'labels': 1.0, 'exits': 1.0, 'logits': 1e-6}
+
+  def write(request, run, plan, images):
+    request.out.mkdir()
+    return {'step': run.step, 'agreement': agreement}
+
+  monkeypatch.setattr(bundle_lib, 'write_bundle', write)
+  assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/my bundle', '--web']) == 0
+  *_, try_it, see_it = capsys.readouterr().out.splitlines()
+  assert shlex.split(try_it) == ['try', 'it:', 'python', f'{tmp_path}/my bundle/run.py', 'IMAGE...']
+  assert f'{tmp_path}/my bundle' in shlex.split(see_it.partition(', then')[0])
 
 
 @pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')  # Between huggingface_hub and its HTTP client.
