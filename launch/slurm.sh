@@ -5,7 +5,7 @@
 #
 # --dry-run prints the job instead of submitting it. All tasks on all nodes train one model together: see
 # docs/scaling.md. Two minutes before the time limit, or when the job is preempted, they save and stop, and the job
-# requeues itself until summary.json exists; after an error it does not. .venv must exist: launch/quickstart.sh or
+# requeues itself until they are finished; after an error it does not. .venv must exist: launch/quickstart.sh or
 # launch/test.sh creates it.
 #
 # Variables:
@@ -55,7 +55,11 @@ job="$(printf ' %q' srun --cpus-per-task="$CPUS" .venv/bin/python -m paranet_jax
 job="#!/usr/bin/env bash
 set -euo pipefail
 ${job# }
-test -e $(printf '%q' "$WORKDIR/summary.json") || scontrol requeue \"\$SLURM_JOB_ID\""
+log=$(printf '%q' "$WORKDIR")/slurm-\$SLURM_JOB_ID.log
+# A run that was resumed with more epochs has the summary of the fewer.
+if [[ ! -e $(printf '%q' "$WORKDIR/summary.json") || \"\$(tail -n 1 \"\$log\")\" = 'stopped by '* ]]; then
+  scontrol requeue \"\$SLURM_JOB_ID\"
+fi"
 
 if [[ -n "$dry_run" ]]; then
   printf 'mkdir -p %q\n' "$WORKDIR"

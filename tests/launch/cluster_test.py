@@ -242,7 +242,11 @@ def test_worker_rejects_an_unknown_action(tmp_path):
 JOB = """#!/usr/bin/env bash
 set -euo pipefail
 srun --cpus-per-task={cpus} .venv/bin/python -m paranet_jax.main --workdir={workdir} {arguments}
-test -e {workdir}/summary.json || scontrol requeue "$SLURM_JOB_ID"
+log={workdir}/slurm-$SLURM_JOB_ID.log
+# A run that was resumed with more epochs has the summary of the fewer.
+if [[ ! -e {workdir}/summary.json || "$(tail -n 1 "$log")" = 'stopped by '* ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 """
 
 
@@ -265,6 +269,31 @@ def test_slurm(env, workdir, options):
   )
   fixed = f"--job-name=paranet --signal=TERM@120 --requeue --open-mode=append --output={workdir}/slurm-%j.log <<'JOB'"
   assert sorted(shlex.split(command)) == sorted(['sbatch', *shlex.split(options), *shlex.split(fixed)])
+
+
+@pytest.mark.parametrize(
+  'has_summary, last_line, code, requeued',
+  [
+    (False, 'stopped by SIGTERM after step 3, saved; the same command resumes', 0, True),
+    (True, 'stopped by SIGTERM after step 3, saved; the same command resumes', 0, True),  # Resumed with more epochs.
+    (True, 'summary: summary.json', 0, False),
+    (False, 'error: it failed', 2, False),
+  ],
+)
+def test_slurm_requeues_a_run_that_was_stopped(tmp_path, has_summary, last_line, code, requeued):
+  workdir = tmp_path / 'a run'
+  workdir.mkdir()
+  if has_summary:
+    (workdir / 'summary.json').touch()
+  _, _, *job, _ = dry_run('slurm.sh', CONFIG, WORKDIR=str(workdir))
+  for name, does in (('srun', f'echo "{last_line}"; exit {code}'), ('scontrol', f'echo "$*" >"{tmp_path}/asked"')):
+    (tmp_path / name).write_text(f'#!{shutil.which("bash")}\n{does}\n')
+    (tmp_path / name).chmod(0o755)
+  env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7'}
+  with open(workdir / 'slurm-7.log', 'a') as log:  # Slurm appends what the job prints.
+    done = subprocess.run(['bash', '-c', '\n'.join(job)], env=env, stdout=log, check=False, timeout=60)
+  asked = tmp_path / 'asked'
+  assert (done.returncode, asked.read_text() if asked.exists() else '') == (code, 'requeue 7\n' if requeued else '')
 
 
 @pytest.mark.parametrize('argument', ['--workdir=/elsewhere', '--workdir', '-workdir=/elsewhere', '--mode=eval'])
