@@ -276,6 +276,7 @@ def test_model_card_without_labels(out, run, costs):
     'exit_accuracy': None,
     'agreement': 0.75,
     'exit_agreement': [0.5, 0.75, 1.0],
+    'shares': [0.3614, 0.4364, 0.2022],
   }
   card = model_card(run, dataclasses.replace(run.exits, test=test), costs, bundle)
   assert '| exit | same answer as exit 3 on test images (%) | share' in card

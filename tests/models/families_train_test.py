@@ -39,7 +39,7 @@ def test_one_epoch_lowers_the_loss_at_every_exit(finished):
   exits = json.loads((finished / 'summary.json').read_text())['exits']
   assert [row['learns_from'] for row in exits] == ['labels'] * RUNS[FILE][1]
   for number, row in enumerate(exits, 1):
-    assert lines[-1][f'exit_{number}/loss'] < 0.95 * lines[0][f'exit_{number}/loss']
+    assert lines[-1][f'exit_{number}/loss'] < 0.97 * lines[0][f'exit_{number}/loss']
     assert 0 <= row['accuracy'] <= 1
 
 
