@@ -11,8 +11,10 @@ import pytest
 import paranet_jax
 
 FOLDER = Path(__file__).resolve().parents[1] / 'pretrained'
-ABSOLUTE = re.compile(rb'(^|[ =:"\'])/[\w.-]{3,}/')
-"""The start of an absolute path, such as `/tmp/`; shorter ones occur in compressed arrays by chance."""
+ABSOLUTE = re.compile(rb'(^|[ =:"\'])/[\w.-]+/')
+"""The start of an absolute path."""
+IN_ARRAYS = re.compile(rb'(^|[ =:"\'])/[\w.-]{3,}/')
+"""The same in compressed arrays, where a shorter one, such as `/Y/`, occurs by chance."""
 
 
 @pytest.fixture(scope='module')
@@ -42,4 +44,5 @@ def test_the_log_ends_with_the_accuracies_of_the_summary(run):
 def test_no_absolute_path():
   for path in FOLDER.rglob('*'):
     if path.is_file():
-      assert not ABSOLUTE.search(path.read_bytes()), path
+      pattern = IN_ARRAYS if path.parent.name == 'd' else ABSOLUTE
+      assert not pattern.search(path.read_bytes()), path

@@ -23,7 +23,7 @@ from paranet_jax.steps import init_state, make_train_step, model_rngs, zero_tota
 pytestmark = pytest.mark.usefixtures('programs')
 
 FILE = 'fractalnet_20'
-ONE_BLOCK = ('model.widths=(8,)', 'model.block_dropout=(0.1,)')
+ONE_BLOCK = ('model.widths=(8,)', 'model.block_dropout=(0.1,)', 'train.learning_rate=0.4')
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +39,7 @@ def test_one_epoch_lowers_the_loss_at_every_exit(finished):
   exits = json.loads((finished / 'summary.json').read_text())['exits']
   assert [row['learns_from'] for row in exits] == ['labels'] * RUNS[FILE][1]
   for number, row in enumerate(exits, 1):
-    assert lines[-1][f'exit_{number}/loss'] < 0.97 * lines[0][f'exit_{number}/loss']
+    assert lines[-1][f'exit_{number}/loss'] < 0.95 * lines[0][f'exit_{number}/loss']
     assert 0 <= row['accuracy'] <= 1
 
 
