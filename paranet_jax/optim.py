@@ -198,7 +198,8 @@ def conflict_averse(gradients: Sequence[Any], shared: Any, radius: float) -> Any
   weights = least_gain_weights(gram, radius)
   # Of opposite gradients, rounding may make both negative.
   length, turned = (jnp.sqrt(jnp.maximum(square, 0)) for square in (jnp.mean(gram), weights @ gram @ weights))
-  share = len(gradients) * radius * length / jnp.maximum(turned, jnp.finfo(jnp.float32).tiny)
+  # An exit whose gradient vanishes, as that of a saturated one does, gains the same wherever the others turn.
+  share = jnp.where(turned > 0, len(gradients) * radius * length / jnp.where(turned > 0, turned, 1), 0)
 
   def combine(common: bool, *each: jax.Array) -> jax.Array:
     total = sum(each[1:], each[0])

@@ -221,7 +221,7 @@ def evaluate_state(evaluator: Evaluator, state: TrainState, confusion: bool) -> 
   """Evaluates a state on every split, and its averaged weights, if any, as splits such as `test_average`."""
   found = evaluator.evaluate(state.params, state.batch_stats, confusion)
   if isinstance(state.opt_state, Beside) and state.opt_state.average:
-    averaged = evaluator.evaluate(**state.opt_state.average)
+    averaged = evaluator.evaluate(**state.opt_state.average, confusion=confusion)
     found |= {f'{split}_{AVERAGE}': exits for split, exits in averaged.items()}
   return found
 

@@ -14,6 +14,7 @@ import reference
 import tiny
 from running import TINY, before_each_step, refusal, run_main, saved_state, send
 
+import paranet_jax
 from paranet_jax import steps, train
 from paranet_jax.base_config import base_config
 from paranet_jax.display.metrics import read_metrics
@@ -21,6 +22,7 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.losses import squared_error
 from paranet_jax.optim import make_optimizer
 from paranet_jax.runs.checkpoints import Checkpoints
+from paranet_jax.runs.packed import pack
 from paranet_jax.runs.teacher import check_normalization
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
@@ -134,10 +136,20 @@ def test_averages_are_evaluated_and_saved_beside(whole):
     [row['nll'] for row in summary['average']['test']]
   )
   saved = json.loads((whole / 'average' / 'summary.json').read_text())
-  assert [row['nll'] for row in saved['exits']] == [row['nll'] for row in summary['average']['test']]
+  for measure in ('nll', 'confusion'):
+    assert [row[measure] for row in saved['exits']] == [row[measure] for row in summary['average']['test']]
+  for row in saved['exits']:  # Row by row the images of a class.
+    counts = np.array(row['confusion'])
+    assert counts.trace() / counts.sum() == pytest.approx(row['accuracy'])
   state = saved_state(whole)
   pairs = zip(*map(jax.tree.leaves, (state.opt_state.average['params'], state.params)), strict=True)
   assert any(not np.array_equal(*pair) for pair in pairs)
+
+
+def test_averages_are_packed(whole, tmp_path):
+  assert pack(whole / 'average', tmp_path / 'packed') == 10
+  kept = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), averages(whole)['params'])
+  chex.assert_trees_all_equal(paranet_jax.load(tmp_path / 'packed').variables['params'], kept)
 
 
 def averages(workdir):

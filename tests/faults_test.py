@@ -107,7 +107,7 @@ def test_a_full_disk(tmp_path, whole):
     f'error: {tmp_path} cannot be written (File too large), and its checkpoints are intact; '
     'make room, and the same command resumes\n',
   )
-  with fault_here('full', 'open .*/config.json.tmp', 1):
+  with fault_here('full', r'open .*/config\.json\.\w+\.tmp', 1):
     code, _, err = run_main(*silent)
   assert code == 2 and err.startswith(f'error: {tmp_path} cannot be written (File too large)')
   assert not list(tmp_path.glob('*.tmp'))

@@ -242,6 +242,10 @@ turned = jax.jit(lambda radius, *gradients: conflict_averse(gradients, {'all': T
     # Opposite ones: the mean is 0, and stays.
     ((1, 2), (-1, -2), 0.5, (0, 0)),
     ((0, 0), (0, 0), 0.5, (0, 0)),
+    # No direction is that of an exit without a gradient.
+    ((0, 0), (20, 0), 0.4, (20, 0)),
+    ((0, 0), (3, 4), 0.9, (3, 4)),
+    ((1e-20, 0), (20, 0), 0.4, (20, 0)),
   ],
 )
 def test_conflict_averse_gradients(first, second, radius, expected):

@@ -1,6 +1,7 @@
 """Tests of several seeds of one configuration: each equals its own run, and the summary covers all."""
 
 import os
+import shutil
 import signal
 
 import chex
@@ -105,6 +106,22 @@ def test_finished_seeds_are_not_trained_again(together, monkeypatch):
   # The saved configuration says that there are two.
   assert run_main(f'--workdir={workdir}').code == 0
   assert contents(workdir) == before
+
+
+def test_extended_seeds_that_are_killed_before_their_first_checkpoint_are_not_finished(together, tmp_path, monkeypatch):
+  longer = *BOTH, '--config.train.max_steps=5', '--accept_config_changes'
+  workdir, killed = shutil.copytree(together[0], tmp_path / 'both'), tmp_path / 'killed'
+
+  def copy_once(*_):
+    if not killed.exists():
+      shutil.copytree(workdir, killed)
+
+  with monkeypatch.context() as patch:
+    before_each_step(patch, copy_once)
+    assert run_main(*longer, f'--workdir={workdir}').code == 0
+  assert not (killed / 'seed_3' / 'summary.json').exists()
+  assert run_main(*longer, f'--workdir={killed}').code == 0
+  assert [summary_of(killed / f'seed_{seed}')['steps'] for seed in SEEDS] == [5, 5]
 
 
 def test_stopped_at_every_step(together, tmp_path, monkeypatch):

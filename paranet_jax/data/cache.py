@@ -147,7 +147,7 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
   entry.mkdir(parents=True, exist_ok=True)
   index: dict[str, Any] = {}
   for split in source.splits:
-    with replacing(entry / f'{split}.npy', 'wb', shared=True) as file:
+    with replacing(entry / f'{split}.npy', 'wb') as file:
       listing, index[f'{split}_crc'] = _write_images(file, source, split, image_shape)
       if split == 'train':  # Of this file: the other process may have skipped an image that could not be read.
         file.flush()
@@ -159,7 +159,7 @@ def _write_entry(entry: Path, source: Source, image_shape: tuple[int, ...]) -> N
 
 def write_arrays(path: Path, arrays: dict[str, Any], compressed: bool = False) -> None:
   """Writes named arrays atomically."""
-  with replacing(path, 'wb', shared=True) as file:
+  with replacing(path, 'wb') as file:
     (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 

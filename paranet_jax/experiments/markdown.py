@@ -6,7 +6,17 @@ from typing import Any
 
 from paranet_jax.display.progress import human_duration
 
-_ROWS = ('network', 'pipeline', 'paper (%)', 'ours (%)', 'difference', 'multiply-adds', 'parameters')
+_ROWS = (
+  'network',
+  'pipeline',
+  'paper (%)',
+  'ours (%)',
+  'difference',
+  'seeds',
+  'multiply-adds',
+  'parameters',
+  'differs from the paper',
+)
 _EFFECTS = ('difference', 'pipeline', 'paper', 'ours', 'each seed')
 _RUNS = ('run', 'steps', 'wall time', 'device')
 _WIDTH = 98  # Characters of a command's line, without the backslash.
@@ -23,7 +33,7 @@ def table_markdown(section: dict[str, Any], protocol: str) -> str:
     f'# {section["title"]}',
     section['question'],
     conditions(section, protocol),
-    table(_ROWS, [_row(row) for row in section['rows']]),
+    table(_ROWS, [_row(row, section) for row in section['rows']]),
     'Test accuracy of the last checkpoint; multiply-adds per image and parameters include this exit and the ones '
     'before it, tried in turn. Difference: ours - paper.',
     table(_EFFECTS, [_effect(effect) for effect in section['effects']]),
@@ -44,10 +54,15 @@ def conditions(section: dict[str, Any], protocol: str) -> str:
   return f'Protocol {protocol}, {spread}. {reduced}{other}'
 
 
-def _row(row: dict[str, Any]) -> tuple[str, ...]:
+def _row(row: dict[str, Any], section: dict[str, Any]) -> tuple[str, ...]:
   ours = with_std(f'{row["ours"]:.2f}', row['std'])
-  counts = (f'{row["macs"]:,}', f'{row["params"]:,}')
-  return row['network'], str(row['exit']), published(row), ours, f'{row["difference"]:+.2f}', *counts
+  run = (', '.join(map(str, section['seeds'])), f'{row["macs"]:,}', f'{row["params"]:,}', from_paper(section))
+  return row['network'], str(row['exit']), published(row), ours, f'{row["difference"]:+.2f}', *run
+
+
+def from_paper(own: dict[str, Any]) -> str:
+  """How a row or a section differs from the paper, in a cell."""
+  return '; '.join(own['reduced']) or 'nothing'
 
 
 def published(row: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ def page_library(archive: Path | None = None) -> bytes:
   if content is None or hashlib.sha256(content).hexdigest() != SHA256:
     content = _checked(_downloaded(), ADDRESS, 'a proxy may have changed it: set --web-runtime to an intact copy')
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(cached, 'wb', shared=True) as file:
+    with replacing(cached, 'wb') as file:
       file.write(content)
   return content
 

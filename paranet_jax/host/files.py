@@ -22,24 +22,22 @@ _NUMBERS = re.compile(r'(?<=\[)\n[\s\d.,eE+-]*(?:null[\s\d.,eE+-]*)*(?=\])')
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any) -> Iterator[IO]:
+def replacing(path: Path, mode: str = 'w', **options: Any) -> Iterator[IO]:
   """Opens a file that replaces `path` when the context ends without an error, and is discarded otherwise.
+
+  Several processes may write the path at once, and the last one wins. What a kill leaves behind is removed by the next
+  write, see `sweep`.
 
   Args:
     mode: 'w' or 'wb'.
-    shared: several processes may write the path at once, and the last one wins; see `sweep`. Otherwise the temporary
-      name is fixed, so that the next write takes the place of what a kill left behind.
     **options: as for `open`. Text is UTF-8, and what it cannot hold is escaped.
   """
   if 'b' not in mode:  # Whatever the locale.
     options = {'encoding': 'utf-8', 'errors': 'backslashreplace'} | options
-  if shared:
-    sweep(path.parent, glob.escape(path.name))
-  temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.tmp' if shared else f'{path.name}.tmp')
+  sweep(path.parent, glob.escape(path.name))
+  temporary = path.with_name(f'{path.name}.{os.urandom(4).hex()}.tmp')
   try:
-    temporary.unlink(missing_ok=True)  # A link left there would be written through.
-    mode = mode.replace('w', 'x')
-    with _open_locked(temporary, mode, options) if shared else temporary.open(mode, **options) as file:
+    with _open_locked(temporary, mode.replace('w', 'x'), options) as file:
       yield file
       file.flush()
       os.fsync(file.fileno())
@@ -54,7 +52,7 @@ def replacing(path: Path, mode: str = 'w', shared: bool = False, **options: Any)
 
 
 def sweep(folder: Path, name: str = '*') -> None:
-  """Removes the temporary files of `replacing(shared=True)` that killed processes left in a folder.
+  """Removes the temporary files of `replacing` that killed processes left in a folder.
 
   Args:
     name: a pattern of the names of the files that were to be replaced.

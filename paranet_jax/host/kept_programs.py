@@ -235,7 +235,7 @@ def _write(file: Path, content: bytes) -> None:
     if _edited():
       return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file, 'wb', shared=True) as kept:
+    with replacing(file, 'wb') as kept:
       os.fchmod(kept.fileno(), stat.S_IMODE(os.fstat(kept.fileno()).st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
       kept.write(_seal(file, content) + content)
     files = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)

@@ -67,7 +67,7 @@ def shared_library(
         command = [_compiler(), *map(str, objects)]
       _run([*command, '-shared', '-o', str(compiled)])
       content = compiled.read_bytes()
-    with replacing(file, 'wb', shared=True) as kept:  # Another process may have been faster: the same library.
+    with replacing(file, 'wb') as kept:  # Another process may have been faster: the same library.
       kept.write(content)
   except (OSError, subprocess.SubprocessError) as error:
     output = getattr(error, 'stderr', None) or str(error).encode()

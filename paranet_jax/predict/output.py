@@ -197,7 +197,7 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
       yield sys.stdout
       return
-    with replacing(path, shared=True, newline='') as stream:
+    with replacing(path, newline='') as stream:
       yield stream
   except OSError as error:
     if path is None:  # Otherwise Python tries to write the rest again at exit.

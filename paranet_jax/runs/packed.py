@@ -19,8 +19,8 @@ from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY
 from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, prepare_folder, restore_config, save_config
 
-_CARRIED = (SUMMARY, METRICS, DATASET)
-_OPTIONAL = (IDENTITY, CONFUSION)
+_CARRIED = (SUMMARY, DATASET)
+_OPTIONAL = (METRICS, IDENTITY, CONFUSION)  # Averaged weights have no log of their own.
 
 
 def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
@@ -92,7 +92,7 @@ def save_average(workdir: Path, config: ConfigDict, variables: Any, summary: dic
   save_config(out, config)
   measured = summary[AVERAGE]
   own = {key: value for key, value in summary.items() if key not in (AVERAGE, 'confusion_file')}
-  own['exits'] = [row | new | {'confusion': None} for row, new in zip(summary['exits'], measured['test'], strict=True)]
+  own['exits'] = [row | new for row, new in zip(summary['exits'], measured['test'], strict=True)]
   if 'held_out' in measured:
     own['held_out'] = measured['held_out']
   for name in (DATASET, IDENTITY):

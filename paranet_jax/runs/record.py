@@ -121,6 +121,8 @@ class RunRecord:
 
   def save_facts(self) -> None:
     """Writes the configuration and what the run learns from; not before `restore`, which refuses what does not fit."""
+    if self.saved_step != self.task.total_steps:  # An earlier, shorter run's: this one would count as finished.
+      self._processes.once((self._workdir / SUMMARY).unlink, True)
     self._processes.once(save_learned, self._workdir, self.task.dataset)
     self._processes.once(save_config, self._workdir, self.task.config)
 

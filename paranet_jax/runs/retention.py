@@ -9,11 +9,14 @@ from paranet_jax.targets import trained_exits
 from paranet_jax.task import Task
 
 HIGHER_IS_BETTER = {'accuracy': True, 'balanced_accuracy': True, 'top5': True, 'loss': False, 'nll': False}
-"""Measures by which the best checkpoint can be kept: of the last trained exit on the held-out split."""
+"""Measures by which the best checkpoint can be kept: of the last exit that trains to the run's end, on the held-out
+split."""
 
 
 class Retention:
   """Which checkpoints stay: the best by `checkpoint.keep_best`, and one every `checkpoint.keep_every_epochs`.
+
+  Steps before all exits of the last phase train are no candidates for the best: its exits are not comparable yet.
 
   Args:
     workdir: its metrics.jsonl has the measures of existing checkpoints; None: another process keeps them.
@@ -25,7 +28,9 @@ class Retention:
     self._every_steps = config.every_steps
     self._kept_steps = round(config.keep_every_epochs * task.steps_per_epoch)
     self._measure = None if config.keep_best == 'none' else config.keep_best
-    self._key = f'exit_{trained_exits(task.targets)[-1]}/{self._measure}'
+    last = trained_exits(task.phases[-1].targets)
+    self._key = f'exit_{last[-1]}/{self._measure}'
+    self._begun = max((phase.end for phase in task.phases if trained_exits(phase.targets) != last), default=0)
     self._measured: dict[int, float] = {}
     for line in read_metrics(workdir) if self._measure and workdir else ():
       if line.get('split') == 'held_out':
@@ -34,7 +39,7 @@ class Retention:
   def note(self, step: int, held_out: dict[str, float]) -> None:
     """Records an evaluation on the held-out split, given as its line of metrics.jsonl."""
     value = held_out.get(self._key)
-    if self._measure is not None and value is not None and math.isfinite(value):
+    if self._measure is not None and step > self._begun and value is not None and math.isfinite(value):
       self._measured[step] = value if HIGHER_IS_BETTER[self._measure] else -value
 
   def saves_after(self, step: int) -> bool:

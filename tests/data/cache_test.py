@@ -144,7 +144,7 @@ def test_what_killed_processes_left_is_swept(cache_folder):
   old = cache_folder / 'other' / 'train.npy.0123abcd.tmp'
   old.parent.mkdir()
   old.write_bytes(b'half')
-  with replacing(entry / 'test.npy', 'wb', shared=True) as file:
+  with replacing(entry / 'test.npy', 'wb') as file:
     load([])
     assert file.name.endswith('.tmp') and os.path.exists(file.name)  # Its process lives.
   assert not old.exists() and not list(entry.glob('*.tmp'))

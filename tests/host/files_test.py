@@ -61,8 +61,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, failure):
 
 def test_the_last_of_two_writers_wins(tmp_path):
   path = tmp_path / 'entry'
-  with replacing(path, 'wb', shared=True) as first:
-    with replacing(path, 'wb', shared=True) as second:
+  with replacing(path, 'wb') as first:
+    with replacing(path, 'wb') as second:
       second.write(b'second')
     first.write(b'first')
   assert path.read_bytes() == b'first'
@@ -83,7 +83,7 @@ def test_a_file_that_is_swept_before_it_is_locked(tmp_path, monkeypatch):
     return file
 
   monkeypatch.setattr(Path, 'open', found_at_once)
-  with replacing(tmp_path / 'entry', 'wb', shared=True) as file:
+  with replacing(tmp_path / 'entry', 'wb') as file:
     file.write(b'whole')
   assert (tmp_path / 'entry').read_bytes() == b'whole' and list(tmp_path.iterdir()) == [tmp_path / 'entry']
 
@@ -92,13 +92,13 @@ def test_a_file_that_takes_its_place_is_not_swept(tmp_path, monkeypatch):
   """Another writer begins when all is written and the file has not been renamed yet."""
   replace = os.replace
   monkeypatch.setattr(os, 'replace', lambda *names: (sweep(tmp_path), replace(*names)))
-  with replacing(tmp_path / 'entry', 'wb', shared=True) as file:
+  with replacing(tmp_path / 'entry', 'wb') as file:
     file.write(b'whole')
   assert (tmp_path / 'entry').read_bytes() == b'whole'
 
 
 def test_the_next_write_removes_what_a_kill_left_behind(tmp_path):
-  (tmp_path / 'summary.json.tmp').write_text('{"ste')
+  (tmp_path / 'summary.json.0123abcd.tmp').write_text('{"ste')
   write_json(tmp_path / 'summary.json', {'steps': 1})
   assert [path.name for path in tmp_path.iterdir()] == ['summary.json']
 
@@ -185,7 +185,7 @@ def test_objects_are_read_through_links_and_a_missing_file_is_none(tmp_path):
 
 def test_what_is_linked_from_a_temporary_name_is_not_overwritten(tmp_path):
   (tmp_path / 'mine').write_text('mine')
-  (tmp_path / 'summary.json.tmp').symlink_to('mine')
+  (tmp_path / 'summary.json.0123abcd.tmp').symlink_to('mine')
   write_json(tmp_path / 'summary.json', {'steps': 1})
   assert contents(tmp_path) == {'mine': b'mine', 'summary.json': b'{\n  "steps": 1\n}\n'}
 

@@ -14,7 +14,7 @@ from paranet_jax.evaluation import MEASURES
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.runs.record import RunRecord
 from paranet_jax.runs.retention import HIGHER_IS_BETTER, Retention
-from paranet_jax.targets import parse_name
+from paranet_jax.targets import GIVEN, Phase, make_phases, parse_name
 
 pytestmark = pytest.mark.usefixtures('programs')
 
@@ -22,12 +22,19 @@ pytestmark = pytest.mark.usefixtures('programs')
 RUN = *TINY, '--config.name=PN1-d'
 
 
+JOINT = (Phase(20, parse_name('PN2-2d').targets),)
+
+
+def task_of(config, phases=JOINT):
+  """A run of 5 steps an epoch, evaluated after every 10."""
+  return SimpleNamespace(config=config, phases=phases, steps_per_epoch=5, evaluation_steps=10)
+
+
 def retention(workdir, **fields):
-  """Of a run of 5 steps an epoch, evaluated after every 10, whose last trained exit is its second."""
+  """Of a run whose last trained exit is its second."""
   config = base_config()
   config.checkpoint.update({'every_steps': 4} | fields)
-  targets = parse_name('PN2-2d').targets
-  return Retention(SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10), workdir)
+  return Retention(task_of(config), workdir)
 
 
 @pytest.mark.parametrize('first', [True, False])
@@ -35,9 +42,7 @@ def test_only_process_0_reads_the_metrics(tmp_path, first):
   (tmp_path / 'metrics.jsonl').write_text(json.dumps({'step': 4, 'split': 'held_out', 'exit_2/nll': 0.5}) + '\n')
   config = base_config()
   config.checkpoint.keep_best = 'nll'
-  targets = parse_name('PN2-2d').targets
-  task = SimpleNamespace(config=config, targets=targets, steps_per_epoch=5, evaluation_steps=10)
-  record = RunRecord(task, tmp_path, mock.Mock() if first else None, Coordinator())
+  record = RunRecord(task_of(config), tmp_path, mock.Mock() if first else None, Coordinator())
   assert record._retention.best([4, 8]) == (4 if first else None)
 
 
@@ -77,6 +82,29 @@ def test_the_best(tmp_path, measure, values, best):
     found.note(step, {f'exit_2/{measure}': value, f'exit_1/{measure}': 0.0})
   assert found.best([2, 4, 6]) == best
   assert found.kept([2, 4, 6]) == (set() if best is None else {best})
+
+
+@pytest.mark.parametrize(
+  ('phases', 'exit_number', 'best'),
+  [
+    (make_phases('joint', (0, 0, 0), 0, 12), 3, 2),
+    (make_phases('joint', (3, 0, 0), 0, 12, match_step=4, match_before='labels'), 3, 2),
+    (make_phases('joint', (3, 0, 0), 0, 12, match_step=4, match_before='nothing'), 3, 6),
+    (make_phases('mixed', (0, 0, 0), 4, 12), 3, 6),
+    # The last exit changes no more, and that of a trained network never did.
+    (make_phases('disjoint', (0, 0, 0), 4, 12), 2, 6),
+    (make_phases('exits', (3, 3, GIVEN), 0, 12), 2, 2),
+    (make_phases('exits', (0, 0, 0), 0, 12), 3, 2),
+  ],
+)
+def test_the_best_is_that_of_an_exit_that_trains_to_the_end(tmp_path, phases, exit_number, best):
+  config = base_config()
+  config.checkpoint.keep_best = 'accuracy'
+  found = Retention(task_of(config, phases), tmp_path)
+  for step, value in {2: 0.9, 4: 0.8, 6: 0.7, 8: 0.6}.items():
+    measured = {f'exit_{number}/accuracy': 0.5 for number in (1, 2, 3)}
+    found.note(step, measured | {f'exit_{exit_number}/accuracy': value})
+  assert found.best([2, 4, 6, 8]) == best
 
 
 def test_every_measure_has_its_better_side():

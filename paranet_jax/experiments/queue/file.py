@@ -182,7 +182,7 @@ def _fields(found: Any, where: str, section: str = '') -> dict[str, str]:
     elif field in SET_PER_RUN:
       raise UserError(f'{where}: {field} differs between the runs; set name, config or seeds of [[runs]]')
     else:
-      fields[field] = f'({",".join(map(str, value))},)' if isinstance(value, list) else str(value)
+      fields[field] = f'({",".join(map(str, value))}{"," * bool(value)})' if isinstance(value, list) else str(value)
   return fields
 
 

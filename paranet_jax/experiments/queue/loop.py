@@ -1,6 +1,7 @@
 """Works through a queue: one run after another, or several at a time, until none is left."""
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,7 @@ class Queue:
     self._records = read_records(workdir)
     self._running: dict[str, _Running] = {}
     self._left: dict[str, str] = {}  # Runs that are not tried again, and why.
+    self._refused: set[str] = set()  # Those of them that were not started, which an edit of the file may change.
     self._killed: dict[str, int] = {}  # Checkpoints at which processes were killed.
     self._modified = self._when_modified()
 
@@ -125,6 +127,7 @@ class Queue:
         state = run_state(self._workdir, run.name)
         check_same(run, state, self._records.get(run.name))
       except UserError as error:
+        self._refused.add(run.name)
         self._fail(run.name, str(error))
         continue
       if state.finished:
@@ -148,8 +151,8 @@ class Queue:
 
   def _reads_unfinished(self, run: QueuedRun) -> bool:
     """Whether a run reads another one of this queue, such as its teacher, that may still finish."""
-    read = [Path(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
-    others = {self._workdir / RUNS / other.name: other.name for other in self.queue.runs}
+    read = [os.path.realpath(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
+    others = {os.path.realpath(self._workdir / RUNS / other.name): other.name for other in self.queue.runs}
     return any(others[place] not in self._left for place in read if place in others)
 
   def _check_room(self) -> None:
@@ -279,6 +282,9 @@ class Queue:
       say(f'the queue goes on as it was: {error}', to_stderr=True)
       return
     say(f'{self.queue.path} was edited: {len(self.queue.runs)} runs')
+    for name in self._refused:  # The edit may have undone what was wrong.
+      del self._left[name]
+    self._refused.clear()
 
   def _when_modified(self) -> int | None:
     try:

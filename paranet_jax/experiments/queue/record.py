@@ -61,7 +61,11 @@ def read_records(workdir: Path) -> dict[str, RunRecord]:
   """
   found = read_object(workdir / FILE, _FIX)
   try:
-    return {name: RunRecord(**own) for name, own in (found or {'runs': {}})['runs'].items()}
+    records = {name: RunRecord(**own) for name, own in (found or {'runs': {}})['runs'].items()}
+    for record in records.values():
+      for start in record.starts:
+        start['versions'].items()
+    return records
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{workdir / FILE} is damaged ({error!r:.60}); {_FIX}') from error
 

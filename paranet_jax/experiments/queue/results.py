@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from paranet_jax.config import PATHS, differences
 from paranet_jax.costs import describe
 from paranet_jax.display.tables import ABSENT
-from paranet_jax.experiments.markdown import commands_block, published, table, with_std
+from paranet_jax.experiments.markdown import commands_block, from_paper, published, table, with_std
 from paranet_jax.experiments.protocols import reductions
 from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
@@ -21,6 +24,7 @@ from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import replacing, to_json
+from paranet_jax.runs.workdir import restore_config
 
 RESULTS = 'results.json'
 MARKDOWN = 'results.md'
@@ -51,7 +55,7 @@ def write_results(queue: QueueFile, workdir: Path, records: Mapping[str, RunReco
   found = results(queue, workdir, records)
   # `--write` and a queue that works may write at the same time.
   for name, text in ((RESULTS, to_json(found)), (MARKDOWN, markdown(found))):
-    with replacing(workdir / name, shared=True) as file:
+    with replacing(workdir / name) as file:
       file.write(text)
   return found
 
@@ -62,11 +66,13 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
   Returns:
     `queue`, `date`, `rows`, `comparisons`, `runs`, and why runs that are damaged or other ones are `left_out`.
   """
-  states, left_out = {}, []
+  states, first, left_out = {}, {}, []
   for run in queue.runs:
     try:
       state = run_state(workdir, run.name)
       check_same(run, state, records.get(run.name))
+      config = _own_config(run, state)
+      _check_alike(run, config, *first.get(run.row, (run, config)))
     except UserError as error:
       left_out.append(f'{run.name}: {error}')
       continue
@@ -74,11 +80,12 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
       left_out.append(f'{run.name}: it is finished, but metrics.jsonl lacks its last accuracies; restore that file')
     elif state.measured:
       states[run.name] = state
+      first.setdefault(run.row, (run, config))
   runs = [run for run in queue.runs if run.name in states]
   rows = []
   for name in dict.fromkeys(run.row for run in runs):
     try:
-      rows += _rows(name, runs, states)
+      rows += _rows(name, runs, states, first[name][1])
     except UserError as error:  # Its dataset.json is gone, and with it the number of classes.
       left_out.append(f'{name}: {error}')
   return {
@@ -93,14 +100,29 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
   }
 
 
-def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str, Any]]:
+def _own_config(run: QueuedRun, state: RunState) -> ConfigDict:
+  """The configuration that a run trains with; where only its results were kept, that of the file."""
+  return restore_config(state.folder) if state.begun else run.config
+
+
+def _check_alike(run: QueuedRun, config: ConfigDict, first: QueuedRun, expected: ConfigDict) -> None:
+  """Raises UserError if a seed ran with other fields than the first of its row, whose `config` may have been edited."""
+  of_a_seed = tuple(f'{field}:' for field in ('seed', *PATHS))
+  changes = differences(expected.to_dict(), config.to_dict())
+  if different := [change for change in changes if not change.startswith(of_a_seed)]:
+    raise UserError(
+      f'it has other fields than {first.name}: {"; ".join(different)}; give them different names in the file'
+    )
+
+
+def _rows(name: str, runs: Sequence[QueuedRun], states: States, config: ConfigDict) -> list[dict[str, Any]]:
   """One row for each exit over the finished seeds, and one for each exit of every seed that is not finished."""
   own = [run for run in runs if run.row == name]
   finished = [run for run in own if states[run.name].finished]
   groups = [finished] * bool(finished) + [[run] for run in own if run not in finished]
-  costs = {row['exit']: row for row in describe(own[0].config, states[own[0].name].num_classes)['exits']}
+  costs = {row['exit']: row for row in describe(config, states[own[0].name].num_classes)['exits']}
   here = f'{Path.cwd()}/'  # Paths are absolute in a configuration.
-  reduced = [change.replace(here, '') for change in reductions(own[0].config)]
+  reduced = [change.replace(here, '') for change in reductions(config)]
   rows = []
   for group in groups:
     latest = [_latest(states[run.name]) for run in group]
@@ -110,7 +132,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
       rows.append(
         {
           'run': name,
-          'network': own[0].config.name,
+          'network': config.name,
           'exit': number,
           'seeds': [run.seed for run in group],
           'ours': statistics.mean(each),
@@ -119,7 +141,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States) -> list[dict[str
           'paper': paper and paper.accuracy,
           'paper_std': paper and paper.std,
           'epoch': latest[0][0],
-          'epochs': states[own[0].name].epochs(own[0].config),
+          'epochs': states[own[0].name].epochs(config),
           'partial': group is not finished,
           'macs': costs[number]['macs'],
           'params': costs[number]['params'],
@@ -216,7 +238,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
   epochs = f'**partial: {row["epoch"]:g} of {row["epochs"]:g}**' if row['partial'] else f'{row["epochs"]:g}'
   seeds = ', '.join(map(str, row['seeds']))
   ours, counts = with_std(f'{row["ours"]:.2f}', row['std']), (f'{row["macs"]:,}', f'{row["params"]:,}')
-  return row['run'], str(row['exit']), paper, ours, seeds, epochs, *counts, '; '.join(row['reduced']) or 'nothing'
+  return row['run'], str(row['exit']), paper, ours, seeds, epochs, *counts, from_paper(row)
 
 
 def _compared(entry: dict[str, Any]) -> tuple[str, ...]:

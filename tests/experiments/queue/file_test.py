@@ -32,7 +32,7 @@ def test_a_queue_file(tmp_path):
     config = 'paranet_jax:paranet:PN3-xdx'
     priority = -1
     paper = 'PN3-ddd'
-    set = {{ 'eval.every_epochs' = 2, loss.exit_weights = [1, 2.5, 0], train.nesterov = false }}
+    set = {{ 'eval.every_epochs' = 2, loss.exit_weights = [1, 2.5, 0], train.drop_epochs = [], train.nesterov = false }}
     [[comparisons]]
     question = 'why?'
     control = 'PN3-xdx'
@@ -47,7 +47,7 @@ def test_a_queue_file(tmp_path):
     ('PN3-xdx-s0', 'PN3-xdx', 'PN3-xdx', 32.5),
   ]
   own, first, _ = (run.config for run in queue.runs)
-  assert own.loss.exit_weights == (1, 2.5, 0) and not own.train.nesterov
+  assert (own.loss.exit_weights, own.train.drop_epochs) == ((1, 2.5, 0), ()) and not own.train.nesterov
   assert (own.eval.every_epochs, first.eval.every_epochs, first.seed) == (2, 5, 1)
   assert queue.runs[1].arguments[1:] == (
     '--config.eval.every_epochs=5',

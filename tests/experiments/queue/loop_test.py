@@ -237,6 +237,13 @@ def test_a_run_waits_for_the_one_that_it_reads(tmp_path, other, ends, names):
   assert queue.names() == names and queue.most == 1
 
 
+def test_a_run_waits_for_the_one_that_it_reads_by_another_path(tmp_path):
+  (tmp_path / 'link').symlink_to(tmp_path / 'work')
+  queue = FakeQueue(tmp_path, READERS.replace('OTHER', '').replace('WORK', str(tmp_path / 'link')))
+  queue.work(cores=[(0,), (1,)])
+  assert queue.names() == ['teacher-s0', 'student-s0'] and queue.most == 1
+
+
 def test_another_environment_is_reported(tmp_path, capsys, monkeypatch):
   queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)]})
   queue.work()
@@ -288,6 +295,23 @@ def test_a_run_that_has_begun_is_not_made_another_one(tmp_path, end):
     'early-s0': 'it began with --config.data.name=digits --config.train.epochs=4, and the file has '
     '--config.train.epochs=5; give it another name, or undo the change'
   }
+
+
+def test_a_wrong_edit_is_undone_while_the_queue_works(tmp_path):
+  names = ['early-s0', 'late-s0', 'late-s1']
+  queue = FakeQueue(tmp_path, ends={name: [Ends(0, 1)] for name in names})
+  queue.work()
+  assert queue.names() == names
+  right = queue.path.read_text()
+  queue.path.write_text(right.replace("epochs = 4, data.name = 'digits' }\npriority", 'epochs = 5 }\npriority'))
+
+  def undo(queue):
+    queue.path.write_text(right)
+    os.utime(queue.path, ns=(1, 1))  # Whatever the clock's resolution.
+
+  queue.on_look = undo
+  assert queue.work() == {} and queue.names() == [*names, 'late-s0', 'early-s0', 'late-s1']
+  assert queue.record('early-s0')['failed'] == ''
 
 
 def test_runs_of_other_commands(tmp_path, capsys):

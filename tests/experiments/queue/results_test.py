@@ -1,5 +1,6 @@
 """Tests of what a queue tells: its table, estimated times and results, against numbers computed by hand."""
 
+import json
 import re
 import shlex
 
@@ -144,6 +145,27 @@ def test_a_run_that_is_another_one_is_left_out(queue):
   assert 'Left out: plain-s0: ' in markdown(found)
 
 
+def test_a_configuration_file_that_was_edited_between_two_seeds(tmp_path):
+  file = tmp_path / 'mine.py'
+  text = 'from paranet_jax.configs import quickstart\n\n\ndef get_config():\n  config = quickstart.get_config()\n'
+  text += '  config.data.name, config.eval.every_epochs = "digits", 1\n'
+  rest = '  config.train.epochs, config.model.layers_per_block = 4, {}\n  return config\n'
+  file.write_text(text + rest.format(1))
+  path = tmp_path / 'queue.toml'
+  path.write_text(f"[[runs]]\nname = 'x'\nconfig = '{file}'\nseeds = [0, 1]\n")
+  write_run(tmp_path / 'runs' / 'x-s0', read_queue(path).runs[0].config, 4)
+  before = results(read_queue(path), tmp_path, {})['rows']
+  file.write_text(text + rest.format(3))
+  queue = read_queue(path)
+  write_run(tmp_path / 'runs' / 'x-s1', queue.runs[1].config, 4)
+  records = {run.name: RunRecord(list(run.arguments), 'code', None) for run in queue.runs}
+  found = results(queue, tmp_path, records)
+  assert found['rows'] == before  # Described by its own configuration, whatever the file says by now.
+  assert found['left_out'] == [
+    'x-s1: it has other fields than x-s0: model.layers_per_block: 1 -> 3; give them different names in the file'
+  ]
+
+
 def test_estimated_times(queue):
   runs = read_queue(queue.path).runs
   # A finished run took 80 s for 4 epochs; a running one of 10 steps of 64 images reads 20 images/s.
@@ -242,7 +264,14 @@ def test_lines_that_no_run_wrote_are_ignored(queue):
   assert '4.0 of 4' in status_table(read_queue(queue.path), queue.workdir, {}).splitlines()[1]
 
 
-def test_damaged_records(tmp_path):
-  (tmp_path / 'queue.json').write_text('{"runs": {"a": {"code": 1, "more": 2}}}')
+@pytest.mark.parametrize(
+  'record',
+  [
+    {'code': 1, 'more': 2},
+    *({'arguments': [], 'code': '', 'commit': None, 'starts': starts} for starts in ([{}], [3], [{'versions': []}], 3)),
+  ],
+)
+def test_damaged_records(tmp_path, record):
+  (tmp_path / 'queue.json').write_text(json.dumps({'runs': {'a': record}}))
   with pytest.raises(UserError, match=r'queue.json is damaged \(.*; restore it, or move it away: runs then go on with'):
     read_records(tmp_path)
