@@ -1,4 +1,4 @@
-"""Three exits for a ResNet-56 that was trained on CIFAR-10 with PyTorch: `--config.init_from=resnet56.th`."""
+"""Three early exits for a ResNet-56 that was trained on CIFAR-10 with PyTorch: `--config.init_from=resnet56.th`."""
 
 from paranet_jax.base_config import base_config
 

@@ -74,8 +74,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--provider', default='cpu', help='cpu (ONNX Runtime) or openvino (default: cpu).')
   add('--threads', type=int, help='Per stage (default: one per core; but one less, for HTTP, if stages are fast).')
   add('--watch', type=Path, metavar='STATE.json', help='Test whether answers still look as in calibration.')
-  add('--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch (default: 0.01).')
-  add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
+  add('--alpha', type=float, help='Probability of a false alarm of --watch (default: 0.01).')
+  add('--on-drift', choices=('warn', 'safe'), help='safe: after an alarm of --watch, no image exits early.')
   return parser.parse_args(argv)
 
 
@@ -202,12 +202,14 @@ def _measured(runtime: ModuleType, given: argparse.Namespace, batch: int, thread
 
 def _watch(runtime: ModuleType, bundle: Any, given: argparse.Namespace) -> Any:
   """The watch that the flags ask for; None: none."""
+  if given.watch is None and (given.alpha, given.on_drift) != (None, None):
+    raise UserError('--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out')
   if given.watch is None:
     return None
   if not hasattr(runtime, 'Watch'):
     raise UserError(f'expected a run.py with a watch in {given.bundle}, found an older one; export the run again')
   try:
-    return runtime.Watch(bundle, given.watch, given.alpha)
+    return runtime.Watch(bundle, given.watch, 0.01 if given.alpha is None else given.alpha)
   except runtime.BundleError as error:
     raise UserError(str(error)) from error
 

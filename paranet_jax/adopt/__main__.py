@@ -27,7 +27,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add = parser.add_argument
   add('what', nargs='?', choices=('describe',), help='Only list the places of exits, with their costs.')
   add('--arch', required=True, help="Architecture, by torchvision's or timm's name.")
-  add('--weights', help='State dict: .safetensors, .pth, .pt or .th; or hf:OWNER/NAME[@REVISION].')
+  add('--weights', help='State dict: .safetensors, .pth, .pt or .th; or hf:OWNER/NAME[@REVISION][:FILE].')
   add('--exits', help='Places of the exits before the last one, such as layer1,layer2.1 (default: as describe says).')
   add('--head', choices=ADOPTED_HEADS, help='Kind of their heads (default: by the architecture).')
   images = parser.add_mutually_exclusive_group()

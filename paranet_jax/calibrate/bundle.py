@@ -1,7 +1,7 @@
 """`--bundle=DIR --images=FOLDER`: calibrates an exported bundle on new images, without JAX and without the run.
 
-Half of the images choose temperatures and thresholds, as of a run's held-out ones. The other half are measured, are
-what the watch compares with from then on, and make the promises of `--reject` and `--coverage`.
+Half of the images choose temperatures and thresholds, as of a run's held-out ones. The other half are measured, and are
+what the watch compares with from then on; half of these make the promises of `--reject` and `--coverage` instead.
 """
 
 import contextlib
@@ -95,6 +95,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   costs = PathCosts(len(all_macs), lambda path, k: all_macs[k] - (all_macs[path[-1]] if path else 0))
   _check_budget(target, all_macs)
   rest, kept = halves(outputs)
+  promised, kept = halves(kept) if request.promises else (None, kept)
   temperatures, reference, chosen, samples = fit(rest, target, before.score, request.temperature, costs)
   if 'max_macs' in target:
     choice = choose_within(policy, samples, target, target['max_macs'], costs)
@@ -124,7 +125,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   plan = with_thresholds(plan, choice.thresholds, costs)
   # Every stage runs, so that its cost is in those of later exits.
   plan = dataclasses.replace(plan, visited=plan.exits, macs=tuple(all_macs))
-  plan = with_promises(plan, request, rest, kept, choice.thresholds) if request.promises else plan
+  plan = plan if promised is None else with_promises(plan, request, rest, promised, choice.thresholds)
   expected = measured(plan, samples, chosen, choice.thresholds) | {'temperature': request.temperature}
   tested = measured(plan, rank(*kept, plan.score, temperatures, costs), kept, choice.thresholds)
   if request.promises:
@@ -135,7 +136,7 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
     expected, tested, old = map(without_labels, (expected, tested, old))
   of_temperature = 0 if request.temperature == 'none' else len(reference.labels)
   splits = {'temperature': of_temperature, 'thresholds': len(chosen.labels), 'test': len(kept.labels)}
-  splits |= {'promises': len(kept.labels)} if request.promises else {}
+  splits |= {} if promised is None else {'promises': len(promised.labels)}
   seen = what_was_seen(plan, chosen, kept, choice.thresholds, labeled)
   plan = without_local_paths(dataclasses.replace(plan, expected=expected, test=tested, splits=splits, seen=seen))
   if not choice.problem:
@@ -175,12 +176,6 @@ def changes_text(found: Recalibrated) -> str:
 def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:
   """The target and the policy: those of the flags, or else those that the bundle was calibrated with."""
   if request.target is not None:
-    assert request.policy is not None
-    if before.score not in request.policy.scores[next(iter({'budget', 'risk', 'threshold'} & set(request.target)))]:
-      raise UserError(
-        f'--policy={request.policy.name} does not go with the score of the bundle, {before.score}; '
-        'set another --policy or target'
-      )
     return dict(request.target), request.policy
   policy = find_policy(before.policy)
   if policy is None:
@@ -276,7 +271,7 @@ def _write(bundle: Path, out: Path, plan: ExitPlan) -> None:
     save_plan(folder, plan)
     shutil.copyfile(runtime.__file__, folder / 'run.py')  # An older one would not know what is promised.
     known = read_object(folder / runtime.BUNDLE, 'copy or export the bundle again') or {}
-    known['visited_stages'] = known['all_stages']
+    known['visited_stages'], known['calibrated_dtype'] = known['all_stages'], known.get('dtype')
     for name in (EXITS, 'run.py'):
       known['checksums'][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     known.pop('agreement', None)

@@ -1,6 +1,7 @@
 """The flags of `python -m paranet_jax.calibrate`. Wrong flags are a `UserError`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -9,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from paranet_jax.early.exit_plan import DTYPES
+from paranet_jax.early.exit_plan import DTYPES, EXITS
 from paranet_jax.early.policies import Flag, Policy, default_policy, find_policy, policies
 from paranet_jax.early.scores import SCORES
 from paranet_jax.early.units import MEASURED
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, fraction, positive
 from paranet_jax.host.errors import UserError
+from paranet_jax.host.files import read_object
 
 TEMPERATURES = ('nll', 'ece', 'none')
 """What each exit's temperature minimizes on the held-out images; 'none': every temperature is 1."""
@@ -119,9 +121,10 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
   given = _parser().parse_args(argv)
   if given.bundle is not None and given.score is not None:
     raise UserError('--score belongs to --workdir: a bundle keeps the score it was calibrated with; leave it out')
-  given.score = given.score or 'max_prob'
   if given.bundle is not None:
+    given.score = _score_of(absolute(given.bundle))
     return _of_bundle(given)
+  given.score = given.score or 'max_prob'
   kind = _check_run(given)
   (policy, target), batch_size = _aim(given, kind), given.batch_size
   if given.reject is not None and given.score == 'patience':
@@ -152,6 +155,14 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     dtype=given.dtype,
     **_promised(given),
   )
+
+
+def _score_of(bundle: Path) -> str:
+  """The score of a bundle; the usual one where it cannot be read, which `recalibrate` reports."""
+  with contextlib.suppress(UserError):
+    score = (read_object(bundle / EXITS, '') or {}).get('score')
+    return score if score in SCORES else 'max_prob'
+  return 'max_prob'
 
 
 def _kind(given: argparse.Namespace) -> str | None:
@@ -322,8 +333,12 @@ def _parser() -> argparse.ArgumentParser:
   )
   target.add_argument('--threshold', type=float, help='one threshold for all exits, on the scale of the score (0.9)')
   limit = parser.add_mutually_exclusive_group()
-  limit.add_argument('--max-macs', type=_parse_macs, help='most multiply-adds of any image (10M), beside a budget')
-  limit.add_argument('--max-ms', type=_parse_ms, help='most milliseconds of any image (2.5), beside a budget')
+  limit.add_argument(
+    '--max-macs', type=_parse_macs, help='most multiply-adds of any image (10M), beside a budget or a threshold'
+  )
+  limit.add_argument(
+    '--max-ms', type=_parse_ms, help='most milliseconds of any image (2.5), beside a budget or a threshold'
+  )
   add(
     '--batch-size',
     type=functools.partial(positive, most=65_536),
@@ -398,7 +413,8 @@ def _policy(given: argparse.Namespace, target: str) -> Policy:
     raise UserError(f'--{flag}={name} belongs to {expected}, found --{target}; leave one of them out')
   if given.score not in policy.scores[target]:
     expected = ' or '.join(policy.scores[target])
-    raise UserError(f'--{flag}={name} with --{target} needs a score of {expected}, found {given.score}; set --score')
+    fix = 'set --score' if given.bundle is None else f'set another --{flag}'
+    raise UserError(f'--{flag}={name} with --{target} needs a score of {expected}, found {given.score}; {fix}')
   return policy
 
 
@@ -420,5 +436,6 @@ def _options(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:
       options |= {} if value is None else {flag.key: value}
     elif value is not None and not (flag.key == 'delta' and given.reject is not None):
       names = ' or '.join(other.name for other in policies() if flag in other.flags)
+      names += ' or to --reject' if flag.key == 'delta' else ''
       raise UserError(f'--{flag.name} belongs to --policy={names}, found {policy.name}; leave out --{flag.name}')
   return options

@@ -35,7 +35,7 @@ def with_promises(
   Raises:
     UserError: too few images, or too many errors at early exits.
   """
-  count, (kept, more) = len(promised.labels), _remedy(request)
+  count, (kept, share, more) = len(promised.labels), _remedy(request)
   if request.reject is not None:
     reference, tested = (_leaving(plan, outputs, thresholds) for outputs in (rest, promised))
     at = choose_rejection(reference, tested, request.reject, request.delta)
@@ -48,7 +48,7 @@ def with_promises(
   if request.coverage is not None:
     if count < (needed := images_needed(request.coverage)):
       raise UserError(
-        f'a coverage of {request.coverage:g} needs {needed:,} held-out images of its own, half of all, found '
+        f'a coverage of {request.coverage:g} needs {needed:,} held-out images of its own, {share} of all, found '
         f'{count:,}; {kept}; lower --coverage, or {more}'
       )
     reference, tested = (_labeled(plan, outputs, thresholds) for outputs in (rest, promised))
@@ -150,19 +150,19 @@ def _labeled(plan: ExitPlan, outputs: Outputs, thresholds: np.ndarray) -> Labele
   return Labeled(np.stack(probabilities), outputs.labels, taken)
 
 
-def _remedy(request: Request | BundleRequest) -> tuple[str, str]:
-  """What became of the files, and how to get more images."""
+def _remedy(request: Request | BundleRequest) -> tuple[str, str, str]:
+  """What became of the files, the share of the images that make promises, and how to get more."""
   if isinstance(request, BundleRequest):
-    return 'no bundle was written', 'set --images to more of them'
-  return 'exits.json is unchanged', 'hold out more images in a new run'
+    return 'no bundle was written', 'a quarter', 'set --images to more of them'
+  return 'exits.json is unchanged', 'half', 'hold out more images in a new run'
 
 
 def _unpromised(request: Request | BundleRequest, plan: ExitPlan, tested: Leaving) -> str:
   assert request.reject is not None
-  kept, more = _remedy(request)
+  kept, share, more = _remedy(request)
   count, needed = len(tested.early), images_needed_ltt(request.reject, request.delta)
   if count < needed:
-    why = f'it would need {needed:,} of its own, half of all'
+    why = f'it would need {needed:,} of its own, {share} of all'
   elif (early := tested.early).any() and (error := tested.wrong[early].mean()) > request.reject:
     why = f'of those that leave before exit {plan.exits[-1]}, {100 * error:.1f} % are wrong'
   else:

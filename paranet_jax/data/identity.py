@@ -188,8 +188,8 @@ def together(records: Sequence[Learned | None]) -> Learned | None:
 def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) -> Int32[np.ndarray, ' classes'] | None:
   """The learned label of each class of the data; -1: of a class that the run does not know. None: nothing changed.
 
-  A class has its name's label; one with an unknown name, the label that most of its images had; and the only one left,
-  that of the only class that is gone.
+  A class has its name's label, whatever the order: `compare` finds labels that changed. One with an unknown name has the
+  label that most of its images had, and the only one left that of the only class that is gone.
 
   Args:
     names: the classes of the data.
@@ -202,6 +202,17 @@ def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) 
   own = learned.class_names
   if own is None or tuple(names) == own:
     return None
+  recorded = learned.everything.labels if learned.splits else np.zeros(0, np.int32)
+  if not learned.by_position and set(names) <= set(own):  # In another order, or without classes that had no images.
+    labels = np.array([own.index(name) for name in names], np.int32)
+    if np.isin(recorded, labels).all():
+      return labels
+  if not learned.accept_changes and not learned.splits and not learned.by_position:
+    odd = next(name for name in names if name not in own)
+    raise UserError(
+      f'expected folders named after the {len(own)} classes of the weights, such as {own[0]!r}, found {odd!r} in '
+      f'{place}: rename or remove it, or set --classes of adopt, which learns the classes of the folders'
+    )
   if not learned.accept_changes:
     raise UserError(_class_difference(tuple(names), own, learned.workdir, place))
   labels = [

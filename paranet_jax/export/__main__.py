@@ -56,6 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(given: argparse.Namespace) -> None:
   # jax takes a second to import; flags are checked first.
   from paranet_jax.export.bundle import Request, export_run
+  from paranet_jax.export.card import is_another_network
   from paranet_jax.host.machine import start_jax
 
   start_jax(given)
@@ -75,6 +76,11 @@ def _run(given: argparse.Namespace) -> None:
       f'compared with JAX on {found["images"]:,} {found["of"]} images: {100 * found["labels"]:.2f} % the same labels, '
       f'{100 * found["exits"]:.2f} % the same exits, logits differ by at most {found["logits"]:.1e}'
     )
+    if is_another_network(bundle):
+      say(
+        f'calibrated in {bundle["calibrated_dtype"]}: nothing is promised in {given.dtype} before it is calibrated on '
+        f'images: python -m paranet_jax.calibrate --bundle={shlex.quote(str(given.out))} --images=FOLDER'
+      )
     say(f'try it: python {shlex.quote(str(given.out / "run.py"))} IMAGE...')
   if given.web:
     serve = f'python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(given.out))}'

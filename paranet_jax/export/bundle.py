@@ -102,12 +102,17 @@ def write_bundle(
       does not reproduce the network's logits.
   """
   library = page_library(request.web_runtime) if request.web else None
+  computed_in = 'float32'
   if has_dtype(run.model):
+    computed_in = np.dtype(run.model.dtype).name
     run = dataclasses.replace(run, model=run.model.clone(dtype=np.float32))
+  if computed_in != request.dtype:  # A watch would find that another network answers.
+    plan = dataclasses.replace(plan, seen=None)
   calibrated, plan = plan, dataclasses.replace(plan, dtype=None)
   stages = cut(run.model, run.variables, run.image_shape, plan.exits, plan.visited)
   with new_folder(request.out) as folder:
     bundle = describe_bundle(run, plan, stages, request.formats, request.dtype, _packages(request))
+    bundle['calibrated_dtype'] = None if plan.policy == FULL else computed_in
     write_contents(folder, run, plan)
     if 'onnx' in request.formats:
       _write_onnx(folder, run, stages, request.dtype, images)

@@ -42,7 +42,7 @@ def model_card(run: LoadedRun, plan: ExitPlan, costs: Sequence[dict[str, int]], 
     _metadata(run, plan, bundle),
     _what(run, bundle),
     _exits(plan, costs),
-    *_promised(plan),
+    *_promised(plan, bundle),
     _files(run, bundle),
     _made(run, plan, bundle),
   ]
@@ -59,7 +59,7 @@ def _metadata(run: LoadedRun, plan: ExitPlan, bundle: dict[str, Any]) -> str:
     f'datasets:\n- {name}',
     '\n- '.join(['tags:', *bundle['formats'], 'early-exit', 'image-classification']),
   ]
-  if plan.test and plan.test.get('accuracy') is not None:
+  if plan.test and plan.test.get('accuracy') is not None and not is_another_network(bundle):
     lines += [
       'metrics:\n- accuracy',
       f'model-index:\n- name: {json.dumps(run.config.name)}',
@@ -116,11 +116,23 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
   )
 
 
-def _promised(plan: ExitPlan) -> list[str]:
+def is_another_network(bundle: dict[str, Any]) -> bool:
+  """Whether a bundle computes in another dtype than the network that was calibrated, so that nothing is promised."""
+  return bundle['calibrated_dtype'] not in (None, bundle['dtype'])
+
+
+def _promised(plan: ExitPlan, bundle: dict[str, Any]) -> list[str]:
   if plan.policy == FULL:
     return []
-  lines = [*promises(plan), *filter(None, [watch_sentence(plan)])]
-  return ['\n'.join(['## What is promised', '', *(f'- {line}' for line in lines)])]
+  lines = [f'- {line}' for line in (*promises(plan), *filter(None, [watch_sentence(plan)]))]
+  if not is_another_network(bundle):
+    return ['\n'.join(['## What is promised', '', *lines])]
+  why = [
+    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle computes in {bundle["dtype"]}, and',
+    'nothing is promised of it. `python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER` calibrates it on images',
+    'of yours.',
+  ]
+  return ['\n'.join(['## What was promised', '', *why, '', *lines])]
 
 
 def _files(run: LoadedRun, bundle: dict[str, Any]) -> str:

@@ -645,7 +645,10 @@ class Watch:
     """
     seen = bundle._seen
     if seen is None:
-      raise BundleError('expected what calibration saw in exits.json, found none; calibrate and export the run again')
+      raise BundleError(
+        'expected what calibration saw in exits.json, found none; calibrate and export the run again, or the bundle on '
+        'images of yours (python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER)'
+      )
     if not 0 < alpha < 1:
       raise BundleError(f'expected an alpha between 0 and 1, found {alpha}; set --alpha')
     self.path = None if path is None else Path(path)
@@ -1160,15 +1163,20 @@ def load(
   known = _checked_bundle(folder, bundle)
   make = _maker(provider, threads, precision)
   stages = {
-    name: _as_stage(make(folder / stage['file']), stage, folder / stage['file'], known['num_classes'])
+    name: (path, _as_stage(make(path), stage, path, known['num_classes']))
     for name, stage in known['stages'].items()
+    for path in [folder / stage['file']]
   }
+  shape = known['side'], known['side'], known['channels']
+  visited, every = (
+    _not_damaged([stages[name] for name in known[names]], shape) for names in ('visited_stages', 'all_stages')
+  )
   return Adaptive(
     known,
-    {number: stages[name] for number, name in zip(known['visited'], known['visited_stages'], strict=True)},
-    {number: stages[name] for number, name in zip(known['exits'], known['all_stages'], strict=True)},
+    dict(zip(known['visited'], visited, strict=True)),
+    dict(zip(known['exits'], every, strict=True)),
     known['all_macs'],
-    (known['side'], known['side'], known['channels']),
+    shape,
     known['mean'],
     known['std'],
     known['class_names'],
@@ -1559,8 +1567,7 @@ def _as_stage(session: Session, spec: Mapping[str, Any], path: Path, num_classes
 
   def stage(carried: Carried) -> tuple[Carried, np.ndarray]:
     logits, *made = session(['logits', *gives], {name: carried[name] for name in takes})
-    # Those of some images may overflow; where all do, the weights are damaged.
-    if logits.shape[1:] != (num_classes,) or (len(logits) and not np.isfinite(logits).all(-1).any()):
+    if logits.shape[1:] != (num_classes,):
       raise BundleError(f'expected {num_classes} finite logits per image from {path}, found others; {_AGAIN}')
     kept = {name: values for name, values in carried.items() if name in keeps}
     return kept | dict(zip(gives, made, strict=True)), logits
@@ -1628,6 +1635,30 @@ def _openvino(precision: str, threads: int, path: Path) -> Session:
     return [np.array(found[name]) for name in outputs]
 
   return run
+
+
+def _not_damaged(stages: Sequence[tuple[Path, Stage]], shape: tuple[int, int, int]) -> list[Stage]:
+  """Stages in turn, with their files, which refuse weights with which no image has finite logits.
+
+  Those of some images may overflow. Where all of a batch do, a gray image tells whether it is the weights.
+  """
+
+  def checked(last: int) -> Stage:
+    path, own = stages[last]
+
+    def stage(carried: Carried) -> tuple[Carried, np.ndarray]:
+      features, logits = own(carried)
+      if len(logits) and not np.isfinite(logits).all(-1).any():
+        after, expected = {'images': np.zeros((1, *shape), np.float32)}, logits
+        for _, each in stages[: last + 1]:
+          after, expected = each(after)
+        if not np.isfinite(expected).all():
+          raise BundleError(f'expected {logits.shape[1]} finite logits per image from {path}, found others; {_AGAIN}')
+      return features, logits
+
+    return stage
+
+  return [checked(index) for index in range(len(stages))]
 
 
 class TooManyPixels(Exception):
@@ -2379,7 +2410,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left_out:
       _note(printable(left_out_line(left_out)))
     bundle = _load(given)
-    watching = None if given.watch is None else _Watching(Watch(bundle, given.watch, given.alpha), given.on_drift)
+    watching = None
+    if given.watch is not None:
+      alpha = 0.01 if given.alpha is None else given.alpha
+      watching = _Watching(Watch(bundle, given.watch, alpha), given.on_drift == 'safe')
     return _print(bundle, files, given.deadline_ms, (given.max_pixels, given.max_memory), watching)
   except BundleError as error:
     _note(f'error: {printable(" ".join(str(error).split()))}')
@@ -2412,13 +2446,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--threshold', type=float, help='Exit where the score reaches this (default: where calibration chose).')
   add('--budget', type=_count, help='Most multiply-adds per image, such as 5M.')
   add('--watch', metavar='STATE.json', help='Test whether answers still look as in calibration; keeps its state there.')
+  add('--alpha', type=float, help='Probability of a false alarm of --watch, however long (default: 0.01).')
+  add('--on-drift', choices=('warn', 'safe'), help='safe: after an alarm of --watch, no image exits early.')
+  add('--max-pixels', type=parse_size, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
   add(
-    '--alpha', type=float, default=0.01, help='Probability of a false alarm of --watch, however long (default: 0.01).'
+    '--max-memory',
+    type=parse_size,
+    default=MAX_MEMORY,
+    help='Bytes to decode an image, else refuse it (default: 1.07G).',
   )
-  add('--on-drift', choices=('warn', 'safe'), default='warn', help='safe: after an alarm, no image exits early.')
-  add('--max-pixels', type=_size, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
-  add('--max-memory', type=_size, default=MAX_MEMORY, help='Bytes to decode an image, else refuse it (default: 1.07G).')
-  return parser.parse_intermixed_args(argv)
+  given = parser.parse_intermixed_args(argv)
+  if given.watch is None and (given.alpha, given.on_drift) != (None, None):
+    raise BundleError('--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out')
+  return given
 
 
 def _milliseconds(text: str) -> float:
@@ -2436,7 +2476,8 @@ def _count(text: str) -> float:
     raise argparse.ArgumentTypeError(f'expected a number such as 5M, found {text}') from error
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+  """A number of pixels or bytes on the command line, such as 25M."""
   value = _count(text)
   if not 1 <= value < 2**63:
     raise argparse.ArgumentTypeError(f'expected a number above 0 such as 5M, found {text}')
@@ -2444,9 +2485,9 @@ def _size(text: str) -> int:
 
 
 def _checked_threshold(threshold: float, score: str) -> float:
-  most = np.inf if score == 'patience' else 1
-  if not 0 <= threshold <= most:
-    scale = 'of 0 or more' if score == 'patience' else 'from 0 to 1'
+  fits = threshold >= 0 and threshold % 1 == 0 if score == 'patience' else 0 <= threshold <= 1
+  if not fits:
+    scale = 'of 0 or more equal labels' if score == 'patience' else 'from 0 to 1'
     raise BundleError(f'expected a threshold {scale}, as {score} is, found {threshold}; set --threshold')
   return threshold
 
@@ -2454,8 +2495,8 @@ def _checked_threshold(threshold: float, score: str) -> float:
 class _Watching:
   """A watch of the command: what it prints, and what follows. safe: after an alarm, no image exits early."""
 
-  def __init__(self, watch: Watch, on_drift: str):
-    self._watch, self._safe, self._told = watch, on_drift == 'safe', False
+  def __init__(self, watch: Watch, safe: bool):
+    self._watch, self._safe, self._told = watch, safe, False
 
   def bundle(self, bundle: Adaptive) -> Adaptive:
     """The bundle for the next images."""

@@ -17,6 +17,7 @@ from paranet_jax.portable.run import (
   BundleError,
   left_out_line,
   list_images,
+  parse_size,
   printable,
 )
 from paranet_jax.predict.image_files import Batch, read_batches
@@ -51,12 +52,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add(
     '--batch-size', type=partial(positive, most=16_384), default=256, help='Images predicted at a time (default: 256).'
   )
-  add('--max-pixels', type=positive, default=MAX_PIXELS, help=f'Refuse larger images (default: {MAX_PIXELS}).')
+  add('--max-pixels', type=parse_size, default=MAX_PIXELS, help='Refuse larger images (default: 179M).')
   add(
     '--max-memory',
-    type=positive,
+    type=parse_size,
     default=MAX_MEMORY,
-    help=f'Bytes that decoding an image may take; images that need more are refused (default: {MAX_MEMORY}).',
+    help='Bytes that decoding an image may take; images that need more are refused (default: 1.07G).',
   )
   add_jax_flags(parser)
   given = parser.parse_intermixed_args(argv)

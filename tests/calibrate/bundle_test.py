@@ -137,7 +137,7 @@ def test_promises_of_a_bundle(whole, folder):
   out = calibrate(folder, whole / 'labeled', '--threshold=0.99', '--reject=0.5', '--coverage=0.8')
   plan, bundle = read_plan(folder / 'tiny-2'), run.load(folder / 'tiny-2')
   assert plan.target == {'threshold': 0.99} and plan.reject['risk'] == 0.5
-  assert bundle.rejects and bundle.coverage == 0.8 and plan.splits['promises'] == 40
+  assert bundle.rejects and bundle.coverage == 0.8 and plan.splits['promises'] == 20
   assert bundle.sets(bundle.predict(IMAGES)).any(-1).all()
   answered, error, covered = (f'{100 * plan.test[name]:.2f} %' for name in ('answered', 'answered_error', 'covered'))
   assert f'answered, the others are unknown: {answered}; wrong among them: {error}\n' in out
@@ -159,10 +159,10 @@ def test_answers_that_are_wrong_however_sure(whole, folder):
   for number in range(tiny_bundle.CLASSES):  # Each class has the images of the one before.
     before = whole / f'labeled/class {(number - 1) % tiny_bundle.CLASSES}'
     shutil.copytree(before, folder / f'images/class {number}')
-  flags = f'--bundle={folder / "tiny"}', f'--images={folder / "images"}', '--threshold=1', '--reject=0.1'
+  flags = f'--bundle={folder / "tiny"}', f'--images={folder / "images"}', '--threshold=1', '--reject=0.2'
   found, _ = refusal(folder, *flags)
   assert found == (
-    'an error of 0.1 among the answers cannot be promised from 40 held-out images: the surest answers are wrong too '
+    'an error of 0.2 among the answers cannot be promised from 20 held-out images: the surest answers are wrong too '
     'often; no bundle was written; raise --reject, let fewer images leave early, or set --images to more of them'
   )
 
@@ -258,13 +258,13 @@ def refusal(folder, *flags):
     (['--images=PLAIN', '--reject=0.1'], '--reject needs labels, and the images in PLAIN have none; leave it out'),
     (
       ['--images=LABELED', '--threshold=0', '--reject=0.02'],
-      'an error of 0.02 among the answers cannot be promised from 40 held-out images: it would need 114 of its own, '
-      'half of all; no bundle was written; raise --reject, let fewer images leave early, or set --images to more of '
-      'them',
+      'an error of 0.02 among the answers cannot be promised from 20 held-out images: it would need 114 of its own, '
+      'a quarter of all; no bundle was written; raise --reject, let fewer images leave early, or set --images to more '
+      'of them',
     ),
     (
       ['--images=LABELED', '--threshold=0', '--coverage=0.99'],
-      'a coverage of 0.99 needs 99 held-out images of its own, half of all, found 40; no bundle was written; '
+      'a coverage of 0.99 needs 99 held-out images of its own, a quarter of all, found 20; no bundle was written; '
       'lower --coverage, or set --images to more of them',
     ),
     (['--images=PLAIN', '--coverage=0.9'], '--coverage needs labels, and the images in PLAIN have none; leave it out'),
@@ -312,10 +312,17 @@ def test_bundles_whose_target_cannot_be_met_again(whole, tmp_path, change, messa
 def test_a_policy_that_does_not_suit_the_score(whole, tmp_path):
   patient = {'score': 'patience', 'thresholds': (2.0, 2.0, 0.0), 'confidence_thresholds': (2.0, 2.0, 0.0)}
   write(tmp_path / 'tiny', ExitPlan(**vars(PLAN) | patient))
-  found, _ = refusal(tmp_path, f'--bundle={tmp_path / "tiny"}', f'--images={whole / "labeled"}', '--budget=15M')
+  flags = f'--bundle={tmp_path / "tiny"}', f'--images={whole / "labeled"}'
+  found, _ = refusal(tmp_path, *flags, '--budget=15M', '--policy=optimal')
   assert found == (
-    '--policy=optimal does not go with the score of the bundle, patience; set another --policy or target'
+    '--policy=optimal with --budget needs a score of max_prob or entropy or margin, found patience; '
+    'set another --policy'
   )
+  found, _ = refusal(tmp_path, *flags, '--threshold=0.9')
+  assert found == 'expected 1 or more equal predictions in a row for --score=patience, found 0.9; set --threshold'
+  for target in ('--budget=15M', '--threshold=2'):
+    assert main([*flags, target, f'--out={tmp_path / target}']) == 0
+    assert read_plan(tmp_path / target).policy == 'shared'
   found, _ = refusal(tmp_path, f'--bundle={tmp_path / "tiny"}', f'--images={whole / "labeled"}', '--reject=0.1')
   assert found == '--reject needs a score that ranks images, found a bundle that exits by patience; leave it out'
 

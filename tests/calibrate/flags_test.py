@@ -141,12 +141,18 @@ NOT_A_BUDGET = (
       ['--threshold=1', '--policy=quota'],
       '--policy=quota belongs to --budget, found --threshold; leave one of them out',
     ),
-    (['--threshold=1', '--delta=0.1'], '--delta belongs to --policy=ltt, found shared; leave out --delta'),
+    (
+      ['--threshold=1', '--delta=0.1'],
+      '--delta belongs to --policy=ltt or to --reject, found shared; leave out --delta',
+    ),
     (
       ['--budget=3M', '--risk-loss=gap'],
       '--risk-loss belongs to --policy=ltt or crc, found optimal; leave out --risk-loss',
     ),
-    (['--risk=0.1', '--guarantee=crc', '--delta=0.1'], '--delta belongs to --policy=ltt, found crc; leave out --delta'),
+    (
+      ['--risk=0.1', '--guarantee=crc', '--delta=0.1'],
+      '--delta belongs to --policy=ltt or to --reject, found crc; leave out --delta',
+    ),
     (
       ['--risk=0.1', '--score=patience'],
       '--risk needs a score that ranks images, found --score=patience; leave one of them out',

@@ -14,6 +14,7 @@ from paranet_jax.data.dataset import Source
 from paranet_jax.data.identity import Known, choose_limits, compare, drawn, identities, together
 from paranet_jax.data.load import load_dataset
 from paranet_jax.host.errors import UserError
+from paranet_jax.runs.dataset_facts import save_weights_facts
 from paranet_jax.runs.learned import IDENTITY, restore_learned, save_learned
 
 HELD_OUT = 6
@@ -180,6 +181,27 @@ def test_changed_classes_are_refused(run, photos, change, message, num_classes):
     again(run, photos, num_classes=num_classes)
   assert message.format(photos=photos) in str(error.value) and '--accept_data_changes' in str(error.value)
   assert str(run[0]) in str(error.value)
+
+
+def test_folders_are_the_classes_of_weights_by_their_names(photos, tmp_path):
+  """Those of ImageNet are not in alphabetical order, and a folder need not have all of them."""
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  save_weights_facts(workdir, 'imagenet', ('dog', 'newt', 'cat'), (0.5, 0, 0), (0.5, 1, 1))
+  for _ in range(2):  # At its start, and when it is resumed.
+    dataset = again((workdir,), photos)
+    assert dataset.class_names == ('dog', 'newt', 'cat')
+    labels = {label for label, red in set.union(*splits(dataset).values()) if red >= 100}
+    assert labels == {0} and set(dataset.train.labels) == {0, 2}
+    save_learned(workdir, dataset)
+  (tmp_path / 'other').mkdir()
+  save_weights_facts(tmp_path / 'other', 'imagenet', ('class 0', 'class 1'), (0.5, 0, 0), (0.5, 1, 1))
+  with pytest.raises(UserError) as error:
+    again((tmp_path / 'other',), photos)
+  assert str(error.value) == (
+    f"expected folders named after the 2 classes of the weights, such as 'class 0', found 'cat' in {photos}: rename or "
+    'remove it, or set --classes of adopt, which learns the classes of the folders'
+  )
 
 
 def test_a_class_is_gone(run, photos, tmp_path):

@@ -69,7 +69,8 @@ def refusal(capsys, *arguments):
     (('--bundle=older',), 'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle'),
     (
       (WHOLE, '--watch=state.json'),
-      'expected what calibration saw in exits.json, found none; calibrate and export the run again',
+      'expected what calibration saw in exits.json, found none; calibrate and export the run again, or the bundle on '
+      'images of yours (python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER)',
     ),
     (
       ('--bundle=unwatched', '--watch=state.json'),

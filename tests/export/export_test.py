@@ -370,6 +370,11 @@ def test_reduced_precision(dtype, weights, tmp_path, held_out, logits, capsys):
   out, err = capsys.readouterr()
   percent = [f'{100 * found[key]:.2f} % the same {key}' for key in ('labels', 'exits')]
   assert f'on {count} held-out images: {percent[0]}, {percent[1]}' in out and not err
+  # Another network than the one that was calibrated.
+  assert f'\ncalibrated in float32: nothing is promised in {dtype} before it is calibrated on images: ' in out
+  card = (tmp_path / 'out/README.md').read_text()
+  assert '## What was promised\n' in card and '## What is promised' not in card and '--watch' not in card
+  assert 'model-index' not in card and json.loads((tmp_path / 'out/exits.json').read_text()).get('seen') is None
   model = onnx.load(tmp_path / 'out/stage_2.onnx')
   assert {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer} - {'INT64'} == weights
   size = (tmp_path / 'out/stage_3.onnx').stat().st_size
@@ -431,7 +436,7 @@ def test_the_commands_it_names_run_in_any_folder(tmp_path, monkeypatch, capsys):
 
   def write(request, run, plan, images):
     request.out.mkdir()
-    return {'step': run.step, 'agreement': agreement}
+    return {'step': run.step, 'agreement': agreement, 'dtype': 'float32', 'calibrated_dtype': 'float32'}
 
   monkeypatch.setattr(bundle_lib, 'write_bundle', write)
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/my bundle', '--web']) == 0

@@ -93,6 +93,8 @@ def test_limits_of_an_image(command, photos, flags, why):
     ('--max-memory=1e30', 'argument --max-memory: expected a number above 0 such as 5M, found 1e30; see --help'),
     ('--max-memory=much', 'argument --max-memory: expected a number such as 5M, found much; see --help'),
     ('--deadline-ms=soon', 'argument --deadline-ms: expected more than 0 ms, found soon; see --help'),
+    ('--on-drift=safe', '--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out'),
+    ('--alpha=7', '--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out'),
     ('--deadline-ms=nan', 'argument --deadline-ms: expected more than 0 ms, found nan; see --help'),
     ('--budget=nan', 'expected a budget of 10 multiply-adds or more, found nan; set --budget=10'),
   ],

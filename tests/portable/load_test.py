@@ -407,6 +407,25 @@ def test_images_whose_logits_overflow_are_answered_apart(folder, monkeypatch):
   np.testing.assert_array_equal(found.probabilities[[0, 2, 3]], expected.probabilities[[0, 2, 3]])
 
 
+@pytest.mark.filterwarnings('ignore:invalid value')
+def test_a_single_image_whose_logits_overflow(folder, monkeypatch):
+  session = run._onnxruntime
+
+  def overflowing(*given):
+    opened = session(*given)
+
+    def compute(names, values):
+      logits, *others = opened(names, values)
+      return (np.full_like(logits, np.inf) if any(each.any() for each in values.values()) else logits), *others
+
+    return compute
+
+  monkeypatch.setattr(run, '_onnxruntime', overflowing)
+  bundle = run.load(folder)
+  for found in (bundle.predict(IMAGES[:1]), bundle.predict_one(IMAGES[0]), *bundle.anytime(IMAGES[0])):
+    assert np.isnan(found.probabilities).all()
+
+
 def test_links_to_files_and_other_files_do_not_matter(folder, whole, tmp_path):
   moved = folder / 'stage_1.onnx'
   moved.rename(tmp_path / 'blob')

@@ -317,7 +317,8 @@ def test_no_image_costs_more_than_the_budget(budget, last):
     ('max_prob', lambda b: b.with_threshold(1.5), 'threshold from 0 to 1, as max_prob is, found 1.5; set --threshold'),
     ('max_prob', lambda b: b.with_threshold(float('nan')), 'threshold from 0 to 1, as max_prob is, found nan; '),
     ('max_prob', lambda b: b.with_budget(69), 'budget of 70 multiply-adds or more, found 69; set --budget=70'),
-    ('patience', lambda b: b.with_threshold(-1), 'threshold of 0 or more, as patience is, found -1; set --threshold'),
+    ('patience', lambda b: b.with_threshold(-1), 'threshold of 0 or more equal labels, as patience is, found -1; '),
+    ('patience', lambda b: b.with_threshold(0.9), 'threshold of 0 or more equal labels, as patience is, found 0.9; '),
   ],
 )
 def test_wrong_thresholds_and_budgets(score, call, message):

@@ -294,6 +294,10 @@ def test_pillow_warnings_do_not_leak(predict, monkeypatch):
       ['a.png', f'--batch-size={10**8}'],
       'argument --batch-size: expected an integer from 1 to 16,384, found 100000000; see --help',
     ),
+    (
+      ['a.png', '--max-memory=0'],
+      'argument --max-memory: expected a number above 0 such as 5M, found 0; see --help',
+    ),
     (['a.png', '--batch-size=-1'], 'argument --batch-size: expected an integer of 1 or more, found -1; see --help'),
     (
       ['a.png', '--output=~nobody-here/x'],

@@ -197,11 +197,13 @@ def _find_classes(folder: Path, rest: Rest) -> _ByClass:
 def _count_tested(root: Path, by_class: _ByClass, test_fraction: float) -> int:
   """How many images of one folder of class folders are drawn for the test split."""
   files, labels = _flatten(by_class, sorted(by_class))
-  count = round(test_fraction * len(files))
-  if not 1 <= count <= max_drawable(labels):
+  count, most = round(test_fraction * len(files)), max_drawable(labels)
+  if not 1 <= count <= most:
+    fits = 0.2 if 1 <= round(0.2 * len(files)) <= most else float(f'{1 / len(files):.2g}')
+    fix = f'set --config.data.test_fraction={fits}' if most else 'add images: one class at least needs two'
     raise UserError(
       f'expected a share that leaves each of {len(by_class)} classes an image to train on and at least one to test on, '
-      f'found {test_fraction} of {len(files)} images in {root}: set --config.data.test_fraction=0.2'
+      f'found {test_fraction} of {len(files)} images in {root}: {fix}'
     )
   return count
 

@@ -290,7 +290,9 @@ _OF = Flag(
   'of --policy=ltt: marginal (default): of all images; selective: of those that leave at each early exit; class: of '
   'each class',
 )
-_DELTA = Flag('delta', 'delta', fraction, 0.1, 'of --policy=ltt: how often the risk may be missed (default: 0.1)')
+_DELTA = Flag(
+  'delta', 'delta', fraction, 0.1, 'of --policy=ltt and of --reject: how often the promise may be missed (default: 0.1)'
+)
 
 LTT = Policy('ltt', 'one threshold for all exits', {'risk': RANKING}, _choose, (_DELTA, _LOSS, _OF))
 CRC = Policy('crc', 'one threshold for all exits', {'risk': RANKING}, _choose, (_LOSS,))

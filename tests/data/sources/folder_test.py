@@ -417,6 +417,16 @@ ERRORS = {
   'no such folder': ([], {'data_dir': '/no/such'}, 'found no folder /no/such: name it with --config.data.data_dir='),
   'on_corrupt': ([], {'on_corrupt': 'ignore'}, "expected 'refuse' or 'skip', found 'ignore': .*on_corrupt=skip"),
   'no fraction': (ONE_FOLDER, {'test_fraction': 0.0}, 'found 0.0 of 16 images in .*: .*test_fraction=0.2'),
+  'single images': (
+    ['cat/a.png', 'dog/a.png'],
+    {'test_fraction': 0.2},
+    'found 0.2 of 2 images in .*: add images: one class at least needs two$',
+  ),
+  'few images': (  # 0.2 of 9 are 2, of which one would be all of a class.
+    [f'{name}/a.png' for name in 'abcdefgh'] + ['a/b.png'],
+    {'test_fraction': 0.2},
+    'found 0.2 of 9 images in .*: set --config.data.test_fraction=0.11$',
+  ),
   'whole fraction': (ONE_FOLDER, {'test_fraction': 1.0}, 'found 1.0 of 16 images'),
   'negative fraction': (ONE_FOLDER, {'test_fraction': -0.5}, 'found -0.5 of 16 images'),
 }
