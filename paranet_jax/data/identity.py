@@ -188,8 +188,8 @@ def together(records: Sequence[Learned | None]) -> Learned | None:
 def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) -> Int32[np.ndarray, ' classes'] | None:
   """The learned label of each class of the data; -1: of a class that the run does not know. None: nothing changed.
 
-  A class has its name's label, whatever the order: `compare` finds labels that changed. One with an unknown name has the
-  label that most of its images had, and the only one left that of the only class that is gone.
+  A class has its name's label, whatever the order: `compare` finds labels that changed. One with an unknown name has
+  the label that most of its images had, and the only one left that of the only class that is gone.
 
   Args:
     names: the classes of the data.

@@ -128,6 +128,9 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States, config: ConfigDi
     latest = [_latest(states[run.name]) for run in group]
     for number in latest[0][1]:
       each = [100 * accuracies[number] for _, accuracies in latest]
+      both = zip(group, latest, strict=True)
+      every = [states[run.name].held_out.get(epoch, {}).get(number) for run, (epoch, _) in both]
+      held_out = [100 * accuracy for accuracy in every if accuracy is not None]
       paper = _published(own[0], number)
       rows.append(
         {
@@ -138,6 +141,7 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States, config: ConfigDi
           'ours': statistics.mean(each),
           'std': _std(each),
           'each_seed': each,
+          'held_out': statistics.mean(held_out) if len(held_out) == len(group) else None,
           'paper': paper and paper.accuracy,
           'paper_std': paper and paper.std,
           'epoch': latest[0][0],
@@ -220,7 +224,7 @@ def markdown(found: dict[str, Any]) -> str:
     f'# Results of {found["queue"]}, {found["date"]}',
     'Accuracy on the test images: of the last step, mean +- standard deviation (n - 1) over the seeds; rows marked '
     '**partial** are at the epoch that they name. Multiply-adds for an image and parameters include the exits before.',
-    table(_ROWS, [_row(row) for row in found['rows']]) if found['rows'] else 'Nothing has been measured yet.',
+    _rows_table(found['rows']) if found['rows'] else 'Nothing has been measured yet.',
   ]
   for question in dict.fromkeys(own['question'] for own in found['comparisons']):
     own = [entry for entry in found['comparisons'] if entry['question'] == question]
@@ -231,6 +235,19 @@ def markdown(found: dict[str, Any]) -> str:
     lines += [table(_RUNS, [_run_row(run) for run in found['runs']])]
     lines += [commands_block([run['command'] for run in found['runs']])]
   return '\n\n'.join(filter(None, lines)) + '\n'
+
+
+def _rows_table(rows: Sequence[dict[str, Any]]) -> str:
+  """The table of the rows, with a column for held-out images where there are any: what is chosen is chosen by them."""
+  held_out = [row.get('held_out') for row in rows]  # Older results have none.
+  cells = [_row(row) for row in rows]
+  if set(held_out) == {None}:
+    return table(_ROWS, cells)
+  shown = [ABSENT if value is None else f'{value:.2f}' for value in held_out]
+  return table(
+    (*_ROWS[:4], 'held out (%)', *_ROWS[4:]),
+    [(*cell[:4], value, *cell[4:]) for cell, value in zip(cells, shown, strict=True)],
+  )
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:

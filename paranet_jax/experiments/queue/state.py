@@ -83,7 +83,15 @@ class RunState:
   @cached_property
   def measured(self) -> dict[float, dict[int, float]]:
     """Of every evaluation on the test images so far, by its epoch: the accuracy (a fraction) of each trained exit."""
-    return {line['epoch']: _accuracies(line) for line in self.metrics if line['split'] == 'test'}
+    return self._measured('test')
+
+  @cached_property
+  def held_out(self) -> dict[float, dict[int, float]]:
+    """As `measured`, on the held-out images; empty without any."""
+    return self._measured('held_out')
+
+  def _measured(self, split: str) -> dict[float, dict[int, float]]:
+    return {line['epoch']: _accuracies(line) for line in self.metrics if line['split'] == split}
 
   @property
   def measured_at_end(self) -> bool:

@@ -123,6 +123,20 @@ def test_markdown(queue):
   assert '--config.train.nesterov=False --config.seed=1 --workdir=' in text
 
 
+def test_held_out_accuracies_have_a_column(queue):
+  for name, accuracy in (('plain-s0', 0.3), ('plain-s1', 0.4)):
+    with (queue.workdir / 'runs' / name / 'metrics.jsonl').open('a') as file:
+      for epoch in (3, 4):
+        line = {'step': 10 * epoch, 'epoch': float(epoch), 'split': 'held_out', 'exit_1/accuracy': accuracy * epoch / 4}
+        file.write(json.dumps(line) + '\n')
+  found = results(read_queue(queue.path), queue.workdir, {})
+  assert [row['held_out'] for row in found['rows']] == [pytest.approx(35), None, None, None]
+  header, _, first, second, *_ = [line for line in markdown(found).splitlines() if line.startswith('|')]
+  assert header.startswith('| run | exit | paper (%) | ours (%) | held out (%) | seeds | ')
+  assert first.startswith('| plain | 1 | — | 14.50 +- 0.71 | 35.00 | 0, 1 | ')
+  assert second.startswith('| plain | 1 | — | 14.00 | — | 2 | ')
+
+
 def test_published_accuracies_and_nothing_measured(tmp_path):
   fake = FakeQueue(
     tmp_path, QUEUE.replace("name = 'larger'", "name = 'larger'\npaper = 'PN3cut-ddd'").replace('digits', 'cifar100')
