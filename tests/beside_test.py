@@ -15,11 +15,13 @@ import tiny
 from running import TINY, before_each_step, refusal, run_main, saved_state, send
 
 import paranet_jax
-from paranet_jax import steps, train
+from paranet_jax import losses, steps, train
+from paranet_jax import task as task_lib
 from paranet_jax.base_config import base_config
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.errors import UserError
 from paranet_jax.losses import squared_error
+from paranet_jax.models import linked
 from paranet_jax.optim import make_optimizer
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.packed import pack
@@ -82,8 +84,15 @@ def test_off_is_the_program_without_any_of_it(monkeypatch):
   def never(*_, **__):
     raise AssertionError
 
-  for name in ('auto_augment', 'alternately_mirrored', 'cutmix', 'averaged'):
-    monkeypatch.setattr(steps, name, never)
+  parts = {
+    steps: ('auto_augment', 'alternately_mirrored', 'cutmix', 'averaged', 'conflict_averse'),
+    task_lib: ('with_own_channels',),
+    losses: ('leaving_weights',),
+    linked: ('boosted', 'with_transfer'),
+  }
+  for module, names in parts.items():
+    for name in names:
+      monkeypatch.setattr(module, name, never)
   config = base_config('PN2-2d')
   config.update_from_flattened_dict({'model.layers_per_block': 1, 'model.image_side': 8, 'data.name': 'digits'})
   task = build_task(config)

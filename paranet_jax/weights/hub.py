@@ -6,6 +6,7 @@ What it does not do, comparing what arrived with its hash, is done here.
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -166,6 +167,7 @@ def _library() -> Any:
     import huggingface_hub.utils
   except ImportError as error:
     raise UserError(f'{PREFIX} needs huggingface_hub, found none; pip install huggingface_hub') from error
+  logging.getLogger('huggingface_hub').propagate = False  # It has a handler: its lines would be printed twice.
   if not sys.stderr or not sys.stderr.isatty():
     huggingface_hub.utils.disable_progress_bars()
   return huggingface_hub

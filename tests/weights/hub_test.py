@@ -1,5 +1,6 @@
 """Tests of `hf:OWNER/NAME` against a hub on this machine."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -179,7 +180,7 @@ def test_offline_the_cache_serves(hub, monkeypatch):
     (HubPlace('me/other'), f'expected hf:me/other in {constants.HF_HUB_CACHE}, as HF_HUB_OFFLINE is set, found none'),
   ):
     assert refusal(place).startswith(message)
-  assert not hub.requests
+  assert not hub.requests and not logging.getLogger('huggingface_hub').propagate
 
 
 def test_out_of_reach_the_cache_serves(hub, monkeypatch):
