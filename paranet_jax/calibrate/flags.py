@@ -173,7 +173,7 @@ def _kind(given: argparse.Namespace) -> str | None:
 def _aim(given: argparse.Namespace, kind: str) -> tuple[Policy, dict[str, Any]]:
   """The policy and the target, without the values of the policy's own flags."""
   if given.threshold is not None:
-    _check_threshold(given.threshold, given.score)
+    _check_threshold(given.threshold, given.score, _shown_score(given))
   policy = _policy(given, kind)
   target = given.budget or {kind: getattr(given, kind)}
   return policy, target | ({'guarantee': policy.name} if kind == 'risk' else {})
@@ -388,13 +388,15 @@ def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
   return convert
 
 
-def _check_threshold(threshold: float, score: str) -> None:
+def _shown_score(given: argparse.Namespace) -> str:
+  return f'--score={given.score}' if given.bundle is None else f'a bundle that exits by {given.score}'
+
+
+def _check_threshold(threshold: float, score: str, shown: str) -> None:
   if score == 'patience' and not (threshold >= 1 and threshold.is_integer()):
-    raise UserError(
-      f'expected 1 or more equal predictions in a row for --score=patience, found {threshold:g}; set --threshold'
-    )
+    raise UserError(f'expected 1 or more equal predictions in a row for {shown}, found {threshold:g}; set --threshold')
   if score != 'patience' and not 0 <= threshold <= 1:
-    raise UserError(f'expected a threshold from 0 to 1 for --score={score}, found {threshold:g}; set --threshold')
+    raise UserError(f'expected a threshold from 0 to 1 for {shown}, found {threshold:g}; set --threshold')
 
 
 def _policy(given: argparse.Namespace, target: str) -> Policy:
@@ -407,7 +409,8 @@ def _policy(given: argparse.Namespace, target: str) -> Policy:
   if not policy and name:
     raise UserError(f"unknown {flag} '{name}', expected one of {_names(target)}; set --{flag}")
   if not policy:
-    raise UserError(f'--{target} needs a score that ranks images, found --score={given.score}; leave one of them out')
+    fix = 'leave one of them out' if given.bundle is None else 'set --budget or --threshold'
+    raise UserError(f'--{target} needs a score that ranks images, found {_shown_score(given)}; {fix}')
   if target not in policy.scores:
     expected = ' or '.join(f'--{each}' for each in policy.scores)
     raise UserError(f'--{flag}={name} belongs to {expected}, found --{target}; leave one of them out')

@@ -214,7 +214,8 @@ def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) 
       f'{place}: rename or remove it, or set --classes of adopt, which learns the classes of the folders'
     )
   if not learned.accept_changes:
-    raise UserError(_class_difference(tuple(names), own, learned.workdir, place))
+    with_images = [name for label, name in enumerate(own) if not learned.splits or label in recorded]
+    raise UserError(_class_difference(tuple(names), own, with_images, learned.workdir, place))
   labels = [
     own.index(name) if name in own else _majority(known.ids[known.labels == label], learned)
     for label, name in enumerate(names)
@@ -225,8 +226,10 @@ def label_map(names: Sequence[str], known: Known, learned: Learned, place: str) 
   return np.array(labels, np.int32)
 
 
-def _class_difference(names: tuple[str, ...], own: tuple[str, ...], workdir: Path, place: str) -> str:
-  added, gone = ([name for name in these if name not in those] for these, those in ((names, own), (own, names)))
+def _class_difference(
+  names: tuple[str, ...], own: tuple[str, ...], with_images: Sequence[str], workdir: Path, place: str
+) -> str:
+  added, gone = ([name for name in these if name not in those] for these, those in ((names, own), (with_images, names)))
   expected = f'expected the {len(own)} classes that the run in {workdir} learned'
   if added and not gone:
     return (

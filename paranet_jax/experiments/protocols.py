@@ -27,7 +27,7 @@ PROTOCOLS = {
   },
 }
 
-_NO_REDUCTION = (
+NO_REDUCTION = (
   'seed:',
   'name:',
   'train.devices:',
@@ -101,4 +101,4 @@ def default_workdir(protocol: Protocol) -> str:
 def reductions(config: ConfigDict) -> list[str]:
   """The differences between a run and the paper's that matter to its results, each as `field: the paper's -> here`."""
   paper, here = base_config(config.name, config.model.family).to_dict(), config.to_dict()
-  return [change for change in config_lib.differences(paper, here) if not change.startswith(_NO_REDUCTION)]
+  return [change for change in config_lib.differences(paper, here) if not change.startswith(NO_REDUCTION)]

@@ -76,12 +76,11 @@ def _run(given: argparse.Namespace) -> None:
       f'compared with JAX on {found["images"]:,} {found["of"]} images: {100 * found["labels"]:.2f} % the same labels, '
       f'{100 * found["exits"]:.2f} % the same exits, logits differ by at most {found["logits"]:.1e}'
     )
-    if is_another_network(bundle):
-      say(
-        f'calibrated in {bundle["calibrated_dtype"]}: nothing is promised in {given.dtype} before it is calibrated on '
-        f'images: python -m paranet_jax.calibrate --bundle={shlex.quote(str(given.out))} --images=FOLDER'
-      )
     say(f'try it: python {shlex.quote(str(given.out / "run.py"))} IMAGE...')
+  if is_another_network(bundle):
+    again = f'python -m paranet_jax.calibrate --bundle={shlex.quote(str(given.out))} --images=FOLDER'
+    line = f'calibrated in {bundle["calibrated_dtype"]}: nothing is promised in {given.dtype}'
+    say(f'{line} before it is calibrated on images: {again}' if 'onnx' in bundle['formats'] else line)
   if given.web:
     serve = f'python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(given.out))}'
     say(f'see it: {serve}, then open http://localhost:8000')

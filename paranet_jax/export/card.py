@@ -117,8 +117,8 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
 
 
 def is_another_network(bundle: dict[str, Any]) -> bool:
-  """Whether a bundle computes in another dtype than the network that was calibrated, so that nothing is promised."""
-  return bundle['calibrated_dtype'] not in (None, bundle['dtype'])
+  """Whether a bundle is in another dtype than the network that was calibrated, so that nothing is promised of it."""
+  return bundle.get('calibrated_dtype') not in (None, bundle.get('dtype'))
 
 
 def _promised(plan: ExitPlan, bundle: dict[str, Any]) -> list[str]:
@@ -128,10 +128,11 @@ def _promised(plan: ExitPlan, bundle: dict[str, Any]) -> list[str]:
   if not is_another_network(bundle):
     return ['\n'.join(['## What is promised', '', *lines])]
   why = [
-    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle computes in {bundle["dtype"]}, and',
-    'nothing is promised of it. `python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER` calibrates it on images',
-    'of yours.',
+    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle is in {bundle["dtype"]}, and nothing',
+    'is promised of it.',
   ]
+  if 'onnx' in bundle['formats']:
+    why.append('`python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER` calibrates it on images of yours.')
   return ['\n'.join(['## What was promised', '', *why, '', *lines])]
 
 

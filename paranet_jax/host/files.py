@@ -26,7 +26,7 @@ def replacing(path: Path, mode: str = 'w', **options: Any) -> Iterator[IO]:
   """Opens a file that replaces `path` when the context ends without an error, and is discarded otherwise.
 
   Several processes may write the path at once, and the last one wins. What a kill leaves behind is removed by the next
-  write, see `sweep`.
+  write (see `sweep`), where the file system has locks.
 
   Args:
     mode: 'w' or 'wb'.
@@ -62,7 +62,7 @@ def sweep(folder: Path, name: str = '*') -> None:
   for path in folder.glob(f'{name}.{8 * "[0-9a-f]"}.tmp'):
     with contextlib.suppress(OSError):
       if path.is_file():
-        with path.open('rb') as file:
+        with path.open('r+b') as file:  # NFS locks only what may be written.
           fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Refused while the process that writes it lives.
           path.unlink()
 

@@ -646,8 +646,8 @@ class Watch:
     seen = bundle._seen
     if seen is None:
       raise BundleError(
-        'expected what calibration saw in exits.json, found none; calibrate and export the run again, or the bundle on '
-        'images of yours (python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER)'
+        'expected what calibration saw in exits.json, found none; calibrate the bundle on images of yours (python -m '
+        'paranet_jax.calibrate --bundle=DIR --images=FOLDER), or calibrate and export the run again, in float32'
       )
     if not 0 < alpha < 1:
       raise BundleError(f'expected an alpha between 0 and 1, found {alpha}; set --alpha')

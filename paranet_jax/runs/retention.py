@@ -47,7 +47,7 @@ class Retention:
     return (
       step % self._every_steps == 0
       or self._is_kept(step)
-      or (self._measure is not None and step % self._evaluation_steps == 0)
+      or (self._measure is not None and step > self._begun and step % self._evaluation_steps == 0)
     )
 
   def kept(self, steps: Iterable[int]) -> set[int]:

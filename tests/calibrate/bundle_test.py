@@ -319,7 +319,14 @@ def test_a_policy_that_does_not_suit_the_score(whole, tmp_path):
     'set another --policy'
   )
   found, _ = refusal(tmp_path, *flags, '--threshold=0.9')
-  assert found == 'expected 1 or more equal predictions in a row for --score=patience, found 0.9; set --threshold'
+  assert (
+    found
+    == 'expected 1 or more equal predictions in a row for a bundle that exits by patience, found 0.9; set --threshold'
+  )
+  found, _ = refusal(tmp_path, *flags, '--risk=0.1')
+  assert found == (
+    '--risk needs a score that ranks images, found a bundle that exits by patience; set --budget or --threshold'
+  )
   for target in ('--budget=15M', '--threshold=2'):
     assert main([*flags, target, f'--out={tmp_path / target}']) == 0
     assert read_plan(tmp_path / target).policy == 'shared'

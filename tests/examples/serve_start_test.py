@@ -69,8 +69,8 @@ def refusal(capsys, *arguments):
     (('--bundle=older',), 'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle'),
     (
       (WHOLE, '--watch=state.json'),
-      'expected what calibration saw in exits.json, found none; calibrate and export the run again, or the bundle on '
-      'images of yours (python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER)',
+      'expected what calibration saw in exits.json, found none; calibrate the bundle on images of yours (python -m '
+      'paranet_jax.calibrate --bundle=DIR --images=FOLDER), or calibrate and export the run again, in float32',
     ),
     (
       ('--bundle=unwatched', '--watch=state.json'),

@@ -436,7 +436,7 @@ def test_the_commands_it_names_run_in_any_folder(tmp_path, monkeypatch, capsys):
 
   def write(request, run, plan, images):
     request.out.mkdir()
-    return {'step': run.step, 'agreement': agreement, 'dtype': 'float32', 'calibrated_dtype': 'float32'}
+    return {'step': run.step, 'agreement': agreement}
 
   monkeypatch.setattr(bundle_lib, 'write_bundle', write)
   assert export.main([f'--workdir={PRETRAINED}', f'--out={tmp_path}/my bundle', '--web']) == 0

@@ -153,7 +153,8 @@ class Queue:
     """Whether a run reads another one of this queue, such as its teacher, that may still finish."""
     read = [os.path.realpath(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
     others = {os.path.realpath(self._workdir / RUNS / other.name): other.name for other in self.queue.runs}
-    return any(others[place] not in self._left for place in read if place in others)
+    names = {others[place] for place in read if place in others}
+    return bool(names & self._refused or names - self._left.keys())
 
   def _check_room(self) -> None:
     room = self._free(self._workdir)

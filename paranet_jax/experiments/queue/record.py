@@ -62,10 +62,9 @@ def read_records(workdir: Path) -> dict[str, RunRecord]:
   found = read_object(workdir / FILE, _FIX)
   try:
     records = {name: RunRecord(**own) for name, own in (found or {'runs': {}})['runs'].items()}
-    for record in records.values():
-      for start in record.starts:
-        start['versions'].items()
-    return records
+    if all(isinstance(start['versions'], dict) for record in records.values() for start in record.starts):
+      return records
+    raise TypeError('versions')
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{workdir / FILE} is damaged ({error!r:.60}); {_FIX}') from error
 

@@ -15,7 +15,7 @@ from paranet_jax.config import PATHS, differences
 from paranet_jax.costs import describe
 from paranet_jax.display.tables import ABSENT
 from paranet_jax.experiments.markdown import commands_block, from_paper, published, table, with_std
-from paranet_jax.experiments.protocols import reductions
+from paranet_jax.experiments.protocols import NO_REDUCTION, reductions
 from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
 from paranet_jax.experiments.queue.loop import check_same
@@ -24,6 +24,7 @@ from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import replacing, to_json
+from paranet_jax.models.registry import BFLOAT16
 from paranet_jax.runs.workdir import restore_config
 
 RESULTS = 'results.json'
@@ -107,9 +108,11 @@ def _own_config(run: QueuedRun, state: RunState) -> ConfigDict:
 
 def _check_alike(run: QueuedRun, config: ConfigDict, first: QueuedRun, expected: ConfigDict) -> None:
   """Raises UserError if a seed ran with other fields than the first of its row, whose `config` may have been edited."""
-  of_a_seed = tuple(f'{field}:' for field in ('seed', *PATHS))
+  ignored = (*NO_REDUCTION, *(f'{field}:' for field in PATHS))
+  if run.config.model.dtype == BFLOAT16:  # Each run has measured at its start which dtype is the faster one.
+    ignored += ('model.dtype:',)
   changes = differences(expected.to_dict(), config.to_dict())
-  if different := [change for change in changes if not change.startswith(of_a_seed)]:
+  if different := [change for change in changes if not change.startswith(ignored)]:
     raise UserError(
       f'it has other fields than {first.name}: {"; ".join(different)}; give them different names in the file'
     )

@@ -297,6 +297,26 @@ def test_a_run_that_has_begun_is_not_made_another_one(tmp_path, end):
   }
 
 
+def test_a_run_waits_for_a_teacher_that_may_be_allowed_again(tmp_path):
+  queue = FakeQueue(tmp_path, READERS.replace('OTHER', '').replace('WORK', str(tmp_path / 'work')) + ADDED)
+  queue.ends = {name: [Ends(0, 1)] for name in ('teacher-s0', 'added-s0')}
+  queue.stop.received = None
+  queue.work()
+  assert sorted(queue.names()) == ['added-s0', 'student-s0', 'teacher-s0']
+  shutil.rmtree(queue.workdir / 'runs' / 'student-s0')
+  right = queue.path.read_text()
+  queue.path.write_text(right.replace("init_from = ''", "init_from = '', train.warmup_epochs = 1"))
+
+  def undo(queue):
+    queue.path.write_text(right)
+    os.utime(queue.path, ns=(1, 1))
+
+  queue.on_look = undo
+  queue.starts.clear()
+  assert queue.work(cores=[(0,), (1,)]) == {}
+  assert queue.names()[-1] == 'student-s0' and sorted(queue.names()) == ['added-s0', 'student-s0', 'teacher-s0']
+
+
 def test_a_wrong_edit_is_undone_while_the_queue_works(tmp_path):
   names = ['early-s0', 'late-s0', 'late-s1']
   queue = FakeQueue(tmp_path, ends={name: [Ends(0, 1)] for name in names})

@@ -123,6 +123,20 @@ def test_markdown(queue):
   assert '--config.train.nesterov=False --config.seed=1 --workdir=' in text
 
 
+def test_fields_that_change_no_result_may_differ_between_seeds(tmp_path):
+  path = tmp_path / 'queue.toml'
+  path.write_text(
+    "[[runs]]\nname = 'x'\nconfig = 'paranet_jax:quickstart'\nseeds = [0, 1]\nset = { model.dtype = 'bfloat16' }\n"
+  )
+  queue = read_queue(path)
+  for run, dtype, workers in zip(queue.runs, ('bfloat16!', 'float32'), (0, 2), strict=True):
+    config = run.config.copy_and_resolve_references()
+    config.model.dtype, config.data.workers, config.log.every_steps = dtype, workers, 7 + workers
+    write_run(tmp_path / 'runs' / run.name, config, 60)
+  found = results(queue, tmp_path, {run.name: RunRecord(list(run.arguments), 'code', None) for run in queue.runs})
+  assert found['left_out'] == [] and {tuple(row['seeds']) for row in found['rows']} == {(0, 1)}
+
+
 def test_held_out_accuracies_have_a_column(queue):
   for name, accuracy in (('plain-s0', 0.3), ('plain-s1', 0.4)):
     with (queue.workdir / 'runs' / name / 'metrics.jsonl').open('a') as file:
