@@ -128,8 +128,8 @@ def _promised(plan: ExitPlan, bundle: dict[str, Any]) -> list[str]:
   if not is_another_network(bundle):
     return ['\n'.join(['## What is promised', '', *lines])]
   why = [
-    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle is in {bundle["dtype"]}, and nothing',
-    'is promised of it.',
+    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle is in {bundle["dtype"]}, and',
+    'nothing is promised of it.',
   ]
   if 'onnx' in bundle['formats']:
     why.append('`python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER` calibrates it on images of yours.')
