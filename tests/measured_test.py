@@ -47,9 +47,28 @@ def from_labels(run):
   return next(difference(row) for row in read(MATCHING)['comparisons'] if row['what'] == f'{run} - PN3-xdx')
 
 
+METHODS = {
+  'plain': 'plain, %',
+  'equilibrium': 'gradient equilibrium',
+  'mixed': 'mixed regime',
+  'distillation': 'distillation',
+  'dfs': 'DFS',
+  'boostnet': 'BoostNet',
+}
+
+
 def by_method(method):
-  rows = read('results/queue-methods-short/results.json')['rows']
-  return next(f'{row["ours"]:.2f}' for row in rows if (row['run'], row['exit']) == (f'paranet-{method}', 1))
+  """A method's row: at the first and the last exit of two networks, what it changes; of the plain one, its accuracies."""
+  found, cells = read('results/queue-methods-short/results.json'), []
+  for network, last in (('paranet', 3), ('msdnet', 7)):
+    for number in (1, last):
+      if method == 'plain':
+        wanted, rows = (f'{network}-plain', number), found['rows']
+        cells += [mean(row) for row in rows if (row['run'], row['exit']) == wanted]
+      else:
+        wanted, rows = (f'{network}-{method} - {network}-plain', number), found['comparisons']
+        cells += [difference(row) for row in rows if (row['what'], row['exit']) == wanted]
+  return f'| {METHODS[method]} | {" | ".join(cells)} |'
 
 
 def first_pipeline():
@@ -72,7 +91,7 @@ QUOTES = {
     f'| {from_labels("kl-4")} | 1 | {matching("kl-4", 3)} |',
     f'| {from_labels("finished-teacher")} | 3 | {matching("finished-teacher", 3)} |',
     f'| nothing, exit 3 alone is trained (PN3-xxd, the finished run) | | | {matching("teacher", 3)} |',
-    f'exit 1 from {by_method("plain")} to {by_method("distillation")} %',
+    *map(by_method, METHODS),
   ],
   'results/README.md': lambda: [f'{first_pipeline()} % with seed 0'],
 }
