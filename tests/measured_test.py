@@ -58,7 +58,7 @@ METHODS = {
 
 
 def by_method(method):
-  """A method's row: at the first and the last exit of two networks, what it changes; of the plain one, its accuracies."""
+  """A row: what a method changes at the first and the last exit of two networks; of the plain one, its accuracies."""
   found, cells = read('results/queue-methods-short/results.json'), []
   for network, last in (('paranet', 3), ('msdnet', 7)):
     for number in (1, last):
