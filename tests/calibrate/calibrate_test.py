@@ -22,7 +22,7 @@ from paranet_jax.calibrate.flags import parse
 from paranet_jax.early.exit_plan import EXITS, CheckpointId, full_network_plan, load_plan, read_plan
 from paranet_jax.early.path_costs import PathCosts
 from paranet_jax.host.errors import UserError
-from paranet_jax.targets import parse_name
+from paranet_jax.targets import make_phases, parse_name
 
 HELD_OUT, TEST = 300, 360
 COSTS = PathCosts(2, lambda before, index: 1.0)
@@ -325,8 +325,8 @@ def test_a_step_that_was_not_the_best(tmp_path, monkeypatch):
   monkeypatch.setattr(calibration, 'Checkpoints', lambda _: contextlib.nullcontext(checkpoints))
   config = base_config()
   config.checkpoint.keep_best = 'nll'
-  targets = parse_name('PN3-x3d').targets
-  task = types.SimpleNamespace(config=config, targets=targets, steps_per_epoch=70, evaluation_steps=70)
+  phases = make_phases('joint', parse_name('PN3-x3d').targets, 0, 140)
+  task = types.SimpleNamespace(config=config, phases=phases, steps_per_epoch=70, evaluation_steps=70)
   for step, said in ((70, True), (140, False)):
     subject = types.SimpleNamespace(task=task, checkpoint=CheckpointId('', '', step, ''))
     request = parse([f'--workdir={tmp_path}', '--risk=0.5', f'--step={step}'])

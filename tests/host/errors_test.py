@@ -167,7 +167,7 @@ def test_only_a_lack_of_room_is_reported_as_one(tmp_path, number):
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys, monkeypatch):
   def command():
     with open('/dev/full', 'w', buffering=1) as full:
-      monkeypatch.setattr(type(tmp_path), 'open', lambda *unused, **options: full)
+      monkeypatch.setattr(type(tmp_path), 'open', lambda path, *unused, **options: (path.touch(), full)[1])
       write_text(tmp_path / 'exits.json', '{}\n')
 
   assert exit_code(command) == 2
