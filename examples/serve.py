@@ -76,7 +76,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add('--watch', type=Path, metavar='STATE.json', help='Test whether answers still look as in calibration.')
   add('--alpha', type=float, help='Probability of a false alarm of --watch (default: 0.01).')
   add('--on-drift', choices=('warn', 'safe'), help='safe: after an alarm of --watch, no image exits early.')
-  return parser.parse_args(argv)
+  given = parser.parse_args(argv)
+  if given.watch is None and (given.alpha, given.on_drift) != (None, None):
+    raise UserError('--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out')
+  return given
 
 
 def _host(text: str) -> str:
@@ -202,8 +205,6 @@ def _measured(runtime: ModuleType, given: argparse.Namespace, batch: int, thread
 
 def _watch(runtime: ModuleType, bundle: Any, given: argparse.Namespace) -> Any:
   """The watch that the flags ask for; None: none."""
-  if given.watch is None and (given.alpha, given.on_drift) != (None, None):
-    raise UserError('--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out')
   if given.watch is None:
     return None
   if not hasattr(runtime, 'Watch'):

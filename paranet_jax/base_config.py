@@ -168,7 +168,7 @@ FIELDS: Fields = {
   'checkpoint.keep': Field(2, at_least(1)),  # Number of latest checkpoints to keep.
   'checkpoint.keep_every_epochs': Field(0.0, at_least(0)),  # Epochs between checkpoints that are kept forever; 0: none.
   # 'none', 'accuracy', 'balanced_accuracy', 'top5', 'loss' or 'nll' of the last exit that trains to the end, on the
-  # held-out split: also keep the best checkpoint by it; every evaluation then saves a checkpoint.
+  # held-out split: also keep the best checkpoint by it; every evaluation that may be the best then saves one.
   'checkpoint.keep_best': Field('none', one_of('none', 'accuracy', 'balanced_accuracy', 'top5', 'loss', 'nll')),
   'log.every_steps': Field(20, at_least(1)),  # Steps between training lines in metrics.jsonl and on the terminal.
 }

@@ -1162,10 +1162,10 @@ def load(
     )
   known = _checked_bundle(folder, bundle)
   make = _maker(provider, threads, precision)
+  paths = {name: folder / stage['file'] for name, stage in known['stages'].items()}
   stages = {
-    name: (path, _as_stage(make(path), stage, path, known['num_classes']))
+    name: (paths[name], _as_stage(make(paths[name]), stage, paths[name], known['num_classes']))
     for name, stage in known['stages'].items()
-    for path in [folder / stage['file']]
   }
   shape = known['side'], known['side'], known['channels']
   visited, every = (
@@ -2413,7 +2413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watching = None
     if given.watch is not None:
       alpha = 0.01 if given.alpha is None else given.alpha
-      watching = _Watching(Watch(bundle, given.watch, alpha), given.on_drift == 'safe')
+      watching = _Watching(Watch(bundle, given.watch, alpha), given.on_drift)
     return _print(bundle, files, given.deadline_ms, (given.max_pixels, given.max_memory), watching)
   except BundleError as error:
     _note(f'error: {printable(" ".join(str(error).split()))}')
@@ -2495,8 +2495,8 @@ def _checked_threshold(threshold: float, score: str) -> float:
 class _Watching:
   """A watch of the command: what it prints, and what follows. safe: after an alarm, no image exits early."""
 
-  def __init__(self, watch: Watch, safe: bool):
-    self._watch, self._safe, self._told = watch, safe, False
+  def __init__(self, watch: Watch, on_drift: str | None):
+    self._watch, self._safe, self._told = watch, on_drift == 'safe', False
 
   def bundle(self, bundle: Adaptive) -> Adaptive:
     """The bundle for the next images."""

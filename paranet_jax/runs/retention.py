@@ -28,9 +28,9 @@ class Retention:
     self._every_steps = config.every_steps
     self._kept_steps = round(config.keep_every_epochs * task.steps_per_epoch)
     self._measure = None if config.keep_best == 'none' else config.keep_best
-    last = trained_exits(task.phases[-1].targets)
-    self._key = f'exit_{last[-1]}/{self._measure}'
-    self._begun = max((phase.end for phase in task.phases if trained_exits(phase.targets) != last), default=0)
+    learning = trained_exits(task.phases[-1].targets)
+    self._key = f'exit_{learning[-1]}/{self._measure}'
+    self._begun = max((phase.end for phase in task.phases if trained_exits(phase.targets) != learning), default=0)
     self._measured: dict[int, float] = {}
     for line in read_metrics(workdir) if self._measure and workdir else ():
       if line.get('split') == 'held_out':

@@ -76,6 +76,10 @@ def refusal(capsys, *arguments):
       ('--bundle=unwatched', '--watch=state.json'),
       'expected a run.py with a watch in unwatched, found an older one; export the run again',
     ),
+    (
+      (WHOLE, '--on-drift=safe'),
+      '--alpha and --on-drift belong to --watch, found none; set --watch, or leave them out',
+    ),
     ((WHOLE, '--provider=gpu'), "unknown provider 'gpu', expected one of cpu, openvino; set --provider"),
     ((WHOLE, '--threads=-1'), 'expected 0 threads or more, found -1; set --threads'),
     ((WHOLE, '--threads=5'), 'expected 4 threads at most, one per core, found 5; set --threads'),

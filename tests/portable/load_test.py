@@ -385,23 +385,30 @@ def test_weights_that_are_nan(folder):
     run.load(folder).predict(IMAGES)
 
 
-@pytest.mark.filterwarnings('ignore:invalid value')
-def test_images_whose_logits_overflow_are_answered_apart(folder, monkeypatch):
+def overflow(monkeypatch, change):
+  """Stages give the logits change(logits, inputs) in place of their own."""
   session = run._onnxruntime
 
-  def overflowing(*given):
+  def changed(*given):
     opened = session(*given)
 
     def compute(names, values):
       logits, *others = opened(names, values)
-      logits = logits.copy()
-      logits[1:2] = np.inf
-      return logits, *others
+      return change(logits.copy(), values), *others
 
     return compute
 
+  monkeypatch.setattr(run, '_onnxruntime', changed)
+
+
+@pytest.mark.filterwarnings('ignore:invalid value')
+def test_images_whose_logits_overflow_are_answered_apart(folder, monkeypatch):
+  def second(logits, _):
+    logits[1:2] = np.inf
+    return logits
+
   expected = run.load(folder).with_threshold(0).predict(IMAGES)
-  monkeypatch.setattr(run, '_onnxruntime', overflowing)
+  overflow(monkeypatch, second)
   found = run.load(folder).with_threshold(0).predict(IMAGES)
   assert np.flatnonzero(~found.finite).tolist() == [1]
   np.testing.assert_array_equal(found.probabilities[[0, 2, 3]], expected.probabilities[[0, 2, 3]])
@@ -409,18 +416,10 @@ def test_images_whose_logits_overflow_are_answered_apart(folder, monkeypatch):
 
 @pytest.mark.filterwarnings('ignore:invalid value')
 def test_a_single_image_whose_logits_overflow(folder, monkeypatch):
-  session = run._onnxruntime
+  def all_but_gray(logits, inputs):
+    return np.full_like(logits, np.inf) if any(each.any() for each in inputs.values()) else logits
 
-  def overflowing(*given):
-    opened = session(*given)
-
-    def compute(names, values):
-      logits, *others = opened(names, values)
-      return (np.full_like(logits, np.inf) if any(each.any() for each in values.values()) else logits), *others
-
-    return compute
-
-  monkeypatch.setattr(run, '_onnxruntime', overflowing)
+  overflow(monkeypatch, all_but_gray)
   bundle = run.load(folder)
   for found in (bundle.predict(IMAGES[:1]), bundle.predict_one(IMAGES[0]), *bundle.anytime(IMAGES[0])):
     assert np.isnan(found.probabilities).all()

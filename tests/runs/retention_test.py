@@ -107,6 +107,13 @@ def test_the_best_is_that_of_an_exit_that_trains_to_the_end(tmp_path, phases, ex
   assert found.best([2, 4, 6, 8]) == best
 
 
+def test_no_evaluation_before_the_exits_train_is_saved(tmp_path):
+  config = base_config()
+  config.checkpoint.keep_best = 'accuracy'
+  found = Retention(task_of(config, make_phases('mixed', (0, 0, 0), 10, 20)), tmp_path)
+  assert [step for step in range(1, 21) if found.saves_after(step)] == [20]
+
+
 def test_every_measure_has_its_better_side():
   assert set(HIGHER_IS_BETTER) == set(MEASURES)
 

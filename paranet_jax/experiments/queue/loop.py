@@ -152,9 +152,10 @@ class Queue:
   def _reads_unfinished(self, run: QueuedRun) -> bool:
     """Whether a run reads another one of this queue, such as its teacher, that may still finish."""
     read = [os.path.realpath(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
-    others = {os.path.realpath(self._workdir / RUNS / other.name): other.name for other in self.queue.runs}
-    names = {others[place] for place in read if place in others}
-    return bool(names & self._refused or names - self._left.keys())
+    if not read:
+      return False
+    others = [other.name for other in self.queue.runs if os.path.realpath(self._workdir / RUNS / other.name) in read]
+    return any(name in self._refused or name not in self._left for name in others)
 
   def _check_room(self) -> None:
     room = self._free(self._workdir)

@@ -23,7 +23,7 @@ from paranet_jax.experiments.queue.record import RunRecord, today
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import replacing, to_json
+from paranet_jax.host.files import write_json, write_text
 from paranet_jax.models.registry import BFLOAT16
 from paranet_jax.runs.workdir import restore_config
 
@@ -54,10 +54,8 @@ def write_results(queue: QueueFile, workdir: Path, records: Mapping[str, RunReco
     workdir: absolute.
   """
   found = results(queue, workdir, records)
-  # `--write` and a queue that works may write at the same time.
-  for name, text in ((RESULTS, to_json(found)), (MARKDOWN, markdown(found))):
-    with replacing(workdir / name) as file:
-      file.write(text)
+  write_json(workdir / RESULTS, found)
+  write_text(workdir / MARKDOWN, markdown(found))
   return found
 
 
