@@ -1,5 +1,6 @@
 """Tests of a run from its command to what it leaves behind."""
 
+import datetime
 import functools
 import importlib.metadata
 import json
@@ -16,6 +17,7 @@ from running import PROGRAMS, TINY, before_each_step, contents, refusal, run_mai
 from paranet_jax import devices
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.display.progress import Clock
+from paranet_jax.host.machine import cpu_name, usable_cores
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.task import build_task
 
@@ -65,7 +67,7 @@ def test_what_is_in_a_workdir(finished):
 def test_summary(summary):
   assert set(summary) == {
     *('name', 'dataset', 'seed', 'image_shape', 'num_classes', 'steps', 'exits', 'held_out'),
-    *('class_names', 'versions', 'device', 'wall_time_s'),
+    *('class_names', 'versions', 'device', 'processor', 'cores', 'finished', 'wall_time_s'),
   }
   assert [summary[key] for key in ('name', 'dataset', 'seed', 'steps')] == ['PN3-x3d', 'digits', 0, 10]
   assert summary['image_shape'] == [8, 8, 3] and summary['num_classes'] == 10
@@ -74,6 +76,8 @@ def test_summary(summary):
     *('paranet_jax', 'python', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   }
   assert summary['device'] == {'platform': 'cpu', 'kind': 'cpu', 'count': 1}
+  assert (summary['processor'], summary['cores']) == (cpu_name(), usable_cores())
+  assert abs(datetime.date.fromisoformat(summary['finished']) - datetime.datetime.now(datetime.UTC).date()).days <= 1
   assert 0 < summary['wall_time_s'] < 3600
 
 

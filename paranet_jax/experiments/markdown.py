@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paranet_jax.display.progress import human_duration
+from paranet_jax.display.tables import ABSENT
 
 _ROWS = (
   'network',
@@ -18,7 +19,7 @@ _ROWS = (
   'differs from the paper',
 )
 _EFFECTS = ('difference', 'pipeline', 'paper', 'ours', 'each seed')
-_RUNS = ('run', 'steps', 'wall time', 'device')
+_RUNS = ('run', 'steps', 'finished', 'device', 'processor', 'cores', 'wall time')
 _WIDTH = 98  # Characters of a command's line, without the backslash.
 
 
@@ -78,7 +79,9 @@ def _effect(effect: dict[str, Any]) -> tuple[str, ...]:
 
 def _run(run: dict[str, Any]) -> tuple[str, ...]:
   device = f'{run["device"]["count"]} x {run["device"]["kind"]}'
-  return run['run'], f'{run["steps"]:,}', human_duration(run['wall_time_s']), device
+  # Runs of version 0.1.0 do not say where and when.
+  finished, *place = (str(run.get(key) or ABSENT) for key in ('finished', 'processor', 'cores'))
+  return run['run'], f'{run["steps"]:,}', finished, device, *place, human_duration(run['wall_time_s'])
 
 
 def with_std(mean: str, std: float | None) -> str:

@@ -16,7 +16,7 @@ _HEAD = '# Results\n\nWhat has been measured of the paper and around it'
 """What a page begins with; no other file is replaced by one."""
 _BEGINNING = f"""{_HEAD}, made from `results/**/results.json` by
 `python -m paranet_jax.experiments results`; nothing is typed by hand. Every row has its seeds, deviation, epochs and
-costs, and says what is reduced; below stand the runs with their command, and those of queues with hardware and date.
+costs, and says what is reduced; below stand the runs with their command, hardware and date.
 [The paper](paper.md#results) explains what it means."""
 
 

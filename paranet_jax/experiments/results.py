@@ -43,8 +43,8 @@ def section(experiment: str, finished: Finished) -> dict[str, Any]:
 
   Returns:
     `title`, `dataset`, `reduced` (a list of `field: the paper's -> here`), `seeds`, `rows`, `effects` (tables only),
-    `paper` and `published` (figure only), and `runs`, each with `run`, `command`, `steps`, `wall_time_s`, `device`
-    and `versions`.
+    `paper` and `published` (figure only), and `runs`, each with `run`, `command`, `steps`, `wall_time_s`, `device`,
+    `versions`, `processor`, `cores` and `finished` (the last three are None for runs of version 0.1.0).
   """
   ours = [(run, summary) for run, summary in finished if run.name in networks(experiment)]
   config = ours[0][0].config
@@ -118,6 +118,7 @@ def _std(values: Sequence[float]) -> float | None:
 
 def _run(run: PlannedRun, summary: dict[str, Any]) -> dict[str, Any]:
   kept = {key: summary[key] for key in ('steps', 'wall_time_s', 'device', 'versions')}
+  kept |= {key: summary.get(key) for key in ('processor', 'cores', 'finished')}
   return {'run': str(run), 'command': run.command} | kept
 
 

@@ -1,5 +1,6 @@
 """This machine: its versions and devices, and compiled programs kept on disk for the next start."""
 
+import datetime
 import hashlib
 import importlib.metadata
 import math
@@ -109,6 +110,11 @@ def environment(devices: list[Device]) -> dict[str, Any]:
     'versions': {'paranet_jax': __version__, 'python': platform.python_version(), **library_versions()},
     'device': {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices)},
   }
+
+
+def today() -> str:
+  """The date of coordinated universal time, as in 2026-11-29."""
+  return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def device_memory(device: Device) -> float:

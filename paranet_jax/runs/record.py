@@ -18,7 +18,7 @@ from paranet_jax.evaluation import INLINE_CLASSES, as_json, as_metrics
 from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.files import write_json
 from paranet_jax.host.lock import workdir_lock
-from paranet_jax.host.machine import Device
+from paranet_jax.host.machine import Device, cpu_name, today, usable_cores
 from paranet_jax.host.processes import Coordinator, reported_once
 from paranet_jax.runs.checkpoints import Checkpoints, not_finite
 from paranet_jax.runs.dataset_facts import output_names
@@ -218,7 +218,8 @@ class RunRecord:
     if large:
       summary['confusion_file'] = CONFUSION
       self._processes.once(write_arrays, self._workdir / CONFUSION, large, True)
-    return summary | environment | {'wall_time_s': round(self._wall_time(), 1)}
+    where = {'processor': cpu_name(), 'cores': usable_cores(), 'finished': today()}
+    return summary | environment | where | {'wall_time_s': round(self._wall_time(), 1)}
 
   def finish(self, summary: dict[str, Any]) -> None:
     """Writes summary.json. The run is finished with it, so everything else that others read is written before."""

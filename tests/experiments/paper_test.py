@@ -16,6 +16,7 @@ from paranet_jax.experiments.results import section, write_results
 from paranet_jax.models.msdnet import MSDNet
 from paranet_jax.optim import make_schedule
 
+EPYC = {'processor': 'AMD EPYC', 'cores': 1, 'finished': '2026-11-30'}
 TENTH = Protocol('tenth', {'model.layers_per_block': '4'})
 
 
@@ -31,7 +32,9 @@ def finished(tmp_path):
       for p in (1, 2, 3)
     ]
     device = {'platform': 'cpu', 'kind': 'cpu', 'count': 1}
-    return {'steps': 10_153, 'exits': exits, 'versions': {}, 'device': device, 'wall_time_s': 61.0}
+    found = {'steps': 10_153, 'exits': exits, 'versions': {}, 'device': device, 'wall_time_s': 61.0}
+    # Version 0.1.0 did not write where and when.
+    return found | (EPYC if run.seed else {})
 
   return [(run, summary(run)) for run in runs]
 
@@ -101,9 +104,10 @@ def test_table_2_as_text(finished, tmp_path):
     '| --- | --- | --- | --- | --- |',
     '| PN3-x3d - PN3-xdx | 2 | +1.35 | +1.00 +- 0.00 | +1.00, +1.00 |',
     '',
-    '| run | steps | wall time | device |',
-    '| --- | --- | --- | --- |',
-    *(f'| PN3-{n}-s{s} | 10,153 | 1 min 01 s | 1 x cpu |' for s in (0, 1) for n in ('xdx', 'x3d')),
+    '| run | steps | finished | device | processor | cores | wall time |',
+    '| --- | --- | --- | --- | --- | --- | --- |',
+    *(f'| PN3-{n}-s0 | 10,153 | — | 1 x cpu | — | — | 1 min 01 s |' for n in ('xdx', 'x3d')),
+    *(f'| PN3-{n}-s1 | 10,153 | 2026-11-30 | 1 x cpu | AMD EPYC | 1 | 1 min 01 s |' for n in ('xdx', 'x3d')),
     '',
     '```bash',
     *(command.format(n, s, tmp_path, n, s) for s in (0, 1) for n in ('xdx', 'x3d')),

@@ -16,11 +16,11 @@ from paranet_jax.experiments.queue.record import (
   changed,
   environment,
   read_records,
-  today,
   write_records,
 )
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.errors import UserError, report_no_room, say
+from paranet_jax.host.machine import today
 from paranet_jax.runs.workdir import changes, prepare_folder
 
 LOGS = 'logs'

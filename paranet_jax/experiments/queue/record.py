@@ -1,7 +1,6 @@
 """queue.json: with which code and environment each run of a queue began and went on, and what became of it."""
 
 import dataclasses
-import datetime
 import os
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,3 @@ def read_records(workdir: Path) -> dict[str, RunRecord]:
 def write_records(workdir: Path, records: dict[str, RunRecord]) -> None:
   """Writes queue.json atomically."""
   write_json(workdir / FILE, {'runs': {name: dataclasses.asdict(own) for name, own in records.items()}})
-
-
-def today() -> str:
-  """The date, as in 2026-11-29."""
-  return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -19,11 +19,12 @@ from paranet_jax.experiments.protocols import NO_REDUCTION, reductions
 from paranet_jax.experiments.published import TABLES, Row
 from paranet_jax.experiments.queue.file import Comparison, QueuedRun, QueueFile
 from paranet_jax.experiments.queue.loop import check_same
-from paranet_jax.experiments.queue.record import RunRecord, today
+from paranet_jax.experiments.queue.record import RunRecord
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import write_json, write_text
+from paranet_jax.host.machine import today
 from paranet_jax.models.registry import BFLOAT16
 from paranet_jax.runs.workdir import restore_config
 
