@@ -23,7 +23,8 @@ class NNXStage(nn.Module):
   """A linen module that computes what an NNX module does. The NNX module itself is never changed.
 
   Its `nnx.Param` become parameters and its `nnx.BatchStat` running statistics, under their paths joined by dots; `init`
-  gives the values that the module has. It runs in the mode that `train` asks for, whatever mode it is in.
+  gives the values that the module has. Its other variables keep their values. It runs in the mode that `train` asks
+  for, whatever mode it is in.
 
   Attributes:
     module: called with the features.
@@ -39,7 +40,7 @@ class NNXStage(nn.Module):
     graph, params, statistics, others = nnx.split(self.module, nnx.Param, nnx.BatchStat, ...)
     params = self._replaced(params, lambda name, own: self.param(name, lambda _: own))
     statistics = self._replaced(statistics, lambda name, own: self.variable('batch_stats', name, lambda: own).value)
-    module = nnx.merge(graph, params, statistics, others)
+    module = nnx.merge(graph, params, statistics, others, copy=True)  # Otherwise it shares the others' variables.
     if not train:
       module.eval()
       return module(x)

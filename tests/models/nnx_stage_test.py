@@ -97,3 +97,39 @@ def test_dropout_needs_a_key_in_training():
   first, second = (stage.apply(variables, IMAGES, True, rngs={'dropout': jax.random.key(seed)}) for seed in (0, 1))
   assert 0.3 < jnp.mean(first == 0) < 0.7 and jnp.any((first == 0) != (second == 0))
   np.testing.assert_allclose(first, jnp.where(first == 0, 0, 2 * kept), rtol=1e-6)
+
+
+class Counted(nnx.Variable):
+  """Neither a parameter nor a statistic."""
+
+
+class Counting(Block):
+  """Writes a variable of its own in each call."""
+
+  def __init__(self, rate):
+    super().__init__(3, 5, rate)
+    self.calls = Counted(jnp.zeros((), jnp.int32))
+
+  def __call__(self, x):
+    self.calls[...] += 1
+    return super().__call__(x)
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('rate', [0.0, 0.5])
+def test_the_module_itself_is_never_changed(rate, train):
+  block = Counting(rate)
+  model = StagedModel([NNXStage(block)], (1,), 10)
+  variables = model.init(jax.random.key(0), IMAGES)
+  before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(block, nnx.Not(nnx.RngKey))))
+  state = {'mutable': ['batch_stats']} if rate == 0.0 and train else {}
+
+  def run(key):
+    return model.apply(variables, IMAGES, train=train, rngs={'dropout': key}, **state)
+
+  keys = jax.random.key(1), jax.random.key(2)
+  eager, jitted, other = run(keys[0]), jax.jit(run)(keys[0]), jax.jit(run)(keys[1])
+  chex.assert_trees_all_close(eager, jitted, rtol=1e-4, atol=1e-5)
+  assert bool(rate and train) == any(np.any(a != b) for a, b in zip(jitted, other, strict=True) if rate)
+  after = nnx.to_pure_dict(nnx.state(block, nnx.Not(nnx.RngKey)))
+  chex.assert_trees_all_equal(jax.tree.map(np.array, after), before)
