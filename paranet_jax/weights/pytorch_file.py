@@ -189,7 +189,8 @@ def _materialize(value: Any, read: Callable[[Storage], bytes], swap: bool = Fals
 def _state_dict(value: Any) -> dict[str, Tensor]:
   if not isinstance(value, dict):
     raise Refused('it holds something else than a state dict')
-  for found in (value, *(value[name] for name in _CONTAINERS if isinstance(value.get(name), dict))):
+  # A checkpoint may have other tensors beside its state dict, such as its best accuracy.
+  for found in (*(value[name] for name in _CONTAINERS if isinstance(value.get(name), dict)), value):
     tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     if tensors:
       if not all(isinstance(name, str) for name in tensors):

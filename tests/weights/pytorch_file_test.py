@@ -137,6 +137,20 @@ def test_where_the_state_dict_is(tmp_path, container):
   np.testing.assert_array_equal(found['weight'], np.float32([[0, 1, 2], [3, 4, 5]]), strict=True)
 
 
+@pytest.mark.parametrize('container', ['state_dict', 'model_state_dict', 'model', 'net'])
+def test_tensors_beside_the_state_dict_are_ignored(tmp_path, container):
+  """As the best accuracy that PyTorch's ImageNet example saves."""
+  best, inner = text('best_acc1') + tensor((), ()) + b's', text(container) + named(tensor()) + b's'
+  for body in (b'}' + best + inner, b'}' + inner + best):
+    found = read_tensors(archive(tmp_path / 'a', body))
+    assert list(found) == ['weight'] and found['weight'].shape == (2, 3)
+
+
+def test_a_container_without_tensors_is_no_state_dict(tmp_path):
+  body = named(tensor()) + text('model') + named(number(1)) + b's'
+  assert list(read_tensors(archive(tmp_path / 'a', body))) == ['weight']
+
+
 @pytest.mark.parametrize('kind', ['Float', 'BFloat16', 'ComplexFloat'])
 def test_the_other_byte_order(tmp_path, kind):
   dtype = {'Float': '>f4', 'ComplexFloat': '>c8', 'BFloat16': ml_dtypes.bfloat16}[kind]
