@@ -1,6 +1,7 @@
 """Matches the tensors of a PyTorch state dict with the parameters of a network here, by a table of names."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +19,15 @@ class Entry(NamedTuple):
 
 def without_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The tensors without what DataParallel puts before each name, and without the counts of batches."""
-  found = {name.removeprefix('module.'): tensor for name, tensor in tensors.items()}
+  found = under_names(tensors, lambda name: name.removeprefix('module.'))
   return {name: tensor for name, tensor in found.items() if name.split('.')[-1] != 'num_batches_tracked'}
+
+
+def under_names(tensors: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+  """The tensors under new names. One whose new name another has or gets keeps its own, which no table knows."""
+  names = {name: rename(name) for name in tensors}
+  count = Counter(names.values())
+  return {name if new in tensors or count[new] > 1 else new: tensors[name] for name, new in names.items()}
 
 
 def differences(tensors: Mapping[str, np.ndarray], table: Sequence[Entry]) -> list[str]:

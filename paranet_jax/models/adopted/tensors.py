@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Num
 
-from paranet_jax.weights.state_dict import Entry, from_variables
+from paranet_jax.weights.state_dict import Entry, from_variables, under_names
 
 ROOT = 'root'
 """A module of this name adds nothing to the names of what is in it: tensors of the network itself, as a class token."""
@@ -61,4 +61,4 @@ def renamed(tensors: Mapping[str, Any], renames: Sequence[tuple[str, str]]) -> d
       name = re.sub(pattern, replacement, name)
     return name
 
-  return {rename(name): tensor for name, tensor in tensors.items()}
+  return under_names(tensors, rename)
