@@ -233,7 +233,10 @@ def _read_pytorch(file: Path, config: ConfigDict) -> dict[str, Any]:
       'set --config.init_from'
     )
   if model.family == 'adopted':
-    return read_weights(file, find_architecture(model.arch), model.num_classes if model.last == 'own' else None)
+    try:
+      return read_weights(file, find_architecture(model.arch), model.num_classes if model.last == 'own' else None)
+    except UserError as error:  # `adopt`, which has the flag --arch, has read the file before.
+      raise error.saying(str(error).replace('set --arch', 'set --config.model.arch')) from error
   if model.family != 'resnet':
     raise UserError(
       f"PyTorch weights are read for model.family 'adopted' or 'resnet' (CIFAR ResNets), found {model.family!r}; "

@@ -345,6 +345,16 @@ def test_weights_that_read_other_images_are_refused(tmp_path, tiny_architecture)
   )
 
 
+def test_weights_of_another_architecture_are_refused_by_the_field(tmp_path, tiny_architecture):
+  (tmp_path / 'a').write_bytes(safetensors_bytes(resnet_weights.draw(8) | {'other': np.zeros(3, np.float32)}))
+  with pytest.raises(UserError) as error:
+    check_backbone(adopted(init_from=str(tmp_path / 'a')), tmp_path / 'new')
+  assert str(error.value) == (
+    f'{tmp_path}/a does not fit cifar_resnet8 of 10 classes: tensors 1 unknown (other); the nearest is cifar_resnet8: '
+    'name its weights, or set --config.model.arch'
+  )
+
+
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
