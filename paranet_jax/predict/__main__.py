@@ -107,7 +107,7 @@ def _predict(early_exit: Any, given: argparse.Namespace, tally: Tally, line: Liv
   side, _, channels = early_exit.image_shape
   limits = given.max_pixels, given.max_memory
   batches = read_batches(given.files, side, channels, given.batch_size, *limits, early_exit.scaling)
-  with open_output(given.output) as stream, closing(batches):
+  with open_output(given.output, given.overwrite) as stream, closing(batches):
     more = ['unknown'] * early_exit.rejects + ['set'] * (early_exit.coverage is not None)
     format = make_format(given.format, given.files, early_exit.class_names, top, stream, more)
     stream.write(format.before)

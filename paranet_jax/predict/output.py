@@ -186,11 +186,14 @@ def check_replaced(path: Path, files: Sequence[str]) -> None:
 
 
 @contextmanager
-def open_output(path: Path | None) -> Iterator[IO[str]]:
+def open_output(path: Path | None, overwrite: bool = False) -> Iterator[IO[str]]:
   """Opens standard output, or a file that appears only when the context ends without an error.
 
+  Args:
+    overwrite: replace what is there by then.
+
   Raises:
-    UserError: it cannot be written.
+    UserError: it cannot be written, or exists.
     BrokenPipeError: the reader of standard output has stopped.
   """
   try:
@@ -199,6 +202,7 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
       return
     with replacing(path, newline='') as stream:
       yield stream
+      check_output(path, overwrite)  # Another process may have written it since it was first checked.
   except OSError as error:
     if path is None:  # Otherwise Python tries to write the rest again at exit.
       discard_output(sys.stdout.fileno())

@@ -509,3 +509,20 @@ def test_standard_output_that_cannot_be_written():
     2,
     'error: standard output cannot be written: No space left on device; set --output to another file\n',
   )
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_a_file_that_appears_meanwhile_is_replaced_only_on_request(predict, tmp_path, monkeypatch, overwrite):
+  def predict_as_another_writes(self, images, then=Fake.predict):
+    (tmp_path / 'o').write_text('of another')
+    return then(self, images)
+
+  monkeypatch.setattr(Fake, 'predict', predict_as_another_writes)
+  code, out, err = predict('a.png', '--output=o', *['--overwrite'] * overwrite)
+  if overwrite:
+    assert code == 0 and (tmp_path / 'o').read_text().startswith('file')
+  else:
+    message = f'error: {tmp_path}/o already exists; set --output to another file, or --overwrite'
+    assert (code, out, err.splitlines()[-1]) == (2, '', message)
+    assert (tmp_path / 'o').read_text() == 'of another'
+  assert not list(tmp_path.glob('o.*'))
