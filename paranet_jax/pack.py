@@ -1,6 +1,7 @@
 """`python -m paranet_jax.pack`: packs a run to share it, at a tenth of its size."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -31,7 +32,8 @@ def _run(given: argparse.Namespace) -> None:
   step = pack(given.workdir, given.out, given.step)
   size = sum(path.stat().st_size for path in given.out.rglob('*'))
   say(f'packed: {given.out}, step {step}, {size / 1e6:.2f} MB')
-  say(f'its exits must be calibrated again: python -m paranet_jax.calibrate --workdir={given.out} --budget=...')
+  run = shlex.quote(str(given.out))
+  say(f'its exits must be calibrated again: python -m paranet_jax.calibrate --workdir={run} --budget=...')
 
 
 if __name__ == '__main__':

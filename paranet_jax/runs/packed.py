@@ -1,7 +1,9 @@
 """Packing a run to share it: parameters at half precision, the log and the configuration, without optimizer state."""
 
 import contextlib
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,27 +52,38 @@ def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
     step, variables = checkpoints.read_chosen(lambda found: found.choose(asked), checkpoints.read_variables)
     variables = _rounded(variables)
   _check_free(out)
-  with _whole_or_nothing(out):
-    save_config(out, without_paths(config))
+  with _whole_or_nothing(out) as folder:
+    save_config(folder, without_paths(config))
     for name in (*_CARRIED, *(name for name in _OPTIONAL if (workdir / name).exists())):
-      shutil.copyfile(workdir / name, out / name)
-    with Checkpoints(out, keep=1) as checkpoints:
+      shutil.copyfile(workdir / name, folder / name)
+    with Checkpoints(folder, keep=1) as checkpoints:
       checkpoints.save(step, variables, {'seed': config.seed})
   return step
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[None]:
-  """Makes a folder; an error or an interrupt, such as by a full disk, leaves nothing of what is written there."""
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+  """A new folder beside `out` that moves there if the context ends without an error, else is removed.
+
+  A kill leaves `out` missing or empty, and nothing that another process writes there is touched.
+
+  Raises:
+    UserError: it cannot be made, or something is there by then.
+  """
   made = not out.exists()
   prepare_folder(out)
+  place = Path(os.path.realpath(out))
   try:
-    yield
+    with tempfile.TemporaryDirectory(prefix=f'.{place.name}.', dir=place.parent, ignore_cleanup_errors=True) as holder:
+      folder = Path(holder) / place.name  # The holder is readable by its owner only.
+      folder.mkdir()
+      yield folder
+      _check_free(out)
+      folder.rename(place)
   except BaseException:
-    for path in out.iterdir():
-      shutil.rmtree(path) if path.is_dir() else path.unlink()
     if made:
-      out.rmdir()
+      with contextlib.suppress(OSError):  # Another process has written there.
+        place.rmdir()
     raise
 
 

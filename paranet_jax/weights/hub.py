@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -155,7 +156,9 @@ def upload_folder(folder: Path, place: HubPlace) -> str:
         repo_id=place.repo, folder_path=folder, revision=place.revision, commit_message=message
       )
   except UserError as error:
-    raise error.saying(f'{error}; {folder} is complete, and hf upload {place.repo} {folder} sends it') from error
+    command = f'hf upload {place.repo} {shlex.quote(str(folder))}'
+    command += f' --revision={shlex.quote(place.revision)}' if place.revision else ''
+    raise error.saying(f'{error}; {folder} is complete, and {command} sends it') from error
   return str(commit.commit_url)
 
 

@@ -162,7 +162,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(workdir, tmp_path, monkeypat
     out.mkdir()
 
   def fail(self, step, *unused):
-    (out / 'checkpoints' / 'half').mkdir()
+    (self._folder / 'half').mkdir()
     raise error
 
   monkeypatch.setattr(Checkpoints, 'save', fail)
@@ -175,3 +175,28 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(workdir, tmp_path, monkeypat
     else 'error: summary.json cannot be read or written (No space left on device); fix that, or name another path\n'
   )
   assert list(tmp_path.rglob('*')) == ([out] if existing else [])
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_what_another_command_packs_meanwhile_stays(workdir, packed, tmp_path, monkeypatch, capsys, fails):
+  """Until it is whole, nothing is in the folder, so that a kill leaves nothing that the same command would refuse."""
+  out = tmp_path / 'out'
+
+  def save(self, *given, then=Checkpoints.save):
+    assert list(out.iterdir()) == []
+    then(self, *given)
+    shutil.copytree(packed, out, dirs_exist_ok=True)
+    if fails:
+      raise OSError(28, 'No space left on device', 'summary.json')
+
+  monkeypatch.setattr(Checkpoints, 'save', save)
+  assert main([f'--workdir={workdir}', f'--out={out}']) == 2
+  found = 'No space left' if fails else f'expected {out} to be missing or an empty folder, found something there'
+  assert found in capsys.readouterr().err
+  assert contents(out) == contents(packed) and list(tmp_path.iterdir()) == [out]
+
+
+def test_the_next_command_is_one_for_a_shell(workdir, tmp_path, capsys):
+  assert main([f'--workdir={workdir}', f'--out={tmp_path}/a run']) == 0
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last.endswith(f"python -m paranet_jax.calibrate --workdir='{tmp_path}/a run' --budget=...")

@@ -218,6 +218,10 @@ def test_upload(hub, tmp_path, monkeypatch):
   with pytest.raises(UserError, match='answers 418 for hf:me/new; try again later; ') as error:
     upload_folder(folder, HubPlace('me/new'))
   assert str(error.value).endswith(f'; {folder} is complete, and hf upload me/new {folder} sends it')
+  folder = folder.rename(tmp_path / 'a bundle')
+  with pytest.raises(UserError) as error:
+    upload_folder(folder, HubPlace('me/new', 'v2'))
+  assert str(error.value).endswith(f" is complete, and hf upload me/new '{folder}' --revision=v2 sends it")
 
 
 def test_an_upload_that_cannot_be(hub, monkeypatch):
