@@ -5,7 +5,7 @@ from jax import Array
 from jaxtyping import Float
 
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts, Preprocessing, Stage
-from paranet_jax.models.adopted.layers import Conv, LayerNorm, Linear, gelu, pooled
+from paranet_jax.models.adopted.layers import LAYER_SCALE, Conv, LayerNorm, Linear, gelu, pooled
 
 STAGES = ((96, 3), (192, 3), (384, 9), (768, 3))
 """Channels and blocks of each stage."""
@@ -32,7 +32,7 @@ class Block(nn.Module):
     width = x.shape[-1]
     y = LayerNorm(name='block.2')(Conv(width, 7, groups=width, bias=True, name='block.0')(x))
     y = Linear(width, name='block.5')(gelu(Linear(4 * width, name='block.3')(y)))
-    scale = self.param('layer_scale', nn.initializers.constant(1e-6), (width, 1, 1))
+    scale = self.param('layer_scale', nn.initializers.constant(LAYER_SCALE), (width, 1, 1))
     return x + scale[:, 0, 0].astype(x.dtype) * y
 
 

@@ -21,6 +21,8 @@ from paranet_jax.models.layers.initial import kernel_init
 
 token_init = nn.initializers.normal(0.02)
 """Initializer of tokens and positions, as in timm."""
+LAYER_SCALE = 1e-6
+"""Initial value of what scales a block of ConvNeXt, as in torchvision."""
 
 
 class Conv(nn.Module):

@@ -5,11 +5,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from paranet_jax.host.errors import UserError
 from paranet_jax.models.adopted.architecture import Architecture, Mode, Parts
 from paranet_jax.models.adopted.heads import HEADS, BlocksHead, Head
+from paranet_jax.models.adopted.layers import LAYER_SCALE
 from paranet_jax.models.adopted.registry import find_architecture, place_of
 from paranet_jax.models.layers.initial import ONES, ZEROS, draw, generator
 from paranet_jax.models.multi_exit import Chain, Logits
@@ -54,11 +56,14 @@ class AdoptedNetwork(Chain):
     super().__post_init__()
 
   def initial_variables(self, shapes: Any, seed: int) -> Any:
-    """Draws variables as NumPy arrays (see `initial.initial_variables`); tokens and positions are normal."""
+    """Draws variables as NumPy arrays (see `initial.initial_variables`); what PyTorch alone names, as it does there."""
 
     def drawn(path, leaf):
-      if path[-1].key in (*ONES, *ZEROS, 'kernel'):
+      name = path[-1].key
+      if name in (*ONES, *ZEROS, 'kernel'):
         return draw(path, leaf, seed)
+      if name.endswith('bias') or name == 'layer_scale':  # `attn.qkv.bias`, `self_attention.in_proj_bias`.
+        return np.full(leaf.shape, LAYER_SCALE if name == 'layer_scale' else 0, leaf.dtype)
       return generator(path, seed).normal(0, 0.02, leaf.shape).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(drawn, shapes)

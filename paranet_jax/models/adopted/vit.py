@@ -89,10 +89,9 @@ class Block(nn.Module):
 
   def _attention(self, x):
     batch, length, width = x.shape
-    weight, bias = (
-      self.param(name, token_init, shape).astype(x.dtype)
-      for name, shape in zip(self.names.qkv, ((3 * width, width), (3 * width,)), strict=True)
-    )
+    names = self.names.qkv
+    weight = self.param(names[0], token_init, (3 * width, width)).astype(x.dtype)
+    bias = self.param(names[1], nn.initializers.zeros, (3 * width,)).astype(x.dtype)
     qkv = (product(x, weight.T) + bias).reshape(batch, length, 3, width // HEAD_WIDTH, HEAD_WIDTH)
     query, key, value = (qkv[:, :, part] for part in range(3))
     scores = jnp.einsum('bqhd,bkhd->bhqk', query, key).astype(jnp.float32) / HEAD_WIDTH**0.5

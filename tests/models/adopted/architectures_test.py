@@ -12,6 +12,7 @@ from tensor_files import safetensors_bytes
 
 from paranet_jax.costs import abstract_variables
 from paranet_jax.host.errors import UserError
+from paranet_jax.models.adopted import vit
 from paranet_jax.models.adopted.architecture import Architecture
 from paranet_jax.models.adopted.cifar_resnet import architecture
 from paranet_jax.models.adopted.network import AdoptedNetwork, from_fields
@@ -22,7 +23,7 @@ from paranet_jax.models.adopted.registry import (
   find_architecture,
   register_architecture,
 )
-from paranet_jax.models.adopted.tensors import tensor_table, to_state_dict
+from paranet_jax.models.adopted.tensors import renamed, tensor_table, to_state_dict
 from paranet_jax.weights.state_dict import to_variables
 
 FIXTURES = Path(__file__).resolve().parents[2] / 'fixtures' / 'pytorch'
@@ -146,6 +147,40 @@ def test_the_file_says_how_many_classes_there_are(tiny, save):
   np.testing.assert_array_equal(variables['params']['linear']['kernel'], drawn['linear.weight'].T)
 
 
+@pytest.mark.parametrize(
+  ('changes', 'unknown'),
+  [
+    ({'fc.weight': np.zeros((10, 64), np.float32)}, '1 unknown (fc.weight)'),
+    ({'module.linear.bias': np.zeros(10, np.float32)}, '1 unknown (module.linear.bias)'),
+    (
+      {'linear.bias': None, 'module.fc.bias': np.zeros(10, np.float32), 'fc.bias': np.ones(10, np.float32)},
+      '1 unknown (module.fc.bias)',
+    ),
+    (
+      {
+        'bn1.bias': None,
+        'module.bn1.bias': np.zeros(16, np.float32),
+        'module.module.bn1.bias': np.ones(16, np.float32),
+      },
+      '1 unknown (module.module.bn1.bias)',
+    ),
+  ],
+)
+def test_of_two_tensors_of_one_name_none_is_dropped(tiny, save, changes, unknown):
+  path = save(8, **changes)
+  with pytest.raises(UserError) as error:
+    read_weights(path, architecture('cifar_resnet8'))
+  assert str(error.value) == (
+    f'{path} does not fit cifar_resnet8 of 10 classes: tensors {unknown}; the nearest is cifar_resnet8: name its '
+    'weights, or set --arch'
+  )
+
+
+def test_two_tensors_that_get_one_name_both_keep_theirs():
+  given = {'a.x': 0, 'b.x': 1, 'd.x': 2}
+  assert renamed(given, ((r'^[ab]\.', 'c.'), (r'^d\.', 'e.'))) == {'a.x': 0, 'b.x': 1, 'e.x': 2}
+
+
 def test_tokens_and_positions_are_drawn_as_in_timm(monkeypatch):
   small = small_architectures.register(monkeypatch, 'vit')
   model = AdoptedNetwork(10, 32, arch=small.name, exits=small.places[:1])
@@ -160,6 +195,24 @@ def test_tokens_and_positions_are_drawn_as_in_timm(monkeypatch):
     np.testing.assert_array_equal(leaf, drawn[1][name])
     assert (leaf != drawn[2][name]).all() and np.std(leaf) == pytest.approx(0.02, rel=0.15)
   assert (first['norm']['scale'] == 1).all() and (first['norm']['bias'] == 0).all()
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name', 'value'),
+  [('convnext', 'layer_scale', 1e-6), ('vit', 'attn.qkv.bias', 0), ('vit_of_torchvision', 'in_proj_bias', 0)],
+)
+def test_scales_and_biases_start_as_in_pytorch(monkeypatch, kind, name, value):
+  torchvision = {'vit_of_torchvision': lambda classes: vit.parts(2, 128, vit.TORCHVISION, classes)}
+  monkeypatch.setattr(small_architectures, 'SMALL', small_architectures.SMALL | torchvision)
+  small = small_architectures.register(monkeypatch, kind)
+  model = AdoptedNetwork(10, 32, arch=small.name, exits=small.places[:1])
+  both = (
+    model.initial_variables(abstract_variables(model, (32, 32, 3)), 0)['params'],
+    jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))['params'],
+  )
+  for params in both:
+    leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key.endswith(name)]
+    assert leaves and all((leaf == np.float32(value)).all() for leaf in leaves)
 
 
 def test_classes_of_a_file_without_a_classifier(tiny):
