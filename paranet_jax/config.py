@@ -153,6 +153,12 @@ def keeps_beside(config: ConfigDict) -> bool:
   return bool(config.train.average) or config.loss.teacher != 'network'
 
 
+def varies_images(config: ConfigDict, crop_padding: int | None) -> bool:
+  """Whether training images are more than mirrored, so that features of them cannot be kept."""
+  train = config.train
+  return bool(crop_padding or train.cutout or train.mixup or train.cutmix) or train.auto_augment != 'none'
+
+
 def drop_epochs(config: ConfigDict) -> list[float]:
   """Epochs at which the learning rate drops."""
   train = config.train

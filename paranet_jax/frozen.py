@@ -202,7 +202,7 @@ def vary(
     return jax.tree.map(lambda leaf: shifted(leaf, share), own)
 
   def shifted(x: jax.Array, share: jax.Array) -> jax.Array:
-    most = int(shift * x.shape[0]) if x.ndim == 3 else 0
+    most = places_shifted(shift, x.shape[0]) if x.ndim == 3 else 0
     if not most:
       return x
     padded = jnp.pad(x, ((most, most), (most, most), (0, 0)))
@@ -210,6 +210,11 @@ def vary(
     return jax.lax.dynamic_slice(padded, (row, column, jnp.zeros_like(row)), x.shape)
 
   return jax.vmap(one)(keys, features)
+
+
+def places_shifted(shift: float, side: int) -> int:
+  """By how many places features of this side are shifted at most (see `vary`); 0: never."""
+  return int(shift * side)
 
 
 def _updated(params: Any, own: Any) -> dict[str, Any]:

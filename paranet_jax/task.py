@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,15 @@ from paranet_jax.data.batches import steps_per_epoch
 from paranet_jax.data.dataset import Dataset, Split
 from paranet_jax.data.identity import Learned
 from paranet_jax.data.load import load_dataset
-from paranet_jax.frozen import POOLED, Features, feature_shapes, keep_features, make_exits_step, on_disk
+from paranet_jax.frozen import (
+  POOLED,
+  Features,
+  feature_shapes,
+  keep_features,
+  make_exits_step,
+  on_disk,
+  places_shifted,
+)
 from paranet_jax.host.errors import UserError, printable
 from paranet_jax.host.kept_programs import Kept
 from paranet_jax.host.machine import Device
@@ -123,9 +132,7 @@ class Task:
   @property
   def keeps_features(self) -> bool:
     """Whether training reads kept features of a frozen backbone instead of images."""
-    prepared = self.preprocessing
-    varied = prepared.crop_padding or prepared.cutout or prepared.mixup or prepared.cutmix
-    return bool(self.frozen) and not varied and prepared.auto_augment == 'none'
+    return bool(self.frozen) and not config_lib.varies_images(self.config, self.preprocessing.crop_padding)
 
   def feature_shapes(self, split: Split) -> Features:
     """Shapes of the features of a split; of the training images also mirrored, if they are."""
@@ -343,6 +350,8 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
       f'{config.train.regime!r} and model.head {config.model.get("head")!r}; set --config.loss.match_features=0'
     )
+  if learned is None:  # A run that has begun ignores it, as before.
+    _check_shift(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
@@ -403,6 +412,31 @@ def _check_lengths(task: Task) -> None:
       f'{name} {epochs:g} leaves none of the {steps} steps of the run to what begins then; set --config.{name} or '
       '--config.train.epochs'
     )
+
+
+def _check_shift(task: Task) -> None:
+  """Raises UserError if `train.feature_shift` would move nothing."""
+  shift, regime = task.config.train.feature_shift, task.config.train.regime
+  if not shift:
+    return
+  found = f'train.regime {regime!r}' if not task.frozen else 'images that are cropped, covered, blended or distorted'
+  if task.keeps_features:
+    sides = sides_of(task.model, task.config)
+    if any(places_shifted(shift, side) for side in sides):
+      return
+    found = f'{max(sides)}' if sides else 'tokens'
+  raise UserError(
+    f"train.feature_shift {shift:g} needs train.regime 'exits', images that are at most mirrored, and features of "
+    f'{math.ceil(1 / shift)} places or more along a side, found {found}; set --config.train.feature_shift=0'
+  )
+
+
+def sides_of(model: Any, config: ConfigDict) -> list[int]:
+  """Places along the side of each feature map that exits on a frozen backbone read; tokens have none."""
+  shape = config_lib.image_shape(config)
+  learning = trained_exits(config_lib.targets(config))
+  features = feature_shapes(model, abstract_variables(model, shape), shape, learning, config.train.features, 1)
+  return [leaf.shape[1] for leaf in jax.tree.leaves(features) if leaf.ndim == 4]
 
 
 def _check_phase(task: Task, phase: Phase) -> None:

@@ -9,6 +9,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import small_architectures
 import tiny
 from running import PROGRAMS, TINY, before_each_step, refusal, run_main, saved_state, send
 
@@ -193,6 +194,46 @@ def test_features_are_matched_by_exits_of_copied_blocks(regime, head):
     "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
     f"'{regime}' and model.head '{head}'; set --config.loss.match_features=0"
   )
+
+
+@pytest.mark.parametrize(
+  ('fields', 'side', 'found'),
+  [
+    ({'train.regime': 'joint'}, 32, "train.regime 'joint'"),
+    ({'data.crop_padding': 1}, 32, 'images that are cropped, covered, blended or distorted'),
+    ({'train.cutout': 2}, 32, 'images that are cropped, covered, blended or distorted'),
+    ({'train.auto_augment': 'trivial'}, 32, 'images that are cropped, covered, blended or distorted'),
+    ({}, 28, '14'),
+    ({}, 32, None),
+    ({'train.feature_shift': 0.125}, 16, None),
+    ({'train.feature_shift': 0.125}, 14, '7'),
+  ],
+)
+def test_features_are_shifted_by_whole_places(fields, side, found):
+  given = config('net', 'adopted', regime='exits')
+  given.model.update(arch='cifar_resnet20', exits='layer2', head='conv', image_side=side)
+  given.data.crop_padding, given.init_from, given.train.feature_shift = 0, 'weights.th', 1 / 16
+  given.update_from_flattened_dict(fields)
+  if found is None:
+    assert build_task(given).keeps_features
+    return
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  shift = given.train.feature_shift
+  assert str(error.value) == (
+    f"train.feature_shift {shift:g} needs train.regime 'exits', images that are at most mirrored, and features of "
+    f'{round(1 / shift)} places or more along a side, found {found}; set --config.train.feature_shift=0'
+  )
+  build_task(given, learned=Learned(Path('run')))  # It has begun.
+
+
+def test_tokens_are_not_shifted(monkeypatch):
+  small = small_architectures.register(monkeypatch, 'vit')
+  given = config('net', 'adopted', regime='exits')
+  given.model.update(arch=small.name, exits=small.places[1], head='class_token', image_side=32)
+  given.data.crop_padding, given.init_from, given.train.feature_shift = 0, 'weights.th', 0.5
+  with pytest.raises(UserError, match='and features of 2 places or more along a side, found tokens; set --config.tr'):
+    build_task(given)
 
 
 def test_phases_follow_the_epochs():
