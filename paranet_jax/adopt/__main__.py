@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from paranet_jax.command_line import override
-from paranet_jax.host.arguments import Parser, absolute, add_jax_flags
+from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags
 from paranet_jax.host.errors import UserError, exit_code, say
 from paranet_jax.host.fields import numbers
 from paranet_jax.host.starting import begin
@@ -38,9 +38,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   add('--mean', type=_mean, help='Mean of red, green and blue, from 0 to 1, such as 0.5,0.5,0.5 (default: as --arch).')
   add('--deviation', type=_deviation, help='Their standard deviation, such as 0.5,0.5,0.5 (default: as --arch).')
   add('--workdir', type=absolute, help='Folder of the new run.')
+  add('--accept_config_changes', action='store_true', help='Continue a run whose saved configuration differs.')
+  add_data_flags(parser)
   add_jax_flags(parser)
   given, rest = parser.parse_with_overrides(argv)
-  if not given.what:
+  if given.what:
+    others = [name for name, value in vars(given).items() if value != parser.get_default(name)]
+    found = [f'--{name}' for name in others if name not in ('what', 'arch', 'head')] + rest
+    if found:
+      raise UserError(f'describe takes --arch and --head alone, found {found[0]}; leave it out')
+  else:
     for flag in ('weights', 'workdir'):
       if getattr(given, flag) is None:
         parser.error(f'the following arguments are required: --{flag}')

@@ -14,6 +14,7 @@ from paranet_jax import config as config_lib
 from paranet_jax.adopt.places import default_head, find_places, suggested
 from paranet_jax.base_config import base_config
 from paranet_jax.data.known import known_dataset
+from paranet_jax.frozen import places_shifted
 from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.models.adopted.architecture import Architecture
@@ -24,7 +25,8 @@ from paranet_jax.portable.run import find_images
 from paranet_jax.runs.dataset_facts import restore_dataset_facts, save_weights_facts
 from paranet_jax.runs.init_from import check_finished
 from paranet_jax.runs.learned import IDENTITY
-from paranet_jax.runs.workdir import CONFIG, prepare_workdir, restore_config
+from paranet_jax.runs.workdir import CONFIG, Accepted, prepare_workdir, restore_config
+from paranet_jax.task import sides_of
 from paranet_jax.train import train_and_evaluate
 from paranet_jax.weights.hub import download_weights, hub_place, is_hub
 
@@ -115,23 +117,32 @@ def adopt(given: argparse.Namespace, architecture: Architecture, override: Calla
     prepared = architecture.preprocessing
     names = class_names(architecture.class_names, num_classes)
     facts = Facts(given.arch, names, given.mean or prepared.mean, given.deviation or prepared.deviation)
-  override(config)
-  config_lib.absolute_paths(config)
+
+  def as_asked() -> None:
+    override(config)
+    if given.data_dir:
+      config.data.data_dir = str(given.data_dir)
+
+  as_asked()
   try:
     config_lib.validate(config)
   except UserError as error:  # These flags set the fields that it names.
     raise error.saying(str(error).replace('--config.model.arch, .exits or .head', '--exits or --head')) from error
+  _settle(config, given)
+  as_asked()  # What the command line names stays.
+  config_lib.absolute_paths(config)
   if config.model.last == 'new' and not weights.is_dir():
     facts = facts._replace(class_names=new_classes(config))
   workdir = given.workdir
-  prepare_workdir(workdir, config, accept_changes=False)
+  accepted = Accepted(given.accept_config_changes, given.accept_data_changes, bool(given.data_dir))
+  prepare_workdir(workdir, config, accepted.config, accepted.place)
   if not any((workdir / name).exists() for name in (CONFIG, IDENTITY)):
     save_weights_facts(workdir, *facts)
   else:
     _check_normalization(workdir, facts)
-  summary = train_and_evaluate(config, workdir)
+  summary = train_and_evaluate(config, workdir, accepted)
   if summary is not None:
-    say(next_steps(workdir, summary['exits'][-1]['macs_alone'], labeled=given.data is not None))
+    say(next_steps(workdir, summary['exits'][-1]['macs_alone'], labeled=known_dataset(config.data.name).labeled))
 
 
 def configure(given: argparse.Namespace, architecture: Architecture, weights: Path, num_classes: int) -> ConfigDict:
@@ -208,24 +219,53 @@ def _check_normalization(workdir: Path, facts: Facts) -> None:
 
 def _learn(config: ConfigDict, given: argparse.Namespace, recipe: Recipe) -> None:
   """Sets from which images a run learns, and for how long; one that was begun keeps what follows from their number."""
-  config.data.update(crop_padding=0, flip=recipe.mirrored)
-  folder = given.images or given.data
-  if folder:
-    config.data.update(name='images' if given.images else 'folder', data_dir=str(folder), test_fraction=0.1)
-    count = len(find_images(str(folder)).images)
-    config.data.held_out = max(count // 10, 1)
-    learned = max(count - config.data.held_out - round(config.data.test_fraction * count), 1)
-    config.train.batch_size = min(BATCH, learned)
-    config.train.epochs = max(recipe.epochs, -(-recipe.steps // max(learned // config.train.batch_size, 1)))
+  config.data.update(crop_padding=0, flip=recipe.mirrored, test_fraction=0.1)
   config.train.update(
     optimizer=recipe.optimizer, learning_rate=recipe.learning_rate, schedule='cosine', decay='kernels'
   )
-  config.eval.update(every_epochs=config.train.epochs / 5, batch_size=250)
-  if folder and os.path.exists(given.workdir / CONFIG):
+  config.eval.batch_size = 250
+  if folder := given.images or given.data:
+    config.data.update(name='images' if given.images else 'folder', data_dir=str(folder))
+    _count(config, given.workdir, recipe)
+
+
+def _count(config: ConfigDict, workdir: Path, recipe: Recipe) -> None:
+  """Sets what follows from the number of images; a data set that is not known is left to what reads it."""
+  known, folder = known_dataset(config.data.name), config.data.data_dir
+  tested = 0
+  if os.path.exists(workdir / CONFIG):
     # Images may have been added or removed since; a run that is resumed goes on with what it began with.
-    begun = restore_config(given.workdir)
+    begun = restore_config(workdir)
     for section, name in _OF_THE_COUNT:
       config[section][name] = begun[section][name]
+    return
+  if config.data.name in ('images', 'folder') and folder:
+    count = len(find_images(str(folder)).images)
+    tested = round(config.data.test_fraction * count)
+  elif known.counts:
+    count = known.counts[0]
+  elif source := known.open(config.data, config.model.image_side, config.model.channels):
+    count, tested = len(source.records('train')), source.test_count or 0
+  else:
+    return
+  config.data.held_out = max(count // 10, 1)
+  learned = max(count - config.data.held_out - tested, 1)
+  config.train.batch_size = min(BATCH, learned)
+  config.train.epochs = max(recipe.epochs, -(-recipe.steps // max(learned // config.train.batch_size, 1)))
+  config.eval.every_epochs = config.train.epochs / 5
+
+
+def _settle(config: ConfigDict, given: argparse.Namespace) -> None:
+  """Sets what follows from fields that the command line may have changed: from the data set and from the places."""
+  whole = config.train.regime != 'exits'
+  if not (given.images or given.data):
+    _count(config, given.workdir, WHOLE_RECIPE if whole else RECIPES.get(given.head, OTHER_RECIPE))
+  shift, classes = config.train.feature_shift, config.model.num_classes or 2
+  if not whole and shift:
+    sides = sides_of(config_lib.build_model(config, classes), config)
+    moves = any(places_shifted(shift, side) for side in sides)
+    if not moves or config_lib.varies_images(config, config.data.crop_padding):
+      config.train.feature_shift = 0.0
 
 
 def new_classes(config: ConfigDict) -> tuple[str, ...]:

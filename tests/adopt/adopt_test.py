@@ -113,6 +113,86 @@ def test_batches_are_no_larger_than_the_images_left_to_learn_from(tiny, tmp_path
   assert configured(tiny, head='conv', images=tmp_path).train.batch_size == learned
 
 
+@pytest.fixture
+def begun(monkeypatch):
+  """The configurations of runs, which do not train."""
+  found = []
+  monkeypatch.setattr('paranet_jax.adopt.run.train_and_evaluate', lambda config, *_: found.append(config))
+  return found
+
+
+@pytest.mark.parametrize(
+  ('flags', 'expected'),
+  [
+    # 50,000 images: 351 steps of 128 an epoch are enough.
+    (('--config.data.name=cifar10',), (5000, 128, 30.0, 6.0)),
+    (('--config.data.name=cifar10', '--head=blocks'), (5000, 128, 5.0, 1.0)),
+    # 1,437 images, of which 143 are held out, make 10 steps an epoch.
+    (('--config.data.name=digits',), (143, 128, 200.0, 40.0)),
+    (('--config.data.name=digits', '--head=blocks'), (143, 128, 31.0, 6.2)),
+    (('--config.data.name=digits', '--config.train.epochs=7', '--config.data.held_out=50'), (50, 128, 7.0, 40.0)),
+    # 40 images: 4 held out and 4 to test on.
+    (('--config.data.name=images', '--config.data.data_dir=images'), (4, 32, 2000.0, 400.0)),
+    (('--config.data.name=folder', '--data_dir=sorted'), (4, 32, 2000.0, 400.0)),
+  ],
+)
+def test_a_data_set_by_its_name_is_learned_from_by_the_recipe(tiny, tmp_path, begun, flags, expected):
+  assert run_command(main, *GIVEN[:2], f'--workdir={tmp_path}/new', '--exits=layer1', *flags).code == 0
+  data, train = begun[0].data, begun[0].train
+  assert (data.held_out, train.batch_size, train.epochs, begun[0].eval.every_epochs) == expected
+  assert data.test_fraction == 0.1
+
+
+def test_a_whole_network_learns_from_a_data_set_by_the_recipe(tiny, outputs, tmp_path, begun):
+  flags = ('--weights=run', f'--workdir={tmp_path}/new', '--config.data.name=cifar10')
+  assert run_command(main, '--arch=cifar_resnet8', *flags).code == 0
+  assert (begun[0].data.held_out, begun[0].train.batch_size, begun[0].train.epochs) == (5000, 128, 10)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'expected'),
+  [
+    ((), 1 / 16),  # 32 places.
+    (('--config.model.image_side=8',), 0.0),
+    (('--exits=layer2', '--config.model.image_side=30'), 0.0),
+    (('--exits=layer1,layer2', '--config.model.image_side=30'), 1 / 16),
+    (('--config.data.crop_padding=4',), 0.0),
+    (('--config.train.cutout=4',), 0.0),
+    (('--config.model.image_side=8', '--config.train.feature_shift=0.125'), 0.125),
+  ],
+)
+def test_features_are_shifted_where_they_can_be(tiny, tmp_path, begun, flags, expected):
+  given = (*GIVEN[:2], f'--workdir={tmp_path}/new', '--images=images', '--head=blocks', '--exits=layer1')
+  assert run_command(main, *given, *flags).code == 0
+  assert begun[0].train.feature_shift == expected
+
+
+def test_a_run_resumes_with_images_in_another_place(tiny, outputs):
+  shutil.copytree('run', 'resumed')
+  shutil.copytree('images', 'moved')
+  given = (*GIVEN[:2], '--workdir=resumed', *FLAGS[1:])
+  other = run_command(main, *given, '--images=moved')
+  assert other.code == 2 and '; set --workdir for a new run, --data_dir for the same images in another' in other.err
+  for place in ('images', 'gone'):
+    assert run_command(main, *given, f'--images={place}', '--data_dir=moved').code == 0
+  longer = (*given, '--images=images', '--config.train.epochs=5')
+  changed = run_command(main, *longer)
+  assert changed.code == 2 and 'or --accept_config_changes to train with the new one' in changed.err
+  assert run_command(main, *longer, '--accept_config_changes').code == 0
+  assert restore_config(tiny / 'resumed').train.epochs == 5
+
+
+def test_a_run_resumes_with_other_images_on_request(tiny, outputs):
+  shutil.copytree('run', 'others')
+  (tiny / 'replaced').mkdir()
+  for number, image in enumerate(np.random.default_rng(1).integers(0, 256, (80, 9, 9, 3), np.uint8)):
+    Image.fromarray(image).save(tiny / 'replaced' / f'{number}.png')
+  given = (*GIVEN[:2], '--workdir=others', '--images=images', '--data_dir=replaced', *FLAGS[1:])
+  refused = run_command(main, *given)
+  assert refused.code == 2 and '--accept_data_changes' in refused.err, refused
+  assert run_command(main, *given, '--accept_data_changes').code == 0
+
+
 def test_nothing_is_left_to_do(tiny, outputs):
   again = run_command(main, *GIVEN, *FLAGS)
   assert again.code == 0 and 'resuming from the checkpoint' in again.out and 'training images: ' not in again.out

@@ -70,3 +70,18 @@ def test_describe_with_another_head(tiny):
   tokens = run_command(main, 'describe', '--arch=cifar_resnet8', '--head=class_token')
   message = "head 'class_token' needs tokens, found features of height and width; set --head"
   assert tokens == (2, '', f'error: {message}\n')
+
+
+@pytest.mark.parametrize(
+  ('flags', 'found'),
+  [
+    (('--exits=layer1',), '--exits'),
+    (('--weights=a', '--classes'), '--weights'),
+    (('--mean=0.5,0.5,0.5',), '--mean'),
+    (('--config.model.copies=2',), '--config.model.copies=2'),
+    (('--config.model.copys=2', '--head=blocks'), '--config.model.copys=2'),
+  ],
+)
+def test_describe_ignores_no_flag(tiny, flags, found):
+  message = f'error: describe takes --arch and --head alone, found {found}; leave it out\n'
+  assert run_command(main, 'describe', '--arch=cifar_resnet8', *flags) == (2, '', message)
