@@ -21,6 +21,7 @@ from paranet_jax.experiments.queue.record import (
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.machine import today
+from paranet_jax.runs.status import kept_changes
 from paranet_jax.runs.workdir import changes, prepare_folder
 
 LOGS = 'logs'
@@ -305,7 +306,7 @@ def check_same(run: QueuedRun, state: RunState, record: RunRecord | None) -> Non
   Raises:
     UserError: it is another one.
   """
-  if not state.begun:
+  if not (state.begun or state.finished):
     return
   if record and record.code:
     before, now = set(record.arguments), set(run.arguments)
@@ -314,7 +315,9 @@ def check_same(run: QueuedRun, state: RunState, record: RunRecord | None) -> Non
         f'it began with {" ".join(sorted(before - now)) or "fewer fields"}, and the file has '
         f'{" ".join(sorted(now - before)) or "fewer"}; give it another name, or undo the change'
       )
-  elif different := changes(state.folder, run.config, moved=True):
+  elif different := (
+    changes(state.folder, run.config, moved=True) if state.begun else kept_changes(state.folder, run.config)
+  ):
     raise UserError(
       f'{state.folder} holds a run with a different configuration: {"; ".join(different)} (saved -> now); give it '
       'another name'
