@@ -36,7 +36,7 @@ from paranet_jax.runs.record import RunRecord, open_record
 from paranet_jax.runs.status import run_status
 from paranet_jax.runs.teacher import check_teacher
 from paranet_jax.runs.trained import read_task
-from paranet_jax.runs.workdir import AVERAGE, NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir
+from paranet_jax.runs.workdir import AVERAGE, NOTHING, SUMMARY, Accepted, check_evaluated, check_saved, prepare_workdir
 from paranet_jax.steps import Beside, TrainState, zero_totals
 from paranet_jax.targets import Phase, trained_exits
 from paranet_jax.task import agreed_task
@@ -156,7 +156,11 @@ def evaluate_checkpoint(
   Returns:
     `name`, `dataset`, `seed`, `step`, `class_names`, and `splits` as returned by `Evaluator.evaluate`, with confusion
     matrices.
+
+  Raises:
+    UserError: as `read_task`; or the run has a network or a measure of loss that the configuration does not have.
   """
+  Coordinator().once(check_evaluated, workdir, config)
   devices = devices_lib.pick_devices(config.train.devices)
   task, step, variables = read_task(config, workdir, step, devices, accept_data_changes)
   return {
