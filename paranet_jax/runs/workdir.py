@@ -183,7 +183,7 @@ def check_saved(workdir: Path, config: ConfigDict, accept_changes: bool, moved: 
 
 
 def check_evaluated(workdir: Path, config: ConfigDict) -> None:
-  """Raises UserError if this configuration computes or measures a checkpoint of the folder otherwise than its run did."""
+  """Raises UserError if a configuration computes or measures a checkpoint of the folder otherwise than its run did."""
   changed = changes(workdir, config, moved=True) if os.path.exists(workdir / CONFIG) else []
   # A checkpoint may be measured in another dtype than it was trained in.
   other = [change for change in changed if change.startswith(_MEASURED_BY) and not change.startswith('model.dtype:')]
