@@ -132,7 +132,7 @@ class Queue:
         self._fail(run.name, str(error))
         continue
       if state.finished:
-        self._finish(run)
+        self._finish(run, state)
       elif state.holder:
         waiting = True  # Such as a run of a queue that was killed, which saves at this moment.
       elif self._reads_unfinished(run):
@@ -143,10 +143,10 @@ class Queue:
       self._begin(*readers[0])
     return waiting
 
-  def _finish(self, run: QueuedRun) -> None:
+  def _finish(self, run: QueuedRun, state: RunState) -> None:
     record = self._records.setdefault(run.name, RunRecord(list(run.arguments), '', None))
     if not record.finished or record.failed:
-      record.finished, record.failed = record.finished or today(), ''
+      record.finished, record.failed = record.finished or (state.summary or {}).get('finished') or today(), ''
       self._save()
     self._left[run.name] = 'finished'
 
@@ -155,7 +155,9 @@ class Queue:
     read = [os.path.realpath(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
     if not read:
       return False
-    others = [other.name for other in self.queue.runs if os.path.realpath(self._workdir / RUNS / other.name) in read]
+    # Its averaged weights are a folder below its own.
+    above = {folder for place in read for folder in (place, *map(str, Path(place).parents))}
+    others = [other.name for other in self.queue.runs if os.path.realpath(self._workdir / RUNS / other.name) in above]
     return any(name in self._refused or name not in self._left for name in others)
 
   def _check_room(self) -> None:
