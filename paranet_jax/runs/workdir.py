@@ -128,11 +128,11 @@ def restore_config(workdir: Path) -> ConfigDict:
   config = base_config(family=family_of(saved))
   unknown = set(field_names(saved)) - set(field_names(config))
   if unknown:
-    raise UserError(f'{path} has a field {min(unknown)} that this version does not know; set --config instead')
+    raise UserError(f'{path} has a field {min(unknown)} that this version does not know; update paranet_jax')
   try:
     config.update(saved)
   except (TypeError, ValueError) as error:
-    raise UserError(f'{path} does not fit ({error}); fix it, or set --config') from error
+    raise UserError(f'{path} does not fit ({error}); restore it') from error
   return config
 
 
