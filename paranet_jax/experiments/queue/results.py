@@ -78,6 +78,8 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
       continue
     if state.finished and not state.measured_at_end:
       left_out.append(f'{run.name}: it is finished, but metrics.jsonl lacks its last accuracies; restore that file')
+    elif state.measured and not any(state.measured.values()):
+      left_out.append(f'{run.name}: it has no accuracies, as its images have no labels')
     elif state.measured:
       states[run.name] = state
       first.setdefault(run.row, (run, config))

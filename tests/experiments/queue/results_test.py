@@ -166,6 +166,14 @@ def test_published_accuracies_and_nothing_measured(tmp_path):
   )
 
 
+def test_a_run_on_images_without_labels_is_left_out(queue):
+  path = queue.workdir / 'runs' / 'plain-s0' / 'metrics.jsonl'
+  path.write_text(path.read_text().replace('exit_1/accuracy', 'exit_1/agreement'))
+  found = results(read_queue(queue.path), queue.workdir, {})
+  assert found['left_out'] == ['plain-s0: it has no accuracies, as its images have no labels']
+  assert found['rows'][0]['seeds'] == [1]
+
+
 def test_a_run_that_is_another_one_is_left_out(queue):
   records = {'plain-s0': RunRecord(['--config.train.epochs=5'], 'code', None)}
   found = results(read_queue(queue.path), queue.workdir, records)
