@@ -11,7 +11,7 @@ from paranet_jax.host.errors import exit_code, say
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command with these arguments (default: sys.argv); returns the exit code."""
-  return exit_code(lambda: _run(_parse(argv)))
+  return exit_code(lambda: _run(_parse(argv)), has_config=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

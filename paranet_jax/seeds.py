@@ -2,7 +2,7 @@
 
 import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.evaluation import AGREEMENT, MEASURES, Evaluator
 from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import write_json
+from paranet_jax.host.lock import workdir_lock
 from paranet_jax.host.machine import Device
 from paranet_jax.host.processes import Coordinator
 from paranet_jax.host.signals import StopRequest
@@ -79,20 +80,37 @@ def train_seeds(
   for check in (check_backbone, check_teacher):
     check(fresh, workdir / f'seed_{fresh.seed}')
   prepare_workdir(workdir, config, accepted.config, accepted.place)
-  save_config(workdir, config)
+  with workdir_lock(workdir):
+    return _train(config, configs, workdir, devices, accepted, at_once)
+
+
+def _train(
+  config: ConfigDict,
+  configs: list[ConfigDict],
+  workdir: Path,
+  devices: list[Device],
+  accepted: Accepted,
+  at_once: bool | None,
+) -> dict[str, Any] | None:
+  def begun() -> None:
+    """Says what the folder holds; not before a seed has begun, as a command that is refused leaves nothing."""
+    save_config(workdir, config)
+    (workdir / SUMMARY).unlink(missing_ok=True)  # An earlier, shorter one's.
+
   # Measured on one core of a CPU: a vmapped step of 4 small networks takes 16.1 ms, their 4 steps in turn 13.9 ms.
   at_once = devices[0].platform != 'cpu' if at_once is None else at_once
   summaries = []
   for group in _groups(configs, len(devices) if at_once else 0):
     folders = [workdir / f'seed_{own.seed}' for own in group]
-    if len(group) > 1 and not _train_group(group, folders, devices, accepted):
+    if len(group) > 1 and not _train_group(group, folders, devices, accepted, begun):
       return None
     for own, folder in zip(group, folders, strict=True):
-      summary = train_missing(own, folder, f'seed {own.seed}', accepted)
+      summary = train_missing(own, folder, f'seed {own.seed}', accepted, begun)
       if summary is None:
         return None
       summaries.append(summary)
   result = summarize(summaries)
+  save_config(workdir, config)
   write_json(workdir / SUMMARY, result)
   say(seeds_table(result))
   say(f'summary: {workdir / SUMMARY}')
@@ -113,7 +131,13 @@ def _groups(configs: list[ConfigDict], num_devices: int) -> list[list[ConfigDict
   return [configs[first : first + size] for first in range(0, len(configs), size)]
 
 
-def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Device], accepted: Accepted) -> bool:
+def _train_group(
+  group: list[ConfigDict],
+  folders: list[Path],
+  devices: list[Device],
+  accepted: Accepted,
+  begun: Callable[[], None],
+) -> bool:
   """Trains runs that differ only in their seed, in lockstep, to the checkpoint of their last step.
 
   Each becomes what it would become alone on one device, to rounding. Finished runs, and runs whose checkpoints have
@@ -145,7 +169,8 @@ def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Dev
   layout = SideBySide(devices[: len(group)])
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(StopRequest())
-    opened = (open_record(task, folder, Coordinator()) for task, folder in zip(tasks, folders, strict=True))
+    both = zip(tasks, folders, strict=True)
+    opened = (open_record(task, folder, Coordinator(), len(group)) for task, folder in both)
     records = [stack.enter_context(record) for record in opened]
     if len({record.saved_step for record in records}) > 1:
       return True
@@ -154,6 +179,7 @@ def _train_group(group: list[ConfigDict], folders: list[Path], devices: list[Dev
       return True
     for record in records:
       record.save_facts()
+    begun()
     train_loop(records, layout.join(states), layout, Evaluator(tasks[0], devices[:1]), stop)
   if stop.received:
     say(f'stopped by {stop.received} after step {records[0].saved_step}, saved; the same command resumes')
@@ -166,10 +192,17 @@ def summarize(summaries: list[dict[str, Any]]) -> dict[str, Any]:
   Returns:
     What they share; `seeds`; for every exit of `exits` and `held_out`, each measure as {`mean`, `std` (of the sample,
     n - 1), `each`}, None if the exit is not trained or a run of version 0.1.0 has no such measure; `wall_time_s`, the
-    total. Accuracies by class and confusion matrices are in the summary of each seed.
+    total; `finished`, the last date. Accuracies by class and confusion matrices are in the summary of each seed.
   """
   first = summaries[0]
-  result = {key: value for key, value in first.items() if key not in ('seed', 'confusion_file')}
+  own = ('seed', 'confusion_file')
+  result = {
+    key: value
+    for key, value in first.items()
+    if key not in own and all(summary.get(key) == value for summary in summaries)
+  }
+  if all(summary.get('finished') for summary in summaries):
+    result['finished'] = max(summary['finished'] for summary in summaries)
   result['seeds'] = [summary['seed'] for summary in summaries]
   for split in ('exits', 'held_out'):
     if split in first:

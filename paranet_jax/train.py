@@ -36,13 +36,15 @@ from paranet_jax.runs.record import RunRecord, open_record
 from paranet_jax.runs.status import run_status
 from paranet_jax.runs.teacher import check_teacher
 from paranet_jax.runs.trained import read_task
-from paranet_jax.runs.workdir import AVERAGE, NOTHING, SUMMARY, Accepted, check_saved, prepare_workdir
+from paranet_jax.runs.workdir import AVERAGE, NOTHING, SUMMARY, Accepted, check_evaluated, check_saved, prepare_workdir
 from paranet_jax.steps import Beside, TrainState, zero_totals
 from paranet_jax.targets import Phase, trained_exits
 from paranet_jax.task import agreed_task
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = NOTHING) -> dict | None:
+def train_and_evaluate(
+  config: ConfigDict, workdir: Path, accepted: Accepted = NOTHING, begun: Callable[[], None] = lambda: None
+) -> dict | None:
   """Trains, or resumes training, and evaluates every exit.
 
   In a multi-process run, only process 0 reads and writes the workdir.
@@ -50,6 +52,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   Args:
     workdir: absolute.
     accepted: what may differ from what the run saved.
+    begun: is called once nothing has been refused and the configuration is saved, before the first step.
 
   Returns:
     The contents of summary.json, or None if a signal stopped the run before its end.
@@ -79,6 +82,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accepted: Accepted = N
   with StopRequest() as stop, open_record(task, workdir, processes) as record:
     state = record.restore(devices)
     record.save_facts()
+    begun()
     evaluator = Evaluator(task, devices)
     state, evaluations = train_loop([record], state, Layout(devices), evaluator, stop, checked.result)
     if evaluations is None and record.saved_step != task.total_steps:
@@ -127,7 +131,13 @@ def draw_confusion(workdir: Path, exits: list[dict], summary: dict[str, Any], la
   return drawn(draw)
 
 
-def train_missing(config: ConfigDict, workdir: Path, title: str, accepted: Accepted = NOTHING) -> dict[str, Any] | None:
+def train_missing(
+  config: ConfigDict,
+  workdir: Path,
+  title: str,
+  accepted: Accepted = NOTHING,
+  begun: Callable[[], None] = lambda: None,
+) -> dict[str, Any] | None:
   """Returns the summary of a finished run; trains one that is not, after printing the title.
 
   Returns:
@@ -139,7 +149,7 @@ def train_missing(config: ConfigDict, workdir: Path, title: str, accepted: Accep
   summary = run_status(workdir, config, accepted.place).summary
   if summary is None:
     say(title)
-    summary = train_and_evaluate(config, workdir, accepted)
+    summary = train_and_evaluate(config, workdir, accepted, begun)
   return summary
 
 
@@ -156,7 +166,11 @@ def evaluate_checkpoint(
   Returns:
     `name`, `dataset`, `seed`, `step`, `class_names`, and `splits` as returned by `Evaluator.evaluate`, with confusion
     matrices.
+
+  Raises:
+    UserError: as `read_task`; or the run has a network or a measure of loss that the configuration does not have.
   """
+  Coordinator().once(check_evaluated, workdir, config)
   devices = devices_lib.pick_devices(config.train.devices)
   task, step, variables = read_task(config, workdir, step, devices, accept_data_changes)
   return {

@@ -1,8 +1,10 @@
 """Tests of several seeds of one configuration: each equals its own run, and the summary covers all."""
 
+import json
 import os
 import shutil
 import signal
+import time
 
 import chex
 import pytest
@@ -14,6 +16,7 @@ from paranet_jax.devices import SideBySide
 from paranet_jax.display.metrics import read_metrics
 from paranet_jax.evaluation import MEASURES
 from paranet_jax.host.errors import UserError
+from paranet_jax.runs.workdir import Accepted
 from paranet_jax.seeds import seeds_table, summarize, train_seeds
 from paranet_jax.train import train_and_evaluate
 
@@ -114,14 +117,30 @@ def test_extended_seeds_that_are_killed_before_their_first_checkpoint_are_not_fi
 
   def copy_once(*_):
     if not killed.exists():
+      assert (workdir / 'lock').exists()
       shutil.copytree(workdir, killed)
 
   with monkeypatch.context() as patch:
     before_each_step(patch, copy_once)
     assert run_main(*longer, f'--workdir={workdir}').code == 0
   assert not (killed / 'seed_3' / 'summary.json').exists()
+  # Nor does the mean of the shorter ones stand beside the configuration of the longer ones.
+  assert not (killed / 'summary.json').exists()
+  assert json.loads((killed / 'config.json').read_text())['train']['max_steps'] == 5
   assert run_main(*longer, f'--workdir={killed}').code == 0
   assert [summary_of(killed / f'seed_{seed}')['steps'] for seed in SEEDS] == [5, 5]
+
+
+@pytest.mark.parametrize('at_once', [False, True])
+def test_what_the_data_refuse_changes_nothing(together, tmp_path, at_once):
+  workdir, _ = together
+  new, finished = tmp_path / 'new', shutil.copytree(workdir, tmp_path / 'finished')
+  before = contents(finished)
+  _, config = parse(['main', *BOTH, '--config.data.held_out=100000'])
+  for folder in (new, finished):
+    with pytest.raises(UserError, match='^expected to hold out 0 to 1427 of 1437 '):
+      train_seeds(config, folder, Accepted(config=True), at_once)
+  assert contents(new) == {} and contents(finished) == before
 
 
 def test_stopped_at_every_step(together, tmp_path, monkeypatch):
@@ -185,6 +204,17 @@ def test_mean_and_deviation_of_three():
   ]
 
 
+def test_where_and_when_several_were_trained():
+  summaries = [measured(seed, 0.5, 1.0) | {'cores': 2, 'device': {'kind': 'cpu'}} for seed in (0, 1)]
+  for summary, day, processor in zip(summaries, ('30', '29'), ('AMD EPYC', 'Intel'), strict=True):
+    summary |= {'finished': f'2026-11-{day}', 'processor': processor}
+  result = summarize(summaries)
+  assert (result['finished'], result['cores'], result['device']) == ('2026-11-30', 2, {'kind': 'cpu'})
+  assert 'processor' not in result and 'seed' not in result
+  del summaries[0]['finished']  # Of version 0.1.0.
+  assert 'finished' not in summarize(summaries)
+
+
 def test_mean_and_deviation_of_averaged_weights():
   summaries = [measured(seed, 0.5, 1.0) for seed in (0, 1)]
   for summary, accuracy in zip(summaries, (0.25, 0.75), strict=True):
@@ -215,7 +245,11 @@ def test_mean_and_deviation_without_labels():
 @pytest.mark.parametrize('devices', [1, 2])
 def test_at_once_is_the_same_to_rounding(alone, tmp_path, capsys, devices):
   _, config = parse(['main', *BOTH, f'--config.train.devices={devices}'])
-  assert train_seeds(config, tmp_path, at_once=True)['seeds'] == list(SEEDS)
+  started = time.monotonic()
+  result = train_seeds(config, tmp_path, at_once=True)
+  # Each seed has its share of the time of both: their sum is no longer than all took.
+  assert result['wall_time_s'] <= time.monotonic() - started + 0.1  # Rounded.
+  assert result['seeds'] == list(SEEDS)
   assert 'seeds 3, 4 at once' in capsys.readouterr().out.splitlines()
   for seed in SEEDS:
     own, expected = (folder / f'seed_{seed}' for folder in (tmp_path, alone))

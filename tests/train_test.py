@@ -200,6 +200,22 @@ def test_a_finished_run_is_not_trained_again(finished, summary, monkeypatch, con
   assert all(path.startswith('tensorboard/') for path in after.keys() - before.keys())
 
 
+def test_evaluation_with_another_network_or_loss_is_refused(finished):
+  workdir, _ = finished
+  for field, change in (
+    ('model.entry_pool=avg', 'model.entry_pool: max -> avg'),
+    ('data.interpolation=bicubic', 'data.interpolation: bilinear -> bicubic'),
+    ('loss.label_smoothing=0.1', 'loss.label_smoothing: 0.0 -> 0.1'),
+  ):
+    assert refusal(*RUN, f'--workdir={workdir}', '--mode=eval', f'--config.{field}') == (
+      f'workdir {workdir} holds a run with a different configuration: {change} (saved -> now); leave out --config, or '
+      'set these fields as the run has them'
+    )
+  free = '--config.eval.batch_size=90', '--config.train.learning_rate=0.2', '--config.data.workers=1'
+  both = (run_main(*given, f'--workdir={workdir}', '--mode=eval').out for given in ((*RUN, *free), ()))
+  assert next(both) == next(both)
+
+
 def test_another_configuration_is_refused_with_its_differences(finished):
   workdir, _ = finished
   before = contents(workdir)

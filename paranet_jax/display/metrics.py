@@ -35,7 +35,7 @@ class MetricsWriter:
 
   def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
     workdir = Path(workdir)
-    _drop_after(workdir / FILE_NAME, math.inf if resume_step is None else resume_step)
+    drop_after(workdir / FILE_NAME, math.inf if resume_step is None else resume_step)
     self._lines = (workdir / FILE_NAME).open('ab')
     # Not SummaryWriter: its background thread dies on a full disk, and training then waits for it forever.
     self._events = RecordWriter(_new_event_path(workdir / 'tensorboard'))
@@ -88,7 +88,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
   return [record for _, record in _read(Path(workdir) / FILE_NAME)]
 
 
-def _drop_after(path: Path, step: float) -> None:
+def drop_after(path: Path, step: float) -> None:
   """Atomically removes the lines with a step after `step`, and a last line that a kill left half written."""
   content = b''.join(line.rstrip(b'\n') + b'\n' for line, record in _read(path) if record['step'] <= step)
   if content != (read_file(path, _FIX) or b''):

@@ -77,4 +77,4 @@ def _part(file: Path, place: Path) -> str:
     raise UserError(f'{file} is not of `experiments` ({error!r:.60}); {fix}') from error
   # Titles of files become sections of the page.
   sections = [re.sub('^#', '##', text.strip(), flags=re.MULTILINE) for text in texts]
-  return '\n\n'.join(sections).replace('\n', f'\n\nIn `{place.as_posix()}`.\n', 1)
+  return '\n\n'.join(text.replace('\n', f'\n\nIn `{place.as_posix()}`.\n', 1) for text in sections)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import itertools
 import logging as python_logging
 import os
 import re
@@ -287,8 +288,8 @@ class Checkpoints:
   def _move_away(self, step: int) -> Path:
     folder = self._folder.parent / DAMAGED
     folder.mkdir(exist_ok=True)
-    number = sum(1 for path in folder.iterdir() if path.name.split('.')[0] == str(step))
-    target = folder / (f'{step}.{number}' if number else str(step))
+    names = itertools.chain([str(step)], (f'{step}.{number}' for number in itertools.count(1)))
+    target = next(folder / name for name in names if not os.path.lexists(folder / name))
     (self._folder / str(step)).rename(target)
     self._manager.reload()
     return target

@@ -14,14 +14,17 @@ from ml_collections import ConfigDict
 
 from paranet_jax.config import without_paths
 from paranet_jax.display.metrics import FILE_NAME as METRICS
+from paranet_jax.display.metrics import drop_after, read_metrics
+from paranet_jax.evaluation import AGREEMENT, MEASURES
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import write_json
+from paranet_jax.host.files import read_object, write_json
 from paranet_jax.runs.checkpoints import FOLDER, Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY
 from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, prepare_folder, restore_config, save_config
 
 _CARRIED = (SUMMARY, DATASET)
+_MEASURED = (*MEASURES, AGREEMENT, 'class_accuracy', 'confusion')
 _OPTIONAL = (METRICS, IDENTITY, CONFUSION)  # Averaged weights have no log of their own.
 
 
@@ -56,9 +59,27 @@ def pack(workdir: Path, out: Path, asked: int | None = None) -> int:
     save_config(folder, without_paths(config))
     for name in (*_CARRIED, *(name for name in _OPTIONAL if (workdir / name).exists())):
       shutil.copyfile(workdir / name, folder / name)
+    _tell_of_step(folder, step)
     with Checkpoints(folder, keep=1) as checkpoints:
       checkpoints.save(step, variables, {'seed': config.seed})
   return step
+
+
+def _tell_of_step(out: Path, step: int) -> None:
+  """Makes the summary and the log those of an earlier step: what was not measured there is None."""
+  summary = read_object(out / SUMMARY, 'train the run to its end first') or {}
+  if summary['steps'] == step:
+    return
+  drop_after(out / METRICS, step)
+  lines = {line['split']: line for line in read_metrics(out) if line['step'] == step}
+  summary['steps'] = step
+  for key, split in (('exits', 'test'), ('held_out', 'held_out')):
+    for number, row in enumerate(summary.get(key, ()), 1):
+      row.update({name: lines.get(split, {}).get(f'exit_{number}/{name}') for name in _MEASURED if name in row})
+  for other in (AVERAGE, 'confusion_file'):
+    summary.pop(other, None)
+  (out / CONFUSION).unlink(missing_ok=True)
+  write_json(out / SUMMARY, summary)
 
 
 @contextlib.contextmanager

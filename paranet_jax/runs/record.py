@@ -32,11 +32,12 @@ from paranet_jax.task import Task
 
 
 @contextlib.contextmanager
-def open_record(task: Task, workdir: Path, processes: Coordinator) -> Iterator['RunRecord']:
+def open_record(task: Task, workdir: Path, processes: Coordinator, together: int = 1) -> Iterator['RunRecord']:
   """Locks a run's folder and opens its record.
 
   Args:
     workdir: absolute, of an existing folder.
+    together: runs that train in lockstep; each has its share of their time.
 
   Raises:
     UserError: another process trains there, or the disk is full.
@@ -47,7 +48,7 @@ def open_record(task: Task, workdir: Path, processes: Coordinator) -> Iterator['
     processes.once_within(workdir_lock, workdir),
     processes.once_within(Checkpoints, workdir, keep) as checkpoints,
   ):
-    yield RunRecord(task, workdir, checkpoints, processes)
+    yield RunRecord(task, workdir, checkpoints, processes, together)
 
 
 class RunRecord:
@@ -58,8 +59,11 @@ class RunRecord:
     saved_step: the latest checkpoint's; None: there is none.
   """
 
-  def __init__(self, task: Task, workdir: Path, checkpoints: Checkpoints | None, processes: Coordinator):
+  def __init__(
+    self, task: Task, workdir: Path, checkpoints: Checkpoints | None, processes: Coordinator, together: int = 1
+  ):
     self.task = task
+    self._together = together
     self.saved_step: int | None = None
     self._workdir = workdir
     self._checkpoints = checkpoints
@@ -187,7 +191,7 @@ class RunRecord:
 
   def _wall_time(self) -> float:
     """Seconds spent on this run, including earlier starts up to their last checkpoint."""
-    return self._earlier_wall_time + time.monotonic() - self._started
+    return self._earlier_wall_time + (time.monotonic() - self._started) / self._together
 
   def summarize(
     self, description: dict[str, Any], evaluations: dict[str, list[dict]], environment: dict[str, Any]

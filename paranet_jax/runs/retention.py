@@ -26,7 +26,8 @@ class Retention:
     config = task.config.checkpoint
     self._evaluation_steps = task.evaluation_steps
     self._every_steps = config.every_steps
-    self._kept_steps = round(config.keep_every_epochs * task.steps_per_epoch)
+    every = config.keep_every_epochs  # 0: none. Less than a step keeps every step.
+    self._kept_steps = max(round(every * task.steps_per_epoch), 1) if every else 0
     self._measure = None if config.keep_best == 'none' else config.keep_best
     learning = trained_exits(task.phases[-1].targets)
     self._key = f'exit_{learning[-1]}/{self._measure}'

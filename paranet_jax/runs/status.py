@@ -7,6 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from paranet_jax.config import total_steps
+from paranet_jax.costs import describe
+from paranet_jax.display.metrics import read_metrics
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object
 from paranet_jax.runs.checkpoints import Checkpoints
@@ -43,12 +46,35 @@ def run_status(workdir: Path, config: ConfigDict, moved: bool = False) -> RunSta
   Raises:
     UserError: its configuration or summary is damaged.
   """
-  changed = changes(workdir, config, moved) if os.path.lexists(workdir / CONFIG) else []
+  changed = changes(workdir, config, moved) if os.path.lexists(workdir / CONFIG) else kept_changes(workdir, config)
   if changed:
     return RunStatus(changed, None, None)
   with Checkpoints(workdir) as checkpoints:
     step = checkpoints.latest_step()
   return RunStatus([], step, finished_summary(workdir, step))
+
+
+def kept_changes(workdir: Path, config: ConfigDict) -> list[str]:
+  """In what a run of which only the results were kept differs from this configuration, as `what: kept -> now`.
+
+  Only what its summary tells is compared: network, data set, seed, what each exit learns from and costs, and steps.
+
+  Raises:
+    UserError: the summary is damaged.
+  """
+  summary = read_summary(workdir)
+  if summary is None:
+    return []
+  now = describe(config, summary.get('num_classes'))
+  pairs = {key: (summary.get(key, now[key]), now[key]) for key in ('name', 'dataset', 'seed')}
+  pairs['exits'] = len(summary['exits']), len(now['exits'])
+  for kept, cost in zip(summary['exits'], now['exits'], strict=False):
+    for key in ('learns_from', 'macs', 'params'):
+      pairs[f'{key} of exit {cost["exit"]}'] = kept.get(key, cost[key]), cost[key]
+  lines = [line for line in read_metrics(workdir) if line.get('epoch')]
+  if lines:
+    pairs['steps'] = summary['steps'], total_steps(config, round(lines[-1]['step'] / lines[-1]['epoch']))
+  return [f'{what}: {kept} -> {here}' for what, (kept, here) in pairs.items() if kept != here]
 
 
 def finished_summary(workdir: Path, step: int | None) -> dict[str, Any] | None:

@@ -31,6 +31,16 @@ _ALWAYS = ('name', 'seed', 'model.image_side', 'data.name', 'train.epochs')
 """Fields that every version has saved; others were added later, and take their defaults."""
 
 
+_MEASURED_BY = (
+  'name:',
+  'model.',
+  'data.short_side:',
+  'data.interpolation:',
+  'loss.class_weights:',
+  'loss.label_smoothing:',
+)
+"""Fields that change what a checkpoint answers to an image, or what is told of it."""
+
 _BEFORE_CONFIG = 'dataset.json', 'data_identity.npz'
 """What a run that is killed at its start may leave without a configuration."""
 
@@ -118,11 +128,11 @@ def restore_config(workdir: Path) -> ConfigDict:
   config = base_config(family=family_of(saved))
   unknown = set(field_names(saved)) - set(field_names(config))
   if unknown:
-    raise UserError(f'{path} has a field {min(unknown)} that this version does not know; set --config instead')
+    raise UserError(f'{path} has a field {min(unknown)} that this version does not know; update paranet_jax')
   try:
     config.update(saved)
   except (TypeError, ValueError) as error:
-    raise UserError(f'{path} does not fit ({error}); fix it, or set --config') from error
+    raise UserError(f'{path} does not fit ({error}); restore it') from error
   return config
 
 
@@ -169,6 +179,18 @@ def check_saved(workdir: Path, config: ConfigDict, accept_changes: bool, moved: 
       f'workdir {workdir} holds a run with a different configuration: {"; ".join(changed)} (saved -> now); '
       f'set --workdir for a new run, {"--data_dir for the same images in another place, " if place else ""}'
       'or --accept_config_changes to train with the new one'
+    )
+
+
+def check_evaluated(workdir: Path, config: ConfigDict) -> None:
+  """Raises UserError if a configuration computes or measures a checkpoint of the folder otherwise than its run did."""
+  changed = changes(workdir, config, moved=True) if os.path.exists(workdir / CONFIG) else []
+  # A checkpoint may be measured in another dtype than it was trained in.
+  other = [change for change in changed if change.startswith(_MEASURED_BY) and not change.startswith('model.dtype:')]
+  if other:
+    raise UserError(
+      f'workdir {workdir} holds a run with a different configuration: {"; ".join(other)} (saved -> now); leave out '
+      '--config, or set these fields as the run has them'
     )
 
 

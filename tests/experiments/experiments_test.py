@@ -334,6 +334,25 @@ def test_run_with_another_configuration(copied):
   )
 
 
+def test_kept_results_of_another_protocol(copied):
+  for run in (copied / 'runs').iterdir():
+    for path in run.iterdir():
+      if path.name not in ('summary.json', 'metrics.jsonl'):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+  (copied / 'results.json').unlink()
+  for path in copied.glob('table2.md'):
+    path.unlink()
+  before = contents(copied)
+  run = copied / 'runs' / 'PN3-xdx-s0'
+  more = tuple(field.replace('max_steps=3', 'max_steps=4') for field in SHORT)
+  assert refusal('table2', *more, f'--workdir={copied}') == (
+    f'{run} holds a run with a different configuration: steps: 3 -> 4 (saved -> now); set --workdir'
+  )
+  assert {path: text for path, text in contents(copied).items() if path != 'results.json'} == before
+  (copied / 'results.json').unlink()
+  assert run_experiments('table2', *SHORT, f'--workdir={copied}').code == 0  # Nothing is left to train.
+
+
 def test_failing_run_is_named(tmp_path, monkeypatch):
   def fail(*unused):
     raise UserError('the loss is no longer finite; lower --config.train.learning_rate')

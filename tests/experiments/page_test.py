@@ -28,6 +28,11 @@ def folder(tmp_path):
     target = tmp_path / 'results/deeper' / name
     target.mkdir(parents=True)
     shutil.copy(REPO / 'results' / name / 'results.json', target)
+  # A folder may hold both tables.
+  found = json.loads((target / 'results.json').read_text())
+  experiments = found['experiments']
+  experiments['table2'] = experiments['table1'] | {'title': 'Table 2: logit matching'}
+  (target / 'results.json').write_text(json.dumps(found))
   return tmp_path / 'results'
 
 
@@ -43,6 +48,7 @@ def test_tables_and_queues_become_sections(folder, tmp_path):
     '## Table 2: logit matching',
   ]
   assert 'In `results/deeper/queue-paper`.' in lines
+  assert lines.count('In `results/deeper/tenth-model.layers_per_block=2`.') == 2
   assert '| PN3cut-dxx | 1 | 50.39 +- 0.248 | 54.48 | 0 | 130 | 3,413,088 | 198,460 | nothing |' in lines
 
 

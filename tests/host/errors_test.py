@@ -184,6 +184,11 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys, monkeypat
       'fix or remove it, or set data.on_corrupt=skip in the config.json of the run',
     ),
     ('set --config.train.devices; then', 'set train.devices in the config.json of the run; then'),
+    (
+      'set --config.loss.distill, or --config.loss.teacher=network',
+      'set loss.distill in the config.json of the run, or loss.teacher=network',
+    ),
+    ('lower --config.train.batch_size or .eval.batch_size', 'lower train.batch_size or .eval.batch_size'),
     ('train a new run with --config.data.held_out=9', 'train a new run with --config.data.held_out=9'),
   ],
 )

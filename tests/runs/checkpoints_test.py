@@ -250,6 +250,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caps
       assert checkpoints.steps() == [4]
       checkpoints.save(8, noise(8), {})
   assert sorted(path.name for path in other.iterdir()) == ['8', '8.1']
+  shutil.rmtree(other / '8')  # A user has looked at the first one only.
+  DAMAGES[damage](folder / '8')
+  with Checkpoints(tmp_path, 9) as checkpoints:
+    assert checkpoints.restore_latest(noise(0))[0] == 4
+  assert sorted(path.name for path in other.iterdir()) == ['8', '8.1']
 
 
 def test_a_checkpoint_that_training_deletes_meanwhile_is_not_damaged(tmp_path):

@@ -54,6 +54,27 @@ def test_what_is_in_it(workdir, packed):
   assert size[packed] < size[workdir] / 2
 
 
+@pytest.mark.parametrize('measured', [True, False])
+def test_an_earlier_step_is_told_with_its_own_measures(workdir, tmp_path, measured):
+  run, out = shutil.copytree(workdir, tmp_path / 'run'), tmp_path / 'out'
+  lines = (run / 'metrics.jsonl').read_text().splitlines()
+  if measured:
+    lines.insert(1, json.dumps({'step': 47, 'epoch': 1.0, 'split': 'test', 'exit_2/accuracy': 0.25, 'exit_3/nll': 1.5}))
+    (run / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+  (run / 'confusion.npz').write_bytes(b'of the last step')
+  assert pack(run, out, 47) == 47
+  summary, before = (json.loads((folder / 'summary.json').read_text()) for folder in (out, run))
+  assert (summary['steps'], before['steps']) == (47, 140)
+  assert [row['accuracy'] for row in summary['exits']] == [None, 0.25 if measured else None, None]
+  assert [row['nll'] for row in summary['exits']] == [None, None, 1.5 if measured else None]
+  assert {row[name] for row in summary['exits'] for name in ('loss', 'top5')} == {None}
+  assert {row['accuracy'] for row in summary['held_out']} == {None}
+  assert [row['macs'] for row in summary['exits']] == [row['macs'] for row in before['exits']]
+  kept = [json.loads(line)['step'] for line in (out / 'metrics.jsonl').read_text().splitlines()]
+  assert kept == [json.loads(line)['step'] for line in lines if json.loads(line)['step'] <= 47]
+  assert not (out / 'confusion.npz').exists()
+
+
 def test_where_it_was_made_is_not_told(workdir, packed):
   for path in packed.rglob('*'):
     if path.is_file():

@@ -52,6 +52,7 @@ def test_only_process_0_reads_the_metrics(tmp_path, first):
     ({}, [4, 8, 12, 16, 20], set()),
     ({'keep_every_epochs': 2.0}, [4, 8, 10, 12, 16, 20], {10, 20}),
     ({'keep_every_epochs': 1.5}, [4, 8, 12, 16, 20], {8, 16}),  # 7.5 steps are 8.
+    ({'keep_every_epochs': 0.05}, [*range(1, 21)], {*range(1, 21)}),  # Less than a step is one.
     ({'keep_best': 'nll'}, [4, 8, 10, 12, 16, 20], set()),
     ({'keep_best': 'nll', 'keep_every_epochs': 3.0}, [4, 8, 10, 12, 15, 16, 20], {15}),
   ],

@@ -100,7 +100,7 @@ def read_queue(path: Path) -> QueueFile:
     comparisons = tuple(_comparison(entry, rows) for entry in _tables(found, 'comparisons'))
     workdir = _get(found, 'workdir', str, '')
   except UserError as error:
-    raise UserError(f'{path}: {error}'.replace('set --config.', 'set ')) from error
+    raise UserError(f'{path}: {error}'.replace('--config.', '')) from error
   return QueueFile(path, workdir, tuple(sorted(runs, key=lambda run: run.priority)), comparisons)
 
 

@@ -21,6 +21,7 @@ from paranet_jax.experiments.queue.record import (
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.errors import UserError, report_no_room, say
 from paranet_jax.host.machine import today
+from paranet_jax.runs.status import kept_changes
 from paranet_jax.runs.workdir import changes, prepare_folder
 
 LOGS = 'logs'
@@ -131,7 +132,7 @@ class Queue:
         self._fail(run.name, str(error))
         continue
       if state.finished:
-        self._finish(run)
+        self._finish(run, state)
       elif state.holder:
         waiting = True  # Such as a run of a queue that was killed, which saves at this moment.
       elif self._reads_unfinished(run):
@@ -142,10 +143,10 @@ class Queue:
       self._begin(*readers[0])
     return waiting
 
-  def _finish(self, run: QueuedRun) -> None:
+  def _finish(self, run: QueuedRun, state: RunState) -> None:
     record = self._records.setdefault(run.name, RunRecord(list(run.arguments), '', None))
     if not record.finished or record.failed:
-      record.finished, record.failed = record.finished or today(), ''
+      record.finished, record.failed = record.finished or (state.summary or {}).get('finished') or today(), ''
       self._save()
     self._left[run.name] = 'finished'
 
@@ -154,7 +155,9 @@ class Queue:
     read = [os.path.realpath(place) for place in (run.config.loss.teacher_run, run.config.init_from) if place]
     if not read:
       return False
-    others = [other.name for other in self.queue.runs if os.path.realpath(self._workdir / RUNS / other.name) in read]
+    # Its averaged weights are a folder below its own.
+    above = {folder for place in read for folder in (place, *map(str, Path(place).parents))}
+    others = [other.name for other in self.queue.runs if os.path.realpath(self._workdir / RUNS / other.name) in above]
     return any(name in self._refused or name not in self._left for name in others)
 
   def _check_room(self) -> None:
@@ -305,7 +308,7 @@ def check_same(run: QueuedRun, state: RunState, record: RunRecord | None) -> Non
   Raises:
     UserError: it is another one.
   """
-  if not state.begun:
+  if not (state.begun or state.finished):
     return
   if record and record.code:
     before, now = set(record.arguments), set(run.arguments)
@@ -314,7 +317,9 @@ def check_same(run: QueuedRun, state: RunState, record: RunRecord | None) -> Non
         f'it began with {" ".join(sorted(before - now)) or "fewer fields"}, and the file has '
         f'{" ".join(sorted(now - before)) or "fewer"}; give it another name, or undo the change'
       )
-  elif different := changes(state.folder, run.config, moved=True):
+  elif different := (
+    changes(state.folder, run.config, moved=True) if state.begun else kept_changes(state.folder, run.config)
+  ):
     raise UserError(
       f'{state.folder} holds a run with a different configuration: {"; ".join(different)} (saved -> now); give it '
       'another name'

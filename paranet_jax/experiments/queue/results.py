@@ -78,6 +78,8 @@ def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -
       continue
     if state.finished and not state.measured_at_end:
       left_out.append(f'{run.name}: it is finished, but metrics.jsonl lacks its last accuracies; restore that file')
+    elif state.measured and not any(state.measured.values()):
+      left_out.append(f'{run.name}: it has no accuracies, as its images have no labels')
     elif state.measured:
       states[run.name] = state
       first.setdefault(run.row, (run, config))
@@ -210,10 +212,12 @@ def _run(run: QueuedRun, state: RunState, record: RunRecord | None, workdir: Pat
     'run': run.name,
     'command': shlex.join(['python', '-m', 'paranet_jax.main', *run.arguments, f'--workdir={folder}']),
     'epoch': state.epoch,
-    'finished': record.finished if record else '',
+    'finished': (record.finished if record else '') or summary.get('finished', ''),
     'code': record.code if record else '',
     'commit': record.commit if record else None,
     'starts': record.starts if record else [],
+    'processor': summary.get('processor'),
+    'cores': summary.get('cores'),
     'wall_time_s': summary.get('wall_time_s'),
     'device': summary.get('device'),
     'versions': summary.get('versions'),
@@ -268,7 +272,7 @@ def _compared(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _run_row(run: dict[str, Any]) -> tuple[str, ...]:
-  last = run['starts'][-1] if run['starts'] else {}
+  last = run['starts'][-1] if run['starts'] else run  # Another command may have trained it.
   hours = ABSENT if run['wall_time_s'] is None else f'{run["wall_time_s"] / 3600:.2f}'
   return (
     run['run'],
@@ -276,7 +280,7 @@ def _run_row(run: dict[str, Any]) -> tuple[str, ...]:
     run['finished'] or ABSENT,
     run['code'] or ABSENT,
     run['commit'] or ABSENT,
-    last.get('processor', ABSENT),
-    str(last.get('cores', ABSENT)),
+    last.get('processor') or ABSENT,
+    str(last.get('cores') or ABSENT),
     hours,
   )

@@ -1,6 +1,7 @@
 """Tests of working through a queue: order, stops, kills, failures, edits, and the code that a run goes on with."""
 
 import errno
+import json
 import os
 import shutil
 
@@ -8,6 +9,9 @@ import pytest
 from queues import TWO, UNTIL_STOPPED, Ends, FakeQueue
 
 from paranet_jax.experiments.queue import loop, record, state
+from paranet_jax.experiments.queue.file import read_queue
+from paranet_jax.experiments.queue.record import read_records
+from paranet_jax.experiments.queue.results import markdown, results
 from paranet_jax.host.errors import UserError
 
 ORDER = ['early-s0', 'late-s0', 'late-s1']
@@ -244,6 +248,13 @@ def test_a_run_waits_for_the_one_that_it_reads_by_another_path(tmp_path):
   assert queue.names() == ['teacher-s0', 'student-s0'] and queue.most == 1
 
 
+def test_a_run_waits_for_the_averaged_weights_that_it_reads(tmp_path):
+  text = READERS.replace('OTHER', '').replace('teacher-s0', 'teacher-s0/average')
+  queue = FakeQueue(tmp_path, text.replace('WORK', str(tmp_path / 'work')))
+  queue.work(cores=[(0,), (1,)])
+  assert queue.names() == ['teacher-s0', 'student-s0'] and queue.most == 1
+
+
 def test_another_environment_is_reported(tmp_path, capsys, monkeypatch):
   queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)]})
   queue.work()
@@ -341,12 +352,18 @@ def test_runs_of_other_commands(tmp_path, capsys):
     queue.write(name, epoch)
   path = queue.workdir / 'runs' / 'late-s1' / 'config.json'
   path.write_text(path.read_text().replace('"batch_size": 64', '"batch_size": 32'))
+  summary = queue.workdir / 'runs' / 'late-s0' / 'summary.json'
+  place = {'finished': '2026-01-02', 'processor': 'another one', 'cores': 7}
+  summary.write_text(json.dumps(json.loads(summary.read_text()) | place))
   failed = queue.work()
   assert failed == {
     'late-s1': f'{path.parent} holds a run with a different configuration: train.batch_size: 32 -> 64 (saved -> now); '
     'give it another name'
   }
   assert queue.names() == ['early-s0'] and not queue.record('late-s0')['code']
+  assert queue.record('late-s0')['finished'] == '2026-01-02'
+  found = results(read_queue(queue.path), queue.workdir, read_records(queue.workdir))
+  assert '| late-s0 | 4 | 2026-01-02 | — | — | another one | 7 | 0.02 |' in markdown(found).splitlines()
   assert 'early-s0 was begun by another command: it goes on with the present code\n' in capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@ import shlex
 import pytest
 from queues import FakeQueue, write_run
 
+from paranet_jax.costs import describe
 from paranet_jax.experiments.queue import state
 from paranet_jax.experiments.queue.estimate import seconds_left, status_table
 from paranet_jax.experiments.queue.file import read_queue
@@ -165,12 +166,54 @@ def test_published_accuracies_and_nothing_measured(tmp_path):
   )
 
 
+def test_a_run_on_images_without_labels_is_left_out(queue):
+  path = queue.workdir / 'runs' / 'plain-s0' / 'metrics.jsonl'
+  path.write_text(path.read_text().replace('exit_1/accuracy', 'exit_1/agreement'))
+  found = results(read_queue(queue.path), queue.workdir, {})
+  assert found['left_out'] == ['plain-s0: it has no accuracies, as its images have no labels']
+  assert found['rows'][0]['seeds'] == [1]
+
+
 def test_a_run_that_is_another_one_is_left_out(queue):
   records = {'plain-s0': RunRecord(['--config.train.epochs=5'], 'code', None)}
   found = results(read_queue(queue.path), queue.workdir, records)
   assert found['rows'][0]['seeds'] == [1]
   assert found['left_out'][0].startswith('plain-s0: it began with --config.train.epochs=5, and the file has ')
   assert 'Left out: plain-s0: ' in markdown(found)
+
+
+@pytest.mark.parametrize(
+  ('edit', 'why'),
+  [
+    (('', ''), None),
+    (('epochs = 4', 'epochs = 5'), 'steps: 40 -> 50'),
+    # A second layer: 36 x 48 + 9 x 48 x 12 weights, 2 x (36 + 48) of its norms, and an exit of 12 channels more.
+    (('layers_per_block = 1', 'layers_per_block = 2'), 'params of exit 1: 7570 -> 14794'),
+    (('PN1-d', 'PN2-dx'), 'name: PN1-d -> PN2-dx'),
+  ],
+)
+def test_results_that_were_kept_without_a_configuration_are_compared_with_the_file(tmp_path, edit, why):
+  fake = FakeQueue(tmp_path, QUEUE)
+  run = next(run for run in read_queue(fake.path).runs if run.name == 'plain-s0')
+  fake.write(run.name, 4)
+  folder = fake.workdir / 'runs' / run.name
+  (folder / 'config.json').unlink()
+  summary = json.loads((folder / 'summary.json').read_text())
+  told = describe(run.config)
+  exits = [cost | measured for cost, measured in zip(told['exits'], [{'accuracy': 0.14}], strict=True)]
+  (folder / 'summary.json').write_text(json.dumps(summary | told | {'exits': exits}))
+  fake.path.write_text(QUEUE.replace(*edit))
+  found = results(read_queue(fake.path), fake.workdir, {})
+  if why is None:
+    assert (found['left_out'], [row['seeds'] for row in found['rows']]) == ([], [[0]])
+  else:
+    assert found['rows'] == [] and why in found['left_out'][0], found['left_out']
+  # Arguments that the queue recorded tell more, such as another learning rate.
+  record = RunRecord(['--config.train.epochs=7'], 'code', None)
+  assert (
+    'it began with --config.train.epochs=7'
+    in results(read_queue(fake.path), fake.workdir, {run.name: record})['left_out'][0]
+  )
 
 
 def test_a_configuration_file_that_was_edited_between_two_seeds(tmp_path):
