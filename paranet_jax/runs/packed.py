@@ -92,7 +92,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     UserError: it cannot be made, or something is there by then.
   """
   made = not out.exists()
-  prepare_folder(out)
+  prepare_folder(out, '--out')
   place = Path(os.path.realpath(out))
   try:
     with tempfile.TemporaryDirectory(prefix=f'.{place.name}.', dir=place.parent, ignore_cleanup_errors=True) as holder:

@@ -79,21 +79,25 @@ def prepare_workdir(workdir: Path, config: ConfigDict, accept_changes: bool, mov
     raise UserError(f'{workdir} holds {found[0]} but no {CONFIG}, so no run wrote it; move it away, or set --workdir')
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, flag: str = '--workdir') -> None:
   """Creates a folder, or checks that it is writable.
+
+  Args:
+    flag: names the folder on the command line.
 
   Raises:
     UserError: it cannot be created or is not writable.
   """
+  what = f'{flag.removeprefix("--")} {folder}'
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except (FileExistsError, NotADirectoryError) as error:
     found = 'a file' if os.path.exists(folder) or not os.path.islink(folder) else 'a dangling link'
-    raise UserError(f'workdir {folder} must be a folder, found {found}; set --workdir') from error
+    raise UserError(f'{what} must be a folder, found {found}; set {flag}') from error
   except OSError as error:
-    raise UserError(f'workdir {folder} cannot be created: {error.strerror}; set --workdir') from error
+    raise UserError(f'{what} cannot be created: {error.strerror}; set {flag}') from error
   if not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(f'workdir {folder} is not writable; set --workdir')
+    raise UserError(f'{what} is not writable; set {flag}')
 
 
 def run_of(path: Path) -> Path | None:

@@ -140,7 +140,7 @@ def test_it_is_not_trained_on_but_another_run_starts_from_it(packed, tmp_path, m
       ['--workdir={run}', '--out={here}/file'],
       'expected {here}/file to be missing or an empty folder, found something there; ',
     ),
-    (['--workdir={run}', '--out={here}/file/x'], 'workdir {here}/file/x must be a folder, found a file; '),
+    (['--workdir={run}', '--out={here}/file/x'], 'out {here}/file/x must be a folder, found a file; set --out'),
     (
       ['--workdir={run}', '--out={here}/x', '--step=5'],
       'no checkpoint of step 5 in {run}/checkpoints, found [47, 140]; ',
