@@ -23,7 +23,7 @@ source launch/common.sh
 
 # The job looks for summary.json in WORKDIR to see whether the run is finished.
 for argument in "$@"; do
-  [[ ! "$argument" =~ ^--?(workdir|mode)(=|$) ]] ||
+  [[ ! "$argument" =~ ^--?(workdir|mode|help|helpfull|helpshort|helpxml)(=|$) ]] ||
     fail "the job trains in WORKDIR until it is finished, found $argument; set WORKDIR, and leave the flag out"
 done
 dry_run=''

@@ -88,8 +88,9 @@ create() {
 }
 
 setup() {
-  local archive=/tmp/paranet_jax.tar.gz
-  [[ -n "$dry_run" ]] || archive="$(mktemp --suffix=.tar.gz)"
+  archive=/tmp/paranet_jax.tar.gz
+  # Also if a command below fails: preemptions would fill the disk.
+  [[ -n "$dry_run" ]] || { archive="$(mktemp --suffix=.tar.gz)" && trap 'rm -f -- "$archive"' EXIT; }
   run_or_print tar --create --gzip --file="$archive" --exclude-vcs --exclude=./.venv --exclude=./.venv-newest \
     --exclude=./build --exclude=./runs --exclude=./.pytest_cache .
   tpus tpu-vm scp "$archive" "$NAME:paranet_jax.tar.gz" --worker=all

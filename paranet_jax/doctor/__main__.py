@@ -16,23 +16,24 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0; 1: a check failed; 2: a user's error.
   """
-  return exit_code(lambda: _run(_parse(argv)))
+  return exit_code(lambda: _run(*_parse(argv)))
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   parser = Parser(
     prog='python -m paranet_jax.doctor',
     description='Reports what this machine has, and checks against NumPy that its jax computes right numbers.',
+    epilog='--config.section.field=value overrides a field, as in paranet_jax.main.',
   )
   parser.add_argument('--config', help='Configuration at whose shapes numbers are checked (default: the quickstart).')
   parser.add_argument('--json', action='store_true', help='Print one JSON object.')
-  return parser.parse_args(argv)
+  return parser.parse_with_overrides(argv)
 
 
-def _run(given: argparse.Namespace) -> int:
+def _run(given: argparse.Namespace, overrides: Sequence[str]) -> int:
   from paranet_jax.doctor.report import as_text, examine  # jax takes a second to import; flags are checked first.
 
-  found = examine(given.config)
+  found = examine(given.config, overrides)
   say(json_line(found) if given.json else as_text(found))
   return int(not all(check['right'] for check in found['checks']))
 

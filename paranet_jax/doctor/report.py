@@ -3,12 +3,13 @@
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from paranet_jax.command_line import CONFIGS, load_config
+from paranet_jax.command_line import CONFIGS, load_config, override
 from paranet_jax.config import build_model, image_shape, validate
 from paranet_jax.devices import check_fits
 from paranet_jax.doctor.crashes import RANKS, crash
@@ -30,11 +31,12 @@ ROOM = 2 * GIB
 CLASSES = 100
 
 
-def examine(config: str | None = None) -> dict[str, Any]:
+def examine(config: str | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
   """Examines the machine.
 
   Args:
     config: as `--config` of `main`: the checks run at its shapes; None: those of the quickstart.
+    overrides: `--config.section.field=value`, as of `main`.
 
   Returns:
     `versions`, `device`, `processor`, `kernels` ('used', or why they are not), `flags`, `known_faults`, `checks`,
@@ -54,7 +56,7 @@ def examine(config: str | None = None) -> dict[str, Any]:
       {'what': fault.what, 'issue': fault.issue, 'flag': fault.flag, 'avoided': fault.flag in flags}
       for fault in faults_of(jaxlib_version())
     ],
-    'checks': _checks(config),
+    'checks': _checks(config, overrides),
     'memory': _memory(),
     'disk': {str(folder): shutil.disk_usage(_existing(folder)).free for folder in _folders()},
     'caches': _caches(),
@@ -66,8 +68,9 @@ def _decides(name: str) -> bool:
   return name in (VARIABLE, GLIBC_TUNABLES) or name.startswith('JAX_')
 
 
-def _checks(config: str | None) -> list[dict[str, Any]]:
+def _checks(config: str | None, overrides: Sequence[str]) -> list[dict[str, Any]]:
   given = load_config(config or str(CONFIGS / 'quickstart.py'))
+  override(given, overrides)
   validate(given)
   check_fits(given, jax.local_devices()[:1])
   model = build_model(given, given.model.num_classes or CLASSES)

@@ -55,6 +55,15 @@ def test_a_healthy_machine(machine, tmp_path):
   assert f'cache        1.5 MB in {tmp_path}/compiled\n' in out and f"XLA_FLAGS='{OTHER} " in out
 
 
+def test_a_configuration_and_its_fields(machine):
+  blended = '--config=paranet_jax:pn3_ddd', '--config.train.mixup=0.2', '--config.train.cutmix=1.0'
+  code, _, err = run_command(main, *blended)
+  assert code == 2 and err.endswith('set one of --config.train.mixup and --config.train.cutmix to 0\n'), err
+  assert run_command(main, *blended, '--config.train.cutmix=0.0').code == 0
+  code, _, err = run_command(main, '--config.train.cutmixx=0.0')
+  assert code == 2 and err.startswith('error: unknown configuration field train.cutmixx; did you mean '), err
+
+
 def test_wrong_numbers_crashes_and_what_to_do(machine):
   right = numerics.summed_products(10)
   wrong = right._replace(compute=lambda: [2 * right.compute()[0]])

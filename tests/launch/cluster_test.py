@@ -189,6 +189,16 @@ def test_what_is_done_when_a_vm_or_a_run_ends(tmp_path, action, before, state, l
   assert [word for word in words if word in RECREATED] == asked
 
 
+def test_no_archive_is_left_where_it_cannot_be_sent(tmp_path):
+  (tmp_path / 'gcloud').write_text(f'#!{shutil.which("bash")}\n[[ "$*" != *" scp "* ]]\n')
+  (tmp_path / 'gcloud').chmod(0o755)
+  (tmp_path / 'tar').symlink_to('/bin/true')
+  (tmp_path / 'kept').mkdir()
+  env = {'path': f'{tmp_path}:{os.environ["PATH"]}', 'ZONE': 'z', 'TMPDIR': str(tmp_path / 'kept')}
+  assert run('tpu_vm.sh', 'setup', **env).returncode == 1
+  assert list((tmp_path / 'kept').iterdir()) == []
+
+
 class Worker:
   """A worker whose Python prints its arguments and ends as the last one says."""
 
@@ -296,7 +306,9 @@ def test_slurm_requeues_a_run_that_was_stopped(tmp_path, has_summary, last_line,
   assert (done.returncode, asked.read_text() if asked.exists() else '') == (code, 'requeue 7\n' if requeued else '')
 
 
-@pytest.mark.parametrize('argument', ['--workdir=/elsewhere', '--workdir', '-workdir=/elsewhere', '--mode=eval'])
+@pytest.mark.parametrize(
+  'argument', ['--workdir=/elsewhere', '--workdir', '-workdir=/elsewhere', '--mode=eval', '--help', '--helpfull']
+)
 def test_slurm_rejects_flags_that_would_requeue_forever(argument):
   result = run('slurm.sh', '--dry-run', CONFIG, argument)
   message = f'the job trains in WORKDIR until it is finished, found {argument}; set WORKDIR, and leave the flag out'

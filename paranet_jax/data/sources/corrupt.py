@@ -23,6 +23,10 @@ def decode_or_skip(
     return decode_image(encoded, side, channels, scaling=scaling)
   except TooManyPixels as error:
     reason, fix = str(error), f'{error} in {where}: scale it down'
+  except MemoryError as error:  # Not skipped, which would be remembered: others may have taken the memory.
+    raise UserError(
+      f'expected images that fit the memory, found {where} that needs more to be decoded: free memory, or scale it down'
+    ) from error
   except Exception as error:  # Damaged bytes make Pillow raise nearly anything, not only OSError.
     reason = damage(error)
     fix = f'expected an image, found a corrupt {where} ({reason}): fix or remove it'

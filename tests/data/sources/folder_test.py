@@ -9,6 +9,7 @@ from image_folder import config_of, spoil, write
 from PIL import Image
 
 from paranet_jax.data.load import load_dataset
+from paranet_jax.data.sources import corrupt
 from paranet_jax.data.sources.folder import folder_source
 from paranet_jax.host.errors import UserError
 from paranet_jax.portable.run import TO_SIDE
@@ -307,6 +308,18 @@ def test_a_file_that_does_not_fit_the_memory(root, monkeypatch, on_corrupt):
 
   monkeypatch.setattr(Path, 'read_bytes', refuse)
   with pytest.raises(UserError, match='found .*/ant/.*png of more bytes: remove it, or free memory$'):
+    load(root, on_corrupt=on_corrupt)
+
+
+@pytest.mark.parametrize('on_corrupt', ['refuse', 'skip'])
+def test_a_file_that_cannot_be_decoded_in_the_memory_is_not_corrupt(root, monkeypatch, on_corrupt):
+  write_all(root, ONE_FOLDER)
+
+  def refuse(*_, **__):
+    raise MemoryError
+
+  monkeypatch.setattr(corrupt, 'decode_image', refuse)
+  with pytest.raises(UserError, match='found file .*/ant/.*png that needs more to be decoded: free memory, or scale'):
     load(root, on_corrupt=on_corrupt)
 
 
