@@ -10,7 +10,7 @@ import numpy as np
 
 from paranet_jax import config as config_lib
 from paranet_jax.costs import abstract_variables
-from paranet_jax.host.errors import UserError
+from paranet_jax.host.errors import UserError, say
 from paranet_jax.host.files import read_file, read_object
 from paranet_jax.models.numerics import check_inference
 from paranet_jax.portable.run import BUNDLE, CLASSES, EXITS, PREPROCESSING
@@ -52,6 +52,9 @@ def read_bundle(folder: Path) -> TrainedRun:
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{folder} does not have the contents of a bundle ({error}); {_AGAIN}') from error
   config = restore_config(folder)
+  if (dtype := bundle.get('dtype', 'float32')) != 'float32' and dtype == bundle.get('calibrated_dtype'):
+    # Of another network than these weights, to rounding.
+    say(f'{folder} was calibrated in {dtype} and is read in float32: nothing is promised of it here', to_stderr=True)
   model = config_lib.build_model(config, len(class_names))
   image_shape = config_lib.image_shape(config)
   wanted = shapes_by_path(abstract_variables(model, image_shape))

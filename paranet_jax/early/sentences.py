@@ -1,7 +1,8 @@
 """What a plan promises of new images, in sentences, and what it does not."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from paranet_jax.display.tables import human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
@@ -44,6 +45,23 @@ def watch_sentence(plan: ExitPlan) -> str | None:
   return (
     '`run.py --watch=STATE.json` tests whether answers still look as in calibration. While images stay alike, the '
     'probability that it ever alarms is at most `--alpha` (0.01).'
+  )
+
+
+def is_another_network(bundle: Mapping[str, Any]) -> bool:
+  """Whether a bundle is in another dtype than the network that was calibrated, so that nothing is promised of it.
+
+  Args:
+    bundle: contents of bundle.json.
+  """
+  return bundle.get('calibrated_dtype') not in (None, bundle.get('dtype'))
+
+
+def not_promised(bundle: Mapping[str, Any]) -> str:
+  """What is said of promises before those of a bundle that `is_another_network`."""
+  return (
+    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle is in {bundle["dtype"]}, and '
+    'nothing is promised of it.'
   )
 
 

@@ -55,8 +55,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(given: argparse.Namespace) -> None:
   # jax takes a second to import; flags are checked first.
+  from paranet_jax.early.sentences import is_another_network
   from paranet_jax.export.bundle import Request, export_run
-  from paranet_jax.export.card import is_another_network
   from paranet_jax.host.machine import start_jax
 
   start_jax(given)

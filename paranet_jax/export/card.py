@@ -8,7 +8,7 @@ from paranet_jax.data.known import known_dataset
 from paranet_jax.display.tables import human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
 from paranet_jax.early.loaded_run import LoadedRun
-from paranet_jax.early.sentences import promises, watch_sentence
+from paranet_jax.early.sentences import is_another_network, not_promised, promises, watch_sentence
 from paranet_jax.export.state_dict import STATE_DICT, pytorch_tensors
 
 _RUN_ONNX = """With Python 3.10 or newer:
@@ -116,21 +116,13 @@ def _exits(plan: ExitPlan, costs: Sequence[dict[str, int]]) -> str:
   )
 
 
-def is_another_network(bundle: dict[str, Any]) -> bool:
-  """Whether a bundle is in another dtype than the network that was calibrated, so that nothing is promised of it."""
-  return bundle.get('calibrated_dtype') not in (None, bundle.get('dtype'))
-
-
 def _promised(plan: ExitPlan, bundle: dict[str, Any]) -> list[str]:
   if plan.policy == FULL:
     return []
   lines = [f'- {line}' for line in (*promises(plan), *filter(None, [watch_sentence(plan)]))]
   if not is_another_network(bundle):
     return ['\n'.join(['## What is promised', '', *lines])]
-  why = [
-    f'This was promised of the network in {bundle["calibrated_dtype"]}. The bundle is in {bundle["dtype"]}, and',
-    'nothing is promised of it.',
-  ]
+  why = [not_promised(bundle)]
   if 'onnx' in bundle['formats']:
     why.append('`python -m paranet_jax.calibrate --bundle=DIR --images=FOLDER` calibrates it on images of yours.')
   return ['\n'.join(['## What was promised', '', *why, '', *lines])]

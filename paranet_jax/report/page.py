@@ -10,11 +10,12 @@ from paranet_jax.display.metrics import FILE_NAME as METRICS
 from paranet_jax.display.pictures import drawn
 from paranet_jax.display.tables import ABSENT, human_count
 from paranet_jax.early.exit_plan import FULL, ExitPlan
-from paranet_jax.early.sentences import promises, shown_threshold, watch_sentence
+from paranet_jax.early.sentences import is_another_network, not_promised, promises, shown_threshold, watch_sentence
 from paranet_jax.early.units import measured_units, shown_cost
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import printable
-from paranet_jax.host.files import write_text
+from paranet_jax.host.files import read_object, write_text
+from paranet_jax.portable.run import BUNDLE
 from paranet_jax.report.facts import Facts
 
 _TEMPLATE = Path(__file__).with_name('page.html')
@@ -45,7 +46,7 @@ def page_values(facts: Facts, command: str) -> dict[str, Any]:
     'what': _what(facts),
     'rows': exit_rows(facts),
     'headers': _headers(facts),
-    'promises': [*promises(plan), *_watch(facts)],
+    'promises': _promises(facts),
     'curves': _drawn('curves_chart', facts.folder) if log else None,
     'no_curves': 'The figure could not be drawn.' if log else no_log,
     'reliability': None if data is None else _drawn('reliability_chart', data),
@@ -71,9 +72,15 @@ def _what(facts: Facts) -> str:
   )
 
 
-def _watch(facts: Facts) -> list[str]:
-  sentence = watch_sentence(facts.plan) if facts.bundle else None
-  return [sentence.replace('`', '')] if sentence else []
+def _promises(facts: Facts) -> list[str]:
+  lines, watch = promises(facts.plan), watch_sentence(facts.plan)
+  if not facts.bundle:
+    return lines
+  bundle = read_object(facts.folder / BUNDLE, 'export the bundle again') or {}
+  if facts.plan.policy != FULL and is_another_network(bundle):
+    of = f'All figures here are of the network in {bundle["calibrated_dtype"]}, too.'
+    return [f'{not_promised(bundle)} {of}', *lines]
+  return [*lines, *([watch.replace('`', '')] if watch else [])]
 
 
 def _kind(facts: Facts) -> str:

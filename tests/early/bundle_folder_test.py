@@ -36,6 +36,22 @@ def test_predictions():
   assert (found.labels.tolist(), found.exits.tolist()) == (expected['labels'], expected['exits'])
 
 
+@pytest.mark.parametrize(
+  ('dtypes', 'told'),
+  [
+    ({'dtype': 'int8', 'calibrated_dtype': 'int8'}, True),
+    ({'dtype': 'int8', 'calibrated_dtype': 'float32'}, False),
+    ({'dtype': 'float32', 'calibrated_dtype': 'float32'}, False),
+  ],
+)
+def test_a_bundle_that_was_calibrated_in_another_dtype(tmp_path, capsys, dtypes, told):
+  folder = shutil.copytree(BUNDLE, tmp_path / 'bundle')
+  edit('bundle.json', **dtypes)(folder)
+  paranet_jax.load(folder)
+  line = f'{folder} was calibrated in int8 and is read in float32: nothing is promised of it here\n'
+  assert capsys.readouterr().err == (line if told else '')
+
+
 def files_of(folder):
   return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 

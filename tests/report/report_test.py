@@ -222,6 +222,17 @@ def test_costs_that_were_measured(tmp_path):
   assert 'cost a mean of 0.05 joules at most' in promises(joules)[0]
 
 
+@pytest.mark.parametrize(('calibrated', 'promised'), [('float32', False), ('int8', True), (None, True)])
+def test_a_bundle_in_another_dtype_than_was_calibrated_promises_nothing(tmp_path, calibrated, promised):
+  (tmp_path / 'bundle.json').write_text(json.dumps({'dtype': 'int8', 'calibrated_dtype': calibrated}))
+  of_run, of_bundle = (page_values(facts_of(tmp_path, bundle=kind), 'command')['promises'] for kind in (False, True))
+  first = (
+    'This was promised of the network in float32. The bundle is in int8, and nothing is promised of it. All figures '
+    'here are of the network in float32, too.'
+  )
+  assert of_bundle == (of_run if promised else [first, *of_run])
+
+
 def test_the_watch_of_a_bundle(tmp_path):
   plan = dataclasses.replace(PLAN, seen={})
   for bundle, watched in ((True, True), (False, False)):
