@@ -84,10 +84,11 @@ def report_no_room(workdir: Path) -> Iterator[None]:
 def without_config_flags(message: str) -> str:
   """A message for a command that has no flag for each field: it names the place of a field instead.
 
-  A flag that another command is to be given, `with` it, stays.
+  A flag that another command is to be given, `with` it or with a larger one, stays.
   """
   fix = r'set --config\.([\w.]+(=[^\s,;]+)?)', r'set \1 in the config.json of the run'
-  return re.sub(r'(?<!with )--config\.', '', re.sub(*fix, message.replace('--config.data.data_dir', '--data_dir')))
+  message = re.sub(*fix, message.replace('--config.data.data_dir', '--data_dir'))
+  return re.sub(r'\b(and|by|lower|of|or|raise) --config\.', r'\1 ', message)
 
 
 def exit_code(run: Callable[[], int | None], stopped: str = 'stopped at once', has_config: bool = True) -> int:

@@ -189,6 +189,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys, monkeypat
       'set loss.distill in the config.json of the run, or loss.teacher=network',
     ),
     ('lower --config.train.batch_size or .eval.batch_size', 'lower train.batch_size or .eval.batch_size'),
+    ('train it with a larger --config.data.held_out', 'train it with a larger --config.data.held_out'),
     ('train a new run with --config.data.held_out=9', 'train a new run with --config.data.held_out=9'),
   ],
 )
