@@ -21,6 +21,7 @@ from paranet_jax.calibrate.promises import measured_promises, what_was_seen, wit
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages
 from paranet_jax.early.exit_plan import (
+  EXITS,
   CheckpointId,
   ExitPlan,
   along,
@@ -68,7 +69,7 @@ class Calibrated(NamedTuple):
   """What `calibrate` did.
 
   Attributes:
-    plan: as written to exits.json.
+    plan: as written to exits.json, unless there is a problem and there was one.
     held_out: outputs for the images that the thresholds were chosen on.
     problem: why the target cannot be met; then the plan runs the full network.
   """
@@ -82,6 +83,8 @@ class Calibrated(NamedTuple):
 
 def calibrate(request: Request, command: str) -> Calibrated:
   """Calibrates a run, measures the result on the test images and writes exits.json.
+
+  A target that cannot be met replaces no earlier exits.json.
 
   Args:
     command: the command line, for the record.
@@ -143,9 +146,13 @@ def calibrate(request: Request, command: str) -> Calibrated:
     task, kind = subject.task, 'accuracy' if dataset.labeled else 'agreement'
     arguments = task.model, subject.variables, task.preprocessing, dataset.test, test.labels, kind, say
     plan = dataclasses.replace(plan, audit=audit(plan, *arguments))
-  repair_dataset_facts(request.workdir, dataset)
-  save_plan(request.workdir, plan)
-  return Calibrated(plan, subject, chosen, test, choice.problem)
+  problem = choice.problem
+  if problem and (request.workdir / EXITS).exists():  # What was promised before still holds.
+    problem = problem.replace('exits.json keeps the full network', 'exits.json is unchanged')
+  else:
+    repair_dataset_facts(request.workdir, dataset)
+    save_plan(request.workdir, plan)
+  return Calibrated(plan, subject, chosen, test, problem)
 
 
 def _target(request: Request, subject: Subject) -> dict[str, Any]:
