@@ -20,6 +20,7 @@ import numpy as np
 from paranet_jax.calibrate.flags import BundleRequest
 from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
+from paranet_jax.calibrate.summary_text import too_few_text
 from paranet_jax.display.tables import align, human_count
 from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds, without_local_paths
 from paranet_jax.early.logits import Outputs, bundle_logits
@@ -97,10 +98,13 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   rest, kept = halves(outputs)
   promised, kept = halves(kept) if request.promises else (None, kept)
   temperatures, reference, chosen, samples = fit(rest, target, before.score, request.temperature, costs)
+  samples = samples._replace(classes=np.unique(outputs.labels))
   if 'max_macs' in target:
     choice = choose_within(policy, samples, target, target['max_macs'], costs)
   else:
     choice = policy.choose(samples, target)
+  if choice.facts.get('too_few'):
+    say(too_few_text(choice.facts, bundle.class_names))
   plan = dataclasses.replace(
     before,
     policy=policy.name,

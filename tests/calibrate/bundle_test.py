@@ -182,6 +182,21 @@ def test_a_risk_without_labels(whole, folder):
   assert read_plan(folder / 'tiny-2').target['loss'] == 'disagreement'
 
 
+def test_the_risk_of_each_class(whole, folder):
+  images = shutil.copytree(whole / 'labeled', folder / 'images')
+  rare = max(images.iterdir(), key=lambda path: len(list(path.iterdir())))
+  for path in sorted(rare.iterdir())[1:]:
+    path.unlink()
+  out = calibrate(folder, images, '--risk=0.9', '--risk-of=class', '--delta=0.5')
+  label = int(rare.name.removeprefix('class '))
+  assert label in (few := read_plan(folder / 'tiny-2').target['too_few'])
+  named = ', '.join(f'class {each}' for each in few)
+  assert (
+    f'no risk of their own is promised for {len(few)} of 5 classes, which have fewer than 1 held-out images to test '
+    f'it: {named}; they count in the overall risk\n'
+  ) in out
+
+
 def refusal(folder, *flags):
   before = {path.name for path in folder.iterdir()}
   code, out, err = run_command(main, *flags)
