@@ -92,6 +92,8 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   if count < _LEAST:
     raise UserError(f'expected {_LEAST} images or more to calibrate on, found {count}; set --images to a larger folder')
   all_macs = [bundle._all_macs[number] for number in bundle.exits]
+  if request.target is not None and 'risk' not in target and before.target.get('max_macs', 0) >= all_macs[0]:
+    target['max_macs'] = before.target['max_macs']  # No flag could give it.
   # The bundle runs all its stages in turn, whatever it could skip.
   costs = PathCosts(len(all_macs), lambda path, k: all_macs[k] - (all_macs[path[-1]] if path else 0))
   _check_budget(target, all_macs)
@@ -174,7 +176,31 @@ def changes_text(found: Recalibrated) -> str:
     lines.append(
       f'sets that hold the right class: {100 * new["covered"]:.2f} %, with {new["set_size"]:.2f} classes on average'
     )
+  if most := after.target.get('max_macs'):
+    lines.append(f'at most {_millions(most)} multiply-adds for any image, as before')
+  if lost := list(_no_longer_promised(before, after, labeled=kind == 'accuracy')):
+    lines.append(f'no longer promised: {", ".join(lost)}')
   return '\n'.join(lines)
+
+
+def _no_longer_promised(before: ExitPlan, after: ExitPlan, labeled: bool) -> Iterator[str]:
+  """The promises that only the version before makes, each with the flags that make it again."""
+  labels = '' if labeled else ' and --images to folders named after classes'
+  if (reject := before.reject) and not after.reject:
+    flags = f'--reject={reject["risk"]:g} --delta={reject["delta"]:g}'
+    yield f'an error of at most {reject["risk"]:g} among the answers (set {flags}{labels})'
+  if (sets := before.sets) and not after.sets:
+    yield f'a coverage of {sets["coverage"]:g} (set --coverage={sets["coverage"]:g}{labels})'
+  if (macs := before.target.get('max_macs')) and 'max_macs' not in after.target:
+    fix = '--budget or --threshold, which keep it' if 'risk' in after.target else '--max-macs with --workdir'
+    yield f'at most {_millions(macs)} multiply-adds for any image (set {fix})'
+  if ms := before.target.get('max_ms'):
+    yield f'at most {ms:g} ms for any image (set --max-ms={ms:g} with --workdir)'
+
+
+def _millions(macs: float) -> str:
+  """Multiply-adds as a flag takes them."""
+  return f'{macs / 1e6:.10g}M'
 
 
 def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:
@@ -208,14 +234,14 @@ def _without_labels(request: BundleRequest, target: dict[str, Any]) -> dict[str,
 def _check_budget(target: dict[str, Any], all_macs: Sequence[int]) -> None:
   if target.get('max_macs', math.inf) < all_macs[0]:
     raise UserError(
-      f'expected a limit of at least {all_macs[0] / 1e6:.10g}M, the first exit in the bundle, found '
-      f'{target["max_macs"] / 1e6:.10g}M in exits.json; set --budget, --risk or --threshold'
+      f'expected a limit of at least {_millions(all_macs[0])}, the first exit in the bundle, found '
+      f'{_millions(target["max_macs"])} in exits.json; set --budget, --risk or --threshold'
     )
   if 'budget' in target and not all_macs[0] <= target['budget'] <= all_macs[-1]:
-    low, high = (f'{each / 1e6:.10g}M' for each in (all_macs[0], all_macs[-1]))
+    low, high = _millions(all_macs[0]), _millions(all_macs[-1])
     raise UserError(
       f'budget must be from {low} (the first exit) to {high} (all exits in turn), found '
-      f'{target["budget"] / 1e6:.10g}M; set --budget'
+      f'{_millions(target["budget"])}; set --budget'
     )
 
 

@@ -128,6 +128,67 @@ def test_a_limit_of_the_bundle_still_holds(whole, tmp_path):
   assert run.load(tmp_path / 'tiny-2').predict(IMAGES).macs.max() == 20e6
 
 
+@pytest.mark.parametrize(
+  ('limit', 'flags', 'kept', 'said'),
+  [
+    ({'max_macs': 2e7}, ['--budget=15M'], True, 'at most 20M multiply-adds for any image, as before'),
+    ({'max_macs': 2e7}, ['--budget=25M'], True, 'at most 20M multiply-adds for any image, as before'),
+    ({'max_macs': 2e7}, ['--threshold=0.7'], True, 'at most 20M multiply-adds for any image, as before'),
+    (
+      {'max_macs': 2e7},
+      ['--risk=0.9', '--delta=0.5'],
+      False,
+      'no longer promised: at most 20M multiply-adds for any image (set --budget or --threshold, which keep it)',
+    ),
+    (
+      {'max_macs': 5e6},
+      ['--threshold=0.7'],
+      False,
+      'no longer promised: at most 5M multiply-adds for any image (set --max-macs with --workdir)',
+    ),
+    (
+      {'max_ms': 2.5},
+      ['--threshold=0.7'],
+      False,
+      'no longer promised: at most 2.5 ms for any image (set --max-ms=2.5 with --workdir)',
+    ),
+  ],
+)
+def test_a_limit_of_the_bundle_and_a_new_target(whole, tmp_path, limit, flags, kept, said):
+  write(tmp_path / 'tiny', ExitPlan(**vars(PLAN) | {'target': {'threshold': 0.6, **limit}}))
+  assert calibrate(tmp_path, whole / 'labeled', *flags).splitlines()[-3] == said
+  plan = read_plan(tmp_path / 'tiny-2')
+  assert plan.target.get('max_macs') == (2e7 if kept else None) and 'max_ms' not in plan.target
+  assert (run.load(tmp_path / 'tiny-2').predict(IMAGES).macs.max() <= 20e6) or not kept
+
+
+@pytest.mark.parametrize(
+  ('images', 'flags', 'said'),
+  [
+    (
+      'labeled',
+      [],
+      'an error of at most 0.5 among the answers (set --reject=0.5 --delta=0.2), '
+      'a coverage of 0.8 (set --coverage=0.8)',
+    ),
+    (
+      'plain',
+      ['--threshold=0.9'],
+      'an error of at most 0.5 among the answers (set --reject=0.5 --delta=0.2 and --images to folders named after '
+      'classes), a coverage of 0.8 (set --coverage=0.8 and --images to folders named after classes)',
+    ),
+    ('labeled', ['--coverage=0.7'], 'an error of at most 0.5 among the answers (set --reject=0.5 --delta=0.2)'),
+    ('labeled', ['--reject=0.6'], 'a coverage of 0.8 (set --coverage=0.8)'),
+    ('labeled', ['--reject=0.6', '--coverage=0.7'], None),
+  ],
+)
+def test_promises_that_the_new_version_does_not_make(whole, folder, images, flags, said):
+  calibrate(folder, whole / 'labeled', '--threshold=0.99', '--reject=0.5', '--delta=0.2', '--coverage=0.8')
+  code, out, _ = run_command(main, f'--bundle={folder / "tiny-2"}', f'--images={whole / images}', *flags)
+  found = [line for line in out.splitlines() if line.startswith('no longer promised: ')]
+  assert (code, found) == (0, [] if said is None else [f'no longer promised: {said}'])
+
+
 def test_no_temperatures_leave_no_images_for_them(whole, folder):
   calibrate(folder, whole / 'labeled', '--temperature=none')
   assert read_plan(folder / 'tiny-2').splits == {'temperature': 0, 'thresholds': 40, 'test': 40}
