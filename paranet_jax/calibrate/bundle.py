@@ -295,12 +295,20 @@ def _next_version(bundle: Path) -> Path:
 
 
 def _write(bundle: Path, out: Path, plan: ExitPlan) -> None:
-  """A copy of the bundle with another exits.json, which appears at once or not at all."""
+  """A copy of the bundle with another exits.json, which appears at once or not at all.
+
+  Only what was exported is copied: a report or the state of a watch would be of the version before. Modes are not, as a
+  bundle may be read-only.
+  """
   with new_folder(out) as folder:
-    shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    known = read_object(bundle / runtime.BUNDLE, 'copy or export the bundle again') or {}
+    for name in ('README.md', *known['checksums']):
+      copy = folder / name
+      if (bundle / name).is_file() and copy.resolve().is_relative_to(folder.resolve()):  # The file may say anything.
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / name, copy)
     save_plan(folder, plan)
     shutil.copyfile(runtime.__file__, folder / 'run.py')  # An older one would not know what is promised.
-    known = read_object(folder / runtime.BUNDLE, 'copy or export the bundle again') or {}
     known['visited_stages'], known['calibrated_dtype'] = known['all_stages'], known.get('dtype')
     for name in (EXITS, 'run.py'):
       known['checksums'][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()

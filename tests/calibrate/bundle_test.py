@@ -237,6 +237,30 @@ def test_an_older_run_file_is_replaced_and_a_card_that_was_removed_is_not(whole,
   assert not (folder / 'tiny-2/README.md').exists()
 
 
+def test_only_what_was_exported_is_copied_and_can_be_written(whole, folder):
+  bundle = folder / 'tiny'
+  (bundle / 'onnxruntime-web').mkdir()
+  (bundle / 'onnxruntime-web/ort.mjs').write_text('// a page of --web')
+  known = json.loads((bundle / 'bundle.json').read_text())
+  named = 'onnxruntime-web/ort.mjs', 'gone.safetensors', f'../../{folder.name}/outside'
+  known['checksums'] |= dict.fromkeys(named, '0' * 64)
+  (bundle / 'bundle.json').write_text(json.dumps(known))
+  exported = {path.relative_to(bundle) for path in bundle.rglob('*')}
+  for name in ('outside', 'tiny/report.html', 'tiny/state.json', 'tiny/onnxruntime-web/mine.txt'):
+    (folder / name).write_text('')
+  for path in (*bundle.rglob('*'), bundle):
+    path.chmod(0o555 if path.is_dir() else 0o444)
+  try:
+    calibrate(folder, whole / 'plain')
+  finally:
+    for path in (bundle, bundle / 'onnxruntime-web'):
+      path.chmod(0o755)
+  new = folder / 'tiny-2'
+  assert {path.relative_to(new) for path in new.rglob('*')} == exported
+  assert all(path.stat().st_mode & 0o200 for path in (new, *new.rglob('*')))
+  assert {path.name for path in folder.iterdir()} == {'tiny', 'tiny-2', 'outside'}
+
+
 def test_a_risk_without_labels(whole, folder):
   # Of a network of random weights, whose exits seldom agree.
   calibrate(folder, whole / 'plain', '--risk=0.99', '--risk-of=selective', '--delta=0.5')
