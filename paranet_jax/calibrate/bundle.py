@@ -228,6 +228,11 @@ def _without_labels(request: BundleRequest, target: dict[str, Any]) -> dict[str,
   if request.promises:
     flag = 'coverage' if request.reject is None else 'reject'
     raise UserError(f'--{flag} needs labels, and the images in {request.images} have none; leave it out')
+  if 'loss' in request.explicit and target['loss'] != 'disagreement':
+    raise UserError(
+      f'--risk-loss={target["loss"]} needs labels, and the images in {request.images} have none; '
+      'set --risk-loss=disagreement'
+    )
   return target | ({'loss': 'disagreement'} if 'risk' in target else {})
 
 

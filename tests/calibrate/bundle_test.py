@@ -261,9 +261,10 @@ def test_only_what_was_exported_is_copied_and_can_be_written(whole, folder):
   assert {path.name for path in folder.iterdir()} == {'tiny', 'tiny-2', 'outside'}
 
 
-def test_a_risk_without_labels(whole, folder):
+@pytest.mark.parametrize('flags', [[], ['--risk-loss=disagreement']])
+def test_a_risk_without_labels(whole, folder, flags):
   # Of a network of random weights, whose exits seldom agree.
-  calibrate(folder, whole / 'plain', '--risk=0.99', '--risk-of=selective', '--delta=0.5')
+  calibrate(folder, whole / 'plain', '--risk=0.99', '--risk-of=selective', '--delta=0.5', *flags)
   assert read_plan(folder / 'tiny-2').target['loss'] == 'disagreement'
 
 
@@ -355,6 +356,10 @@ def refusal(folder, *flags):
       ['--images=LABELED', '--risk=0.01'],
       'risk 0.01 cannot be promised from 20 held-out images: it would need 230; no bundle was written; '
       'raise --risk, or set --images to more of them',
+    ),
+    (
+      ['--images=PLAIN', '--risk=0.5', '--risk-loss=gap'],
+      '--risk-loss=gap needs labels, and the images in PLAIN have none; set --risk-loss=disagreement',
     ),
     (['--images=PLAIN', '--reject=0.1'], '--reject needs labels, and the images in PLAIN have none; leave it out'),
     (
