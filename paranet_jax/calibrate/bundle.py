@@ -20,6 +20,7 @@ import numpy as np
 from paranet_jax.calibrate.flags import BundleRequest
 from paranet_jax.calibrate.measures import fit, halves, measured, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
+from paranet_jax.calibrate.summary_text import too_few_text
 from paranet_jax.display.tables import align, human_count
 from paranet_jax.early.exit_plan import EXITS, ExitPlan, read_plan, save_plan, with_thresholds, without_local_paths
 from paranet_jax.early.logits import Outputs, bundle_logits
@@ -91,16 +92,21 @@ def recalibrate(request: BundleRequest, command: str) -> Recalibrated:
   if count < _LEAST:
     raise UserError(f'expected {_LEAST} images or more to calibrate on, found {count}; set --images to a larger folder')
   all_macs = [bundle._all_macs[number] for number in bundle.exits]
+  if request.target is not None and 'risk' not in target and before.target.get('max_macs', 0) >= all_macs[0]:
+    target['max_macs'] = before.target['max_macs']  # No flag could give it.
   # The bundle runs all its stages in turn, whatever it could skip.
   costs = PathCosts(len(all_macs), lambda path, k: all_macs[k] - (all_macs[path[-1]] if path else 0))
   _check_budget(target, all_macs)
   rest, kept = halves(outputs)
   promised, kept = halves(kept) if request.promises else (None, kept)
   temperatures, reference, chosen, samples = fit(rest, target, before.score, request.temperature, costs)
+  samples = samples._replace(classes=np.unique(outputs.labels))
   if 'max_macs' in target:
     choice = choose_within(policy, samples, target, target['max_macs'], costs)
   else:
     choice = policy.choose(samples, target)
+  if choice.facts.get('too_few'):
+    say(too_few_text(choice.facts, bundle.class_names))
   plan = dataclasses.replace(
     before,
     policy=policy.name,
@@ -170,7 +176,31 @@ def changes_text(found: Recalibrated) -> str:
     lines.append(
       f'sets that hold the right class: {100 * new["covered"]:.2f} %, with {new["set_size"]:.2f} classes on average'
     )
+  if most := after.target.get('max_macs'):
+    lines.append(f'at most {_millions(most)} multiply-adds for any image, as before')
+  if lost := list(_no_longer_promised(before, after, labeled=kind == 'accuracy')):
+    lines.append(f'no longer promised: {", ".join(lost)}')
   return '\n'.join(lines)
+
+
+def _no_longer_promised(before: ExitPlan, after: ExitPlan, labeled: bool) -> Iterator[str]:
+  """The promises that only the version before makes, each with the flags that make it again."""
+  labels = '' if labeled else ' and --images to folders named after classes'
+  if (reject := before.reject) and not after.reject:
+    flags = f'--reject={reject["risk"]:g} --delta={reject["delta"]:g}'
+    yield f'an error of at most {reject["risk"]:g} among the answers (set {flags}{labels})'
+  if (sets := before.sets) and not after.sets:
+    yield f'a coverage of {sets["coverage"]:g} (set --coverage={sets["coverage"]:g}{labels})'
+  if (macs := before.target.get('max_macs')) and 'max_macs' not in after.target:
+    fix = '--budget or --threshold, which keep it' if 'risk' in after.target else '--max-macs with --workdir'
+    yield f'at most {_millions(macs)} multiply-adds for any image (set {fix})'
+  if ms := before.target.get('max_ms'):
+    yield f'at most {ms:g} ms for any image (set --max-ms={ms:g} with --workdir)'
+
+
+def _millions(macs: float) -> str:
+  """Multiply-adds as a flag takes them."""
+  return f'{macs / 1e6:.10g}M'
 
 
 def _target(request: BundleRequest, before: ExitPlan) -> tuple[dict[str, Any], Any]:
@@ -198,20 +228,25 @@ def _without_labels(request: BundleRequest, target: dict[str, Any]) -> dict[str,
   if request.promises:
     flag = 'coverage' if request.reject is None else 'reject'
     raise UserError(f'--{flag} needs labels, and the images in {request.images} have none; leave it out')
+  if 'loss' in request.explicit and target['loss'] != 'disagreement':
+    raise UserError(
+      f'--risk-loss={target["loss"]} needs labels, and the images in {request.images} have none; '
+      'set --risk-loss=disagreement'
+    )
   return target | ({'loss': 'disagreement'} if 'risk' in target else {})
 
 
 def _check_budget(target: dict[str, Any], all_macs: Sequence[int]) -> None:
   if target.get('max_macs', math.inf) < all_macs[0]:
     raise UserError(
-      f'expected a limit of at least {all_macs[0] / 1e6:.10g}M, the first exit in the bundle, found '
-      f'{target["max_macs"] / 1e6:.10g}M in exits.json; set --budget, --risk or --threshold'
+      f'expected a limit of at least {_millions(all_macs[0])}, the first exit in the bundle, found '
+      f'{_millions(target["max_macs"])} in exits.json; set --budget, --risk or --threshold'
     )
   if 'budget' in target and not all_macs[0] <= target['budget'] <= all_macs[-1]:
-    low, high = (f'{each / 1e6:.10g}M' for each in (all_macs[0], all_macs[-1]))
+    low, high = _millions(all_macs[0]), _millions(all_macs[-1])
     raise UserError(
       f'budget must be from {low} (the first exit) to {high} (all exits in turn), found '
-      f'{target["budget"] / 1e6:.10g}M; set --budget'
+      f'{_millions(target["budget"])}; set --budget'
     )
 
 
@@ -265,12 +300,20 @@ def _next_version(bundle: Path) -> Path:
 
 
 def _write(bundle: Path, out: Path, plan: ExitPlan) -> None:
-  """A copy of the bundle with another exits.json, which appears at once or not at all."""
+  """A copy of the bundle with another exits.json, which appears at once or not at all.
+
+  Only what was exported is copied: a report or the state of a watch would be of the version before. Modes are not, as a
+  bundle may be read-only.
+  """
   with new_folder(out) as folder:
-    shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    known = read_object(bundle / runtime.BUNDLE, 'copy or export the bundle again') or {}
+    for name in ('README.md', *known['checksums']):
+      copy = folder / name
+      if (bundle / name).is_file() and copy.resolve().is_relative_to(folder.resolve()):  # The file may say anything.
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle / name, copy)
     save_plan(folder, plan)
     shutil.copyfile(runtime.__file__, folder / 'run.py')  # An older one would not know what is promised.
-    known = read_object(folder / runtime.BUNDLE, 'copy or export the bundle again') or {}
     known['visited_stages'], known['calibrated_dtype'] = known['all_stages'], known.get('dtype')
     for name in (EXITS, 'run.py'):
       known['checksums'][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -7,7 +7,6 @@ often, and how surely, an early exit agrees with it. No result is called an accu
 import dataclasses
 import datetime
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +17,11 @@ from paranet_jax.calibrate.flags import Request
 from paranet_jax.calibrate.latency import EnergyCosts, LatencyCosts, latency_record
 from paranet_jax.calibrate.measures import fit, halves, measured, needs_halves, rank, without_labels
 from paranet_jax.calibrate.promises import measured_promises, what_was_seen, with_promises
+from paranet_jax.calibrate.summary_text import too_few_text
 from paranet_jax.config import with_data_dir
 from paranet_jax.data.dataset import Images, Split, StoredImages
 from paranet_jax.early.exit_plan import (
+  EXITS,
   CheckpointId,
   ExitPlan,
   along,
@@ -48,8 +49,6 @@ from paranet_jax.task import Task
 FIGURES = 'exits'
 """Folder of a run's figures."""
 
-_NAMED = 10  # Classes with too few images that are named.
-
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -68,7 +67,7 @@ class Calibrated(NamedTuple):
   """What `calibrate` did.
 
   Attributes:
-    plan: as written to exits.json.
+    plan: as written to exits.json, unless there is a problem and there was one.
     held_out: outputs for the images that the thresholds were chosen on.
     problem: why the target cannot be met; then the plan runs the full network.
   """
@@ -82,6 +81,8 @@ class Calibrated(NamedTuple):
 
 def calibrate(request: Request, command: str) -> Calibrated:
   """Calibrates a run, measures the result on the test images and writes exits.json.
+
+  A target that cannot be met replaces no earlier exits.json.
 
   Args:
     command: the command line, for the record.
@@ -108,6 +109,9 @@ def calibrate(request: Request, command: str) -> Calibrated:
   rest, promised = halves(held_out) if request.promises else (held_out, None)
   target = request.target
   temperatures, reference, chosen, samples = fit(rest, target, request.score, request.temperature, costs)
+  if target.get('of') == 'class':
+    known = [held_out.labels, test.labels, *([dataset.train.labels] if dataset.labeled else [])]
+    samples = samples._replace(classes=np.unique(np.concatenate(known)))
   if 'budget' in target:  # One that was measured may be below the cost of the first exit by rounding.
     target = target | {'budget': max(target['budget'], costs.alone()[0])}
   if request.most:
@@ -117,7 +121,7 @@ def calibrate(request: Request, command: str) -> Calibrated:
   if choice.facts:
     request = dataclasses.replace(request, target=request.target | dict(choice.facts))
   if choice.facts.get('too_few'):
-    say(_too_few(choice.facts, dataset.class_names))
+    say(too_few_text(choice.facts, dataset.class_names))
   plan = _plan(request, subject, temperatures, choice.thresholds, command)
   if promised:
     plan = with_promises(plan, request, rest, promised, choice.thresholds)
@@ -143,9 +147,13 @@ def calibrate(request: Request, command: str) -> Calibrated:
     task, kind = subject.task, 'accuracy' if dataset.labeled else 'agreement'
     arguments = task.model, subject.variables, task.preprocessing, dataset.test, test.labels, kind, say
     plan = dataclasses.replace(plan, audit=audit(plan, *arguments))
-  repair_dataset_facts(request.workdir, dataset)
-  save_plan(request.workdir, plan)
-  return Calibrated(plan, subject, chosen, test, choice.problem)
+  problem = choice.problem
+  if problem and (request.workdir / EXITS).exists():  # What was promised before still holds.
+    problem = problem.replace('exits.json keeps the full network', 'exits.json is unchanged')
+  else:
+    repair_dataset_facts(request.workdir, dataset)
+    save_plan(request.workdir, plan)
+  return Calibrated(plan, subject, chosen, test, problem)
 
 
 def _target(request: Request, subject: Subject) -> dict[str, Any]:
@@ -299,16 +307,6 @@ def _outputs(subject: Subject, split: Split) -> Outputs:
       f'{subject.checkpoint.step}; set --step to an earlier checkpoint, or train a new run'
     )
   return Outputs.of(logits, split.labels if task.dataset.labeled else None)
-
-
-def _too_few(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:
-  few: list[int] = facts['too_few']
-  named = ', '.join(class_names[label] for label in few[:_NAMED])
-  more = f' and {len(few) - _NAMED:,} more' if len(few) > _NAMED else ''
-  return (
-    f'no risk of their own is promised for {len(few):,} of {len(class_names):,} classes, which have fewer than '
-    f'{facts["needed"]:,} held-out images to test it: {named}{more}; they count in the overall risk'
-  )
 
 
 def _plan(

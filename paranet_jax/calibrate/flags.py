@@ -98,6 +98,7 @@ class BundleRequest(_Request):
     bundle, images: absolute.
     out: folder to write; None: beside the bundle.
     target, policy: as of `Request`; None: those that the bundle was calibrated with.
+    explicit: as of `Request`.
   """
 
   bundle: Path
@@ -105,6 +106,7 @@ class BundleRequest(_Request):
   out: Path | None
   target: dict[str, Any] | None
   policy: Policy | None
+  explicit: frozenset[str] = frozenset()
 
 
 def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
@@ -150,7 +152,7 @@ def parse(argv: Sequence[str] | None) -> Request | BundleRequest:
     data_dir=given.data_dir,
     accept_data_changes=given.accept_data_changes,
     accept_wrong_numbers=given.accept_wrong_numbers,
-    explicit=frozenset(flag.key for flag in _policy_flags() if _value(given, flag) is not None),
+    explicit=_explicit(given),
     most=most,
     dtype=given.dtype,
     **_promised(given),
@@ -264,6 +266,7 @@ def _of_bundle(given: argparse.Namespace) -> BundleRequest:
     out=given.out and absolute(given.out),
     target=target,
     policy=policy,
+    explicit=_explicit(given),
     **_promised(given),
   )
 
@@ -427,6 +430,10 @@ def _names(target: str | None = None) -> str:
 
 def _policy_flags() -> list[Flag]:
   return list({flag.name: flag for policy in policies() for flag in policy.flags}.values())
+
+
+def _explicit(given: argparse.Namespace) -> frozenset[str]:
+  return frozenset(flag.key for flag in _policy_flags() if _value(given, flag) is not None)
 
 
 def _options(given: argparse.Namespace, policy: Policy) -> dict[str, Any]:

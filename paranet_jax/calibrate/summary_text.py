@@ -1,6 +1,6 @@
 """The tables that `calibrate` prints, at most 100 columns wide."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paranet_jax.display.tables import ABSENT, align
@@ -11,6 +11,7 @@ from paranet_jax.early.sentences import shown_threshold
 from paranet_jax.early.units import UNITS, measured_units, shown_cost
 
 _OF = {'marginal': '', 'selective': ' at each early exit', 'class': ' of each class'}
+_NAMED = 10  # Classes with too few images that are named.
 
 Row = tuple[str, str, str]
 
@@ -31,6 +32,21 @@ def summary_text(plan: ExitPlan) -> str:
       _calibration_table(plan, plan.test),
       *_raised(plan, plan.expected, plan.test),
     ]
+  )
+
+
+def too_few_text(facts: Mapping[str, Any], class_names: Sequence[str]) -> str:
+  """Names the classes that are promised no risk of their own.
+
+  Args:
+    facts: of the policy's choice, with `too_few` and `needed`.
+  """
+  few: list[int] = facts['too_few']
+  named = ', '.join(class_names[label] for label in few[:_NAMED])
+  more = f' and {len(few) - _NAMED:,} more' if len(few) > _NAMED else ''
+  return (
+    f'no risk of their own is promised for {len(few):,} of {len(class_names):,} classes, which have fewer than '
+    f'{facts["needed"]:,} held-out images to test it: {named}{more}; they count in the overall risk'
   )
 
 

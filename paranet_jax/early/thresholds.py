@@ -22,6 +22,7 @@ class Samples(NamedTuple):
     costs: in the unit of the budget.
     labels: the classes of the images; None: not known.
     reference: other images, from which a sequence of tests may be made; None: there are none.
+    classes: those of all images of the data set, without which a class that has none here would not be known.
   """
 
   confidences: Float[np.ndarray, 'K N']
@@ -31,6 +32,7 @@ class Samples(NamedTuple):
   costs: PathCosts
   labels: Int[np.ndarray, ' N'] | None = None
   reference: Samples | None = None
+  classes: Int[np.ndarray, ' M'] | None = None
 
 
 class OperatingPoint(NamedTuple):

@@ -31,6 +31,7 @@ COMPARED_IMAGES = 1000
 NOISE_IMAGES = 16
 TOLERANCE = 1e-4
 """On float32 logits, relative to the largest logit where that is above 1."""
+_DRAWN_SEED = 400
 
 NEEDS = {'onnx': ('jax2onnx', 'onnx', 'onnxruntime', 'safetensors'), 'stablehlo': ('flatbuffers', 'safetensors')}
 
@@ -174,7 +175,7 @@ def _images(request: Request, run: LoadedRun) -> UInt8[np.ndarray, 'N H W C']:
 def held_out_images(
   run: LoadedRun, data_dir: Path | None = None, accept_data_changes: bool = False
 ) -> UInt8[np.ndarray, 'N H W C']:
-  """The run's held-out images, as many as an export uses.
+  """As many of the run's held-out images as an export uses, drawn at random: a folder lists its files by class.
 
   Args:
     data_dir: folder of the data set; None: as the run says.
@@ -186,7 +187,9 @@ def held_out_images(
   held_out = run.load_dataset(data_dir, accept_data_changes).held_out
   if held_out is None:
     return np.zeros((0, *run.image_shape), np.uint8)
-  return np.asarray(held_out.images[: CALIBRATION_IMAGES + COMPARED_IMAGES])
+  # RandomState: only its stream is the same in every NumPy version.
+  order = np.random.RandomState(_DRAWN_SEED).permutation(len(held_out))
+  return np.asarray(held_out.images[order[: CALIBRATION_IMAGES + COMPARED_IMAGES]])
 
 
 def _checksums(folder: Path) -> dict[str, str]:

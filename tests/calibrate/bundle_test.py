@@ -128,6 +128,67 @@ def test_a_limit_of_the_bundle_still_holds(whole, tmp_path):
   assert run.load(tmp_path / 'tiny-2').predict(IMAGES).macs.max() == 20e6
 
 
+@pytest.mark.parametrize(
+  ('limit', 'flags', 'kept', 'said'),
+  [
+    ({'max_macs': 2e7}, ['--budget=15M'], True, 'at most 20M multiply-adds for any image, as before'),
+    ({'max_macs': 2e7}, ['--budget=25M'], True, 'at most 20M multiply-adds for any image, as before'),
+    ({'max_macs': 2e7}, ['--threshold=0.7'], True, 'at most 20M multiply-adds for any image, as before'),
+    (
+      {'max_macs': 2e7},
+      ['--risk=0.9', '--delta=0.5'],
+      False,
+      'no longer promised: at most 20M multiply-adds for any image (set --budget or --threshold, which keep it)',
+    ),
+    (
+      {'max_macs': 5e6},
+      ['--threshold=0.7'],
+      False,
+      'no longer promised: at most 5M multiply-adds for any image (set --max-macs with --workdir)',
+    ),
+    (
+      {'max_ms': 2.5},
+      ['--threshold=0.7'],
+      False,
+      'no longer promised: at most 2.5 ms for any image (set --max-ms=2.5 with --workdir)',
+    ),
+  ],
+)
+def test_a_limit_of_the_bundle_and_a_new_target(whole, tmp_path, limit, flags, kept, said):
+  write(tmp_path / 'tiny', ExitPlan(**vars(PLAN) | {'target': {'threshold': 0.6, **limit}}))
+  assert calibrate(tmp_path, whole / 'labeled', *flags).splitlines()[-3] == said
+  plan = read_plan(tmp_path / 'tiny-2')
+  assert plan.target.get('max_macs') == (2e7 if kept else None) and 'max_ms' not in plan.target
+  assert (run.load(tmp_path / 'tiny-2').predict(IMAGES).macs.max() <= 20e6) or not kept
+
+
+@pytest.mark.parametrize(
+  ('images', 'flags', 'said'),
+  [
+    (
+      'labeled',
+      [],
+      'an error of at most 0.5 among the answers (set --reject=0.5 --delta=0.2), '
+      'a coverage of 0.8 (set --coverage=0.8)',
+    ),
+    (
+      'plain',
+      ['--threshold=0.9'],
+      'an error of at most 0.5 among the answers (set --reject=0.5 --delta=0.2 and --images to folders named after '
+      'classes), a coverage of 0.8 (set --coverage=0.8 and --images to folders named after classes)',
+    ),
+    ('labeled', ['--coverage=0.7'], 'an error of at most 0.5 among the answers (set --reject=0.5 --delta=0.2)'),
+    ('labeled', ['--reject=0.6'], 'a coverage of 0.8 (set --coverage=0.8)'),
+    ('labeled', ['--reject=0.6', '--coverage=0.7'], None),
+  ],
+)
+def test_promises_that_the_new_version_does_not_make(whole, folder, images, flags, said):
+  calibrate(folder, whole / 'labeled', '--threshold=0.99', '--reject=0.5', '--delta=0.2', '--coverage=0.8')
+  code, out, _ = run_command(main, f'--bundle={folder / "tiny-2"}', f'--images={whole / images}', *flags)
+  found = [line for line in out.splitlines() if line.startswith('no longer promised: ')]
+  assert (code, found) == (0, [] if said is None else [f'no longer promised: {said}'])
+
+
 def test_no_temperatures_leave_no_images_for_them(whole, folder):
   calibrate(folder, whole / 'labeled', '--temperature=none')
   assert read_plan(folder / 'tiny-2').splits == {'temperature': 0, 'thresholds': 40, 'test': 40}
@@ -176,10 +237,50 @@ def test_an_older_run_file_is_replaced_and_a_card_that_was_removed_is_not(whole,
   assert not (folder / 'tiny-2/README.md').exists()
 
 
-def test_a_risk_without_labels(whole, folder):
+def test_only_what_was_exported_is_copied_and_can_be_written(whole, folder):
+  bundle = folder / 'tiny'
+  (bundle / 'onnxruntime-web').mkdir()
+  (bundle / 'onnxruntime-web/ort.mjs').write_text('// a page of --web')
+  known = json.loads((bundle / 'bundle.json').read_text())
+  named = 'onnxruntime-web/ort.mjs', 'gone.safetensors', f'../../{folder.name}/outside'
+  known['checksums'] |= dict.fromkeys(named, '0' * 64)
+  (bundle / 'bundle.json').write_text(json.dumps(known))
+  exported = {path.relative_to(bundle) for path in bundle.rglob('*')}
+  for name in ('outside', 'tiny/report.html', 'tiny/state.json', 'tiny/onnxruntime-web/mine.txt'):
+    (folder / name).write_text('')
+  for path in (*bundle.rglob('*'), bundle):
+    path.chmod(0o555 if path.is_dir() else 0o444)
+  try:
+    calibrate(folder, whole / 'plain')
+  finally:
+    for path in (bundle, bundle / 'onnxruntime-web'):
+      path.chmod(0o755)
+  new = folder / 'tiny-2'
+  assert {path.relative_to(new) for path in new.rglob('*')} == exported
+  assert all(path.stat().st_mode & 0o200 for path in (new, *new.rglob('*')))
+  assert {path.name for path in folder.iterdir()} == {'tiny', 'tiny-2', 'outside'}
+
+
+@pytest.mark.parametrize('flags', [[], ['--risk-loss=disagreement']])
+def test_a_risk_without_labels(whole, folder, flags):
   # Of a network of random weights, whose exits seldom agree.
-  calibrate(folder, whole / 'plain', '--risk=0.99', '--risk-of=selective', '--delta=0.5')
+  calibrate(folder, whole / 'plain', '--risk=0.99', '--risk-of=selective', '--delta=0.5', *flags)
   assert read_plan(folder / 'tiny-2').target['loss'] == 'disagreement'
+
+
+def test_the_risk_of_each_class(whole, folder):
+  images = shutil.copytree(whole / 'labeled', folder / 'images')
+  rare = max(images.iterdir(), key=lambda path: len(list(path.iterdir())))
+  for path in sorted(rare.iterdir())[1:]:
+    path.unlink()
+  out = calibrate(folder, images, '--risk=0.9', '--risk-of=class', '--delta=0.5')
+  label = int(rare.name.removeprefix('class '))
+  assert label in (few := read_plan(folder / 'tiny-2').target['too_few'])
+  named = ', '.join(f'class {each}' for each in few)
+  assert (
+    f'no risk of their own is promised for {len(few)} of 5 classes, which have fewer than 1 held-out images to test '
+    f'it: {named}; they count in the overall risk\n'
+  ) in out
 
 
 def refusal(folder, *flags):
@@ -255,6 +356,10 @@ def refusal(folder, *flags):
       ['--images=LABELED', '--risk=0.01'],
       'risk 0.01 cannot be promised from 20 held-out images: it would need 230; no bundle was written; '
       'raise --risk, or set --images to more of them',
+    ),
+    (
+      ['--images=PLAIN', '--risk=0.5', '--risk-loss=gap'],
+      '--risk-loss=gap needs labels, and the images in PLAIN have none; set --risk-loss=disagreement',
     ),
     (['--images=PLAIN', '--reject=0.1'], '--reject needs labels, and the images in PLAIN have none; leave it out'),
     (

@@ -153,6 +153,33 @@ def test_what_cannot_be_promised(run):
   )
 
 
+def test_a_risk_that_cannot_be_promised_replaces_no_earlier_plan(run, monkeypatch):
+  written = []
+  monkeypatch.setattr(calibration, 'repair_dataset_facts', lambda *given: written.append(given))
+
+  def refused():
+    found = calibration.calibrate(parse([f'--workdir={run.folder}', '--risk=0.01']), 'calibrate')
+    return found.problem.replace('risk 0.01 cannot be promised from 150 held-out images: it would need 230; ', '')
+
+  more = 'raise --risk, or hold out more images in a new run'  # 0.99^230 = 0.0991
+  assert refused() == f'exits.json keeps the full network; {more}' and read_plan(run.folder).visited == (3,)
+  plan, _ = calibrate(run, '--threshold=0.8')
+  before = len(written)
+  assert refused() == KEPT + more and read_plan(run.folder) == plan and len(written) == before == 2
+
+
+def test_a_class_without_tested_images_is_named(run, capsys):
+  run.dataset.class_names += ['trained on', 'of no image']
+  run.dataset.train = types.SimpleNamespace(labels=np.array([0, 6]))
+  flags = f'--workdir={run.folder}', '--risk=0.3', '--risk-of=class'
+  plan = calibration.calibrate(parse(flags), 'calibrate').plan
+  assert (plan.target['too_few'], plan.target['needed']) == ([6], 7)  # 0.7^6 = 0.118, 0.7^7 = 0.082
+  assert capsys.readouterr().out.endswith(
+    'no risk of their own is promised for 1 of 8 classes, which have fewer than 7 held-out images to test it: '
+    'trained on; they count in the overall risk\n'
+  )
+
+
 @pytest.mark.parametrize('flag', ['reject', 'coverage'])
 def test_without_labels(run, flag):
   run.dataset.labeled = False

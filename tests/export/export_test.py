@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import shutil
+import types
 from pathlib import Path
 
 import hub_server
@@ -24,7 +25,7 @@ from paranet_jax.calibrate import __main__ as calibrate
 from paranet_jax.calibrate.flags import _parser
 from paranet_jax.costs import exit_costs
 from paranet_jax.data.augment import normalize
-from paranet_jax.data.dataset import Split
+from paranet_jax.data.dataset import Split, StoredImages
 from paranet_jax.early.exit_plan import without_local_paths
 from paranet_jax.export import __main__ as export
 from paranet_jax.export import bundle as bundle_lib
@@ -582,6 +583,27 @@ def test_too_few_held_out_images(dtype, needed, count, split, refused, monkeypat
     f'--dtype={dtype} needs at least {needed}, found {count}; '
     'set --dtype=float32, or train with a larger --config.data.held_out'
   )
+
+
+@pytest.mark.parametrize('stored', [False, True])
+def test_ranges_and_agreement_come_from_all_classes(stored, run, monkeypatch):
+  labels = np.repeat(np.arange(100), 30)  # As a folder lists its files.
+
+  def read(numbers):
+    return [np.full((2, 2, 3), labels[number], np.uint8) for number in numbers], None
+
+  if stored:
+    images = StoredImages(types.SimpleNamespace(read=read), np.arange(len(labels)), (2, 2, 3))
+  else:
+    images = np.stack(read(range(len(labels)))[0])
+  split = Split(images, labels)
+  monkeypatch.setattr(trained, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
+  found = bundle_lib.held_out_images(run)
+  count = bundle_lib.calibration_count(found)
+  assert (len(found), count) == (1512, 512)
+  for part in (found[:count], found[count:]):
+    assert np.unique(part).tolist() == list(range(100))
+  np.testing.assert_array_equal(found, bundle_lib.held_out_images(run))
 
 
 def test_full_disk(tmp_path, refused, monkeypatch):

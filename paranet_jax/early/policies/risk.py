@@ -80,6 +80,7 @@ def ltt_by_class(
   classes: Int[np.ndarray, ' N'],
   epsilon: float,
   delta: float,
+  known: Int[np.ndarray, ' M'] | None = None,
 ) -> tuple[float, list[int]]:
   """Learn then test: with probability 1 - delta, the overall risk and that of each class are at most epsilon.
 
@@ -87,11 +88,16 @@ def ltt_by_class(
   Given its label, whether a sample has a loss does not depend on how many others have that label, so the binomial tail
   is exact in each class too. Assumptions: see this module.
 
+  Args:
+    classes: of the samples.
+    known: classes of the data set, of which some may have no sample; None: those of the samples.
+
   Returns:
     lambda on the confidence scale, +inf if nothing qualifies; and the classes that have fewer samples than
     `images_needed_ltt`, so that nothing could be promised for them: they count only in the overall risk.
   """
-  found, counts = np.unique(classes, return_counts=True)
+  found = np.unique(classes if known is None else np.concatenate([classes, known]))
+  counts = np.bincount(np.searchsorted(found, classes), minlength=len(found))
   needed = images_needed_ltt(epsilon, delta)
   groups = [np.ones(len(classes), bool), *(classes == each for each in found[counts >= needed])]
   return (
@@ -240,7 +246,7 @@ def _choose(samples: Samples, target: Mapping[str, Any]) -> Choice:
   elif kind == 'class':
     if samples.labels is None:
       raise ValueError('expected samples with labels for the risk of each class')
-    confidence, few = ltt_by_class(samples.confidences, losses, samples.labels, epsilon, delta)
+    confidence, few = ltt_by_class(samples.confidences, losses, samples.labels, epsilon, delta, samples.classes)
     thresholds, facts = shared_thresholds(confidence, num_exits), {'too_few': few, 'needed': needed}
   else:
     thresholds = shared_thresholds(ltt(samples.confidences, losses, epsilon, delta), num_exits)

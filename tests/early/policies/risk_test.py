@@ -246,6 +246,10 @@ def test_the_risk_of_each_class():
   samples = Samples(confidences, np.ones((2, 22), int), losses == 0, 'max_prob', path_costs(2, cut=False), classes)
   choice = LTT.choose(samples, {'risk': 0.25, 'delta': 0.11, 'loss': 'gap', 'of': 'class'})
   assert choice.thresholds.tolist() == [3.5, -np.inf] and choice.facts == {'too_few': [7], 'needed': 8}
+  # Class 5 has images, and none of them is tested; no image has class 4.
+  samples = samples._replace(classes=np.array([0, 3, 5, 7]))
+  choice = LTT.choose(samples, {'risk': 0.25, 'delta': 0.11, 'loss': 'gap', 'of': 'class'})
+  assert choice.thresholds.tolist() == [3.5, -np.inf] and choice.facts == {'too_few': [5, 7], 'needed': 8}
 
 
 @pytest.mark.parametrize(('kind', 'missing'), [('class', 'labels'), ('selective', 'a reference')])
