@@ -47,7 +47,7 @@ def refusal(*arguments, started=False) -> str:
   return err[len('error: ') : -1]
 
 
-def fake_training(config, workdir, accept_config_changes):
+def fake_training(config, workdir, *_):
   """Writes a finished run without training: exit p of seed s is right on 10 p + s of 360 images."""
   prepare_workdir(workdir, config, accept_changes=False)
   save_config(workdir, config)
@@ -165,10 +165,10 @@ def test_more_seeds_keep_existing_runs_and_other_experiments(short, copied, monk
 def test_two_tables_at_the_same_time_are_both_kept(_programs, tmp_path, monkeypatch):
   table2 = 'table2', '--protocol=smoke', f'--workdir={tmp_path}'
 
-  def train(config, workdir, accepted):
+  def train(config, workdir, *_):
     monkeypatch.setattr(train_lib, 'train_and_evaluate', fake_training)
     assert run_experiments(*table2).code == 0  # While the first run of table1 trains.
-    return fake_training(config, workdir, accepted)
+    return fake_training(config, workdir)
 
   monkeypatch.setattr(train_lib, 'train_and_evaluate', train)
   assert run_experiments('table1', *table2[1:]).code == 0

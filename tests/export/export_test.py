@@ -94,10 +94,21 @@ def out(tmp_path_factory):
 
 @pytest.fixture
 def held_out(logits, monkeypatch):
-  """Replaces the run's held-out images with noise, and their logits in JAX with those computed above."""
+  """Replaces the run's held-out images with noise, and their logits in JAX with those computed above.
+
+  Returns:
+    The numbers of the images that are compared, once they are.
+  """
+  numbers, compared = {image.tobytes(): number for number, image in enumerate(NOISE)}, []
+
+  def computed_above(*given):
+    compared[:] = [numbers[image.tobytes()] for image in given[4].images]
+    return logits[:, compared]
+
   split = Split(NOISE, np.zeros(len(NOISE), np.int32))
   monkeypatch.setattr(trained, 'load_dataset', lambda *_, **__: type('Dataset', (), {'held_out': split}))
-  monkeypatch.setattr(compare_lib, 'split_logits', lambda *given: logits[:, -len(given[4]) :])
+  monkeypatch.setattr(compare_lib, 'split_logits', computed_above)
+  return compared
 
 
 def test_files(out):
@@ -361,7 +372,8 @@ def test_reduced_precision(dtype, weights, tmp_path, held_out, logits, capsys):
   assert (found['images'], found['of']) == (count, 'held-out')
   assert 0 < found['logits'] < {'float16': 0.01, 'int8': 0.5}[dtype]
   assert found['labels'] >= {'float16': 0.9, 'int8': 0.5}[dtype]
-  images, theirs = NOISE[-count:], logits[:, -count:]
+  assert len(set(held_out)) == count
+  images, theirs = NOISE[held_out], logits[:, held_out]
   plan = json.loads((PRETRAINED / 'exits.json').read_text())
   sure = [runtime.confidence(z, 'max_prob', t) for z, t in zip(theirs, plan['temperatures'], strict=True)]
   taken = [next(k for k in range(3) if sure[k][i] >= plan['confidence_thresholds'][k]) for i in range(count)]
