@@ -24,6 +24,8 @@ def mean(row):
 
 
 def difference(row):
+  if row['mean'] is None:
+    return '—'  # Not run yet.
   return f'{row["mean"]:+.2f}' + (f' ± {row["std"]:.2f}' if row['std'] is not None else '')
 
 
@@ -71,9 +73,9 @@ METHODS = {
 
 
 def by_method(method):
-  """A row: what a method changes at the first and the last exit of two networks; of the plain one, its accuracies."""
+  """A row: what a method changes at the first and the last exit of a network; of the plain one, its accuracies."""
   found, cells = read('results/queue-methods-short/results.json'), []
-  for network, last in (('paranet', 3), ('msdnet', 7)):
+  for network, last in (('paranet', 3), ('msdnet', 7), ('ranet', 8)):
     for number in (1, last):
       if method == 'plain':
         wanted, rows = (f'{network}-plain', number), found['rows']
