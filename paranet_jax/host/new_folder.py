@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from paranet_jax.host.errors import NO_ROOM, UserError
@@ -17,21 +17,33 @@ def check_absent(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def moved_there(out: Path, check: Callable[[], None]) -> Iterator[Path]:
   """A new folder beside `out` that moves there if the context ends without an error, else is removed.
+
+  Args:
+    out: no folder, or an empty one, when it ends.
+    check: is called before it moves; may raise.
+  """
+  with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent, ignore_cleanup_errors=True) as holder:
+    folder = Path(holder) / out.name  # The holder is readable by its owner only.
+    folder.mkdir()
+    yield folder
+    check()
+    folder.rename(out)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+  """As `moved_there`, where nothing may be.
 
   Raises:
     UserError: it cannot be written, or `out` exists by then. Other errors of the file system are raised as they are.
   """
   holder = out.parent
   try:
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent, ignore_cleanup_errors=True) as name:
-      holder = Path(name)  # Readable by its owner only, so the folder lies in it.
-      folder = holder / out.name
-      folder.mkdir()
+    with moved_there(out, lambda: check_absent(out)) as folder:
+      holder = folder.parent
       yield folder
-      check_absent(out)
-      folder.rename(out)
   except shutil.Error as error:  # Of several files, as texts.
     raise UserError(f'{out} cannot be written: {error}; set --out to another folder') from error
   except OSError as error:

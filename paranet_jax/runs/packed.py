@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from paranet_jax.display.metrics import drop_after, read_metrics
 from paranet_jax.evaluation import AGREEMENT, MEASURES
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json
+from paranet_jax.host.new_folder import moved_there
 from paranet_jax.runs.checkpoints import FOLDER, Checkpoints
 from paranet_jax.runs.dataset_facts import DATASET, restore_dataset_facts
 from paranet_jax.runs.learned import IDENTITY
@@ -84,7 +84,7 @@ def _tell_of_step(out: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-  """A new folder beside `out` that moves there if the context ends without an error, else is removed.
+  """As `moved_there`, where an empty folder may be.
 
   A kill leaves `out` missing or empty, and nothing that another process writes there is touched.
 
@@ -95,12 +95,8 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
   prepare_folder(out, '--out')
   place = Path(os.path.realpath(out))
   try:
-    with tempfile.TemporaryDirectory(prefix=f'.{place.name}.', dir=place.parent, ignore_cleanup_errors=True) as holder:
-      folder = Path(holder) / place.name  # The holder is readable by its owner only.
-      folder.mkdir()
+    with moved_there(place, lambda: _check_free(out)) as folder:
       yield folder
-      _check_free(out)
-      folder.rename(place)
   except BaseException:
     if made:
       with contextlib.suppress(OSError):  # Another process has written there.
