@@ -411,15 +411,15 @@ class Scheduler:
           self._seen.append(answer)
 
   def _watched(self, closing: bool = False) -> None:
-    """Shows the watch what was answered. A watch that fails is given up; images are answered as before."""
+    """Shows the watch what was answered. A watch that fails is given up, unless it alarms; images are answered."""
     self._advance(closing)
     seen, self._seen = self._seen, []
     with self._changed:
       labels, self._labels = self._labels, []
     if not self.watch:
       return
+    before, failed = self.watch.alarm, False
     try:
-      before = self.watch.alarm
       self.watch.add(seen)
       nothing = np.zeros(len(self._bundle.class_names)) if labels else None
       for right, answered in labels:
@@ -428,10 +428,11 @@ class Scheduler:
         self.watch.flush()
     except Exception as error:  # The state cannot be written.
       print(f'the watch ends: {error}', file=sys.stderr, flush=True)
-      self.watch = None
-      return
+      failed = True
     if self.watch.alarm and not before:
       self.on_alarm()
+    if failed and not self.watch.alarm:
+      self.watch = None
 
   def on_alarm(self) -> None:
     """Says that the watch has alarmed, and lets no image exit early if that was asked for."""

@@ -150,8 +150,12 @@ def _serve(given: argparse.Namespace) -> None:
     Image.ID[:] = ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF']
   batch = min(given.batch, given.queue)
   bundle, timings = _loaded(runtime, given, batch)
-  watch = _watch(runtime, bundle, given)
   listening = _listen(given.host, given.port)
+  try:  # Not before: where a service runs already, its port is taken, and its watch would lose the state.
+    watch = _watch(runtime, bundle, given)
+  except UserError:
+    listening.close()
+    raise
   scheduler = Scheduler(runtime, bundle, timings, given.queue, batch, watch=watch, safe=given.on_drift == 'safe')
   if watch and watch.alarm:
     scheduler.on_alarm()

@@ -124,6 +124,12 @@ def teachers(config: ConfigDict) -> dict[int, tuple[int, ...]]:
   return distill_teachers(targets(config), distill, hard_label_weight(config), config.name, given)
 
 
+def learning_from_labels(config: ConfigDict) -> list[int]:
+  """Numbers of the exits that learn from labels, alone or beside exits."""
+  from_exits = () if hard_label_weight(config) else teachers(config)
+  return [number for number, target in enumerate(targets(config), 1) if target == LABELS and number not in from_exits]
+
+
 def hard_label_weight(config: ConfigDict) -> float:
   """The share of the labels in the loss of an exit that also learns from exits."""
   return config.loss.hard_label_weight or (0.5 if _from_both(config) else 0.0)
@@ -373,10 +379,14 @@ def _check_gradients(config: ConfigDict) -> None:
       f'{on[-1]} is about parameters that exits train together, found train.regime {regime!r}; set '
       f'--config.{on[-1]}=0, or --config.train.regime'
     )
-  if loss.sample_weight and sum(target == LABELS for target in targets(config)) < 2:
+  if loss.sample_weight and len(learning_from_labels(config)) < 2:
+    distilled = teachers(config) and not hard_label_weight(config)
+    found, fix = (
+      (f' with loss.distill {loss.distill!r}', ', or --config.loss.hard_label_weight') if distilled else ('', '')
+    )
     raise UserError(
-      f'loss.sample_weight weighs images between exits that learn from labels, and {config.name} has fewer than two; '
-      'set --config.loss.sample_weight=0'
+      f'loss.sample_weight weighs images between exits that learn from labels, and {config.name}{found} has fewer than '
+      f'two; set --config.loss.sample_weight=0{fix}'
     )
 
 
@@ -407,6 +417,12 @@ def _check_links(config: ConfigDict) -> None:
     raise UserError(
       f'model.boost adds up exits that all learn from labels from the start, found {config.name} and train.regime '
       f'{regime!r}; set --config.name and --config.train.regime=joint, or --config.model.boost=0'
+    )
+  if model.boost and len(learning_from_labels(config)) < len(targets(config)):
+    raise UserError(
+      'model.boost adds up exits that all learn from labels from the start, found loss.distill '
+      f'{config.loss.distill!r} and loss.hard_label_weight 0; set --config.loss.hard_label_weight, such as 0.5, or '
+      '--config.model.boost=0'
     )
   if model.transfer and regime == 'exits':
     raise UserError(

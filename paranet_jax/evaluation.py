@@ -61,11 +61,14 @@ class Evaluator:
     self._size = self._batch_size(list(self._named.values()))
     self._splits = {} if task.frozen else {name: self._place(split) for name, split in self._named.items()}
 
-  def evaluate(self, params: Any, batch_stats: Any, confusion: bool = False) -> dict[str, list[dict]]:
+  def evaluate(
+    self, params: Any, batch_stats: Any, confusion: bool = False, look: Callable[[], None] = lambda: None
+  ) -> dict[str, list[dict]]:
     """Evaluates every split.
 
     Args:
       confusion: also return confusion matrices.
+      look: called before every batch, also of the features of a frozen backbone, and before the first one comes.
 
     Returns:
       {'held_out' (if there is such a split), 'test': one dict per exit, in which all but the first two are None if the
@@ -82,16 +85,25 @@ class Evaluator:
     if not self._splits:  # What a frozen backbone computes is the same at every evaluation.
       variables = {'params': params, 'batch_stats': batch_stats}
       self._splits = {
-        name: self._place(split, self._task.keep_features(split, variables, name.replace('_', '-')))
+        name: self._place(split, self._task.keep_features(split, variables, name.replace('_', '-'), look))
         for name, split in self._named.items()
       }
-    return {name: list(self._exits(params, batch_stats, batches, confusion)) for name, batches in self._splits.items()}
+    return {
+      name: list(self._exits(params, batch_stats, batches, confusion, look)) for name, batches in self._splits.items()
+    }
 
   def _exits(
-    self, params: Any, batch_stats: Any, batches: Callable[[], Iterator[Batch]], confusion: bool
+    self,
+    params: Any,
+    batch_stats: Any,
+    batches: Callable[[], Iterator[Batch]],
+    confusion: bool,
+    look: Callable[[], None],
   ) -> Iterator[dict]:
     sums = {number: [] for number in self._steps}
+    look()  # The first batch of streamed images comes when their workers have started.
     for batch in batches():
+      look()
       for number, step in self._steps.items():
         sums[number].append(step(params, batch_stats, *batch))
       # A streamed batch holds memory until its turn comes.

@@ -121,7 +121,12 @@ def _is_kernel(name: str, leaf: Any) -> bool:
 
   PyTorch calls slopes and scales `weight`, too; they have one axis.
   """
-  return name == 'kernel' or (name.endswith('weight') and leaf.ndim >= 2)
+  return _own_name(name) == 'kernel' or (name.endswith('weight') and leaf.ndim >= 2)
+
+
+def _own_name(name: str) -> str:
+  """The name of a parameter in its module, which in an `NNXStage` stands behind the module's path and a dot."""
+  return name.rpartition('.')[2]
 
 
 def _kernel_or_rest(params: Any) -> Any:
@@ -135,7 +140,7 @@ def _matrices(params: Any) -> Any:
 
   def axes(path, leaf):
     *inputs, outputs = range(leaf.ndim)
-    if path[-1].key != 'kernel':  # PyTorch has the output channels first.
+    if _own_name(path[-1].key) != 'kernel':  # PyTorch has the output channels first.
       outputs, *inputs = range(leaf.ndim)
     return optax.contrib.MuonDimensionNumbers(tuple(inputs), outputs)
 
@@ -147,8 +152,8 @@ def norm_biases(params: Any) -> Any:
   paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
   def is_one(path, _):
-    keys = tuple(key.key for key in path)
-    return keys[-1] == 'bias' and (*keys[:-1], 'scale') in paths
+    *module, name = (key.key for key in path)
+    return _own_name(name) == 'bias' and (*module, name.removesuffix('bias') + 'scale') in paths
 
   return jax.tree_util.tree_map_with_path(is_one, params)
 

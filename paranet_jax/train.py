@@ -88,11 +88,12 @@ def train_and_evaluate(
     if evaluations is None and record.saved_step != task.total_steps:
       say(f'stopped by {stop.received} after step {record.saved_step}, saved; the same command resumes')
       return None
-    if evaluations is None:
-      # An earlier start stopped between its last checkpoint and its summary: the metrics are already written.
+    trained_before = evaluations is None
+    if trained_before:
+      # The run is finished, or stopped between its last checkpoint and its summary: the metrics are already written.
       evaluations = [evaluate_state(evaluator, state, True)]
       say(evaluation_table(evaluations[0]))
-    summary = record.summarize(description, evaluations[0], environment(devices))
+    summary = record.summarize(description, evaluations[0], environment(devices), trained_before)
     if isinstance(state.opt_state, Beside) and state.opt_state.average:
       folder = processes.once(save_average, workdir, config, state.opt_state.average, summary)
       say(f'averaged weights: {folder}')
@@ -231,11 +232,17 @@ def train_loop(
   return state, evaluations
 
 
-def evaluate_state(evaluator: Evaluator, state: TrainState, confusion: bool) -> dict[str, list[dict]]:
-  """Evaluates a state on every split, and its averaged weights, if any, as splits such as `test_average`."""
-  found = evaluator.evaluate(state.params, state.batch_stats, confusion)
+def evaluate_state(
+  evaluator: Evaluator, state: TrainState, confusion: bool, look: Callable[[], None] = lambda: None
+) -> dict[str, list[dict]]:
+  """Evaluates a state on every split, and its averaged weights, if any, as splits such as `test_average`.
+
+  Args:
+    look: as of `Evaluator.evaluate`.
+  """
+  found = evaluator.evaluate(state.params, state.batch_stats, confusion, look)
   if isinstance(state.opt_state, Beside) and state.opt_state.average:
-    averaged = evaluator.evaluate(**state.opt_state.average, confusion=confusion)
+    averaged = evaluator.evaluate(**state.opt_state.average, confusion=confusion, look=look)
     found |= {f'{split}_{AVERAGE}': exits for split, exits in averaged.items()}
   return found
 
@@ -320,12 +327,18 @@ class _Loop:
       self._progress.update(step, losses, speed)
 
   def _evaluate(self, step: int, state: TrainState) -> list[dict[str, list[dict]]]:
+    def look() -> None:
+      # An evaluation may take longer than what sent a signal waits before it kills. Whether one is missing is found by
+      # the lines of the first run.
+      if self._stop.received is not None and len(self._records) == 1:
+        self.save(step, state)
+
     evaluations = []
     for record, own in zip(self._records, self._layout.split(state), strict=True):
       if len(self._records) > 1:
         self._progress.message(f'seed {record.task.config.seed}')
       try:
-        measured = evaluate_state(self._evaluator, own, step == self._task.total_steps)
+        measured = evaluate_state(self._evaluator, own, step == self._task.total_steps, look)
       except UserError as error:
         raise self._saved(step, state, error) from error
       evaluations.append(measured)

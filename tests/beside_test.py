@@ -280,7 +280,10 @@ def test_a_teacher_reads_images_as_it_learned_to(whole, tmp_path):
       'loss.teacher_run {run} is another network: model.image_side is 8 there and 16',
     ),
     (
-      ('--config.name=PN2-dd', '--config.loss.distill=all', '--config.model.boost=0.5'),
+      (
+        *('--config.name=PN2-dd', '--config.loss.distill=all', '--config.loss.hard_label_weight=0.5'),
+        '--config.model.boost=0.5',
+      ),
       'loss.teacher_run {run} is another network: model.boost is 0.0 there and 0.5 in this configuration; set --config',
     ),
   ],

@@ -218,6 +218,22 @@ def test_each_exit_is_compiled_once_for_itself():
   assert ASKED == [(1,), (3,)]
 
 
+def test_it_looks_before_each_batch_comes_and_before_it_is_computed():
+  evaluator, events = Evaluator(task(Linear(), (LABELS, None, LABELS), split(2 * BATCH)), pick_devices(1)), []
+  batches = evaluator._splits['test']
+  evaluator._splits['test'] = lambda: (events.append('comes') or batch for batch in batches())
+  evaluator.evaluate(PARAMS, {}, look=lambda: events.append('look'))
+  assert events == ['look', *['comes', 'look'] * 2]
+
+
+def test_it_looks_before_each_batch_of_features(monkeypatch):
+  evaluator, looks = Evaluator(task(Linear(), (LABELS, None, LABELS), split(BATCH)), pick_devices(1)), []
+  evaluator._splits = {}  # As of a frozen backbone.
+  monkeypatch.setattr(Task, 'keep_features', lambda self, split, variables, name, check: [check()] and None)
+  evaluator.evaluate(PARAMS, {}, look=lambda: looks.append(0))
+  assert len(looks) == 1 + 2
+
+
 def test_paranet_with_its_running_statistics():
   model = tiny.named('PN2-dd')
   variables, data = tiny.variables(model), split(5, tiny.SIDE, tiny.NUM_CLASSES)

@@ -1,12 +1,15 @@
 """Tests of schedules at points computed by hand, and of optimizers against a loop in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from flax import nnx
 
 from paranet_jax.models.adopted.vit import _NETWORKS
+from paranet_jax.models.nnx_stage import NNXStage
 from paranet_jax.optim import conflict_averse, decay_mask, least_gain_weights, make_optimizer, make_schedule
 
 PAPER = {'epochs': 130, 'updates_per_epoch': 781, 'drop_epochs': (50, 100)}
@@ -206,6 +209,37 @@ def test_muon(standard_promotion):
   for name in ('scale', 'bias'):
     plain = -0.1 * (gradient['norm'][name] + 0.01 * params['norm'][name])
     np.testing.assert_allclose(updates['norm'][name], plain, rtol=1e-5)
+
+
+def test_parameters_of_nnx_stages_are_known_by_the_ends_of_their_names(standard_promotion):
+  """A stage has all of them side by side, under their paths: each moves and decays as one of a linen module does."""
+
+  class Block(nnx.Module):
+    def __init__(self):
+      self.conv = nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0))
+      self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      return self.norm(self.conv(x))
+
+  stage = NNXStage(Block()).init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)['params']
+  linen = {}
+  for name, leaf in stage.items():
+    module, _, own = name.rpartition('.')
+    linen.setdefault(module, {})[own] = leaf
+  schedule = make_schedule('constant', 0.1, **SCHEDULE)
+
+  def updates(params):
+    def decays(params):
+      paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+      return decay_mask(params, paths, 'kernels')
+
+    optimizer = make_optimizer('muon', schedule, norm_bias_factor=64.0, weight_decay=0.5, decay_mask=decays)
+    gradient = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape), params)
+    return jax.jit(optimizer.update)(gradient, optimizer.init(params), params)[0]
+
+  expected = {f'{module}.{name}': leaf for module, own in updates(linen).items() for name, leaf in own.items()}
+  chex.assert_trees_all_close(updates(stage), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('architecture', ['vit_b_16', 'deit_tiny_patch16_224'])

@@ -176,6 +176,26 @@ def test_killed_again_and_again(tmp_path, whole):
   assert_ends_as(tmp_path, whole)
 
 
+@pytest.mark.parametrize('step', [5, NUM_STEPS])
+def test_killed_in_an_evaluation_that_goes_on_after_a_signal(tmp_path, whole, step):
+  """What sends a signal, such as a scheduler, kills a while later."""
+  evaluate = Evaluator.evaluate
+
+  def killed_later(*rest):
+    os.kill(os.getpid(), signal.SIGTERM)
+    evaluate(*rest)
+    raise Killed
+
+  if step > 5:
+    stop_at(6, tmp_path)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Evaluator, 'evaluate', killed_later)
+    with pytest.raises(Killed):
+      run_main(*RUN, f'--workdir={tmp_path}')
+  assert saved_state(tmp_path).step == step
+  assert_ends_as(tmp_path, whole)
+
+
 def stop_at(step, workdir, *arguments):
   with pytest.MonkeyPatch.context() as patch:
     before_each_step(patch, send(signal.SIGTERM, step))

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import signal
 
 import jax
@@ -198,6 +199,21 @@ def test_a_finished_run_is_not_trained_again(finished, summary, monkeypatch, con
   after = contents(workdir)
   assert {path: after[path] for path in before} == before
   assert all(path.startswith('tensorboard/') for path in after.keys() - before.keys())
+
+
+def test_a_finished_run_that_is_started_again_still_tells_where_it_was_trained(finished, summary, tmp_path):
+  workdir = shutil.copytree(finished[0], tmp_path / 'run')
+  trained = {'processor': 'Another CPU', 'cores': 96, 'finished': '2025-01-01', 'wall_time_s': 7.5}
+  trained |= {'device': {'platform': 'gpu'}, 'versions': {'jax': '0.9.9'}}
+  path, lost = workdir / 'summary.json', {'exits': [row | {'accuracy': 0.0} for row in summary['exits']]}
+  for known in (trained, {key: trained[key] for key in ('wall_time_s', 'device', 'versions')}):  # The second: of 0.1.0.
+    rest = {key: value for key, value in summary.items() if key not in trained}
+    path.write_text(json.dumps(rest | lost | known))
+    assert run_main(*RUN, f'--workdir={workdir}').code == 0
+    assert json.loads(path.read_text()) == rest | known
+  path.write_text('{"steps": 10}')  # Damaged: it is written anew.
+  assert run_main(*RUN, f'--workdir={workdir}').code == 0
+  assert json.loads(path.read_text()) | {'wall_time_s': None} == summary | {'wall_time_s': None}
 
 
 def test_evaluation_with_another_network_or_loss_is_refused(finished):

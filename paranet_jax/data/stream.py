@@ -13,6 +13,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -29,7 +30,9 @@ from paranet_jax.host.signals import seconds_since_request
 
 _MAX_WORKERS = 16  # Unless the configuration says otherwise: each takes about 300 MB.
 _PATIENCE = 5.0
-"""Seconds after a signal to stop in which a batch is still waited for."""
+"""Seconds after a signal to stop, or of an evaluation that goes on after it, in which a batch is still waited for."""
+_STARTING = 20.0
+"""The same for the first batch of workers, which start and import jax before."""
 _POLL = 0.5  # Seconds between looks at the workers, while no batch comes.
 READ_AHEAD = 2
 """Batches that each worker holds ready or is reading, and batches on the device."""
@@ -143,6 +146,7 @@ class Stream:
     self._workers: set[Any] = set()
     self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
     self._found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    self._started = not workers  # Whether a batch has come, for which workers start and threads do not.
     self._server = threading.Thread(target=_serve, args=(self._batches, self._wanted, self._found), daemon=True)
     self._server.start()
 
@@ -167,6 +171,7 @@ class Stream:
       if not isinstance(error, StopIteration | UserError):
         self._check_workers()
       raise error
+    self._started = True
     if len(self._workers) < self._count:
       self._note_workers()
     # A worker's arrays are in shared memory, which only a placed array keeps alive.
@@ -174,7 +179,7 @@ class Stream:
 
   def _wait(self) -> tuple[Any, BaseException | None]:
     """Waits for the batch or the error; not in grain, which a signal cannot interrupt, nor always a worker's death."""
-    deaths = 0
+    deaths, began = 0, time.monotonic()
     while True:
       try:
         return self._found.get(timeout=_POLL)
@@ -183,11 +188,12 @@ class Stream:
         deaths += any(worker.exitcode for worker in self._workers)
         if deaths > 4:  # grain should have reported it.
           self._check_workers()
+        patience = _PATIENCE if self._started else _STARTING
         waited = seconds_since_request()
-        if waited is not None and waited > _PATIENCE:
+        if waited is not None and min(waited, time.monotonic() - began) > patience:
           self._end_workers()
           raise LostWorkersError(
-            f'a signal to stop came, and {self._names()} had no batch ready within {_PATIENCE:.0f} s: '
+            f'a signal to stop came, and {self._names()} had no batch ready within {patience:.0f} s: '
             'look whether the disk or network that holds the images still answers'
           ) from None
 

@@ -1,7 +1,8 @@
 """What a plan promises of new images, in sentences, and what it does not."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from paranet_jax.display.tables import human_count
@@ -107,9 +108,22 @@ def _sets(plan: ExitPlan) -> Iterator[str]:
   if sets := plan.sets:
     yield (
       f'The set of classes of a new image holds the right one with a probability of at least '
-      f'{_percent(sets["coverage"])}, at whichever exit it leaves.'
+      f'{_percent(sets["coverage"])}, at whichever exit it leaves{_together(plan, sets.get("limits", ()))}.'
     )
     yield from _measured(plan, 'covered', lambda value: f'{_percent(value)} of the sets held it')
+
+
+def _together(plan: ExitPlan, limits: Sequence[float | None]) -> str:
+  """Names the exits whose sets keep the coverage among their images together, not at each one."""
+  used = [pair for *pair, at in zip(plan.exits, limits, plan.confidence_thresholds, strict=False) if at is not None]
+  # Without a limit, all classes are in the sets.
+  sharing = (same for limit, same in itertools.groupby(used, lambda pair: pair[1]) if limit is not None)
+  groups = [[number for number, _ in same] for same in sharing]
+  return ''.join(
+    f'; exits {", ".join(map(str, group[:-1]))} and {group[-1]} share a limit, and keep it together'
+    for group in groups
+    if len(group) > 1
+  )
 
 
 def _audit(plan: ExitPlan) -> Iterator[str]:

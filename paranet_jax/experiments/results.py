@@ -24,6 +24,7 @@ from paranet_jax.experiments.published import (
   Row,
   Table,
 )
+from paranet_jax.experiments.queue.record import FILE as QUEUE
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_object, write_json, write_text
 from paranet_jax.runs.workdir import FILES as RUN_FILES
@@ -129,15 +130,18 @@ def load_results(workdir: Path, protocol: Protocol) -> dict[str, Any]:
     workdir: absolute.
 
   Raises:
-    UserError: the folder holds results of another protocol or files of another program, or results.json is damaged.
+    UserError: the folder holds results of another protocol or of a queue, or files of another program, or results.json
+      is damaged.
   """
   path, fix = workdir / RESULTS, 'restore it, or set --workdir'
   results = read_object(path, fix)
   if results is None:
-    names = *FILES.values(), *RUN_FILES, *RUN_FOLDERS
+    names = *FILES.values(), *RUN_FILES, *RUN_FOLDERS, QUEUE  # A queue writes its results when a run has ended.
     if foreign := [name for name in names if os.path.lexists(workdir / name)]:
       raise UserError(f'{workdir} holds {foreign[0]} but no {RESULTS}, so this command did not write it; set --workdir')
     return {'protocol': protocol.name, 'overrides': protocol.overrides, 'experiments': {}}
+  if 'queue' in results:
+    raise UserError(f'{workdir} holds results of a queue, found {_describe(protocol)}; set --workdir to another folder')
   try:
     found = Protocol(results['protocol'], results['overrides'])
     results['experiments'].items()

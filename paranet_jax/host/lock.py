@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.errors import UserError, report_no_room, say
 
 LOCK = 'lock'
 
@@ -22,6 +22,9 @@ _FLOCK = ('qqihh', ('start', 'length', 'process', 'type', 'whence'))
 if sys.platform == 'linux':
   _FLOCK = ('hhqqi', ('type', 'whence', 'start', 'length', 'process'))
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_held: set[tuple[int, int, int]] = set()
+"""By process, as forks copy it: the files that it has locked. To open and close one again would release its lock."""
 
 
 @contextlib.contextmanager
@@ -35,17 +38,21 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     workdir: an existing folder.
 
   Raises:
-    UserError: another process holds it, or something else has its name.
+    UserError: another process holds it, or this one does already; something else has its name; or the disk is full,
+      also inside the context.
   """
-  path = workdir / LOCK
-  with _locked(path) as file:
-    file.truncate(0)
-    file.write(f'process {os.getpid()} on {socket.gethostname()}')
-    file.flush()
+  path, own = workdir / LOCK, f'process {os.getpid()} on {socket.gethostname()}'
+  if _is_held(path):
+    raise _in_use(path, own)
+  with report_no_room(workdir), _locked(path) as file:
+    _held.add(identity := _identity(os.fstat(file.fileno())))
     try:
+      os.ftruncate(file.fileno(), 0)
+      os.pwrite(file.fileno(), own.encode(), 0)  # Of what the file buffers, closing it would fail once more.
       yield
     finally:
       path.unlink(missing_ok=True)
+      _held.discard(identity)
 
 
 def lock_holder(workdir: Path) -> str:
@@ -53,6 +60,8 @@ def lock_holder(workdir: Path) -> str:
 
   It takes no lock, not even for a moment, in which another process would be refused.
   """
+  if _is_held(workdir / LOCK):
+    return ''
   try:
     with open(os.open(workdir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors='replace') as file:
       asked = {**dict.fromkeys('type whence start length process'.split(), 0), 'type': fcntl.F_WRLCK}
@@ -85,9 +94,7 @@ def _locked(path: Path) -> IO[str]:
     file.seek(0)
     if error.errno not in _NO_LOCKS:
       file.close()
-      raise UserError(
-        f'workdir {path.parent} is in use by {holder}; wait for it or stop it, or set --workdir'
-      ) from error
+      raise _in_use(path, holder) from error
     say(f'workdir {path.parent} cannot be locked ({error.strerror}): run one training there at a time')
   if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
     if not re.fullmatch(r'(process \d+ on .*)?', file.read(1000)):
@@ -98,6 +105,20 @@ def _locked(path: Path) -> IO[str]:
   # Its holder removed it after we opened it and before we locked it.
   file.close()
   return _locked(path)
+
+
+def _is_held(path: Path) -> bool:
+  with contextlib.suppress(OSError):
+    return _identity(path.lstat()) in _held
+  return False
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+  return os.getpid(), status.st_dev, status.st_ino
+
+
+def _in_use(path: Path, holder: str) -> UserError:
+  return UserError(f'workdir {path.parent} is in use by {holder}; wait for it or stop it, or set --workdir')
 
 
 def _not_ours(path: Path, found: str | None) -> UserError:

@@ -1,5 +1,6 @@
 """Small C++ libraries, compiled on the machine that they run on and kept in PARANET_CACHE_DIR/native."""
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -76,6 +77,23 @@ def shared_library(
     say(f'warning: {source.name} could not be compiled ({first.strip()}): slower without; {VARIABLE}=off hides this')
     return None
   return file
+
+
+def opened(file: Path) -> ctypes.CDLL | None:
+  """A library of `shared_library`, loaded; None: the system refuses it, which a line says.
+
+  As where its file is damaged, its folder's file system allows no programs, or a machine that shares the folder has
+  compiled it with a newer C library.
+  """
+  try:
+    return ctypes.CDLL(str(file))
+  except OSError as error:
+    say(
+      # The error may name a library of the system, which is older than what the file needs.
+      f'warning: the kernels cannot be loaded ({error}): slower without; remove {file}, or set PARANET_CACHE_DIR to '
+      f'another folder; {VARIABLE}=off hides this'
+    )
+    return None
 
 
 def sources(source: Path) -> list[Path]:

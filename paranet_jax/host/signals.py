@@ -1,9 +1,11 @@
 """Stopping on request: the first signal or preemption notice is recorded, a second signal acts at once."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from types import FrameType
@@ -17,6 +19,7 @@ from paranet_jax.host.watch import set_c_handler
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE = 'a preemption notice'
 
+_PR_SET_PDEATHSIG = 1
 _SAME = 1.0  # Seconds in which further signals are the same request: a launcher and a terminal both send one to all.
 
 
@@ -88,6 +91,7 @@ class StopRequest:
       raise Stopped
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
+    _outlive_parent()
     self._restore()
     self.received_at = time.monotonic()
     if number == signal.SIGHUP:
@@ -122,6 +126,12 @@ def _let_signals_act() -> None:
 
 def _heeded() -> list[signal.Signals]:
   return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _outlive_parent() -> None:
+  """Lets what started this process end: the end of a queue would send a second signal (see its `child.py`)."""
+  if sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def _leave_terminal() -> None:

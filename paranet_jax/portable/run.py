@@ -342,9 +342,9 @@ class Adaptive:
   def sets(self, answers: Predictions, any_exit: bool = False) -> np.ndarray:
     """The classes that each image may have, of which one is right with the probability `coverage`.
 
-    Where images exit as calibrated, this holds among those of each exit. Otherwise the sets are larger, and it holds
-    whatever made an image stop where it did. The most probable class is in every set; images without a finite answer
-    have an empty one.
+    Where images exit as calibrated, this holds among those of each exit, or of the exits that share a limit together.
+    Otherwise the sets are larger, and it holds whatever made an image stop where it did. The most probable class is in
+    every set; images without a finite answer have an empty one.
 
     Args:
       answers: of `predict` or `answers`.
@@ -671,7 +671,8 @@ class Watch:
     self._pending: list[tuple[int, float, int]] = []
     self._pending_errors: list[int] = []
     self._last: Prediction | None = None
-    self._saved = 0
+    self._saved, self._written = 0, None
+    self._writer = os.urandom(8).hex()  # Tells its states from equal ones of another process.
     self._identity = hashlib.sha256(json.dumps([seen, alpha, bundle._identity]).encode()).hexdigest()[:16]
     if self.path:
       self._restore(self.path)
@@ -768,14 +769,16 @@ class Watch:
     """Writes the state, in one step: a reader finds the old or the new one.
 
     Raises:
-      BundleError: it cannot be written.
+      BundleError: it cannot be written, or another process has written it.
     """
     if self.path is None:
       return
+    self._check_alone(self.path)
     self._saved = self.images + self.labeled
     state = {
       'schema_version': SCHEMA_VERSION,
       'identity': self._identity,
+      'writer': self._writer,
       'images': self.images,
       'labeled': self.labeled,
       'alarm': self.alarm and self.alarm._asdict(),
@@ -783,24 +786,40 @@ class Watch:
       'answers': self._answers.state(),
       'errors': self._errors and self._errors.state(),
     }
+    content = json.dumps(state).encode()
     temporary = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
     try:
       try:
-        temporary.write_text(json.dumps(state))
+        temporary.write_bytes(content)
         os.replace(temporary, self.path)
+        self._written = content
       finally:
         temporary.unlink(missing_ok=True)
     except OSError as error:
       raise BundleError(f'{self.path} cannot be written ({error.strerror}); set --watch to another file') from error
 
-  def _restore(self, path: Path) -> None:
+  def _check_alone(self, path: Path) -> None:
+    """Of two processes with one state, each would undo what the other has seen, an alarm too."""
+    found = self._read(path)
+    if found not in (None, self._written):
+      raise BundleError(
+        f'expected {path} as this watch has written it, found the state of another process; let one process at a time '
+        'use it, and set --watch to another file for others'
+      )
+
+  def _read(self, path: Path) -> bytes | None:
     try:
       with _open(path) as file:
-        content = file.read(2**26)
+        return file.read(2**26)
     except FileNotFoundError:
-      return
+      return None
     except OSError as error:
       raise BundleError(f'{path} cannot be read ({error.strerror}); set --watch to another file') from error
+
+  def _restore(self, path: Path) -> None:
+    content = self._written = self._read(path)
+    if content is None:
+      return
     again = 'remove it to start again, or set --watch to another file'
     try:
       state = json.loads(content)
@@ -2500,16 +2519,23 @@ class _Watching:
 
   def bundle(self, bundle: Adaptive) -> Adaptive:
     """The bundle for the next images."""
-    if self._watch.alarm and not self._told:
-      self._told = True
-      _note(self._watch.line() + ('; no image exits early now' if self._safe else ''))
+    self._tell()
     return bundle.safe() if self._watch.alarm and self._safe else bundle
 
   def see(self, answers: Predictions, last: bool) -> None:
     """Sees a wave of answers, the last or not."""
-    self._watch.see(answers)
-    if last:
-      self._watch.flush()
+    try:
+      self._watch.see(answers)
+      if last:
+        self._watch.flush()
+    except BundleError:  # The state of an alarm cannot be written, and the command ends.
+      self._tell()
+      raise
+
+  def _tell(self) -> None:
+    if self._watch.alarm and not self._told:
+      self._told = True
+      _note(self._watch.line() + ('; no image exits early now' if self._safe else ''))
 
 
 def _load(given: argparse.Namespace) -> Adaptive:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -30,7 +31,7 @@ from paranet_jax.runs.checkpoints import (
 from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.learned import restore_learned
 from paranet_jax.runs.workdir import CONFIG, SUMMARY, restore_config
-from paranet_jax.steps import TrainState
+from paranet_jax.steps import Beside, TrainState
 from paranet_jax.targets import GIVEN
 from paranet_jax.weights.cifar_resnet import FIELDS, read_backbone, read_cifar_resnet
 
@@ -104,9 +105,9 @@ def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainS
   """Returns a fresh state with the backbone's parameters and running statistics of a finished run or a file.
 
   The exits are new even if the number of classes is the same, except the last one under the regime 'exits'. Exits that
-  learned alone, under this regime, are taken too by a run that trains the whole. Images are normalized with the new
-  data set's own mean and deviation, so that the backbone reads inputs of mean 0 and deviation 1, as before; but with
-  those of the weights, where these came with them (see `dataset_facts`).
+  learned alone, under this regime, are taken too by a run that trains the whole. Averages of the weights begin with
+  these. Images are normalized with the new data set's own mean and deviation, so that the backbone reads inputs of
+  mean 0 and deviation 1, as before; but with those of the weights, where these came with them (see `dataset_facts`).
 
   Args:
     state: at step 0.
@@ -147,7 +148,10 @@ def take_backbone(state: TrainState, source: Path, config: ConfigDict) -> TrainS
     part: {name: _with_copies(own, saved[part]) for name, own in fresh[part].items() if name.startswith(EXIT)}
     for part in fresh
   }
-  return dataclasses.replace(state, **{part: exits[part] | kept[part] for part in fresh})
+  taken, beside = {part: exits[part] | kept[part] for part in fresh}, state.opt_state
+  if isinstance(beside, Beside) and beside.average:  # They would be of what the seed drew, and may teach.
+    beside = beside._replace(average=jax.tree.map(jnp.copy, taken))
+  return dataclasses.replace(state, opt_state=beside, **taken)
 
 
 def _learned_alone(config: ConfigDict, run: Path) -> bool:

@@ -25,6 +25,7 @@ from paranet_jax.runs.dataset_facts import output_names
 from paranet_jax.runs.init_from import check_classes, check_kept_classes, say_shared, take_backbone
 from paranet_jax.runs.learned import save_learned
 from paranet_jax.runs.retention import Retention
+from paranet_jax.runs.status import read_summary
 from paranet_jax.runs.teacher import check_normalization, take_teacher
 from paranet_jax.runs.workdir import AVERAGE, CONFUSION, SUMMARY, save_config
 from paranet_jax.steps import TrainState
@@ -194,7 +195,11 @@ class RunRecord:
     return self._earlier_wall_time + (time.monotonic() - self._started) / self._together
 
   def summarize(
-    self, description: dict[str, Any], evaluations: dict[str, list[dict]], environment: dict[str, Any]
+    self,
+    description: dict[str, Any],
+    evaluations: dict[str, list[dict]],
+    environment: dict[str, Any],
+    trained_before: bool = False,
   ) -> dict[str, Any]:
     """The contents of summary.json; writes the confusion matrices if they are too large for it.
 
@@ -202,6 +207,8 @@ class RunRecord:
       description: of `costs.describe`.
       evaluations: of `Evaluator.evaluate`, with confusion matrices.
       environment: of `machine.environment`.
+      trained_before: no step was trained in this start. Where, when and in what time the run was trained, and by which
+        versions, is then told by the summary that is there, if any; a damaged one is written anew.
     """
     splits, data = as_json(evaluations), self.task.dataset
     exits = [cost | measured for cost, measured in zip(description['exits'], splits['test'], strict=True)]
@@ -222,8 +229,15 @@ class RunRecord:
     if large:
       summary['confusion_file'] = CONFUSION
       self._processes.once(write_arrays, self._workdir / CONFUSION, large, True)
-    where = {'processor': cpu_name(), 'cores': usable_cores(), 'finished': today()}
-    return summary | environment | where | {'wall_time_s': round(self._wall_time(), 1)}
+    where = environment | {'processor': cpu_name(), 'cores': usable_cores(), 'finished': today()}
+    where['wall_time_s'] = round(self._wall_time(), 1)
+    earlier = None
+    if trained_before:
+      with contextlib.suppress(UserError):
+        earlier = self._processes.once(read_summary, self._workdir)
+    if earlier and earlier['steps'] == self.task.total_steps:  # Version 0.1.0 told neither processor nor date.
+      where = {key: earlier[key] for key in where if key in earlier}
+    return summary | where
 
   def finish(self, summary: dict[str, Any]) -> None:
     """Writes summary.json. The run is finished with it, so everything else that others read is written before."""

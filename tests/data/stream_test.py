@@ -204,6 +204,15 @@ def test_after_a_signal_a_stalled_thread_is_waited_for_shortly(monkeypatch):
   answers.set()
 
 
+def test_after_a_signal_workers_that_start_are_waited_for(monkeypatch):
+  """As in an evaluation that a signal finds: it goes on with the next split, whose workers start long after it."""
+  monkeypatch.setattr(stream_lib, '_POLL', 0.05)
+  monkeypatch.setattr(stream_lib, '_STARTING', 100.0, raising=False)
+  monkeypatch.setattr(stream_lib, 'seconds_since_request', lambda: 60.0)
+  with Stream(train_batches(), 1) as items:
+    next(items)
+
+
 @pytest.mark.usefixtures('_quick_workers')
 @pytest.mark.parametrize('workers', [0, 1])
 def test_what_a_worker_raises_is_raised(workers):

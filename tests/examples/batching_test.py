@@ -474,6 +474,22 @@ def test_a_watch_that_fails_is_given_up(queue, capsys):
   assert queue.scheduler.watch is None and capsys.readouterr().err == 'the watch ends: no space\n'
 
 
+def test_an_alarm_that_cannot_be_saved_is_one(queue, capsys):
+  queue.scheduler.watch, queue.scheduler._safe = (watch := Watching()), True
+  made_safe = object()
+  queue.bundle.safe = lambda: made_safe
+
+  def add(answers):
+    watch.alarm = 'now'
+    raise OSError('no space')
+
+  watch.add = add
+  queue.send(1), queue.send(2)
+  queue.finish()
+  assert queue.scheduler.watch is watch and queue.scheduler._bundle is made_safe
+  assert capsys.readouterr().err == 'the watch ends: no space\ndrift\n'
+
+
 def test_unknown_images_and_sets(queue):
   queue.scheduler._bundle = queue.bundle = Promising()
   queue.scheduler._clock = queue.bundle.clock

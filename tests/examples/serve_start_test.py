@@ -68,12 +68,12 @@ def refusal(capsys, *arguments):
     ),
     (('--bundle=older',), 'expected older/bundle.json of schema_version 1, found 0; use the run.py of that bundle'),
     (
-      (WHOLE, '--watch=state.json'),
+      (WHOLE, '--watch=state.json', '--port=0'),
       'expected what calibration saw in exits.json, found none; calibrate the bundle on images of yours (python -m '
       'paranet_jax.calibrate --bundle=DIR --images=FOLDER), or calibrate and export the run again, in float32',
     ),
     (
-      ('--bundle=unwatched', '--watch=state.json'),
+      ('--bundle=unwatched', '--watch=state.json', '--port=0'),
       'expected a run.py with a watch in unwatched, found an older one; export the run again',
     ),
     (
@@ -133,10 +133,12 @@ def test_a_bundle_in_a_folder_whose_name_is_no_text(capsys):
   assert capsys.readouterr().out == line
 
 
-def test_a_port_that_is_taken(folder, capsys):
+@pytest.mark.parametrize('flags', [(), ('--watch=state.json',)])
+def test_a_port_that_is_taken(folder, capsys, flags):
+  """As by a service that runs: nothing is done to the state of its watch before."""
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
-    assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}') == (
+    assert refusal(capsys, f'--bundle={folder / "whole"}', f'--port={port}', *flags) == (
       f'cannot listen on 127.0.0.1 port {port} (Address already in use); set --host or --port'
     )
 

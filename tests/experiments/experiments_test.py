@@ -315,7 +315,9 @@ def test_folder_with_another_protocol(short, arguments, found, dry):
   [
     ('table1.md', 'mine', '{0} holds table1.md but no results.json, so this command did not write it; set --workdir'),
     ('config.json', '{}', '{0} holds config.json but no results.json, so this command did not write it; set --workdir'),
+    ('queue.json', '{}', '{0} holds queue.json but no results.json, so this command did not write it; set --workdir'),
     ('results.json', '{"seed"', '{0}/results.json is not a JSON object (Expecting'),
+    ('results.json', '{"queue": "a.toml"}', '{0} holds results of a queue, found --protocol=smoke'),
     ('results.json', '{}', "{0}/results.json is damaged (KeyError('protocol')); restore it, or "),
   ],
 )

@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from killing import fault_here
 from running import TINY, contents, refusal, run_main
 
 from paranet_jax.host.errors import UserError
@@ -83,6 +85,32 @@ def test_a_process_releases_the_lock_at_its_end(tmp_path):
   assert not list(tmp_path.iterdir())
   with workdir_lock(tmp_path):
     assert (tmp_path / 'lock').read_text() == f'process {os.getpid()} on {socket.gethostname()}'
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_holder_itself_does_not_release_it(tmp_path):
+  """The system drops a lock when its process closes the file, however often that was opened."""
+  code = (
+    'import pathlib, sys; from paranet_jax.host.lock import lock_holder; print(lock_holder(pathlib.Path(sys.argv[1])))'
+  )
+  for again in (lock_holder, lambda workdir: pytest.raises(UserError, workdir_lock(workdir).__enter__)):
+    with workdir_lock(tmp_path):
+      again(tmp_path)
+      asked = subprocess.run([sys.executable, '-c', code, tmp_path], stdout=subprocess.PIPE, text=True, check=True)
+      assert asked.stdout == f'process {os.getpid()} on {socket.gethostname()}\n'
+      with pytest.raises(UserError, match=f'is in use by process {os.getpid()} on '), workdir_lock(tmp_path):
+        pass
+      assert (tmp_path / 'lock').exists()
+  assert not lock_holder(tmp_path) and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk(tmp_path):
+  with (
+    fault_here('full', f'open {re.escape(str(tmp_path))}', 1),
+    pytest.raises(UserError, match='cannot be written .* make room'),
+    workdir_lock(tmp_path),
+  ):
+    pass
   assert not list(tmp_path.iterdir())
 
 

@@ -58,6 +58,19 @@ def test_one_line_says_that_a_source_does_not_compile(tmp_path, cache, capsys):
   assert list(cache.iterdir()) == []
 
 
+@needs_compiler
+def test_one_line_says_that_a_library_cannot_be_loaded(tmp_path, capsys):
+  source = tmp_path / 'answer.cc'
+  source.write_text('extern "C" int answer() { return 42; }')
+  file = native.shared_library(source, {}, str(tmp_path))
+  assert native.opened(file).answer() == 42
+  file = file.with_name('damaged.so')  # The system keeps the other one loaded, by its name.
+  file.write_bytes(b'\x7fELF')
+  assert native.opened(file) is None
+  out = ''.join(capsys.readouterr())
+  assert out.count('\n') == 1 and f'{file}: file too short' in out and f'remove {file}, or set PARANET_CACHE_DIR' in out
+
+
 def test_no_place_to_keep_it(tmp_path, monkeypatch):
   source = tmp_path / 'answer.cc'
   source.write_text('')

@@ -1,8 +1,10 @@
 """Tests of stopping on request."""
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 
 import pytest
@@ -44,6 +46,22 @@ def test_the_second_signal_acts(outer, second):
     send(second)
     assert outer == [second.name]
     assert stop.received == 'SIGTERM'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not tell a process that its parent ended')
+def test_after_a_signal_the_end_of_the_parent_sends_none():
+  """As of a queue that a second Control-C ends while its runs save."""
+  libc, found = ctypes.CDLL(None), ctypes.c_int()
+  libc.prctl(1, signal.SIGTERM)
+  try:
+    with StopRequest():
+      for expected in (signal.SIGTERM, 0):
+        libc.prctl(2, ctypes.byref(found))
+        assert found.value == expected
+        if expected:
+          send(signal.SIGTERM)
+  finally:
+    libc.prctl(1, 0)
 
 
 @pytest.mark.parametrize('sent', [(), (signal.SIGTERM,)])

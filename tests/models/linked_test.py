@@ -194,6 +194,11 @@ JOINT = 'model.boost adds up exits that all learn from labels from the start, fo
       f"{JOINT}PN3-ddd and train.regime 'mixed'; set --config.name and --config.train.regime=joint, or "
       '--config.model.boost=0',
     ),
+    (
+      ('model.boost=0.5', 'loss.distill=last'),
+      f"{JOINT}loss.distill 'last' and loss.hard_label_weight 0; set --config.loss.hard_label_weight, such as 0.5, or "
+      '--config.model.boost=0',
+    ),
   ],
 )
 def test_refusals(fields, message):

@@ -109,6 +109,12 @@ def test_equal_models_are_equal():
       'loss.sample_weight weighs images between exits that learn from labels, and PN3-x3d has fewer than two; set '
       '--config.loss.sample_weight=0',
     ),
+    (
+      'pn3_ddd',
+      ('loss.distill=last', 'loss.sample_weight=0.3'),
+      "loss.sample_weight weighs images between exits that learn from labels, and PN3-ddd with loss.distill 'last' has "
+      'fewer than two; set --config.loss.sample_weight=0, or --config.loss.hard_label_weight',
+    ),
   ],
 )
 def test_refusals(file, fields, message):

@@ -203,6 +203,24 @@ def test_a_restart_continues(tmp_path):
   assert again.alarm == part.alarm and again.alarm and again.line() == part.line()
 
 
+def test_one_process_at_a_time_has_a_state(tmp_path):
+  rng, path = np.random.default_rng(5), tmp_path / 'state.json'
+  known = bundle(seen(*draw(rng, IMAGES)))
+  first, second = Watch(known, path), Watch(known, path)
+  message = r'^expected .*state.json as this watch has written it, found the state of another process; let one '
+  with pytest.raises(BundleError, match=message):
+    first.flush()
+  fed(second, rng, 3000, exits=(0.0, 0.0, 1.0))
+  written = path.read_text()
+  first.add(rows(draw(rng, 128)))
+  with pytest.raises(BundleError, match=message):
+    first.flush()
+  assert path.read_text() == written and Watch(known, path).alarm == second.alarm is not None
+  path.unlink()  # To start again.
+  first.flush()
+  assert Watch(known, path).images == 128
+
+
 def test_the_state_is_saved_now_and_then(tmp_path):
   rng = np.random.default_rng(6)
   found = watch(rng, tmp_path / 'state.json')
@@ -279,3 +297,15 @@ def test_other_refusals(tmp_path):
     watch(rng, tmp_path / 'none/state.json')
   with pytest.raises(BundleError, match=r'cannot be read \(Is a directory\); set --watch to another file'):
     watch(rng, tmp_path)
+
+
+def test_an_alarm_that_cannot_be_saved_is_told(tmp_path, capsys):
+  rng, path = np.random.default_rng(5), tmp_path / 'state.json'
+  found = watch(rng, path)
+  watching = run._Watching(found, 'safe')
+  path.unlink()
+  path.mkdir()
+  answers = np.full((2000, CLASSES), 1 / CLASSES, np.float32)
+  with pytest.raises(BundleError, match='state.json cannot be read'):
+    watching.see(Predictions(np.zeros(2000, int), answers, np.full(2000, 3), np.full(2000, 40)), last=True)
+  assert capsys.readouterr().err == f'{found.line()}; no image exits early now\n'

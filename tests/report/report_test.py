@@ -310,6 +310,33 @@ def test_promises_of_answers():
 
 
 @pytest.mark.parametrize(
+  ('limits', 'thresholds', 'together'),
+  [
+    ((0.1, 0.2, 0.3), (1.0, 2.0, 0.0), ''),
+    ((0.1, 0.1, 0.3), (1.0, 2.0, 0.0), '; exits 1 and 2 share a limit, and keep it together'),
+    ((0.1, 0.1, 0.1), (1.0, 2.0, 0.0), '; exits 1, 2 and 4 share a limit, and keep it together'),
+    ((0.1, 0.1, 0.3), (None, 2.0, 0.0), ''),  # No image leaves at exit 1.
+    ((None, None, 0.3), (1.0, 2.0, 0.0), ''),  # All classes are in the sets.
+  ],
+)
+def test_sets_of_exits_that_share_a_limit(limits, thresholds, together):
+  plan = full_network_plan(CheckpointId('PN4', 'toy', 7, 'abc'), (1, 2, 4), (10, 20, 30))
+  plan = dataclasses.replace(
+    plan,
+    policy='shared',
+    target={'threshold': 0.9},
+    sets={'coverage': 0.9, 'limits': list(limits)},
+    confidence_thresholds=thresholds,
+    macs=(10, 20, 30),
+  )
+  assert promises(plan)[2:] == [
+    'The set of classes of a new image holds the right one with a probability of at least 90 %, at whichever exit it '
+    f'leaves{together}.',
+    ALIKE,
+  ]
+
+
+@pytest.mark.parametrize(
   'flags, message',
   [
     ('', 'expected --workdir of a run or --bundle, found neither; set one of them'),

@@ -71,6 +71,17 @@ def restore(settings, workdir, save=False):
   return state
 
 
+def test_averages_begin_with_the_backbone(tmp_path):
+  """As they begin with what a seed draws: `loss.teacher=average` would else teach what a random network answers."""
+  save_run(tmp_path / 'source', config())
+  begun = restore(config(init_from=str(tmp_path / 'source'), train__average=0.9), tmp_path / 'new')
+  own = {'params': begun.params, 'batch_stats': begun.batch_stats}
+  chex.assert_trees_all_equal(begun.opt_state.average, own)
+  for average, leaf in zip(*map(jax.tree.leaves, (begun.opt_state.average, own)), strict=True):
+    # A step is given the buffers of its state, and each once.
+    assert average.unsafe_buffer_pointer() != leaf.unsafe_buffer_pointer()
+
+
 @pytest.mark.parametrize('fields', [{}, {'model__num_classes': 12, 'seed': 1, 'train__optimizer': 'adamw'}])
 def test_the_backbone_is_taken_and_the_exits_are_new(tmp_path, fields, capsys, standard_promotion):
   source = by_path(save_run(tmp_path / 'source', config()))

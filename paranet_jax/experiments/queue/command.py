@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
   from paranet_jax.experiments.queue.loop import Queue
   from paranet_jax.experiments.queue.process import share_cores
   from paranet_jax.experiments.queue.record import read_records
-  from paranet_jax.experiments.queue.results import MARKDOWN, write_results
+  from paranet_jax.experiments.queue.results import MARKDOWN, check_results, write_results
   from paranet_jax.host.lock import workdir_lock
   from paranet_jax.host.signals import StopRequest
   from paranet_jax.runs.workdir import CONFIG, prepare_folder
@@ -48,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
   cores = share_cores(arguments.cores, arguments.at_once)
   if (workdir / CONFIG).exists():
     raise UserError(f'expected the folder of a queue, found a run in {workdir}; set --workdir')
+  if not arguments.status:
+    check_results(workdir)
   if arguments.status or arguments.write:
     records = read_records(workdir)
     say(status_table(queue, workdir, records, arguments.at_once))

@@ -1,5 +1,6 @@
 """A run in a process of its own: started on some cores, stopped, and what became of it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,14 +41,23 @@ class RunProcess:
         stderr=subprocess.STDOUT,
         start_new_session=True,
       )
+    self._heeded = False  # Whether it has ever been seen to wait for a signal to stop.
 
   def ended(self) -> int | None:
     """The exit code, negative after a signal; None: it runs."""
-    return self._process.poll()
+    code = self._process.poll()
+    if code is None and not self._heeded:
+      self._heeded = _heeds(self._process.pid)
+    return code
 
   def stop(self) -> None:
-    """Makes the run save and stop."""
-    self._process.send_signal(signal.SIGTERM)
+    """Makes the run save and stop.
+
+    Nothing is sent to one that a signal has reached: a second one would end it before it has saved. What manages
+    services or jobs sends its signal to the queue and to all of its runs.
+    """
+    if not self._heeded or _heeds(self._process.pid):
+      self._process.send_signal(signal.SIGTERM)
 
   def reason(self) -> str:
     """Its error in one line, or else the last line that it printed."""
@@ -57,6 +67,15 @@ class RunProcess:
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
     return printable((errors or lines or ['it printed nothing'])[-1])[:_LONGEST]
+
+
+def _heeds(process: int) -> bool:
+  """Whether a process handles SIGTERM, as a `StopRequest` does until the first signal; only Linux tells."""
+  with contextlib.suppress(OSError):
+    for line in Path(f'/proc/{process}/status').read_text().splitlines():
+      if line.startswith('SigCgt:'):
+        return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+  return False
 
 
 def share_cores(count: int | None, at_once: int) -> list[tuple[int, ...]]:

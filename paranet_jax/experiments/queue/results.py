@@ -23,7 +23,7 @@ from paranet_jax.experiments.queue.record import RunRecord
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.arguments import from_here
 from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import write_json, write_text
+from paranet_jax.host.files import read_object, write_json, write_text
 from paranet_jax.host.machine import today
 from paranet_jax.models.registry import BFLOAT16
 from paranet_jax.runs.workdir import restore_config
@@ -58,6 +58,16 @@ def write_results(queue: QueueFile, workdir: Path, records: Mapping[str, RunReco
   write_json(workdir / RESULTS, found)
   write_text(workdir / MARKDOWN, markdown(found))
   return found
+
+
+def check_results(workdir: Path) -> None:
+  """Raises a `UserError` if a folder has results.json of something else than a queue: it would be replaced."""
+  found = read_object(workdir / RESULTS, 'move it away, or set --workdir')
+  if found is not None and 'queue' not in found:
+    raise UserError(
+      f'expected no {RESULTS} in {workdir} or that of a queue, found that of another command; set --workdir, or '
+      'workdir in the queue file'
+    )
 
 
 def results(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecord]) -> dict[str, Any]:

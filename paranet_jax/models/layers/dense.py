@@ -32,7 +32,13 @@ from paranet_jax.models.layers.dense_block import (
 )
 from paranet_jax.models.layers.drop import dropout
 from paranet_jax.models.layers.initial import kernel_init
-from paranet_jax.models.layers.native_inference import Kernels, differentiable, entry_kernels, pooling_kernels
+from paranet_jax.models.layers.native_inference import (
+  Kernels,
+  differentiable,
+  entry_kernels,
+  in_float32,
+  pooling_kernels,
+)
 
 MOMENTUM = 0.9  # 0.1 in PyTorch's convention, as in DenseNet's original training.
 
@@ -156,7 +162,7 @@ def _reduced_activation(reduce, kernel, train, x, scale, shift):
   def plain(x, scale, shift):
     return reduce(affine_relu(x, scale, shift))
 
-  kernels = None if train else pooling_kernels(x.shape, x.dtype)
+  kernels = None if train or not in_float32((scale, shift)) else pooling_kernels(x.shape, x.dtype)
   if kernels is None:
     return plain(x, scale, shift)
   return differentiable(functools.partial(kernel, kernels), plain, x, scale, shift)
@@ -173,7 +179,9 @@ def max_pooled_stem(
       x = max_pool(x)
     return x
 
-  kernels = None if train else entry_kernels(images.shape, kernel.shape[-1], halvings, images.dtype)
+  kernels = None
+  if not train and in_float32([kernel]):
+    kernels = entry_kernels(images.shape, kernel.shape[-1], halvings, images.dtype)
   if kernels is None:
     return plain(images, kernel)
   return differentiable(functools.partial(kernels.entry, halvings=halvings), plain, images, kernel)

@@ -36,7 +36,7 @@ from jaxtyping import Float
 from paranet_jax.models.layers import native_dense, native_inference
 from paranet_jax.models.layers.backend import PLAIN, backend
 from paranet_jax.models.layers.native_dense import Passes
-from paranet_jax.models.layers.native_inference import LARGE_BATCH, Kernels, differentiable, is_concrete
+from paranet_jax.models.layers.native_inference import LARGE_BATCH, Kernels, differentiable, in_float32, is_concrete
 
 EPSILON = 1e-5
 
@@ -237,7 +237,7 @@ def _macs(shape, num_layers, width, growth):
 
 
 def _chosen(choose, x, layers):
-  if layers[0].kernel1.dtype != jnp.float32 or not is_concrete(x.shape):
+  if not is_concrete(x.shape) or not in_float32(leaf for layer in layers for leaf in layer):
     return None
   width, growth = layers[0].kernel2.shape[2:]
   return choose(x.shape, len(layers), width, growth, x.dtype)

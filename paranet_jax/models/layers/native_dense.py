@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from paranet_jax.host.kept_programs import asked
-from paranet_jax.host.native import missing, shared_library
+from paranet_jax.host.native import missing, opened, shared_library
 
 SOURCE = Path(__file__).with_suffix('.cc')
 FEATURES = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl')
@@ -157,10 +157,11 @@ def _library(width: int, growth: int, element: str) -> Passes | None:
 def _compiled(width: int, growth: int, element: str) -> Passes | None:
   definitions = {'PARANET_WIDTH': width, 'PARANET_GROWTH': growth, 'PARANET_ELEMENT': ELEMENTS[element]}
   file = shared_library(SOURCE, definitions, jax.ffi.include_dir(), ('PARANET_PART', 2))
-  if file is None:
+  library = file and opened(file)
+  if library is None:
     return None
   prefix = _prefix(width, growth, element)
-  register(ctypes.CDLL(str(file)), prefix, _PASSES)
+  register(library, prefix, _PASSES)
   return Passes(prefix)
 
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from paranet_jax.host.kept_programs import asked
-from paranet_jax.host.native import missing, shared_library
+from paranet_jax.host.native import missing, opened, shared_library
 from paranet_jax.models.layers.backend import backend
 from paranet_jax.models.layers.native_dense import ELEMENTS, FEATURES, register, version
 
@@ -103,6 +103,11 @@ def pooling_kernels(shape: Sequence[int], dtype: Any) -> Kernels | None:
   return _kernels(dtype) if is_concrete(shape) and math.prod(shape) >= MIN_VALUES else None
 
 
+def in_float32(parameters: Iterable[Array]) -> bool:
+  """Whether parameters have the type that the kernels read: XLA computes with those that were cast to another one."""
+  return all(parameter.dtype == jnp.float32 for parameter in parameters)
+
+
 def is_concrete(shape: Sequence[int]) -> bool:
   """Whether the batch has a size: what is exported for batches of any size runs where there are no kernels."""
   return all(isinstance(size, int) for size in shape)
@@ -151,10 +156,8 @@ def _amx_library() -> Kernels | None:
 @functools.cache
 def _registered(source: Path, name: str, kernels: tuple[str, ...], **definitions: str) -> Kernels | None:
   file = shared_library(source, definitions, jax.ffi.include_dir())
-  if file is None:
-    return None
-  library = ctypes.CDLL(str(file))
-  if source == AMX_SOURCE and not _granted(library):
+  library = file and opened(file)
+  if library is None or source == AMX_SOURCE and not _granted(library):
     return None
   prefix = f'paranet_{version()}_{name}'
   register(library, prefix, kernels)

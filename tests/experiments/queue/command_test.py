@@ -150,6 +150,8 @@ def test_the_folder_of_a_queue(tmp_path, run, monkeypatch, text, arguments, fold
     (['--at-once=0'], 'argument --at-once: expected an integer of 1 or more, found 0; see --help'),
     (['--cores=5000', '--status'], 'expected --cores from --at-once 1 to 4 (the cores of this process), found 5000; '),
     (['--workdir={folder}/run'], 'expected the folder of a queue, found a run in {folder}/run; set --workdir'),
+    (['--workdir={folder}/tables'], 'expected no results.json in {folder}/tables or that of a queue, found that of'),
+    (['--workdir={folder}/tables', '--write'], 'expected no results.json in {folder}/tables or that of a queue, '),
     (['--workdir={folder}/queue.toml'], 'workdir {folder}/queue.toml must be a folder, found a file; set --workdir'),
     (['--workdir=gs://bucket'], 'expected a local path, found the URL gs://bucket; '),
   ],
@@ -158,6 +160,8 @@ def test_refusals(tmp_path, run, arguments, message):
   fake = FakeQueue(tmp_path)
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{}')
+  (tmp_path / 'tables').mkdir()
+  (tmp_path / 'tables' / 'results.json').write_text('{"protocol": "tenth"}')
   before = contents(tmp_path)
   code, out, err = run(fake, *(argument.format(folder=tmp_path) for argument in arguments))
   assert (code, out) == (2, '') and err.count('\n') == 1

@@ -63,6 +63,40 @@ def test_a_process_is_stopped_by_one_signal(code, tmp_path):
   assert wait(process) == -signal.SIGTERM
 
 
+SAVES = """
+import signal, sys, time
+def remember(*_):
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As `StopRequest` does: a second signal acts.
+  stopped.append(True)
+stopped = []
+signal.signal(signal.SIGTERM, remember)
+print('trains', flush=True)
+while not stopped:
+  time.sleep(0.01)
+print('saves', flush=True)
+time.sleep(1)
+sys.exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems do not tell which signals a process handles')
+@pytest.mark.parametrize('by_others', [False, True])
+def test_a_run_that_has_got_a_signal_gets_no_second_one(code, tmp_path, by_others):
+  """A service that is stopped, or a job that is canceled: all processes get the signal, and the queue passes it on."""
+  (code / 'paranet_jax' / 'main.py').write_text(SAVES)
+  process = RunProcess([], code, tmp_path / 'log')
+  while 'trains' not in (tmp_path / 'log').read_text():
+    assert process.ended() is None
+    time.sleep(0.01)
+  assert process.ended() is None
+  if by_others:
+    process._process.terminate()
+    while 'saves' not in (tmp_path / 'log').read_text():
+      time.sleep(0.01)
+  process.stop()
+  assert wait(process) == 0
+
+
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path

@@ -221,6 +221,20 @@ def test_inference_by_kernels_has_a_gradient(shape, monkeypatch):
 
 @kernels_only
 @pytest.mark.parametrize('shape', ['kernels', 'images in vectors'])
+def test_parameters_that_were_cast_are_not_read_as_float32(shape, standard_promotion):
+  """The statistics stay float32, as where only a network's parameters are cast; of a layer, its second kernel then."""
+  module, variables, x, _ = problem(shape)
+  cast = variables | {'params': jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), variables['params'])}
+
+  @jax.jit
+  def block(variables):
+    return block_of(module, None).apply(variables, as_features(x, False, None), False).values
+
+  assert distance(block(cast), block(variables)) < 0.02
+
+
+@kernels_only
+@pytest.mark.parametrize('shape', ['kernels', 'images in vectors'])
 @pytest.mark.parametrize('train', [False, True])
 def test_kernels_hide_no_nan(shape, train):
   """A ReLU that made them 0 would let a diverged network train on, and answer."""

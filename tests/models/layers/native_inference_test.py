@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paranet_jax.models.layers import native_inference
+from paranet_jax.host import kept_programs
+from paranet_jax.models.layers import native_dense, native_inference
 from paranet_jax.models.layers.dense import averaged_activation, max_pooled_stem, pooled_activation
 from tests.models.layers.dense_block_test import close, kernels_only
 
@@ -106,6 +107,15 @@ def test_bfloat16():
   close(found, averaged_activation(images, scale, scale, train=False), 0.02)
 
 
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_parameters_of_another_type_are_not_read_as_float32(dtype, standard_promotion):
+  images, kernel, scale = drawn(16, 8, 8, 3), jnp.asarray(drawn(3, 3, 3, 24), dtype), jnp.asarray(drawn(3), dtype)
+  close(stem(images, kernel, 1), stem(images, kernel.astype(jnp.float32), 1), 0.02)
+  for function in (pooled_activation, averaged_activation):
+    found = jax.jit(functools.partial(function, train=False))(images, scale, scale)
+    close(found, function(images, scale.astype(jnp.float32), scale.astype(jnp.float32), train=True))
+
+
 @pytest.mark.parametrize('function', [pooled_activation, averaged_activation])
 def test_gradients_of_pools(function):
   arguments = drawn(2, 4, 4, 5), drawn(5), drawn(5) + 0.1
@@ -130,3 +140,13 @@ def test_training_uses_none_of_them(monkeypatch):
   monkeypatch.setattr(native_inference.Kernels, '_call', None)
   averaged_activation(drawn(2, 4, 4, 5), drawn(5), drawn(5), train=True)
   max_pooled_stem(drawn(16, 8, 8, 3), drawn(3, 3, 3, 24), 1, train=True)
+
+
+def test_without_a_library_that_loads_there_are_none(monkeypatch, tmp_path):
+  (tmp_path / 'damaged.so').write_bytes(b'\x7fELF')
+  monkeypatch.setattr(kept_programs, '_asked', {})
+  for module, remembers in ((native_inference, '_registered'), (native_dense, '_compiled')):
+    monkeypatch.setattr(module, remembers, getattr(module, remembers).__wrapped__)
+    monkeypatch.setattr(module, 'shared_library', lambda *_: tmp_path / 'damaged.so')
+  assert native_inference.pooling_kernels((2, 4, 4, 5), np.float32) is None
+  assert native_dense.passes(48, 12, np.float32) is None
