@@ -145,7 +145,7 @@ def test_committed_files_are_valid(path: Path):
 
 def test_the_papers_queue():
   runs = read_queue(CONFIGS / 'queues' / 'paper.toml').runs
-  first = ['PN3cut-dxx-s0', 'PN3cut-ddx-s0', 'PN3-xdx-s0', 'quarter-PN3-xdx-s0']
-  assert [run.name for run in runs[:4]] == first and len(runs) == 11
+  first = ['PN3cut-dxx-s0', 'PN3cut-xdx-s0', 'PN3-xdx-s0', 'quarter-PN3-xdx-s0']
+  assert [run.name for run in runs[:4]] == first and len(runs) == 13
   assert {run.config.train.epochs for run in runs} == {130, 32.5}
   assert all(run.config.model.layers_per_block == 16 for run in runs)
