@@ -130,8 +130,14 @@ def learning_from_labels(config: ConfigDict) -> list[int]:
   return [number for number, target in enumerate(targets(config), 1) if target == LABELS and number not in from_exits]
 
 
-def hard_label_weight(config: ConfigDict) -> float:
-  """The share of the labels in the loss of an exit that also learns from exits."""
+def hard_label_weight(config: ConfigDict, target: int | None = LABELS) -> float:
+  """The share of the labels in the loss of an exit that also learns from exits.
+
+  Args:
+    target: of the exit; one that matches another by squared error learns from no labels.
+  """
+  if target != LABELS and config.loss.matching == 'squared_error':
+    return 0.0
   return config.loss.hard_label_weight or (0.5 if _from_both(config) else 0.0)
 
 
@@ -379,11 +385,15 @@ def _check_gradients(config: ConfigDict) -> None:
       f'{on[-1]} is about parameters that exits train together, found train.regime {regime!r}; set '
       f'--config.{on[-1]}=0, or --config.train.regime'
     )
-  if loss.sample_weight and len(learning_from_labels(config)) < 2:
-    distilled = teachers(config) and not hard_label_weight(config)
-    found, fix = (
-      (f' with loss.distill {loss.distill!r}', ', or --config.loss.hard_label_weight') if distilled else ('', '')
-    )
+  together, last = learning_from_labels(config), trained_exits(targets(config))[-1]
+  if regime == 'disjoint':
+    together = [number for number in together if number != last]
+  if loss.sample_weight and len(together) < 2:
+    found, fix = '', ''
+    if teachers(config) and not hard_label_weight(config):
+      found, fix = f' with loss.distill {loss.distill!r}', ', or --config.loss.hard_label_weight'
+    elif regime == 'disjoint':
+      found, fix = f' with train.regime {regime!r}', ', or --config.train.regime'
     raise UserError(
       f'loss.sample_weight weighs images between exits that learn from labels, and {config.name}{found} has fewer than '
       f'two; set --config.loss.sample_weight=0{fix}'

@@ -102,7 +102,8 @@ def describe(config: ConfigDict, num_classes: int | None = None) -> dict[str, An
   teachers = config_lib.teachers(config)
   exits = []
   for cost, target in zip(exit_costs(model, image_shape), targets, strict=True):
-    learns_from = describe_target(target, teachers.get(cost['exit'], ()), config_lib.hard_label_weight(config))
+    share = config_lib.hard_label_weight(config, target)
+    learns_from = describe_target(target, teachers.get(cost['exit'], ()), share)
     exits.append({'exit': cost['exit'], 'trained': target is not None, 'learns_from': learns_from, **cost})
   return {
     'name': config.name,

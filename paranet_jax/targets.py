@@ -230,14 +230,14 @@ def describe_target(target: int | None, teachers: tuple[int, ...] = (), hard_lab
 
   Args:
     target: target of the exit.
-    teachers: teachers of an exit with labels (see `distill_teachers`); with `hard_label_weight` 0 they replace them.
+    teachers: teachers of an exit with labels (see `distill_teachers`).
+    hard_label_weight: share of the labels in the loss of an exit that learns from exits; 0: it learns from them alone.
   """
   if target is None:
     return 'nothing'
   if target == GIVEN:
     return 'given'
-  if target != LABELS:
-    return f'exit {target}'
+  teachers = teachers if target == LABELS else (target,)
   labels = ['labels'] if hard_label_weight or not teachers else []
   exits = [f'exit{"s" * (len(teachers) > 1)} {" ".join(map(str, teachers))}'] if teachers else []
   return ', '.join(labels + exits)

@@ -352,6 +352,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     )
   if learned is None:  # A run that has begun ignores it, as before.
     _check_shift(task)
+    _check_labels_beside(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
@@ -429,6 +430,17 @@ def _check_shift(task: Task) -> None:
     f"train.feature_shift {shift:g} needs train.regime 'exits', images that are at most mirrored, and features of "
     f'{math.ceil(1 / shift)} places or more along a side, found {found}; set --config.train.feature_shift=0'
   )
+
+
+def _check_labels_beside(task: Task) -> None:
+  """Raises UserError if `loss.hard_label_weight` would weigh nothing, as exits match logits by squared error alone."""
+  loss, matches = task.config.loss, any(target and target != GIVEN for target in task.targets)
+  if matches and loss.hard_label_weight and loss.matching == 'squared_error' and not task.objective.teachers:
+    raise UserError(
+      f'loss.hard_label_weight {loss.hard_label_weight:g} is the share of labels beside distillation, and '
+      f"{task.config.name} matches logits with loss.matching 'squared_error'; set --config.loss.matching=kl, or "
+      '--config.loss.hard_label_weight=0'
+    )
 
 
 def sides_of(model: Any, config: ConfigDict) -> list[int]:

@@ -267,11 +267,18 @@ def test_describe_prints_a_table(tmp_path, monkeypatch):
   assert not contents(tmp_path)
 
 
-def test_describe_distilled_exits():
-  arguments = ('--config.name=PN3-ddd', '--config.loss.distill=later', '--config.loss.hard_label_weight=0.5')
+@pytest.mark.parametrize(
+  ('fields', 'expected'),
+  [
+    (('name=PN3-ddd', 'loss.distill=later'), ['labels, exits 2 3', 'labels, exit 3', 'labels']),
+    (('name=PN3-x3d', 'loss.matching=kl'), ['nothing', 'labels, exit 3', 'labels']),
+    (('name=PN3-x3d',), ['nothing', 'exit 3', 'labels']),  # By squared error, which has no part from labels.
+  ],
+)
+def test_describe_distilled_exits(fields, expected):
+  arguments = (f'--config.{field}' for field in (*fields, 'loss.hard_label_weight=0.5'))
   result = run_main(QUICKSTART, *SMALL, *arguments, '--mode=describe', '--json')
-  learns_from = [row['learns_from'] for row in json.loads(result.out)['exits']]
-  assert learns_from == ['labels, exits 2 3', 'labels, exit 3', 'labels']
+  assert [row['learns_from'] for row in json.loads(result.out)['exits']] == expected
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ def test_describe_target():
   ]
   assert [describe_target(LABELS, teachers, 0.0) for teachers in ((3,), (2, 3))] == ['exit 3', 'exits 2 3']
   assert describe_target(LABELS, (2, 3), 0.5) == 'labels, exits 2 3'
+  assert describe_target(3, (), 0.5) == 'labels, exit 3'
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,20 @@ def test_images_that_are_mirrored_in_turn_must_be_in_memory():
   )
 
 
+def test_labels_beside_matched_logits_need_distillation():
+  given = config('PN2-2d')
+  given.loss.hard_label_weight = 0.5
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  assert str(error.value) == (
+    'loss.hard_label_weight 0.5 is the share of labels beside distillation, and PN2-2d matches logits with '
+    "loss.matching 'squared_error'; set --config.loss.matching=kl, or --config.loss.hard_label_weight=0"
+  )
+  build_task(given, learned=Learned(Path('run')))  # It has begun.
+  given.loss.matching = 'kl'
+  assert build_task(given).objective.hard_label_weight == 0.5
+
+
 def test_mirror_images_are_matched_where_images_are_mirrored():
   given = config()
   given.loss.match_mirrored = given.data.flip = True

@@ -115,6 +115,12 @@ def test_equal_models_are_equal():
       "loss.sample_weight weighs images between exits that learn from labels, and PN3-ddd with loss.distill 'last' has "
       'fewer than two; set --config.loss.sample_weight=0, or --config.loss.hard_label_weight',
     ),
+    (
+      'pn3_ddd',
+      ('name=PN2-dd', 'train.regime=disjoint', 'loss.sample_weight=0.3'),
+      'loss.sample_weight weighs images between exits that learn from labels, and PN2-dd with train.regime '
+      "'disjoint' has fewer than two; set --config.loss.sample_weight=0, or --config.train.regime",
+    ),
   ],
 )
 def test_refusals(file, fields, message):
