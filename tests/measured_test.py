@@ -70,6 +70,8 @@ MATCHED = {
   'kl-4-half-labels': 'half from labels, half by KL divergence at temperature 4',
   'labels-until-5': 'labels until epoch 5, then exit 3',
   'labels-until-10': 'labels until epoch 10, then exit 3',
+  'nothing-until-5': 'nothing until epoch 5, then exit 3',
+  'average-teacher': 'exit 3 of the averaged weights',
   'finished-teacher': 'exit 3 of a finished run, which does not change',
 }
 
