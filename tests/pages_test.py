@@ -28,6 +28,21 @@ def test_links_exist(page):
   assert not missing
 
 
+ANCHOR = re.compile(r'\]\(([^)#\s:]*\.md)#([\w-]+)\)')
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_to_headings_exist(page):
+  """MkDocs sees the pages in docs/ alone."""
+  missing = []
+  for link, anchor in ANCHOR.findall((REPO / page).read_text()):
+    headings = re.findall('^#+ (.+)$', (REPO / page).parent.joinpath(link).read_text(), re.MULTILINE)
+    known = {re.sub(r'\s+', '-', re.sub(r'[^\w\s-]', '', heading).lower()) for heading in headings}
+    if anchor not in known:
+      missing.append((link, anchor))
+  assert not missing
+
+
 FIELD = re.compile(r'(?:`|--config\.)((?:data|loss|train|model|eval|checkpoint|log)\.\w+)(?=[=`])')
 OTHERS = {'data.load', 'data.batches', 'model.safetensors'}
 """Modules and a file, with names of the same form."""

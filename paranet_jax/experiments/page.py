@@ -15,9 +15,11 @@ _FOLDER, _PAGE = 'results', 'docs/results.md'
 _HEAD = '# Results\n\nWhat has been measured of the paper and around it'
 """What a page begins with; no other file is replaced by one."""
 _BEGINNING = f"""{_HEAD}, made from `results/**/results.json` by
-`python -m paranet_jax.experiments results`; nothing is typed by hand. Every row has its seeds, deviation, epochs and
-costs, and says what is reduced; below stand the runs with their command, hardware and date.
-[The paper](paper.md#results) explains what it means."""
+`python -m paranet_jax.experiments results`; nothing is typed by hand. [The paper](paper.md#results) explains what it
+means.
+
+Every row has its seeds, deviation, epochs and costs, and lists the fields that differ from the paper's training. Each
+section ends with its runs: date, hardware, time and command."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,8 +56,19 @@ def results_page(folder: Path) -> str:
   files = sorted(folder.rglob(RESULTS))
   if not files:
     raise UserError(f'expected {RESULTS} of tables or queues below {folder}, found none; set --folder')
-  parts = (_part(file, _named(file.parent, folder)) for file in files)
-  return '\n\n'.join(filter(None, [_BEGINNING, *parts])) + '\n'
+  parts = [part for file in files if (part := _part(file, _named(file.parent, folder)))]
+  return '\n\n'.join([_BEGINNING, *filter(None, [_contents(parts)]), *parts]) + '\n'
+
+
+def _contents(parts: Sequence[str]) -> str:
+  """A list of the sections, each with its folder, as a page's tables are long."""
+  found = re.findall(r'^## (.+)\n\nIn `(.+)`\.$', '\n\n'.join(parts), flags=re.MULTILINE)
+  return '\n'.join(f'- [{title}](#{_anchor(title)}), in `{place}`' for title, place in found)
+
+
+def _anchor(title: str) -> str:
+  """The anchor that GitHub and MkDocs give a heading."""
+  return re.sub(r'\s+', '-', re.sub(r'[^\w\s-]', '', title).strip().lower())
 
 
 def _named(place: Path, folder: Path) -> Path:

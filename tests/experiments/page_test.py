@@ -9,6 +9,7 @@ from running import run_command
 
 from paranet_jax.experiments.__main__ import main
 from paranet_jax.experiments.page import results_page
+from paranet_jax.experiments.queue.results import markdown
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -20,6 +21,13 @@ def test_the_page_is_what_the_command_makes():
     found = json.loads(file.read_text())
     rows = found.get('rows') or found['experiments']['table1']['rows']
     assert all(f'{row["ours"]:.2f}' in made for row in rows)
+
+
+def test_queues_show_what_their_results_say():
+  for file in (REPO / 'results').rglob('results.json'):
+    found = json.loads(file.read_text())
+    if 'queue' in found:
+      assert file.with_name('results.md').read_text() == markdown(found), f'write {file.parent} again'
 
 
 @pytest.fixture
@@ -43,10 +51,18 @@ def test_tables_and_queues_become_sections(folder, tmp_path):
   lines = out.read_text().splitlines()
   assert [line for line in lines if line.startswith('#')] == [
     '# Results',
-    '## Results of paper.toml, 2026-11-29',
+    '## Results of paper.toml',
     '## Table 1: cascading',
     '## Table 2: logit matching',
   ]
+  table = 'results/deeper/tenth-model.layers_per_block=2'
+  assert [line for line in lines if line.startswith('- ')] == [
+    '- [Results of paper.toml](#results-of-papertoml), in `results/deeper/queue-paper`',
+    f'- [Table 1: cascading](#table-1-cascading), in `{table}`',
+    f'- [Table 2: logit matching](#table-2-logit-matching), in `{table}`',
+  ]
+  date = json.loads((folder / 'deeper/queue-paper/results.json').read_text())['date']
+  assert any(line.startswith(f'Written on {date}. ') for line in lines)
   assert 'In `results/deeper/queue-paper`.' in lines
   assert lines.count('In `results/deeper/tenth-model.layers_per_block=2`.') == 2
   assert '| PN3cut-dxx | 1 | 50.39 +- 0.248 | 54.48 | 0 | 130 | 3,413,088 | 198,460 | nothing |' in lines

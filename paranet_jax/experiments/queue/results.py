@@ -237,9 +237,10 @@ def _run(run: QueuedRun, state: RunState, record: RunRecord | None, workdir: Pat
 def markdown(found: dict[str, Any]) -> str:
   """The tables of `results`."""
   lines = [
-    f'# Results of {found["queue"]}, {found["date"]}',
-    'Accuracy on the test images: of the last step, mean +- standard deviation (n - 1) over the seeds; rows marked '
-    '**partial** are at the epoch that they name. Multiply-adds for an image and parameters include the exits before.',
+    f'# Results of {found["queue"]}',  # Without the date: pages link to this heading.
+    f'Written on {found["date"]}. Accuracy on the test images after the last step: mean +- standard deviation (n - 1) '
+    'over the seeds. A row marked **partial** shows the epoch that it names. Multiply-adds (per image) and parameters '
+    'include the earlier exits.',
     _rows_table(found['rows']) if found['rows'] else 'Nothing has been measured yet.',
   ]
   for question in dict.fromkeys(own['question'] for own in found['comparisons']):
