@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_rounds(2)
   parser.add_seconds(0.2)
   parser.add_argument('--workdir', type=Path, help='a trained run with held-out images (default: random weights)')
-  parser.add_argument('--points', type=_points, default=ALL, help=f'some of {", ".join(ALL)} (default: all)')
+  names = ', '.join(ALL).replace('%', '%%')  # argparse formats the help.
+  parser.add_argument('--points', type=_points, default=ALL, help=f'some of {names} (default: all)')
   parser.add_argument('--folder', type=Path, help='of the bundle: written if it does not exist, and kept')
   parser.add_argument('--dtype', choices=('float32', 'float16', 'int8'), default='float32', help='of the bundle')
   return cli.run(parser, measure, argv)
