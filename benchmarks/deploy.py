@@ -1,14 +1,17 @@
 """A bundle on this machine, by ONNX Runtime and OpenVINO, beside our JAX runtime, PyTorch and earlyon, same weights.
 
-`openvino_auto` is OpenVINO at its own precision. Each runs in a process of its own, with its defaults, and in turn:
-every exit (with those before it, and no image leaving), then early exit at three budgets, mean multiply-adds as a share
-of the last exit's. With `--workdir`, a run with held-out images, on which thresholds are chosen, and its test images
-are what is timed; without, random weights and noise. `one_image_ms` is the mean over images answered one by one;
-`speedup` is that of the same runtime's last exit by it. `one_image_joules` is what the machine uses for one, where it
-says so (`energy` says by what, or why not). `images_per_s` is in batches of 64, which leave earlyon as a
-whole where the least confident image may. What is not installed (PyTorch, OpenVINO, earlyon) is left out, with a line;
-what needs PyTorch also for networks that are no full ParaNet. `openvino_streams` is OpenVINO with its throughput hint,
-two batches at a time, as it asks for.
+Each runs in a process of its own, with its defaults, and in turn. `openvino_auto` is OpenVINO at its own precision,
+`openvino_streams` the same with its throughput hint: as many batches at a time as it asks for. What is not installed
+(PyTorch, OpenVINO, earlyon) is left out, with a line. PyTorch and earlyon are also left out for networks that are no
+full ParaNet.
+
+Timed are every exit (with those before it, and no image leaving), then early exit at three budgets: mean multiply-adds
+as a share of the last exit's. With `--workdir`, a run with held-out images, thresholds are chosen on these, and its
+test images are timed. Without, weights are random and images are noise.
+
+`one_image_ms` is the mean over images answered one by one, and `speedup` is that of the same runtime's last exit
+divided by it. `one_image_joules` is what the machine uses for one image, where it says so (`energy` says how, or why
+not). `images_per_s` is in batches of 64; a batch leaves earlyon as a whole, where its least confident image may.
 
 `--points` measures a part, for machines that are idle for minutes only; `--folder` keeps the exported bundle from one
 part to the next.
@@ -74,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_rounds(2)
   parser.add_seconds(0.2)
   parser.add_argument('--workdir', type=Path, help='a trained run with held-out images (default: random weights)')
-  parser.add_argument('--points', type=_points, default=ALL, help=f'some of {", ".join(ALL)} (default: all)')
+  names = ', '.join(ALL).replace('%', '%%')  # argparse formats the help.
+  parser.add_argument('--points', type=_points, default=ALL, help=f'some of {names} (default: all)')
   parser.add_argument('--folder', type=Path, help='of the bundle: written if it does not exist, and kept')
   parser.add_argument('--dtype', choices=('float32', 'float16', 'int8'), default='float32', help='of the bundle')
   return cli.run(parser, measure, argv)

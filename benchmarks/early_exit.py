@@ -1,12 +1,14 @@
 """Wall-clock of the adaptive runtime against always going to the last exit, by the same runtime, in turn.
 
-With `--workdir`, a run with held-out images: thresholds are chosen on them, and the images timed are its test images.
-Without, random weights and noise, and thresholds by which images leave as the budget asks. Budgets are mean
-multiply-adds, as a share of the last exit's alone; `equal accuracy` is the cheapest point that is as accurate as the
-last exit on the held-out images. `macs` is the speed-up that multiply-adds promise for the images timed, `latency` the
-one that the latencies of the stages promise. `break_even` is the share of images that must leave at the first exit, all
-others going through every stage, for the runtime to be as fast as always the last. `of_program` compares the runtime,
-if all images of a batch of 64 leave at an exit that it visits after those before it, with one program for this exit.
+With `--workdir`, a run with held-out images, thresholds are chosen on these, and its test images are timed. Without,
+weights are random, images are noise, and thresholds hold the budget. Budgets are mean multiply-adds, as a share of the
+last exit's alone; `equal accuracy` is the cheapest point that is as accurate as the last exit on the held-out images.
+
+`macs` is the speed-up that multiply-adds promise for the images timed, `latency` the one that the latencies of the
+stages promise. `break_even` is the share of images that must leave at the first exit, if all others go through every
+stage, for the runtime to be as fast as always going to the last. For `of_program`, all images of a batch of 64 leave at
+one exit: it is the speed of the runtime, which visits the exits before it too, divided by that of one program for this
+exit.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a process just started takes: each function is run in one of its own, and gives seconds or megabytes by name."""
+"""Seconds or megabytes, by name, of functions that each run in a process that was just started."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whom the package is compared with.
+"""What the package is compared with.
 
 The functions that make a PyTorch peer are for a process of its own: no PyTorch user has what ours sets in its process,
 huge pages above all, so a peer runs as PyTorch comes. One peer has them too, to show what they are worth there.

@@ -1,9 +1,9 @@
 """What a checkpoint costs the training loop: ours beside the copy to host memory alone, and beside orbax's own.
 
-`save` is how long the loop waits for it to return, `copy` the least it can wait for: the state copied out of buffers
-that the next step is given. The state is on the first device, random, of the network's size. `whole_save_ms` is how
-long a save takes to its end in the background, `steps_ms` how long a few training steps take that begin with one, and
-`bare_steps_ms` without one.
+`save` is how long the loop waits until saving returns. `copy` is the least that it can wait for: the state is copied
+out of its buffers, which the next step reuses. The state is random, of the network's size, on the first device.
+`whole_save_ms` is how long a save takes until it ends in the background. `steps_ms` is how long a few training steps
+take that begin with a save, and `bare_steps_ms` the same steps without one.
 """
 
 import argparse

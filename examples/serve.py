@@ -5,9 +5,11 @@
   curl -F image=@a.png -F image=@b.jpg -F deadline_ms=20 localhost:8000/predict
 
 service.py describes the answers. The server runs the bundle's run.py, so serve only bundles that you trust. It has
-neither TLS nor limits on connections, so put a proxy in front of it where other machines can reach it. On SIGTERM and
-Control-C it closes its port, answers the requests that it has and those that kept connections send in the next two
-seconds with Connection: close, and exits with code 0. User errors are one line and exit code 2.
+neither TLS nor limits on connections, so put a proxy in front of it where other machines can reach it. User errors are
+one line and exit code 2.
+
+On SIGTERM and Control-C it closes its port, and answers the requests that it has. Kept connections may send requests
+for another two seconds, which are answered with Connection: close. It then exits with code 0.
 """
 
 import argparse

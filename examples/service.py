@@ -4,13 +4,19 @@
 
   {"answers": [{"label": 3, "class_name": "3", "probability": 0.98, "exit": 1, "milliseconds": 2.1}, ...]}
 
-in the order sent; milliseconds are from the request's arrival to the answer, waiting included. Of a bundle that was
-calibrated with --reject, answers also have "unknown". Where it is true, the network is too unsure: "label" and
-"class_name" are null, and "probability" is that of the most probable class. With --coverage, they have "set", the names
-of the classes that the image may have, most probable first. A deadline or a budget, which changes where images exit,
-voids the promise of few errors, and makes the sets larger, which keep theirs. An image that cannot be
-answered has {"error": "..."} in its place. The status is 200 if any image is answered. Otherwise it is the status that
-all images share (413: too many pixels; 500: the network failed), or else 400, with the first "error" next to "answers".
+in the order sent; milliseconds are from the request's arrival to the answer, waiting included. How the bundle was
+calibrated adds fields:
+
+  --reject: "unknown". Where it is true, the network is too unsure: "label" and "class_name" are null, and "probability"
+    is that of the most probable class.
+  --coverage: "set", the names of the classes that the image may have, most probable first.
+
+A deadline or a budget changes where images exit. The promise of --reject, few errors, then no longer holds. The promise
+of --coverage holds, with larger sets.
+
+An image that cannot be answered has {"error": "..."} in its place. The status is 200 if any image is answered.
+Otherwise it is the status that all images share (413: too many pixels; 500: the network failed), or else 400, with the
+first "error" next to "answers".
 
 A whole request is refused with 400 (no image, an unknown field or a malformed form), 408 (not sent in time), 413 (too
 many bytes, declared, read, or to decode), 415 (compressed, or a form of another type), 431 (long headers) or 503 with

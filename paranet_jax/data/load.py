@@ -147,10 +147,11 @@ def augmentation(data_config: ConfigDict, image_side: int) -> tuple[int, bool]:
 
 def _open(data_config: ConfigDict, image_side: int, channels: int) -> Source:
   name = data_config.name
-  if not name or name[0] in '/.~':
+  is_url = '://' in name  # No place of a folder: data_dir refuses it.
+  if not name or name[0] in '/.~' or is_url:
     raise UserError(
       f'expected the name of a data set, found {name!r}; for a folder of images set --config.data.name=folder '
-      f'--config.data.data_dir={name or "..."}'
+      f'--config.data.data_dir={"..." if is_url or not name else name}'
     )
   if source := known_dataset(name).open(data_config, image_side, channels):
     return source

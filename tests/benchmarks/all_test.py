@@ -1,5 +1,6 @@
 """The tables of docs/speed.md, made from the JSON of the benchmarks."""
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +162,16 @@ def test_a_finished_run_of_another_configuration_is_not_read(tmp_path, monkeypat
   options = SimpleNamespace(config='configs/pn3_ddd.py', set=[], seeds=1, workdir=tmp_path)
   with pytest.raises(UserError, match=f'expected a run in {tmp_path}/float32-0, found exit code 2; see its message'):
     dtype_accuracy.measure(options)
+
+
+PROGRAMS = sorted({command[0].removesuffix('.py') for command in all_benchmarks.COMMANDS.values()})
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_help_is_printed(program, capsys):
+  with pytest.raises(SystemExit, match='0'):
+    importlib.import_module(f'benchmarks.{program}').main(['--help'])
+  assert '--json' in capsys.readouterr().out
 
 
 def test_the_page_has_the_tables_of_the_results():

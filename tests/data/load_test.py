@@ -58,6 +58,10 @@ ERRORS = [
     "expected the name of a data set, found '/my/data'; .*name=folder --config.data.data_dir=/my/data",
   ),
   ({'name': ''}, "expected the name of a data set, found ''; for a folder of images set"),
+  (
+    {'name': 'gs://bucket/photos'},
+    r"expected the name of a data set, found 'gs://bucket/photos'; .* --config.data.data_dir=\.\.\.",
+  ),
   ({'name': 'qqqqq'}, "unknown data set 'qqqqq'; nearest: cifar100, cifar10, digits, folder, images; set --config"),
   ({'channels': 2}, 'expected 1 .gray. or 3 .RGB. channels, found 2: set --config.model.channels=3'),
   ({'num_classes': 7}, FIRST_OUTSIDE + 'lasses=10'),
