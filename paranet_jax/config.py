@@ -380,12 +380,19 @@ def _check_gradients(config: ConfigDict) -> None:
       f'{on[0]} takes the mean of the gradients that {on[1]} changes, found both; set '
       f'--config.loss.gradient_equilibrium=False, or --config.{on[1]}=0'
     )
-  if loss.conflict_averse and regime == 'exits' or loss.own_channels and regime in ('exits', 'disjoint'):
+  # In the second phase of 'disjoint', exits change only what no other one uses.
+  if (loss.conflict_averse or loss.own_channels) and regime in ('exits', 'disjoint'):
     raise UserError(
       f'{on[-1]} is about parameters that exits train together, found train.regime {regime!r}; set '
       f'--config.{on[-1]}=0, or --config.train.regime'
     )
-  together, last = learning_from_labels(config), trained_exits(targets(config))[-1]
+  trained = trained_exits(targets(config))
+  if loss.conflict_averse and len(trained) < 2:
+    raise UserError(
+      f'loss.conflict_averse is about parameters that exits train together, and {config.name} trains exit {trained[0]} '
+      'alone; set --config.loss.conflict_averse=0'
+    )
+  together, last = learning_from_labels(config), trained[-1]
   if regime == 'disjoint':
     together = [number for number in together if number != last]
   if loss.sample_weight and len(together) < 2:
