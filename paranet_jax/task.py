@@ -272,7 +272,7 @@ def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | N
   task = processes.first_then_others(lambda: build_task(config, learned=learned))
   if processes.count > 1:
     processes.check_same(task.facts())
-  if learned is None:  # A run that has begun may be read where there are fewer images.
+  if _is_new(learned):  # A run that has begun may be read where there are fewer images.
     _check_lengths(task)
   return task
 
@@ -350,7 +350,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
       f'{config.train.regime!r} and model.head {config.model.get("head")!r}; set --config.loss.match_features=0'
     )
-  if learned is None:  # A run that has begun ignores them, as before.
+  if _is_new(learned):  # A run that has begun ignores them, as before.
     _check_shift(task)
     _check_labels_beside(task)
     _check_mirrored(task)
@@ -396,6 +396,10 @@ def _optimizer(config: ConfigDict, schedule: Schedule, model: Any, targets: Targ
     clip_norm=train.clip_norm,
     accumulate_steps=train.accumulate_steps,
   )
+
+
+def _is_new(learned: Learned | None) -> bool:
+  return learned is None or learned.brought
 
 
 def _check_lengths(task: Task) -> None:
