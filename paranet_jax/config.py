@@ -242,8 +242,13 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
       found += differences(old, new, f'{field}.')
     elif old != new and not (field == 'data.data_dir' and not known_dataset(current.get('name', '')).in_data_dir):
-      found.append(f'{field}: {old} -> {new}')
+      found.append(f'{field}: {_shown(old)} -> {_shown(new)}')
   return found
+
+
+def _shown(value: Any) -> str:
+  """A value in a line of text, where an empty one has to be seen."""
+  return "''" if value == '' else str(value)
 
 
 PATHS = ('data.data_dir', 'init_from', 'loss.teacher_run')
