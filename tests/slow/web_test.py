@@ -252,7 +252,7 @@ def overflowing(bundle, folder):
   model = onnx.load(folder / 'stage_1.onnx')
   next(node for node in model.graph.node if node.output[0] == 'logits').output[0] = 'plain'
   for name, value in (('grey', 1.9), ('large', 1e38)):
-    model.graph.initializer.append(numpy_helper.from_array(np.float32([value]), name))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([value], np.float32), name))
   model.graph.node.extend(
     [
       helper.make_node('ReduceMin', ['flat'], ['darkest'], axes=[1], keepdims=1),
