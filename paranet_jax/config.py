@@ -242,8 +242,13 @@ def differences(saved: dict, current: dict, prefix: str = '') -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
       found += differences(old, new, f'{field}.')
     elif old != new and not (field == 'data.data_dir' and not known_dataset(current.get('name', '')).in_data_dir):
-      found.append(f'{field}: {old} -> {new}')
+      found.append(f'{field}: {_shown(old)} -> {_shown(new)}')
   return found
+
+
+def _shown(value: Any) -> str:
+  """A value in a line of text, where an empty one has to be seen."""
+  return "''" if value == '' else str(value)
 
 
 PATHS = ('data.data_dir', 'init_from', 'loss.teacher_run')
@@ -380,12 +385,19 @@ def _check_gradients(config: ConfigDict) -> None:
       f'{on[0]} takes the mean of the gradients that {on[1]} changes, found both; set '
       f'--config.loss.gradient_equilibrium=False, or --config.{on[1]}=0'
     )
-  if loss.conflict_averse and regime == 'exits' or loss.own_channels and regime in ('exits', 'disjoint'):
+  # In the second phase of 'disjoint', exits change only what no other one uses.
+  if (loss.conflict_averse or loss.own_channels) and regime in ('exits', 'disjoint'):
     raise UserError(
       f'{on[-1]} is about parameters that exits train together, found train.regime {regime!r}; set '
       f'--config.{on[-1]}=0, or --config.train.regime'
     )
-  together, last = learning_from_labels(config), trained_exits(targets(config))[-1]
+  together, trained = learning_from_labels(config), trained_exits(targets(config))
+  last = trained[-1]
+  if loss.conflict_averse and len(trained) < 2:
+    raise UserError(
+      f'loss.conflict_averse is about parameters that exits train together, and {config.name} trains exit {last} '
+      'alone; set --config.loss.conflict_averse=0'
+    )
   if regime == 'disjoint':
     together = [number for number in together if number != last]
   if loss.sample_weight and len(together) < 2:

@@ -272,7 +272,7 @@ def agreed_task(config: ConfigDict, processes: Coordinator, learned: Learned | N
   task = processes.first_then_others(lambda: build_task(config, learned=learned))
   if processes.count > 1:
     processes.check_same(task.facts())
-  if learned is None:  # A run that has begun may be read where there are fewer images.
+  if _is_new(learned):  # A run that has begun may be read where there are fewer images.
     _check_lengths(task)
   return task
 
@@ -350,9 +350,10 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
       "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
       f'{config.train.regime!r} and model.head {config.model.get("head")!r}; set --config.loss.match_features=0'
     )
-  if learned is None:  # A run that has begun ignores it, as before.
+  if _is_new(learned):  # A run that has begun ignores them, as before.
     _check_shift(task)
     _check_labels_beside(task)
+    _check_mirrored(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
@@ -395,6 +396,10 @@ def _optimizer(config: ConfigDict, schedule: Schedule, model: Any, targets: Targ
     clip_norm=train.clip_norm,
     accumulate_steps=train.accumulate_steps,
   )
+
+
+def _is_new(learned: Learned | None) -> bool:
+  return learned is None or learned.brought
 
 
 def _check_lengths(task: Task) -> None:
@@ -440,6 +445,17 @@ def _check_labels_beside(task: Task) -> None:
       f'loss.hard_label_weight {loss.hard_label_weight:g} is the share of labels beside distillation, and '
       f"{task.config.name} matches logits with loss.matching 'squared_error'; set --config.loss.matching=kl, or "
       '--config.loss.hard_label_weight=0'
+    )
+
+
+def _check_mirrored(task: Task) -> None:
+  """Raises UserError if `loss.match_mirrored` would change nothing, as exits match neither logits nor features."""
+  loss, matches = task.config.loss, any(target and target != GIVEN for target in task.targets)
+  if loss.match_mirrored and not (matches or task.objective.teachers or loss.match_features):
+    raise UserError(
+      'loss.match_mirrored is about exits that match the last one, and those of '
+      f'{task.config.name} learn from labels alone; set --config.loss.match_mirrored=False, or '
+      '--config.train.exit_targets'
     )
 
 

@@ -25,7 +25,7 @@ from paranet_jax.models import linked
 from paranet_jax.optim import make_optimizer
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.packed import pack
-from paranet_jax.runs.teacher import check_normalization
+from paranet_jax.runs.teacher import check_normalization, check_teacher
 from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
@@ -249,6 +249,30 @@ def test_a_run_of_other_classes_cannot_teach(whole, tmp_path):
     f"loss.teacher_run {run} learned '1' as class 1, found '0'; name a run that learned the same classes by "
     '--config.loss.teacher_run, or set --config.data.data_dir'
   )
+
+
+@pytest.mark.parametrize(
+  ('there', 'here', 'other', 'message'),
+  [
+    ((2, 1), None, {}, None),
+    (None, (2, 1), {}, None),
+    ((2, 2), None, {}, 'model.halvings is (2, 2) there and None in this configuration'),
+    (None, (2, 2), {}, 'model.halvings is None there and (2, 2) in this configuration'),
+    ((2, 1), None, {'entry_order': 'pool_first'}, 'model.entry_order is stem_first there and pool_first in this'),
+  ],
+)
+def test_a_teacher_may_spell_out_what_the_new_run_derives(whole, tmp_path, there, here, other, message):
+  """Two pipelines are halved twice and once at their entry, unless `model.halvings` says otherwise."""
+  run = shutil.copytree(whole, tmp_path / 'teacher')
+  saved = json.loads((run / 'config.json').read_text())
+  saved['model']['halvings'] = there
+  (run / 'config.json').write_text(json.dumps(saved))
+  config = restore_config(whole)
+  config.model.update({'halvings': here, **other})
+  config.loss.update(teacher='run', teacher_run=str(run))
+  with pytest.raises(UserError) if message else contextlib.nullcontext() as error:
+    check_teacher(config, tmp_path / 'new')
+  assert message is None or str(error.value).startswith(f'loss.teacher_run {run} is another network: {message}')
 
 
 def test_a_teacher_reads_images_as_it_learned_to(whole, tmp_path):

@@ -197,6 +197,23 @@ def test_mirror_images_are_matched_where_images_are_mirrored():
     )
 
 
+def test_mirror_images_are_matched_by_exits_that_match_something():
+  given = config('net', 'resnet', regime='exits', exit_targets='labels')
+  given.init_from, given.model.exits = 'weights.th', 'stages'
+  given.data.flip = given.loss.match_mirrored = True
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  assert str(error.value) == (
+    'loss.match_mirrored is about exits that match the last one, and those of net learn from labels alone; set '
+    '--config.loss.match_mirrored=False, or --config.train.exit_targets'
+  )
+  build_task(given, learned=Learned(Path('run')))  # It has begun.
+  given.loss.distill = 'last'
+  assert build_task(given).objective.teachers == {1: (3,), 2: (3,)}
+  given.loss.distill, given.train.exit_targets = 'none', 'both'
+  assert build_task(given).objective.teachers == {1: (3,), 2: (3,)}
+
+
 @pytest.mark.parametrize(('regime', 'head'), [('joint', 'blocks'), ('exits', 'conv')])
 def test_features_are_matched_by_exits_of_copied_blocks(regime, head):
   given = config('net', 'adopted', regime=regime)

@@ -127,6 +127,7 @@ class Learned:
     count: of its images, in all splits; None: not recorded.
     splits: 'train', 'held_out' and 'test'; empty where the images are not known.
     limits: of the splits that were drawn by identity.
+    brought: classes, mean and std came with weights from elsewhere, and nothing has been learned yet: a new run.
     accept_changes: of classes and labels.
     silent: what changed is logged by another process.
   """
@@ -139,6 +140,7 @@ class Learned:
   count: int | None = None
   splits: dict[str, Known] = field(default_factory=dict)
   limits: dict[str, Limits] = field(default_factory=dict)
+  brought: bool = False
   accept_changes: bool = False
   silent: bool = False
 

@@ -1,6 +1,7 @@
 """`python -m paranet_jax.doctor`: reports versions, devices, flags, checks of numbers, memory, disk, and what to do."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +34,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def _run(given: argparse.Namespace, overrides: Sequence[str]) -> int:
   from paranet_jax.doctor.report import as_text, examine  # jax takes a second to import; flags are checked first.
 
-  found = examine(given.config, overrides)
+  with contextlib.redirect_stdout(sys.stderr):  # Warnings, such as that a kernel does not compile.
+    found = examine(given.config, overrides)
   say(json_line(found) if given.json else as_text(found))
   return int(not all(check['right'] for check in found['checks']))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from paranet_jax.command_line import CONFIGS, load_config, override
 from paranet_jax.config import build_model, image_shape, validate
@@ -19,7 +20,7 @@ from paranet_jax.host.huge_pages import VARIABLE as GLIBC_TUNABLES
 from paranet_jax.host.known_faults import KNOWN_FAULTS, VARIABLE, faults_of, jaxlib_version
 from paranet_jax.host.machine import container_memory, container_used, cpu_features, cpu_name, environment, usable_cores
 from paranet_jax.models import numerics
-from paranet_jax.models.layers import native_dense
+from paranet_jax.models.layers import native_dense, native_inference
 
 FEATURES = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'amx_int8', 'asimd', 'bf16', 'sve')
 """Instruction sets that decide how fast products are, as Linux names them."""
@@ -50,7 +51,7 @@ def examine(config: str | None = None, overrides: Sequence[str] = ()) -> dict[st
       'cores': usable_cores(),
       'load': round(os.getloadavg()[0], 2),
     },
-    'kernels': native_dense.missing(native_dense.FEATURES) or 'used',
+    'kernels': _kernels(),
     'flags': {name: value for name, value in sorted(os.environ.items()) if _decides(name)},
     'known_faults': [
       {'what': fault.what, 'issue': fault.issue, 'flag': fault.flag, 'avoided': fault.flag in flags}
@@ -62,6 +63,17 @@ def examine(config: str | None = None, overrides: Sequence[str] = ()) -> dict[st
     'caches': _caches(),
   }
   return found | {'advice': _advice(found)}
+
+
+def _kernels() -> str:
+  """'used', or why the kernels in C++ are not; those of PN3-ddd are compiled and loaded, and kept for later."""
+  if (platform := jax.default_backend()) != 'cpu':
+    return f'jax computes on {platform}'
+  if reason := native_dense.missing(native_dense.FEATURES):
+    return reason
+  training = native_dense.passes(48, 12, jnp.float32)
+  inference = native_inference.pooling_kernels((64, 32, 32, 24), jnp.float32)
+  return 'used' if training and inference else 'they cannot be compiled, kept or loaded'
 
 
 def _decides(name: str) -> bool:

@@ -40,6 +40,9 @@ NO_REDUCTION = (
 )
 """Beginnings of differences that change no parameter, or that a row names itself."""
 
+_OF_STEPS = 'train.drops:', 'train.drop_epochs:', 'train.drop_factor:'
+"""Beginnings of differences that change no parameter under another `train.schedule` than 'step'."""
+
 SET_PER_RUN = ('name', 'seed', 'seeds')
 
 
@@ -101,4 +104,5 @@ def default_workdir(protocol: Protocol) -> str:
 def reductions(config: ConfigDict) -> list[str]:
   """The differences between a run and the paper's that matter to its results, each as `field: the paper's -> here`."""
   paper, here = base_config(config.name, config.model.family).to_dict(), config.to_dict()
-  return [change for change in config_lib.differences(paper, here) if not change.startswith(NO_REDUCTION)]
+  ignored = NO_REDUCTION if config.train.schedule == 'step' else (*NO_REDUCTION, *_OF_STEPS)
+  return [change for change in config_lib.differences(paper, here) if not change.startswith(ignored)]

@@ -1,10 +1,12 @@
 """Small C++ libraries, compiled on the machine that they run on and kept in PARANET_CACHE_DIR/native."""
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -102,7 +104,16 @@ def sources(source: Path) -> list[Path]:
 
 
 def _run(command: Sequence[str]) -> None:
-  subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+  # In a session of its own: the compiler is a driver, and what it starts would outlive it.
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+    try:
+      output, errors = process.communicate(timeout=SECONDS)
+    except BaseException:  # Also Control-C, which does not reach that session.
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      raise
+  if process.returncode:
+    raise subprocess.CalledProcessError(process.returncode, command, output, errors)
 
 
 def _compiler() -> str:

@@ -96,7 +96,12 @@ def restore_learned(workdir: Path, channels: int, accept_changes: bool = False) 
   if facts is None and not trained:
     return None
   brought = facts is not None and facts.fingerprints == {}  # With weights from elsewhere: no image was read yet.
-  learned = Learned(workdir, by_position=not problem and not brought, accept_changes=accept_changes)
+  learned = Learned(
+    workdir,
+    by_position=not problem and not brought,
+    brought=brought and not trained,
+    accept_changes=accept_changes,
+  )
   if facts is None:
     return learned
   count = None if brought else sum(facts.counts.values())

@@ -1,14 +1,19 @@
 """A finished run whose logits another run learns from."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from paranet_jax.config import build_model, image_shape
+from paranet_jax.costs import abstract_variables
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.host.errors import UserError
+from paranet_jax.models.layers.backend import plain_operations
 from paranet_jax.runs.checkpoints import Checkpoints, has_checkpoint
 from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.init_from import backbone_difference, check_finished, other_function
@@ -49,11 +54,31 @@ def check_teacher(config: ConfigDict, workdir: Path) -> None:
     )
   # Its exits may read another place, or images of another size, with parameters of the same shapes.
   answering = [name for name in config.model if name not in _SAME_ANSWERS]
-  if difference := backbone_difference(config, run) or other_function(there.model, config.model, answering):
+  difference = backbone_difference(config, run)
+  if not difference and (difference := other_function(there.model, config.model, answering)):
+    derived = [name for name in answering if config.model[name] is None or there.model.get(name) is None]
+    if _program(config) == _program(_with_fields(config, there, derived)):  # One of both spells them out.
+      difference = other_function(there.model, config.model, [name for name in answering if name not in derived])
+  if difference:
     raise UserError(
       f'loss.teacher_run {run} is another network: {difference}; set --config to the one of {run / CONFIG}, or '
       '--config.loss.teacher_run'
     )
+
+
+def _with_fields(config: ConfigDict, other: ConfigDict, names: Sequence[str]) -> ConfigDict:
+  """A copy with these fields of `model` as another configuration has them."""
+  config = config.copy_and_resolve_references()
+  config.model.update({name: other.model[name] for name in names if name in other.model})
+  return config
+
+
+def _program(config: ConfigDict) -> str:
+  """What a network computes in inference."""
+  model, shape = build_model(config, num_classes=2), image_shape(config)
+  images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  with plain_operations():
+    return jax.jit(model.apply).lower(abstract_variables(model, shape), images).as_text()
 
 
 def check_normalization(run: Path, dataset: Dataset) -> None:

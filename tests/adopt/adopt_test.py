@@ -193,6 +193,27 @@ def test_a_run_resumes_with_other_images_on_request(tiny, outputs):
   assert run_command(main, *given, '--accept_data_changes').code == 0
 
 
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    (
+      ('--config.train.accumulate_steps=5',),  # 40 images, of which 4 are held out and 4 tested on, are a batch.
+      'train.accumulate_steps must be at most the 4 steps of the run, found 5, so that no weight would change; set '
+      '--config.train.accumulate_steps or --config.train.epochs',
+    ),
+    (
+      ('--config.loss.hard_label_weight=0.5', '--targets=last', '--head=conv'),
+      'loss.hard_label_weight 0.5 is the share of labels beside distillation, and cifar_resnet8-exits matches logits '
+      "with loss.matching 'squared_error'; set --config.loss.matching=kl, or --config.loss.hard_label_weight=0",
+    ),
+  ],
+)
+def test_what_would_change_nothing_is_refused_of_a_new_run(tiny, tmp_path, flags, message):
+  given = (*GIVEN[:2], f'--workdir={tmp_path}/new', '--data=sorted', *FLAGS[1:], '--exits=layer1')
+  for _ in range(2):  # The folder has the facts of the weights the second time.
+    assert run_command(main, *given, *flags)[::2] == (2, f'error: {message}\n')
+
+
 def test_nothing_is_left_to_do(tiny, outputs):
   again = run_command(main, *GIVEN, *FLAGS)
   assert again.code == 0 and 'resuming from the checkpoint' in again.out and 'training images: ' not in again.out

@@ -8,8 +8,9 @@ from running import run_command
 
 from paranet_jax.doctor import crashes, report
 from paranet_jax.doctor.__main__ import main
-from paranet_jax.host import arguments
+from paranet_jax.host import arguments, native
 from paranet_jax.models import numerics
+from paranet_jax.models.layers import native_dense, native_inference
 
 FIELDS = [
   'versions',
@@ -32,6 +33,7 @@ AVOIDING = '--xla_cpu_experimental_ynn_fusion_type=-reduce'
 def machine(monkeypatch, tmp_path):
   """A machine with jaxlib 0.10.2, one quick check, and nothing to advise."""
   monkeypatch.setenv('PARANET_CACHE_DIR', str(tmp_path))
+  monkeypatch.setenv('PARANET_NATIVE', 'off')  # Or two libraries would be compiled for each test.
   monkeypatch.setenv('XLA_FLAGS', f'{OTHER} {AVOIDING}')
   monkeypatch.setattr(report, 'jaxlib_version', lambda: (0, 10, 2))
   monkeypatch.setattr(report, 'crash', lambda rank: None)
@@ -62,6 +64,35 @@ def test_a_configuration_and_its_fields(machine):
   assert run_command(main, *blended, '--config.train.cutmix=0.0').code == 0
   code, _, err = run_command(main, '--config.train.cutmixx=0.0')
   assert code == 2 and err.startswith('error: unknown configuration field train.cutmixx; did you mean '), err
+
+
+@pytest.mark.parametrize('broken', ['compiler', 'native_dense.cc', 'native_inference.cc', 'place', None])
+def test_kernels_are_used_only_where_they_compile(machine, tmp_path, broken):
+  compiler = tmp_path / 'compiler'
+  compiler.write_text('#!/bin/sh\necho "error: no header" >&2\nexit 1\n')
+  compiler.chmod(0o755)
+  machine.delenv('PARANET_NATIVE')
+  machine.setenv('CXX', str(compiler))
+  machine.setattr(native, 'cpu_features', lambda: frozenset(native_dense.FEATURES))
+  machine.setattr(native.platform, 'system', lambda: 'Linux')
+  machine.setattr(native.platform, 'machine', lambda: 'x86_64')
+  machine.setattr(native_dense, '_compiled', native_dense._compiled.__wrapped__)  # Without what other tests compiled.
+  machine.setattr(native_inference, '_registered', native_inference._registered.__wrapped__)
+  if broken == 'place':
+    (tmp_path / 'native').write_text('')
+  elif broken != 'compiler':
+    for module in (native_dense, native_inference):
+      machine.setattr(module, 'shared_library', lambda source, *_: None if source.name == broken else source)
+      machine.setattr(module, 'opened', lambda file: file)
+      machine.setattr(module, 'register', lambda *_: None)
+  code, out, err = run_command(main, '--json')
+  assert (code, json.loads(out)['kernels']) == (0, 'they cannot be compiled, kept or loaded' if broken else 'used')
+  found = [line.split(':')[1].split()[0] for line in err.splitlines()]
+  assert found == (['native_dense.cc', 'native_inference.cc'] if broken == 'compiler' else [])
+  machine.setenv('CXX', 'no-such-compiler')
+  assert json.loads(run_command(main, '--json').out)['kernels'] == 'no compiler no-such-compiler'
+  machine.setattr(report.jax, 'default_backend', lambda: 'gpu')
+  assert report._kernels() == 'jax computes on gpu'
 
 
 def test_wrong_numbers_crashes_and_what_to_do(machine):

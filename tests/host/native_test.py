@@ -1,7 +1,9 @@
 """Libraries in C++: compiled once, kept, and left out where they cannot be."""
 
 import ctypes
+import os
 import shutil
+import subprocess
 
 import pytest
 
@@ -28,7 +30,7 @@ def test_compiled_once_for_each_source_and_definition(tmp_path, cache, monkeypat
   assert ctypes.CDLL(str(first)).answer() == 42
   second = native.shared_library(source, {'ANSWER': 43}, str(tmp_path))
   assert ctypes.CDLL(str(second)).answer() == 43
-  monkeypatch.setattr(native.subprocess, 'run', None)
+  monkeypatch.setattr(native, '_run', None)
   assert native.shared_library(source, {'ANSWER': 42}, str(tmp_path)) == first
   assert sorted(cache.iterdir()) == sorted([first, second])
 
@@ -69,6 +71,29 @@ def test_one_line_says_that_a_library_cannot_be_loaded(tmp_path, capsys):
   assert native.opened(file) is None
   out = ''.join(capsys.readouterr())
   assert out.count('\n') == 1 and f'{file}: file too short' in out and f'remove {file}, or set PARANET_CACHE_DIR' in out
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no FIFOs')
+def test_a_compiler_that_does_not_end_is_ended_with_what_it_started(tmp_path, cache, monkeypatch, capsys):
+  source, compiler, fifo = tmp_path / 'answer.cc', tmp_path / 'driver', tmp_path / 'fifo'
+  source.write_text('')
+  compiler.write_text(f'#!/bin/sh\nsh -c "exec 3>{fifo}; echo started >&3; sleep 5; echo outlived >&3"\n:\n')
+  compiler.chmod(0o755)
+  os.mkfifo(fifo)
+  monkeypatch.setenv('CXX', str(compiler))
+  told = []
+
+  def communicate(process, input=None, timeout=None):
+    told.append(fifo.open('rb', buffering=0))
+    told.append(told[0].readline())
+    raise subprocess.TimeoutExpired(process.args, timeout)
+
+  monkeypatch.setattr(native.subprocess.Popen, 'communicate', communicate)
+  assert native.shared_library(source, {}, str(tmp_path)) is None
+  with told[0] as rest:
+    assert (told[1], rest.read()) == (b'started\n', b'')  # Nothing writes any more.
+  out = ''.join(capsys.readouterr())
+  assert out.count('\n') == 1 and 'timed out after 120.0 seconds' in out and list(cache.iterdir()) == []
 
 
 def test_no_place_to_keep_it(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 import tiny
 from running import CONFIGS, refusal
 
+from paranet_jax.base_config import base_config
+from paranet_jax.config import validate
 from paranet_jax.models.fractalnet import FractalNet
 from paranet_jax.models.layers.dense_block import Moments
 from paranet_jax.models.msdnet import MSDNet
@@ -105,6 +107,18 @@ def test_equal_models_are_equal():
     ),
     (
       'pn3_ddd',
+      ('train.regime=disjoint', 'loss.conflict_averse=0.4'),
+      "loss.conflict_averse is about parameters that exits train together, found train.regime 'disjoint'; set "
+      '--config.loss.conflict_averse=0, or --config.train.regime',
+    ),
+    (
+      'pn3_ddd',
+      ('name=PN3-xdx', 'loss.conflict_averse=0.4'),
+      'loss.conflict_averse is about parameters that exits train together, and PN3-xdx trains exit 2 alone; set '
+      '--config.loss.conflict_averse=0',
+    ),
+    (
+      'pn3_ddd',
       ('name=PN3-x3d', 'loss.sample_weight=0.3'),
       'loss.sample_weight weighs images between exits that learn from labels, and PN3-x3d has fewer than two; set '
       '--config.loss.sample_weight=0',
@@ -134,3 +148,9 @@ def test_networks_that_are_no_graph_are_refused_before_data_is_read():
     "loss.own_channels needs a network whose exits lie along a chain or a graph of layers, found 'fractalnet'; set "
     '--config.loss.own_channels=0, or another --config'
   )
+
+
+def test_exits_that_train_together_in_the_end_may_have_conflicts():
+  config = base_config('PN2-dd')
+  config.train.regime, config.loss.conflict_averse = 'mixed', 0.4
+  validate(config)

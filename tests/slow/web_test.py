@@ -8,8 +8,10 @@ from pathlib import Path
 
 import browser
 import numpy as np
+import onnx
 import pytest
 import tiny_bundle
+from onnx import helper, numpy_helper
 from PIL import Image
 
 from paranet_jax.export import __main__ as export
@@ -242,6 +244,58 @@ def test_unknown_images_and_sets(page, tiny, files, tmp_path):
       assert 0 < expected.unknown.sum() < COUNT
       sets = [np.flatnonzero(row).tolist() for row in bundle.sets(expected)]
       assert [sorted(answer['set']) for answer in found] == sets and len(set(map(len, sets))) > 1
+
+
+def overflowing(bundle, folder):
+  """A copy of a bundle whose first exit gives white images logits of NaN."""
+  shutil.copytree(bundle, folder)
+  model = onnx.load(folder / 'stage_1.onnx')
+  next(node for node in model.graph.node if node.output[0] == 'logits').output[0] = 'plain'
+  for name, value in (('grey', 1.9), ('large', 1e38)):
+    model.graph.initializer.append(numpy_helper.from_array(np.array([value], np.float32), name))
+  model.graph.node.extend(
+    [
+      helper.make_node('ReduceMin', ['flat'], ['darkest'], axes=[1], keepdims=1),
+      helper.make_node('Sub', ['darkest', 'grey'], ['above']),
+      helper.make_node('Relu', ['above'], ['white']),
+      helper.make_node('Mul', ['white', 'large'], ['huge']),
+      helper.make_node('Mul', ['huge', 'huge'], ['infinite']),
+      helper.make_node('Sub', ['infinite', 'infinite'], ['nan']),  # 0 for other images.
+      helper.make_node('Add', ['plain', 'nan'], ['logits']),
+    ]
+  )
+  onnx.save(model, folder / 'stage_1.onnx')
+  facts = json.loads((folder / run.BUNDLE).read_text())
+  facts['checksums']['stage_1.onnx'] = hashlib.sha256((folder / 'stage_1.onnx').read_bytes()).hexdigest()
+  (folder / run.BUNDLE).write_text(json.dumps(facts))
+  return folder
+
+
+def test_an_image_whose_answer_is_not_finite_has_none(page, tiny, files, tmp_path):
+  """Later exits may answer it; at the first one, others have their answers."""
+  Image.new('RGB', (8, 8), 'white').save(tmp_path / 'white.png')
+  chosen = [*files[:3], tmp_path / 'white.png']
+  folder = overflowing(tiny, tmp_path / 'bundle')
+  bundle = run.load(folder)
+  images, shown = read(bundle, chosen), '[...document.querySelectorAll(".card")].map(card => card.dataset.exit)'
+  with browser.served(folder) as address:
+    opened(page, address)
+    page.choose('#files', chosen)
+    page.wait(f'{ANSWERED} === 4 && !document.body.innerText.includes("so far")')
+    expected = bundle.predict(images)
+    assert expected.finite.all() and expected.exits[3] > 1
+    assert page.value(shown)[::-1] == [str(number) for number in expected.exits]
+    assert 'Exit 1: not finite' in page.text()
+    page.value('document.getElementById("budget").value = 1; document.getElementById("budget").oninput(); 0')
+    assert bundle.with_budget(10).predict(images).finite.tolist() == [True, True, True, False]
+    assert page.value(shown)[::-1] == ['1', '1', '1', '']
+    assert "white.png\n\nNo answer: the network's numbers for this image are not finite." in page.text()
+    assert '3 (100.0 %)' in page.text() and 'NaN' not in page.text()
+    page.choose('#files', chosen[3:])
+    page.wait(f'{ANSWERED} === 5 && document.getElementById("state").className === "wrong"')
+    said = "white.png: No answer: the network's numbers for this image are not finite."
+    assert page.value('document.getElementById("state").textContent') == said
+  assert page.errors == []
 
 
 def test_use(page, tiny, files, tmp_path):

@@ -7,7 +7,9 @@ import shlex
 import pytest
 from queues import FakeQueue, write_run
 
+from paranet_jax.base_config import base_config
 from paranet_jax.costs import describe
+from paranet_jax.experiments.protocols import reductions
 from paranet_jax.experiments.queue import state
 from paranet_jax.experiments.queue.estimate import seconds_left, status_table
 from paranet_jax.experiments.queue.file import read_queue
@@ -72,7 +74,7 @@ def test_paths_in_rows_are_from_here(tmp_path, monkeypatch):
   fake = FakeQueue(tmp_path, QUEUE.replace("data.name = 'digits'", "data.name = 'digits', init_from = 'runs/other'"))
   fake.write('plain-s0', 4)
   found = results(read_queue(fake.path), fake.workdir, {})
-  assert 'init_from:  -> runs/other' in found['rows'][0]['reduced']
+  assert "init_from: '' -> runs/other" in found['rows'][0]['reduced']
 
 
 def test_results(queue):
@@ -98,6 +100,20 @@ def test_results(queue):
   assert (compared['seeds'], compared['mean'], compared['std']) == ([1], pytest.approx(35), None)
   # Both have epoch 2, with equal accuracies.
   assert compared['partial'] == [{'seed': 2, 'epoch': 2, 'difference': 0}]
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'expected'),
+  [
+    ('step', ['train.drop_factor: 0.1 -> 0.2', f'train.drops: ({50 / 130}, {100 / 130}) -> (0.5, 0.75)']),
+    ('one_cycle', ['train.schedule: step -> one_cycle']),
+    ('constant', ['train.schedule: step -> constant']),
+  ],
+)
+def test_drops_differ_from_the_paper_only_where_the_schedule_drops(schedule, expected):
+  config = base_config()
+  config.train.update(schedule=schedule, drops=(0.5, 0.75), drop_factor=0.2)
+  assert reductions(config) == expected
 
 
 def test_runs_that_have_no_epoch_in_common_are_not_compared(queue):
