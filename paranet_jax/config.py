@@ -15,7 +15,16 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.host.fields import numbers
 from paranet_jax.models import registry
 from paranet_jax.models.registry import COMMON, build_model, family_names, find_family
-from paranet_jax.targets import GIVEN, LABELS, Targets, check_regime, distill_teachers, exits_targets, trained_exits
+from paranet_jax.targets import (
+  GIVEN,
+  LABELS,
+  Targets,
+  check_regime,
+  distill_teachers,
+  exits_targets,
+  matches_exits,
+  trained_exits,
+)
 
 __all__ = ['build_model']  # Also derived from a configuration.
 
@@ -333,7 +342,7 @@ def _check_training(config: ConfigDict) -> None:
 
 
 def _check_teacher(config: ConfigDict) -> None:
-  loss, matches = config.loss, any(target and target > 0 for target in targets(config))
+  loss, matches = config.loss, matches_exits(targets(config))
   if loss.match_from_epoch:
     if not matches or config.train.regime != 'joint':
       raise UserError(

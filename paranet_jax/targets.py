@@ -88,6 +88,11 @@ def trained_exits(targets: Targets) -> tuple[int, ...]:
   return tuple(number for number, target in enumerate(targets, 1) if target is not None)
 
 
+def matches_exits(targets: Targets) -> bool:
+  """Whether an exit matches the logits of another one."""
+  return any(target is not None and target > 0 for target in targets)
+
+
 def exits_targets(num_exits: int, learn_from: str, new_last: bool = False) -> Targets:
   """The targets of the regime 'exits'.
 

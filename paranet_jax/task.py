@@ -38,7 +38,7 @@ from paranet_jax.models.linked import trained_by_its_exits
 from paranet_jax.models.own_channels import with_own_channels
 from paranet_jax.optim import Schedule, decay_mask, make_optimizer, make_schedule
 from paranet_jax.steps import Beside, Objective, Preprocessing, TrainState, init_state, make_train_step
-from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, trained_exits
+from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, matches_exits, trained_exits
 
 _MACHINE_FIELDS = (*config_lib.PATHS, 'data.workers')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
@@ -439,7 +439,7 @@ def _check_shift(task: Task) -> None:
 
 def _check_labels_beside(task: Task) -> None:
   """Raises UserError if `loss.hard_label_weight` would weigh nothing, as exits match logits by squared error alone."""
-  loss, matches = task.config.loss, any(target and target != GIVEN for target in task.targets)
+  loss, matches = task.config.loss, matches_exits(task.targets)
   if matches and loss.hard_label_weight and loss.matching == 'squared_error' and not task.objective.teachers:
     raise UserError(
       f'loss.hard_label_weight {loss.hard_label_weight:g} is the share of labels beside distillation, and '
@@ -450,7 +450,7 @@ def _check_labels_beside(task: Task) -> None:
 
 def _check_mirrored(task: Task) -> None:
   """Raises UserError if `loss.match_mirrored` would change nothing, as exits match neither logits nor features."""
-  loss, matches = task.config.loss, any(target and target != GIVEN for target in task.targets)
+  loss, matches = task.config.loss, matches_exits(task.targets)
   if loss.match_mirrored and not (matches or task.objective.teachers or loss.match_features):
     raise UserError(
       'loss.match_mirrored is about exits that match the last one, and those of '

@@ -15,6 +15,7 @@ from paranet_jax.targets import (
   distill_teachers,
   exits_targets,
   make_phases,
+  matches_exits,
   parse_name,
   trained_exits,
 )
@@ -105,6 +106,13 @@ def test_suffixes_are_refused(name, message):
   text = str(error.value)
   assert text.startswith(f'name {name!r}: {message}')
   assert text.splitlines() == [text]
+
+
+@pytest.mark.parametrize(
+  'targets, expected', [((None, 3, LABELS), True), ((LABELS, None), False), ((LABELS, GIVEN), False)]
+)
+def test_matches_exits(targets, expected):
+  assert matches_exits(targets) is expected
 
 
 def test_trained_exits():
