@@ -1,100 +1,32 @@
-// Vectors of 16 floats, scratch memory and threads of the kernels in native_*.cc.
+// Images in vectors, scratch memory and threads of the kernels in native_*.cc.
 //
 // Arrays are float32, or bfloat16 in memory only.
 
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
 
+#include "native_vectors.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-using Vector = __m512;
-using Mask = __mmask16;
-constexpr int64_t kLanes = 16;
 constexpr int64_t kImages = kLanes;  // Of a vector, where it holds the same number of several images.
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : Mask((1u << std::max<int64_t>(n, 0)) - 1); }
-
-Vector load(const float* from, Mask mask) { return _mm512_maskz_loadu_ps(mask, from); }
-Vector load(const float* from) { return _mm512_loadu_ps(from); }
-Vector load(const BFloat16* from, Mask mask) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-Vector load(const BFloat16* from) { return load(from, Mask(0xffff)); }
-
-void store(float* to, Vector v, Mask mask) { _mm512_mask_storeu_ps(to, mask, v); }
-void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
-void store(BFloat16* to, Vector v, Mask mask) {  // Rounds to nearest, ties to even.
-  __m512i bits = _mm512_castps_si512(v);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-void store(BFloat16* to, Vector v) { store(to, v, Mask(0xffff)); }
-
-// A NaN stays one: where an operand is NaN, the second is taken.
-Vector relu(Vector v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
-
-void add_to(float* to, Vector v) { store(to, _mm512_add_ps(load(to), v)); }
-
-// 16 x 16 numbers: row i, lane j to row j, lane i.
-void transpose(Vector (&v)[kLanes]) {
-  Vector t[kLanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-    v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-    v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
-    v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
-  }
-}
 
 // `count` numbers of each of 16 images, `stride` apart, to vectors of 16 images.
 template <class T>
 void gather(const T* from, int64_t stride, int64_t count, float* to) {
   for (int64_t c = 0; c < count; c += kLanes) {
-    Mask mask = first_lanes(count - c);
+    Lanes lanes = first_lanes(count - c);
     Vector v[kLanes];
-    for (int64_t image = 0; image < kImages; ++image) v[image] = load(from + image * stride + c, mask);
+    for (int64_t image = 0; image < kImages; ++image) v[image] = load(from + image * stride + c, lanes);
     transpose(v);
     for (int64_t i = 0; i < std::min(kLanes, count - c); ++i) store(to + (c + i) * kImages, v[i]);
   }
@@ -103,12 +35,12 @@ void gather(const T* from, int64_t stride, int64_t count, float* to) {
 template <class T>
 void scatter(const float* from, int64_t count, T* to, int64_t stride) {
   for (int64_t c = 0; c < count; c += kLanes) {
-    Mask mask = first_lanes(count - c);
+    Lanes lanes = first_lanes(count - c);
     Vector v[kLanes];
     for (int64_t i = 0; i < kLanes; ++i)
-      v[i] = i < count - c ? load(from + (c + i) * kImages) : _mm512_setzero_ps();
+      v[i] = i < count - c ? load(from + (c + i) * kImages) : zero();
     transpose(v);
-    for (int64_t image = 0; image < kImages; ++image) store(to + image * stride + c, v[image], mask);
+    for (int64_t image = 0; image < kImages; ++image) store(to + image * stride + c, v[image], lanes);
   }
 }
 

@@ -1,4 +1,4 @@
-// Passes of a dense layer on CPUs with AVX-512, called by native_dense.py, which says what each computes.
+// Passes of a dense layer on CPUs with AVX-512 or AVX2, called by native_dense.py, which says what each computes.
 //
 // XLA's CPU compiler writes every activation to memory between two operations. Here the activation, its product and the
 // statistics of the result are one pass, in tiles that stay in the caches. Products are added up in float32; arrays are
@@ -29,24 +29,19 @@ void sum_of(ffi::ThreadPool& pool, const float* partial, int64_t tasks, int64_t 
   parallel(pool, (size + kChunk - 1) / kChunk, [&](int64_t chunk) {
     int64_t end = std::min(size, (chunk + 1) * kChunk);
     for (int64_t c = chunk * kChunk; c < end; c += kLanes) {
-      Mask mask = first_lanes(end - c);
-      Vector sum = load(partial + c, mask);
-      for (int64_t i = 1; i < tasks; ++i) sum = _mm512_add_ps(sum, load(partial + i * stride + c, mask));
-      store(out + c, sum, mask);
+      Lanes lanes = first_lanes(end - c);
+      Vector sum = load(partial + c, lanes);
+      for (int64_t i = 1; i < tasks; ++i) sum = sum + load(partial + i * stride + c, lanes);
+      store(out + c, sum, lanes);
     }
   });
 }
 
 // [rows, columns] -> [columns, stride]; stride is a multiple of the lanes, and the end of each row is zero.
 void transpose(const float* from, int64_t rows, int64_t columns, float* to, int64_t stride) {
-  __m512i index = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(columns)));
   for (int64_t r = 0; r < stride; r += kLanes) {
-    Mask mask = first_lanes(rows - r);
-    for (int64_t c = 0; c < columns; ++c) {
-      store(to + c * stride + r,
-            _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, from + r * columns + c, 4));
-    }
+    Lanes lanes = first_lanes(rows - r);
+    for (int64_t c = 0; c < columns; ++c) store(to + c * stride + r, strided(from + r * columns + c, columns, lanes));
   }
 }
 
@@ -63,25 +58,46 @@ struct Normalizer {
   std::vector<float> mean, rstd;
 };
 
-// out[i][v] += sum over k of a[i * row + k * column] b[k * ldb + 16 v ...], i < M, v < N. Where b's rows are not whole
-// vectors (PART), `last` has the lanes of the last one.
-template <int M, int N, bool PART = false>
-__attribute__((always_inline)) inline void product(const float* a, int64_t row, int64_t column, const float* b,
-                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N], Mask last = 0) {
+// out[i][V + v] += sum over k of a[i * row + k * column] b[k * ldb + 16 (V + v) ...], i < M, v < N, all in
+// registers. Where b's rows are not whole vectors (PART), `last` has the lanes of the last one.
+template <int V, int M, int N, bool PART, int COLUMNS>
+__attribute__((always_inline)) inline void product_tile(const float* a, int64_t row, int64_t column, const float* b,
+                                                        int64_t ldb, int64_t depth, Vector (&out)[M][COLUMNS],
+                                                        Lanes last) {
+  Vector sums[M][N];
+#pragma GCC unroll 24
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) sums[i][v] = out[i][V + v];
   for (int64_t k = 0; k < depth; ++k) {
     Vector right[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
-      const float* from = b + k * ldb + v * kLanes;
-      right[v] = PART && v == N - 1 ? load(from, last) : load(from);
+      const float* from = b + k * ldb + (V + v) * kLanes;
+      right[v] = PART && V + v == COLUMNS - 1 ? load(from, last) : load(from);
     }
 #pragma GCC unroll 24
     for (int i = 0; i < M; ++i) {
-      Vector left = _mm512_set1_ps(a[i * row + k * column]);
+      Vector left = all(a[i * row + k * column]);
 #pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) out[i][v] = _mm512_fmadd_ps(left, right[v], out[i][v]);
+      for (int v = 0; v < N; ++v) sums[i][v] = fmadd(left, right[v], sums[i][v]);
     }
   }
+#pragma GCC unroll 24
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) out[i][V + v] = sums[i][v];
+}
+
+// The same of all of out, a tile of registers after another.
+template <int M, int N, bool PART = false, int V = 0>
+__attribute__((always_inline)) inline void product(const float* a, int64_t row, int64_t column, const float* b,
+                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N],
+                                                   Lanes last = Lanes(0)) {
+  constexpr int kTogether = M * N <= kRegisters ? N : kRegisters / M;
+  static_assert(kTogether > 0 && N % kTogether == 0);
+  product_tile<V, M, kTogether, PART>(a, row, column, b, ldb, depth, out, last);
+  if constexpr (V + kTogether < N) product<M, N, PART, V + kTogether>(a, row, column, b, ldb, depth, out, last);
 }
 
 template <int M, int N>
@@ -89,7 +105,7 @@ void clear(Vector (&out)[M][N]) {
 #pragma GCC unroll 24
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) out[i][v] = _mm512_setzero_ps();
+    for (int v = 0; v < N; ++v) out[i][v] = zero();
 }
 
 // The register tile of M rows that begin `stride` apart.
@@ -109,8 +125,8 @@ __attribute__((always_inline)) inline void store_tile(float* to, int64_t stride,
     for (int v = 0; v < N; ++v) store(to + i * stride + v * kLanes, out[i][v]);
 }
 
-// Rows of a register tile that is N vectors wide: 24 accumulators.
-constexpr int tile_rows(int n) { return n >= 24 ? 1 : 24 / n; }
+// Rows of a tile that is n vectors wide: as many as the registers have room for, or `product` cuts it into columns.
+constexpr int tile_rows(int n) { return kRegisters < 24 ? kRegisters : n >= 24 ? 1 : 24 / n; }
 
 // ---------------------------------------------------------------------------------------------------- bottleneck
 
@@ -128,9 +144,9 @@ void bottleneck_tile(const T* x, int64_t count, int64_t stride, const float* sca
       for (int i = 0; i < live; ++i) {
         const T* row = x + (r + i) * stride + first;
         for (int64_t c = 0; c < depth; c += kLanes) {
-          Mask mask = first_lanes(depth - c);
+          Lanes lanes = first_lanes(depth - c);
           _mm_prefetch(reinterpret_cast<const char*>(row + kRows * stride + c), _MM_HINT_T1);
-          Vector a = _mm512_fmadd_ps(load(row + c, mask), load(scale + first + c, mask), load(shift + first + c, mask));
+          Vector a = fmadd(load(row + c, lanes), load(scale + first + c, lanes), load(shift + first + c, lanes));
           store(panel + i * kDepth + c, relu(a));
         }
       }
@@ -165,8 +181,8 @@ void bottleneck(ffi::ThreadPool pool, const T* x, int64_t rows, int64_t stride, 
         T* to = z + (begin + r) * kWidth + v * kLanes;
         Vector value = load(tile + r * kWidth + v * kLanes);
         store(to, value);
-        sums[0][v] = _mm512_add_ps(sums[0][v], value);
-        sums[1][v] = _mm512_fmadd_ps(value, value, sums[1][v]);
+        sums[0][v] = sums[0][v] + value;
+        sums[1][v] = fmadd(value, value, sums[1][v]);
       }
     }
     for (int i = 0; i < 2; ++i)
@@ -201,7 +217,7 @@ void activate(const Images& images, const T* z, int64_t count, const Normalizer&
   Vector mean[N], factor[N], add[N];
   for (int v = 0; v < N; ++v) {
     mean[v] = load(norm.mean.data() + v * kLanes);
-    factor[v] = _mm512_mul_ps(load(scale + v * kLanes), load(norm.rstd.data() + v * kLanes));
+    factor[v] = load(scale + v * kLanes) * load(norm.rstd.data() + v * kLanes);
     add[v] = load(shift + v * kLanes);
   }
   for (int64_t image = 0; image < count; ++image)
@@ -210,7 +226,7 @@ void activate(const Images& images, const T* z, int64_t count, const Normalizer&
       for (int64_t c = 0; c < images.width; ++c, z += kWidth, to += kWidth)
 #pragma GCC unroll 8
         for (int v = 0; v < N; ++v) {
-          Vector value = _mm512_fmadd_ps(_mm512_sub_ps(load(z + v * kLanes), mean[v]), factor[v], add[v]);
+          Vector value = fmadd(load(z + v * kLanes) - mean[v], factor[v], add[v]);
           store(to + v * kLanes, relu(value));
         }
     }
@@ -267,13 +283,13 @@ void convolve(ffi::ThreadPool pool, const T* z, const float* z_means, const floa
           for (int v = 0; v < G; ++v) {
             Vector value = load(values + (images.place(image, r) + c) * kOut + v * kLanes);
             store(to + v * kLanes, value, first_lanes(growth - v * kLanes));
-            sums[0][v] = _mm512_add_ps(sums[0][v], value);
-            sums[1][v] = _mm512_fmadd_ps(value, value, sums[1][v]);
+            sums[0][v] = sums[0][v] + value;
+            sums[1][v] = fmadd(value, value, sums[1][v]);
           }
     for (int i = 0; i < 2; ++i)
       for (int v = 0; v < G; ++v) {
-        Mask mask = first_lanes(growth - v * kLanes);
-        store(partial.data + (group * 2 + i) * growth + v * kLanes, sums[i][v], mask);
+        Lanes lanes = first_lanes(growth - v * kLanes);
+        store(partial.data + (group * 2 + i) * growth + v * kLanes, sums[i][v], lanes);
       }
   });
   mean_of(partial.data, images.groups, 2 * growth, batch * height * width, means);
@@ -289,9 +305,9 @@ void append(ffi::ThreadPool pool, T* x, int64_t rows, int64_t stride, const T* y
   parallel(pool, (rows + kChunk - 1) / kChunk, [&](int64_t chunk) {
     for (int64_t r = chunk * kChunk; r < std::min(rows, (chunk + 1) * kChunk); ++r)
       for (int64_t c = 0; c < growth; c += kLanes) {
-        Mask mask = first_lanes(growth - c);
-        Vector value = _mm512_sub_ps(load(y + r * growth + c, mask), load(norm.mean.data() + c));
-        store(x + r * stride + offset + c, _mm512_mul_ps(value, load(norm.rstd.data() + c)), mask);
+        Lanes lanes = first_lanes(growth - c);
+        Vector value = load(y + r * growth + c, lanes) - load(norm.mean.data() + c);
+        store(x + r * stride + offset + c, value * load(norm.rstd.data() + c), lanes);
       }
   });
 }
@@ -307,15 +323,15 @@ void append_means(ffi::ThreadPool pool, const T* g, int64_t rows, int64_t stride
   Floats partial(tasks * 2 * growth);
   parallel(pool, tasks, [&](int64_t task) {
     for (int64_t c = 0; c < growth; c += kLanes) {
-      Mask mask = first_lanes(growth - c);
-      Vector sum = _mm512_setzero_ps(), product = sum;
+      Lanes lanes = first_lanes(growth - c);
+      Vector sum = zero(), product = sum;
       for (int64_t r = task * kChunk; r < std::min(rows, (task + 1) * kChunk); ++r) {
-        Vector value = load(g + r * stride + offset + c, mask);
-        sum = _mm512_add_ps(sum, value);
-        product = _mm512_fmadd_ps(value, load(x + r * x_stride + offset + c, mask), product);
+        Vector value = load(g + r * stride + offset + c, lanes);
+        sum = sum + value;
+        product = fmadd(value, load(x + r * x_stride + offset + c, lanes), product);
       }
-      store(partial.data + task * 2 * growth + c, sum, mask);
-      store(partial.data + (task * 2 + 1) * growth + c, product, mask);
+      store(partial.data + task * 2 * growth + c, sum, lanes);
+      store(partial.data + (task * 2 + 1) * growth + c, product, lanes);
     }
   });
   mean_of(partial.data, tasks, 2 * growth, rows, means);
@@ -327,7 +343,8 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
                        const float* shift, const float* kernel, int64_t batch, int64_t height, int64_t width,
                        int64_t growth, T* u, float* u_means, float* dkernel) {
   constexpr int M = tile_rows(N);
-  constexpr int kOuts = N <= 4 ? 2 : 1;
+  constexpr int kOuts = N <= 4 || kRegisters < 24 ? 2 : 1;  // Channels of y at once, with 3 taps,
+  constexpr int kColumns = kRegisters < 24 ? kRegisters / (3 * kOuts) : N;  // for so many vectors of z's channels.
   constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes, kChunk = 64;
   Images images(batch, height, width);
   Normalizer norm(z_means, kWidth), y_norm(y_means, growth);
@@ -360,12 +377,11 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
           for (int64_t c = 0; c < width; ++c, ++n)
             for (int v = 0; v < G; ++v) {
               int64_t o = v * kLanes;
-              Mask mask = first_lanes(growth - o);
-              Vector value = _mm512_sub_ps(load(g + n * stride + offset + o, mask), load(g_means + o, mask));
-              value = _mm512_fnmadd_ps(load(x + n * x_stride + offset + o, mask),
-                                       load(g_means + growth + o, mask), value);
-              value = _mm512_mul_ps(value, load(y_norm.rstd.data() + o));
-              store(dy + (images.place(image, r) + c) * kOut + o, _mm512_maskz_mov_ps(mask, value));
+              Lanes lanes = first_lanes(growth - o);
+              Vector value = load(g + n * stride + offset + o, lanes) - load(g_means + o, lanes);
+              value = fnmadd(load(x + n * x_stride + offset + o, lanes), load(g_means + growth + o, lanes), value);
+              value = value * load(y_norm.rstd.data() + o);
+              store(dy + (images.place(image, r) + c) * kOut + o, value);
             }
       for (int64_t p = images.first; p < images.end; p += M) {
         Vector out[M][N];
@@ -383,12 +399,11 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
             int64_t p = (images.place(image, r) + c) * kWidth;
 #pragma GCC unroll 8
             for (int v = 0; v < N; ++v) {
-              Mask on = _mm512_cmp_ps_mask(load(h + p + v * kLanes), _mm512_setzero_ps(), _CMP_GT_OQ);
-              Vector value = load(dh + p + v * kLanes, on);
-              Vector z_hat = _mm512_mul_ps(_mm512_sub_ps(load(from + v * kLanes), mean[v]), rstd[v]);
+              Vector value = keep(positive(load(h + p + v * kLanes)), load(dh + p + v * kLanes));
+              Vector z_hat = (load(from + v * kLanes) - mean[v]) * rstd[v];
               store(to + v * kLanes, value);
-              u_sums[0][v] = _mm512_add_ps(u_sums[0][v], value);
-              u_sums[1][v] = _mm512_fmadd_ps(value, z_hat, u_sums[1][v]);
+              u_sums[0][v] = u_sums[0][v] + value;
+              u_sums[1][v] = fmadd(value, z_hat, u_sums[1][v]);
             }
           }
       // dkernel: in chunks of pixels, whose h and dy stay in the first cache.
@@ -396,32 +411,36 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
         int64_t stop = std::min(images.end, p + kChunk);
         for (int64_t dr = -1; dr <= 1; ++dr)
           for (int64_t o = 0; o < growth; o += kOuts) {
-            Vector out[3 * kOuts][N];
-            float* to = dw + ((dr + 1) * 3 * outs + o) * kWidth;
+            for (int64_t first = 0; first < kWidth; first += kColumns * kLanes) {
+              Vector out[3 * kOuts][kColumns];
+              float* to = dw + ((dr + 1) * 3 * outs + o) * kWidth + first;
 #pragma GCC unroll 6
-            for (int i = 0; i < 3 * kOuts; ++i)
+              for (int i = 0; i < 3 * kOuts; ++i)
 #pragma GCC unroll 8
-              for (int v = 0; v < N; ++v) out[i][v] = load(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes);
-            for (int64_t q = p; q < stop; ++q) {
-              const float* left = h + (q + dr * images.row - 1) * kWidth;
+                for (int v = 0; v < kColumns; ++v)
+                  out[i][v] = load(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes);
+              for (int64_t q = p; q < stop; ++q) {
+                const float* left = h + (q + dr * images.row - 1) * kWidth + first;
 #pragma GCC unroll 3
-              for (int dc = 0; dc < 3; ++dc) {
-                Vector part[N];
+                for (int dc = 0; dc < 3; ++dc) {
+                  Vector part[kColumns];
 #pragma GCC unroll 8
-                for (int v = 0; v < N; ++v) part[v] = load(left + dc * kWidth + v * kLanes);
+                  for (int v = 0; v < kColumns; ++v) part[v] = load(left + dc * kWidth + v * kLanes);
 #pragma GCC unroll 2
-                for (int j = 0; j < kOuts; ++j) {
-                  Vector right = _mm512_set1_ps(dy[q * kOut + o + j]);
+                  for (int j = 0; j < kOuts; ++j) {
+                    Vector right = all(dy[q * kOut + o + j]);
 #pragma GCC unroll 8
-                  for (int v = 0; v < N; ++v)
-                    out[dc * kOuts + j][v] = _mm512_fmadd_ps(part[v], right, out[dc * kOuts + j][v]);
+                    for (int v = 0; v < kColumns; ++v)
+                      out[dc * kOuts + j][v] = fmadd(part[v], right, out[dc * kOuts + j][v]);
+                  }
                 }
               }
-            }
 #pragma GCC unroll 6
-            for (int i = 0; i < 3 * kOuts; ++i)
+              for (int i = 0; i < 3 * kOuts; ++i)
 #pragma GCC unroll 8
-              for (int v = 0; v < N; ++v) store(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes, out[i][v]);
+                for (int v = 0; v < kColumns; ++v)
+                  store(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes, out[i][v]);
+            }
           }
       }
     }
@@ -444,12 +463,12 @@ void block_backward(const float* dz, int64_t count, const float* kernel, int64_t
   constexpr int M = tile_rows(C), L = tile_rows(N);
   constexpr int64_t kWidth = N * kLanes, kBlock = C * kLanes;
   Vector factor[C], add[C], dscales[C], dshifts[C];
-  Mask mask[C];
+  Lanes lanes[C];
   for (int v = 0; v < C; ++v) {
-    mask[v] = first_lanes(channels - v * kLanes);
-    factor[v] = load(scale + v * kLanes, mask[v]);
-    add[v] = load(shift + v * kLanes, mask[v]);
-    dscales[v] = dshifts[v] = _mm512_setzero_ps();
+    lanes[v] = first_lanes(channels - v * kLanes);
+    factor[v] = load(scale + v * kLanes, lanes[v]);
+    add[v] = load(shift + v * kLanes, lanes[v]);
+    dscales[v] = dshifts[v] = zero();
   }
   for (int64_t r = 0; r < count; r += M) {
     Vector out[M][C];
@@ -465,14 +484,14 @@ void block_backward(const float* dz, int64_t count, const float* kernel, int64_t
       for (int v = 0; v < C; ++v) {
         _mm_prefetch(reinterpret_cast<const char*>(from + kRows * x_stride + v * kLanes), _MM_HINT_T1);
         _mm_prefetch(reinterpret_cast<const char*>(to + kRows * g_stride + v * kLanes), _MM_HINT_T1);
-        kept[v] = load(from + v * kLanes, mask[v]);
-        Vector value = _mm512_fmadd_ps(kept[v], factor[v], add[v]);
-        Mask on = _mm512_mask_cmp_ps_mask(mask[v], value, _mm512_setzero_ps(), _CMP_GT_OQ);
-        Vector u = _mm512_maskz_mov_ps(on, out[i][v]);
-        store(a + (r + i) * kBlock + v * kLanes, _mm512_maskz_mov_ps(on, value));
-        dscales[v] = _mm512_fmadd_ps(u, kept[v], dscales[v]);
-        dshifts[v] = _mm512_add_ps(dshifts[v], u);
-        store(to + v * kLanes, _mm512_fmadd_ps(u, factor[v], load(to + v * kLanes, mask[v])), mask[v]);
+        kept[v] = load(from + v * kLanes, lanes[v]);
+        Vector value = fmadd(kept[v], factor[v], add[v]);
+        Mask on = positive(value);  // Not beyond the lanes, where all is zero.
+        Vector u = keep(on, out[i][v]);
+        store(a + (r + i) * kBlock + v * kLanes, keep(on, value));
+        dscales[v] = fmadd(u, kept[v], dscales[v]);
+        dshifts[v] = dshifts[v] + u;
+        store(to + v * kLanes, fmadd(u, factor[v], load(to + v * kLanes, lanes[v])), lanes[v]);
       }
     }
   }
@@ -514,13 +533,13 @@ void bottleneck_backward(ffi::ThreadPool pool, T* g, int64_t rows, int64_t g_str
       for (int v = 0; v < N; ++v) {
         int64_t c = v * kLanes;
         Vector mean = load(norm.mean.data() + c), rstd = load(norm.rstd.data() + c);
-        Vector factor = _mm512_mul_ps(load(scale2 + c), rstd);
+        Vector factor = load(scale2 + c) * rstd;
         Vector u_mean = load(u_means + c), uz_mean = load(u_means + kWidth + c);
         for (int64_t r = 0; r < count; ++r) {
           int64_t at = (begin + r) * kWidth + c;
-          Vector z_hat = _mm512_mul_ps(_mm512_sub_ps(load(z + at), mean), rstd);
-          Vector value = _mm512_fnmadd_ps(z_hat, uz_mean, _mm512_sub_ps(load(u + at), u_mean));
-          store(dz + r * kWidth + c, _mm512_mul_ps(value, factor));
+          Vector z_hat = (load(z + at) - mean) * rstd;
+          Vector value = fnmadd(z_hat, uz_mean, load(u + at) - u_mean);
+          store(dz + r * kWidth + c, value * factor);
         }
       }
       for (int64_t c = 0; c < channels; c += kBlock) {
@@ -575,7 +594,7 @@ void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, 
       float* to = h + (images.place(row / height, row % height) + n % width) * kWidth;
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) {
-        Vector value = _mm512_add_ps(load(tile + r * kWidth + v * kLanes), shift[v]);
+        Vector value = load(tile + r * kWidth + v * kLanes) + shift[v];
         store(to + v * kLanes, relu(value));
       }
     }

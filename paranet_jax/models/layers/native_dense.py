@@ -25,7 +25,7 @@ from paranet_jax.host.kept_programs import asked
 from paranet_jax.host.native import missing, opened, shared_library
 
 SOURCE = Path(__file__).with_suffix('.cc')
-FEATURES = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl')
+FEATURES = ('avx2', 'fma')
 MIN_MACS = 100_000_000
 """Multiply-adds of a block's forward pass, a few milliseconds, from which training is worth compiling kernels for."""
 

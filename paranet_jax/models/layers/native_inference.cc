@@ -1,4 +1,4 @@
-// The forward pass in inference on CPUs with AVX-512, called by native_inference.py, which says what each computes.
+// The forward pass in inference on CPUs with AVX-512 or AVX2, called by native_inference.py, which says what each computes.
 //
 // A vector holds the same number of 16 images. So no lane is lost to channels that fill no vector, a convolution does
 // not compute with the zeros around an image, and pooling needs no shuffles. Images are rearranged when they enter a
@@ -14,25 +14,44 @@ constexpr int kPixels = 4;       // Of a register tile, side by side.
 constexpr int64_t kDepth = 96;   // Channels of a panel: its activations and weights fit the first cache.
 using Element = PARANET_ELEMENT;
 
-// A NaN of either stays one.
-Vector larger(Vector a, Vector b) {
-  return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
-}
-
-// out[i][j] += sum over k of a[i * pixel + k * step ...] b[k * ldb + j], LO <= i < HI.
-template <int LO, int HI, int P, int K>
-__attribute__((always_inline)) inline void product(const float* a, int64_t pixel, int64_t step, const float* b,
-                                                   int64_t ldb, int64_t depth, Vector (&out)[P][K]) {
+// out[i][J + j] += sum over k of a[i * pixel + k * step ...] b[k * ldb + J + j], LO <= i < HI, j < N, all in registers.
+template <int LO, int HI, int J, int N, int P, int K>
+__attribute__((always_inline)) inline void product_tile(const float* a, int64_t pixel, int64_t step, const float* b,
+                                                        int64_t ldb, int64_t depth, Vector (&out)[P][K]) {
+  Vector sums[P][N];
+#pragma GCC unroll 4
+  for (int i = LO; i < HI; ++i)
+#pragma GCC unroll 12
+    for (int j = 0; j < N; ++j) sums[i][j] = out[i][J + j];
   for (int64_t k = 0; k < depth; ++k, a += step, b += ldb) {
     Vector left[P];
 #pragma GCC unroll 4
     for (int i = LO; i < HI; ++i) left[i] = load(a + i * pixel);
 #pragma GCC unroll 12
-    for (int j = 0; j < K; ++j) {
-      Vector right = _mm512_set1_ps(b[j]);
+    for (int j = 0; j < N; ++j) {
+      Vector right = all(b[J + j]);
 #pragma GCC unroll 4
-      for (int i = LO; i < HI; ++i) out[i][j] = _mm512_fmadd_ps(left[i], right, out[i][j]);
+      for (int i = LO; i < HI; ++i) sums[i][j] = fmadd(left[i], right, sums[i][j]);
     }
+  }
+#pragma GCC unroll 4
+  for (int i = LO; i < HI; ++i)
+#pragma GCC unroll 12
+    for (int j = 0; j < N; ++j) out[i][J + j] = sums[i][j];
+}
+
+// The same of all of out, a tile of registers after another.
+template <int LO, int HI, int J = 0, int P, int K>
+__attribute__((always_inline)) inline void product(const float* a, int64_t pixel, int64_t step, const float* b,
+                                                   int64_t ldb, int64_t depth, Vector (&out)[P][K]) {
+  constexpr int kTogether = std::min(K, kRegisters), kEnd = std::min(HI, LO + kRegisters / kTogether);
+  static_assert(K % kTogether == 0);
+  if constexpr (kEnd < HI) {
+    product<LO, kEnd, J>(a, pixel, step, b, ldb, depth, out);
+    product<kEnd, HI, J>(a, pixel, step, b, ldb, depth, out);
+  } else {
+    product_tile<LO, HI, J, kTogether>(a, pixel, step, b, ldb, depth, out);
+    if constexpr (J + kTogether < K) product<LO, HI, J + kTogether>(a, pixel, step, b, ldb, depth, out);
   }
 }
 
@@ -53,10 +72,10 @@ void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const f
       int64_t depth = std::min(kDepth, layer.channels - first);
       const float* x = features + (p * block.total + first) * kImages;
       for (int64_t c = 0; c < depth; ++c) {
-        Vector scale = _mm512_set1_ps(layer.scale[first + c]), shift = _mm512_set1_ps(layer.shift[first + c]);
+        Vector scale = all(layer.scale[first + c]), shift = all(layer.shift[first + c]);
 #pragma GCC unroll 4
         for (int i = 0; i < kPixels; ++i) {
-          Vector a = _mm512_fmadd_ps(load(x + (i * block.total + c) * kImages), scale, shift);
+          Vector a = fmadd(load(x + (i * block.total + c) * kImages), scale, shift);
           store(panel + (c * kPixels + i) * kImages, relu(a));
         }
       }
@@ -67,7 +86,7 @@ void bottleneck_row(const Block& block, const Layer& layer, int64_t row, const f
 #pragma GCC unroll 8
           for (int j = 0; j < K; ++j)
             out[i][j] = first ? load(to + (i * block.bottleneck + n + j) * kImages)
-                              : _mm512_set1_ps(layer.shift2[n + j]);
+                              : all(layer.shift2[n + j]);
         product<0, kPixels>(panel, kImages, kPixels * kImages, layer.kernel + first * block.bottleneck + n,
                             block.bottleneck, depth, out);
         if (first + depth == layer.channels)
@@ -95,7 +114,7 @@ void convolve_row(const Block& block, const Layer& layer, int64_t row, const flo
 #pragma GCC unroll 4
       for (int i = 0; i < kPixels; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < K; ++j) out[i][j] = _mm512_setzero_ps();
+        for (int j = 0; j < K; ++j) out[i][j] = zero();
       for (int64_t dr = -1; dr <= 1; ++dr) {
         if (row + dr < 0 || row + dr >= block.height) continue;
         const float* from = z + ((row + dr) * block.width + p) * pixel;
@@ -182,14 +201,14 @@ void entry(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, int
         for (int64_t n = 0; n < features; n += K) {
           Vector most[K];
 #pragma GCC unroll 12
-          for (int j = 0; j < K; ++j) most[j] = _mm512_set1_ps(-INFINITY);
+          for (int j = 0; j < K; ++j) most[j] = all(-INFINITY);
           for (int64_t r = (row - first) * window; r < (row - first + 1) * window; ++r)
             for (int64_t c = column * window; c < (column + 1) * window; c += P) {
               Vector values[P][K];
 #pragma GCC unroll 4
               for (int i = 0; i < P; ++i)
 #pragma GCC unroll 12
-                for (int j = 0; j < K; ++j) values[i][j] = _mm512_setzero_ps();
+                for (int j = 0; j < K; ++j) values[i][j] = zero();
               for (int64_t dr = 0; dr < 3; ++dr)
                 product<0, P>(image + (r + dr) * row_size + c * channels * kImages, channels * kImages, kImages,
                               kernel + dr * row_channels * features + n, features, row_channels, values);
@@ -212,20 +231,20 @@ template <class T, class U>
 void pooled(ffi::ThreadPool& pool, const T* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
             const float* scale, const float* shift, int64_t rows, int64_t columns, U* out) {
   int64_t out_height = height / rows, out_width = width / columns;
-  Vector share = _mm512_set1_ps(1.f / float(rows * columns));
+  Vector share = all(1.f / float(rows * columns));
   parallel(pool, batch * out_height, [&](int64_t task) {
     const T* from = x + task * rows * width * channels;
     U* to = out + task * out_width * channels;
     for (int64_t column = 0; column < out_width; ++column, from += columns * channels, to += channels)
       for (int64_t c = 0; c < channels; c += kLanes) {
-        Mask mask = first_lanes(channels - c);
-        Vector factor = load(scale + c, mask), add = load(shift + c, mask), sum = _mm512_setzero_ps();
+        Lanes lanes = first_lanes(channels - c);
+        Vector factor = load(scale + c, lanes), add = load(shift + c, lanes), sum = zero();
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < columns; ++j) {
-            Vector value = _mm512_fmadd_ps(load(from + (i * width + j) * channels + c, mask), factor, add);
-            sum = _mm512_add_ps(sum, relu(value));
+            Vector value = fmadd(load(from + (i * width + j) * channels + c, lanes), factor, add);
+            sum = sum + relu(value);
           }
-        store(to + c, _mm512_mul_ps(sum, share), mask);
+        store(to + c, sum * share, lanes);
       }
   });
 }
