@@ -5,7 +5,7 @@ only made from these files. `--render` writes the tables without measuring. The 
 
 Some are measured in parts of about a minute, one after the other: `all.py deploy --part=2` measures the second again,
 and keeps the rest of its file, for machines that are idle for no longer. The rest must be of the same machine and
-versions.
+versions. NAME_avx2 is measured on processors without AVX-512, and NAME on others.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from paranet_jax.display.tables import ABSENT
 from paranet_jax.experiments import markdown
 from paranet_jax.host.arguments import positive
 from paranet_jax.host.errors import UserError, exit_code, say
+from paranet_jax.host.machine import cpu_features, cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / 'benchmarks/results', ROOT / 'docs/speed.md'
@@ -46,6 +47,9 @@ COMMANDS = {
   ),
 }
 """The program and flags of each benchmark."""
+NARROW = {f'{name}_avx2': name for name in ('train_step', 'inference', 'dense_block')}
+"""Those of processors without AVX-512, whose results are kept beside the others, and what they repeat."""
+COMMANDS |= {narrow: COMMANDS[name] for narrow, name in NARROW.items()}
 POINTS = ('start', 'exit 1', 'exit 2', 'exit 3', 'budget 25%', 'budget 50%', 'budget 75%')
 PARTS = {
   'early_exit': (
@@ -80,7 +84,11 @@ def _run(names: Sequence[str], render: bool, part: int | None = None) -> None:
     raise UserError(
       f'expected one benchmark and one of its parts ({parts}), found {" ".join(names) or "none"} --part={part}'
     )
-  for name in () if render else names or COMMANDS:
+  elsewhere = NARROW.keys() if 'avx512f' in cpu_features() else NARROW.values()
+  if not render and (other := next((name for name in names if name in elsewhere), None)):
+    kind, twin = ('without', NARROW[other]) if other in NARROW else ('with', f'{other}_avx2')
+    raise UserError(f'expected a processor {kind} AVX-512 for {other}, found {cpu_name()}; measure {twin}')
+  for name in () if render else names or (name for name in COMMANDS if name not in elsewhere):
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f'{name}.json'
     # All parts: what the file has may be of another machine, which may have had other peers.
@@ -328,6 +336,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
   'dtype_accuracy': dtype_accuracy,
   'dtype_accuracy_cifar100': dtype_accuracy,
 }
+TABLES |= {narrow: TABLES[name] for narrow, name in NARROW.items()}
 
 
 def _faster(ours: float, theirs: float, unit: str) -> float:

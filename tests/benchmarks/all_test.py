@@ -24,6 +24,11 @@ WHERE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def processor_with_avx512(monkeypatch):
+  monkeypatch.setattr(all_benchmarks, 'cpu_features', lambda: {'avx2', 'avx512f'})
+
+
 def row(what, peer, ours, theirs, unit):
   return {'what': what, 'peer': peer, 'batch': 64, 'exit': None, 'ours': ours, 'theirs': theirs, 'unit': unit}
 
@@ -253,3 +258,30 @@ def test_a_whole_benchmark_keeps_nothing_of_another_machine(tmp_path, monkeypatc
   assert all_benchmarks.main(['deploy']) == 0
   found = json.loads((tmp_path / 'deploy.json').read_text())
   assert {row['peer'] for row in found['rows']} == set(found['runtimes']) == {'ours'}
+
+
+@pytest.mark.parametrize(
+  'features, refused, kind, twin',
+  [
+    ({'avx2', 'avx512f'}, 'inference_avx2', 'without', 'inference'),
+    ({'avx2'}, 'train_step', 'with', 'train_step_avx2'),
+  ],
+)
+def test_processors_with_and_without_avx512_have_results_of_their_own(
+  features, refused, kind, twin, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(all_benchmarks, 'RESULTS', tmp_path)
+  monkeypatch.setattr(all_benchmarks, 'PAGE', tmp_path / 'speed.md')
+  (tmp_path / 'speed.md').touch()
+  monkeypatch.setattr(all_benchmarks, 'cpu_features', lambda: features)
+  monkeypatch.setattr(all_benchmarks, 'cpu_name', lambda: 'Test CPU')
+  monkeypatch.setattr(all_benchmarks, 'rendered', lambda page, found: page)
+  measured = []
+  monkeypatch.setattr(all_benchmarks, 'measure', lambda name, part: measured.append(name) or RESULT)
+  assert all_benchmarks.main([refused]) == 2
+  message = f'expected a processor {kind} AVX-512 for {refused}, found Test CPU; measure {twin}'
+  assert capsys.readouterr().err == f'error: {message}\n' and not measured
+  assert all_benchmarks.main([twin]) == 0 and measured == [twin]
+  measured.clear()
+  assert all_benchmarks.main([]) == 0
+  assert twin in measured and refused not in measured and {'deploy', 'service'} <= set(measured)

@@ -1,4 +1,4 @@
-// Passes of a dense layer on CPUs with AVX-512 or AVX2, called by native_dense.py, which says what each computes.
+// Passes of a dense layer on CPUs with AVX2 or AVX-512, called by native_dense.py, which says what each computes.
 //
 // XLA's CPU compiler writes every activation to memory between two operations. Here the activation, its product and the
 // statistics of the result are one pass, in tiles that stay in the caches. Products are added up in float32; arrays are
@@ -58,46 +58,29 @@ struct Normalizer {
   std::vector<float> mean, rstd;
 };
 
-// out[i][V + v] += sum over k of a[i * row + k * column] b[k * ldb + 16 (V + v) ...], i < M, v < N, all in
-// registers. Where b's rows are not whole vectors (PART), `last` has the lanes of the last one.
-template <int V, int M, int N, bool PART, int COLUMNS>
-__attribute__((always_inline)) inline void product_tile(const float* a, int64_t row, int64_t column, const float* b,
-                                                        int64_t ldb, int64_t depth, Vector (&out)[M][COLUMNS],
-                                                        Lanes last) {
-  Vector sums[M][N];
+// out[i][v] += a[i * row] b[16 v ...], i < M, v < N; of the last v LAST lanes. END: nothing may be read behind b.
+template <int64_t LAST, bool END, int M, int N>
+__attribute__((always_inline)) inline void add_products(const float* a, int64_t row, const float* b,
+                                                        Vector (&out)[M][N]) {
+  Vector right[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) right[v] = v == N - 1 ? load_first<LAST, END>(b + v * kLanes) : load(b + v * kLanes);
 #pragma GCC unroll 24
-  for (int i = 0; i < M; ++i)
+  for (int i = 0; i < M; ++i) {
+    Vector left = all(a[i * row]);
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) sums[i][v] = out[i][V + v];
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector right[N];
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) {
-      const float* from = b + k * ldb + (V + v) * kLanes;
-      right[v] = PART && V + v == COLUMNS - 1 ? load(from, last) : load(from);
-    }
-#pragma GCC unroll 24
-    for (int i = 0; i < M; ++i) {
-      Vector left = all(a[i * row + k * column]);
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) sums[i][v] = fmadd(left, right[v], sums[i][v]);
-    }
+    for (int v = 0; v < N; ++v)
+      out[i][v] = v == N - 1 ? fmadd_first<LAST>(left, right[v], out[i][v]) : fmadd(left, right[v], out[i][v]);
   }
-#pragma GCC unroll 24
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) out[i][V + v] = sums[i][v];
 }
 
-// The same of all of out, a tile of registers after another.
-template <int M, int N, bool PART = false, int V = 0>
+// out[i][v] += sum over k of a[i * row + k * column] b[k * ldb + 16 v ...].
+template <int64_t LAST = kLanes, int M, int N>
 __attribute__((always_inline)) inline void product(const float* a, int64_t row, int64_t column, const float* b,
-                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N],
-                                                   Lanes last = Lanes(0)) {
-  constexpr int kTogether = M * N <= kRegisters ? N : kRegisters / M;
-  static_assert(kTogether > 0 && N % kTogether == 0);
-  product_tile<V, M, kTogether, PART>(a, row, column, b, ldb, depth, out, last);
-  if constexpr (V + kTogether < N) product<M, N, PART, V + kTogether>(a, row, column, b, ldb, depth, out, last);
+                                                   int64_t ldb, int64_t depth, Vector (&out)[M][N]) {
+  constexpr bool kPart = LAST < kLanes && !kFreeMasks;
+  for (int64_t k = 0; k < depth - kPart; ++k) add_products<LAST, false>(a + k * column, row, b + k * ldb, out);
+  if (kPart) add_products<LAST, true>(a + (depth - 1) * column, row, b + (depth - 1) * ldb, out);
 }
 
 template <int M, int N>
@@ -125,8 +108,19 @@ __attribute__((always_inline)) inline void store_tile(float* to, int64_t stride,
     for (int v = 0; v < N; ++v) store(to + i * stride + v * kLanes, out[i][v]);
 }
 
-// Rows of a tile that is n vectors wide: as many as the registers have room for, or `product` cuts it into columns.
+// Rows of a register tile of rows that are n vectors wide, and how many of these vectors it has.
 constexpr int tile_rows(int n) { return kRegisters < 24 ? kRegisters : n >= 24 ? 1 : 24 / n; }
+constexpr int tile_columns(int n) { return kRegisters < 24 ? 1 : n; }
+
+// Rows of N vectors in panels of as many vectors as a register tile, each with all of the rows.
+template <int N>
+struct Panels {
+  static constexpr int kColumns = tile_columns(N);
+  static constexpr int64_t kWidth = kColumns * kLanes;
+  static int64_t place(int64_t rows, int64_t row, int v) {
+    return (v / kColumns * rows + row) * kWidth + v % kColumns * kLanes;
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------- bottleneck
 
@@ -150,14 +144,17 @@ void bottleneck_tile(const T* x, int64_t count, int64_t stride, const float* sca
           store(panel + i * kDepth + c, relu(a));
         }
       }
-      Vector out[M][N];
-      if (first == 0) {
-        clear(out);
-      } else {
-        load_tile(tile + r * kWidth, kWidth, out);
+      for (int v = 0; v < N; v += tile_columns(N)) {
+        Vector out[M][tile_columns(N)];
+        float* to = tile + r * kWidth + v * kLanes;
+        if (first == 0) {
+          clear(out);
+        } else {
+          load_tile(to, kWidth, out);
+        }
+        product(panel, kDepth, 1, kernel + first * kWidth + v * kLanes, kWidth, depth, out);
+        store_tile(to, kWidth, out);
       }
-      product<M, N>(panel, kDepth, 1, kernel + first * kWidth, kWidth, depth, out);
-      store_tile(tile + r * kWidth, kWidth, out);
     }
   }
 }
@@ -208,12 +205,12 @@ struct Images {
   int64_t height, width, together, groups, row, positions, first, end;
 };
 
-// h = relu(scale (z - mean) rstd + shift) of a group of images, with borders.
+// h = relu(scale (z - mean) rstd + shift) of a group of images, with borders, in panels of `rows`.
 template <class T, int N>
 void activate(const Images& images, const T* z, int64_t count, const Normalizer& norm, const float* scale,
-              const float* shift, float* h) {
+              const float* shift, int64_t rows, float* h) {
   constexpr int64_t kWidth = N * kLanes;
-  std::memset(h, 0, images.positions * kWidth * 4);
+  std::memset(h, 0, rows * kWidth * 4);
   Vector mean[N], factor[N], add[N];
   for (int v = 0; v < N; ++v) {
     mean[v] = load(norm.mean.data() + v * kLanes);
@@ -222,77 +219,83 @@ void activate(const Images& images, const T* z, int64_t count, const Normalizer&
   }
   for (int64_t image = 0; image < count; ++image)
     for (int64_t r = 0; r < images.height; ++r) {
-      float* to = h + images.place(image, r) * kWidth;
-      for (int64_t c = 0; c < images.width; ++c, z += kWidth, to += kWidth)
+      int64_t to = images.place(image, r);
+      for (int64_t c = 0; c < images.width; ++c, z += kWidth, ++to)
 #pragma GCC unroll 8
         for (int v = 0; v < N; ++v) {
           Vector value = fmadd(load(z + v * kLanes) - mean[v], factor[v], add[v]);
-          store(to + v * kLanes, relu(value));
+          store(h + Panels<N>::place(rows, to, v), relu(value));
         }
     }
 }
 
-// The 3x3 convolution of h, images with borders, at tile_rows(G) positions, by a kernel [3, 3, W, K].
-template <int N, int G>
-void convolve_positions(const Images& images, const float* h, const float* kernel, int64_t growth, int64_t first,
+// A layer's new channels, K, in vectors: how many, the lanes of the last one, and positions of a register tile.
+template <int64_t K>
+struct Growth {
+  static constexpr int kVectors = (K + kLanes - 1) / kLanes;
+  static constexpr int64_t kWidth = kVectors * kLanes, kLast = K - (kVectors - 1) * kLanes;
+  static constexpr int kPositions = tile_rows(kVectors) * (kRegisters < 24 && K <= kLanes / 2 ? 2 : 1);
+};
+
+// The 3x3 convolution of h, images with borders in panels of `rows`, at so many positions, by a kernel [3, 3, W, K].
+template <int N, int64_t K>
+void convolve_positions(const Images& images, const float* h, int64_t rows, const float* kernel, int64_t first,
                         float* values) {
-  constexpr int M = tile_rows(G);
-  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
-  Vector out[M][G];
-  clear(out);
-  for (int64_t dr = -1; dr <= 1; ++dr)
-    for (int64_t dc = -1; dc <= 1; ++dc)
-      product<M, G, true>(h + (first + dr * images.row + dc) * kWidth, kWidth, 1,
-                          kernel + ((dr + 1) * 3 + dc + 1) * kWidth * growth, growth, kWidth, out,
-                          first_lanes(growth - (G - 1) * kLanes));
-  store_tile(values, kOut, out);
+  using New = Growth<K>;
+  constexpr int M = New::kPositions, C = tile_columns(New::kVectors);
+  constexpr int64_t kPanel = Panels<N>::kWidth, kWidth = N * kLanes;
+  for (int v = 0; v < New::kVectors; v += C) {
+    Vector out[M][C];
+    clear(out);
+    for (int64_t panel = 0; panel < N * kLanes; panel += kPanel)
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const float* from = h + (panel / kPanel * rows + first + (tap / 3 - 1) * images.row + tap % 3 - 1) * kPanel;
+        const float* weights = kernel + (tap * kWidth + panel) * K + v * kLanes;
+        if (C == New::kVectors || v + C == New::kVectors) {
+          product<New::kLast>(from, kPanel, 1, weights, K, kPanel, out);
+        } else {
+          product(from, kPanel, 1, weights, K, kPanel, out);
+        }
+      }
+    store_tile(values + v * kLanes, New::kWidth, out);
+  }
 }
 
-// The same at all positions of a group of images.
-template <int N, int G>
-void convolve_group(const Images& images, float* h, const float* kernel, int64_t growth, float* values) {
-  constexpr int M = tile_rows(G);
-  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
-  std::memset(h + images.positions * kWidth, 0, M * kWidth * 4);
-  for (int64_t p = images.first; p < images.end; p += M)
-    convolve_positions<N, G>(images, h, kernel, growth, p, values + p * kOut);
-}
-
-template <class T, int N, int G>
+template <class T, int N, int64_t K>
 void convolve(ffi::ThreadPool pool, const T* z, const float* z_means, const float* scale, const float* shift,
-              const float* kernel, int64_t batch, int64_t height, int64_t width, int64_t growth, T* y, float* means) {
-  constexpr int M = tile_rows(G);
-  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
+              const float* kernel, int64_t batch, int64_t height, int64_t width, T* y, float* means) {
+  using New = Growth<K>;
+  constexpr int64_t kWidth = N * kLanes;
   Images images(batch, height, width);
   Normalizer norm(z_means, kWidth);
-  Floats partial(images.groups * 2 * kOut);
+  Floats partial(images.groups * 2 * New::kWidth);
+  int64_t rows = images.positions + New::kPositions;
   parallel(pool, images.groups, [&](int64_t group) {
     int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
-    float* h = scratch(0, (images.positions + M) * kWidth);
-    float* values = scratch(1, (images.positions + M) * kOut);
+    float* h = scratch(0, rows * kWidth);
+    float* values = scratch(1, rows * New::kWidth);
     const T* from = z + begin * height * width * kWidth;
-    activate<T, N>(images, from, count, norm, scale, shift, h);
-    convolve_group<N, G>(images, h, kernel, growth, values);
-    Vector sums[2][G];
+    activate<T, N>(images, from, count, norm, scale, shift, rows, h);
+    for (int64_t p = images.first; p < images.end; p += New::kPositions)
+      convolve_positions<N, K>(images, h, rows, kernel, p, values + p * New::kWidth);
+    Vector sums[2][New::kVectors];
     clear(sums);
-    T* to = y + begin * height * width * growth;
+    T* to = y + begin * height * width * K;
     for (int64_t image = 0; image < count; ++image)
       for (int64_t r = 0; r < height; ++r)
-        for (int64_t c = 0; c < width; ++c, to += growth)
+        for (int64_t c = 0; c < width; ++c, to += K)
 #pragma GCC unroll 8
-          for (int v = 0; v < G; ++v) {
-            Vector value = load(values + (images.place(image, r) + c) * kOut + v * kLanes);
-            store(to + v * kLanes, value, first_lanes(growth - v * kLanes));
+          for (int v = 0; v < New::kVectors; ++v) {
+            Vector value = load(values + (images.place(image, r) + c) * New::kWidth + v * kLanes);
+            store(to + v * kLanes, value, first_lanes(K - v * kLanes));
             sums[0][v] = sums[0][v] + value;
             sums[1][v] = fmadd(value, value, sums[1][v]);
           }
     for (int i = 0; i < 2; ++i)
-      for (int v = 0; v < G; ++v) {
-        Lanes lanes = first_lanes(growth - v * kLanes);
-        store(partial.data + (group * 2 + i) * growth + v * kLanes, sums[i][v], lanes);
-      }
+      for (int v = 0; v < New::kVectors; ++v)
+        store(partial.data + (group * 2 + i) * K + v * kLanes, sums[i][v], first_lanes(K - v * kLanes));
   });
-  mean_of(partial.data, images.groups, 2 * growth, batch * height * width, means);
+  mean_of(partial.data, images.groups, 2 * K, batch * height * width, means);
 }
 
 // ---------------------------------------------------------------------------------------------------- append
@@ -337,26 +340,27 @@ void append_means(ffi::ThreadPool pool, const T* g, int64_t rows, int64_t stride
   mean_of(partial.data, tasks, 2 * growth, rows, means);
 }
 
-template <class T, int N, int G>
+template <class T, int N, int64_t K>
 void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T* x, int64_t x_stride, int64_t offset,
                        const float* g_means, const float* y_means, const T* z, const float* z_means, const float* scale,
-                       const float* shift, const float* kernel, int64_t batch, int64_t height, int64_t width,
-                       int64_t growth, T* u, float* u_means, float* dkernel) {
-  constexpr int M = tile_rows(N);
-  constexpr int kOuts = N <= 4 || kRegisters < 24 ? 2 : 1;  // Channels of y at once, with 3 taps,
-  constexpr int kColumns = kRegisters < 24 ? kRegisters / (3 * kOuts) : N;  // for so many vectors of z's channels.
-  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes, kChunk = 64;
+                       const float* shift, const float* kernel, int64_t batch, int64_t height, int64_t width, T* u,
+                       float* u_means, float* dkernel) {
+  using New = Growth<K>;
+  constexpr int M = tile_rows(N), C = tile_columns(N);
+  constexpr int kOuts = kRegisters < 24 || N <= 4 ? 2 : 1;  // Channels of y at once, with 3 taps and C vectors of z.
+  constexpr int64_t kWidth = N * kLanes, kPanel = C * kLanes, kOut = New::kWidth, kChunk = 64;
   Images images(batch, height, width);
-  Normalizer norm(z_means, kWidth), y_norm(y_means, growth);
-  int64_t outs = round_up(growth, kOuts), size = 9 * outs * kWidth;
+  Normalizer norm(z_means, kWidth), y_norm(y_means, K);
+  int64_t outs = round_up(K, kOuts), size = 9 * outs * kWidth, rows = images.positions + M;
   int64_t slices = std::min<int64_t>(images.groups, 16);
-  Floats flipped(9 * growth * kWidth), partial(slices * size), sums(slices * 2 * kWidth), total(size);
-  for (int64_t s = 0; s < 9; ++s)
-    transpose(kernel + s * kWidth * growth, kWidth, growth, flipped.data + s * growth * kWidth, kWidth);
+  Floats flipped(9 * K * kWidth), partial(slices * size), sums(slices * 2 * kWidth), total(size);
+  for (int64_t c = 0; c < kWidth; c += kPanel)
+    for (int64_t s = 0; s < 9; ++s)
+      transpose(kernel + (s * kWidth + c) * K, kPanel, K, flipped.data + (c * 9 + s * kPanel) * K, kPanel);
   parallel(pool, slices, [&](int64_t slice) {
-    float* h = scratch(0, (images.positions + M) * kWidth);
-    float* dh = scratch(1, (images.positions + M) * kWidth);
-    float* dy = scratch(2, (images.positions + M + kChunk) * kOut);
+    float* h = scratch(0, rows * kWidth);
+    float* dh = scratch(1, rows * kWidth);
+    float* dy = scratch(2, (rows + kChunk) * kOut);
     float* dw = partial.data + slice * size;
     std::memset(dw, 0, size * 4);
     Vector u_sums[2][N], mean[N], rstd[N];
@@ -370,36 +374,36 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
       int64_t begin = group * images.together, count = std::min(images.together, batch - begin);
       int64_t pixel = begin * height * width;
       const T* from = z + pixel * kWidth;
-      activate<T, N>(images, from, count, norm, scale, shift, h);
-      std::memset(dy, 0, (images.positions + M + kChunk) * kOut * 4);
+      activate<T, N>(images, from, count, norm, scale, shift, rows, h);
+      std::memset(dy, 0, (rows + kChunk) * kOut * 4);
       for (int64_t image = 0, n = pixel; image < count; ++image)
         for (int64_t r = 0; r < height; ++r)
           for (int64_t c = 0; c < width; ++c, ++n)
-            for (int v = 0; v < G; ++v) {
+            for (int v = 0; v < New::kVectors; ++v) {
               int64_t o = v * kLanes;
-              Lanes lanes = first_lanes(growth - o);
+              Lanes lanes = first_lanes(K - o);
               Vector value = load(g + n * stride + offset + o, lanes) - load(g_means + o, lanes);
-              value = fnmadd(load(x + n * x_stride + offset + o, lanes), load(g_means + growth + o, lanes), value);
-              value = value * load(y_norm.rstd.data() + o);
-              store(dy + (images.place(image, r) + c) * kOut + o, value);
+              value = fnmadd(load(x + n * x_stride + offset + o, lanes), load(g_means + K + o, lanes), value);
+              store(dy + (images.place(image, r) + c) * kOut + o, value * load(y_norm.rstd.data() + o));
             }
-      for (int64_t p = images.first; p < images.end; p += M) {
-        Vector out[M][N];
-        clear(out);
-        for (int64_t dr = -1; dr <= 1; ++dr)
-          for (int64_t dc = -1; dc <= 1; ++dc)
-            product<M, N>(dy + (p - dr * images.row - dc) * kOut, kOut, 1,
-                          flipped.data + ((dr + 1) * 3 + dc + 1) * growth * kWidth, kWidth, growth, out);
-        store_tile(dh + p * kWidth, kWidth, out);
-      }
+      for (int64_t p = images.first; p < images.end; p += M)
+        for (int64_t c = 0; c < kWidth; c += kPanel) {
+          Vector out[M][C];
+          clear(out);
+          for (int64_t tap = 0; tap < 9; ++tap)
+            product(dy + (p - (tap / 3 - 1) * images.row - (tap % 3 - 1)) * kOut, kOut, 1,
+                    flipped.data + (c * 9 + tap * kPanel) * K, kPanel, K, out);
+          store_tile(dh + p * kWidth + c, kWidth, out);
+        }
       T* to = u + pixel * kWidth;
       for (int64_t image = 0; image < count; ++image)
         for (int64_t r = 0; r < height; ++r)
           for (int64_t c = 0; c < width; ++c, to += kWidth, from += kWidth) {
-            int64_t p = (images.place(image, r) + c) * kWidth;
+            int64_t p = images.place(image, r) + c;
 #pragma GCC unroll 8
             for (int v = 0; v < N; ++v) {
-              Vector value = keep(positive(load(h + p + v * kLanes)), load(dh + p + v * kLanes));
+              Mask on = positive(load(h + Panels<N>::place(rows, p, v)));
+              Vector value = keep(on, load(dh + p * kWidth + v * kLanes));
               Vector z_hat = (load(from + v * kLanes) - mean[v]) * rstd[v];
               store(to + v * kLanes, value);
               u_sums[0][v] = u_sums[0][v] + value;
@@ -409,28 +413,27 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
       // dkernel: in chunks of pixels, whose h and dy stay in the first cache.
       for (int64_t p = images.first; p < images.end; p += kChunk) {
         int64_t stop = std::min(images.end, p + kChunk);
-        for (int64_t dr = -1; dr <= 1; ++dr)
-          for (int64_t o = 0; o < growth; o += kOuts) {
-            for (int64_t first = 0; first < kWidth; first += kColumns * kLanes) {
-              Vector out[3 * kOuts][kColumns];
-              float* to = dw + ((dr + 1) * 3 * outs + o) * kWidth + first;
+        for (int64_t c = 0; c < kWidth; c += kPanel)
+          for (int64_t dr = -1; dr <= 1; ++dr)
+            for (int64_t o = 0; o < K; o += kOuts) {
+              Vector out[3 * kOuts][C];
+              float* to = dw + ((dr + 1) * 3 * outs + o) * kWidth + c;
 #pragma GCC unroll 6
               for (int i = 0; i < 3 * kOuts; ++i)
 #pragma GCC unroll 8
-                for (int v = 0; v < kColumns; ++v)
-                  out[i][v] = load(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes);
+                for (int v = 0; v < C; ++v) out[i][v] = load(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes);
               for (int64_t q = p; q < stop; ++q) {
-                const float* left = h + (q + dr * images.row - 1) * kWidth + first;
+                const float* left = h + c * rows + (q + dr * images.row - 1) * kPanel;
 #pragma GCC unroll 3
                 for (int dc = 0; dc < 3; ++dc) {
-                  Vector part[kColumns];
+                  Vector part[C];
 #pragma GCC unroll 8
-                  for (int v = 0; v < kColumns; ++v) part[v] = load(left + dc * kWidth + v * kLanes);
+                  for (int v = 0; v < C; ++v) part[v] = load(left + dc * kPanel + v * kLanes);
 #pragma GCC unroll 2
                   for (int j = 0; j < kOuts; ++j) {
                     Vector right = all(dy[q * kOut + o + j]);
 #pragma GCC unroll 8
-                    for (int v = 0; v < kColumns; ++v)
+                    for (int v = 0; v < C; ++v)
                       out[dc * kOuts + j][v] = fmadd(part[v], right, out[dc * kOuts + j][v]);
                   }
                 }
@@ -438,10 +441,8 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
 #pragma GCC unroll 6
               for (int i = 0; i < 3 * kOuts; ++i)
 #pragma GCC unroll 8
-                for (int v = 0; v < kColumns; ++v)
-                  store(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes, out[i][v]);
+                for (int v = 0; v < C; ++v) store(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes, out[i][v]);
             }
-          }
       }
     }
     for (int i = 0; i < 2; ++i)
@@ -451,17 +452,19 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
   sum_of(pool, partial.data, slices, size, size, total.data);
   for (int64_t s = 0; s < 9; ++s)
     for (int64_t c = 0; c < kWidth; ++c)
-      for (int64_t o = 0; o < growth; ++o)
-        dkernel[(s * kWidth + c) * growth + o] = total.data[(s * outs + o) * kWidth + c];
+      for (int64_t o = 0; o < K; ++o)
+        dkernel[(s * kWidth + c) * K + o] = total.data[(s * outs + o) * kWidth + c];
 }
 
-// One block of at most 16 C channels in the rows of a tile: da, the gradients that need it, and g.
+constexpr int64_t kRoom = kRows + 24;  // Rows of a panel of dz, where a register tile may end behind its last one.
+
+// One block of at most 16 C channels in the rows of a tile: da, the gradients that need it, and g; dz is in panels.
 template <class T, int C, int N>
 void block_backward(const float* dz, int64_t count, const float* kernel, int64_t kernel_stride, const T* x,
                     int64_t x_stride, T* g, int64_t g_stride, const float* scale, const float* shift, int64_t channels,
                     float* a, float* dscale, float* dshift, float* dkernel) {
   constexpr int M = tile_rows(C), L = tile_rows(N);
-  constexpr int64_t kWidth = N * kLanes, kBlock = C * kLanes;
+  constexpr int64_t kWidth = N * kLanes, kBlock = C * kLanes, kPanel = Panels<N>::kWidth;
   Vector factor[C], add[C], dscales[C], dshifts[C];
   Lanes lanes[C];
   for (int v = 0; v < C; ++v) {
@@ -472,8 +475,17 @@ void block_backward(const float* dz, int64_t count, const float* kernel, int64_t
   }
   for (int64_t r = 0; r < count; r += M) {
     Vector out[M][C];
-    clear(out);
-    product<M, C>(dz + r * kWidth, kWidth, 1, kernel, kernel_stride, kWidth, out);
+    for (int v = 0; v < C; v += tile_columns(C)) {
+      Vector part[M][tile_columns(C)];
+      clear(part);
+      for (int64_t panel = 0; panel < kWidth; panel += kPanel)
+        product(dz + panel * kRoom + r * kPanel, kPanel, 1, kernel + panel * kernel_stride + v * kLanes, kernel_stride,
+                kPanel, part);
+#pragma GCC unroll 24
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int w = 0; w < tile_columns(C); ++w) out[i][v + w] = part[i][w];
+    }
     Vector kept[C];
 #pragma GCC unroll 24
     for (int i = 0; i < M; ++i) {
@@ -499,12 +511,13 @@ void block_backward(const float* dz, int64_t count, const float* kernel, int64_t
     add_to(dscale + v * kLanes, dscales[v]);
     add_to(dshift + v * kLanes, dshifts[v]);
   }
-  for (int64_t c = 0; c < kBlock; c += L) {
-    Vector out[L][N];
-    load_tile(dkernel + c * kWidth, kWidth, out);
-    product<L, N>(a + c, 1, kBlock, dz, kWidth, count, out);
-    store_tile(dkernel + c * kWidth, kWidth, out);
-  }
+  for (int64_t c = 0; c < kBlock; c += L)
+    for (int64_t panel = 0; panel < kWidth; panel += kPanel) {
+      Vector out[L][tile_columns(N)];
+      load_tile(dkernel + c * kWidth + panel, kWidth, out);
+      product(a + c, 1, kBlock, dz + panel * kRoom, kPanel, count, out);
+      store_tile(dkernel + c * kWidth + panel, kWidth, out);
+    }
 }
 
 template <class T, int N>
@@ -523,8 +536,8 @@ void bottleneck_backward(ffi::ThreadPool pool, T* g, int64_t rows, int64_t g_str
   int64_t stride = round_up(channels, kBlock);
   transpose(kernel, channels, kWidth, transposed.data, stride);
   parallel(pool, slices, [&](int64_t slice) {
-    float* dz = scratch(0, (kRows + 24) * kWidth);
-    float* a = scratch(1, (kRows + 24) * kBlock + 64);
+    float* dz = scratch(0, kRoom * kWidth);
+    float* a = scratch(1, kRoom * kBlock + 64);
     float* dkernels = partial.data + slice * size;
     float *dscales = dkernels + padded * kWidth, *dshifts = dscales + padded;
     std::memset(dkernels, 0, size * 4);
@@ -539,7 +552,7 @@ void bottleneck_backward(ffi::ThreadPool pool, T* g, int64_t rows, int64_t g_str
           int64_t at = (begin + r) * kWidth + c;
           Vector z_hat = (load(z + at) - mean) * rstd;
           Vector value = fnmadd(z_hat, uz_mean, load(u + at) - u_mean);
-          store(dz + r * kWidth + c, value * factor);
+          store(dz + Panels<N>::place(kRoom, r, v), value * factor);
         }
       }
       for (int64_t c = 0; c < channels; c += kBlock) {
@@ -560,18 +573,19 @@ void bottleneck_backward(ffi::ThreadPool pool, T* g, int64_t rows, int64_t g_str
 
 // All layers of a few images after each other, whose features stay in the second cache. Where that leaves threads
 // without images, all of them share the tiles of each pass.
-template <class T, int N, int G>
+template <class T, int N, int64_t K>
 void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, int64_t width, int64_t channels,
-               int64_t growth, const std::vector<InferenceLayer>& layers, T* out, int64_t stride) {
-  constexpr int M = tile_rows(G);
-  constexpr int64_t kWidth = N * kLanes, kOut = G * kLanes;
+               const std::vector<InferenceLayer>& layers, T* out, int64_t stride) {
+  using New = Growth<K>;
+  constexpr int64_t kWidth = N * kLanes, M = New::kPositions;
   int64_t threads = pool.num_threads(), count = layers.size();
   int64_t fair = (batch + threads - 1) / threads * height * width;  // Every thread has images.
   Images images(batch, height, width, std::min({int64_t(256), std::max<int64_t>(64, (1 << 18) / stride), fair}));
   bool shared = images.groups < threads;
   int64_t group_pixels = images.together * height * width, chunks = (images.end - images.first + M - 1) / M;
   int64_t tile_size = shared ? std::min(kRows, round_up((group_pixels + 2 * threads - 1) / (2 * threads), 8)) : kRows;
-  int64_t tiles = (group_pixels + tile_size - 1) / tile_size, h_size = (images.positions + M) * kWidth;
+  int64_t tiles = (group_pixels + tile_size - 1) / tile_size, rows_of_h = images.positions + M;
+  int64_t h_size = rows_of_h * kWidth;
   auto pixels_of = [&](int64_t group) {
     return std::min(images.together, batch - group * images.together) * height * width;
   };
@@ -591,25 +605,25 @@ void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, 
                           layer.channels, layer.kernel, tile);
     for (int64_t r = 0; r < rows; ++r) {
       int64_t n = first + r, row = n / width;
-      float* to = h + (images.place(row / height, row % height) + n % width) * kWidth;
+      int64_t to = images.place(row / height, row % height) + n % width;
 #pragma GCC unroll 8
       for (int v = 0; v < N; ++v) {
         Vector value = load(tile + r * kWidth + v * kLanes) + shift[v];
-        store(to + v * kLanes, relu(value));
+        store(h + Panels<N>::place(rows_of_h, to, v), relu(value));
       }
     }
   };
   auto convolve = [&](int64_t group, int64_t i, int64_t chunk, const float* h) {
-    float* values = scratch(2, M * kOut);
+    float* values = scratch(2, M * New::kWidth);
     int64_t first = images.first + chunk * M, last = std::min(first + M, images.end);
-    convolve_positions<N, G>(images, h, layers[i].kernel2, growth, first, values);
+    convolve_positions<N, K>(images, h, rows_of_h, layers[i].kernel2, first, values);
     for (int64_t p = first; p < last; ++p) {
       int64_t column = p % images.row - 1, line = p / images.row - 1, row = line % (height + 1);
       int64_t n = (line / (height + 1) * height + row) * width + column;
       if (column < 0 || row == height || n >= pixels_of(group)) continue;
       T* to = out + (group * group_pixels + n) * stride + layers[i].channels;
-      for (int v = 0; v < G; ++v)
-        store(to + v * kLanes, load(values + (p - first) * kOut + v * kLanes), first_lanes(growth - v * kLanes));
+      for (int v = 0; v < New::kVectors; ++v)
+        store(to + v * kLanes, load(values + (p - first) * New::kWidth + v * kLanes), first_lanes(K - v * kLanes));
     }
   };
   if (!shared) {
@@ -642,7 +656,7 @@ void inference(ffi::ThreadPool pool, const T* x, int64_t batch, int64_t height, 
 
 // One library for each bottleneck width, growth rate and element type, so that compiling takes seconds.
 using Element = PARANET_ELEMENT;
-constexpr int kWidths = PARANET_WIDTH / 16, kGrowths = (PARANET_GROWTH + 15) / 16;
+constexpr int kWidths = PARANET_WIDTH / 16;
 
 ffi::Error Bottleneck(ffi::ThreadPool pool, In x, In scale, In shift, In kernel, Out z, Out means) {
   auto in = x.dimensions(), k = kernel.dimensions();
@@ -654,9 +668,8 @@ ffi::Error Bottleneck(ffi::ThreadPool pool, In x, In scale, In shift, In kernel,
 ffi::Error Convolve(ffi::ThreadPool pool, In z, In z_means, In scale, In shift, In kernel, Out y, Out means,
                     int64_t height, int64_t width) {
   int64_t batch = z.dimensions()[0] / (height * width);
-  convolve<Element, kWidths, kGrowths>(pool, as<Element>(z), floats(z_means), floats(scale), floats(shift),
-                                       floats(kernel), batch, height, width, PARANET_GROWTH, as<Element>(y),
-                                       floats(means));
+  convolve<Element, kWidths, PARANET_GROWTH>(pool, as<Element>(z), floats(z_means), floats(scale), floats(shift),
+                                             floats(kernel), batch, height, width, as<Element>(y), floats(means));
   return ffi::Error::Success();
 }
 
@@ -677,10 +690,10 @@ ffi::Error ConvolveBackward(ffi::ThreadPool pool, In g, In x, In g_means, In y_m
                             In shift, In kernel, Out u, Out u_means, Out dkernel, int64_t offset, int64_t height,
                             int64_t width) {
   int64_t batch = z.dimensions()[0] / (height * width);
-  convolve_backward<Element, kWidths, kGrowths>(
+  convolve_backward<Element, kWidths, PARANET_GROWTH>(
       pool, as<Element>(g), g.dimensions()[1], as<Element>(x), x.dimensions()[1], offset, floats(g_means),
       floats(y_means), as<Element>(z), floats(z_means), floats(scale), floats(shift), floats(kernel), batch, height,
-      width, PARANET_GROWTH, as<Element>(u), floats(u_means), floats(dkernel));
+      width, as<Element>(u), floats(u_means), floats(dkernel));
   return ffi::Error::Success();
 }
 
@@ -697,8 +710,8 @@ ffi::Error BottleneckBackward(ffi::ThreadPool pool, In g, In x, In z, In z_means
 
 ffi::Error Inference(ffi::ThreadPool pool, In x, ffi::RemainingArgs parameters, Out out) {
   auto in = x.dimensions();
-  inference<Element, kWidths, kGrowths>(pool, as<Element>(x), in[0], in[1], in[2], in[3], PARANET_GROWTH,
-                                        layers_of(parameters), as<Element>(out), out->dimensions()[3]);
+  inference<Element, kWidths, PARANET_GROWTH>(pool, as<Element>(x), in[0], in[1], in[2], in[3], layers_of(parameters),
+                                              as<Element>(out), out->dimensions()[3]);
   return ffi::Error::Success();
 }
 

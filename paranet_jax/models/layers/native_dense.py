@@ -1,4 +1,4 @@
-"""Passes of a dense layer as C++ kernels, for CPUs with AVX-512 (`native_dense.cc`).
+"""Passes of a dense layer as C++ kernels, for CPUs with AVX2 or AVX-512 (`native_dense.cc`).
 
 XLA's CPU compiler writes the result of every operation to memory, and memory is what a training step waits for: on 2
 cores of an Intel Xeon 16 to 30 GB/s, where the cores could compute 282 GFLOP/s. These passes keep activations in the

@@ -26,6 +26,7 @@ using Vector = __m512;
 using Mask = __mmask16;
 using Lanes = Mask;
 constexpr int kRegisters = 24;
+constexpr bool kFreeMasks = true;  // A load or store of some lanes takes no longer than of all.
 
 Lanes first_lanes(int64_t n) { return n >= kLanes ? Lanes(0xffff) : Lanes((1u << std::max<int64_t>(n, 0)) - 1); }
 
@@ -52,6 +53,16 @@ Vector load(const BFloat16* from, Lanes lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 Vector load(const BFloat16* from) { return load(from, Lanes(0xffff)); }
+
+// Of the first LANES at least; the others of the sum are not used. END: no LANES more may be read.
+template <int64_t LANES, bool END>
+Vector load_first(const float* from) {
+  return LANES == kLanes ? load(from) : load(from, first_lanes(LANES));
+}
+template <int64_t LANES>
+Vector fmadd_first(Vector a, Vector b, Vector c) {
+  return fmadd(a, b, c);
+}
 
 void store(float* to, Vector v, Lanes lanes) { _mm512_mask_storeu_ps(to, lanes, v); }
 void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
@@ -111,6 +122,7 @@ struct Vector {
 using Mask = Vector;
 using Lanes = int;  // How many.
 constexpr int kRegisters = 6;
+constexpr bool kFreeMasks = false;
 constexpr int kHalf = 8;
 
 Lanes first_lanes(int64_t n) { return int(std::clamp<int64_t>(n, 0, kLanes)); }
@@ -148,7 +160,8 @@ inline Vector load(const float* from) { return {_mm256_loadu_ps(from), _mm256_lo
 inline __m256 load_half(const float* from, int n) {
   static constexpr int32_t kMasks[2 * kHalf] = {-1, -1, -1, -1, -1, -1, -1, -1};
   if (n >= kHalf) return _mm256_loadu_ps(from);
-  const int32_t* mask = kMasks + kHalf - std::max(n, 0);
+  if (n <= 0) return _mm256_setzero_ps();
+  const int32_t* mask = kMasks + kHalf - n;
   return _mm256_maskload_ps(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask)));
 }
 inline Vector load(const float* from, Lanes lanes) {
@@ -166,6 +179,17 @@ inline Vector load(const BFloat16* from, Lanes lanes) {
   BFloat16 copy[kLanes] = {};
   std::memcpy(copy, from, lanes * sizeof(BFloat16));
   return load(copy);
+}
+
+// Of the first LANES at least; the others of the sum are not used. END: no LANES more may be read.
+template <int64_t LANES, bool END>
+inline Vector load_first(const float* from) {
+  constexpr int64_t kRead = (LANES + kHalf - 1) / kHalf * kHalf;
+  return load(from, int(END || kRead > 2 * LANES ? LANES : kRead));
+}
+template <int64_t LANES>
+inline Vector fmadd_first(Vector a, Vector b, Vector c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), LANES > kHalf ? _mm256_fmadd_ps(a.high, b.high, c.high) : c.high};
 }
 
 inline void store(float* to, Vector v) {
