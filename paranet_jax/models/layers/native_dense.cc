@@ -360,7 +360,7 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
   parallel(pool, slices, [&](int64_t slice) {
     float* h = scratch(0, rows * kWidth);
     float* dh = scratch(1, rows * kWidth);
-    float* dy = scratch(2, (rows + kChunk) * kOut);
+    float* dy = scratch(2, rows * kOut);
     float* dw = partial.data + slice * size;
     std::memset(dw, 0, size * 4);
     Vector u_sums[2][N], mean[N], rstd[N];
@@ -375,7 +375,7 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
       int64_t pixel = begin * height * width;
       const T* from = z + pixel * kWidth;
       activate<T, N>(images, from, count, norm, scale, shift, rows, h);
-      std::memset(dy, 0, (rows + kChunk) * kOut * 4);
+      std::memset(dy, 0, rows * kOut * 4);
       for (int64_t image = 0, n = pixel; image < count; ++image)
         for (int64_t r = 0; r < height; ++r)
           for (int64_t c = 0; c < width; ++c, ++n)
@@ -410,9 +410,10 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
               u_sums[1][v] = fmadd(value, z_hat, u_sums[1][v]);
             }
           }
-      // dkernel: in chunks of pixels, whose h and dy stay in the first cache.
-      for (int64_t p = images.first; p < images.end; p += kChunk) {
-        int64_t stop = std::min(images.end, p + kChunk);
+      // dkernel: in chunks of pixels, whose h and dy stay in the first cache, without the borders, where dy is zero.
+      int64_t lines = std::max<int64_t>(1, kChunk / images.row), end = images.together * (height + 1);
+      for (int64_t begin = 1; begin < end; begin += lines) {
+        int64_t stop = std::min(begin + lines, end);
         for (int64_t c = 0; c < kWidth; c += kPanel)
           for (int64_t dr = -1; dr <= 1; ++dr)
             for (int64_t o = 0; o < K; o += kOuts) {
@@ -422,19 +423,23 @@ void convolve_backward(ffi::ThreadPool pool, const T* g, int64_t stride, const T
               for (int i = 0; i < 3 * kOuts; ++i)
 #pragma GCC unroll 8
                 for (int v = 0; v < C; ++v) out[i][v] = load(to + (i / kOuts * outs + i % kOuts) * kWidth + v * kLanes);
-              for (int64_t q = p; q < stop; ++q) {
-                const float* left = h + c * rows + (q + dr * images.row - 1) * kPanel;
+              for (int64_t line = begin; line < stop; ++line) {
+                if (line % (height + 1) == 0) continue;  // Between two images.
+                int64_t p = line * images.row + 1;
+                const float* left = h + c * rows + (p + dr * images.row - 1) * kPanel;
+                for (int64_t q = p; q < p + width; ++q, left += kPanel) {
 #pragma GCC unroll 3
-                for (int dc = 0; dc < 3; ++dc) {
-                  Vector part[C];
+                  for (int dc = 0; dc < 3; ++dc) {
+                    Vector part[C];
 #pragma GCC unroll 8
-                  for (int v = 0; v < C; ++v) part[v] = load(left + dc * kPanel + v * kLanes);
+                    for (int v = 0; v < C; ++v) part[v] = load(left + dc * kPanel + v * kLanes);
 #pragma GCC unroll 2
-                  for (int j = 0; j < kOuts; ++j) {
-                    Vector right = all(dy[q * kOut + o + j]);
+                    for (int j = 0; j < kOuts; ++j) {
+                      Vector right = all(dy[q * kOut + o + j]);
 #pragma GCC unroll 8
-                    for (int v = 0; v < C; ++v)
-                      out[dc * kOuts + j][v] = fmadd(part[v], right, out[dc * kOuts + j][v]);
+                      for (int v = 0; v < C; ++v)
+                        out[dc * kOuts + j][v] = fmadd(part[v], right, out[dc * kOuts + j][v]);
+                    }
                   }
                 }
               }
