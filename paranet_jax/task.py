@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
@@ -354,6 +355,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     _check_shift(task)
     _check_labels_beside(task)
     _check_mirrored(task)
+    _check_equilibrium(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
@@ -457,6 +459,21 @@ def _check_mirrored(task: Task) -> None:
       f'{task.config.name} learn from labels alone; set --config.loss.match_mirrored=False, or '
       '--config.train.exit_targets'
     )
+
+
+def _check_equilibrium(task: Task) -> None:
+  """Raises UserError if `loss.gradient_equilibrium` would change nothing, as no two exits train a parameter at once."""
+  if not task.config.loss.gradient_equilibrium:
+    return
+  for phase in () if task.frozen else task.phases:
+    frozen = variable_paths(task.model, task.image_shape, phase.frozen) if phase.frozen else ()
+    users = flatten_dict(_users(task, phase))
+    if any(number > 1 for path, number in users.items() if ('params', *path) not in frozen):
+      return
+  raise UserError(
+    f'loss.gradient_equilibrium is about parameters that exits train together, and {task.config.name} has none with '
+    f'train.regime {task.config.train.regime!r}; set --config.loss.gradient_equilibrium=False'
+  )
 
 
 def sides_of(model: Any, config: ConfigDict) -> list[int]:

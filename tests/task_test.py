@@ -182,6 +182,24 @@ def test_labels_beside_matched_logits_need_distillation():
   assert build_task(given).objective.hard_label_weight == 0.5
 
 
+@pytest.mark.parametrize(
+  ('name', 'family', 'regime'),
+  [('PN1-d', 'paranet', 'joint'), ('PN2cut-dd', 'paranet', 'joint'), ('PN2-dd', 'paranet', 'disjoint')],
+)
+def test_gradients_are_balanced_where_exits_share_parameters(name, family, regime):
+  given = config(name, family, regime=regime)
+  given.loss.gradient_equilibrium = True
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  assert str(error.value) == (
+    f'loss.gradient_equilibrium is about parameters that exits train together, and {name} has none with train.regime '
+    f"'{regime}'; set --config.loss.gradient_equilibrium=False"
+  )
+  build_task(given, learned=Learned(Path('run')))  # It has begun.
+  given.name, given.train.regime = 'PN2-dd', 'joint'
+  assert build_task(given)
+
+
 def test_mirror_images_are_matched_where_images_are_mirrored():
   given = config()
   given.loss.match_mirrored = given.data.flip = True

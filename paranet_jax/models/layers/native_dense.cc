@@ -58,7 +58,7 @@ struct Normalizer {
   std::vector<float> mean, rstd;
 };
 
-// out[i][v] += a[i * row] b[16 v ...], i < M, v < N; of the last v LAST lanes. END: nothing may be read behind b.
+// out[i][v] += a[i * row] b[16 v ...], i < M, v < N; of the last v LAST lanes. END: b ends with them.
 template <int64_t LAST, bool END, int M, int N>
 __attribute__((always_inline)) inline void add_products(const float* a, int64_t row, const float* b,
                                                         Vector (&out)[M][N]) {

@@ -1,4 +1,5 @@
-// The forward pass in inference on CPUs with AVX2 or AVX-512, called by native_inference.py, which says what each computes.
+// The forward pass in inference on CPUs with AVX2 or AVX-512, called by native_inference.py, which says what each
+// computes.
 //
 // A vector holds the same number of 16 images. So no lane is lost to channels that fill no vector, a convolution does
 // not compute with the zeros around an image, and pooling needs no shuffles. Images are rearranged when they enter a

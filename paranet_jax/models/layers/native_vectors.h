@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -54,11 +53,12 @@ Vector load(const BFloat16* from, Lanes lanes) {
 }
 Vector load(const BFloat16* from) { return load(from, Lanes(0xffff)); }
 
-// Of the first LANES at least; the others of the sum are not used. END: no LANES more may be read.
+// The first LANES; the others may have what follows in memory, up to as many again, but not at its END.
 template <int64_t LANES, bool END>
 Vector load_first(const float* from) {
   return LANES == kLanes ? load(from) : load(from, first_lanes(LANES));
 }
+// fmadd of the first LANES at least.
 template <int64_t LANES>
 Vector fmadd_first(Vector a, Vector b, Vector c) {
   return fmadd(a, b, c);
@@ -141,7 +141,8 @@ inline Vector fnmadd(Vector a, Vector b, Vector c) {
 }
 
 inline Mask positive(Vector v) {
-  return {_mm256_cmp_ps(v.low, _mm256_setzero_ps(), _CMP_GT_OQ), _mm256_cmp_ps(v.high, _mm256_setzero_ps(), _CMP_GT_OQ)};
+  __m256 zeros = _mm256_setzero_ps();
+  return {_mm256_cmp_ps(v.low, zeros, _CMP_GT_OQ), _mm256_cmp_ps(v.high, zeros, _CMP_GT_OQ)};
 }
 inline Vector keep(Mask mask, Vector v) { return {_mm256_and_ps(mask.low, v.low), _mm256_and_ps(mask.high, v.high)}; }
 
@@ -181,12 +182,13 @@ inline Vector load(const BFloat16* from, Lanes lanes) {
   return load(copy);
 }
 
-// Of the first LANES at least; the others of the sum are not used. END: no LANES more may be read.
+// The first LANES; the others may have what follows in memory, up to as many again, but not at its END.
 template <int64_t LANES, bool END>
 inline Vector load_first(const float* from) {
   constexpr int64_t kRead = (LANES + kHalf - 1) / kHalf * kHalf;
   return load(from, int(END || kRead > 2 * LANES ? LANES : kRead));
 }
+// fmadd of the first LANES at least.
 template <int64_t LANES>
 inline Vector fmadd_first(Vector a, Vector b, Vector c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), LANES > kHalf ? _mm256_fmadd_ps(a.high, b.high, c.high) : c.high};
