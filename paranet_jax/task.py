@@ -467,7 +467,7 @@ def _check_equilibrium(task: Task) -> None:
     return
   for phase in () if task.frozen else task.phases:
     frozen = variable_paths(task.model, task.image_shape, phase.frozen) if phase.frozen else ()
-    users = flatten_dict(_users(task, phase))
+    users: Any = flatten_dict(_users(task, phase))
     if any(number > 1 for path, number in users.items() if ('params', *path) not in frozen):
       return
   raise UserError(

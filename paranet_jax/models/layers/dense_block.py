@@ -19,8 +19,8 @@ first. Only x, z^ and the standard deviations are stored; a and h are recomputed
 Layers run in segments. A segment of one layer is unrolled; a longer one is a `lax.scan` whose layers all read the full
 width of the segment, with zero weights for channels not computed yet: less to compile, slightly more to compute.
 
-On CPUs with AVX2 or AVX-512 the passes of a layer are C++ kernels (`native_dense.py`), which keep z instead of z^; in inference
-a whole block is one (`native_inference.py`).
+On CPUs with AVX2 or AVX-512 the passes of a layer are C++ kernels (`native_dense.py`), which keep z instead of z^; in
+inference a whole block is one (`native_inference.py`).
 """
 
 import functools
