@@ -5,7 +5,7 @@ only made from these files. `--render` writes the tables without measuring. The 
 
 Some are measured in parts of about a minute, one after the other: `all.py deploy --part=2` measures the second again,
 and keeps the rest of its file, for machines that are idle for no longer. The rest must be of the same machine and
-versions. NAME_avx2 is measured on processors without AVX-512, and NAME on others.
+versions. NAME_avx2 is measured on processors with AVX2 alone, and NAME on others.
 """
 
 import argparse
@@ -48,7 +48,7 @@ COMMANDS = {
 }
 """The program and flags of each benchmark."""
 NARROW = {f'{name}_avx2': name for name in ('train_step', 'inference', 'dense_block')}
-"""Those of processors without AVX-512, whose results are kept beside the others, and what they repeat."""
+"""Those of processors with AVX2 and without AVX-512, whose results are kept beside the others, and what they repeat."""
 COMMANDS |= {narrow: COMMANDS[name] for narrow, name in NARROW.items()}
 POINTS = ('start', 'exit 1', 'exit 2', 'exit 3', 'budget 25%', 'budget 50%', 'budget 75%')
 PARTS = {
@@ -69,7 +69,8 @@ Result = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit code."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(COMMANDS)} (default: all)')
+  named = f'of {", ".join(COMMANDS)} (default: all of this processor)'
+  parser.add_argument('names', nargs='*', metavar='NAME', help=named)
   parser.add_argument('--part', type=positive, help='only this part, from 1 on, of the one benchmark that is named')
   parser.add_argument('--render', action='store_true', help='write the tables, and measure nothing')
   options = parser.parse_args(argv)
@@ -84,10 +85,11 @@ def _run(names: Sequence[str], render: bool, part: int | None = None) -> None:
     raise UserError(
       f'expected one benchmark and one of its parts ({parts}), found {" ".join(names) or "none"} --part={part}'
     )
-  elsewhere = NARROW.keys() if 'avx512f' in cpu_features() else NARROW.values()
+  features = cpu_features()
+  elsewhere = NARROW.values() if 'avx2' in features and 'avx512f' not in features else NARROW.keys()
   if not render and (other := next((name for name in names if name in elsewhere), None)):
-    kind, twin = ('without', NARROW[other]) if other in NARROW else ('with', f'{other}_avx2')
-    raise UserError(f'expected a processor {kind} AVX-512 for {other}, found {cpu_name()}; measure {twin}')
+    kind, twin = ('AVX2 alone', NARROW[other]) if other in NARROW else ('AVX-512', f'{other}_avx2')
+    raise UserError(f'expected a processor with {kind} for {other}, found {cpu_name()}; measure {twin}')
   for name in () if render else names or (name for name in COMMANDS if name not in elsewhere):
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f'{name}.json'

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from paranet_jax.host.native import missing
 from paranet_jax.models.layers import native_dense
+from paranet_jax.models.layers.native_inference import AVX512
 from tests.models.layers import dense_block_test as blocks
 
 pytestmark = blocks.kernels_only
@@ -19,6 +21,22 @@ def test_kernels_equal_the_plain_block(growth, bn_size, monkeypatch):
   monkeypatch.setitem(blocks.SHAPES, 'kernels', (18, 8, 21, 3, growth, bn_size))
   blocks.test_training_equals_the_plain_block('kernels', 'cpu', 1)
   blocks.test_inference_equals_the_plain_block('kernels')
+
+
+@pytest.mark.skipif(bool(missing(AVX512)), reason=f'{missing(AVX512)}: the kernels are those with AVX2')
+def test_a_processor_with_avx512_also_computes_right_without(tmp_path):
+  compiler = tmp_path / 'g++'
+  compiler.write_text('#!/bin/sh\ntouch "$0.called"\nexec g++ "$@" -mno-avx512f\n')
+  compiler.chmod(0o755)
+  chosen = f'{__file__}::test_kernels_equal_the_plain_block'
+  process = subprocess.run(
+    [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', chosen],
+    env={**os.environ, 'CXX': str(compiler)},
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0 and '6 passed' in process.stdout, process.stdout + process.stderr
+  assert (tmp_path / 'g++.called').exists()
 
 
 BITS = """

@@ -25,7 +25,8 @@ from paranet_jax.models.layers.native_dense import ELEMENTS, FEATURES, register,
 
 SOURCE = Path(__file__).with_suffix('.cc')
 AMX_SOURCE = SOURCE.with_name('native_amx.cc')
-AMX_FEATURES = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512_bf16', 'amx_tile', 'amx_bf16')
+AVX512 = ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl')
+AMX_FEATURES = (*AVX512, 'avx512_bf16', 'amx_tile', 'amx_bf16')
 IMAGES = 16
 """A vector's images; batches are multiples of it."""
 LARGE_BATCH = 64
