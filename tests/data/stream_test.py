@@ -179,9 +179,8 @@ def test_worker_processes_give_the_same_batches_and_one_that_is_killed_is_named(
 def test_after_a_signal_a_stalled_worker_is_waited_for_shortly(monkeypatch):
   monkeypatch.setattr(stream_lib, 'seconds_since_request', lambda: 5.1)
   with Stream(train_batches(), 1) as items:
-    while not (workers := multiprocessing.active_children()):
-      items._wanted.put(True)  # The first batch may take longer to come than a stalled one is waited for.
-      items._found.get()
+    next(items)  # Longer than these 5.1 s, which never pass, is waited for a worker that has not begun.
+    workers = multiprocessing.active_children()
     os.kill(workers[0].pid, signal.SIGSTOP)
     with pytest.raises(LostWorkersError) as error:
       list(items)
