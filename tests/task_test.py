@@ -182,12 +182,9 @@ def test_labels_beside_matched_logits_need_distillation():
   assert build_task(given).objective.hard_label_weight == 0.5
 
 
-@pytest.mark.parametrize(
-  ('name', 'family', 'regime'),
-  [('PN1-d', 'paranet', 'joint'), ('PN2cut-dd', 'paranet', 'joint'), ('PN2-dd', 'paranet', 'disjoint')],
-)
-def test_gradients_are_balanced_where_exits_share_parameters(name, family, regime):
-  given = config(name, family, regime=regime)
+@pytest.mark.parametrize(('name', 'regime'), [('PN1-d', 'joint'), ('PN2cut-dd', 'joint'), ('PN2-dd', 'disjoint')])
+def test_gradients_are_balanced_where_exits_share_parameters(name, regime):
+  given = config(name, regime=regime)
   given.loss.gradient_equilibrium = True
   with pytest.raises(UserError) as error:
     build_task(given)
