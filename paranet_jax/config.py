@@ -400,15 +400,9 @@ def _check_gradients(config: ConfigDict) -> None:
       f'{on[-1]} is about parameters that exits train together, found train.regime {regime!r}; set '
       f'--config.{on[-1]}=0, or --config.train.regime'
     )
-  together, trained = learning_from_labels(config), trained_exits(targets(config))
-  last = trained[-1]
-  if loss.conflict_averse and len(trained) < 2:
-    raise UserError(
-      f'loss.conflict_averse is about parameters that exits train together, and {config.name} trains exit {last} '
-      'alone; set --config.loss.conflict_averse=0'
-    )
+  together = learning_from_labels(config)
   if regime == 'disjoint':
-    together = [number for number in together if number != last]
+    together = [number for number in together if number != trained_exits(targets(config))[-1]]
   if loss.sample_weight and len(together) < 2:
     found, fix = '', ''
     if teachers(config) and not hard_label_weight(config):

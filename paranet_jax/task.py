@@ -43,6 +43,8 @@ from paranet_jax.targets import GIVEN, Phase, Targets, make_phases, matches_exit
 
 _MACHINE_FIELDS = (*config_lib.PATHS, 'data.workers')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
+_TOGETHER = {'gradient_equilibrium': False, 'conflict_averse': 0, 'own_channels': 0}
+"""The fields of the loss that change the gradients of parameters that exits share, and their values when off."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +357,7 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     _check_shift(task)
     _check_labels_beside(task)
     _check_mirrored(task)
-    _check_equilibrium(task)
+    _check_together(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
@@ -461,9 +463,10 @@ def _check_mirrored(task: Task) -> None:
     )
 
 
-def _check_equilibrium(task: Task) -> None:
-  """Raises UserError if `loss.gradient_equilibrium` would change nothing, as no two exits train a parameter at once."""
-  if not task.config.loss.gradient_equilibrium:
+def _check_together(task: Task) -> None:
+  """Raises UserError if what balances the exits' gradients would change nothing: no two train a parameter at once."""
+  on = [name for name in _TOGETHER if task.config.loss[name]]
+  if not on:
     return
   for phase in () if task.frozen else task.phases:
     frozen = variable_paths(task.model, task.image_shape, phase.frozen) if phase.frozen else ()
@@ -471,8 +474,8 @@ def _check_equilibrium(task: Task) -> None:
     if any(number > 1 for path, number in users.items() if ('params', *path) not in frozen):
       return
   raise UserError(
-    f'loss.gradient_equilibrium is about parameters that exits train together, and {task.config.name} has none with '
-    f'train.regime {task.config.train.regime!r}; set --config.loss.gradient_equilibrium=False'
+    f'loss.{on[0]} is about parameters that exits train together, and {task.config.name} has none with '
+    f'train.regime {task.config.train.regime!r}; set --config.loss.{on[0]}={_TOGETHER[on[0]]}'
   )
 
 

@@ -26,6 +26,9 @@ from paranet_jax.runs.workdir import restore_config
 from paranet_jax.steps import zero_totals
 from paranet_jax.task import agreed_task, build_task
 
+GRADIENTS = (('gradient_equilibrium', True, 'False'), ('conflict_averse', 0.4, '0'), ('own_channels', 0.5, '0'))
+"""What changes the gradients of parameters that exits share: the field of the loss, a value, and its value when off."""
+
 
 def config(name='PN2-dd', family='paranet', **train):
   found = base_config(name, family)
@@ -182,15 +185,21 @@ def test_labels_beside_matched_logits_need_distillation():
   assert build_task(given).objective.hard_label_weight == 0.5
 
 
-@pytest.mark.parametrize(('name', 'regime'), [('PN1-d', 'joint'), ('PN2cut-dd', 'joint'), ('PN2-dd', 'disjoint')])
-def test_gradients_are_balanced_where_exits_share_parameters(name, regime):
+@pytest.mark.parametrize(
+  ('field', 'value', 'off', 'name', 'regime'),
+  [
+    *((*field, name, 'joint') for field in GRADIENTS for name in ('PN1-d', 'PN2-xd', 'PN2cut-dd')),
+    (*GRADIENTS[0], 'PN2-dd', 'disjoint'),
+  ],
+)
+def test_gradients_are_balanced_where_exits_share_parameters(field, value, off, name, regime):
   given = config(name, regime=regime)
-  given.loss.gradient_equilibrium = True
+  given.loss[field] = value
   with pytest.raises(UserError) as error:
     build_task(given)
   assert str(error.value) == (
-    f'loss.gradient_equilibrium is about parameters that exits train together, and {name} has none with train.regime '
-    f"'{regime}'; set --config.loss.gradient_equilibrium=False"
+    f'loss.{field} is about parameters that exits train together, and {name} has none with train.regime '
+    f"'{regime}'; set --config.loss.{field}={off}"
   )
   build_task(given, learned=Learned(Path('run')))  # It has begun.
   given.name, given.train.regime = 'PN2-dd', 'joint'

@@ -113,12 +113,6 @@ def test_equal_models_are_equal():
     ),
     (
       'pn3_ddd',
-      ('name=PN3-xdx', 'loss.conflict_averse=0.4'),
-      'loss.conflict_averse is about parameters that exits train together, and PN3-xdx trains exit 2 alone; set '
-      '--config.loss.conflict_averse=0',
-    ),
-    (
-      'pn3_ddd',
       ('name=PN3-x3d', 'loss.sample_weight=0.3'),
       'loss.sample_weight weighs images between exits that learn from labels, and PN3-x3d has fewer than two; set '
       '--config.loss.sample_weight=0',
