@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from paranet_jax.host.arguments import Parser, absolute, add_data_flags, add_jax_flags, positive
 from paranet_jax.host.errors import UserError, report_no_room, say
@@ -43,8 +42,8 @@ def run(argv: Sequence[str]) -> int:
   from paranet_jax.host.signals import StopRequest
   from paranet_jax.runs.workdir import CONFIG, prepare_folder
 
-  queue = read_queue(arguments.queue)
-  workdir = absolute(arguments.workdir or queue.workdir or Path('results', arguments.queue.stem))
+  queue = read_queue(arguments.queue, arguments.workdir)
+  workdir = absolute(queue.workdir)
   cores = share_cores(arguments.cores, arguments.at_once)
   if (workdir / CONFIG).exists():
     raise UserError(f'expected the folder of a queue, found a run in {workdir}; set --workdir')

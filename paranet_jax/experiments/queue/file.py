@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from paranet_jax import config as config_lib
 from paranet_jax.command_line import load_config, override
 from paranet_jax.experiments.protocols import PROTOCOLS, SET_PER_RUN
+from paranet_jax.host.arguments import absolute
 from paranet_jax.host.errors import UserError
 from paranet_jax.host.files import read_file
 
@@ -65,7 +66,7 @@ class QueueFile:
 
   Attributes:
     runs: in the order in which they are trained.
-    workdir: as the file says; '': it does not.
+    workdir: folder of the queue.
   """
 
   path: Path
@@ -74,12 +75,17 @@ class QueueFile:
   comparisons: tuple[Comparison, ...]
 
 
-def read_queue(path: Path) -> QueueFile:
+def read_queue(path: Path, workdir: str | Path | None = None) -> QueueFile:
   """Reads a queue file (TOML).
+
+  Args:
+    workdir: folder of the queue; None: as the file says, or results/<name of the file>. It stands for `{workdir}` in
+      values of the file.
 
   Raises:
     UserError: it cannot be read, or something in it is unknown, invalid or given twice.
   """
+  given = absolute(workdir) if workdir else None
   content = read_file(path, 'name a queue file, such as configs/queues/paper.toml')
   if content is None:
     raise UserError(f'expected a queue file at {path}, found none; name one, such as configs/queues/paper.toml')
@@ -89,22 +95,24 @@ def read_queue(path: Path) -> QueueFile:
     raise UserError(f'{path} is not TOML ({error}); fix it') from error
   try:
     _check_keys(found, _TOP, 'the file')
+    own = _get(found, 'workdir', str, '') or str(Path('results', path.stem))
+    if given and given != absolute(own):
+      own = str(given)
     shared = _fields(found.get('set', {}), 'set')
     entries = _tables(found, 'runs')
     if not entries:
       raise UserError('expected at least one [[runs]], found none')
-    turns = itertools.zip_longest(*(_runs(entry, shared) for entry in entries))
+    turns = itertools.zip_longest(*(_runs(entry, shared, own) for entry in entries))
     runs = [run for turn in turns for run in turn if run]  # A whole table of first seeds comes before any second one.
     _check_unique(runs)
     rows = dict.fromkeys(run.row for run in runs)
     comparisons = tuple(_comparison(entry, rows) for entry in _tables(found, 'comparisons'))
-    workdir = _get(found, 'workdir', str, '')
   except UserError as error:
     raise UserError(f'{path}: {error}'.replace('--config.', '')) from error
-  return QueueFile(path, workdir, tuple(sorted(runs, key=lambda run: run.priority)), comparisons)
+  return QueueFile(path, own, tuple(sorted(runs, key=lambda run: run.priority)), comparisons)
 
 
-def _runs(entry: dict[str, Any], shared: Mapping[str, str]) -> list[QueuedRun]:
+def _runs(entry: dict[str, Any], shared: Mapping[str, str], workdir: str) -> list[QueuedRun]:
   where = f'[[runs]] {entry.get("name", entry.get("config", ""))}'.strip()
   _check_keys(entry, _RUN, where)
   flag = _get(entry, 'config', str, None)
@@ -117,7 +125,8 @@ def _runs(entry: dict[str, Any], shared: Mapping[str, str]) -> list[QueuedRun]:
   if not seeds or not all(type(seed) is int and -_INT32 <= seed < _INT32 for seed in seeds):
     raise UserError(f'{where}: seeds must be a list of integers of 32 bits, such as [0, 1, 2], found {seeds!r:.60}')
   fields = PROTOCOLS[protocol] | shared | _fields(entry.get('set', {}), where)
-  arguments = [f'--config={flag}', *(f'--config.{field}={value}' for field, value in sorted(fields.items()))]
+  values = {field: value.replace('{workdir}', workdir) for field, value in sorted(fields.items())}
+  arguments = [f'--config={flag}', *(f'--config.{field}={value}' for field, value in values.items())]
   try:
     config = _config(flag, arguments[1:])
   except UserError as error:

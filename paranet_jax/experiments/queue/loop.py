@@ -282,7 +282,7 @@ class Queue:
       return
     self._modified = modified
     try:
-      self.queue = read_queue(self.queue.path)
+      self.queue = read_queue(self.queue.path, self._workdir)
     except UserError as error:
       say(f'the queue goes on as it was: {error}', to_stderr=True)
       return

@@ -11,10 +11,10 @@ from paranet_jax.host.errors import UserError
 RUN = "[[runs]]\nconfig = 'paranet_jax:paranet:PN3-xdx'\n"
 
 
-def read(tmp_path, text):
+def read(tmp_path, text, workdir=None):
   path = tmp_path / 'queue.toml'
   path.write_text(text)
-  return read_queue(path)
+  return read_queue(path, workdir)
 
 
 def test_a_queue_file(tmp_path):
@@ -55,6 +55,28 @@ def test_a_queue_file(tmp_path):
     '--config.seed=1',
   )
   assert queue.comparisons == (Comparison('why?', 'PN3-xdx', ('own',), 2),)
+
+
+@pytest.mark.parametrize(
+  ('first', 'given', 'folder'),
+  [
+    ("workdir = 'here'\n", None, 'here'),
+    ('', None, 'results/queue'),
+    ("workdir = 'here'\n", '{}/there', '{}/there'),
+    ("workdir = 'here'\n", 'there', '{}/there'),
+    # The same folder by another path: runs that have begun keep their arguments.
+    ("workdir = 'here'\n", '{}/here', 'here'),
+    ('', 'results/queue/', 'results/queue'),
+  ],
+)
+def test_values_name_the_folder_of_the_queue(tmp_path, monkeypatch, first, given, folder):
+  monkeypatch.chdir(tmp_path)
+  text = f"{first}{RUN}set.loss = {{ teacher = 'run', teacher_run = '{{workdir}}/runs/teacher-s0' }}"
+  text = text.replace('PN3-xdx', 'PN3-x3d')
+  queue, folder = read(tmp_path, text, given and given.format(tmp_path)), folder.format(tmp_path)
+  assert queue.workdir == folder
+  assert f'--config.loss.teacher_run={folder}/runs/teacher-s0' in queue.runs[0].arguments
+  assert queue.runs[0].config.loss.teacher_run == str(tmp_path / folder / 'runs/teacher-s0')
 
 
 def test_a_table_of_first_seeds_comes_before_any_second_seed(tmp_path):
