@@ -184,6 +184,39 @@ def test_the_page_has_the_tables_of_the_results():
   assert all_benchmarks.rendered(page, all_benchmarks.results()) == page
 
 
+def ratios(name, what, column):
+  """The speed ratios of a table in the rows that begin so."""
+  rows = [line.split(' | ') for line in all_benchmarks.compared(all_benchmarks.results()[name]).splitlines()]
+  return [row[column].strip(' |') for row in rows if row[0].startswith(f'| {what}')]
+
+
+OVER_EAGER, OVER_FASTEST, IN_BFLOAT16 = 3, 5, 7
+
+
+@pytest.mark.parametrize(
+  ('quote', 'tables'),
+  [
+    ('is [{} times as fast](docs/speed.md)', [('train_step', 'training step, all', OVER_EAGER)]),
+    ('and {} times as fast as PyTorch with bfloat16', [('train_step', 'training step, all', OVER_FASTEST)]),
+    (
+      'is {}, {} and {} times as fast as PyTorch at its best, and {}, {} and {} times in bfloat16',
+      [('inference', 'forward pass, exit', OVER_FASTEST), ('inference', 'forward pass, exit', IN_BFLOAT16)],
+    ),
+    (
+      'training is {} times as fast as PyTorch at its best, and the forward pass {}, {} and {} times.',
+      [('train_step_avx2', 'training step, all', OVER_FASTEST), ('inference_avx2', 'forward pass, exit', OVER_FASTEST)],
+    ),
+  ],
+)
+def test_the_readme_quotes_the_tables(quote, tables):
+  readme = ' '.join((all_benchmarks.ROOT / 'README.md').read_text().split())
+  assert quote.format(*(ratio for table in tables for ratio in ratios(*table))) in readme
+
+
+def test_one_image_takes_less_than_a_quarter_of_the_time():
+  assert min(map(float, ratios('inference', 'one image, exit', OVER_FASTEST))) > 4
+
+
 def test_what_is_measured(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(all_benchmarks, 'RESULTS', tmp_path / 'results')
   monkeypatch.setattr(all_benchmarks, 'PAGE', tmp_path / 'speed.md')
