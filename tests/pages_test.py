@@ -56,6 +56,12 @@ def test_fields_on_pages_exist():
   assert [each for each in sorted(named) if each[1] not in known] == []
 
 
+def test_the_newest_versions_are_named():
+  newest = dict(re.findall(r'^(\w+)==(.+)$', (REPO / 'constraints-newest.txt').read_text(), re.MULTILINE))
+  quote = f'jax {newest["jax"]}, flax {newest["flax"]}, NumPy {newest["numpy"]};'
+  assert quote in (REPO / 'docs/getting_started.md').read_text()
+
+
 def test_readme_fits_its_purpose():
   readme = (REPO / 'README.md').read_text().splitlines()
   assert len(readme) <= 180
