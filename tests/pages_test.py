@@ -62,6 +62,15 @@ def test_the_newest_versions_are_named():
   assert quote in (REPO / 'docs/getting_started.md').read_text()
 
 
+def test_environment_variables_are_listed():
+  def named(pattern, quote=''):
+    files = REPO.glob(pattern)
+    return {name for file in files for name in re.findall(f'{quote}(PARANET_[A-Z_]+){quote}', file.read_text())}
+
+  macros = named('paranet_jax/**/*.cc')
+  assert named('paranet_jax/**/*.py', "'") - macros == named('docs/getting_started.md')
+
+
 def test_readme_fits_its_purpose():
   readme = (REPO / 'README.md').read_text().splitlines()
   assert len(readme) <= 180
