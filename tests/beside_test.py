@@ -23,10 +23,11 @@ from paranet_jax.host.errors import UserError
 from paranet_jax.losses import squared_error
 from paranet_jax.models import linked
 from paranet_jax.optim import make_optimizer
+from paranet_jax.runs import teacher as teacher_lib
 from paranet_jax.runs.checkpoints import Checkpoints
 from paranet_jax.runs.packed import pack
 from paranet_jax.runs.teacher import check_normalization, check_teacher
-from paranet_jax.runs.workdir import restore_config
+from paranet_jax.runs.workdir import restore_config, save_config
 from paranet_jax.steps import Beside, averaged, computed_exits, make_train_step, teaching_exits, zero_totals
 from paranet_jax.targets import parse_name
 from paranet_jax.task import build_task
@@ -273,6 +274,34 @@ def test_a_teacher_may_spell_out_what_the_new_run_derives(whole, tmp_path, there
   with pytest.raises(UserError) if message else contextlib.nullcontext() as error:
     check_teacher(config, tmp_path / 'new')
   assert message is None or str(error.value).startswith(f'loss.teacher_run {run} is another network: {message}')
+
+
+@pytest.mark.parametrize(
+  ('there', 'here', 'distill', 'missing'),
+  [
+    ('PN3-dxx', 'PN3-33d', 'none', 3),
+    ('PN3-xxd', 'PN3-33d', 'none', None),
+    ('PN3-dxd', 'PN3-ddd', 'last', None),
+    ('PN3-dxd', 'PN3-ddd', 'next', 2),
+    ('PN3-ddx', 'PN3-ddd', 'later', 3),
+    ('PN3-ddx', 'PN3-ddx', 'all', None),
+  ],
+)
+def test_what_exits_learn_from_has_learned(tmp_path, monkeypatch, there, here, distill, missing):
+  """An exit without a loss has parameters, too: those that the seed drew."""
+  run = tmp_path / 'teacher'
+  (run / 'checkpoints').mkdir(parents=True)
+  (run / 'summary.json').write_text('{}')
+  save_config(run, base_config(there))
+  monkeypatch.setattr(teacher_lib, 'backbone_difference', lambda config, run: None)
+  config = base_config(here)
+  config.loss.update(teacher='run', teacher_run=str(run), distill=distill)
+  with pytest.raises(UserError) if missing else contextlib.nullcontext() as error:
+    check_teacher(config, tmp_path / 'new')
+  assert missing is None or str(error.value) == (
+    f'loss.teacher_run {run} must have trained exit {missing}, from which {here} learns, found {there}, which did not; '
+    'set --config.loss.teacher_run'
+  )
 
 
 def test_a_teacher_reads_images_as_it_learned_to(whole, tmp_path):

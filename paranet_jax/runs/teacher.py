@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from paranet_jax.config import build_model, image_shape
+from paranet_jax.config import build_model, image_shape, targets, teachers
 from paranet_jax.costs import abstract_variables
 from paranet_jax.data.dataset import Dataset
 from paranet_jax.host.errors import UserError
@@ -18,7 +18,8 @@ from paranet_jax.runs.checkpoints import Checkpoints, has_checkpoint
 from paranet_jax.runs.dataset_facts import restore_dataset_facts
 from paranet_jax.runs.init_from import backbone_difference, check_finished, other_function
 from paranet_jax.runs.workdir import CONFIG, restore_config
-from paranet_jax.steps import Beside, TrainState
+from paranet_jax.steps import Beside, Objective, TrainState, teaching_exits
+from paranet_jax.targets import trained_exits
 
 _SAME_ANSWERS = (
   'dtype',
@@ -35,6 +36,8 @@ _SAME_ANSWERS = (
 
 def check_teacher(config: ConfigDict, workdir: Path) -> None:
   """Checks, before a run's folder is made, that `loss.teacher_run` is a finished run of the same network and data.
+
+  Its exits from which the new run learns have learned.
 
   Args:
     workdir: of the new run; one that has a checkpoint has its teacher in it.
@@ -64,6 +67,13 @@ def check_teacher(config: ConfigDict, workdir: Path) -> None:
       f'loss.teacher_run {run} is another network: {difference}; set --config to the one of {run / CONFIG}, or '
       '--config.loss.teacher_run'
     )
+  learned = trained_exits(targets(there))
+  for number in teaching_exits(Objective(targets(config), (), teachers=teachers(config))):
+    if number not in learned:
+      raise UserError(
+        f'loss.teacher_run {run} must have trained exit {number}, from which {config.name} learns, found '
+        f'{there.name}, which did not; set --config.loss.teacher_run'
+      )
 
 
 def _with_fields(config: ConfigDict, other: ConfigDict, names: Sequence[str]) -> ConfigDict:
