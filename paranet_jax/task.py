@@ -482,7 +482,7 @@ def _check_together(task: Task) -> None:
 def sides_of(model: Any, config: ConfigDict) -> list[int]:
   """Places along the side of each feature map that exits on a frozen backbone read; tokens have none."""
   shape = config_lib.image_shape(config)
-  learning = trained_exits(config_lib.targets(config))
+  learning = [number for number, target in enumerate(config_lib.targets(config), 1) if target not in (None, GIVEN)]
   features = feature_shapes(model, abstract_variables(model, shape), shape, learning, config.train.features, 1)
   return [leaf.shape[1] for leaf in jax.tree.leaves(features) if leaf.ndim == 4]
 

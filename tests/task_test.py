@@ -262,6 +262,8 @@ def test_features_are_matched_by_exits_of_copied_blocks(regime, head):
     ({}, 32, None),
     ({'train.feature_shift': 0.125}, 16, None),
     ({'train.feature_shift': 0.125}, 14, '7'),
+    # It reads means over all places; the last exit, which does not learn, reads 8 x 8 places.
+    ({'train.feature_shift': 0.125, 'model.head': 'linear'}, 32, '1'),
   ],
 )
 def test_features_are_shifted_by_whole_places(fields, side, found):
