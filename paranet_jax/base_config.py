@@ -133,7 +133,7 @@ FIELDS: Fields = {
   'train.drops': Field((50 / 130, 100 / 130), _DROPS),
   'train.drop_epochs': derived(tuple, _TIMES),  # When 'step' drops, in epochs; None: `drops`.
   'train.drop_factor': Field(0.1, POSITIVE),  # Factor by which each drop of 'step' multiplies the learning rate.
-  'train.warmup_epochs': Field(0.0, at_least(0)),  # Epochs of linear warmup.
+  'train.warmup_epochs': Field(0.0, at_least(0)),  # Epochs of linear warmup; 'one_cycle' has its own.
   # 'sgd', 'adamw', or 'muon': orthogonalized updates of kernels, 'sgd' for the rest.
   'train.optimizer': Field('sgd', one_of('sgd', 'adamw', 'muon')),
   'train.momentum': Field(0.9, RATE),  # Momentum of 'sgd' and 'muon', b1 of 'adamw'; 0 to less than 1.

@@ -45,6 +45,8 @@ _MACHINE_FIELDS = (*config_lib.PATHS, 'data.workers')
 """May differ between processes: where the data is, how many workers read it, and what process 0 alone reads."""
 _TOGETHER = {'gradient_equilibrium': False, 'conflict_averse': 0, 'own_channels': 0}
 """The fields of the loss that change the gradients of parameters that exits share, and their values when off."""
+_OF_LABELS = {'class_weights': 'none', 'label_smoothing': 0}
+"""The fields of the loss that change nothing but losses with the true label, and their values when off."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,26 +344,35 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     steps_per_epoch=steps,
     total_steps=config_lib.total_steps(config, steps),
   )
+  new_last = ", model.last 'new'" if config.model.get('last') == 'new' else ''
   if config.loss.match_mirrored and not (task.frozen and targets[-1] == GIVEN and dataset.flip):
     raise UserError(
       f"loss.match_mirrored needs train.regime 'exits', a last exit that came trained and mirrored images, found "
-      f'{config.train.regime!r} and data.flip {dataset.flip}; set --config.loss.match_mirrored=False, or '
+      f'{config.train.regime!r}{new_last} and data.flip {dataset.flip}; set --config.loss.match_mirrored=False, or '
       '--config.data.flip=True'
     )
   if config.loss.match_features and not (task.frozen and targets[-1] == GIVEN and config.model.get('head') == 'blocks'):
     raise UserError(
       "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
-      f'{config.train.regime!r} and model.head {config.model.get("head")!r}; set --config.loss.match_features=0'
+      f'{config.train.regime!r}{new_last} and model.head {config.model.get("head")!r}; set '
+      '--config.loss.match_features=0'
     )
   if _is_new(learned):  # A run that has begun ignores them, as before.
     _check_shift(task)
     _check_labels_beside(task)
+    _check_losses_with_labels(task)
     _check_mirrored(task)
+    _check_warmup(config)
     _check_together(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
       'train.alternate_flip needs training images in memory, found streamed ones; set --config.data.streaming=False, '
       'or --config.train.alternate_flip=False'
+    )
+  if config.train.alternate_flip and not dataset.flip and _is_new(learned):
+    raise UserError(
+      'train.alternate_flip needs mirrored images, found data.flip False; set --config.data.flip=True, or '
+      '--config.train.alternate_flip=False'
     )
   for phase in task.phases:
     _check_phase(task, phase)
@@ -442,13 +453,41 @@ def _check_shift(task: Task) -> None:
 
 
 def _check_labels_beside(task: Task) -> None:
-  """Raises UserError if `loss.hard_label_weight` would weigh nothing, as exits match logits by squared error alone."""
+  """Raises UserError if `loss.hard_label_weight` would weigh nothing, as no exit learns from exits by distillation."""
   loss, matches = task.config.loss, matches_exits(task.targets)
-  if matches and loss.hard_label_weight and loss.matching == 'squared_error' and not task.objective.teachers:
+  if not loss.hard_label_weight or task.objective.teachers or (matches and loss.matching == 'kl'):
+    return
+  if matches:
     raise UserError(
       f'loss.hard_label_weight {loss.hard_label_weight:g} is the share of labels beside distillation, and '
       f"{task.config.name} matches logits with loss.matching 'squared_error'; set --config.loss.matching=kl, or "
       '--config.loss.hard_label_weight=0'
+    )
+  raise UserError(
+    f'loss.hard_label_weight {loss.hard_label_weight:g} is the share of labels beside distillation, and no exit of '
+    f'{task.config.name} learns from exits; set --config.loss.distill, or --config.loss.hard_label_weight=0'
+  )
+
+
+def _check_losses_with_labels(task: Task) -> None:
+  """Raises UserError if what changes losses with labels would change nothing, as no exit learns from labels."""
+  config = task.config
+  on = [name for name, off in _OF_LABELS.items() if config.loss[name] != off]
+  beside = any(target and target > 0 and config_lib.hard_label_weight(config, target) for target in task.targets)
+  if on and not beside and not config_lib.learning_from_labels(config):
+    raise UserError(
+      f'loss.{on[0]} is about losses with labels, and no exit of {config.name} learns from labels; set '
+      f'--config.loss.{on[0]}={_OF_LABELS[on[0]]}, or --config.'
+      + ('train.exit_targets' if task.frozen else 'loss.hard_label_weight')
+    )
+
+
+def _check_warmup(config: ConfigDict) -> None:
+  """Raises UserError if `train.warmup_epochs` would warm up nothing."""
+  if config.train.warmup_epochs and config.train.schedule == 'one_cycle':
+    raise UserError(
+      f"train.warmup_epochs {config.train.warmup_epochs:g} is of the other schedules, as 'one_cycle' begins with a "
+      'warmup of its own; set --config.train.warmup_epochs=0, or --config.train.schedule'
     )
 
 

@@ -185,6 +185,84 @@ def test_labels_beside_matched_logits_need_distillation():
   assert build_task(given).objective.hard_label_weight == 0.5
 
 
+def exits_of_resnet(**train):
+  given = config('net', 'resnet', regime='exits', **train)
+  given.init_from, given.model.exits, given.model.depth = 'weights.th', 'stages', 8
+  return given
+
+
+@pytest.mark.parametrize(
+  ('given', 'fields', 'message'),
+  [
+    (
+      config(),
+      {'loss.hard_label_weight': 0.5},
+      'loss.hard_label_weight 0.5 is the share of labels beside distillation, and no exit of PN2-dd learns from exits; '
+      'set --config.loss.distill, or --config.loss.hard_label_weight=0',
+    ),
+    (
+      exits_of_resnet(exit_targets='labels'),
+      {'loss.hard_label_weight': 0.5},
+      'loss.hard_label_weight 0.5 is the share of labels beside distillation, and no exit of net learns from exits; '
+      'set --config.loss.distill, or --config.loss.hard_label_weight=0',
+    ),
+    (
+      exits_of_resnet(),
+      {'loss.class_weights': 'balanced'},
+      'loss.class_weights is about losses with labels, and no exit of net learns from labels; set '
+      '--config.loss.class_weights=none, or --config.train.exit_targets',
+    ),
+    (
+      exits_of_resnet(),
+      {'loss.label_smoothing': 0.1},
+      'loss.label_smoothing is about losses with labels, and no exit of net learns from labels; set '
+      '--config.loss.label_smoothing=0, or --config.train.exit_targets',
+    ),
+    (
+      config(average=0.9),
+      {'loss.teacher': 'run', 'loss.teacher_run': 'run', 'loss.distill': 'all', 'loss.label_smoothing': 0.1},
+      'loss.label_smoothing is about losses with labels, and no exit of PN2-dd learns from labels; set '
+      '--config.loss.label_smoothing=0, or --config.loss.hard_label_weight',
+    ),
+    (
+      config(schedule='one_cycle'),
+      {'train.warmup_epochs': 1.5},
+      "train.warmup_epochs 1.5 is of the other schedules, as 'one_cycle' begins with a warmup of its own; set "
+      '--config.train.warmup_epochs=0, or --config.train.schedule',
+    ),
+    (
+      config(),
+      {'data.flip': False, 'train.alternate_flip': True},
+      'train.alternate_flip needs mirrored images, found data.flip False; set --config.data.flip=True, or '
+      '--config.train.alternate_flip=False',
+    ),
+  ],
+)
+def test_what_would_change_nothing_is_refused(given, fields, message):
+  given = given.copy_and_resolve_references()
+  given.update_from_flattened_dict(fields)
+  with pytest.raises(UserError) as error:
+    build_task(given)
+  assert str(error.value) == message
+  build_task(given, learned=Learned(Path('run')))  # It has begun.
+
+
+@pytest.mark.parametrize(
+  ('given', 'fields'),
+  [
+    (config('PN2-2d'), {'loss.label_smoothing': 0.1}),
+    (config(), {'loss.hard_label_weight': 0.5, 'loss.distill': 'last', 'loss.class_weights': 'balanced'}),
+    (exits_of_resnet(exit_targets='both'), {'loss.hard_label_weight': 0.2, 'loss.label_smoothing': 0.1}),
+    (exits_of_resnet(), {'loss.matching': 'kl', 'loss.hard_label_weight': 0.5, 'loss.class_weights': 'balanced'}),
+    (config(schedule='cosine'), {'train.warmup_epochs': 1.5}),
+  ],
+)
+def test_what_changes_something_is_not_refused(given, fields):
+  given = given.copy_and_resolve_references()
+  given.update_from_flattened_dict(fields)
+  assert build_task(given)
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'off', 'name', 'regime'),
   [
@@ -238,16 +316,19 @@ def test_mirror_images_are_matched_by_exits_that_match_something():
   assert build_task(given).objective.teachers == {1: (3,), 2: (3,)}
 
 
-@pytest.mark.parametrize(('regime', 'head'), [('joint', 'blocks'), ('exits', 'conv')])
-def test_features_are_matched_by_exits_of_copied_blocks(regime, head):
+@pytest.mark.parametrize(
+  ('regime', 'head', 'last', 'found'),
+  [('joint', 'blocks', 'own', ''), ('exits', 'conv', 'own', ''), ('exits', 'blocks', 'new', ", model.last 'new'")],
+)
+def test_features_are_matched_by_exits_of_copied_blocks(regime, head, last, found):
   given = config('net', 'adopted', regime=regime)
-  given.model.update(arch='cifar_resnet20', exits='layer2', head=head)
+  given.model.update(arch='cifar_resnet20', exits='layer2', head=head, last=last)
   given.init_from, given.loss.match_features = 'weights.th', 1.0
   with pytest.raises(UserError) as error:
     build_task(given)
   assert str(error.value) == (
     "loss.match_features needs train.regime 'exits', a last exit that came trained and exits of copied blocks, found "
-    f"'{regime}' and model.head '{head}'; set --config.loss.match_features=0"
+    f"'{regime}'{found} and model.head '{head}'; set --config.loss.match_features=0"
   )
 
 
