@@ -1,5 +1,6 @@
 """Checks of a whole configuration, and the values derived from it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,12 @@ def absolute_paths(config: ConfigDict) -> None:
   for field in PATHS:
     if path := _get(config, field):
       config.update_from_flattened_dict({field: str(absolute(path))})
+
+
+def real_paths(config: ConfigDict) -> dict[str, str]:
+  """What each field of `PATHS` names, whatever links lead there; '': nothing."""
+  paths = {field: _get(config, field) for field in PATHS}
+  return {field: os.path.realpath(path) if path else '' for field, path in paths.items()}
 
 
 def without_paths(config: ConfigDict) -> ConfigDict:

@@ -56,6 +56,11 @@ def methods_markdown(found: Mapping[str, Any]) -> str:
     found: the content of a queue's results.json (see `queue.results`).
   """
   rows = [row for row in found['rows'] if '-' in row['run']]
+  if found['rows'] and not rows:
+    raise UserError(
+      f'expected rows named NETWORK-METHOD, found {found["rows"][0]["run"]!r:.60} in {RESULTS} of {found["queue"]}; '
+      'name them so, or set --workdir'
+    )
   networks = dict.fromkeys(row['run'].partition('-')[0] for row in rows)
   parts = [
     f'# Methods of training several exits, {found["date"]}',

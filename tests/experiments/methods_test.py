@@ -8,6 +8,7 @@ from running import CONFIGS, run_command
 from paranet_jax.experiments import __main__ as experiments
 from paranet_jax.experiments.methods import methods_markdown
 from paranet_jax.experiments.queue.file import read_queue
+from paranet_jax.host.errors import UserError
 
 EPOCHS = 'train.epochs: 130.0 -> 30.0'
 
@@ -101,6 +102,15 @@ def test_results_that_cannot_be_read(tmp_path, content, message):
     (tmp_path / 'results.json').write_text(content)
   result = run_command(experiments.main, 'methods', f'--workdir={tmp_path}')
   assert result.code == 2 and result.err.startswith(message.format(path=tmp_path)), result.err
+
+
+def test_rows_that_are_named_otherwise():
+  with pytest.raises(UserError) as error:
+    methods_markdown(FOUND | {'rows': FOUND['rows'][-1:]})
+  assert str(error.value) == (
+    "expected rows named NETWORK-METHOD, found 'unrelated' in results.json of methods.toml; name them so, or set "
+    '--workdir'
+  )
 
 
 @pytest.mark.parametrize('name, epochs, seeds', [('methods', 30, (0, 1)), ('methods_short', 3, (0,))])

@@ -42,7 +42,8 @@ def commit(package: Path = PACKAGE) -> str | None:
   """The git commit of a package, with `+changes` if files of it differ; None: no repository has its files."""
 
   def git(*arguments: str) -> str:
-    command = ['git', '-C', str(package), *arguments]
+    # A lock that `git status` takes for its own sake would refuse a command of the user's.
+    command = ['git', '--no-optional-locks', '-C', str(package), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
 
   try:
@@ -62,7 +63,11 @@ def keep_code(workdir: Path, package: Path = PACKAGE) -> str:
     found = fingerprint(package)
     folder = workdir / FOLDER / found
     if folder.exists():
-      return found
+      if fingerprint(folder / package.name) == found:
+        return found
+      damaged = folder.with_name(f'{found}.damaged')  # By a crash of the machine that came before it was on disk.
+      shutil.rmtree(damaged, ignore_errors=True)
+      folder.rename(damaged)
     temporary = folder.with_name(f'{found}.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(package, temporary / package.name, ignore=_ignored)

@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
   if (workdir / CONFIG).exists():
     raise UserError(f'expected the folder of a queue, found a run in {workdir}; set --workdir')
   if not arguments.status:
-    check_results(workdir)
+    check_results(queue, workdir)
   if arguments.status or arguments.write:
     records = read_records(workdir)
     say(status_table(queue, workdir, records, arguments.at_once))

@@ -1,5 +1,6 @@
 """The table of a queue: what is done, what trains and what is left, with estimated hours."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from paranet_jax.costs import describe
 from paranet_jax.display.progress import human_duration
 from paranet_jax.display.tables import ABSENT, align
 from paranet_jax.experiments.queue.file import QueuedRun, QueueFile
+from paranet_jax.experiments.queue.loop import check_same
 from paranet_jax.experiments.queue.record import RunRecord
 from paranet_jax.experiments.queue.state import RunState, run_state
 from paranet_jax.host.errors import UserError
@@ -24,13 +26,17 @@ def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecor
     workdir: absolute.
     at_once: runs that train at the same time.
   """
-  states, failed = {}, {name: record.failed for name, record in records.items() if record.failed}
+  states, refused, failed = {}, set(), {name: record.failed for name, record in records.items() if record.failed}
   for run in queue.runs:
     try:
-      states[run.name] = run_state(workdir, run.name)
+      state = states[run.name] = run_state(workdir, run.name)
+      if not state.holder:  # A run that trains goes on, whatever the file says by now.
+        check_same(run, state, records.get(run.name))
     except UserError as error:
+      refused.add(run.name)
       failed[run.name] = str(error)
   left = seconds_left([run for run in queue.runs if run.name in states], states)
+  left = {name: None if name in refused else seconds for name, seconds in left.items()}
   rows = []
   for run in queue.runs:
     if run.name not in states:
@@ -42,20 +48,28 @@ def status_table(queue: QueueFile, workdir: Path, records: Mapping[str, RunRecor
       (
         run.name,
         str(run.priority),
-        _describe(state, record),
+        'refused' if run.name in refused else _describe(state, record),
         f'{state.epoch:.1f} of {state.epochs(run.config):g}',
         state.accuracies() or ABSENT,
         ABSENT if seconds is None or state.finished else human_duration(seconds),
       )
     )
   known = [seconds for seconds in left.values() if seconds is not None]
-  unknown = len(left) - len(known)
-  total = human_duration(sum(known) / at_once)
+  unknown = len(left.keys() - refused) - len(known)
+  total = human_duration(_until_last(known, at_once))
   more = f', and {unknown} run{"s" * (unknown > 1)} of which no speed is known yet' if unknown else ''
   apart = f', {at_once} at once' if at_once > 1 else ''
   lines = align(_HEADER, rows, left=(0, 2, 4))
   lines += [f'{run.name} failed: {failed[run.name]}' for run in queue.runs if run.name in failed]
   return '\n'.join([*lines, f'left: {total}{apart}{more} (estimated from what has been trained)'])
+
+
+def _until_last(seconds: Sequence[float], at_once: int) -> float:
+  """Until the last of some runs ends, of which the next one begins when another one has ended."""
+  ends = [0.0] * min(at_once, len(seconds))
+  for own in seconds:
+    heapq.heapreplace(ends, ends[0] + own)
+  return max(ends, default=0.0)
 
 
 def _describe(state: RunState, record: RunRecord | None) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import itertools
+import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from paranet_jax import config as config_lib
+from paranet_jax.base_config import RENAMED
 from paranet_jax.command_line import load_config, override
 from paranet_jax.experiments.protocols import PROTOCOLS, SET_PER_RUN
 from paranet_jax.host.arguments import absolute
@@ -67,12 +69,14 @@ class QueueFile:
   Attributes:
     runs: in the order in which they are trained.
     workdir: folder of the queue.
+    modified: when the file was last changed before it was read, in nanoseconds; None: unknown.
   """
 
   path: Path
   workdir: str
   runs: tuple[QueuedRun, ...]
   comparisons: tuple[Comparison, ...]
+  modified: int | None = None
 
 
 def read_queue(path: Path, workdir: str | Path | None = None) -> QueueFile:
@@ -85,7 +89,7 @@ def read_queue(path: Path, workdir: str | Path | None = None) -> QueueFile:
   Raises:
     UserError: it cannot be read, or something in it is unknown, invalid or given twice.
   """
-  given = absolute(workdir) if workdir else None
+  given, modified = absolute(workdir) if workdir else None, when_modified(path)
   content = read_file(path, 'name a queue file, such as configs/queues/paper.toml')
   if content is None:
     raise UserError(f'expected a queue file at {path}, found none; name one, such as configs/queues/paper.toml')
@@ -96,7 +100,7 @@ def read_queue(path: Path, workdir: str | Path | None = None) -> QueueFile:
   try:
     _check_keys(found, _TOP, 'the file')
     own = _get(found, 'workdir', str, '') or str(Path('results', path.stem))
-    if given and given != absolute(own):
+    if given and os.path.realpath(given) != os.path.realpath(absolute(own)):
       own = str(given)
     shared = _fields(found.get('set', {}), 'set')
     entries = _tables(found, 'runs')
@@ -105,11 +109,19 @@ def read_queue(path: Path, workdir: str | Path | None = None) -> QueueFile:
     turns = itertools.zip_longest(*(_runs(entry, shared, own) for entry in entries))
     runs = [run for turn in turns for run in turn if run]  # A whole table of first seeds comes before any second one.
     _check_unique(runs)
-    rows = dict.fromkeys(run.row for run in runs)
+    rows = {run.row: run.config for run in runs}
     comparisons = tuple(_comparison(entry, rows) for entry in _tables(found, 'comparisons'))
   except UserError as error:
     raise UserError(f'{path}: {error}'.replace('--config.', '')) from error
-  return QueueFile(path, own, tuple(sorted(runs, key=lambda run: run.priority)), comparisons)
+  return QueueFile(path, own, tuple(sorted(runs, key=lambda run: run.priority)), comparisons, modified)
+
+
+def when_modified(path: Path) -> int | None:
+  """When a file was last changed, in nanoseconds; None: it cannot be told."""
+  try:
+    return path.stat().st_mtime_ns
+  except OSError:
+    return None
 
 
 def _runs(entry: dict[str, Any], shared: Mapping[str, str], workdir: str) -> list[QueuedRun]:
@@ -165,7 +177,7 @@ def _check_unique(runs: list[QueuedRun]) -> None:
       raise UserError(f'runs named {run.row} differ in more than their seeds; give one of them another name')
 
 
-def _comparison(entry: dict[str, Any], rows: Collection[str]) -> Comparison:
+def _comparison(entry: dict[str, Any], rows: Mapping[str, ConfigDict]) -> Comparison:
   where = f'[[comparisons]] {entry.get("question", "")}'.strip()
   _check_keys(entry, _COMPARISON, where)
   treated = entry.get('treated', [])
@@ -176,6 +188,8 @@ def _comparison(entry: dict[str, Any], rows: Collection[str]) -> Comparison:
   for name in (control, *treated):
     if name not in rows:
       raise UserError(f'{where}: expected names of [[runs]], found {name!r}{_near(str(name), rows)}')
+    if number > (exits := len(config_lib.targets(rows[name]))):
+      raise UserError(f'{where}: expected an exit from 1 to {exits}, the last one of {name}, found {number}; set exit')
   return Comparison(_get(entry, 'question', str, ''), control, tuple(treated), number)
 
 
@@ -185,7 +199,7 @@ def _fields(found: Any, where: str, section: str = '') -> dict[str, str]:
     raise UserError(f'{where}: set must be a table of fields and values, such as {{ "train.epochs" = 13 }}')
   fields = {}
   for name, value in found.items():
-    field = section + name
+    field = RENAMED.get(section + name, section + name)  # Otherwise the old name of a field would be another one.
     if isinstance(value, dict):  # train.epochs without quotes is a table in TOML.
       fields |= _fields(value, where, f'{field}.')
     elif field in SET_PER_RUN:

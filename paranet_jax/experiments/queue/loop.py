@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from paranet_jax.config import real_paths
 from paranet_jax.experiments.queue.code import PACKAGE, commit, keep_code, kept_code
-from paranet_jax.experiments.queue.file import QueuedRun, QueueFile, read_queue
+from paranet_jax.experiments.queue.file import QueuedRun, QueueFile, read_queue, when_modified
 from paranet_jax.experiments.queue.process import RunProcess
 from paranet_jax.experiments.queue.record import (
   RunRecord,
@@ -19,10 +20,10 @@ from paranet_jax.experiments.queue.record import (
   write_records,
 )
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
-from paranet_jax.host.errors import UserError, report_no_room, say
+from paranet_jax.host.errors import NO_ROOM, UserError, report_no_room, say
 from paranet_jax.host.machine import today
 from paranet_jax.runs.status import kept_changes
-from paranet_jax.runs.workdir import changes, prepare_folder
+from paranet_jax.runs.workdir import changes, prepare_folder, restore_config
 
 LOGS = 'logs'
 ROOM = 200 * 10**6
@@ -91,7 +92,7 @@ class Queue:
     self._left: dict[str, str] = {}  # Runs that are not tried again, and why.
     self._refused: set[str] = set()  # Those of them that were not started, which an edit of the file may change.
     self._killed: dict[str, int] = {}  # Checkpoints at which processes were killed.
-    self._modified = self._when_modified()
+    self._modified = queue.modified
 
   def work(self, stop: Stop) -> dict[str, str]:
     """Trains until no run is left, or until a signal stops it.
@@ -171,24 +172,33 @@ class Queue:
   def _begin(self, run: QueuedRun, state: RunState) -> None:
     self._check_room()
     cores = self._free_cores[-1]
+    folder, log = self._workdir / RUNS / run.name, self._workdir / LOGS / f'{run.name}.log'
+    arguments = [f'--workdir={folder}', *self._flags]
+    if not state.begun:  # Afterwards, its own configuration counts, whatever its file says by now.
+      arguments = [*run.arguments, *arguments]
+    prepare_folder(log.parent)
     try:
       with report_no_room(self._workdir):
         code = self._prepare(run, state, cores)
+        process = self._started(arguments, code, log, cores)
     except UserError as error:
       if self._free(self._workdir) < ROOM:
         raise
       self._fail(run.name, str(error))
       return
-    folder = self._workdir / RUNS / run.name
-    arguments = [f'--workdir={folder}', *self._flags]
-    if not state.begun:  # Afterwards, its own configuration counts, whatever its file says by now.
-      arguments = [*run.arguments, *arguments]
-    prepare_folder(self._workdir / LOGS)
-    process = self._start(arguments, code, self._workdir / LOGS / f'{run.name}.log', cores)
     self._free_cores.pop()
     self._running[run.name] = _Running(process, cores, state.checkpoint)
     verb = f'goes on after step {state.checkpoint:,}' if state.checkpoint >= 0 else 'begins'
-    say(f'{run.name} {verb}: {self._workdir / LOGS / run.name}.log')
+    say(f'{run.name} {verb}: {log}')
+
+  def _started(self, arguments: list[str], code: Path, log: Path, cores: tuple[int, ...]) -> Process:
+    try:
+      return self._start(arguments, code, log, cores)
+    except OSError as error:
+      if error.errno in NO_ROOM:
+        raise
+      # Such as a limit of processes, or something else in the place of its log.
+      raise UserError(f'it cannot be started ({error})') from error
 
   def _prepare(self, run: QueuedRun, state: RunState, cores: tuple[int, ...]) -> Path:
     """Records a start; returns the folder of the run's code."""
@@ -277,25 +287,20 @@ class Queue:
 
   def _read_again(self) -> None:
     """Reads the file if it was edited; one that is wrong changes nothing."""
-    modified = self._when_modified()
+    modified = when_modified(self.queue.path)
     if modified == self._modified:
       return
-    self._modified = modified
+    self._modified, before = modified, {run.name: run.arguments for run in self.queue.runs}
     try:
       self.queue = read_queue(self.queue.path, self._workdir)
     except UserError as error:
       say(f'the queue goes on as it was: {error}', to_stderr=True)
       return
     say(f'{self.queue.path} was edited: {len(self.queue.runs)} runs')
-    for name in self._refused:  # The edit may have undone what was wrong.
-      del self._left[name]
+    edited = {run.name for run in self.queue.runs if run.arguments != before.get(run.name)}
+    for name in self._refused | {name for name in edited & self._left.keys() if self._left[name] != 'finished'}:
+      del self._left[name]  # The edit may have undone what was wrong.
     self._refused.clear()
-
-  def _when_modified(self) -> int | None:
-    try:
-      return self.queue.path.stat().st_mtime_ns
-    except OSError:
-      return None
 
   def _save(self) -> None:
     with report_no_room(self._workdir):
@@ -312,6 +317,10 @@ def check_same(run: QueuedRun, state: RunState, record: RunRecord | None) -> Non
     return
   if record and record.code:
     before, now = set(record.arguments), set(run.arguments)
+    if before != now and state.begun:
+      saved, here = real_paths(restore_config(state.folder)), real_paths(run.config)
+      same = tuple(f'--config.{field}=' for field, path in here.items() if path == saved[field])
+      before, now = ({argument for argument in own if not argument.startswith(same)} for own in (before, now))
     if before != now:
       raise UserError(
         f'it began with {" ".join(sorted(before - now)) or "fewer fields"}, and the file has '

@@ -61,9 +61,12 @@ class RunProcess:
 
   def reason(self) -> str:
     """Its error in one line, or else the last line that it printed."""
-    with self._log.open('rb') as file:
-      file.seek(self._start)
-      lines = file.read().decode(errors='replace').split('\n')
+    try:
+      with self._log.open('rb') as file:
+        file.seek(self._start)
+        lines = file.read().decode(errors='replace').split('\n')
+    except OSError as error:
+      return f'its log cannot be read ({error.strerror})'
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
     return printable((errors or lines or ['it printed nothing'])[-1])[:_LONGEST]

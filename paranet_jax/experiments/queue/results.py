@@ -3,6 +3,7 @@
 Accuracies are percentages on the test images. Standard deviations are over seeds, with n - 1; None for a single seed.
 """
 
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from paranet_jax.experiments.queue.loop import check_same
 from paranet_jax.experiments.queue.record import RunRecord
 from paranet_jax.experiments.queue.state import RUNS, RunState, run_state
 from paranet_jax.host.arguments import from_here
-from paranet_jax.host.errors import UserError
-from paranet_jax.host.files import read_object, write_json, write_text
+from paranet_jax.host.errors import UserError, say
+from paranet_jax.host.files import check_regular, read_object, write_json, write_text
 from paranet_jax.host.machine import today
 from paranet_jax.models.registry import BFLOAT16
 from paranet_jax.runs.workdir import restore_config
@@ -60,13 +61,23 @@ def write_results(queue: QueueFile, workdir: Path, records: Mapping[str, RunReco
   return found
 
 
-def check_results(workdir: Path) -> None:
-  """Raises a `UserError` if a folder has results.json of something else than a queue: it would be replaced."""
-  found = read_object(workdir / RESULTS, 'move it away, or set --workdir')
+def check_results(queue: QueueFile, workdir: Path) -> None:
+  """Raises a `UserError` if a folder has results.json of something else than a queue: it would be replaced.
+
+  Those of another queue are, and a line says so.
+  """
+  fix = 'move it away, or set --workdir'
+  check_regular(workdir / MARKDOWN, fix)
+  found = read_object(workdir / RESULTS, fix)
   if found is not None and 'queue' not in found:
     raise UserError(
       f'expected no {RESULTS} in {workdir} or that of a queue, found that of another command; set --workdir, or '
       'workdir in the queue file'
+    )
+  if found and found['queue'] != queue.path.name:
+    say(
+      f'{workdir} has the results of {found["queue"]}, and those of {queue.path.name} take their place; `run` '
+      f'{found["queue"]} with --write writes them again'
     )
 
 
@@ -135,8 +146,8 @@ def _rows(name: str, runs: Sequence[QueuedRun], states: States, config: ConfigDi
   finished = [run for run in own if states[run.name].finished]
   groups = [finished] * bool(finished) + [[run] for run in own if run not in finished]
   costs = {row['exit']: row for row in describe(config, states[own[0].name].num_classes)['exits']}
-  here = f'{Path.cwd()}/'  # Paths are absolute in a configuration.
-  reduced = [change.replace(here, '') for change in reductions(config)]
+  here = re.compile(rf'(?<!\S){re.escape(str(Path.cwd()))}/')  # Paths are absolute in a configuration.
+  reduced = [here.sub('', change) for change in reductions(config)]
   rows = []
   for group in groups:
     latest = [_latest(states[run.name]) for run in group]

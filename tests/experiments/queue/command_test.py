@@ -120,7 +120,7 @@ def test_status_and_results_train_nothing(tmp_path, run):
     'early-s0 1 finished 4.0 of 4 1: 14.00 —',
     'late-s0 100 stopped at step 20 2.0 of 4 1: 12.00 1 min 04 s',
     'late-s1 100 waiting 0.0 of 4 — 2 min 08 s',
-    'left: 1 min 36 s, 2 at once (estimated from what has been trained)',
+    'left: 2 min 08 s, 2 at once (estimated from what has been trained)',
   ]
   arguments = f'--workdir={fake.workdir}', '--at-once=2', '--cores=4'
   code, out, err = run(fake, '--status', *arguments)
@@ -130,6 +130,18 @@ def test_status_and_results_train_nothing(tmp_path, run):
   after = contents(fake.workdir)
   assert after.keys() - before.keys() == {'results.json', 'results.md'} and before.items() <= after.items()
   assert fake.names() == []
+
+
+def test_the_results_of_another_queue_are_not_replaced_in_silence(tmp_path, run):
+  fake = FakeQueue(tmp_path)
+  fake.write('early-s0', 4)
+  arguments = f'--workdir={fake.workdir}', '--write'
+  assert 'results of' not in run(fake, *arguments).out + run(fake, *arguments).out
+  fake.path = fake.path.rename(tmp_path / 'other.toml')
+  assert lines(run(fake, *arguments).out)[0] == (
+    f'{fake.workdir} has the results of queue.toml, and those of other.toml take their place; `run` queue.toml with '
+    '--write writes them again'
+  )
 
 
 @pytest.mark.parametrize(
@@ -152,6 +164,7 @@ def test_the_folder_of_a_queue(tmp_path, run, monkeypatch, text, arguments, fold
     (['--workdir={folder}/run'], 'expected the folder of a queue, found a run in {folder}/run; set --workdir'),
     (['--workdir={folder}/tables'], 'expected no results.json in {folder}/tables or that of a queue, found that of'),
     (['--workdir={folder}/tables', '--write'], 'expected no results.json in {folder}/tables or that of a queue, '),
+    (['--workdir={folder}/page', '--write'], 'expected {folder}/page/results.md to be a file, found a folder, '),
     (['--workdir={folder}/queue.toml'], 'workdir {folder}/queue.toml must be a folder, found a file; set --workdir'),
     (['--workdir=gs://bucket'], 'expected a local path, found the URL gs://bucket; '),
   ],
@@ -160,6 +173,7 @@ def test_refusals(tmp_path, run, arguments, message):
   fake = FakeQueue(tmp_path)
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'config.json').write_text('{}')
+  (tmp_path / 'page' / 'results.md').mkdir(parents=True)
   (tmp_path / 'tables').mkdir()
   (tmp_path / 'tables' / 'results.json').write_text('{"protocol": "tenth"}')
   before = contents(tmp_path)

@@ -66,17 +66,28 @@ def test_a_queue_file(tmp_path):
     ("workdir = 'here'\n", 'there', '{}/there'),
     # The same folder by another path: runs that have begun keep their arguments.
     ("workdir = 'here'\n", '{}/here', 'here'),
+    ("workdir = 'here'\n", 'else/../here', 'here'),
+    ("workdir = 'here'\n", 'link', 'here'),
     ('', 'results/queue/', 'results/queue'),
   ],
 )
 def test_values_name_the_folder_of_the_queue(tmp_path, monkeypatch, first, given, folder):
   monkeypatch.chdir(tmp_path)
+  (tmp_path / 'else').mkdir()
+  (tmp_path / 'link').symlink_to('here')
   text = f"{first}{RUN}set.loss = {{ teacher = 'run', teacher_run = '{{workdir}}/runs/teacher-s0' }}"
   text = text.replace('PN3-xdx', 'PN3-x3d')
   queue, folder = read(tmp_path, text, given and given.format(tmp_path)), folder.format(tmp_path)
   assert queue.workdir == folder
   assert f'--config.loss.teacher_run={folder}/runs/teacher-s0' in queue.runs[0].arguments
   assert queue.runs[0].config.loss.teacher_run == str(tmp_path / folder / 'runs/teacher-s0')
+
+
+@pytest.mark.parametrize('shared', ['body', 'backbone'])
+@pytest.mark.parametrize('own', ['body', 'backbone'])
+def test_a_field_is_one_by_its_old_name_too(tmp_path, shared, own):
+  text = f'set = {{ train.{shared}_epochs = 1 }}\n{RUN}set = {{ train.{own}_epochs = 2 }}'
+  assert read(tmp_path, text).runs[0].config.train.backbone_epochs == 2
 
 
 def test_a_table_of_first_seeds_comes_before_any_second_seed(tmp_path):
@@ -129,6 +140,10 @@ def test_a_table_of_first_seeds_comes_before_any_second_seed(tmp_path):
     (
       RUN + "[[comparisons]]\ncontrol = 'PN3-xd'\ntreated = 'PN3-xdx'\nexit = 2",
       ": [[comparisons]]: expected names of [[runs]], found 'PN3-xd' (did you mean PN3-xdx?)",
+    ),
+    (
+      RUN + "[[comparisons]]\ncontrol = 'PN3-xdx'\ntreated = 'PN3-xdx'\nexit = 4",
+      ': [[comparisons]]: expected an exit from 1 to 3, the last one of PN3-xdx, found 4; set exit',
     ),
   ],
 )  # fmt: skip

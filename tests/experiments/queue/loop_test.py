@@ -255,6 +255,50 @@ def test_a_run_waits_for_the_averaged_weights_that_it_reads(tmp_path):
   assert queue.names() == ['teacher-s0', 'student-s0'] and queue.most == 1
 
 
+def test_a_run_is_the_same_by_another_path(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  text = "workdir = 'work'\n" + READERS.replace('OTHER', '').replace('WORK', '{workdir}')
+  queue = FakeQueue(tmp_path, text, {'student-s0': [Ends(0, 1)]})
+  assert queue.work() == {'student-s0': 'stopped'}
+  shutil.copytree(queue.workdir, tmp_path / 'copy')
+  before, why = '--config.init_from=work/runs/teacher-s0', None
+  monkeypatch.chdir('/')  # Where the folder has no short name.
+  for folder in (queue.workdir, tmp_path / 'copy'):
+    student = read_queue(queue.path, folder).runs[-1]
+    now = f'--config.init_from={folder}/runs/teacher-s0'
+    assert student.name == 'student-s0' and now in student.arguments
+    try:
+      loop.check_same(student, state.run_state(folder, student.name), read_records(folder)[student.name])
+    except UserError as error:
+      why = str(error)
+    refused = f'it began with {before}, and the file has {now}; give it another name, or undo the change'
+    assert why == (None if folder == queue.workdir else refused)
+
+
+def test_a_run_that_cannot_be_started(tmp_path):
+  queue = FakeQueue(tmp_path)
+
+  def start(arguments, code, log, cores):
+    if log.stem == 'early-s0':
+      raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return queue.start(arguments, code, log, cores)
+
+  why = 'it cannot be started ([Errno 11] Resource temporarily unavailable)'
+  assert queue.work(start=start) == {'early-s0': why} and queue.names() == ORDER[1:]
+
+
+def test_output_that_is_closed_fails_no_run(tmp_path, monkeypatch):
+  def closed(line, **_):
+    raise BrokenPipeError
+
+  queue = FakeQueue(tmp_path)
+  queue.write('early-s0', 1)  # By another command, which is said.
+  monkeypatch.setattr(loop, 'say', closed)
+  with pytest.raises(BrokenPipeError):
+    queue.work()
+  assert queue.names() == [] and not (queue.workdir / 'queue.json').exists()
+
+
 def test_another_environment_is_reported(tmp_path, capsys, monkeypatch):
   queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(0, 1)]})
   queue.work()
@@ -284,6 +328,15 @@ def test_an_edited_file_is_read_before_the_next_run(tmp_path, capsys):
   out, err = capsys.readouterr()
   assert f'{queue.path} was edited: 3 runs\n' in out
   assert err.startswith(f'the queue goes on as it was: {queue.path} is not TOML (') and err.count('\n') == 1
+
+
+def test_an_edit_between_the_reading_of_the_file_and_the_first_run(tmp_path):
+  queue = FakeQueue(tmp_path)
+  read = read_queue(queue.path)
+  queue.path.write_text(TWO + ADDED)
+  os.utime(queue.path, ns=(1, 1))  # Whatever the clock's resolution.
+  queue.queue = loop.Queue(read, queue.workdir, **queue.fakes())
+  assert queue.queue.work(queue.stop) == {} and queue.names() == ['early-s0', 'added-s0', 'late-s0', 'late-s1']
 
 
 ADDED = """
@@ -343,6 +396,22 @@ def test_a_wrong_edit_is_undone_while_the_queue_works(tmp_path):
   queue.on_look = undo
   assert queue.work() == {} and queue.names() == [*names, 'late-s0', 'early-s0', 'late-s1']
   assert queue.record('early-s0')['failed'] == ''
+
+
+@pytest.mark.parametrize(('epochs', 'again'), [(4, []), (3, ['early-s0'])])
+def test_a_run_that_failed_is_tried_again_once_its_fields_are_edited(tmp_path, epochs, again):
+  queue = FakeQueue(tmp_path, ends={'early-s0': [Ends(2, 0, 'no')]})
+
+  def edit(queue):
+    if 'late-s0' in queue.names():
+      queue.path.write_text(
+        TWO.replace("4, data.name = 'digits' }\npriority", f"{epochs}, data.name = 'digits' }}\npriority")
+      )
+      os.utime(queue.path, ns=(1, 1))  # Whatever the clock's resolution.
+
+  queue.on_look = edit
+  assert queue.work() == ({} if again else {'early-s0': 'no'})
+  assert queue.names() == ['early-s0', 'late-s0', *again, 'late-s1']
 
 
 def test_runs_of_other_commands(tmp_path, capsys):

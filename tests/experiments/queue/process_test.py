@@ -53,6 +53,8 @@ def test_a_process_has_its_own_code_cores_and_log(code, tmp_path, monkeypatch):
   assert process.reason() == lines[-1]
   process = RunProcess(['fail'], code, log)
   assert wait(process) == 2 and process.reason() == 'no\\x07 data'
+  log.unlink()
+  assert process.reason() == 'its log cannot be read (No such file or directory)'
 
 
 def test_a_process_is_stopped_by_one_signal(code, tmp_path):
@@ -193,6 +195,19 @@ def test_copies_of_the_code(code, tmp_path):
     kept_code(tmp_path, 'nothing', 'run', package)
 
 
+def test_a_damaged_copy_is_made_again(code, tmp_path):
+  """Such as by a crash of the machine: a run that has not begun takes the same code, and the others go on with it."""
+  package = code / 'paranet_jax'
+  found = keep_code(tmp_path, package)
+  copy = tmp_path / 'code' / found / 'paranet_jax' / 'main.py'
+  copy.write_text('')
+  with pytest.raises(UserError, match=f'the code that run began with was changed .*{found}'):
+    kept_code(tmp_path, found, 'run', package)
+  assert keep_code(tmp_path, package) == found
+  assert kept_code(tmp_path, found, 'run', package) == tmp_path / 'code' / found and copy.read_text() == MAIN
+  assert (tmp_path / 'code' / f'{found}.damaged' / 'paranet_jax' / 'main.py').read_text() == ''  # Nothing is lost.
+
+
 def test_code_that_changes_while_it_is_copied(code, tmp_path, monkeypatch):
   copy = shutil.copytree
 
@@ -226,6 +241,9 @@ def test_commit(tmp_path):
   git('commit', '-q', '-m', 'second')
   found = commit(package)
   assert found and len(found) == 12
+  os.utime(package / '__init__.py', (1, 1))  # What git has noted of it is out of date.
+  index = (tmp_path / '.git' / 'index').read_bytes()
+  assert commit(package) == found and (tmp_path / '.git' / 'index').read_bytes() == index  # A lock may be in the way.
   (package / 'file').write_text('')
   assert commit(package) == found  # Ignored, as compiled files are.
   (package / '__init__.py').write_text('1')

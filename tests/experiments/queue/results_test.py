@@ -1,5 +1,6 @@
 """Tests of what a queue tells: its table, estimated times and results, against numbers computed by hand."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -69,12 +70,20 @@ def test_commands_are_for_a_shell(tmp_path, monkeypatch, below):
     assert shlex.split(told['command']) == command
 
 
-def test_paths_in_rows_are_from_here(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ('path', 'shown'),
+  [
+    ('runs/other', 'runs/other'),
+    ('/elsewhere{here}/other', '/elsewhere{here}/other'),  # The same names below another folder.
+  ],
+)
+def test_paths_in_rows_are_from_here(tmp_path, monkeypatch, path, shown):
   monkeypatch.chdir(tmp_path)
-  fake = FakeQueue(tmp_path, QUEUE.replace("data.name = 'digits'", "data.name = 'digits', init_from = 'runs/other'"))
+  path = f"data.name = 'digits', init_from = '{path.format(here=tmp_path)}'"
+  fake = FakeQueue(tmp_path, QUEUE.replace("data.name = 'digits'", path))
   fake.write('plain-s0', 4)
   found = results(read_queue(fake.path), fake.workdir, {})
-  assert "init_from: '' -> runs/other" in found['rows'][0]['reduced']
+  assert f"init_from: '' -> {shown.format(here=tmp_path)}" in found['rows'][0]['reduced']
 
 
 def test_results(queue):
@@ -269,6 +278,38 @@ def test_estimated_times(queue):
   }
   # The stem and the layer have twice the channels: between twice and four times the work, at 20 s an epoch.
   assert 4 * 20 * 2 < larger < 4 * 20 * 4
+
+
+@pytest.mark.parametrize(
+  ('at_once', 'left'),
+  [
+    # In the order of training: 128, 64, 32 and 128 seconds.
+    (1, '5 min 52 s'),
+    (2, '3 min 44 s, 2 at once'),  # 128, and beside it 64 + 32 + 128.
+    (3, '2 min 40 s, 3 at once'),  # 32 + 128.
+    (9, '2 min 08 s, 9 at once'),  # No run is faster on more cores than its own.
+  ],
+)
+def test_time_until_the_last_of_several_at_once_ends(queue, at_once, left):
+  read = read_queue(queue.path)
+  read = dataclasses.replace(read, runs=tuple(run for run in read.runs if run.row != 'larger'))
+  last = status_table(read, queue.workdir, {}, at_once).splitlines()[-1]
+  assert last == f'left: {left} (estimated from what has been trained)'
+
+
+def test_a_run_that_the_queue_will_refuse(queue, monkeypatch):
+  def row(name, records):
+    table = status_table(read_queue(queue.path), queue.workdir, records, 2)
+    lines = [re.split('  +', line) for line in table.splitlines() if line.startswith(name)]
+    return [cells[2:] for cells in lines[:1]] + [line for (line,) in lines[1:]]
+
+  why = 'plain-s2 failed: it began with --config.train.epochs=5, and the file has '
+  records = {'plain-s2': RunRecord(['--config.train.epochs=5'], 'code', None)}
+  cells, told = row('plain-s2', records)
+  assert cells == ['refused', '2.0 of 4', '1: 14.00', '—'] and told.startswith(why)
+  # One that trains goes on.
+  monkeypatch.setattr(state, 'lock_holder', lambda folder: 'process 7 on here' if folder.name == 'plain-s2' else '')
+  assert row('plain-s2', records) == [['running (process 7)', '2.0 of 4', '1: 14.00', '1 min 04 s']]
 
 
 def test_a_run_that_trains_now(queue, monkeypatch):
