@@ -362,7 +362,6 @@ def build_task(config: ConfigDict, dataset: Dataset | None = None, learned: Lear
     _check_labels_beside(task)
     _check_losses_with_labels(task)
     _check_mirrored(task)
-    _check_warmup(config)
     _check_together(task)
   if task.preprocessing.alternate_flip and dataset.train.streamed:
     raise UserError(
@@ -479,15 +478,6 @@ def _check_losses_with_labels(task: Task) -> None:
       f'loss.{on[0]} is about losses with labels, and no exit of {config.name} learns from labels; set '
       f'--config.loss.{on[0]}={_OF_LABELS[on[0]]}, or --config.'
       + ('train.exit_targets' if task.frozen else 'loss.hard_label_weight')
-    )
-
-
-def _check_warmup(config: ConfigDict) -> None:
-  """Raises UserError if `train.warmup_epochs` would warm up nothing."""
-  if config.train.warmup_epochs and config.train.schedule == 'one_cycle':
-    raise UserError(
-      f"train.warmup_epochs {config.train.warmup_epochs:g} is of the other schedules, as 'one_cycle' begins with a "
-      'warmup of its own; set --config.train.warmup_epochs=0, or --config.train.schedule'
     )
 
 

@@ -225,12 +225,6 @@ def exits_of_resnet(**train):
       '--config.loss.label_smoothing=0, or --config.loss.hard_label_weight',
     ),
     (
-      config(schedule='one_cycle'),
-      {'train.warmup_epochs': 1.5},
-      "train.warmup_epochs 1.5 is of the other schedules, as 'one_cycle' begins with a warmup of its own; set "
-      '--config.train.warmup_epochs=0, or --config.train.schedule',
-    ),
-    (
       config(),
       {'data.flip': False, 'train.alternate_flip': True},
       'train.alternate_flip needs mirrored images, found data.flip False; set --config.data.flip=True, or '
@@ -254,7 +248,6 @@ def test_what_would_change_nothing_is_refused(given, fields, message):
     (config(), {'loss.hard_label_weight': 0.5, 'loss.distill': 'last', 'loss.class_weights': 'balanced'}),
     (exits_of_resnet(exit_targets='both'), {'loss.hard_label_weight': 0.2, 'loss.label_smoothing': 0.1}),
     (exits_of_resnet(), {'loss.matching': 'kl', 'loss.hard_label_weight': 0.5, 'loss.class_weights': 'balanced'}),
-    (config(schedule='cosine'), {'train.warmup_epochs': 1.5}),
   ],
 )
 def test_what_changes_something_is_not_refused(given, fields):
