@@ -472,7 +472,7 @@ def _check_losses_with_labels(task: Task) -> None:
   """Raises UserError if what changes losses with labels would change nothing, as no exit learns from labels."""
   config = task.config
   on = [name for name, off in _OF_LABELS.items() if config.loss[name] != off]
-  beside = any(target and target > 0 and config_lib.hard_label_weight(config, target) for target in task.targets)
+  beside = matches_exits(task.targets) and config_lib.hard_label_weight(config, target=1)
   if on and not beside and not config_lib.learning_from_labels(config):
     raise UserError(
       f'loss.{on[0]} is about losses with labels, and no exit of {config.name} learns from labels; set '
